@@ -1,0 +1,27 @@
+// Compiled once for each instruction set, with FASTKD_ISA naming it: the table of its kernels.
+#include "isa.h"
+
+namespace fastkd {
+
+#define FASTKD_QUOTE(x) FASTKD_STRINGIZE(x)
+#define FASTKD_JOIN_(a, b) a##b
+#define FASTKD_JOIN(a, b) FASTKD_JOIN_(a, b)
+
+extern const Kernels FASTKD_JOIN(kernels_, FASTKD_ISA);
+
+namespace FASTKD_ISA {
+constexpr Kernels make_kernels() {
+  Kernels out{};
+  out.isa = FASTKD_QUOTE(FASTKD_ISA);
+  list_kernels(out.softmax_divergence, Divergences{});
+  out.kl_div_float = kl_div_chunk<float>;
+  out.kl_div_double = kl_div_chunk<double>;
+  out.scale_row_float = scale_row<float>;
+  out.scale_row_double = scale_row<double>;
+  return out;
+}
+}  // namespace FASTKD_ISA
+
+const Kernels FASTKD_JOIN(kernels_, FASTKD_ISA) = FASTKD_ISA::make_kernels();
+
+}  // namespace fastkd

@@ -1,0 +1,22 @@
+// The CPU kernels of one instruction set, and the choice among those compiled in.
+#pragma once
+#include "kl_div.h"
+#include "scale_rows.h"
+#include "softmax_divergence.h"
+
+namespace fastkd {
+
+struct Kernels {
+  const char* isa;
+  SoftmaxDivergenceKernel softmax_divergence[kDivergences];
+  KlDivKernel kl_div_float, kl_div_double;
+  ScaleRowKernel scale_row_float, scale_row_double;
+};
+
+// The best set this machine can run, or the one chosen by use_isa.
+const Kernels& kernels();
+
+// For tests and benchmarks: false if the set is not compiled in or this machine cannot run it.
+bool use_isa(const char* name);
+
+}  // namespace fastkd

@@ -1,0 +1,51 @@
+// Chooses, once, the best instruction set among those compiled in.
+#include "isa.h"
+
+namespace fastkd {
+
+#ifdef FASTKD_X86
+extern const Kernels kernels_x86_64_v2, kernels_x86_64_v3, kernels_x86_64_v4;
+#else
+extern const Kernels kernels_baseline;
+#endif
+
+namespace {
+
+struct Candidate {
+  const Kernels& kernels;
+  bool supported;
+};
+
+// Best first.
+#ifdef FASTKD_X86
+const Candidate kCandidates[] = {{kernels_x86_64_v4, __builtin_cpu_supports("x86-64-v4") != 0},
+                                 {kernels_x86_64_v3, __builtin_cpu_supports("x86-64-v3") != 0},
+                                 {kernels_x86_64_v2, true}};
+#else
+const Candidate kCandidates[] = {{kernels_baseline, true}};
+#endif
+
+const Kernels* best() {
+  for (const Candidate& candidate : kCandidates) {
+    if (candidate.supported) return &candidate.kernels;
+  }
+  return nullptr;
+}
+
+const Kernels* chosen = best();
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen; }
+
+bool use_isa(const char* name) {
+  for (const Candidate& candidate : kCandidates) {
+    if (__builtin_strcmp(name, candidate.kernels.isa) == 0 && candidate.supported) {
+      chosen = &candidate.kernels;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace fastkd

@@ -1,0 +1,143 @@
+// Blocks of a row between memory (any dtype, any stride) and arithmetic (float, or double for float64).
+// Kernels work on one block at a time: it stays in the L1 cache between the loops that pass over it.
+#pragma once
+#include "../math/float16.h"
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#define FASTKD_SIMD _Pragma("omp simd")
+#define FASTKD_STRINGIZE(...) #__VA_ARGS__
+#define FASTKD_SIMD_REDUCE(...) _Pragma(FASTKD_STRINGIZE(omp simd reduction(__VA_ARGS__)))
+
+namespace fastkd {
+
+enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// One row of a tensor: element i lies `i * stride` elements after data.
+struct Row {
+  void* data = nullptr;
+  int64_t stride = 1;
+  Dtype dtype = Dtype::kFloat32;
+  bool streamed = false;  // written past the caches
+  explicit operator bool() const { return data != nullptr; }
+};
+
+}  // namespace fastkd
+
+namespace fastkd::FASTKD_ISA {
+
+inline constexpr int64_t kBlock = 512;
+
+template <class Real>
+inline constexpr Dtype kDtypeOf = sizeof(Real) == sizeof(float) ? Dtype::kFloat32 : Dtype::kFloat64;
+
+FASTKD_INLINE float to_float(float x) { return x; }
+FASTKD_INLINE double to_float(double x) { return x; }
+FASTKD_INLINE void from_float(double x, float& out) { out = float(x); }
+FASTKD_INLINE void from_float(double x, double& out) { out = x; }
+
+template <class Element, class Real>
+void load_as(const Row& row, int64_t begin, int64_t count, Real* out) {
+  const Element* in = static_cast<const Element*>(row.data) + begin * row.stride;
+  if (row.stride == 1) {
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) out[i] = Real(to_float(in[i]));
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = Real(to_float(in[i * row.stride]));
+  }
+}
+
+// Asks for the bytes of elements [begin, begin + count): loops that compute much on little data do not run far enough
+// ahead to keep memory busy.
+FASTKD_INLINE void prefetch(const Row& row, int64_t begin, int64_t count) {
+  const int64_t size = row.dtype == Dtype::kFloat64 ? 8 : row.dtype == Dtype::kFloat32 ? 4 : 2;
+  if (row.stride != 1) return;
+  const char* first = static_cast<const char*>(row.data) + begin * size;
+  for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(first + i, 0, 3);
+}
+
+// Elements [begin, begin + count) of the row as Real: in place where they lie so already, else in `buffer`.
+template <class Real>
+const Real* load(const Row& row, int64_t begin, int64_t count, Real* buffer) {
+  if (row.dtype == kDtypeOf<Real> && row.stride == 1) return static_cast<const Real*>(row.data) + begin;
+  switch (row.dtype) {
+    case Dtype::kFloat32: load_as<float>(row, begin, count, buffer); break;
+    case Dtype::kFloat64: load_as<double>(row, begin, count, buffer); break;
+    case Dtype::kBFloat16: load_as<BFloat16>(row, begin, count, buffer); break;
+    case Dtype::kFloat16: load_as<Float16>(row, begin, count, buffer); break;
+  }
+  return buffer;
+}
+
+// Where to compute a block that goes to the row: the row itself, or `buffer`, which `store` then converts.
+template <class Real>
+Real* destination(const Row& row, int64_t begin, Real* buffer) {
+  const bool direct = row.dtype == kDtypeOf<Real> && row.stride == 1 && !row.streamed;
+  return direct ? static_cast<Real*>(row.data) + begin : buffer;
+}
+
+// Past the caches: a gradient larger than they are is not read again before it has left them, and a plain store would
+// first read the line it overwrites. 16-byte pieces fill a line in the write-combining buffer on every x86-64.
+inline void stream_copy(char* out, const char* in, int64_t bytes) {
+#ifdef __SSE2__
+  const int64_t head = (-reinterpret_cast<intptr_t>(out)) & 15;
+  if (head < bytes) {
+    __builtin_memcpy(out, in, head);
+    int64_t i = head;
+    for (; i + 16 <= bytes; i += 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+    }
+    __builtin_memcpy(out + i, in + i, bytes - i);
+    return;
+  }
+#endif
+  __builtin_memcpy(out, in, bytes);
+}
+
+template <class Element, class Real>
+void store_as(const Row& row, int64_t begin, int64_t count, const Real* in) {
+  Element* out = static_cast<Element*>(row.data) + begin * row.stride;
+  if (row.stride != 1) {
+    for (int64_t i = 0; i < count; ++i) from_float(in[i], out[i * row.stride]);
+    return;
+  }
+  alignas(64) Element converted[kBlock];
+  Element* to = row.streamed ? converted : out;
+  FASTKD_SIMD
+  for (int64_t i = 0; i < count; ++i) from_float(in[i], to[i]);
+  if (row.streamed) stream_copy(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(to), count * sizeof(Element));
+}
+
+template <class Real>
+void store(const Row& row, int64_t begin, int64_t count, const Real* block) {
+  if (block == destination(row, begin, static_cast<Real*>(nullptr))) return;
+  switch (row.dtype) {
+    case Dtype::kFloat32: store_as<float>(row, begin, count, block); break;
+    case Dtype::kFloat64: store_as<double>(row, begin, count, block); break;
+    case Dtype::kBFloat16: store_as<BFloat16>(row, begin, count, block); break;
+    case Dtype::kFloat16: store_as<Float16>(row, begin, count, block); break;
+  }
+}
+
+template <class Real>
+FASTKD_INLINE Real largest(const Real* x, int64_t count) {
+  Real all = Real(-INFINITY);
+  FASTKD_SIMD_REDUCE(max : all)
+  for (int64_t i = 0; i < count; ++i) all = x[i] > all ? x[i] : all;
+  return all;
+}
+
+inline void fill_zero(const Row& row, int64_t begin, int64_t end) {
+  const int64_t size = row.dtype == Dtype::kFloat64 ? 8 : row.dtype == Dtype::kFloat32 ? 4 : 2;
+  if (end <= begin) return;
+  char* first = static_cast<char*>(row.data) + begin * row.stride * size;
+  if (row.stride == 1) {
+    __builtin_memset(first, 0, (end - begin) * size);
+  } else {
+    for (int64_t i = 0; i < end - begin; ++i) __builtin_memset(first + i * row.stride * size, 0, size);
+  }
+}
+
+}  // namespace fastkd::FASTKD_ISA

@@ -1,0 +1,30 @@
+// Every op's schema. Implementations register themselves next to their kernels, autograd and fakes live in Python.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastkd, m) {
+  // -> loss (one a row for reduction "none", else a scalar), the student's and the teacher's gradient (empty where not
+  // asked for), and a factor still to be applied to them (empty: 1).
+  m.def(
+      "_softmax_divergence(Tensor student_logits, Tensor[] teacher_logits, str divergence, float beta, "
+      "float temperature, float teacher_temperature, Tensor? temperatures, Tensor? teacher_temperatures, "
+      "Tensor? weight, Tensor? mask, Tensor? teacher_weights, str teacher_mix, Tensor? labels, float label_weight, "
+      "int ignore_index, int vocab_size, bool square_temperature, str reduction, float denominator, "
+      "Tensor? normalizer, bool student_gradient, bool teacher_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The same with the student's gradient written over student_logits.
+  m.def(
+      "_softmax_divergence_(Tensor(a!) student_logits, Tensor[] teacher_logits, str divergence, float beta, "
+      "float temperature, float teacher_temperature, Tensor? temperatures, Tensor? teacher_temperatures, "
+      "Tensor? weight, Tensor? mask, Tensor? teacher_weights, str teacher_mix, Tensor? labels, float label_weight, "
+      "int ignore_index, int vocab_size, bool square_temperature, str reduction, float denominator, "
+      "Tensor? normalizer, bool teacher_gradient) -> (Tensor, Tensor, Tensor)");
+  // gradient *= factor, one for all or one a row; rows whose factor is 1 are not touched.
+  m.def("_scale_rows_(Tensor(a!) gradient, Tensor factor) -> ()");
+  // -> loss, gradients of input and target times scale (empty where not asked for).
+  m.def(
+      "_kl_div(Tensor input, Tensor target, bool log_target, bool reduce, float scale, bool input_gradient, "
+      "bool target_gradient) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_kl_div_backward(Tensor grad_output, Tensor input, Tensor target, bool log_target, float scale, "
+      "bool input_gradient, bool target_gradient) -> (Tensor, Tensor)");
+  m.def("_cpu_capability(str? use) -> str");
+}

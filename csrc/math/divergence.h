@@ -1,0 +1,212 @@
+// The divergences. To add one: write a struct here and name it in `Divergences`; nothing else changes.
+//
+// A row's value is the sum over the vocabulary of a term f(p, q). With a = log q and b = log p, the gradients are
+//   student logits  (g - q sum g) / temperature          g = df/da
+//   teacher logits  (h - p sum h) / teacher_temperature  h = df/db
+// A multiple of q added to g, or of p to h, cancels there. Each struct uses that freedom to return g and h that vanish
+// where p = q, and f as a sum of terms that are never negative: then nothing cancels as the student converges.
+//
+// kPass says what the first pass must sum: for the KL divergences and the cross-entropy that sum is the value and sum g
+// and sum h are zero or the value itself; for the others a second pass adds f, g and h.
+//
+// Two ways to evaluate, chosen row by row:
+//   kNear = false  q - p by subtraction. Enough while the row's value is not tiny.
+//   kNear = true   everything from d = log q - log p, through e^d - 1 - d and x - log(1 + x), where |d| < 1/2.
+#pragma once
+#include "elementary.h"
+#include "online_softmax.h"
+
+namespace fastkd::FASTKD_ISA {
+
+// Stands for an infinite log-ratio in gradients: as if the impossible entry had probability 2^-126.
+inline constexpr double kLargestLogRatio = 126.0 * kLn2;
+// Logits below -kDead are probability 0, log-ratios beyond kInfiniteLogRatio infinite.
+inline constexpr double kDead = 1e25;
+inline constexpr double kInfiniteLogRatio = 1e20;
+
+// Rows whose value is below this many nats take the careful route. The one-pass sums are good to about 3e-7 times
+// 1 + |mean log-ratio|, sums of normalised terms to 3e-7: both leave relative errors well under 1e-4, and q - p, which
+// is then of the order of 0.2 p, its own rounding.
+inline constexpr double kNearKl = 0.02, kNearSum = 0.005;
+
+// What is known of one vocabulary entry.
+template <class Real>
+struct Outcome {
+  Real p, q;          // probabilities under teacher and student
+  Real log2_p, log2_q;
+  Real d;             // log q - log p, natural, finite
+  Real difference;    // q - p, relatively accurate where kNear
+  bool small;         // kNear and |d| < 1/2: the gap functions apply
+};
+
+template <class Real>
+struct Terms {
+  Real f, g, h;
+};
+
+// p (e^d - 1 - d) = (q - p) - p d >= 0: what one entry adds to KL(p || q).
+template <bool kNear, class Real>
+FASTKD_INLINE Real kl_term(const Outcome<Real>& o, Real p, Real d, Real difference) {
+  const Real direct = difference - p * d;
+  if constexpr (kNear) return select(o.small, p * expm1_gap(d), direct);
+  return direct;
+}
+
+// The ratio of a mixture of p and q to one of them, as its logarithm and the term of KL to the mixture:
+// weight is the share of the other side, ratio_gap = other / own - 1.
+template <class Real>
+struct Mixed {
+  Real log_ratio;  // log(mixture / own)
+  Real kl;         // what own adds to KL(own || mixture), over own
+};
+
+template <bool kNear, class Real>
+FASTKD_INLINE Mixed<Real> mix(const Outcome<Real>& o, Real own_log2, Real mixture_log2, Real ratio_gap, Real weight) {
+  const Real direct = (mixture_log2 - own_log2) * Real(kLn2);
+  if constexpr (kNear) {
+    const Real y = weight * ratio_gap;
+    const Real gap = log1p_gap(y);
+    return {select(o.small, y - gap, direct), gap};
+  }
+  return {direct, Real(0)};
+}
+
+// e^d - 1 and e^-d - 1: the other side's probability over this one's, minus one.
+template <class Real>
+FASTKD_INLINE Real student_gap(const Outcome<Real>& o) {
+  return o.d + expm1_gap(o.d);
+}
+template <class Real>
+FASTKD_INLINE Real teacher_gap(const Outcome<Real>& o) {
+  return expm1_gap(-o.d) - o.d;
+}
+
+template <class Real>
+FASTKD_INLINE Real safe_log2(Real mixture) {
+  return log2_of(at_least(Real(1.17549435e-38), mixture));
+}
+
+// KL(p || q)
+struct ForwardKl {
+  static constexpr const char* kName = "forward_kl";
+  static constexpr Pass kPass = Pass::kTeacherWeighted;
+  static constexpr bool kSumOfGIsZero = true, kSumOfHIsZero = false;
+  static constexpr double kNearBelow = kNearKl;
+
+  double beta;
+  template <bool kNear, class Real>
+  FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
+    return {kl_term<kNear>(o, o.p, o.d, o.difference), o.difference, -o.p * o.d};
+  }
+};
+
+// KL(q || p)
+struct ReverseKl {
+  static constexpr const char* kName = "reverse_kl";
+  static constexpr Pass kPass = Pass::kStudentWeighted;
+  static constexpr bool kSumOfGIsZero = false, kSumOfHIsZero = true;
+  static constexpr double kNearBelow = kNearKl;
+
+  double beta;
+  template <bool kNear, class Real>
+  FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
+    return {kl_term<kNear>(o, o.q, -o.d, -o.difference), o.q * o.d, -o.difference};
+  }
+};
+
+// -sum p log q
+struct CrossEntropy {
+  static constexpr const char* kName = "cross_entropy";
+  static constexpr Pass kPass = Pass::kTeacherCrossing;
+  static constexpr bool kSumOfGIsZero = true, kSumOfHIsZero = false;
+  static constexpr double kNearBelow = kNearKl;
+
+  double beta;
+  template <bool kNear, class Real>
+  FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
+    const Real dead = Real(-kLargestLogRatio);
+    const Real log_q = o.log2_q < Real(-kInfiniteLogRatio) ? dead : o.log2_q * Real(kLn2);
+    return {-o.p * log_q, o.difference, -o.p * log_q};
+  }
+};
+
+// beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
+struct Jsd {
+  static constexpr const char* kName = "jsd";
+  static constexpr Pass kPass = Pass::kNormalizersOnly;
+  static constexpr bool kSumOfGIsZero = false, kSumOfHIsZero = false;
+  static constexpr double kNearBelow = kNearSum;
+
+  double beta;
+  template <bool kNear, class Real>
+  FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
+    const Real b = Real(beta), c = Real(1 - beta);
+    const Real m = safe_log2(b * o.p + c * o.q);
+    const auto p_to_m = mix<kNear>(o, o.log2_p, m, student_gap(o), c);
+    const auto q_to_m = mix<kNear>(o, o.log2_q, m, teacher_gap(o), b);
+    const Real direct = -(b * o.p * p_to_m.log_ratio + c * o.q * q_to_m.log_ratio);
+    const Real f = kNear ? select(o.small, b * o.p * p_to_m.kl + c * o.q * q_to_m.kl, direct) : direct;
+    return {f, -c * o.q * q_to_m.log_ratio, -b * o.p * p_to_m.log_ratio};
+  }
+};
+
+// KL(p || m), m = beta p + (1 - beta) q
+struct SkewKl {
+  static constexpr const char* kName = "skew_kl";
+  static constexpr Pass kPass = Pass::kNormalizersOnly;
+  static constexpr bool kSumOfGIsZero = false, kSumOfHIsZero = false;
+  static constexpr double kNearBelow = kNearSum;
+
+  double beta;
+  template <bool kNear, class Real>
+  FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
+    const Real b = Real(beta), c = Real(1 - beta);
+    const Real mixture = at_least(Real(1.17549435e-38), b * o.p + c * o.q);
+    const auto to_m = mix<kNear>(o, o.log2_p, log2_of(mixture), student_gap(o), c);
+    const Real direct = c * o.difference - o.p * to_m.log_ratio;
+    const Real slope = c * o.difference / mixture;
+    return {kNear ? select(o.small, o.p * to_m.kl, direct) : direct, c * o.q * slope,
+            -o.p * to_m.log_ratio + b * o.p * slope};
+  }
+};
+
+// KL(q || m), m = beta q + (1 - beta) p
+struct SkewReverseKl {
+  static constexpr const char* kName = "skew_reverse_kl";
+  static constexpr Pass kPass = Pass::kNormalizersOnly;
+  static constexpr bool kSumOfGIsZero = false, kSumOfHIsZero = false;
+  static constexpr double kNearBelow = kNearSum;
+
+  double beta;
+  template <bool kNear, class Real>
+  FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
+    const Real b = Real(beta), c = Real(1 - beta);
+    const Real mixture = at_least(Real(1.17549435e-38), b * o.q + c * o.p);
+    const auto to_m = mix<kNear>(o, o.log2_q, log2_of(mixture), teacher_gap(o), c);
+    const Real direct = -c * o.difference - o.q * to_m.log_ratio;
+    const Real slope = -c * o.difference / mixture;
+    return {kNear ? select(o.small, o.q * to_m.kl, direct) : direct, -o.q * to_m.log_ratio + b * o.q * slope,
+            c * o.p * slope};
+  }
+};
+
+// 1/2 sum |p - q|
+struct Tvd {
+  static constexpr const char* kName = "tvd";
+  static constexpr Pass kPass = Pass::kNormalizersOnly;
+  static constexpr bool kSumOfGIsZero = false, kSumOfHIsZero = false;
+  static constexpr double kNearBelow = kNearSum;
+
+  double beta;
+  template <bool kNear, class Real>
+  FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
+    const Real half = Real(0.5) * sign_of(o.difference);
+    return {half * o.difference, o.q * half, -o.p * half};
+  }
+};
+
+template <class...>
+struct TypeList {};
+using Divergences = TypeList<ForwardKl, ReverseKl, Jsd, SkewKl, SkewReverseKl, Tvd, CrossEntropy>;
+
+}  // namespace fastkd::FASTKD_ISA

@@ -1,0 +1,130 @@
+// Exponentials and logarithms that vectorise in plain loops, float and double.
+//
+// Polynomials are minimax fits (relative error below 8e-8) whose constant term is exact, so that every function is
+// exact at its fixed point and keeps relative accuracy next to it: exp2(0) = 1, and the two gaps vanish like x^2/2.
+// Maxima are written `a > b ? a : b` with the variable second: that is x86's MAXPS, and NaN passes through.
+// One condition a value: the compiler turns a nest of them back into branches, and then does not vectorise.
+#pragma once
+#include <math.h>
+
+#include <cstdint>
+
+#include "platform.h"
+
+namespace fastkd::FASTKD_ISA {
+
+inline constexpr double kLog2E = 1.4426950408889634074;
+inline constexpr double kLn2 = 0.69314718055994530942;
+
+template <class To, class From>
+FASTKD_INLINE To bit_cast(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To out;
+  __builtin_memcpy(&out, &value, sizeof(To));
+  return out;
+}
+
+template <class Real>
+FASTKD_INLINE Real at_least(Real bound, Real x) {
+  return bound > x ? bound : x;
+}
+
+template <class Real>
+FASTKD_INLINE Real at_most(Real bound, Real x) {
+  return bound < x ? bound : x;
+}
+
+FASTKD_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
+FASTKD_INLINE double magnitude(double x) { return __builtin_fabs(x); }
+FASTKD_INLINE float with_sign(float size, float sign) { return __builtin_copysignf(size, sign); }
+FASTKD_INLINE double with_sign(double size, double sign) { return __builtin_copysign(size, sign); }
+
+// -1, 0 or 1 without a branch (x counts as 0 gradually below the smallest normal float).
+template <class Real>
+FASTKD_INLINE Real sign_of(Real x) {
+  return at_most(Real(1), at_least(Real(-1), x * Real(3e38)));
+}
+
+template <class Real>
+FASTKD_INLINE Real select(bool condition, Real yes, Real no) {
+  return condition ? yes : no;
+}
+
+// 2^x for x <= 127; 0 for x = -inf, and at most 2^-126 off below -126.
+FASTKD_INLINE float exp2_of(float x) {
+#ifdef __CUDA_ARCH__
+  return exp2f(x);
+#else
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const float z = at_least(-127.0f, x);
+  const float shifted = z + kRound;
+  const float f = z - (shifted - kRound);
+  float p = 1.5403512e-4f;
+  p = p * f + 1.3390736e-3f;
+  p = p * f + 9.6182376e-3f;
+  p = p * f + 5.5503573e-2f;
+  p = p * f + 2.4022649e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
+#endif
+}
+FASTKD_INLINE double exp2_of(double x) { return ::exp2(x); }
+
+// log2(x) for positive, normal x.
+FASTKD_INLINE float log2_of(float x) {
+#ifdef __CUDA_ARCH__
+  return log2f(x);
+#else
+  const int32_t exponent = (bit_cast<int32_t>(x) - 0x3f3504f3) >> 23;  // x = m 2^exponent, m in [sqrt(1/2), sqrt(2))
+  const float t = bit_cast<float>(bit_cast<int32_t>(x) - exponent * (1 << 23)) - 1.0f;
+  float p = 1.2583706e-1f;
+  p = p * t - 2.0726982e-1f;
+  p = p * t + 2.1571562e-1f;
+  p = p * t - 2.3894481e-1f;
+  p = p * t + 2.8791624e-1f;
+  p = p * t - 3.6070368e-1f;
+  p = p * t + 4.8091063e-1f;
+  p = p * t - 7.2134733e-1f;
+  p = p * t + 1.4426950e+0f;
+  return p * t + float(exponent);
+#endif
+}
+FASTKD_INLINE double log2_of(double x) { return ::log2(x); }
+
+// e^x - 1 - x for |x| <= 1/2.
+FASTKD_INLINE float expm1_gap(float x) {
+  float p = 1.9875629e-4f;
+  p = p * x + 1.3981997e-3f;
+  p = p * x + 8.3334521e-3f;
+  p = p * x + 4.1665796e-2f;
+  p = p * x + 1.6666666e-1f;
+  p = p * x + 0.5f;
+  return p * x * x;
+}
+FASTKD_INLINE double expm1_gap(double x) {
+  return magnitude(x) < 1e-2 ? x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x / 720)))) : ::expm1(x) - x;
+}
+
+// x - log(1 + x) for -0.4 <= x <= 0.66, the range of e^d - 1 for |d| <= 1/2.
+FASTKD_INLINE float log1p_gap(float x) {
+  float p = 4.3702945e-2f;
+  p = p * x - 1.0872415e-1f;
+  p = p * x + 1.2405984e-1f;
+  p = p * x - 1.1341766e-1f;
+  p = p * x + 1.2128513e-1f;
+  p = p * x - 1.4214403e-1f;
+  p = p * x + 1.6689090e-1f;
+  p = p * x - 2.0004421e-1f;
+  p = p * x + 2.4999511e-1f;
+  p = p * x - 3.3333269e-1f;
+  p = p * x + 0.5f;
+  return p * x * x;
+}
+FASTKD_INLINE double log1p_gap(double x) {
+  return magnitude(x) < 1e-3
+             ? x * x * (0.5 - x * (1.0 / 3 - x * (0.25 - x * (0.2 - x * (1.0 / 6 - x / 7)))))
+             : x - ::log1p(x);
+}
+
+}  // namespace fastkd::FASTKD_ISA

@@ -1,0 +1,42 @@
+// bfloat16 and float16 as bit patterns, to and from float in integer arithmetic that vectorises on every instruction
+// set. Rounding is to nearest even; NaN stays NaN, overflow becomes infinity, subnormals are kept.
+#pragma once
+#include "elementary.h"
+
+namespace fastkd::FASTKD_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+FASTKD_INLINE float to_float(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+
+FASTKD_INLINE float to_float(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+  // Read as float the exponent is 112 too small; the product also normalises subnormals.
+  const float scaled = bit_cast<float>(magnitude) * 5.192296858534828e33f;  // 2^112
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u | magnitude : bit_cast<uint32_t>(scaled);
+  return bit_cast<float>(special | sign);
+}
+
+FASTKD_INLINE void from_float(float x, BFloat16& out) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = uint16_t(x != x ? 0x7fc0u : rounded);
+}
+
+FASTKD_INLINE void from_float(float x, Float16& out) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+  const uint32_t normal = (size - 0x38000000u + 0x0fffu + ((size >> 13) & 1u)) >> 13;
+  // Below 2^-14 adding 1/2 aligns the value with the subnormals' last bit, and the addition rounds it.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(size) + 0.5f) - 0x3f000000u;
+  uint32_t out_bits = size < 0x38800000u ? subnormal : normal;
+  out_bits = size >= 0x477ff000u ? 0x7c00u : out_bits;
+  out.bits = uint16_t((size > 0x7f800000u ? 0x7e00u : out_bits) | sign);
+}
+
+}  // namespace fastkd::FASTKD_ISA

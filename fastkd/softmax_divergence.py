@@ -1,0 +1,349 @@
+"""Divergences between the softmaxes of two sets of logits, and their gradients, in one op."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import reference
+from fastkd._gradient import scaled
+from fastkd._library import raise_as_python, transforms_active
+
+_REDUCTIONS = ("none", "mean", "sum", "batchmean", "elementmean")
+
+
+def softmax_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    teacher_weights: Sequence[float] | Tensor | None = None,
+    teacher_mix: str = "logits",
+    labels: Tensor | None = None,
+    label_weight: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    square_temperature: bool = False,
+    inplace: bool = False,
+    group: Any = None,
+) -> Tensor:
+    r"""Divergence between a teacher's and a student's next-token distributions.
+
+    With :math:`p = \mathrm{softmax}(z_T / \tau_T)` and :math:`q = \mathrm{softmax}(z_S / \tau)`
+    over the last dimension (the vocabulary), a row's value in nats is
+
+    ==================  ====================================================================
+    ``forward_kl``      :math:`KL(p \| q)`
+    ``reverse_kl``      :math:`KL(q \| p)`
+    ``jsd``             :math:`\beta KL(p \| m) + (1-\beta) KL(q \| m)`,
+                        :math:`m = \beta p + (1-\beta) q`; ``beta`` 0 and 1 stand for forward
+                        and reverse KL
+    ``skew_kl``         :math:`KL(p \| \beta p + (1-\beta) q)`, ``beta`` usually 0.1
+    ``skew_reverse_kl`` :math:`KL(q \| \beta q + (1-\beta) p)`, ``beta`` usually 0.1
+    ``tvd``             :math:`\frac12 \sum_v |p_v - q_v|`; a speculative decoder accepts with
+                        probability 1 - tvd
+    ``cross_entropy``   :math:`-\sum_v p_v \log q_v`
+    ==================  ====================================================================
+
+    Each input is read from memory once and each gradient written once, in the forward call;
+    backward only scales it, and not at all where the incoming gradient is 1. No table of
+    probabilities is stored. Under ``torch.no_grad()`` no gradient is computed.
+
+    ``-inf`` logits are probability 0. Mass where the other side has none gives ``inf`` and a
+    finite gradient, as if that entry had probability 2^-126. A row with a NaN, ``+inf`` or no
+    finite logit gives NaN, that row alone. KL-type values are never negative and stay relatively
+    accurate as the student approaches the teacher, as do the gradients.
+
+    Args:
+        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. Every
+            leading dimension counts rows (tokens).
+        teacher_logits: the same shape, its own dtype, or a list of such tensors (which take no
+            gradient; with an only tensor, gradients flow to it when it requires them).
+        divergence: one of the table.
+        beta: share of the mixture, in [0, 1]; for ``jsd``, ``skew_kl`` and ``skew_reverse_kl``.
+        temperature: of the student, positive: a number, or a tensor with one entry a row.
+        teacher_temperature: of the teacher; None: the same as ``temperature``.
+        weight: float, one a row, multiplies the row's loss (also with ``reduction="none"``). No
+            gradient flows to it.
+        mask: bool, one a row. A row with mask False or weight 0 is not read, adds nothing and
+            gets a zero gradient even where its logits are NaN.
+        teacher_weights: of the teachers in a list: K numbers or a ``[..., K]`` tensor. None: 1/K
+            each.
+        teacher_mix: ``"logits"``: the teacher is softmax of :math:`\sum_k w_k z_k`, weights of
+            any sign; a token that is -inf for a teacher that counts is impossible. ``"probs"``:
+            :math:`\sum_k w_k \mathrm{softmax}(z_k / \tau_T)`, weights not negative and taken
+            relative to their sum. Neither mixture is stored.
+        labels: int64 or int32, one a row: adds ``label_weight`` x the cross-entropy of the
+            student at temperature 1. Rows with ``ignore_index`` drop out of both terms.
+        label_weight: see ``labels``.
+        ignore_index: see ``labels``.
+        vocab_size: only the first ``vocab_size`` columns count on both sides (padded
+            vocabularies); the others get a zero gradient.
+        reduction: ``"none"`` (one loss a row), ``"sum"``, ``"mean"`` (over rows kept by ``mask``
+            and ``ignore_index``), ``"batchmean"`` (over ``student_logits.size(0)``) or
+            ``"elementmean"`` (over rows x vocabulary, what ``nn.KLDivLoss`` does by default). An
+            empty denominator gives 0 with a zero gradient.
+        normalizer: replaces the reduction's denominator: a number or a 0-d tensor, for example
+            the Trainer's ``num_items_in_batch``.
+        square_temperature: multiplies the divergence (not the label term) by temperature².
+        inplace: the gradient overwrites ``student_logits``, whose version counter is bumped: the
+            step then needs no second [rows, vocab] tensor. The logits are lost and second
+            derivatives are not available. Without grad mode nothing is written.
+        group: reserved for vocabularies split across a process group.
+
+    Returns:
+        float32 (float64 where an input is): a scalar, or with ``reduction="none"`` the leading
+        dimensions' shape.
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument has the wrong value, type, or a label out
+            of range; the message names it, what was expected and what came.
+        NotImplementedError: ``group`` is given.
+
+    Sources: Hinton et al. 2015 (arXiv 1503.02531); GKD (2306.13649) for ``jsd``; DistiLLM
+    (2402.03898) for the skewed divergences; DistillSpec (2310.08461) for ``tvd``.
+
+    >>> import torch, fastkd
+    >>> student = torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]], requires_grad=True)
+    >>> teacher = torch.tensor([[0.0, 1.0, 3.0], [1.0, 1.0, 1.0]])
+    >>> loss = fastkd.softmax_divergence(student, teacher, reduction="none")
+    >>> [round(x, 4) for x in loss.tolist()]
+    [0.0816, 0.0]
+    >>> loss.sum().backward()
+    >>> [round(x, 4) for x in student.grad[0].tolist()]
+    [0.048, 0.1305, -0.1786]
+    """
+    if group is not None:
+        raise NotImplementedError(
+            "softmax_divergence: group (a vocabulary split across processes) is not available yet"
+        )
+    teachers = _teachers(teacher_logits)
+    several = isinstance(teacher_logits, (list, tuple))
+    _check_tensors(student_logits, teachers, weight, temperature, teacher_temperature)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    scalar, rows = _temperature(temperature, student_logits)
+    teacher_scalar, teacher_rows = _temperature(teacher_temperature, student_logits)
+    mode, denominator, normalizer = _reduction(reduction, normalizer, student_logits, vocab_size)
+    if teacher_weights is not None and not isinstance(teacher_weights, Tensor):
+        teacher_weights = torch.tensor(
+            teacher_weights, dtype=torch.float64, device=student_logits.device
+        )
+    if several and torch.is_grad_enabled() and any(t.requires_grad for t in teachers):
+        raise ValueError(
+            "softmax_divergence: teacher_logits in a list take no gradient, but one requires it; "
+            "detach it, or pass an only teacher as a tensor"
+        )
+    options = (
+        divergence,
+        beta,
+        scalar,
+        teacher_scalar,
+        rows,
+        teacher_rows,
+        weight,
+        mask,
+        teacher_weights,
+        teacher_mix,
+        labels,
+        label_weight,
+        ignore_index,
+        -1 if vocab_size is None else vocab_size,
+        square_temperature,
+        mode,
+        denominator,
+        normalizer,
+    )
+    try:
+        if not torch.compiler.is_compiling() and transforms_active():
+            return reference.softmax_divergence_op(student_logits, teachers, *options)
+        if torch.is_grad_enabled() and (
+            student_logits.requires_grad or (not several and teachers[0].requires_grad)
+        ):
+            return _SoftmaxDivergence.apply(
+                student_logits, None if several else teachers[0], teachers, inplace, options
+            )
+        return torch.ops.fastkd._softmax_divergence(
+            student_logits, teachers, *options, False, False
+        )[0]
+    except RuntimeError as error:
+        raise_as_python(error)
+
+
+def _teachers(teacher_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(teacher_logits, Tensor):
+        return [teacher_logits]
+    if not isinstance(teacher_logits, (list, tuple)):
+        raise TypeError(
+            "softmax_divergence: teacher_logits must be a tensor or a list of tensors, got "
+            f"{type(teacher_logits).__name__}"
+        )
+    return list(teacher_logits)
+
+
+def _check_tensors(
+    student: Tensor,
+    teachers: list[Tensor],
+    weight: Any,
+    temperature: Any,
+    teacher_temperature: Any,
+) -> None:
+    """What the op cannot see: things that are no tensors, and gradients nobody would compute."""
+    for name, value in (("student_logits", student), *(("teacher_logits", t) for t in teachers)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"softmax_divergence: {name} must be a tensor, got {type(value).__name__}"
+            )
+    if torch.is_grad_enabled():
+        for name, value in (
+            ("weight", weight),
+            ("temperature", temperature),
+            ("teacher_temperature", teacher_temperature),
+        ):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ValueError(
+                    f"softmax_divergence: {name} takes no gradient, but it requires one; detach "
+                    "it, or use reduction='none' and multiply the losses by it"
+                )
+
+
+def _temperature(value: float | Tensor, student: Tensor) -> tuple[float, Tensor | None]:
+    if not isinstance(value, Tensor):
+        return value, None
+    if value.dim() == 0:
+        value = value.expand(student.shape[:-1])
+    return 1.0, value
+
+
+def _reduction(
+    reduction: str, normalizer: float | Tensor | None, student: Tensor, vocab_size: int | None
+) -> tuple[str, float, Tensor | None]:
+    """The op's own reduction (none, sum over a denominator, mean), its denominator, normalizer."""
+    if reduction not in _REDUCTIONS:
+        raise ValueError(
+            f"softmax_divergence: reduction must be one of {', '.join(_REDUCTIONS)}; got "
+            f"{reduction!r}"
+        )
+    if reduction == "none":
+        if normalizer is not None:
+            raise ValueError(
+                "softmax_divergence: normalizer has no meaning with reduction='none', which "
+                "divides by nothing"
+            )
+        return "none", 1.0, None
+    if isinstance(normalizer, Tensor):
+        return "sum", 1.0, normalizer.detach().to(torch.float64)
+    if normalizer is not None:
+        if not normalizer >= 0:
+            raise ValueError(
+                f"softmax_divergence: normalizer must not be negative, got {normalizer}"
+            )
+        return "sum", float(normalizer), None
+    if reduction == "mean":
+        return "mean", 1.0, None
+    if reduction == "sum":
+        return "sum", 1.0, None
+    if reduction == "batchmean":
+        return "sum", float(student.size(0)), None
+    columns = student.size(-1) if vocab_size is None else vocab_size
+    return "sum", float(student.numel() // max(student.size(-1), 1) * columns), None
+
+
+class _SoftmaxDivergence(torch.autograd.Function):
+    """Gradients come with the loss; backward applies what is left to multiply."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, teachers, inplace, options):
+        need_student, need_teacher = ctx.needs_input_grad[:2]
+        ctx.inplace = inplace and need_student
+        ctx.options = options
+        ctx.teachers = teachers if teacher is None else None
+        if ctx.inplace:
+            loss, teacher_gradient, pending = torch.ops.fastkd._softmax_divergence_(
+                student, teachers, *options, need_teacher
+            )
+            torch.autograd.graph.increment_version(student)
+            gradient = student.detach()
+            ctx.save_for_backward(gradient, teacher_gradient, pending)
+        else:
+            loss, gradient, teacher_gradient, pending = torch.ops.fastkd._softmax_divergence(
+                student, teachers, *options, need_student, need_teacher
+            )
+            ctx.save_for_backward(gradient, teacher_gradient, pending, student, teacher)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return *_differentiable_gradients(ctx, grad_output), None, None, None
+        gradient, teacher_gradient, pending = ctx.saved_tensors[:3]
+        if pending.numel():
+            grad_output = grad_output * pending.view(())
+        need_student, need_teacher = ctx.needs_input_grad[:2]
+        return (
+            scaled(gradient, grad_output) if need_student else None,
+            scaled(teacher_gradient, grad_output) if need_teacher else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients as functions of their inputs, for create_graph=True: plain PyTorch."""
+    if ctx.inplace:
+        raise RuntimeError(
+            "softmax_divergence: second derivatives need the logits that inplace=True overwrote"
+        )
+    student, teacher = ctx.saved_tensors[3:]
+    teachers = ctx.teachers if teacher is None else [teacher]
+    loss = reference.softmax_divergence_op(student, teachers, *ctx.options)
+    wanted = [
+        x for x, need in zip((student, teacher), ctx.needs_input_grad[:2], strict=True) if need
+    ]
+    found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=True))
+    return tuple(next(found) if need else None for need in ctx.needs_input_grad[:2])
+
+
+def _loss_like(student: Tensor, teachers: list[Tensor], mode: str) -> Tensor:
+    float64 = any(x.dtype == torch.float64 for x in (student, *teachers))
+    return student.new_empty(
+        student.shape[:-1] if mode == "none" else (),
+        dtype=torch.float64 if float64 else torch.float32,
+    )
+
+
+def _pending_like(student: Tensor, gradients: Sequence[Tensor], mode: str) -> Tensor:
+    wait = mode != "none" and any(g.dtype == torch.float16 for g in gradients)
+    return student.new_empty((1,) if wait else (0,), dtype=torch.float32)
+
+
+@torch.library.register_fake("fastkd::_softmax_divergence")
+def _(student_logits, teacher_logits, *options):
+    *_, mode, _denominator, _normalizer, student_gradient, teacher_gradient = options
+    wanted = [student_logits] * student_gradient + [teacher_logits[0]] * teacher_gradient
+    return (
+        _loss_like(student_logits, teacher_logits, mode),
+        torch.empty_like(student_logits) if student_gradient else student_logits.new_empty(0),
+        torch.empty_like(teacher_logits[0]) if teacher_gradient else teacher_logits[0].new_empty(0),
+        _pending_like(student_logits, wanted, mode),
+    )
+
+
+@torch.library.register_fake("fastkd::_softmax_divergence_")
+def _(student_logits, teacher_logits, *options):
+    *_, mode, _denominator, _normalizer, teacher_gradient = options
+    wanted = [student_logits] + [teacher_logits[0]] * teacher_gradient
+    return (
+        _loss_like(student_logits, teacher_logits, mode),
+        torch.empty_like(teacher_logits[0]) if teacher_gradient else teacher_logits[0].new_empty(0),
+        _pending_like(student_logits, wanted, mode),
+    )

@@ -1,0 +1,134 @@
+"""What every op is tested on, and how far from float64 it may be.
+
+`cases(op)` gives the option sets of an op, each with a builder of its tensors for a given shape.
+Tolerances are the formats' own rounding: a float32 gradient is a few float32 operations away from
+the truth, a bfloat16 or float16 one is that, rounded once.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "cross_entropy",
+)
+SHAPES = ((0, 5), (1, 1), (3, 1), (4, 7), (2, 3, 33), (5, 1031), (2, 20011), (7,), (0, 3, 4))
+GRADIENT_ERROR = {
+    torch.float64: 1e-11,
+    torch.float32: 2e-6,
+    torch.bfloat16: 6e-3,
+    torch.float16: 1e-3,
+}
+LOSS_ERROR = {
+    torch.float64: 1e-11,
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-5,
+    torch.float16: 1e-5,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An option set: `options` fixed ones, `rows` those made from the leading shape and vocab."""
+
+    name: str
+    options: dict = field(default_factory=dict)
+    rows: Callable[[tuple[int, ...], int], dict] = lambda leading, vocab: {}
+    teachers: int = 0  # 0: a tensor, else a list of so many
+
+    def build(self, leading: tuple[int, ...], vocab: int) -> dict:
+        return {**self.options, **self.rows(leading, vocab)}
+
+
+def _labels(leading, vocab):
+    labels = torch.randint(0, vocab, leading)
+    return {"labels": torch.where(torch.rand(leading) < 0.2, -100, labels)}
+
+
+def _softmax_divergence() -> Iterator[Case]:
+    for name in DIVERGENCES:
+        yield Case(name, {"divergence": name, "reduction": "none"})
+        yield Case(f"{name}-mean", {"divergence": name, "beta": 0.1})
+        yield Case(
+            f"{name}-temperatures",
+            {"divergence": name, "temperature": 2.0, "teacher_temperature": 0.7},
+        )
+        yield Case(
+            f"{name}-labels",
+            {"divergence": name, "temperature": 3.0, "label_weight": 0.3, "reduction": "sum"},
+            _labels,
+        )
+    yield Case("jsd-beta-0", {"divergence": "jsd", "beta": 0.0})
+    yield Case("jsd-beta-1", {"divergence": "jsd", "beta": 1.0})
+    yield Case("skew-beta-0", {"divergence": "skew_kl", "beta": 0.0})
+    yield Case("skew-reverse-beta-0", {"divergence": "skew_reverse_kl", "beta": 0.0})
+    yield Case("labels-same-temperature", {"label_weight": 2.0}, _labels)
+    yield Case("square", {"temperature": 2.0, "square_temperature": True, "reduction": "batchmean"})
+    yield Case("elementmean", {"reduction": "elementmean"})
+    yield Case("normalizer", {"normalizer": 17.0})
+    yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
+    yield Case(
+        "weight-and-mask",
+        {"reduction": "mean"},
+        lambda leading, vocab: {
+            "weight": torch.rand(leading) * (torch.rand(leading) < 0.8),
+            "mask": torch.rand(leading) < 0.7,
+        },
+    )
+    yield Case(
+        "row-temperatures",
+        {"square_temperature": True, "divergence": "jsd"},
+        lambda leading, vocab: {
+            "temperature": torch.rand(leading) + 0.5,
+            "teacher_temperature": torch.rand(leading).double() + 0.5,
+        },
+    )
+    for name in ("forward_kl", "jsd"):
+        yield Case(f"{name}-teachers-logits", {"divergence": name, "temperature": 1.5}, teachers=3)
+        yield Case(
+            f"{name}-teachers-contrast",
+            {"divergence": name, "teacher_weights": [1.7, -0.7]},
+            teachers=2,
+        )
+        yield Case(
+            f"{name}-teachers-probs",
+            {"divergence": name, "teacher_mix": "probs", "teacher_temperature": 2.0},
+            teachers=3,
+        )
+        yield Case(
+            f"{name}-teachers-row-weights",
+            {"divergence": name, "teacher_mix": "probs"},
+            lambda leading, vocab: {
+                "teacher_weights": torch.softmax(torch.randn(*leading, 2), -1),
+                "temperature": torch.rand(leading) + 0.5,
+            },
+            teachers=2,
+        )
+    yield Case("one-teacher-in-a-list", {"divergence": "reverse_kl"}, teachers=1)
+    yield Case(
+        "vocab-size", {}, lambda leading, vocab: {"vocab_size": max(1, vocab - 3)}
+    )
+
+
+def cases(op: str) -> list[Case]:
+    return list({"softmax_divergence": _softmax_divergence}[op]())
+
+
+def logits(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, spread: float = 3.0
+) -> torch.Tensor:
+    return (torch.randn(shape, dtype=torch.float64) * spread).to(dtype)
+
+
+def relative_error(found: torch.Tensor, true: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the truth."""
+    size = true.double().norm().item()
+    error = (found.double() - true.double()).norm().item()
+    return error / size if size else error

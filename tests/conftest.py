@@ -1,0 +1,55 @@
+"""Backends, devices and the --slow switch, shared by every test."""
+
+import pytest
+import torch
+
+import fastkd
+
+
+def _instruction_sets():
+    chosen, found = fastkd.cpu_capability(), []
+    for name in ("x86_64_v2", "x86_64_v3", "x86_64_v4", "baseline"):
+        try:
+            found.append(fastkd.cpu_capability(name))
+        except ValueError:
+            continue
+    fastkd.cpu_capability(chosen)
+    return found
+
+
+BACKENDS = [f"cpu-{name}" for name in _instruction_sets()]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run what needs many gigabytes")
+    parser.addoption("--backends", help="comma-separated; default: all that this machine runs")
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        wanted = metafunc.config.getoption("--backends")
+        names = wanted.split(",") if wanted else BACKENDS
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: run with --slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def backend(request):
+    """The implementation under test, as a device; CPU instruction sets are switched for a test."""
+    chosen = fastkd.cpu_capability()
+    fastkd.cpu_capability(request.param.removeprefix("cpu-"))
+    yield torch.device("cpu")
+    fastkd.cpu_capability(chosen)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
