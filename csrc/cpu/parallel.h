@@ -3,7 +3,7 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
-#include <vector>
+#include <memory>
 
 #include "softmax_divergence.h"
 
@@ -35,13 +35,13 @@ void for_rows(int64_t rows, int64_t vocab, int64_t scratch_bytes, const RunRow& 
   constexpr int64_t kGrain = 32768;  // elements a thread should at least have
   const int64_t threads = torch::stable::get_num_threads();
   if (rows < 4 * threads && vocab >= 4 * kSlice && threads > 1) {
-    std::vector<char> scratch(scratch_bytes);
-    for (int64_t row = 0; row < rows; ++row) run_row(row, all_threads(), scratch);
+    const std::unique_ptr<char[]> scratch(new char[scratch_bytes]);
+    for (int64_t row = 0; row < rows; ++row) run_row(row, all_threads(), scratch.get());
     return;
   }
   torch::stable::parallel_for(0, rows, kGrain / vocab + 1, [&](int64_t begin, int64_t end) {
-    std::vector<char> scratch(scratch_bytes);
-    for (int64_t row = begin; row < end; ++row) run_row(row, one_thread(), scratch);
+    const std::unique_ptr<char[]> scratch(new char[scratch_bytes]);
+    for (int64_t row = begin; row < end; ++row) run_row(row, one_thread(), scratch.get());
   });
 }
 

@@ -27,7 +27,7 @@ void scale_rows(const Tensor& gradient, const Tensor& factor) {
   const Rows all(gradient, leading), factors(factor, one ? 0 : leading);
   if (one && factors.number(0) == 1) return;
   const auto kernel = gradient.scalar_type() == ScalarType::Double ? kernels().scale_row_double : kernels().scale_row_float;
-  for_rows(rows, width, 0, [&](int64_t row, const SliceRunner&, std::vector<char>&) {
+  for_rows(rows, width, 0, [&](int64_t row, const SliceRunner&, char*) {
     kernel(all.row(row), width, factors.number(one ? 0 : row));
   });
 }

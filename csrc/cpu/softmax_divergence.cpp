@@ -198,7 +198,7 @@ void run(const Problem& problem, double gradient_factor, std::vector<double>& lo
   const auto row_function = problem.float64 ? kernel.double_row : kernel.float_row;
   const int teacher_count = int(problem.teachers.size());
 
-  const auto run_row = [&](int64_t index, const SliceRunner& runner, std::vector<char>& scratch) {
+  const auto run_row = [&](int64_t index, const SliceRunner& runner, char* scratch) {
     std::vector<Row> teachers(teacher_count);
     std::vector<double> weights(teacher_count, 1.0 / teacher_count);
     for (int k = 0; k < teacher_count; ++k) {
@@ -208,10 +208,7 @@ void run(const Problem& problem, double gradient_factor, std::vector<double>& lo
     SoftmaxDivergenceRow row{};
     row.vocab = problem.vocab;
     row.student = problem.student.row(index);
-    row.teachers = teachers.data();
-    row.teacher_weights = weights.data();
-    row.teacher_count = teacher_count;
-    row.mix_probs = problem.mix_probs;
+    row.teachers = {teachers.data(), weights.data(), teacher_count, problem.mix_probs};
     row.beta = o.beta;
     if (problem.student_gradient) row.student_gradient = problem.student_gradient.row(index);
     if (problem.teacher_gradient) row.teacher_gradient = problem.teacher_gradient.row(index);
@@ -231,10 +228,11 @@ void run(const Problem& problem, double gradient_factor, std::vector<double>& lo
     row.label_weight = o.label_weight;
     row.divergence_scale = o.square_temperature ? row.temperature * row.temperature : 1;
     row.scale = weight * gradient_factor;
-    row.scratch = scratch.data();
+    row.scratch = scratch;
     losses[index] = weight * row_function(row, runner);
   };
-  for_rows(problem.rows, problem.vocab, softmax_divergence_scratch(problem.vocab, teacher_count), run_row);
+  const int64_t real_size = problem.float64 ? sizeof(double) : sizeof(float);
+  for_rows(problem.rows, problem.vocab, softmax_divergence_scratch(problem.vocab, teacher_count, real_size), run_row);
 }
 
 std::vector<int64_t> loss_shape(const Tensor& student, const std::string& reduction) {

@@ -10,6 +10,7 @@
 #pragma once
 #include "../math/divergence.h"
 #include "simd.h"
+#include "teachers.h"
 
 namespace fastkd {
 
@@ -24,10 +25,7 @@ struct SliceRunner {
 struct SoftmaxDivergenceRow {
   int64_t vocab;
   Row student;
-  const Row* teachers;
-  const double* teacher_weights;  // one a teacher; ignored for a single teacher
-  int teacher_count;
-  bool mix_probs;                 // else logits
+  Teachers teachers;
   double beta;
   double temperature, teacher_temperature;
   int64_t label;                  // -1: none
@@ -36,7 +34,7 @@ struct SoftmaxDivergenceRow {
   double scale;                   // of the row's gradient: weight / denominator
   Row student_gradient, teacher_gradient;  // empty: not wanted
   int64_t student_width, teacher_width;    // columns of the gradients; those from vocab on are zero
-  void* scratch;                  // softmax_divergence_scratch(vocab, teacher_count) bytes, aligned to 16
+  void* scratch;                  // softmax_divergence_scratch(vocab, teachers, sizeof(Real)) bytes, aligned to 16
 };
 
 struct SoftmaxDivergenceKernel {
@@ -46,16 +44,36 @@ struct SoftmaxDivergenceKernel {
 };
 inline constexpr int kDivergences = 7;
 
-inline int64_t softmax_divergence_scratch(int64_t vocab, int64_t teacher_count) {
-  return ((vocab + kSlice - 1) / kSlice) * 64 + teacher_count * 16;
+inline constexpr int64_t kPartialBytes = 64;  // what a pass keeps of a slice
+
+inline int64_t softmax_divergence_scratch(int64_t vocab, int64_t teachers, int64_t real_size) {
+  return teachers * 16 + (vocab + kSlice - 1) / kSlice * kPartialBytes + vocab * real_size;
 }
 
 }  // namespace fastkd
 
 namespace fastkd::FASTKD_ISA {
 
+// Over a slice or row. Products with g and h are exact and added in double: a mean must match the very values that it is
+// subtracted from, whose own rounding then cancels.
 struct Sums {
-  double f, g, h, p, difference;
+  double f, qg, ph, q, p, difference;
+
+  void add(const Sums& o) {
+    f += o.f;
+    qg += o.qg;
+    ph += o.ph;
+    q += o.q;
+    p += o.p;
+    difference += o.difference;
+  }
+};
+
+// What the gradient subtracts from g and h, as a float and the rest.
+template <class Real>
+struct Mean {
+  Real high, low;
+  explicit Mean(double mean) : high(Real(mean)), low(Real(mean - double(Real(mean)))) {}
 };
 
 // From logits to outcomes, once both normalisers are known. Logits are first taken relative to a value near the largest:
@@ -89,6 +107,15 @@ struct Normalized {
   }
 };
 
+template <class Real, bool kDouble>
+struct Accumulator {
+  using Type = Real;
+};
+template <class Real>
+struct Accumulator<Real, true> {
+  using Type = double;
+};
+
 // A row between its passes.
 template <class Real>
 struct RowPasses {
@@ -96,7 +123,10 @@ struct RowPasses {
   const SliceRunner& runner;
   Real student_scale, teacher_scale, teacher_ratio;  // log2(e) / temperature, and teacher's over student's
   Real label_scale;                                  // log2(e), or 0 where pass 1 need not sum it separately
-  MaxSum<double>* teacher_normalizers;               // of each teacher, for mix_probs
+  MaxSum<double>* normalizers;                       // scratch: one a teacher,
+  char* partials;                                    // one a slice,
+  Real* slopes;                                      // and g of every entry, from the pass that sums it to the last
+  TeacherBlocks<Real> teacher;
   Real student_origin = 0, teacher_origin = 0;             // logits near the largest
   double student_lse = 0, teacher_lse = 0, label_lse = 0;  // relative to the origins, base 2
 
@@ -104,10 +134,14 @@ struct RowPasses {
       : row(r),
         runner(s),
         student_scale(Real(kLog2E / r.temperature)),
-        teacher_scale(Real(r.mix_probs ? 1.0 : kLog2E / r.teacher_temperature)),
-        teacher_ratio(r.mix_probs || r.temperature != r.teacher_temperature ? teacher_scale / student_scale : Real(1)),
+        teacher_scale(Real(r.teachers.mix_probs ? 1.0 : kLog2E / r.teacher_temperature)),
+        teacher_ratio(r.teachers.mix_probs || r.temperature != r.teacher_temperature ? teacher_scale / student_scale
+                                                                                     : Real(1)),
         label_scale(r.label >= 0 && r.temperature != 1.0 ? Real(kLog2E) : Real(0)),
-        teacher_normalizers(static_cast<MaxSum<double>*>(r.scratch)) {}
+        normalizers(static_cast<MaxSum<double>*>(r.scratch)),
+        partials(reinterpret_cast<char*>(normalizers + r.teachers.count)),
+        slopes(reinterpret_cast<Real*>(partials + (r.vocab + kSlice - 1) / kSlice * kPartialBytes)),
+        teacher{r.teachers, Real(kLog2E / r.teacher_temperature), normalizers} {}
 
   template <class Body>
   void for_blocks(int64_t slice, Body body) const {
@@ -118,11 +152,11 @@ struct RowPasses {
   // Runs body(slice, partial) for every slice and returns the partials, in scratch.
   template <class Partial, class Body>
   const Partial* for_slices(const Body& body, int64_t& slices) const {
-    static_assert(sizeof(Partial) <= 64);
+    static_assert(sizeof(Partial) <= kPartialBytes);
     struct Context {
       const Body* body;
       Partial* partial;
-    } context{&body, reinterpret_cast<Partial*>(static_cast<char*>(row.scratch) + row.teacher_count * 16)};
+    } context{&body, reinterpret_cast<Partial*>(partials)};
     slices = (row.vocab + kSlice - 1) / kSlice;
     runner.run(
         runner.self, slices,
@@ -134,79 +168,18 @@ struct RowPasses {
     return context.partial;
   }
 
-  // The block's teacher logits (times teacher_scale: base 2), or the composite of several.
-  const Real* load_teacher(int64_t begin, int64_t count, Real* buffer, Real* spare) const {
-    if (row.teacher_count == 1) return load(row.teachers[0], begin, count, buffer);
-    return row.mix_probs ? mix_probs(begin, count, buffer, spare) : mix_logits(begin, count, buffer, spare);
-  }
-
-  // sum_k w_k z_k, and -inf wherever one of the z_k that count is -inf.
-  __attribute__((noinline)) const Real* mix_logits(int64_t begin, int64_t count, Real* mixed, Real* spare) const {
-    alignas(64) Real dead[kBlock];
-    for (int64_t i = 0; i < count; ++i) mixed[i] = dead[i] = Real(0);
-    for (int k = 0; k < row.teacher_count; ++k) {
-      const Real weight = Real(row.teacher_weights[k]);
-      if (weight == Real(0)) continue;
-      const Real* z = load(row.teachers[k], begin, count, spare);
-      FASTKD_SIMD
-      for (int64_t i = 0; i < count; ++i) {
-        const bool gone = z[i] == Real(-INFINITY);
-        mixed[i] += weight * (gone ? Real(0) : z[i]);
-        dead[i] = gone ? Real(-INFINITY) : dead[i];
-      }
-    }
-    FASTKD_SIMD
-    for (int64_t i = 0; i < count; ++i) mixed[i] += dead[i];
-    return mixed;
-  }
-
-  // log2 sum_k w_k softmax(z_k / teacher_temperature), relative to the largest member so that no tail underflows.
-  __attribute__((noinline)) const Real* mix_probs(int64_t begin, int64_t count, Real* mixed, Real* spare) const {
-    alignas(64) Real sum[kBlock];
-    const Real scale = Real(kLog2E / row.teacher_temperature);
-    for (int64_t i = 0; i < count; ++i) {
-      mixed[i] = Real(-INFINITY);
-      sum[i] = Real(0);
-    }
-    for (int k = 0; k < row.teacher_count; ++k) {
-      if (row.teacher_weights[k] == 0) continue;
-      const Real shift = Real(::log2(row.teacher_weights[k]) - teacher_normalizers[k].log2());
-      const Real* z = load(row.teachers[k], begin, count, spare);
-      FASTKD_SIMD
-      for (int64_t i = 0; i < count; ++i) {
-        const Real x = z[i] * scale + shift, top = at_least(mixed[i], x);
-        const Real safe = top == Real(-INFINITY) ? Real(0) : top;
-        sum[i] = sum[i] * exp2_of(mixed[i] - safe) + exp2_of(x - safe);
-        mixed[i] = top;
-      }
-    }
-    FASTKD_SIMD
-    for (int64_t i = 0; i < count; ++i) mixed[i] += log2_of(at_least(Real(1), sum[i]));
-    return mixed;
-  }
-
-  __attribute__((noinline)) void normalize_teachers() const {
-    if (!row.mix_probs) return;
-    const Real scale = Real(kLog2E / row.teacher_temperature);
-    for (int k = 0; k < row.teacher_count; ++k) {
+  void normalize_teachers() const {
+    for (int k = 0; row.teachers.mix_probs && k < row.teachers.count; ++k) {
       int64_t slices;
       const MaxSum<double>* part = for_slices<MaxSum<double>>(
           [&](int64_t slice) {
             MaxSum<double> all = MaxSum<double>::empty();
-            for_blocks(slice, [&](int64_t begin, int64_t count) {
-              alignas(64) Real buffer[kBlock];
-              const Real* z = load(row.teachers[k], begin, count, buffer);
-              const Real top = largest(z, count) * scale, shift = top == Real(-INFINITY) ? Real(0) : top;
-              Real sum = 0;
-              FASTKD_SIMD_REDUCE(+ : sum)
-              for (int64_t i = 0; i < count; ++i) sum += exp2_of(z[i] * scale - shift);
-              all.merge({top, sum});
-            });
+            for_blocks(slice, [&](int64_t begin, int64_t count) { all.merge(teacher.normalizer(k, begin, count)); });
             return all;
           },
           slices);
-      teacher_normalizers[k] = part[0];
-      for (int64_t s = 1; s < slices; ++s) teacher_normalizers[k].merge(part[s]);
+      normalizers[k] = part[0];
+      for (int64_t s = 1; s < slices; ++s) normalizers[k].merge(part[s]);
     }
   }
 
@@ -244,10 +217,10 @@ struct RowPasses {
     const int64_t ahead = begin + kBlock, some = row.vocab - ahead < kBlock ? row.vocab - ahead : kBlock;
     if (some > 0) {
       prefetch(row.student, ahead, some);
-      for (int k = 0; k < row.teacher_count; ++k) prefetch(row.teachers[k], ahead, some);
+      teacher.prefetch_block(ahead, some);
     }
     const Real* u = load(row.student, begin, count, student_buffer);
-    const Real* w = load_teacher(begin, count, teacher_buffer, spare);
+    const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
     if (u_origin == Real(-INFINITY)) u_origin = largest(u, count);
     if (w_origin == Real(-INFINITY)) w_origin = largest(w, count);
     const Real u_slack = Real(8) / student_scale, w_slack = Real(8) / teacher_scale;
@@ -269,7 +242,10 @@ struct RowPasses {
     const Real w_zero = w_origin == Real(-INFINITY) ? Real(0) : w_origin;
     // A tiny weight instead of 0 lets an impossible entry make the sum infinite even where its mass underflows.
     constexpr Real kTiny = Real(1.17549435e-38), kLowest = Real(-3.4e38);
-    Real u_sum = 0, w_sum = 0, ratio = 0, crossing = 0, u_max = Real(-INFINITY), w_max = Real(-INFINITY);
+    // The student-weighted ratio becomes a mean that the gradient subtracts: see Sums.
+    using Ratio = typename Accumulator<Real, kPass == Pass::kStudentWeighted>::Type;
+    Ratio u_sum = 0, ratio = 0;
+    Real w_sum = 0, crossing = 0, u_max = Real(-INFINITY), w_max = Real(-INFINITY);
     _Pragma("omp simd reduction(+ : u_sum, w_sum, ratio, crossing) reduction(max : u_max, w_max)")
     for (int64_t i = 0; i < count; ++i) {
       u_max = u[i] > u_max ? u[i] : u_max;
@@ -284,7 +260,7 @@ struct RowPasses {
       }
       if constexpr (kPass == Pass::kStudentWeighted) {
         const Real log_ratio = x - y * r;
-        ratio += log_ratio > kLowest ? at_least(kTiny, e_u) * log_ratio : Real(0);
+        ratio += log_ratio > kLowest ? Ratio(at_least(kTiny, e_u)) * Ratio(log_ratio) : Ratio(0);
       }
       if constexpr (kPass == Pass::kTeacherCrossing) {
         crossing -= y > kLowest ? at_least(kTiny, e_w) * x : Real(0);
@@ -317,78 +293,84 @@ struct RowPasses {
           for_blocks(slice, [&](int64_t begin, int64_t count) {
             alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], spare[kBlock];
             const Real* u = load(row.student, begin, count, student_buffer);
-            const Real* w = load_teacher(begin, count, teacher_buffer, spare);
-            const Normalized<Real> at = normalized();
-            const Divergence local = divergence;
-            Real f = 0, g = 0, h = 0, p = 0, difference = 0;
-            FASTKD_SIMD_REDUCE(+ : f, g, h, p, difference)
-            for (int64_t i = 0; i < count; ++i) {
-              const Outcome<Real> o = at.template outcome<kNear>(u[i], w[i]);
-              const Terms<Real> t = local.template operator()<kNear>(o);
-              f += t.f;
-              g += t.g;
-              h += t.h;
-              p += o.p;
-              difference += o.difference;
-            }
-            all = {all.f + f, all.g + g, all.h + h, all.p + p, all.difference + difference};
+            const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
+            Real* keep = slopes + begin;
+            all.add(row.teacher_gradient ? block_sums<kNear, true>(divergence, u, w, count, keep)
+                                         : block_sums<kNear, false>(divergence, u, w, count, keep));
           });
           return all;
         },
         slices);
     Sums all = part[0];
-    for (int64_t s = 1; s < slices; ++s) {
-      const Sums& o = part[s];
-      all = {all.f + o.f, all.g + o.g, all.h + o.h, all.p + o.p, all.difference + o.difference};
-    }
-    // Over what the computed q and p really sum to, so that a constant part of g or h cancels exactly.
-    all.g /= all.p + all.difference;
-    all.h /= all.p;
+    for (int64_t s = 1; s < slices; ++s) all.add(part[s]);
     return all;
+  }
+
+  template <bool kNear, bool kTeacher, class Divergence>
+  Sums block_sums(const Divergence divergence, const Real* u, const Real* w, int64_t count,
+                  Real* keep) const {
+    const Normalized<Real> at = normalized();
+    Real f = 0, difference = 0;
+    double qg = 0, ph = 0, q = 0, p = 0;
+    FASTKD_SIMD_REDUCE(+ : f, qg, ph, q, p, difference)
+    for (int64_t i = 0; i < count; ++i) {
+      const Outcome<Real> o = at.template outcome<kNear>(u[i], w[i]);
+      const Terms<Real> t = divergence.template operator()<kNear>(o);
+      f += t.f;
+      if constexpr (!Divergence::kGIsGradient) {
+        qg += double(o.q) * double(t.g);
+        q += double(o.q);
+        keep[i] = t.g;
+      }
+      if constexpr (kTeacher && !Divergence::kHIsGradient) ph += double(o.p) * double(t.h);
+      if constexpr (kNear || (kTeacher && !Divergence::kHIsGradient)) p += double(o.p);
+      if constexpr (kNear) difference += o.difference;
+    }
+    return {f, qg, ph, q, p, difference};
   }
 
   // student_lse - teacher_lse from the sums of a near pass: since sum q = 1, the log of sum p e^d / sum p is the error.
   void refine(const Sums& sums) { student_lse += ::log1p(sums.difference / sums.p) * kLog2E; }
 
-  // student: scale T^2 (g - q sum g) / temperature + scale label_weight (softmax(u) - onehot(label)); teacher alike.
+  // student: scale T^2 q (g - mean g) / temperature + scale label_weight (softmax(u) - onehot(label)); teacher alike.
   template <bool kNear, class Divergence>
-  void write_gradient(const Divergence& divergence, double sum_g, double sum_h) const {
-    const double unit = row.scale * row.divergence_scale, label_unit = row.label >= 0 ? row.scale * row.label_weight : 0;
-    const double label_inside = label_scale == Real(0) ? label_unit : 0;  // the same softmax: one term less
-    const Real g_scale = Real(unit / row.temperature), q_scale = Real(label_inside - unit / row.temperature * sum_g);
-    const Real h_scale = Real(unit / row.teacher_temperature), p_scale = Real(-unit / row.teacher_temperature * sum_h);
-    const bool label_outside = row.label >= 0 && label_scale != Real(0);
+  void write_gradient(const Divergence& divergence, double mean_g, double mean_h) const {
+    const double unit = row.scale * row.divergence_scale;
+    const Real label_factor = Real(row.label >= 0 ? row.scale * row.label_weight : 0);
+    const bool label_apart = row.label >= 0 && label_scale != Real(0);
+    // At temperature 1 the label's softmax is q, and its share of the gradient one more multiple of it.
+    const Real g_scale = Real(unit / row.temperature), q_scale = label_apart ? Real(0) : label_factor;
+    const Real h_scale = Real(unit / row.teacher_temperature);
+    const Mean<Real> g_mean(mean_g), h_mean(mean_h);
     const Normalized<Real> at = normalized();
-    const Real label_shift = Real(label_lse), label_factor = Real(label_unit), origin = student_origin, l_scale = label_scale;
+    const Real label_shift = Real(label_lse), origin = student_origin, scale = label_scale;
     int64_t slices;
     for_slices<char>(
         [&](int64_t slice) {
           for_blocks(slice, [&](int64_t begin, int64_t count) {
             alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], spare[kBlock], out_buffer[kBlock];
             const Real* u = load(row.student, begin, count, student_buffer);
-            const Real* w = load_teacher(begin, count, teacher_buffer, spare);
+            const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
             if (row.teacher_gradient) {
               Real* out = destination(row.teacher_gradient, begin, out_buffer);
-              FASTKD_SIMD
-              for (int64_t i = 0; i < count; ++i) {
-                const Outcome<Real> o = at.template outcome<kNear>(u[i], w[i]);
-                out[i] = h_scale * divergence.template operator()<kNear>(o).h + p_scale * o.p;
-              }
+              teacher_block<kNear>(divergence, at, u, w, count, h_scale, h_mean, out);
               store(row.teacher_gradient, begin, count, out);
             }
             if (!row.student_gradient) return;
             alignas(64) Real label_part[kBlock];
-            if (label_outside) {  // before the student's logits may be overwritten
+            if (label_apart) {  // before the student's logits may be overwritten
               FASTKD_SIMD
-              for (int64_t i = 0; i < count; ++i) label_part[i] = label_factor * exp2_of((u[i] - origin) * l_scale - label_shift);
+              for (int64_t i = 0; i < count; ++i) {
+                label_part[i] = label_factor * exp2_of((u[i] - origin) * scale - label_shift);
+              }
             }
             Real* out = destination(row.student_gradient, begin, out_buffer);
-            FASTKD_SIMD
-            for (int64_t i = 0; i < count; ++i) {
-              const Outcome<Real> o = at.template outcome<kNear>(u[i], w[i]);
-              out[i] = g_scale * divergence.template operator()<kNear>(o).g + q_scale * o.q;
+            if constexpr (Divergence::kPass == Pass::kNormalizersOnly) {
+              kept_block(at, u, slopes + begin, count, g_scale, g_mean, q_scale, out);
+            } else {
+              student_block<kNear>(divergence, at, u, w, count, g_scale, g_mean, q_scale, out);
             }
-            if (label_outside) {
+            if (label_apart) {
               FASTKD_SIMD
               for (int64_t i = 0; i < count; ++i) out[i] += label_part[i];
             }
@@ -398,6 +380,39 @@ struct RowPasses {
           return char();
         },
         slices);
+  }
+
+  template <bool kNear, class Divergence>
+  static void student_block(const Divergence divergence, const Normalized<Real> at, const Real* u, const Real* w,
+                            int64_t count, Real scale, const Mean<Real> mean, Real q_scale, Real* out) {
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      const Outcome<Real> o = at.template outcome<kNear>(u[i], w[i]);
+      const Real g = divergence.template operator()<kNear>(o).g;
+      const Real gradient = Divergence::kGIsGradient ? g : o.q * ((g - mean.high) - mean.low);
+      out[i] = scale * gradient + q_scale * o.q;
+    }
+  }
+
+  // The same from the slopes of the pass before: one exponential an entry.
+  static void kept_block(const Normalized<Real> at, const Real* u, const Real* g, int64_t count, Real scale,
+                         const Mean<Real> mean, Real q_scale, Real* out) {
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      const Real q = exp2_of((u[i] - at.student_origin) * at.student_scale - at.student_lse);
+      out[i] = (scale * ((g[i] - mean.high) - mean.low) + q_scale) * q;
+    }
+  }
+
+  template <bool kNear, class Divergence>
+  static void teacher_block(const Divergence divergence, const Normalized<Real> at, const Real* u, const Real* w,
+                            int64_t count, Real scale, const Mean<Real> mean, Real* out) {
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      const Outcome<Real> o = at.template outcome<kNear>(u[i], w[i]);
+      const Real h = divergence.template operator()<kNear>(o).h;
+      out[i] = scale * (Divergence::kHIsGradient ? h : o.p * ((h - mean.high) - mean.low));
+    }
   }
 };
 
@@ -414,34 +429,40 @@ double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner
   label_logit = *label_at;
 
   const RowState<double> state = passes.template accumulate<kPass>();
-  const bool needs_sum = (row.student_gradient && !Divergence::kSumOfGIsZero) ||
-                         (row.teacher_gradient && !Divergence::kSumOfHIsZero);
+  const bool wants_gradient = row.student_gradient || row.teacher_gradient;
+  // The first pass already has the mean that the student's gradient needs, as long as it is finite.
+  const bool needs_teacher_mean = row.teacher_gradient && !Divergence::kHIsGradient;
+  const bool needs_student_mean = row.student_gradient && !Divergence::kGIsGradient;
   Sums sums{};
-  double value, closeness;
+  double value, closeness, student_mean = 0;
   if constexpr (kOnePass) {
     closeness = state.kl(kPass);
+    student_mean = closeness;
     value = kCrossing ? state.cross_entropy() : closeness;
-    sums.g = sums.h = value;
-    if (value == double(INFINITY) && needs_sum) sums = passes.template sum_terms<false>(divergence);
+    if (needs_teacher_mean || (needs_student_mean && value == double(INFINITY))) {
+      sums = passes.template sum_terms<false>(divergence);
+      student_mean = sums.qg / sums.q;
+    }
   } else {
     sums = passes.template sum_terms<false>(divergence);
     closeness = value = sums.f;
+    student_mean = sums.qg / sums.q;
   }
   const bool near = closeness < Divergence::kNearBelow * (1 + (kOnePass ? state.mean_ratio(kPass) : 0));
-  const bool wants_gradient = row.student_gradient || row.teacher_gradient;
   if (near && (wants_gradient || !kCrossing)) {
     sums = passes.template sum_terms<true>(divergence);
     passes.refine(sums);
-    if (needs_sum) sums = passes.template sum_terms<true>(divergence);
+    if (needs_teacher_mean || needs_student_mean) sums = passes.template sum_terms<true>(divergence);
     if (!kCrossing) value = sums.f;
+    student_mean = sums.qg / sums.q;
   }
-  if (Divergence::kSumOfGIsZero) sums.g = 0;
-  if (Divergence::kSumOfHIsZero) sums.h = 0;
+  if (Divergence::kGIsGradient) student_mean = 0;
+  const double teacher_mean = needs_teacher_mean ? sums.ph / sums.p : 0;
   if (wants_gradient) {
     if (near) {
-      passes.template write_gradient<true>(divergence, sums.g, sums.h);
+      passes.template write_gradient<true>(divergence, student_mean, teacher_mean);
     } else {
-      passes.template write_gradient<false>(divergence, sums.g, sums.h);
+      passes.template write_gradient<false>(divergence, student_mean, teacher_mean);
     }
     fill_zero(row.student_gradient, row.vocab, row.student_width);
     fill_zero(row.teacher_gradient, row.vocab, row.teacher_width);

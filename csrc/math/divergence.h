@@ -1,13 +1,14 @@
 // The divergences. To add one: write a struct here and name it in `Divergences`; nothing else changes.
 //
-// A row's value is the sum over the vocabulary of a term f(p, q). With a = log q and b = log p, the gradients are
-//   student logits  (g - q sum g) / temperature          g = df/da
-//   teacher logits  (h - p sum h) / teacher_temperature  h = df/db
-// A multiple of q added to g, or of p to h, cancels there. Each struct uses that freedom to return g and h that vanish
-// where p = q, and f as a sum of terms that are never negative: then nothing cancels as the student converges.
+// A row's value is the sum over the vocabulary of a term f(p, q). With a = log q and b = log p, its gradients are
+//   student logits  (df/da - q sum df/da) / temperature = q (g - mean_q g) / temperature,           g = (df/da) / q
+//   teacher logits  (df/db - p sum df/db) / teacher_temperature = p (h - mean_p h) / teacher_temperature
+// A constant added to g or h cancels: each struct returns those that vanish where p = q, and f as a sum of terms that
+// are never negative, so that nothing cancels as the student converges. Where the gradient has a closed form, q - p or
+// its negative, g or h is that form itself (kGIsGradient, kHIsGradient) and needs no mean.
 //
-// kPass says what the first pass must sum: for the KL divergences and the cross-entropy that sum is the value and sum g
-// and sum h are zero or the value itself; for the others a second pass adds f, g and h.
+// kPass says what the first pass must sum: for the KL divergences and the cross-entropy that sum is the value, and the
+// mean of the side that weights; the others take a second pass over f, g and h.
 //
 // Two ways to evaluate, chosen row by row:
 //   kNear = false  q - p by subtraction. Enough while the row's value is not tiny.
@@ -90,13 +91,13 @@ FASTKD_INLINE Real safe_log2(Real mixture) {
 struct ForwardKl {
   static constexpr const char* kName = "forward_kl";
   static constexpr Pass kPass = Pass::kTeacherWeighted;
-  static constexpr bool kSumOfGIsZero = true, kSumOfHIsZero = false;
+  static constexpr bool kGIsGradient = true, kHIsGradient = false;
   static constexpr double kNearBelow = kNearKl;
 
   double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
-    return {kl_term<kNear>(o, o.p, o.d, o.difference), o.difference, -o.p * o.d};
+    return {kl_term<kNear>(o, o.p, o.d, o.difference), o.difference, -o.d};
   }
 };
 
@@ -104,13 +105,13 @@ struct ForwardKl {
 struct ReverseKl {
   static constexpr const char* kName = "reverse_kl";
   static constexpr Pass kPass = Pass::kStudentWeighted;
-  static constexpr bool kSumOfGIsZero = false, kSumOfHIsZero = true;
+  static constexpr bool kGIsGradient = false, kHIsGradient = true;
   static constexpr double kNearBelow = kNearKl;
 
   double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
-    return {kl_term<kNear>(o, o.q, -o.d, -o.difference), o.q * o.d, -o.difference};
+    return {kl_term<kNear>(o, o.q, -o.d, -o.difference), o.d, -o.difference};
   }
 };
 
@@ -118,7 +119,7 @@ struct ReverseKl {
 struct CrossEntropy {
   static constexpr const char* kName = "cross_entropy";
   static constexpr Pass kPass = Pass::kTeacherCrossing;
-  static constexpr bool kSumOfGIsZero = true, kSumOfHIsZero = false;
+  static constexpr bool kGIsGradient = true, kHIsGradient = false;
   static constexpr double kNearBelow = kNearKl;
 
   double beta;
@@ -126,7 +127,7 @@ struct CrossEntropy {
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     const Real dead = Real(-kLargestLogRatio);
     const Real log_q = o.log2_q < Real(-kInfiniteLogRatio) ? dead : o.log2_q * Real(kLn2);
-    return {-o.p * log_q, o.difference, -o.p * log_q};
+    return {-o.p * log_q, o.difference, -log_q};
   }
 };
 
@@ -134,7 +135,7 @@ struct CrossEntropy {
 struct Jsd {
   static constexpr const char* kName = "jsd";
   static constexpr Pass kPass = Pass::kNormalizersOnly;
-  static constexpr bool kSumOfGIsZero = false, kSumOfHIsZero = false;
+  static constexpr bool kGIsGradient = false, kHIsGradient = false;
   static constexpr double kNearBelow = kNearSum;
 
   double beta;
@@ -146,7 +147,7 @@ struct Jsd {
     const auto q_to_m = mix<kNear>(o, o.log2_q, m, teacher_gap(o), b);
     const Real direct = -(b * o.p * p_to_m.log_ratio + c * o.q * q_to_m.log_ratio);
     const Real f = kNear ? select(o.small, b * o.p * p_to_m.kl + c * o.q * q_to_m.kl, direct) : direct;
-    return {f, -c * o.q * q_to_m.log_ratio, -b * o.p * p_to_m.log_ratio};
+    return {f, -c * q_to_m.log_ratio, -b * p_to_m.log_ratio};
   }
 };
 
@@ -154,7 +155,7 @@ struct Jsd {
 struct SkewKl {
   static constexpr const char* kName = "skew_kl";
   static constexpr Pass kPass = Pass::kNormalizersOnly;
-  static constexpr bool kSumOfGIsZero = false, kSumOfHIsZero = false;
+  static constexpr bool kGIsGradient = false, kHIsGradient = false;
   static constexpr double kNearBelow = kNearSum;
 
   double beta;
@@ -165,8 +166,7 @@ struct SkewKl {
     const auto to_m = mix<kNear>(o, o.log2_p, log2_of(mixture), student_gap(o), c);
     const Real direct = c * o.difference - o.p * to_m.log_ratio;
     const Real slope = c * o.difference / mixture;
-    return {kNear ? select(o.small, o.p * to_m.kl, direct) : direct, c * o.q * slope,
-            -o.p * to_m.log_ratio + b * o.p * slope};
+    return {kNear ? select(o.small, o.p * to_m.kl, direct) : direct, c * slope, b * slope - to_m.log_ratio};
   }
 };
 
@@ -174,7 +174,7 @@ struct SkewKl {
 struct SkewReverseKl {
   static constexpr const char* kName = "skew_reverse_kl";
   static constexpr Pass kPass = Pass::kNormalizersOnly;
-  static constexpr bool kSumOfGIsZero = false, kSumOfHIsZero = false;
+  static constexpr bool kGIsGradient = false, kHIsGradient = false;
   static constexpr double kNearBelow = kNearSum;
 
   double beta;
@@ -185,8 +185,7 @@ struct SkewReverseKl {
     const auto to_m = mix<kNear>(o, o.log2_q, log2_of(mixture), teacher_gap(o), c);
     const Real direct = -c * o.difference - o.q * to_m.log_ratio;
     const Real slope = -c * o.difference / mixture;
-    return {kNear ? select(o.small, o.q * to_m.kl, direct) : direct, -o.q * to_m.log_ratio + b * o.q * slope,
-            c * o.p * slope};
+    return {kNear ? select(o.small, o.q * to_m.kl, direct) : direct, b * slope - to_m.log_ratio, c * slope};
   }
 };
 
@@ -194,14 +193,14 @@ struct SkewReverseKl {
 struct Tvd {
   static constexpr const char* kName = "tvd";
   static constexpr Pass kPass = Pass::kNormalizersOnly;
-  static constexpr bool kSumOfGIsZero = false, kSumOfHIsZero = false;
+  static constexpr bool kGIsGradient = false, kHIsGradient = false;
   static constexpr double kNearBelow = kNearSum;
 
   double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     const Real half = Real(0.5) * sign_of(o.difference);
-    return {half * o.difference, o.q * half, -o.p * half};
+    return {half * o.difference, half, -half};
   }
 };
 
