@@ -24,8 +24,14 @@ GRADIENT_ERROR = {
     torch.float64: 1e-11,
     torch.float32: 2e-6,
     torch.bfloat16: 6e-3,
-    torch.float16: 1e-3,
+    torch.float16: 2e-3,
 }
+# A handful of entries: one may hold nearly all the mass on both sides, and the gradient is then a
+# small difference of probabilities that are themselves rounded.
+FEW_ENTRIES, FEW_ENTRIES_ERROR = 1000, 2e-5
+# Where one side's mass hardly meets the other's, the log of a mixture is nearly constant, and the
+# gradient is what is left of it.
+MIXTURES, MIXTURE_ERROR = ("jsd", "skew_kl", "skew_reverse_kl"), 4e-6
 LOSS_ERROR = {
     torch.float64: 1e-11,
     torch.float32: 1e-5,
@@ -112,9 +118,7 @@ def _softmax_divergence() -> Iterator[Case]:
             teachers=2,
         )
     yield Case("one-teacher-in-a-list", {"divergence": "reverse_kl"}, teachers=1)
-    yield Case(
-        "vocab-size", {}, lambda leading, vocab: {"vocab_size": max(1, vocab - 3)}
-    )
+    yield Case("vocab-size", {}, lambda leading, vocab: {"vocab_size": max(1, vocab - 3)})
 
 
 def cases(op: str) -> list[Case]:
@@ -125,6 +129,19 @@ def logits(
     shape: tuple[int, ...], dtype: torch.dtype = torch.float32, spread: float = 3.0
 ) -> torch.Tensor:
     return (torch.randn(shape, dtype=torch.float64) * spread).to(dtype)
+
+
+def allowed_error(exact: torch.Tensor, dtype: torch.dtype, divergence: str = "") -> float:
+    """How far, in norm, a gradient of `dtype` may be from the exact one."""
+    error = GRADIENT_ERROR[dtype]
+    if dtype != torch.float64:
+        if divergence in MIXTURES:
+            error = max(error, MIXTURE_ERROR)
+        if exact.size(-1) < FEW_ENTRIES:
+            error = max(error, FEW_ENTRIES_ERROR)
+    # float16 has no numbers between 0 and 2^-24.
+    floor = 2**-25 * exact.numel() ** 0.5 if dtype == torch.float16 else 5e-7
+    return error * exact.norm().item() + floor
 
 
 def relative_error(found: torch.Tensor, true: torch.Tensor) -> float:

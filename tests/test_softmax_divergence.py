@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from cases import DIVERGENCES, GRADIENT_ERROR, LOSS_ERROR, SHAPES, cases, logits, relative_error
+from cases import (
+    DIVERGENCES,
+    LOSS_ERROR,
+    SHAPES,
+    allowed_error,
+    cases,
+    logits,
+    relative_error,
+)
 
 import fastkd
 
@@ -37,10 +45,8 @@ def assert_matches_float64(student, teacher, options, teacher_grad=True):
     for mine, right, source in zip(gradients, exact, (student, teacher), strict=False):
         assert mine.dtype == source.dtype
         assert mine.shape == source.shape
-        if right.norm() > 1e-6:  # a vocabulary of one has no gradient but rounding
-            assert relative_error(mine, right) < GRADIENT_ERROR[source.dtype]
-        else:
-            assert mine.double().abs().max() < 1e-6 if mine.numel() else True
+        error = (mine.double() - right).norm().item()
+        assert error <= allowed_error(right, source.dtype, options.get("divergence", "forward_kl"))
 
 
 def _listed(teacher):
@@ -114,8 +120,10 @@ def test_accurate_as_the_student_converges(backend, divergence, noise):
     )
     assert (loss >= 0).all()
     assert ((loss - true).abs() / true).max() < 1e-4
-    assert relative_error(student_gradient, exact[0]) < 2e-6
-    assert relative_error(teacher_gradient, exact[1]) < 2e-6
+    # tvd's gradient jumps where p = q: an entry whose order the rounding of the logits decides.
+    tolerance = 1e-5 if divergence == "tvd" else 2e-6
+    assert relative_error(student_gradient, exact[0]) < tolerance
+    assert relative_error(teacher_gradient, exact[1]) < tolerance
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -125,9 +133,7 @@ def test_bfloat16_gradient_is_rounded_once(backend, divergence):
     student = (teacher.float() + 0.05 * torch.randn(4, 32_000)).bfloat16()
     options = {"divergence": divergence}
     _, gradients = run(fastkd.softmax_divergence, student, teacher, options)
-    _, exact = run(
-        fastkd.reference.softmax_divergence, student.double(), teacher.double(), options
-    )
+    _, exact = run(fastkd.reference.softmax_divergence, student.double(), teacher.double(), options)
     for mine, right in zip(gradients, exact, strict=True):
         assert relative_error(mine, right) < 6e-3
 
@@ -329,9 +335,7 @@ def test_gradient_accumulation(backend):
         )[1][0]
         for i in range(0, 8, 2)
     ]
-    torch.testing.assert_close(torch.cat(parts) / parts[0].new_tensor(1.0), whole * 1.0, rtol=2, atol=1)
-    scale = torch.cat(parts).norm() / whole.norm()
-    assert 0.3 < scale < 3
+    torch.testing.assert_close(torch.cat(parts), whole)
 
 
 def test_float16_gradients_survive_the_mean(backend):

@@ -244,8 +244,8 @@ struct RowPasses {
     constexpr Real kTiny = Real(1.17549435e-38), kLowest = Real(-3.4e38);
     // The student-weighted ratio becomes a mean that the gradient subtracts: see Sums.
     using Ratio = typename Accumulator<Real, kPass == Pass::kStudentWeighted>::Type;
-    Ratio u_sum = 0, ratio = 0;
-    Real w_sum = 0, crossing = 0, u_max = Real(-INFINITY), w_max = Real(-INFINITY);
+    Ratio u_sum = 0, w_sum = 0, ratio = 0;
+    Real crossing = 0, u_max = Real(-INFINITY), w_max = Real(-INFINITY);
     _Pragma("omp simd reduction(+ : u_sum, w_sum, ratio, crossing) reduction(max : u_max, w_max)")
     for (int64_t i = 0; i < count; ++i) {
       u_max = u[i] > u_max ? u[i] : u_max;
@@ -457,7 +457,12 @@ double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner
     student_mean = sums.qg / sums.q;
   }
   if (Divergence::kGIsGradient) student_mean = 0;
-  const double teacher_mean = needs_teacher_mean ? sums.ph / sums.p : 0;
+  double teacher_mean = needs_teacher_mean ? sums.ph / sums.p : 0;
+  // A normaliser that is NaN makes the whole row so, whatever the logarithms made of it.
+  const double poison = (passes.student_lse - passes.student_lse) + (passes.teacher_lse - passes.teacher_lse);
+  value += poison;
+  student_mean += poison;
+  teacher_mean += poison;
   if (wants_gradient) {
     if (near) {
       passes.template write_gradient<true>(divergence, student_mean, teacher_mean);

@@ -53,21 +53,25 @@ FASTKD_INLINE Real kl_term(const Outcome<Real>& o, Real p, Real d, Real differen
   return direct;
 }
 
-// The ratio of a mixture of p and q to one of them, as its logarithm and the term of KL to the mixture:
-// weight is the share of the other side, ratio_gap = other / own - 1.
+// How a mixture of p and q compares with one of them, `own`. The other side's share of it is `weight`, and
+// gap = other / own - 1.
 template <class Real>
 struct Mixed {
   Real log_ratio;  // log(mixture / own)
   Real kl;         // what own adds to KL(own || mixture), over own
 };
 
+template <class Real>
+FASTKD_INLINE Real floored(Real probability) {
+  return at_least(Real(1.17549435e-38), probability);
+}
+
 template <bool kNear, class Real>
-FASTKD_INLINE Mixed<Real> mix(const Outcome<Real>& o, Real own_log2, Real mixture_log2, Real ratio_gap, Real weight) {
-  const Real direct = (mixture_log2 - own_log2) * Real(kLn2);
+FASTKD_INLINE Mixed<Real> mix(const Outcome<Real>& o, Real own, Log2<Real> mixture, Real gap, Real weight) {
+  const Real direct = mixture.minus(log2_parts(floored(own))) * Real(kLn2);
   if constexpr (kNear) {
-    const Real y = weight * ratio_gap;
-    const Real gap = log1p_gap(y);
-    return {select(o.small, y - gap, direct), gap};
+    const Real y = weight * gap, rest = log1p_gap(y);
+    return {select(o.small, y - rest, direct), rest};
   }
   return {direct, Real(0)};
 }
@@ -80,11 +84,6 @@ FASTKD_INLINE Real student_gap(const Outcome<Real>& o) {
 template <class Real>
 FASTKD_INLINE Real teacher_gap(const Outcome<Real>& o) {
   return expm1_gap(-o.d) - o.d;
-}
-
-template <class Real>
-FASTKD_INLINE Real safe_log2(Real mixture) {
-  return log2_of(at_least(Real(1.17549435e-38), mixture));
 }
 
 // KL(p || q)
@@ -142,10 +141,10 @@ struct Jsd {
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     const Real b = Real(beta), c = Real(1 - beta);
-    const Real m = safe_log2(b * o.p + c * o.q);
-    const auto p_to_m = mix<kNear>(o, o.log2_p, m, student_gap(o), c);
-    const auto q_to_m = mix<kNear>(o, o.log2_q, m, teacher_gap(o), b);
-    const Real direct = -(b * o.p * p_to_m.log_ratio + c * o.q * q_to_m.log_ratio);
+    const Log2<Real> m = log2_parts(floored(b * o.p + c * o.q));
+    const auto p_to_m = mix<kNear>(o, o.p, m, student_gap(o), c);
+    const auto q_to_m = mix<kNear>(o, o.q, m, teacher_gap(o), b);
+    const Real direct = (b * o.p * (o.log2_p - m.value()) + c * o.q * (o.log2_q - m.value())) * Real(kLn2);
     const Real f = kNear ? select(o.small, b * o.p * p_to_m.kl + c * o.q * q_to_m.kl, direct) : direct;
     return {f, -c * q_to_m.log_ratio, -b * p_to_m.log_ratio};
   }
@@ -162,9 +161,10 @@ struct SkewKl {
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     const Real b = Real(beta), c = Real(1 - beta);
-    const Real mixture = at_least(Real(1.17549435e-38), b * o.p + c * o.q);
-    const auto to_m = mix<kNear>(o, o.log2_p, log2_of(mixture), student_gap(o), c);
-    const Real direct = c * o.difference - o.p * to_m.log_ratio;
+    const Real mixture = floored(b * o.p + c * o.q);
+    const Log2<Real> m = log2_parts(mixture);
+    const auto to_m = mix<kNear>(o, o.p, m, student_gap(o), c);
+    const Real direct = c * o.difference + o.p * (o.log2_p - m.value()) * Real(kLn2);
     const Real slope = c * o.difference / mixture;
     return {kNear ? select(o.small, o.p * to_m.kl, direct) : direct, c * slope, b * slope - to_m.log_ratio};
   }
@@ -181,9 +181,10 @@ struct SkewReverseKl {
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     const Real b = Real(beta), c = Real(1 - beta);
-    const Real mixture = at_least(Real(1.17549435e-38), b * o.q + c * o.p);
-    const auto to_m = mix<kNear>(o, o.log2_q, log2_of(mixture), teacher_gap(o), c);
-    const Real direct = -c * o.difference - o.q * to_m.log_ratio;
+    const Real mixture = floored(b * o.q + c * o.p);
+    const Log2<Real> m = log2_parts(mixture);
+    const auto to_m = mix<kNear>(o, o.q, m, teacher_gap(o), c);
+    const Real direct = o.q * (o.log2_q - m.value()) * Real(kLn2) - c * o.difference;
     const Real slope = -c * o.difference / mixture;
     return {kNear ? select(o.small, o.q * to_m.kl, direct) : direct, b * slope - to_m.log_ratio, c * slope};
   }

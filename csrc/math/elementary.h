@@ -71,10 +71,19 @@ FASTKD_INLINE float exp2_of(float x) {
 }
 FASTKD_INLINE double exp2_of(double x) { return ::exp2(x); }
 
-// log2(x) for positive, normal x.
-FASTKD_INLINE float log2_of(float x) {
+// log2(x) for positive, normal x, as an integer and a fraction in [-1/2, 1/2]: the difference of two logarithms taken
+// part by part does not lose what their common size would round away.
+template <class Real>
+struct Log2 {
+  Real exponent, fraction;
+  FASTKD_INLINE Real value() const { return exponent + fraction; }
+  FASTKD_INLINE Real minus(Log2 other) const { return (exponent - other.exponent) + (fraction - other.fraction); }
+};
+
+FASTKD_INLINE Log2<float> log2_parts(float x) {
 #ifdef __CUDA_ARCH__
-  return log2f(x);
+  const int32_t exponent = (__float_as_int(x) - 0x3f3504f3) >> 23;
+  return {float(exponent), log2f(__int_as_float(__float_as_int(x) - exponent * (1 << 23)))};
 #else
   const int32_t exponent = (bit_cast<int32_t>(x) - 0x3f3504f3) >> 23;  // x = m 2^exponent, m in [sqrt(1/2), sqrt(2))
   const float t = bit_cast<float>(bit_cast<int32_t>(x) - exponent * (1 << 23)) - 1.0f;
@@ -87,10 +96,15 @@ FASTKD_INLINE float log2_of(float x) {
   p = p * t + 4.8091063e-1f;
   p = p * t - 7.2134733e-1f;
   p = p * t + 1.4426950e+0f;
-  return p * t + float(exponent);
+  return {float(exponent), p * t};
 #endif
 }
-FASTKD_INLINE double log2_of(double x) { return ::log2(x); }
+FASTKD_INLINE Log2<double> log2_parts(double x) { return {::log2(x), 0.0}; }
+
+template <class Real>
+FASTKD_INLINE Real log2_of(Real x) {
+  return log2_parts(x).value();
+}
 
 // e^x - 1 - x for |x| <= 1/2.
 FASTKD_INLINE float expm1_gap(float x) {

@@ -1,0 +1,1 @@
+"""fastkd beside eager PyTorch, torch.compile, other packages and the memory roof."""

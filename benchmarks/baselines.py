@@ -1,0 +1,216 @@
+"""Who is compared: fastkd, PyTorch as training loops spell it, and other packages where installed.
+
+Everybody gets the same ready logits (or log-probabilities) and returns the same scalar, reduced as
+"batchmean". 16-bit logits are widened to float32 first, as careful loops do: without that the
+gradients are off by percents.
+"""
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastkd
+from benchmarks.harness import OURS, Contestant, Exact, Loss
+from benchmarks.shapes import BETAS
+
+LIGER = "liger-kernel==0.8.5"
+TORCHTUNE = "torchtune==0.6.1"
+
+
+def exact_divergence(divergence: str) -> Exact:
+    """Return the definition in float64, one value a row."""
+
+    def exact(student: Tensor, teacher: Tensor) -> Tensor:
+        options = {"divergence": divergence, "beta": BETAS.get(divergence, 0.5)}
+        return fastkd.reference.softmax_divergence(student, teacher, reduction="none", **options)
+
+    return exact
+
+
+def exact_kl_div(log_probs: Tensor, target: Tensor) -> Tensor:
+    """Return kl_div's definition in float64, one value a row."""
+    return fastkd.reference.kl_div(log_probs, target, reduction="none").sum(-1)
+
+
+def softmax_divergence_contestants(
+    divergence: str, *, peers: bool = True, packages: bool = True
+) -> list[Contestant]:
+    """Everybody who computes this divergence from logits."""
+    beta = BETAS.get(divergence, 0.5)
+
+    def ours(student: Tensor, teacher: Tensor) -> Tensor:
+        return fastkd.softmax_divergence(
+            student, teacher, divergence=divergence, beta=beta, reduction="batchmean"
+        )
+
+    contestants = [Contestant(OURS, ours)]
+    if peers:
+        eager = _EAGER[divergence]
+        copies = _EAGER_COPIES[divergence]
+        contestants += [
+            Contestant("eager", eager, copies=copies),
+            Contestant("torch.compile", torch.compile(eager, dynamic=False), copies=copies),
+        ]
+    if peers and packages:
+        contestants += _liger(divergence) + _torchtune(divergence)
+    return contestants
+
+
+def kl_div_contestants(*, peers: bool = True) -> list[Contestant]:
+    """fastkd.kl_div, PyTorch's, and PyTorch's compiled."""
+
+    def ours(log_probs: Tensor, target: Tensor) -> Tensor:
+        return fastkd.kl_div(log_probs, target, reduction="batchmean")
+
+    def eager(log_probs: Tensor, target: Tensor) -> Tensor:
+        return F.kl_div(log_probs, target, reduction="batchmean")
+
+    contestants = [Contestant(OURS, ours)]
+    if peers:
+        contestants += [
+            Contestant("F.kl_div", eager, copies=5),
+            Contestant("torch.compile", torch.compile(eager, dynamic=False), copies=5),
+        ]
+    return contestants
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _log_probs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    return F.log_softmax(_wide(student), dim=-1), F.log_softmax(_wide(teacher), dim=-1)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def _mix(first: Tensor, second: Tensor, share: float) -> Tensor:
+    return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
+
+
+def _forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    log_q, p = F.log_softmax(_wide(student), dim=-1), F.softmax(_wide(teacher), dim=-1)
+    return F.kl_div(log_q, p, reduction="batchmean")
+
+
+def _reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    log_q, log_p = _log_probs(student, teacher)
+    return _kl(log_q, log_p)
+
+
+def _jsd(student: Tensor, teacher: Tensor) -> Tensor:
+    log_q, log_p = _log_probs(student, teacher)
+    log_m = _mix(log_p, log_q, BETAS["jsd"])
+    return BETAS["jsd"] * _kl(log_p, log_m) + (1 - BETAS["jsd"]) * _kl(log_q, log_m)
+
+
+def _skew_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    log_q, log_p = _log_probs(student, teacher)
+    return _kl(log_p, _mix(log_p, log_q, BETAS["skew_kl"]))
+
+
+def _skew_reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    log_q, log_p = _log_probs(student, teacher)
+    return _kl(log_q, _mix(log_q, log_p, BETAS["skew_reverse_kl"]))
+
+
+def _tvd(student: Tensor, teacher: Tensor) -> Tensor:
+    q, p = F.softmax(_wide(student), dim=-1), F.softmax(_wide(teacher), dim=-1)
+    return 0.5 * (p - q).abs().sum(dim=-1).mean()
+
+
+def _cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.cross_entropy(_wide(student), F.softmax(_wide(teacher), dim=-1))
+
+
+_EAGER: dict[str, Loss] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "tvd": _tvd,
+    "cross_entropy": _cross_entropy,
+}
+_EAGER_COPIES = {name: 7 for name in _EAGER} | {"jsd": 16, "skew_kl": 12, "skew_reverse_kl": 14}
+
+
+def _liger(divergence: str) -> list[Contestant]:
+    """Liger's loss on a chunk of logits, compiled as its fused loss compiles it.
+
+    The fused loss itself takes hidden states and multiplies them by the weights: that product is
+    in nobody else's time, so what is called here is the part behind it. It works on chunks of
+    1,024 rows; no case has more.
+    """
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": BETAS["jsd"]}.get(divergence)
+    function = _liger_function()
+    if beta is None or function is None:
+        return []
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return function(student, teacher, beta=beta) / student.size(0)
+
+    return [Contestant("liger", torch.compile(loss, dynamic=False), copies=16)]
+
+
+def _torchtune(divergence: str) -> list[Contestant]:
+    """torchtune's losses on logits, with no label ignored.
+
+    Its "forward KL" leaves out the teacher's entropy: the value is cross-entropy's, the gradient
+    that of forward KL.
+    """
+    module = _torchtune_module()
+    kinds = {"forward_kl": "ForwardKLLoss", "cross_entropy": "ForwardKLLoss"}
+    kind = (kinds | {"reverse_kl": "ReverseKLLoss"}).get(divergence)
+    if kind is None or module is None:
+        return []
+    function = getattr(module, kind)()
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        labels = torch.zeros(student.size(0), dtype=torch.long, device=student.device)
+        return function(student, teacher, labels)
+
+    exact = exact_divergence("cross_entropy") if divergence == "forward_kl" else None
+    return [Contestant("torchtune", loss, copies=9, exact=exact)]
+
+
+@cache
+def _liger_function() -> Callable[..., Tensor] | None:
+    try:
+        from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
+    except ImportError as error:
+        _say_missing("liger", f"--no-deps {LIGER} triton", error)
+        return None
+    return LigerFusedLinearJSDFunction.distillation_loss_fn
+
+
+@cache
+def _torchtune_module() -> ModuleType | None:
+    """Load the one file: importing the package would ask for torchao and more."""
+    found = importlib.util.find_spec("torchtune")
+    if found is None or not found.submodule_search_locations:
+        _say_missing("torchtune", f"--no-deps {TORCHTUNE}", "not installed")
+        return None
+    path = Path(found.submodule_search_locations[0]) / "modules" / "loss" / "kd_losses.py"
+    try:
+        spec = importlib.util.spec_from_file_location("benchmarks_torchtune_losses", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (ImportError, OSError) as error:
+        _say_missing("torchtune", f"--no-deps {TORCHTUNE}", error)
+        return None
+    return module
+
+
+def _say_missing(name: str, install: str, reason: object) -> None:
+    print(f"!!! {name} is not compared ({reason}): pip install {install}", file=sys.stderr)

@@ -1,0 +1,222 @@
+"""Running a case: check every contestant against float64, time them in turn, read their memory."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import (
+    Step,
+    Timing,
+    available_memory,
+    peak_memory,
+    roofs,
+    time_interleaved,
+)
+from benchmarks.shapes import LOSS, LOSS_AND_GRADIENT, Shape, Traffic
+
+#: Student's and teacher's side [rows, vocab] to a scalar, reduced as "batchmean".
+Loss = Callable[[Tensor, Tensor], Tensor]
+#: The same arguments in float64 to one value a row: the definition.
+Exact = Callable[[Tensor, Tensor], Tensor]
+
+#: Relative error against float64 beyond which a contestant is wrong: some roundings of float32
+#: arithmetic, or the one rounding that storing a 16-bit gradient takes.
+TOLERANCES = {
+    torch.float64: 1e-10,
+    torch.float32: 2e-5,
+    torch.bfloat16: 6e-3,
+    torch.float16: 2e-3,
+}
+#: Gradients of a mean over many rows underflow in float16 unless scaled, as GradScaler does.
+LOSS_SCALES = {torch.float16: 2.0**15}
+#: So many rows differ, and are repeated: that makes the float64 truth of a large case affordable.
+DISTINCT_ROWS = 8
+OURS = "fastkd"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to compute a loss."""
+
+    name: str
+    loss: Loss
+    #: About how many float32 tensors [rows, vocab] a step holds: it is not started without room.
+    copies: float = 2
+    #: Set where the contestant's value differs by design from the case's (gradients must agree).
+    exact: Exact | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: a shape, a definition, and those who claim to compute it."""
+
+    name: str
+    shape: Shape
+    #: float64 student's and teacher's side for a number of rows and a vocabulary.
+    inputs: Callable[[int, int], tuple[Tensor, Tensor]]
+    exact: Exact
+    contestants: Sequence[Contestant]
+    gradient: bool = True
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the case has to move."""
+        return LOSS_AND_GRADIENT if self.gradient else LOSS
+
+    @property
+    def title(self) -> str:
+        """Name, shape and what is computed."""
+        return f"{self.name}, {self.shape}, {'loss + gradient' if self.gradient else 'loss'}"
+
+
+@dataclass
+class Measurement:
+    """What became of one contestant. `wrong` and `failed` say why a time is not to be trusted."""
+
+    name: str
+    timing: Timing | None = None
+    peak_bytes: int | None = None
+    loss_error: float = math.nan
+    gradient_error: float = math.nan
+    wrong: str | None = None
+    failed: str | None = None
+
+
+@dataclass
+class CaseResult:
+    """A case's roof and its contestants, in their order."""
+
+    case: Case
+    roof_name: str
+    roof: Timing
+    measurements: list[Measurement] = field(default_factory=list)
+
+    def find(self, name: str = OURS) -> Measurement | None:
+        """Return the measurement of a contestant that was timed."""
+        return next((m for m in self.measurements if m.name == name and m.timing), None)
+
+    def times_roof(self, measurement: Measurement) -> float:
+        """Median time over the roof's."""
+        return measurement.timing.median / self.roof.median if measurement.timing else math.nan
+
+    def speedup_over(self, measurement: Measurement) -> float:
+        """How many times as long as fastkd it takes."""
+        ours = self.find()
+        if ours is None or measurement.timing is None:
+            return math.nan
+        return measurement.timing.median / ours.timing.median
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    budget: float,
+    on_progress: Callable[[str, float], None] = lambda text, done: None,
+) -> CaseResult:
+    """Check, time and weigh every contestant of `case`; timing takes `budget` seconds or so."""
+    torch.compiler.reset()
+    distinct = case.inputs(min(case.shape.rows, DISTINCT_ROWS), case.shape.vocab)
+    distinct = tuple(side.to(device=device, dtype=case.shape.dtype) for side in distinct)
+    which = torch.arange(case.shape.rows, device=device) % distinct[0].size(0)
+    student, teacher = (side[which] for side in distinct)
+    student.requires_grad_(case.gradient)
+
+    measurements, steps = [], {}
+    for index, contestant in enumerate(case.contestants):
+        on_progress(f"checking {contestant.name}", 0.5 * index / len(case.contestants))
+        measurement = Measurement(contestant.name)
+        measurements.append(measurement)
+        try:
+            _require_memory(contestant, case.shape, device)
+            _check(measurement, case, contestant, student, teacher, distinct)
+            steps[contestant.name] = make_step(contestant.loss, student, teacher)
+            steps[contestant.name]()
+        except Exception as error:  # a peer may raise anything, and must not end the others' run
+            steps.pop(contestant.name, None)
+            student.grad = None
+            measurement.failed = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    plain = roofs(student, teacher, case.traffic)
+    for step in plain.values():
+        step()
+    timings = time_interleaved(
+        {**plain, **steps},
+        device,
+        budget,
+        lambda done: on_progress("timing", 0.5 + 0.45 * done),
+    )
+    on_progress("reading peak memory", 0.95)
+    for measurement in measurements:
+        if measurement.name in steps:
+            measurement.timing = timings[measurement.name]
+            measurement.peak_bytes = peak_memory(steps[measurement.name], device)
+    roof_name = min(plain, key=lambda name: timings[name].median)
+    return CaseResult(case, roof_name, timings[roof_name], measurements)
+
+
+def make_step(loss: Loss, student: Tensor, teacher: Tensor) -> Step:
+    """Return the loss step to time: with backward if the student requires grad, else without."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            loss(student, teacher)
+
+    def forward_backward() -> None:
+        _backward(loss(student, teacher), student.dtype)
+        student.grad = None
+
+    return forward_backward if student.requires_grad else forward
+
+
+def _backward(value: Tensor, dtype: torch.dtype) -> float:
+    scale = LOSS_SCALES.get(dtype, 1.0)
+    value.backward(None if scale == 1 else value.new_full((), scale))
+    return scale
+
+
+def _require_memory(contestant: Contestant, shape: Shape, device: torch.device) -> None:
+    needed = contestant.copies * shape.rows * shape.vocab * 4
+    available = available_memory(device)
+    if available is not None and needed > 0.9 * available:
+        raise MemoryError(
+            f"a step holds about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
+        )
+
+
+def _check(
+    measurement: Measurement,
+    case: Case,
+    contestant: Contestant,
+    student: Tensor,
+    teacher: Tensor,
+    distinct: tuple[Tensor, ...],
+) -> None:
+    """Compare loss and gradient of the very shape that is timed with float64's."""
+    exact_student, exact_teacher = (side.double() for side in distinct)
+    exact_student.requires_grad_(case.gradient)
+    values = (contestant.exact or case.exact)(exact_student, exact_teacher)
+    rows, count = case.shape.rows, distinct[0].size(0)
+    repeats = torch.bincount(torch.arange(rows, device=values.device) % count)
+    expected = (values.detach() * repeats).sum() / rows
+
+    with torch.set_grad_enabled(case.gradient):
+        value = contestant.loss(student, teacher)
+    measurement.loss_error = (abs(value.detach().double() - expected) / abs(expected)).item()
+    tolerance = TOLERANCES[case.shape.dtype]
+    if not measurement.loss_error <= tolerance:
+        measurement.wrong = f"loss off by {measurement.loss_error:.1e}"
+    if not case.gradient:
+        return
+    scale = _backward(value, student.dtype) / rows
+    (exact_gradient,) = torch.autograd.grad(values.sum(), exact_student)
+    gradient, student.grad = student.grad, None
+    square_error = square_norm = 0.0
+    for row, truth in enumerate(exact_gradient * scale):
+        found = gradient[row::count].double()
+        square_error += (found - truth).square().sum().item()
+        square_norm += truth.square().sum().item() * found.size(0)
+    measurement.gradient_error = math.sqrt(square_error / square_norm)
+    if not measurement.gradient_error <= tolerance:
+        measurement.wrong = f"gradient off by {measurement.gradient_error:.1e}"

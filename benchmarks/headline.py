@@ -1,0 +1,154 @@
+"""The numbers fastkd promises, each beside what this machine gives."""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+
+import fastkd
+from benchmarks.cases import kl_div_case, softmax_divergence_case
+from benchmarks.command import budget_of, finish, run_cases
+from benchmarks.harness import Case, CaseResult, make_step
+from benchmarks.measure import peak_memory
+from benchmarks.report import MIB
+from benchmarks.shapes import GEMMA_3, Shape, correlated_logits
+
+_ours = partial(softmax_divergence_case, peers=False)
+_with_torch = partial(softmax_divergence_case, packages=False)
+CASES: dict[str, Callable[[], Case]] = {
+    "float32": partial(_with_torch, "forward_kl"),
+    "bfloat16": partial(_with_torch, "forward_kl", "bfloat16"),
+    "reverse_kl": partial(_ours, "reverse_kl"),
+    "jsd": partial(_ours, "jsd"),
+    "tvd": partial(_ours, "tvd"),
+    "loss": partial(_ours, "forward_kl", gradient=False),
+    "long row": partial(_ours, "forward_kl", vocab=GEMMA_3, rows=1),
+    "call": partial(_ours, "forward_kl", vocab=8, rows=1, gradient=False),
+    "call with backward": partial(_ours, "forward_kl", vocab=8, rows=1),
+    "kl_div": kl_div_case,
+}
+ALL, KL_DIV = tuple(CASES), ("kl_div",)
+#: What a step may hold beyond its gradient: vectors over rows, allocator and page granularity.
+SLACK_BYTES = MIB
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A promise: `measured` must not pass `limit`, from above or, `at_least`, from below."""
+
+    what: str
+    limit: float
+    measured: float
+    unit: str
+    at_least: bool = False
+
+    @property
+    def reached(self) -> bool:
+        """Whether it is kept; not measured is not kept."""
+        if self.at_least:
+            return self.measured >= self.limit
+        return self.measured <= self.limit
+
+
+def run(options: argparse.Namespace, device: torch.device, names: tuple[str, ...]) -> int:
+    """Run the named cases, then print their goals with verdicts."""
+    from rich.console import Console
+    from rich.table import Table
+
+    found = run_cases([CASES[name] for name in names], device, budget_of(options))
+    results = dict(zip(names, found, strict=True))
+    goals = [goal for name in names for goal in _goals(name, results)]
+    if "float32" in names:
+        goals += _memory_goals(results["float32"], device)
+    kept = [asdict(goal) | {"reached": goal.reached} for goal in goals]
+    status = finish(found, options, "headline" if names == ALL else "headline_kl_div", kept)
+
+    table = Table(title=f"{sum(g.reached for g in goals)} of {len(goals)} goals reached")
+    for column, justify in (
+        ("goal", "left"),
+        ("limit", "right"),
+        ("measured", "right"),
+        ("", "left"),
+    ):
+        table.add_column(column, justify=justify)
+    for goal in goals:
+        sign = ">=" if goal.at_least else "<="
+        verdict = "[green]pass" if goal.reached else "[bold red]MISS"
+        limit = f"{sign} {goal.limit:.4g} {goal.unit}"
+        table.add_row(goal.what, limit, f"{goal.measured:.4g} {goal.unit}", verdict)
+    Console(width=110).print(table)
+    return status
+
+
+def _goals(name: str, results: dict[str, CaseResult]) -> list[Goal]:
+    result = results[name]
+    title = result.case.title
+    roof, seconds = _times_roof(result), _seconds(result)
+
+    def faster(than: str, limit: float) -> Goal:
+        peer = result.find(than)
+        speedup = result.speedup_over(peer) if peer else math.nan
+        return Goal(f"{title}: faster than {than}", limit, speedup, "x", at_least=True)
+
+    if name == "float32":
+        ours = Goal(f"{title}: over the copy roof", 1.8, roof, "x")
+        return [ours, faster("torch.compile", 8), faster("eager", 20)]
+    if name == "bfloat16":
+        return [Goal(f"{title}: over its roof", 3.5, roof, "x"), faster("torch.compile", 15)]
+    if name in ("reverse_kl", "jsd", "tvd"):
+        return [Goal(f"{title}: over the copy roof", 2.8, roof, "x")]
+    if name == "loss":
+        return [Goal(f"{title}: over reading both once", 2.5, roof, "x")]
+    if name == "kl_div":
+        return [faster("F.kl_div", 8)]
+    if name == "long row":
+        large = results["float32"]
+        share = _bytes(result) / _bytes(large)
+        limit = 1.3 * share * _seconds(large) + _seconds(results["call with backward"])
+        what = f"{title}: 1.3 x the large case's time a byte + call overhead"
+        return [Goal(what, limit * 1e6, seconds * 1e6, "µs")]
+    limit = {"call": 30, "call with backward": 80}[name]
+    return [Goal(f"{title}: call overhead", limit, seconds * 1e6, "µs")]
+
+
+def _bytes(result: CaseResult) -> int:
+    return result.case.shape.traffic_bytes(result.case.traffic)
+
+
+def _seconds(result: CaseResult) -> float:
+    ours = result.find()
+    return ours.timing.median if ours and ours.timing else math.nan
+
+
+def _times_roof(result: CaseResult) -> float:
+    ours = result.find()
+    return result.times_roof(ours) if ours else math.nan
+
+
+def _memory_goals(result: CaseResult, device: torch.device) -> list[Goal]:
+    ours, shape = result.find(), result.case.shape
+    peak = math.nan if ours is None or ours.peak_bytes is None else ours.peak_bytes
+    inplace = _inplace_peak(shape, device)
+    title = result.case.title
+    limit = (shape.bytes + SLACK_BYTES) / MIB
+    return [
+        Goal(f"{title}: peak memory, one gradient + O(rows)", limit, peak / MIB, "MiB"),
+        Goal(f"{title}: inplace, O(rows)", SLACK_BYTES / MIB, inplace / MIB, "MiB"),
+    ]
+
+
+def _inplace_peak(shape: Shape, device: torch.device) -> float:
+    """Peak of an inplace step; its logits are lost to the gradient, so they are its own."""
+    small = (side.to(device, shape.dtype) for side in correlated_logits(1, shape.vocab))
+    student, teacher = (side.expand(shape.rows, -1).contiguous() for side in small)
+    step = make_step(
+        partial(fastkd.softmax_divergence, reduction="batchmean", inplace=True),
+        student.requires_grad_(),
+        teacher,
+    )
+    step()
+    peak = peak_memory(step, device)
+    return math.nan if peak is None else peak

@@ -1,0 +1,176 @@
+"""The instruments: time of interleaved steps, peak memory of a step, the roof."""
+
+import ctypes
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import Traffic
+
+Step = Callable[[], object]
+
+MINIMAL_ROUNDS, MAXIMAL_ROUNDS = 3, 200
+#: Short steps are repeated within a sample, so that reading the clock stays far below 1 %.
+SAMPLE_SECONDS = 1e-3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one step over the rounds."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median of the rounds."""
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median: what the machine's noise leaves open."""
+        if len(self.samples) < 2:
+            return math.nan
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return (high - low) / self.median
+
+
+def time_interleaved(
+    steps: dict[str, Step],
+    device: torch.device,
+    budget: float,
+    on_round: Callable[[float], None] = lambda done: None,
+) -> dict[str, Timing]:
+    """Run all steps in turn, again and again, until `budget` seconds are spent.
+
+    A machine slows down and speeds up over seconds: whoever is compared must share each moment.
+    The order rotates, so that everybody finds everybody else's leavings in the caches.
+    Every step must have run before, which also compiles it.
+    """
+    take = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
+    calls = {name: _calls_a_sample(step, device) for name, step in steps.items()}
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    start = time.perf_counter()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(MAXIMAL_ROUNDS):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                samples[name].append(take(steps[name], calls[name]))
+            spent = time.perf_counter() - start
+            on_round(min(1.0, spent / budget))
+            if spent > budget and turn + 1 >= MINIMAL_ROUNDS:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
+
+
+def _calls_a_sample(step: Step, device: torch.device) -> int:
+    if device.type == "cuda":
+        return 1
+    return max(1, min(1000, math.ceil(SAMPLE_SECONDS / min(_cpu_sample(step, 1) for _ in "12"))))
+
+
+def _cpu_sample(step: Step, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
+
+
+def _cuda_sampler(device: torch.device) -> Callable[[Step, int], float]:
+    """Time on the device, with the L2 overwritten first.
+
+    Overwriting takes the device longer than the host needs to launch the step, so that the step's
+    kernels wait in the queue and launch latency stays out of the time.
+    """
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    flush = torch.empty(max(4 * l2_bytes, 1 << 28), dtype=torch.uint8, device=device)
+
+    def take(step: Step, calls: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        begin.record()
+        for _ in range(calls):
+            step()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3 / calls
+
+    return take
+
+
+def peak_memory(step: Step, device: torch.device) -> int | None:
+    """Return the most bytes held during `step` beyond what was held before; None where unknown.
+
+    On the CPU that is resident memory: Linux keeps its high-water mark and lets a process reset
+    its own. Memory freed earlier but kept by malloc is given back first, or it would hide in the
+    start. `step` must have run before, and must free what it allocates.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident_bytes("VmRSS")
+        step()
+        return max(0, _resident_bytes("VmHWM") - before)
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {key} in /proc/self/status")
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Return the bytes that a step may still take, None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0].split()[1]) * 1024 if found else None
+
+
+def roofs(first: Tensor, second: Tensor, traffic: Traffic) -> dict[str, Step]:
+    """Plain kernels that move the bytes of `traffic` and do nothing else worth mentioning.
+
+    The bytes are taken as float32, whatever they hold: converting bfloat16 is arithmetic, which
+    the roof must be free of. Which reader is fastest depends on the machine (dot products run at
+    memory speed here, sums and maxima do not everywhere): all run, the fastest is the roof.
+    """
+    a, b = _as_float32(first), _as_float32(second)
+    if (traffic.reads, traffic.writes) == (2, 1):
+        c = torch.empty_like(a)
+        return {"torch.add": lambda: torch.add(a, b, out=c)}
+    if (traffic.reads, traffic.writes) == (2, 0):
+        norm = torch.linalg.vector_norm
+        return {"torch.dot": lambda: torch.dot(a, b), "2 norms": lambda: (norm(a), norm(b))}
+    raise ValueError(f"no plain kernel is known that moves {traffic}")
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    raw = tensor.detach().reshape(-1).view(torch.uint8)
+    return raw[: raw.numel() // 4 * 4].view(torch.float32)

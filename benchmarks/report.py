@@ -1,0 +1,229 @@
+"""What is shown and kept of the results: a table, a figure, JSON with the facts of the machine."""
+
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.harness import OURS, CaseResult, Measurement
+from benchmarks.measure import peak_memory
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MIB = 2**20
+COLOURS = {
+    OURS: "#d1495b",
+    "eager": "#8d99ae",
+    "F.kl_div": "#8d99ae",
+    "torch.compile": "#2b2d42",
+    "liger": "#00798c",
+    "torchtune": "#edae49",
+}
+
+
+def require_extra() -> None:
+    """Refuse to start where the table or the figure could not be made at the end."""
+    try:
+        import matplotlib  # noqa: F401
+        import rich  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(f"benchmarks need {error.name}: pip install fastkd[bench]") from None
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Everything a reader needs to tell whether two results can be compared."""
+    import fastkd
+
+    probe = 64 * MIB
+    seen = peak_memory(lambda: torch.ones(probe, dtype=torch.uint8, device=device), device)
+    facts = {
+        "cpu": _cpu_model(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": getattr(fastkd, "cpu_capability", lambda: None)(),
+        "device": str(device),
+        "fastkd": fastkd.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "peak_memory_of_64_mib_reads_mib": None if seen is None else seen / MIB,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = properties.name
+        facts["compute_capability"] = f"{properties.major}.{properties.minor}"
+    return facts
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def results_table(results: list[CaseResult]) -> "Table":
+    """One row a contestant, grouped by case, the roof first."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="Loss steps beside the roof (the same bytes moved by a plain kernel)")
+    table.add_column("case", max_width=34)
+    table.add_column("contestant")
+    for name in ("median ms", "spread", "x roof", "fastkd is faster", "peak MiB"):
+        table.add_column(name, justify="right")
+    for result in results:
+        speed = result.case.shape.traffic_bytes(result.case.traffic) / result.roof.median
+        table.add_row(
+            result.case.title,
+            f"[dim]roof: {result.roof_name}, {speed / 1e9:.1f} GB/s",
+            _milliseconds(result.roof.median),
+            f"{result.roof.spread:.0%}",
+            "1.00",
+        )
+        for measurement in result.measurements:
+            style = "bold" if measurement.name == OURS else None
+            table.add_row("", *(escape(x) for x in _cells(result, measurement)), style=style)
+            if measurement.wrong:
+                table.add_row("", f"[bold red]WRONG: {escape(measurement.wrong)}")
+            if measurement.failed:
+                table.add_row("", f"[yellow]not run: {escape(measurement.failed)}")
+        table.add_section()
+    return table
+
+
+def _cells(result: CaseResult, measurement: Measurement) -> list[str]:
+    timing, peak = measurement.timing, measurement.peak_bytes
+    if timing is None:
+        return [measurement.name, "-", "-", "-", "-", "-"]
+    faster = result.speedup_over(measurement)
+    return [
+        measurement.name,
+        _milliseconds(timing.median),
+        f"{timing.spread:.0%}",
+        f"{result.times_roof(measurement):.2f}",
+        "" if measurement.name == OURS or math.isnan(faster) else f"{faster:.1f} x",
+        "?" if peak is None else f"{peak / MIB:.1f}",
+    ]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.4f}" if seconds < 1e-3 else f"{seconds * 1e3:.2f}"
+
+
+def as_json(result: CaseResult) -> dict[str, Any]:
+    """Everything measured about one case."""
+    case = result.case
+    return {
+        "case": case.name,
+        "rows": case.shape.rows,
+        "vocab": case.shape.vocab,
+        "dtype": str(case.shape.dtype).removeprefix("torch."),
+        "gradient": case.gradient,
+        "bytes": case.shape.traffic_bytes(case.traffic),
+        "roof": {"kernel": result.roof_name, "median_ms": result.roof.median * 1e3},
+        "contestants": [_as_json(result, m) for m in result.measurements],
+    }
+
+
+def _as_json(result: CaseResult, measurement: Measurement) -> dict[str, Any]:
+    timing = measurement.timing
+    numbers = {
+        "median_ms": timing and timing.median * 1e3,
+        "spread": timing and timing.spread,
+        "rounds": timing and len(timing.samples),
+        "times_roof": result.times_roof(measurement),
+        "fastkd_speedup": result.speedup_over(measurement),
+        "peak_bytes": measurement.peak_bytes,
+        "loss_error": measurement.loss_error,
+        "gradient_error": measurement.gradient_error,
+    }
+    known = {k: None if v is not None and not math.isfinite(v) else v for k, v in numbers.items()}
+    return {
+        "name": measurement.name,
+        **known,
+        "wrong": measurement.wrong,
+        "failed": measurement.failed,
+    }
+
+
+def save(
+    folder: Path,
+    stem: str,
+    results: list[CaseResult],
+    facts: dict[str, Any],
+    goals: list[dict[str, Any]] | None = None,
+) -> list[Path]:
+    """Write `stem`.json and `stem`.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, picture = folder / f"{stem}.json", folder / f"{stem}.png"
+    content = {"machine": facts, "cases": [as_json(r) for r in results], "goals": goals}
+    data.write_text(json.dumps(content, indent=2) + "\n")
+    draw(results, facts, picture)
+    return [data, picture]
+
+
+def draw(results: list[CaseResult], facts: dict[str, Any], path: Path) -> None:
+    """Horizontal bars of multiples of the roof, on a log scale: 1 is as fast as memory allows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    places, labels, headings, place = [], [], [], 0.0
+    for result in results:
+        headings.append((place, result))
+        place += 1.0
+        for measurement in result.measurements:
+            if measurement.timing:
+                places.append(place)
+                labels.append((result, measurement))
+                place += 0.9
+        place += 0.5
+    figure, axes = plt.subplots(figsize=(10, 1.6 + 0.26 * place), layout="constrained")
+    for y, (result, measurement) in zip(places, labels, strict=True):
+        times = result.times_roof(measurement)
+        axes.barh(
+            y,
+            times,
+            height=0.78,
+            left=0,
+            color=COLOURS.get(measurement.name, "#6c757d"),
+            hatch="//" if measurement.wrong else None,
+            edgecolor="white",
+        )
+        note = f" {times:.3g}x   {_milliseconds(measurement.timing.median)} ms"
+        if measurement.wrong:
+            note += f"   WRONG: {measurement.wrong}"
+        bold = "bold" if measurement.name == OURS else "normal"
+        axes.text(times, y, note, va="center", fontsize=8, fontweight=bold)
+    for y, result in headings:
+        axes.text(0.72, y, result.case.title, va="center", fontsize=9.5, fontweight="bold")
+    axes.set_xscale("log")
+    largest = max((r.times_roof(m) for r, m in labels), default=1.0)
+    axes.set_xlim(0.7, largest * 6)
+    axes.set_ylim(place, -0.8)
+    axes.set_yticks(places, [m.name for _, m in labels], fontsize=8.5)
+    axes.axvline(1, color="black", linewidth=1.2)
+    axes.set_xlabel("time / roof (the same bytes moved by a plain kernel), log scale")
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", which="major", alpha=0.25)
+    axes.set_axisbelow(True)
+    machine = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
+    figure.suptitle(
+        f"Distillation loss steps on {machine} (torch {facts['torch']})", fontsize=12, x=0.5
+    )
+    figure.savefig(path, dpi=140)
+    plt.close(figure)

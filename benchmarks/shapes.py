@@ -1,0 +1,70 @@
+"""What is measured: vocabularies, rows, dtypes, and the bytes each op cannot avoid moving."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LLAMA_2, GPT_2, LLAMA_3, QWEN, GEMMA_3 = 32_000, 50_257, 128_256, 151_936, 262_144
+VOCABULARIES = (LLAMA_2, GPT_2, LLAMA_3, QWEN, GEMMA_3)
+ROWS = (1, 4, 16, 64, 256, 1024)
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "cross_entropy",
+)
+#: `beta` of the divergences that take one, as their papers use it.
+BETAS = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Passes over a [rows, vocab] tensor that an op needs at the least."""
+
+    reads: int
+    writes: int
+
+
+#: softmax_divergence and kl_div alike: each input once, and the gradient of the student's side.
+LOSS = Traffic(reads=2, writes=0)
+LOSS_AND_GRADIENT = Traffic(reads=2, writes=1)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Logits or log-probabilities [rows, vocab] of one dtype, the same on both sides."""
+
+    rows: int
+    vocab: int
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size of one tensor of this shape."""
+        return self.rows * self.vocab * self.dtype.itemsize
+
+    def traffic_bytes(self, traffic: Traffic) -> int:
+        """Bytes moved if nothing is read or written twice."""
+        return (traffic.reads + traffic.writes) * self.bytes
+
+    def __str__(self) -> str:
+        """Rows x vocab and dtype, as the tables print it."""
+        return f"{self.rows:,} x {self.vocab:,} {str(self.dtype).removeprefix('torch.')}"
+
+
+def correlated_logits(rows: int, vocab: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Student and teacher logits in float64 that agree about as well as a trained pair does."""
+    random = torch.Generator().manual_seed(seed)
+    teacher = 3 * torch.randn(rows, vocab, dtype=torch.float64, generator=random)
+    noise = torch.randn(rows, vocab, dtype=torch.float64, generator=random)
+    return 0.9 * teacher + noise, teacher
