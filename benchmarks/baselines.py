@@ -204,6 +204,8 @@ def _torchtune_module() -> ModuleType | None:
     path = Path(found.submodule_search_locations[0]) / "modules" / "loss" / "kd_losses.py"
     try:
         spec = importlib.util.spec_from_file_location("benchmarks_torchtune_losses", path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"cannot load {path}")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except (ImportError, OSError) as error:

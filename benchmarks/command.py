@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def _positive(text: str) -> int:
 
 
 def settings_of(
-    options: argparse.Namespace, middle: Setting, axes: dict[str, Sequence[Any]]
+    options: argparse.Namespace, middle: Setting, axes: Mapping[str, Sequence[Any]]
 ) -> list[Setting]:
     """Every combination of the axes given; with none given, each axis alone from the middle."""
     given = {axis: getattr(options, axis) for axis in axes if getattr(options, axis)}

@@ -84,6 +84,11 @@ class Measurement:
     wrong: str | None = None
     failed: str | None = None
 
+    @property
+    def seconds(self) -> float:
+        """Median time of a step, NaN where there is none."""
+        return self.timing.median if self.timing else math.nan
+
 
 @dataclass
 class CaseResult:
@@ -94,20 +99,17 @@ class CaseResult:
     roof: Timing
     measurements: list[Measurement] = field(default_factory=list)
 
-    def find(self, name: str = OURS) -> Measurement | None:
-        """Return the measurement of a contestant that was timed."""
-        return next((m for m in self.measurements if m.name == name and m.timing), None)
+    def find(self, name: str = OURS) -> Measurement:
+        """Return a contestant's measurement."""
+        return next(m for m in self.measurements if m.name == name)
 
     def times_roof(self, measurement: Measurement) -> float:
         """Median time over the roof's."""
-        return measurement.timing.median / self.roof.median if measurement.timing else math.nan
+        return measurement.seconds / self.roof.median
 
     def speedup_over(self, measurement: Measurement) -> float:
         """How many times as long as fastkd it takes."""
-        ours = self.find()
-        if ours is None or measurement.timing is None:
-            return math.nan
-        return measurement.timing.median / ours.timing.median
+        return measurement.seconds / self.find().seconds
 
 
 def run_case(
@@ -118,8 +120,8 @@ def run_case(
 ) -> CaseResult:
     """Check, time and weigh every contestant of `case`; timing takes `budget` seconds or so."""
     torch.compiler.reset()
-    distinct = case.inputs(min(case.shape.rows, DISTINCT_ROWS), case.shape.vocab)
-    distinct = tuple(side.to(device=device, dtype=case.shape.dtype) for side in distinct)
+    sides = case.inputs(min(case.shape.rows, DISTINCT_ROWS), case.shape.vocab)
+    distinct = tuple(side.to(device=device, dtype=case.shape.dtype) for side in sides)
     which = torch.arange(case.shape.rows, device=device) % distinct[0].size(0)
     student, teacher = (side[which] for side in distinct)
     student.requires_grad_(case.gradient)
@@ -212,6 +214,8 @@ def _check(
     scale = _backward(value, student.dtype) / rows
     (exact_gradient,) = torch.autograd.grad(values.sum(), exact_student)
     gradient, student.grad = student.grad, None
+    if gradient is None:
+        raise RuntimeError("no gradient came back")
     square_error = square_norm = 0.0
     for row, truth in enumerate(exact_gradient * scale):
         found = gradient[row::count].double()

@@ -67,13 +67,10 @@ def run(options: argparse.Namespace, device: torch.device, names: tuple[str, ...
     status = finish(found, options, "headline" if names == ALL else "headline_kl_div", kept)
 
     table = Table(title=f"{sum(g.reached for g in goals)} of {len(goals)} goals reached")
-    for column, justify in (
-        ("goal", "left"),
-        ("limit", "right"),
-        ("measured", "right"),
-        ("", "left"),
-    ):
-        table.add_column(column, justify=justify)
+    table.add_column("goal")
+    table.add_column("limit", justify="right")
+    table.add_column("measured", justify="right")
+    table.add_column("verdict")
     for goal in goals:
         sign = ">=" if goal.at_least else "<="
         verdict = "[green]pass" if goal.reached else "[bold red]MISS"
@@ -86,11 +83,10 @@ def run(options: argparse.Namespace, device: torch.device, names: tuple[str, ...
 def _goals(name: str, results: dict[str, CaseResult]) -> list[Goal]:
     result = results[name]
     title = result.case.title
-    roof, seconds = _times_roof(result), _seconds(result)
+    seconds, roof = result.find().seconds, result.times_roof(result.find())
 
     def faster(than: str, limit: float) -> Goal:
-        peer = result.find(than)
-        speedup = result.speedup_over(peer) if peer else math.nan
+        speedup = result.speedup_over(result.find(than))
         return Goal(f"{title}: faster than {than}", limit, speedup, "x", at_least=True)
 
     if name == "float32":
@@ -106,33 +102,19 @@ def _goals(name: str, results: dict[str, CaseResult]) -> list[Goal]:
         return [faster("F.kl_div", 8)]
     if name == "long row":
         large = results["float32"]
-        share = _bytes(result) / _bytes(large)
-        limit = 1.3 * share * _seconds(large) + _seconds(results["call with backward"])
+        share = result.case.shape.bytes / large.case.shape.bytes
+        call = results["call with backward"].find().seconds
+        limit = 1.3 * share * large.find().seconds + call
         what = f"{title}: 1.3 x the large case's time a byte + call overhead"
         return [Goal(what, limit * 1e6, seconds * 1e6, "µs")]
     limit = {"call": 30, "call with backward": 80}[name]
     return [Goal(f"{title}: call overhead", limit, seconds * 1e6, "µs")]
 
 
-def _bytes(result: CaseResult) -> int:
-    return result.case.shape.traffic_bytes(result.case.traffic)
-
-
-def _seconds(result: CaseResult) -> float:
-    ours = result.find()
-    return ours.timing.median if ours and ours.timing else math.nan
-
-
-def _times_roof(result: CaseResult) -> float:
-    ours = result.find()
-    return result.times_roof(ours) if ours else math.nan
-
-
 def _memory_goals(result: CaseResult, device: torch.device) -> list[Goal]:
-    ours, shape = result.find(), result.case.shape
-    peak = math.nan if ours is None or ours.peak_bytes is None else ours.peak_bytes
+    title, shape, peak_bytes = result.case.title, result.case.shape, result.find().peak_bytes
+    peak = math.nan if peak_bytes is None else peak_bytes
     inplace = _inplace_peak(shape, device)
-    title = result.case.title
     limit = (shape.bytes + SLACK_BYTES) / MIB
     return [
         Goal(f"{title}: peak memory, one gradient + O(rows)", limit, peak / MIB, "MiB"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.figure import draw
 from benchmarks.harness import OURS, CaseResult, Measurement
 from benchmarks.measure import peak_memory
 
@@ -16,14 +17,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MIB = 2**20
-COLOURS = {
-    OURS: "#d1495b",
-    "eager": "#8d99ae",
-    "F.kl_div": "#8d99ae",
-    "torch.compile": "#2b2d42",
-    "liger": "#00798c",
-    "torchtune": "#edae49",
-}
 
 
 def require_extra() -> None:
@@ -88,7 +81,7 @@ def results_table(results: list[CaseResult]) -> "Table":
         table.add_row(
             result.case.title,
             f"[dim]roof: {result.roof_name}, {speed / 1e9:.1f} GB/s",
-            _milliseconds(result.roof.median),
+            milliseconds(result.roof.median),
             f"{result.roof.spread:.0%}",
             "1.00",
         )
@@ -110,7 +103,7 @@ def _cells(result: CaseResult, measurement: Measurement) -> list[str]:
     faster = result.speedup_over(measurement)
     return [
         measurement.name,
-        _milliseconds(timing.median),
+        milliseconds(timing.median),
         f"{timing.spread:.0%}",
         f"{result.times_roof(measurement):.2f}",
         "" if measurement.name == OURS or math.isnan(faster) else f"{faster:.1f} x",
@@ -118,7 +111,8 @@ def _cells(result: CaseResult, measurement: Measurement) -> list[str]:
     ]
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """Print a time with as many digits as mean something."""
     return f"{seconds * 1e3:.4f}" if seconds < 1e-3 else f"{seconds * 1e3:.2f}"
 
 
@@ -139,10 +133,10 @@ def as_json(result: CaseResult) -> dict[str, Any]:
 
 def _as_json(result: CaseResult, measurement: Measurement) -> dict[str, Any]:
     timing = measurement.timing
-    numbers = {
-        "median_ms": timing and timing.median * 1e3,
-        "spread": timing and timing.spread,
-        "rounds": timing and len(timing.samples),
+    numbers: dict[str, float | None] = {
+        "median_ms": measurement.seconds * 1e3,
+        "spread": timing.spread if timing else None,
+        "rounds": len(timing.samples) if timing else None,
         "times_roof": result.times_roof(measurement),
         "fastkd_speedup": result.speedup_over(measurement),
         "peak_bytes": measurement.peak_bytes,
@@ -172,58 +166,3 @@ def save(
     data.write_text(json.dumps(content, indent=2) + "\n")
     draw(results, facts, picture)
     return [data, picture]
-
-
-def draw(results: list[CaseResult], facts: dict[str, Any], path: Path) -> None:
-    """Horizontal bars of multiples of the roof, on a log scale: 1 is as fast as memory allows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    places, labels, headings, place = [], [], [], 0.0
-    for result in results:
-        headings.append((place, result))
-        place += 1.0
-        for measurement in result.measurements:
-            if measurement.timing:
-                places.append(place)
-                labels.append((result, measurement))
-                place += 0.9
-        place += 0.5
-    figure, axes = plt.subplots(figsize=(10, 1.6 + 0.26 * place), layout="constrained")
-    for y, (result, measurement) in zip(places, labels, strict=True):
-        times = result.times_roof(measurement)
-        axes.barh(
-            y,
-            times,
-            height=0.78,
-            left=0,
-            color=COLOURS.get(measurement.name, "#6c757d"),
-            hatch="//" if measurement.wrong else None,
-            edgecolor="white",
-        )
-        note = f" {times:.3g}x   {_milliseconds(measurement.timing.median)} ms"
-        if measurement.wrong:
-            note += f"   WRONG: {measurement.wrong}"
-        bold = "bold" if measurement.name == OURS else "normal"
-        axes.text(times, y, note, va="center", fontsize=8, fontweight=bold)
-    for y, result in headings:
-        axes.text(0.72, y, result.case.title, va="center", fontsize=9.5, fontweight="bold")
-    axes.set_xscale("log")
-    largest = max((r.times_roof(m) for r, m in labels), default=1.0)
-    axes.set_xlim(0.7, largest * 6)
-    axes.set_ylim(place, -0.8)
-    axes.set_yticks(places, [m.name for _, m in labels], fontsize=8.5)
-    axes.axvline(1, color="black", linewidth=1.2)
-    axes.set_xlabel("time / roof (the same bytes moved by a plain kernel), log scale")
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.grid(axis="x", which="major", alpha=0.25)
-    axes.set_axisbelow(True)
-    machine = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
-    figure.suptitle(
-        f"Distillation loss steps on {machine} (torch {facts['torch']})", fontsize=12, x=0.5
-    )
-    figure.savefig(path, dpi=140)
-    plt.close(figure)

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -99,9 +100,9 @@ def compare(
     within: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(rounds):
         for name, loss in running.items():
-            alone[name].append(_seconds(lambda loss=loss: loss_step(loss, batch)))
+            alone[name].append(_seconds(partial(loss_step, loss, batch)))
         for name, loss in running.items():
-            within[name].append(_seconds(lambda loss=loss: train_step(loss)))
+            within[name].append(_seconds(partial(train_step, loss)))
         advance()
 
     tokens = int(batch.mask.sum())
@@ -109,7 +110,7 @@ def compare(
         Contestant(
             name,
             milliseconds=statistics.median(alone[name]) * 1e3,
-            extra_bytes=peak_extra_bytes(lambda loss=loss: loss_step(loss, batch)),
+            extra_bytes=peak_extra_bytes(partial(loss_step, loss, batch)),
             training_tokens_per_second=tokens / statistics.median(within[name]),
         )
         if name in running

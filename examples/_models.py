@@ -112,14 +112,15 @@ class Student(nn.Module):
         vocab = teacher_embedding.shape[0]
         self.embedding = nn.Embedding(vocab, dim)
         self.position = nn.Embedding(length, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        blocks = [Block(dim, heads) for _ in range(layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(dim)
         _, directions = torch.linalg.eigh(teacher_embedding.T @ teacher_embedding)
         with torch.no_grad():
             self.embedding.weight.copy_(teacher_embedding @ directions[:, -dim:])
             nn.init.normal_(self.position.weight, std=0.02)
             nn.init.constant_(self.norm.weight, 0.2)
-            for block in self.blocks:
+            for block in blocks:
                 block.out.weight.mul_(layers**-0.5)
                 block.down.weight.mul_(layers**-0.5)
 

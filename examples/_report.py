@@ -85,6 +85,7 @@ def save_figure(
             "axes.titlelocation": "left",
             "axes.titleweight": "bold",
             "axes.titlesize": 12,
+            "axes.titlepad": 10,
             "text.color": DARK,
             "axes.labelcolor": DARK,
             "xtick.color": DARK,
@@ -92,7 +93,7 @@ def save_figure(
         }
     )
     figure, (curves, time, memory) = plt.subplots(
-        1, 3, figsize=(14, 5), width_ratios=(2.1, 1, 1), layout="constrained"
+        1, 3, figsize=(14, 5), width_ratios=(1.9, 1, 1), layout="constrained"
     )
     figure.suptitle(title, x=0.008, ha="left", fontsize=14)
     _draw_curves(curves, history)
@@ -156,7 +157,7 @@ def _draw_bars(
     )
     axes.set(title=f"{title}, {label}", yticks=[])
     axes.spines["left"].set_visible(False)
-    axes.margins(y=0.12)
+    axes.margins(x=0.08, y=0.15)
 
 
 def _ratio(height: float, ours: float) -> str:

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from _corpus import Windows
 from _loss_step import Loss, eager_loss, fastkd_loss
 from torch import Tensor, nn
@@ -74,7 +74,8 @@ class Distillation:
         """Yield the student's logits, `batch` windows at a time."""
         for ids in windows.ids.split(batch):
             with self.autocast():
-                yield self.student(ids)
+                logits = self.student(ids)
+            yield logits
 
 
 @torch.no_grad()
@@ -87,11 +88,16 @@ def score(
     for some in logits:
         here = slice(first, first + len(some))
         first += len(some)
-        mask, labels = windows.mask[here], windows.labels[here]
-        kl += fastkd.softmax_divergence(
-            some, teacher_logits[here], mask=mask, reduction="sum"
-        ).item()
-        nll += F.cross_entropy(some[mask].float(), labels[mask], reduction="sum").item()
+        total = partial(
+            fastkd.softmax_divergence,
+            some,
+            teacher_logits[here],
+            mask=windows.mask[here],
+            reduction="sum",
+        )
+        divergence = total().item()
+        kl += divergence
+        nll += total(labels=windows.labels[here], label_weight=1.0).item() - divergence
     size = int(token_bytes[windows.labels[windows.mask]].sum())
     return Score(kl / windows.tokens, nll / windows.tokens, nll / math.log(2) / size)
 

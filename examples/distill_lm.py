@@ -48,9 +48,9 @@ except ModuleNotFoundError as missing:
 LENGTH = 128
 BATCH = 8
 HELD_OUT_WINDOWS = 32
-SCORES = 10
+SCORES = 8
 # (steps, tokens) that fit into three minutes on two cores, by the dtype that is fast on them.
-DEFAULT_SIZE = {torch.bfloat16: (240, 49152), torch.float32: (100, 16384)}
+DEFAULT_SIZE = {torch.bfloat16: (240, 40960), torch.float32: (100, 16384)}
 QUICK_SIZE = (10, 4096)
 
 
@@ -109,7 +109,7 @@ def main() -> None:
         lesson.held_logits.split(BATCH), lesson.held, lesson.held_logits, lesson.token_bytes
     )
     with clock("comparison"):
-        contestants, batch = contest(run, lesson, rounds=2 if options.quick else 7, console=console)
+        contestants, batch = contest(run, lesson, rounds=2 if options.quick else 5, console=console)
 
     print_tables(
         console,
@@ -166,7 +166,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--tokens",
         type=positive,
-        help="tokens of training text, 98 kB of memory each (default: by CPU, 49152 or 16384)",
+        help="tokens of training text, 98 kB of memory each (default: by CPU, 40960 or 16384)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -286,7 +286,7 @@ class _SoftmaxDivergence(torch.autograd.Function):
             return *_differentiable_gradients(ctx, grad_output), None, None, None
         gradient, teacher_gradient, pending = ctx.saved_tensors[:3]
         if pending.numel():
-            grad_output = grad_output * pending.view(())
+            grad_output = grad_output * pending
         need_student, need_teacher = ctx.needs_input_grad[:2]
         return (
             scaled(gradient, grad_output) if need_student else None,
@@ -323,7 +323,7 @@ def _loss_like(student: Tensor, teachers: list[Tensor], mode: str) -> Tensor:
 
 def _pending_like(student: Tensor, gradients: Sequence[Tensor], mode: str) -> Tensor:
     wait = mode != "none" and any(g.dtype == torch.float16 for g in gradients)
-    return student.new_empty((1,) if wait else (0,), dtype=torch.float32)
+    return student.new_empty(() if wait else (0,), dtype=torch.float32)
 
 
 @torch.library.register_fake("fastkd::_softmax_divergence")

@@ -22,13 +22,17 @@ BACKENDS = [f"cpu-{name}" for name in _instruction_sets()]
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run what needs many gigabytes")
-    parser.addoption("--backends", help="comma-separated; default: all that this machine runs")
+    parser.addoption(
+        "--backends", help="comma-separated, or 'best'; default: all that this machine runs"
+    )
 
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("--backends")
         names = wanted.split(",") if wanted else BACKENDS
+        if wanted == "best":
+            names = BACKENDS[-1:]
         metafunc.parametrize("backend", names, indirect=True)
 
 

@@ -131,7 +131,7 @@ FASTKD_INLINE Real largest(const Real* x, int64_t count) {
 
 inline void fill_zero(const Row& row, int64_t begin, int64_t end) {
   const int64_t size = row.dtype == Dtype::kFloat64 ? 8 : row.dtype == Dtype::kFloat32 ? 4 : 2;
-  if (end <= begin) return;
+  if (!row || end <= begin) return;
   char* first = static_cast<char*>(row.data) + begin * row.stride * size;
   if (row.stride == 1) {
     __builtin_memset(first, 0, (end - begin) * size);

@@ -278,7 +278,8 @@ std::tuple<Tensor, Tensor> solve(Problem& problem, const Tensor& student, const 
   } else {
     for (int64_t row = 0; row < problem.rows; ++row) put(loss, row, losses[row]);
   }
-  Tensor pending = torch::stable::new_empty(student, std::vector<int64_t>(wait ? 0 : 1, 0), ScalarType::Float);
+  Tensor pending = wait ? torch::stable::new_empty(student, std::vector<int64_t>{}, ScalarType::Float)
+                        : torch::stable::new_empty(student, {0}, ScalarType::Float);
   if (wait) put(pending, 0, factor);
   return {loss, pending};
 }

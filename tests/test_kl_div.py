@@ -1,0 +1,267 @@
+"""kl_div against torch.nn.functional.kl_div: everything torch does, bit for bit or to rounding."""
+
+import math
+import warnings
+
+import hypothesis
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch.testing._internal.common_methods_invocations import op_db
+
+import fastkd
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+ROUNDING = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 2e-2,  # torch rounds every intermediate, fastkd only the result
+    torch.float16: 2e-3,
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean'", "ignore:size_average and")
+
+
+def outcome(function, input, target, upstream=None, **options):
+    """Value, gradients and warnings, or the error, of a call."""
+    input = input.detach().requires_grad_(input.is_floating_point())
+    target = target.detach().requires_grad_(target.is_floating_point())
+    wanted = [x for x in (input, target) if x.requires_grad]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            loss = function(input, target, **options)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return type(error), str(error), [str(w.message) for w in caught]
+    gradients = ()
+    if loss.requires_grad:
+        torch.manual_seed(1)
+        upstream = torch.rand(loss.shape).to(loss.dtype) + 0.5
+        gradients = torch.autograd.grad(loss, wanted, upstream)
+    return loss.detach(), gradients, [str(w.message) for w in caught]
+
+
+def assert_like_torch(input, target, **options):
+    mine, theirs = (outcome(f, input, target, **options) for f in (fastkd.kl_div, F.kl_div))
+    assert mine[2] == theirs[2]
+    if isinstance(theirs[0], type):
+        assert mine[:2] == theirs[:2]
+        return
+    tolerance = ROUNDING.get(theirs[0].dtype, 1e-6)
+    for a, b in zip((mine[0], *mine[1]), (theirs[0], *theirs[1]), strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert torch.equal(a.isnan(), b.isnan())
+        size = b.abs().nan_to_num(0, 0, 0).max().item() if b.numel() else 0
+        torch.testing.assert_close(
+            a, b, rtol=10 * tolerance, atol=tolerance * max(size, 1e-6), equal_nan=True
+        )
+
+
+def assert_rounded_once(input, target, **options):
+    """Half precision: torch rounds every intermediate; compare with float64 of the same inputs."""
+    mine = outcome(fastkd.kl_div, input, target, **options)
+    double = outcome(F.kl_div, input.double(), target.double(), **options)
+    error = {torch.bfloat16: 6e-3, torch.float16: 1e-3}[input.dtype]
+    floor = 2**-25 if input.dtype == torch.float16 else 1e-30
+    for a, b in zip((mine[0], *mine[1]), (double[0], *double[1]), strict=True):
+        assert a.dtype == input.dtype
+        assert a.shape == b.shape
+        allowed = error * b.norm() + floor * b.numel() ** 0.5
+        assert (a.double() - b).norm() <= allowed
+
+
+def distributions(shape, dtype=torch.float32, log_target=False):
+    target = torch.randn(shape, dtype=torch.float64).log_softmax(-1)
+    input = torch.randn(shape, dtype=torch.float64).log_softmax(-1)
+    return input.to(dtype), (target if log_target else target.exp()).to(dtype)
+
+
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_values_and_gradients(backend, dtype, reduction, log_target):
+    for shape in ((1, 1), (3, 7), (2, 3, 50), (5, 3001), (9,), (70, 1000)):
+        input, target = distributions(shape, dtype, log_target)
+        check = assert_rounded_once if dtype.itemsize == 2 else assert_like_torch
+        check(input, target, reduction=reduction, log_target=log_target)
+
+
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_special_values(backend, reduction, log_target):
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-30, 1e-37, 60.0, 200.0, -200.0, -95.0])
+    odd = torch.tensor([math.inf, -math.inf, math.nan])
+    every = torch.cat([values, odd])
+    for x in every:
+        for t in every:
+            assert_like_torch(
+                x.view(1, 1).clone(),
+                t.view(1, 1).clone(),
+                reduction=reduction,
+                log_target=log_target,
+            )
+
+
+def test_subnormal_probabilities(backend):
+    target = torch.tensor([[1e-42, 3e-39, 1.2e-38]])
+    input = torch.zeros(1, 3)
+    double = target.double().requires_grad_()
+    F.kl_div(input.double(), double, reduction="sum").backward()
+    target.requires_grad_()
+    fastkd.kl_div(input, target, reduction="sum").backward()
+    torch.testing.assert_close(target.grad.double(), double.grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_samples_of_torch(backend, requires_grad):
+    (info,) = [op for op in op_db if op.name == "nn.functional.kl_div"]
+    count = 0
+    for sample in info.sample_inputs("cpu", torch.float32, requires_grad=requires_grad):
+        count += 1
+        assert_like_torch(sample.input, *sample.args, **sample.kwargs)
+    assert count > 5
+
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@hypothesis.settings(max_examples=80, deadline=None)
+@hypothesis.given(
+    sizes=st.lists(st.integers(0, 4), max_size=3),
+    broadcast=st.sampled_from(["same", "row", "scalar", "leading", "misfit"]),
+    dtypes=st.tuples(st.sampled_from((*FLOATS, torch.int64)), st.sampled_from(FLOATS)),
+    layout=st.sampled_from(["contiguous", "transposed"]),
+    reduction=st.sampled_from((*REDUCTIONS, "median")),
+    log_target=st.booleans(),
+    legacy=st.sampled_from([{}, {"size_average": False}, {"reduce": True}, {"reduce": False}]),
+    seed=st.integers(0, 1000),
+)
+def test_anything_like_torch(sizes, broadcast, dtypes, layout, reduction, log_target, legacy, seed):
+    torch.manual_seed(seed)
+    shape = tuple(sizes)
+    other = {
+        "same": shape,
+        "row": shape[-1:],
+        "scalar": (),
+        "leading": (2, *shape),
+        "misfit": (*shape[:-1], 7),
+    }[broadcast]
+    input = -torch.rand(shape).mul(4).to(dtypes[0])
+    target = torch.rand(other).to(dtypes[1])
+    if layout == "transposed" and input.dim() > 1:
+        input = input.transpose(0, -1)
+        target = target.transpose(0, -1) if target.shape == shape else target
+    assert_like_torch(input, target, reduction=reduction, log_target=log_target, **legacy)
+
+
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "sum", "batchmean"])
+def test_second_derivatives(backend, reduction, log_target):
+    input, target = distributions((3, 4), torch.float64, log_target)
+    input.requires_grad_()
+    target.requires_grad_()
+
+    def loss(x, t):
+        return fastkd.kl_div(x, t, reduction=reduction, log_target=log_target)
+
+    assert torch.autograd.gradcheck(loss, (input, target))
+    assert torch.autograd.gradgradcheck(loss, (input, target))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_backward_twice(backend, reduction):
+    input, target = (x.requires_grad_() for x in distributions((4, 50)))
+    loss = fastkd.kl_div(input, target, reduction=reduction)
+    upstream = torch.full_like(loss, 3.0)
+    first = torch.autograd.grad(loss, (input, target), upstream, retain_graph=True)
+    second = torch.autograd.grad(loss, (input, target), 2 * upstream)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(2 * a, b)
+
+
+def test_float16_gradients_survive_the_mean(backend):
+    input, target = distributions((64, 3000), torch.float16)
+    input.requires_grad_()
+    (fastkd.kl_div(input, target, reduction="mean").float() * 32768.0).backward()
+    exact = -target.double() * 32768.0 / input.numel()
+    error = (input.grad.double() - exact).norm() / exact.norm()
+    assert error < 2e-3
+
+
+def test_same_bits_on_any_number_of_threads(backend):
+    input, target = (x.requires_grad_() for x in distributions((7, 30_011)))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            loss = fastkd.kl_div(input, target, reduction="sum")
+            results.append((loss, *torch.autograd.grad(loss, (input, target))))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+@pytest.mark.parametrize("log_target", [False, True])
+def test_compile_fullgraph(reduction, log_target):
+    torch._dynamo.reset()
+    input, target = distributions((5, 33), log_target=log_target)
+    step = torch.compile(
+        lambda x, t: fastkd.kl_div(x, t, reduction=reduction, log_target=log_target).sum() * 2,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    compiled = [x.clone().requires_grad_() for x in (input, target)]
+    eager = [x.clone().requires_grad_() for x in (input, target)]
+    step(*compiled).backward()
+    (F.kl_div(*eager, reduction=reduction, log_target=log_target).sum() * 2).backward()
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+def test_opcheck(reduce):
+    input, target = distributions((3, 8))
+    ops = torch.ops.fastkd
+    torch.library.opcheck(ops._kl_div.default, (input, target, False, reduce, 0.5, True, True))
+    torch.library.opcheck(ops._kl_div.default, (input, target, True, reduce, 0.5, False, False))
+    upstream = torch.tensor(2.0) if reduce else torch.rand(3, 8)
+    arguments = (upstream, input, target, False, 0.5, True, False)
+    torch.library.opcheck(ops._kl_div_backward.default, arguments)
+
+
+def test_raw_op_checks_its_arguments():
+    op = torch.ops.fastkd._kl_div
+    x = torch.zeros(3, 4)
+    with pytest.raises(
+        RuntimeError, match=r"kl_div: target must be contiguous.*\[3, 4\].*\[3, 5\]"
+    ):
+        op(x, torch.zeros(3, 5), False, True, 1.0, False, False)
+    with pytest.raises(RuntimeError, match="kl_div: target must be float32.*got Double"):
+        op(x, x.double(), False, True, 1.0, False, False)
+    with pytest.raises(RuntimeError, match="kl_div: input must be contiguous"):
+        op(x.t(), x.t(), False, True, 1.0, False, False)
+
+
+def test_torch_func_and_autocast():
+    input, target = distributions((3, 6), torch.float64)
+    each = torch.func.vmap(lambda x, t: fastkd.kl_div(x, t, reduction="sum"))(input, target)
+    torch.testing.assert_close(each, F.kl_div(input, target, reduction="none").sum(-1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = [x.bfloat16() for x in (input, target)]
+        mine, theirs = (f(*low, reduction="sum") for f in (fastkd.kl_div, F.kl_div))
+    assert mine.dtype == theirs.dtype
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_module_is_a_drop_in():
+    ours = fastkd.nn.KLDivLoss(reduction="batchmean", log_target=True)
+    theirs = torch.nn.KLDivLoss(reduction="batchmean", log_target=True)
+    input, target = distributions((4, 9), log_target=True)
+    assert isinstance(ours, torch.nn.KLDivLoss)
+    assert repr(ours) == repr(theirs)
+    torch.testing.assert_close(ours(input, target), theirs(input, target))
+    with pytest.warns(UserWarning, match="'mean' divides the total loss"):
+        fastkd.nn.KLDivLoss()(input, target)
