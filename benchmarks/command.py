@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import OURS, Case, CaseResult, run_case
-from benchmarks.report import machine_facts, require_extra, results_table, save
+from benchmarks.report import busy_warning, machine_facts, require_extra, results_table, save
 from benchmarks.shapes import DTYPES, LLAMA_2
 
 RESULTS = Path(__file__).with_name("results")
@@ -114,6 +114,8 @@ def finish(
     console.print(results_table(results))
     facts = machine_facts(torch.device(options.device))
     console.print("  ".join(f"{k}: {v}" for k, v in facts.items()), style="dim", highlight=False)
+    if warning := busy_warning(results):
+        console.print(warning, style="bold red")
     for path in save(options.output, stem, results, facts, goals):
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
     ours = [m for r in results for m in r.measurements if m.name == OURS]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import OURS, CaseResult, Measurement
+from benchmarks.measure import MIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +20,7 @@ COLOURS = {
 }
 OTHER_COLOUR = "#6c757d"
 #: Below this the roof is the overhead of a call, and a multiple of it says nothing about memory.
-SMALLEST_BYTES = 1 << 20
-MIB = 1 << 20
+SMALLEST_BYTES = MIB
 
 
 def draw(results: list[CaseResult], facts: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,7 @@
 """Running a case: check every contestant against float64, time them in turn, read their memory."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from benchmarks.measure import (
     Step,
     Timing,
     available_memory,
+    cpu_seconds_of_others,
     peak_memory,
     roofs,
     time_interleaved,
@@ -97,6 +99,8 @@ class CaseResult:
     case: Case
     roof_name: str
     roof: Timing
+    #: Cores that other processes kept busy meanwhile, None where unknown.
+    other_cores: float | None
     measurements: list[Measurement] = field(default_factory=list)
 
     def find(self, name: str = OURS) -> Measurement:
@@ -143,19 +147,23 @@ def run_case(
     plain = roofs(student, teacher, case.traffic)
     for step in plain.values():
         step()
+    others, start = cpu_seconds_of_others(), time.perf_counter()
     timings = time_interleaved(
         {**plain, **steps},
         device,
         budget,
         lambda done: on_progress("timing", 0.5 + 0.45 * done),
     )
+    other_cores = None
+    if others is not None and (now := cpu_seconds_of_others()) is not None:
+        other_cores = max(0.0, (now - others) / (time.perf_counter() - start))
     on_progress("reading peak memory", 0.95)
     for measurement in measurements:
         if measurement.name in steps:
             measurement.timing = timings[measurement.name]
             measurement.peak_bytes = peak_memory(steps[measurement.name], device)
     roof_name = min(plain, key=lambda name: timings[name].median)
-    return CaseResult(case, roof_name, timings[roof_name], measurements)
+    return CaseResult(case, roof_name, timings[roof_name], other_cores, measurements)
 
 
 def make_step(loss: Loss, student: Tensor, teacher: Tensor) -> Step:

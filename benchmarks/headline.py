@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -12,8 +13,7 @@ import fastkd
 from benchmarks.cases import kl_div_case, softmax_divergence_case
 from benchmarks.command import budget_of, finish, run_cases
 from benchmarks.harness import Case, CaseResult, make_step
-from benchmarks.measure import peak_memory
-from benchmarks.report import MIB
+from benchmarks.measure import MIB, peak_memory
 from benchmarks.shapes import GEMMA_3, Shape, correlated_logits
 
 _ours = partial(softmax_divergence_case, peers=False)
@@ -52,6 +52,11 @@ class Goal:
             return self.measured >= self.limit
         return self.measured <= self.limit
 
+    def as_json(self) -> dict[str, Any]:
+        """Everything about it; JSON knows no NaN."""
+        measured = None if math.isnan(self.measured) else self.measured
+        return asdict(self) | {"measured": measured, "reached": self.reached}
+
 
 def run(options: argparse.Namespace, device: torch.device, names: tuple[str, ...]) -> int:
     """Run the named cases, then print their goals with verdicts."""
@@ -63,7 +68,7 @@ def run(options: argparse.Namespace, device: torch.device, names: tuple[str, ...
     goals = [goal for name in names for goal in _goals(name, results)]
     if "float32" in names:
         goals += _memory_goals(results["float32"], device)
-    kept = [asdict(goal) | {"reached": goal.reached} for goal in goals]
+    kept = [goal.as_json() for goal in goals]
     status = finish(found, options, "headline" if names == ALL else "headline_kl_div", kept)
 
     table = Table(title=f"{sum(g.reached for g in goals)} of {len(goals)} goals reached")

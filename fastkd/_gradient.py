@@ -5,6 +5,59 @@ from torch import Tensor
 
 from fastkd import _library  # noqa: F401  (registers the ops)
 
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _plain_cpu(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+
+
+class GradientMemory:
+    """Keeps the memory of the last large CPU gradient for the next step.
+
+    A training loop frees a gradient and asks for the same again. The system takes back memory of
+    that size and hands it out page by page, zeroed, which costs more than computing the gradient.
+    Memory is given out again only when no tensor, array or graph refers to it any more, and only
+    for a gradient of the same shape and dtype; another shape replaces it. At most one gradient is
+    kept; :meth:`release` lets go of it.
+    """
+
+    SMALLEST = 8 << 20  # bytes; below it the allocator keeps freed memory itself
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def take(self, like: Tensor) -> Tensor | None:
+        """A tensor of like's shape, strides and dtype in memory that nothing refers to, or None."""
+        if torch.compiler.is_compiling() or not _plain_cpu(like):
+            return None
+        try:
+            kept = self._kept.pop()  # one step at a time gets it
+        except IndexError:
+            return None
+        fits = kept.shape == like.shape and kept.dtype == like.dtype and kept.device == like.device
+        if not fits or kept.stride() != torch.empty_like(like, device="meta").stride():
+            return None
+        storage = kept.untyped_storage()
+        # `kept` and `storage` refer to it, and nothing else.
+        if _use_count(storage._cdata) != 2 or storage.nbytes() < kept.numel() * kept.itemsize:
+            return None
+        return kept
+
+    def keep(self, gradient: Tensor) -> None:
+        """Remember where this gradient lies."""
+        if torch.compiler.is_compiling() or _use_count is None or not _plain_cpu(gradient):
+            return
+        if gradient.numel() * gradient.itemsize >= self.SMALLEST:
+            self._kept[:] = [gradient.detach()]
+
+    def release(self) -> None:
+        """Give the kept memory back to the system."""
+        self._kept.clear()
+
+
+memory = GradientMemory()
+
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """Gradient x factor (a scalar, or one a row), as a backward pass returns it.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._gradient import scaled
+from fastkd._gradient import memory, scaled
 from fastkd._library import raise_as_python, transforms_active
 
 _REDUCTIONS = ("none", "mean", "sum", "batchmean", "elementmean")
@@ -266,17 +266,24 @@ class _SoftmaxDivergence(torch.autograd.Function):
         ctx.inplace = inplace and need_student
         ctx.options = options
         ctx.teachers = teachers if teacher is None else None
+        ops = torch.ops.fastkd
         if ctx.inplace:
-            loss, teacher_gradient, pending = torch.ops.fastkd._softmax_divergence_(
-                student, teachers, *options, need_teacher
-            )
-            torch.autograd.graph.increment_version(student)
             gradient = student.detach()
-            ctx.save_for_backward(gradient, teacher_gradient, pending)
         else:
-            loss, gradient, teacher_gradient, pending = torch.ops.fastkd._softmax_divergence(
+            gradient = memory.take(student) if need_student else None
+        if gradient is not None:
+            loss, teacher_gradient, pending = ops._softmax_divergence_into(
+                gradient, student, teachers, *options, need_teacher
+            )
+        else:
+            loss, gradient, teacher_gradient, pending = ops._softmax_divergence(
                 student, teachers, *options, need_student, need_teacher
             )
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(student)
+            ctx.save_for_backward(gradient, teacher_gradient, pending)
+        else:
+            memory.keep(gradient)
             ctx.save_for_backward(gradient, teacher_gradient, pending, student, teacher)
         return loss
 
@@ -338,8 +345,8 @@ def _(student_logits, teacher_logits, *options):
     )
 
 
-@torch.library.register_fake("fastkd::_softmax_divergence_")
-def _(student_logits, teacher_logits, *options):
+@torch.library.register_fake("fastkd::_softmax_divergence_into")
+def _(gradient, student_logits, teacher_logits, *options):
     *_, mode, _denominator, _normalizer, teacher_gradient = options
     wanted = [student_logits] + [teacher_logits[0]] * teacher_gradient
     return (

@@ -239,7 +239,7 @@ def test_raw_op_checks_its_arguments():
         RuntimeError, match=r"kl_div: target must be contiguous.*\[3, 4\].*\[3, 5\]"
     ):
         op(x, torch.zeros(3, 5), False, True, 1.0, False, False)
-    with pytest.raises(RuntimeError, match="kl_div: target must be float32.*got Double"):
+    with pytest.raises(RuntimeError, match=r"kl_div: target must be float32.*got Double"):
         op(x, x.double(), False, True, 1.0, False, False)
     with pytest.raises(RuntimeError, match="kl_div: input must be contiguous"):
         op(x.t(), x.t(), False, True, 1.0, False, False)

@@ -339,7 +339,7 @@ def test_gradient_accumulation(backend):
 
 
 def test_float16_gradients_survive_the_mean(backend):
-    """Divided by 8,192 rows most of a float16 gradient is below 6e-8: the loss scale comes first."""
+    """Divided by many rows a float16 gradient is below 6e-8: the loss scale has to come first."""
     student, teacher = logits((512, 1000), torch.float16), logits((512, 1000), torch.float16)
     options = {"normalizer": 512.0 * 64}
     student.requires_grad_()

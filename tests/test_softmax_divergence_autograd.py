@@ -5,6 +5,7 @@ import torch
 from cases import DIVERGENCES, cases, logits
 
 import fastkd
+from fastkd._gradient import memory
 
 OP = torch.ops.fastkd._softmax_divergence.default
 CASES = cases("softmax_divergence")
@@ -91,6 +92,47 @@ def test_gradient_is_not_copied(backend):
     assert student.grad.data_ptr() == made
 
 
+def _step(student, teacher):
+    loss = fastkd.softmax_divergence(student, teacher, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, student)
+    return gradient
+
+
+def test_gradient_memory_is_used_again(backend):
+    """The next step's gradient lies where the last one did, once nothing refers to that."""
+    memory.release()
+    student, teacher = logits((64, 40_000)).requires_grad_(), logits((64, 40_000))
+    first = _step(student, teacher)
+    right, address = first.clone(), first.data_ptr()
+    second = _step(student, teacher)  # `first` still lives
+    assert second.data_ptr() != address
+    array = second.numpy()
+    address = second.data_ptr()
+    del second
+    assert _step(student, teacher).data_ptr() != address  # an array still refers to it
+    assert (torch.from_numpy(array) == right).all()
+    del array
+    third = _step(student, teacher)
+    address = third.data_ptr()
+    view = third[3]
+    del third
+    assert _step(student, teacher).data_ptr() != address  # a view does
+    assert torch.equal(view, right[3])
+    del view
+    address = _step(student, teacher).data_ptr()
+    again = _step(student, teacher)
+    assert again.data_ptr() == address
+    assert torch.equal(again, right)
+    loss = fastkd.softmax_divergence(student, teacher, reduction="sum")  # a graph holds its own
+    other = _step(student.detach().clone().requires_grad_(), teacher)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient.data_ptr() != other.data_ptr()
+    assert torch.equal(gradient, right)
+    small = logits((2, 10)).requires_grad_()
+    _step(small, logits((2, 10)))
+    memory.release()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_backward_twice(backend, reduction):
     student, teacher = logits((4, 50)).requires_grad_(), logits((4, 50)).requires_grad_()
@@ -168,8 +210,8 @@ def test_opcheck(gradients, dtype, reduction):
         labels=torch.randint(0, 16, (2, 3)),
     )
     torch.library.opcheck(OP, arguments)
-    inplace = torch.ops.fastkd._softmax_divergence_.default
-    torch.library.opcheck(inplace, (*arguments[:-2], gradients[1]))
+    into = torch.ops.fastkd._softmax_divergence_into.default
+    torch.library.opcheck(into, (torch.empty_like(arguments[0]), *arguments[:-2], gradients[1]))
     factor = torch.rand(2, 3) if reduction == "none" else torch.tensor(2.0)
     torch.library.opcheck(torch.ops.fastkd._scale_rows_.default, (arguments[0], factor))
 

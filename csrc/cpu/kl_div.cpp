@@ -44,10 +44,17 @@ double run(KlDivChunk whole, int64_t count, bool float64) {
 void put_scalar(Tensor& tensor, double value) {
   void* p = tensor.data_ptr();
   switch (tensor.scalar_type()) {
-    case ScalarType::Double: *static_cast<double*>(p) = value; break;
-    case ScalarType::BFloat16: portable::from_float(float(value), *static_cast<portable::BFloat16*>(p)); break;
-    case ScalarType::Half: portable::from_float(float(value), *static_cast<portable::Float16*>(p)); break;
-    default: *static_cast<float*>(p) = float(value);
+    case ScalarType::Double:
+      *static_cast<double*>(p) = value;
+      break;
+    case ScalarType::BFloat16:
+      portable::from_float(float(value), *static_cast<portable::BFloat16*>(p));
+      break;
+    case ScalarType::Half:
+      portable::from_float(float(value), *static_cast<portable::Float16*>(p));
+      break;
+    default:
+      *static_cast<float*>(p) = float(value);
   }
 }
 

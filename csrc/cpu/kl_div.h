@@ -13,11 +13,11 @@ struct KlDivChunk {
   Row input, target;
   int64_t begin, end;
   bool log_target;
-  bool reduce;                              // whether the sum is wanted
-  Row terms;                                // empty: not wanted
-  Row upstream;                             // gradient of the terms; empty: `scale` for all
-  double scale;                             // of the gradients
-  Row input_gradient, target_gradient;      // empty: not wanted
+  bool reduce;                          // whether the sum is wanted
+  Row terms;                            // empty: not wanted
+  Row upstream;                         // gradient of the terms; empty: `scale` for all
+  double scale;                         // of the gradients
+  Row input_gradient, target_gradient;  // empty: not wanted
 };
 using KlDivKernel = double (*)(const KlDivChunk&);
 

@@ -10,22 +10,20 @@
 namespace fastkd {
 
 inline const SliceRunner& one_thread() {
-  static const SliceRunner runner{
-      [](void*, int64_t slices, void (*body)(void*, int64_t), void* context) {
-        for (int64_t slice = 0; slice < slices; ++slice) body(context, slice);
-      },
-      nullptr};
+  static const SliceRunner runner{[](void*, int64_t slices, void (*body)(void*, int64_t), void* context) {
+                                    for (int64_t slice = 0; slice < slices; ++slice) body(context, slice);
+                                  },
+                                  nullptr};
   return runner;
 }
 
 inline const SliceRunner& all_threads() {
-  static const SliceRunner runner{
-      [](void*, int64_t slices, void (*body)(void*, int64_t), void* context) {
-        torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t slice = begin; slice < end; ++slice) body(context, slice);
-        });
-      },
-      nullptr};
+  static const SliceRunner runner{[](void*, int64_t slices, void (*body)(void*, int64_t), void* context) {
+                                    torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+                                      for (int64_t slice = begin; slice < end; ++slice) body(context, slice);
+                                    });
+                                  },
+                                  nullptr};
   return runner;
 }
 

@@ -17,8 +17,8 @@ void scale_rows(const Tensor& gradient, const Tensor& factor) {
   FASTKD_CHECK_VALUE(gradient.is_cpu() && factor.is_cpu(), kName, "gradient and factor must be on the CPU");
   const int64_t leading = gradient.dim() - 1;
   const bool one = factor.dim() == 0;
-  FASTKD_CHECK_VALUE(leading >= 0 && (one || (factor.dim() == leading && same_leading(factor, gradient, leading))), kName,
-                     "factor must be a scalar or have one entry a row, shape ", leading_of(gradient, leading),
+  FASTKD_CHECK_VALUE(leading >= 0 && (one || (factor.dim() == leading && same_leading(factor, gradient, leading))),
+                     kName, "factor must be a scalar or have one entry a row, shape ", leading_of(gradient, leading),
                      ", got shape ", shape_of(factor));
   int64_t rows = 1;
   for (int64_t i = 0; i < leading; ++i) rows *= gradient.size(i);
@@ -26,10 +26,10 @@ void scale_rows(const Tensor& gradient, const Tensor& factor) {
   if (rows == 0 || width == 0) return;
   const Rows all(gradient, leading), factors(factor, one ? 0 : leading);
   if (one && factors.number(0) == 1) return;
-  const auto kernel = gradient.scalar_type() == ScalarType::Double ? kernels().scale_row_double : kernels().scale_row_float;
-  for_rows(rows, width, 0, [&](int64_t row, const SliceRunner&, char*) {
-    kernel(all.row(row), width, factors.number(one ? 0 : row));
-  });
+  const auto kernel =
+      gradient.scalar_type() == ScalarType::Double ? kernels().scale_row_double : kernels().scale_row_float;
+  for_rows(rows, width, 0,
+           [&](int64_t row, const SliceRunner&, char*) { kernel(all.row(row), width, factors.number(one ? 0 : row)); });
 }
 
 }  // namespace

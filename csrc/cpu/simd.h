@@ -63,10 +63,18 @@ template <class Real>
 const Real* load(const Row& row, int64_t begin, int64_t count, Real* buffer) {
   if (row.dtype == kDtypeOf<Real> && row.stride == 1) return static_cast<const Real*>(row.data) + begin;
   switch (row.dtype) {
-    case Dtype::kFloat32: load_as<float>(row, begin, count, buffer); break;
-    case Dtype::kFloat64: load_as<double>(row, begin, count, buffer); break;
-    case Dtype::kBFloat16: load_as<BFloat16>(row, begin, count, buffer); break;
-    case Dtype::kFloat16: load_as<Float16>(row, begin, count, buffer); break;
+    case Dtype::kFloat32:
+      load_as<float>(row, begin, count, buffer);
+      break;
+    case Dtype::kFloat64:
+      load_as<double>(row, begin, count, buffer);
+      break;
+    case Dtype::kBFloat16:
+      load_as<BFloat16>(row, begin, count, buffer);
+      break;
+    case Dtype::kFloat16:
+      load_as<Float16>(row, begin, count, buffer);
+      break;
   }
   return buffer;
 }
@@ -107,17 +115,26 @@ void store_as(const Row& row, int64_t begin, int64_t count, const Real* in) {
   Element* to = row.streamed ? converted : out;
   FASTKD_SIMD
   for (int64_t i = 0; i < count; ++i) from_float(in[i], to[i]);
-  if (row.streamed) stream_copy(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(to), count * sizeof(Element));
+  if (row.streamed)
+    stream_copy(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(to), count * sizeof(Element));
 }
 
 template <class Real>
 void store(const Row& row, int64_t begin, int64_t count, const Real* block) {
   if (block == destination(row, begin, static_cast<Real*>(nullptr))) return;
   switch (row.dtype) {
-    case Dtype::kFloat32: store_as<float>(row, begin, count, block); break;
-    case Dtype::kFloat64: store_as<double>(row, begin, count, block); break;
-    case Dtype::kBFloat16: store_as<BFloat16>(row, begin, count, block); break;
-    case Dtype::kFloat16: store_as<Float16>(row, begin, count, block); break;
+    case Dtype::kFloat32:
+      store_as<float>(row, begin, count, block);
+      break;
+    case Dtype::kFloat64:
+      store_as<double>(row, begin, count, block);
+      break;
+    case Dtype::kBFloat16:
+      store_as<BFloat16>(row, begin, count, block);
+      break;
+    case Dtype::kFloat16:
+      store_as<Float16>(row, begin, count, block);
+      break;
   }
 }
 

@@ -109,7 +109,8 @@ struct Problem {
         FASTKD_CHECK_VALUE(width == student_width, kName, "teacher_logits has ", width, " columns, student_logits has ",
                            student_width, "; pass vocab_size to compare only the first columns");
       }
-      FASTKD_CHECK_VALUE(vocab <= width, kName, "vocab_size is ", vocab, ", teacher_logits has only ", width, " columns");
+      FASTKD_CHECK_VALUE(vocab <= width, kName, "vocab_size is ", vocab, ", teacher_logits has only ", width,
+                         " columns");
     }
     FASTKD_CHECK_VALUE(vocab <= student_width, kName, "vocab_size is ", vocab, ", student_logits has only ",
                        student_width, " columns");
@@ -147,8 +148,9 @@ struct Problem {
                       torch::headeronly::toString(w.scalar_type()));
     FASTKD_CHECK_VALUE(w.is_cpu(), kName, "teacher_weights must be on the CPU like student_logits");
     const bool shared = w.dim() == 1, each = w.dim() == leading + 1 && same_leading(w, s, leading);
-    FASTKD_CHECK_VALUE((shared || each) && w.size(w.dim() - 1) == int64_t(count), kName, "teacher_weights must be ", count,
-                       " numbers or have shape ", leading_of(s, leading), " + [", count, "], got shape ", shape_of(w));
+    FASTKD_CHECK_VALUE((shared || each) && w.size(w.dim() - 1) == int64_t(count), kName, "teacher_weights must be ",
+                       count, " numbers or have shape ", leading_of(s, leading), " + [", count, "], got shape ",
+                       shape_of(w));
     teacher_weights = Rows(w, shared ? 0 : leading);
     for (int64_t row = 0; row < (shared ? 1 : rows); ++row) {
       double sum = 0;
@@ -166,8 +168,9 @@ struct Problem {
     for (int64_t row = 0; labels && row < rows; ++row) {
       if (mask && mask.number(row) == 0) continue;
       const int64_t label = labels.integer(row);
-      FASTKD_CHECK_INDEX(label == options.ignore_index || (label >= 0 && label < vocab), kName, "labels must lie in [0, ",
-                         vocab, ") or be ignore_index ", options.ignore_index, ", got ", label, " in row ", row);
+      FASTKD_CHECK_INDEX(label == options.ignore_index || (label >= 0 && label < vocab), kName,
+                         "labels must lie in [0, ", vocab, ") or be ignore_index ", options.ignore_index, ", got ",
+                         label, " in row ", row);
     }
   }
 
@@ -181,7 +184,8 @@ struct Problem {
     double denominator = options.denominator;
     if (options.normalizer) {
       FASTKD_CHECK_VALUE(options.normalizer->numel() == 1 && is_float(options.normalizer->scalar_type()), kName,
-                         "normalizer must be a number or a 0-d float tensor, got shape ", shape_of(*options.normalizer));
+                         "normalizer must be a number or a 0-d float tensor, got shape ",
+                         shape_of(*options.normalizer));
       denominator = Rows(*options.normalizer, 0).number(0);
     } else if (options.reduction == "mean") {
       denominator = 0;
@@ -222,8 +226,8 @@ void run(const Problem& problem, double gradient_factor, std::vector<double>& lo
       return;
     }
     row.temperature = problem.temperatures ? problem.temperatures.number(index) : o.temperature;
-    row.teacher_temperature = problem.teacher_temperatures ? problem.teacher_temperatures.number(index)
-                                                           : o.teacher_temperature;
+    row.teacher_temperature =
+        problem.teacher_temperatures ? problem.teacher_temperatures.number(index) : o.teacher_temperature;
     row.label = problem.labels ? problem.labels.integer(index) : -1;
     row.label_weight = o.label_weight;
     row.divergence_scale = o.square_temperature ? row.temperature * row.temperature : 1;
@@ -254,7 +258,7 @@ void put(Tensor& tensor, int64_t index, double value) {
 std::tuple<Tensor, Tensor> solve(Problem& problem, const Tensor& student, const Tensor* student_gradient,
                                  const Tensor* teacher_gradient) {
   const bool reduced = problem.options.reduction != "none";
-  const bool inplace = student_gradient == &student;
+  const bool inplace = student_gradient != nullptr && student_gradient->data_ptr() == student.data_ptr();
   for (auto [tensor, rows] : {std::pair(student_gradient, &problem.student_gradient),
                               std::pair(teacher_gradient, &problem.teacher_gradient)}) {
     if (tensor == nullptr) continue;
@@ -307,26 +311,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_divergence(
   return {loss, s, t, pending};
 }
 
-std::tuple<Tensor, Tensor, Tensor> softmax_divergence_inplace(
-    const Tensor& student_logits, const std::vector<Tensor>& teacher_logits, const std::string& divergence, double beta,
-    double temperature, double teacher_temperature, const std::optional<Tensor>& temperatures,
-    const std::optional<Tensor>& teacher_temperatures, const std::optional<Tensor>& weight,
-    const std::optional<Tensor>& mask, const std::optional<Tensor>& teacher_weights, const std::string& teacher_mix,
-    const std::optional<Tensor>& labels, double label_weight, int64_t ignore_index, int64_t vocab_size,
-    bool square_temperature, const std::string& reduction, double denominator, const std::optional<Tensor>& normalizer,
-    bool teacher_gradient) {
+std::tuple<Tensor, Tensor, Tensor> softmax_divergence_into(
+    const Tensor& gradient, const Tensor& student_logits, const std::vector<Tensor>& teacher_logits,
+    const std::string& divergence, double beta, double temperature, double teacher_temperature,
+    const std::optional<Tensor>& temperatures, const std::optional<Tensor>& teacher_temperatures,
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& teacher_weights, const std::string& teacher_mix, const std::optional<Tensor>& labels,
+    double label_weight, int64_t ignore_index, int64_t vocab_size, bool square_temperature,
+    const std::string& reduction, double denominator, const std::optional<Tensor>& normalizer, bool teacher_gradient) {
   Problem problem(student_logits, teacher_logits,
                   {divergence, beta, temperature, teacher_temperature, temperatures, teacher_temperatures, weight, mask,
                    teacher_weights, teacher_mix, labels, label_weight, ignore_index, vocab_size, square_temperature,
                    reduction, denominator, normalizer});
   FASTKD_CHECK_VALUE(!teacher_gradient || teacher_logits.size() == 1, kName,
                      "teacher_logits in a list take no gradient");
-  for (int64_t i = 0; i < student_logits.dim(); ++i) {
-    FASTKD_CHECK_VALUE(student_logits.stride(i) != 0 || student_logits.size(i) <= 1, kName,
-                       "inplace needs student_logits with storage of its own for every element, got an expanded tensor");
+  FASTKD_CHECK_VALUE(gradient.is_cpu() && gradient.dim() == student_logits.dim() &&
+                         same_leading(gradient, student_logits, student_logits.dim()) &&
+                         gradient.scalar_type() == student_logits.scalar_type(),
+                     kName, "gradient must be like student_logits, shape ", shape_of(student_logits), ", got shape ",
+                     shape_of(gradient));
+  for (int64_t i = 0; i < gradient.dim(); ++i) {
+    FASTKD_CHECK_VALUE(
+        gradient.stride(i) != 0 || gradient.size(i) <= 1, kName,
+        "inplace needs student_logits with storage of its own for every element, got an expanded tensor");
   }
   Tensor t = teacher_gradient ? gradient_like(teacher_logits[0]) : empty(teacher_logits[0]);
-  auto [loss, pending] = solve(problem, student_logits, &student_logits, teacher_gradient ? &t : nullptr);
+  auto [loss, pending] = solve(problem, student_logits, &gradient, teacher_gradient ? &t : nullptr);
   return {loss, t, pending};
 }
 
@@ -340,7 +350,7 @@ std::string cpu_capability(const std::optional<std::string>& use) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("_softmax_divergence", TORCH_BOX(&softmax_divergence));
-  m.impl("_softmax_divergence_", TORCH_BOX(&softmax_divergence_inplace));
+  m.impl("_softmax_divergence_into", TORCH_BOX(&softmax_divergence_into));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {

@@ -28,13 +28,13 @@ struct SoftmaxDivergenceRow {
   Teachers teachers;
   double beta;
   double temperature, teacher_temperature;
-  int64_t label;                  // -1: none
+  int64_t label;  // -1: none
   double label_weight;
-  double divergence_scale;        // of the divergence's value: temperature^2 or 1
-  double scale;                   // of the row's gradient: weight / denominator
+  double divergence_scale;                 // of the divergence's value: temperature^2 or 1
+  double scale;                            // of the row's gradient: weight / denominator
   Row student_gradient, teacher_gradient;  // empty: not wanted
   int64_t student_width, teacher_width;    // columns of the gradients; those from vocab on are zero
-  void* scratch;                  // softmax_divergence_scratch(vocab, teachers, sizeof(Real)) bytes, aligned to 16
+  void* scratch;  // softmax_divergence_scratch(vocab, teachers, sizeof(Real)) bytes, aligned to 16
 };
 
 struct SoftmaxDivergenceKernel {
@@ -54,8 +54,8 @@ inline int64_t softmax_divergence_scratch(int64_t vocab, int64_t teachers, int64
 
 namespace fastkd::FASTKD_ISA {
 
-// Over a slice or row. Products with g and h are exact and added in double: a mean must match the very values that it is
-// subtracted from, whose own rounding then cancels.
+// Over a slice or row. Products with g and h are exact and added in double: a mean must match the very values that it
+// is subtracted from, whose own rounding then cancels.
 struct Sums {
   double f, qg, ph, q, p, difference;
 
@@ -76,8 +76,8 @@ struct Mean {
   explicit Mean(double mean) : high(Real(mean)), low(Real(mean - double(Real(mean)))) {}
 };
 
-// From logits to outcomes, once both normalisers are known. Logits are first taken relative to a value near the largest:
-// what counts in a distribution is then exact to rounding, whatever constant the logits carry.
+// From logits to outcomes, once both normalisers are known. Logits are first taken relative to a value near the
+// largest: what counts in a distribution is then exact to rounding, whatever constant the logits carry.
 template <class Real>
 struct Normalized {
   Real student_scale, teacher_scale, teacher_ratio;
@@ -146,7 +146,8 @@ struct RowPasses {
   template <class Body>
   void for_blocks(int64_t slice, Body body) const {
     const int64_t first = slice * kSlice, last = first + kSlice < row.vocab ? first + kSlice : row.vocab;
-    for (int64_t begin = first; begin < last; begin += kBlock) body(begin, last - begin < kBlock ? last - begin : kBlock);
+    for (int64_t begin = first; begin < last; begin += kBlock)
+      body(begin, last - begin < kBlock ? last - begin : kBlock);
   }
 
   // Runs body(slice, partial) for every slice and returns the partials, in scratch.
@@ -191,9 +192,8 @@ struct RowPasses {
         [&](int64_t slice) {
           RowState<double> all = RowState<double>::empty();
           Real u_origin = Real(-INFINITY), w_origin = Real(-INFINITY);
-          for_blocks(slice, [&](int64_t begin, int64_t count) {
-            add_block<kPass>(all, u_origin, w_origin, begin, count);
-          });
+          for_blocks(slice,
+                     [&](int64_t begin, int64_t count) { add_block<kPass>(all, u_origin, w_origin, begin, count); });
           return all;
         },
         slices);
@@ -204,13 +204,16 @@ struct RowPasses {
     student_lse = all.student.log2() - double(student_origin) * student_scale;
     teacher_lse = all.teacher.log2() - double(teacher_origin) * teacher_scale;
     if (row.label >= 0) {
-      label_lse = label_scale == Real(0) ? student_lse : ::log2(all.label_sum) + all.student.max * row.temperature - double(student_origin) * label_scale;
+      label_lse = label_scale == Real(0) ? student_lse
+                                         : ::log2(all.label_sum) + all.student.max * row.temperature -
+                                               double(student_origin) * label_scale;
     }
     return all;
   }
 
   // Adds a block relative to the slice's origins, finding the block's own maxima on the way. Only where those turn out
-  // much larger, or there was none yet, is the block added again relative to them: an origin is within 2^8 of the maximum.
+  // much larger, or there was none yet, is the block added again relative to them: an origin is within 2^8 of the
+  // maximum.
   template <Pass kPass>
   void add_block(RowState<double>& all, Real& u_origin, Real& w_origin, int64_t begin, int64_t count) const {
     alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], spare[kBlock];
@@ -235,8 +238,8 @@ struct RowPasses {
   }
 
   template <Pass kPass>
-  RowState<double> block_state(const Real* u, const Real* w, int64_t count, Real u_origin, Real w_origin, Real& u_largest,
-                               Real& w_largest) const {
+  RowState<double> block_state(const Real* u, const Real* w, int64_t count, Real u_origin, Real w_origin,
+                               Real& u_largest, Real& w_largest) const {
     const Real us = student_scale, ws = teacher_scale, r = teacher_ratio;
     const Real u_zero = u_origin == Real(-INFINITY) ? Real(0) : u_origin;
     const Real w_zero = w_origin == Real(-INFINITY) ? Real(0) : w_origin;
@@ -246,8 +249,9 @@ struct RowPasses {
     using Ratio = typename Accumulator<Real, kPass == Pass::kStudentWeighted>::Type;
     Ratio u_sum = 0, w_sum = 0, ratio = 0;
     Real crossing = 0, u_max = Real(-INFINITY), w_max = Real(-INFINITY);
-    _Pragma("omp simd reduction(+ : u_sum, w_sum, ratio, crossing) reduction(max : u_max, w_max)")
-    for (int64_t i = 0; i < count; ++i) {
+    _Pragma("omp simd reduction(+ : u_sum, w_sum, ratio, crossing) reduction(max : u_max, w_max)") for (int64_t i = 0;
+                                                                                                        i < count;
+                                                                                                        ++i) {
       u_max = u[i] > u_max ? u[i] : u_max;
       w_max = w[i] > w_max ? w[i] : w_max;
       const Real x = u[i] - u_zero, y = w[i] - w_zero;
@@ -274,14 +278,20 @@ struct RowPasses {
     }
     u_largest = u_max;
     w_largest = w_max;
-    return {{double(u_origin) * us, u_sum}, {double(w_origin) * ws, w_sum}, double(ratio) * us, double(crossing) * us,
+    return {{double(u_origin) * us, u_sum},
+            {double(w_origin) * ws, w_sum},
+            double(ratio) * us,
+            double(crossing) * us,
             label_sum};
   }
 
   Normalized<Real> normalized() const {
     const double gap = double(student_origin) - double(teacher_ratio) * teacher_origin;
-    return {student_scale, teacher_scale, teacher_ratio, student_origin, teacher_origin, Real(student_lse),
-            Real(teacher_lse), Real((student_lse - teacher_lse + (gap - Real(gap)) * student_scale) * kLn2), Real(gap)};
+    return {student_scale,     teacher_scale,
+            teacher_ratio,     student_origin,
+            teacher_origin,    Real(student_lse),
+            Real(teacher_lse), Real((student_lse - teacher_lse + (gap - Real(gap)) * student_scale) * kLn2),
+            Real(gap)};
   }
 
   template <bool kNear, class Divergence>
@@ -307,8 +317,7 @@ struct RowPasses {
   }
 
   template <bool kNear, bool kTeacher, class Divergence>
-  Sums block_sums(const Divergence divergence, const Real* u, const Real* w, int64_t count,
-                  Real* keep) const {
+  Sums block_sums(const Divergence divergence, const Real* u, const Real* w, int64_t count, Real* keep) const {
     const Normalized<Real> at = normalized();
     Real f = 0, difference = 0;
     double qg = 0, ph = 0, q = 0, p = 0;
@@ -473,14 +482,16 @@ double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner
     fill_zero(row.teacher_gradient, row.vocab, row.teacher_width);
   }
   value *= row.divergence_scale;
-  if (row.label >= 0) value += row.label_weight * (passes.label_lse * kLn2 - (double(label_logit) - double(passes.student_origin)));
+  if (row.label >= 0)
+    value += row.label_weight * (passes.label_lse * kLn2 - (double(label_logit) - double(passes.student_origin)));
   return value;
 }
 
 template <class... Divergence>
 constexpr void list_kernels(SoftmaxDivergenceKernel* out, TypeList<Divergence...>) {
   static_assert(sizeof...(Divergence) == kDivergences);
-  ((*out++ = {Divergence::kName, softmax_divergence_row<float, Divergence>, softmax_divergence_row<double, Divergence>}),
+  ((*out++ = {Divergence::kName, softmax_divergence_row<float, Divergence>,
+              softmax_divergence_row<double, Divergence>}),
    ...);
 }
 

@@ -9,7 +9,7 @@ struct Teachers {
   const Row* rows;
   const double* weights;  // one each; ignored for a single teacher
   int count;
-  bool mix_probs;         // else logits
+  bool mix_probs;  // else logits
 };
 
 }  // namespace fastkd
@@ -19,8 +19,8 @@ namespace fastkd::FASTKD_ISA {
 template <class Real>
 struct TeacherBlocks {
   const Teachers& teachers;
-  Real scale;                           // log2(e) / teacher_temperature
-  const MaxSum<double>* normalizers;    // of each teacher, for mix_probs
+  Real scale;                         // log2(e) / teacher_temperature
+  const MaxSum<double>* normalizers;  // of each teacher, for mix_probs
 
   // Logits, to be divided by the temperature; of mixed probabilities log2, to be taken as they are.
   const Real* load_block(int64_t begin, int64_t count, Real* buffer, Real* spare) const {

@@ -33,11 +33,11 @@ inline constexpr double kNearKl = 0.02, kNearSum = 0.005;
 // What is known of one vocabulary entry.
 template <class Real>
 struct Outcome {
-  Real p, q;          // probabilities under teacher and student
+  Real p, q;  // probabilities under teacher and student
   Real log2_p, log2_q;
-  Real d;             // log q - log p, natural, finite
-  Real difference;    // q - p, relatively accurate where kNear
-  bool small;         // kNear and |d| < 1/2: the gap functions apply
+  Real d;           // log q - log p, natural, finite
+  Real difference;  // q - p, relatively accurate where kNear
+  bool small;       // kNear and |d| < 1/2: the gap functions apply
 };
 
 template <class Real>

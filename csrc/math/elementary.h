@@ -117,7 +117,8 @@ FASTKD_INLINE float expm1_gap(float x) {
   return p * x * x;
 }
 FASTKD_INLINE double expm1_gap(double x) {
-  return magnitude(x) < 1e-2 ? x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x / 720)))) : ::expm1(x) - x;
+  return magnitude(x) < 1e-2 ? x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x / 720))))
+                             : ::expm1(x) - x;
 }
 
 // x - log(1 + x) for -0.4 <= x <= 0.66, the range of e^d - 1 for |d| <= 1/2.
@@ -136,9 +137,8 @@ FASTKD_INLINE float log1p_gap(float x) {
   return p * x * x;
 }
 FASTKD_INLINE double log1p_gap(double x) {
-  return magnitude(x) < 1e-3
-             ? x * x * (0.5 - x * (1.0 / 3 - x * (0.25 - x * (0.2 - x * (1.0 / 6 - x / 7)))))
-             : x - ::log1p(x);
+  return magnitude(x) < 1e-3 ? x * x * (0.5 - x * (1.0 / 3 - x * (0.25 - x * (0.2 - x * (1.0 / 6 - x / 7)))))
+                             : x - ::log1p(x);
 }
 
 }  // namespace fastkd::FASTKD_ISA

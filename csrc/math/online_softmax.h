@@ -89,7 +89,9 @@ struct RowState {
     student = {student_max, student.sum * student_scale};
     teacher = {teacher_max, teacher.sum * teacher_scale};
   }
-  static FASTKD_INLINE Real moved(Real sum, Real weight, Real step) { return weight > Real(0) ? sum + weight * step : sum; }
+  static FASTKD_INLINE Real moved(Real sum, Real weight, Real step) {
+    return weight > Real(0) ? sum + weight * step : sum;
+  }
 };
 
 }  // namespace fastkd::FASTKD_ISA

@@ -11,7 +11,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline bool is_float(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half;
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
 }
 
 inline Dtype dtype_of(ScalarType type) {
@@ -24,12 +25,16 @@ inline Dtype dtype_of(ScalarType type) {
 inline int64_t element_size(ScalarType type) {
   switch (type) {
     case ScalarType::Double:
-    case ScalarType::Long: return 8;
+    case ScalarType::Long:
+      return 8;
     case ScalarType::Float:
-    case ScalarType::Int: return 4;
+    case ScalarType::Int:
+      return 4;
     case ScalarType::BFloat16:
-    case ScalarType::Half: return 2;
-    default: return 1;
+    case ScalarType::Half:
+      return 2;
+    default:
+      return 1;
   }
 }
 
@@ -73,11 +78,16 @@ class Rows {
   double number(int64_t index, int64_t column = 0) const {
     const char* p = at(index) + column * column_stride_ * element_size_;
     switch (type_) {
-      case ScalarType::Double: return *reinterpret_cast<const double*>(p);
-      case ScalarType::Float: return *reinterpret_cast<const float*>(p);
-      case ScalarType::BFloat16: return portable::to_float(*reinterpret_cast<const portable::BFloat16*>(p));
-      case ScalarType::Half: return portable::to_float(*reinterpret_cast<const portable::Float16*>(p));
-      default: return *reinterpret_cast<const bool*>(p);
+      case ScalarType::Double:
+        return *reinterpret_cast<const double*>(p);
+      case ScalarType::Float:
+        return *reinterpret_cast<const float*>(p);
+      case ScalarType::BFloat16:
+        return portable::to_float(*reinterpret_cast<const portable::BFloat16*>(p));
+      case ScalarType::Half:
+        return portable::to_float(*reinterpret_cast<const portable::Float16*>(p));
+      default:
+        return *reinterpret_cast<const bool*>(p);
     }
   }
 
