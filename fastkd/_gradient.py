@@ -29,7 +29,7 @@ class GradientMemory:
 
     def take(self, like: Tensor) -> Tensor | None:
         """A tensor of like's shape, strides and dtype in memory that nothing refers to, or None."""
-        if torch.compiler.is_compiling() or not _plain_cpu(like):
+        if torch.compiler.is_compiling() or _use_count is None or not _plain_cpu(like):
             return None
         try:
             kept = self._kept.pop()  # one step at a time gets it

@@ -47,7 +47,7 @@ class SoftmaxDivergence(torch.nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = softmax_divergence.__kwdefaults__
+        known = softmax_divergence.__kwdefaults__ or {}
         for name in options:
             if name not in known:
                 raise TypeError(

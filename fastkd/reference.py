@@ -6,6 +6,7 @@ arithmetic. The ops themselves use it for second derivatives and under torch.fun
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,60 +171,25 @@ def softmax_divergence_op(
     if reduction == "none":
         return loss
     if normalizer is not None:
-        denominator = normalizer.to(dtype).reshape(())
+        divisor = normalizer.to(dtype).reshape(())
     elif reduction == "mean":
-        denominator = kept.sum().to(dtype)
+        divisor = kept.sum().to(dtype)
     else:
-        denominator = torch.tensor(denominator, dtype=dtype, device=loss.device)
-    empty = denominator == 0
-    return torch.where(empty, 0.0, loss.sum() / torch.where(empty, 1.0, denominator))
+        divisor = torch.tensor(denominator, dtype=dtype, device=loss.device)
+    empty = divisor == 0
+    return torch.where(empty, 0.0, loss.sum() / torch.where(empty, 1.0, divisor))
 
 
 def softmax_divergence(
     student_logits: Tensor,
     teacher_logits: Tensor | Sequence[Tensor],
-    **options: object,
+    **options: Any,
 ) -> Tensor:
     """`fastkd.softmax_divergence` in plain PyTorch, with the same arguments except `inplace`."""
-    from fastkd.softmax_divergence import _reduction, _temperature
+    from fastkd.softmax_divergence import op_arguments
 
-    teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else list(teacher_logits)
-    get = options.get
-    temperature = get("temperature", 1.0)
-    teacher_temperature = get("teacher_temperature")
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    scalar, per_row = _temperature(temperature, student_logits)
-    teacher_scalar, teacher_per_row = _temperature(teacher_temperature, student_logits)
-    vocab_size = get("vocab_size")
-    mode, denominator, normalizer = _reduction(
-        get("reduction", "mean"), get("normalizer"), student_logits, vocab_size
-    )
-    weights = get("teacher_weights")
-    if weights is not None and not isinstance(weights, Tensor):
-        weights = torch.tensor(weights, dtype=torch.float64, device=student_logits.device)
-    return softmax_divergence_op(
-        student_logits,
-        teachers,
-        get("divergence", "forward_kl"),
-        get("beta", 0.5),
-        scalar,
-        teacher_scalar,
-        per_row,
-        teacher_per_row,
-        get("weight"),
-        get("mask"),
-        weights,
-        get("teacher_mix", "logits"),
-        get("labels"),
-        get("label_weight", 1.0),
-        get("ignore_index", -100),
-        -1 if vocab_size is None else vocab_size,
-        get("square_temperature", False),
-        mode,
-        denominator,
-        normalizer,
-    )
+    teachers, arguments = op_arguments(student_logits, teacher_logits, **options)
+    return softmax_divergence_op(student_logits, teachers, *arguments)
 
 
 def kl_div(

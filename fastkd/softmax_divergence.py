@@ -125,24 +125,80 @@ def softmax_divergence(
         raise NotImplementedError(
             "softmax_divergence: group (a vocabulary split across processes) is not available yet"
         )
-    teachers = _teachers(teacher_logits)
-    several = isinstance(teacher_logits, (list, tuple))
-    _check_tensors(student_logits, teachers, weight, temperature, teacher_temperature)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    scalar, rows = _temperature(temperature, student_logits)
-    teacher_scalar, teacher_rows = _temperature(teacher_temperature, student_logits)
-    mode, denominator, normalizer = _reduction(reduction, normalizer, student_logits, vocab_size)
-    if teacher_weights is not None and not isinstance(teacher_weights, Tensor):
-        teacher_weights = torch.tensor(
-            teacher_weights, dtype=torch.float64, device=student_logits.device
-        )
+    teachers, options = op_arguments(
+        student_logits,
+        teacher_logits,
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        weight=weight,
+        mask=mask,
+        teacher_weights=teacher_weights,
+        teacher_mix=teacher_mix,
+        labels=labels,
+        label_weight=label_weight,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        normalizer=normalizer,
+        square_temperature=square_temperature,
+    )
+    several = not isinstance(teacher_logits, Tensor)
     if several and torch.is_grad_enabled() and any(t.requires_grad for t in teachers):
         raise ValueError(
             "softmax_divergence: teacher_logits in a list take no gradient, but one requires it; "
             "detach it, or pass an only teacher as a tensor"
         )
-    options = (
+    try:
+        if not torch.compiler.is_compiling() and transforms_active():
+            return reference.softmax_divergence_op(student_logits, teachers, *options)
+        if torch.is_grad_enabled() and (
+            student_logits.requires_grad or (not several and teachers[0].requires_grad)
+        ):
+            return _SoftmaxDivergence.apply(
+                student_logits, None if several else teachers[0], teachers, inplace, options
+            )
+        return torch.ops.fastkd._softmax_divergence(
+            student_logits, teachers, *options, False, False
+        )[0]
+    except RuntimeError as error:
+        raise_as_python(error)
+
+
+def op_arguments(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    teacher_weights: Sequence[float] | Tensor | None = None,
+    teacher_mix: str = "logits",
+    labels: Tensor | None = None,
+    label_weight: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    square_temperature: bool = False,
+) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """The teachers and the other arguments as the raw op, and its reference, take them."""
+    teachers = _teachers(teacher_logits)
+    _check_tensors(student_logits, teachers, weight, temperature, teacher_temperature)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    scalar, rows = _temperature(temperature, student_logits)
+    teacher_scalar, teacher_rows = _temperature(teacher_temperature, student_logits)
+    mode, denominator, divisor = _reduction(reduction, normalizer, student_logits, vocab_size)
+    if teacher_weights is not None and not isinstance(teacher_weights, Tensor):
+        teacher_weights = torch.tensor(
+            teacher_weights, dtype=torch.float64, device=student_logits.device
+        )
+    return teachers, (
         divergence,
         beta,
         scalar,
@@ -160,22 +216,8 @@ def softmax_divergence(
         square_temperature,
         mode,
         denominator,
-        normalizer,
+        divisor,
     )
-    try:
-        if not torch.compiler.is_compiling() and transforms_active():
-            return reference.softmax_divergence_op(student_logits, teachers, *options)
-        if torch.is_grad_enabled() and (
-            student_logits.requires_grad or (not several and teachers[0].requires_grad)
-        ):
-            return _SoftmaxDivergence.apply(
-                student_logits, None if several else teachers[0], teachers, inplace, options
-            )
-        return torch.ops.fastkd._softmax_divergence(
-            student_logits, teachers, *options, False, False
-        )[0]
-    except RuntimeError as error:
-        raise_as_python(error)
 
 
 def _teachers(teacher_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -304,7 +346,7 @@ class _SoftmaxDivergence(torch.autograd.Function):
         )
 
 
-def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as functions of their inputs, for create_graph=True: plain PyTorch."""
     if ctx.inplace:
         raise RuntimeError(
