@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.resolve()
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         build = Path(self.build_temp).resolve()
-        prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
+        in_tree = self.inplace or self.editable_mode
+        prefix = ROOT if in_tree else Path(self.build_lib).resolve()
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja"]
         configure.append(f"-DPython_EXECUTABLE={sys.executable}")
         subprocess.check_call(configure)

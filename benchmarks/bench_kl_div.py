@@ -27,7 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
         partial(kl_div_case, **setting, peers=not options.only_fastkd)
         for setting in settings_of(options, MIDDLE, AXES)
     ]
-    return finish(run_cases(makers, device, budget_of(options)), options, "kl_div")
+    results = run_cases(makers, device, budget_of(options), options.fresh_memory)
+    return finish(results, options, "kl_div")
 
 
 if __name__ == "__main__":

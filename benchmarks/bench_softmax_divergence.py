@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         for setting in settings_of(options, MIDDLE, AXES)
     ]
-    results = run_cases(makers, device, budget_of(options))
+    results = run_cases(makers, device, budget_of(options), options.fresh_memory)
     return finish(results, options, "softmax_divergence")
 
 

@@ -31,6 +31,7 @@ def parser(description: str, middle: Setting) -> argparse.ArgumentParser:
     add("--rows", nargs="+", type=_positive, help=f"default: {middle['rows']}")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--isa", help="instruction set of fastkd's CPU kernels, for example x86_64_v3 (AVX2)")
+    add("--fresh-memory", action="store_true", help="fastkd must not use a gradient's memory again")
     add("--only-fastkd", action="store_true", help="no other contestant, only the roof")
     add("--budget", type=float, help=f"seconds of timing a case, default: {SECONDS_A_CASE:g}")
     add("--output", type=Path, default=RESULTS, help="folder for JSON and PNG")
@@ -82,7 +83,10 @@ def budget_of(options: argparse.Namespace) -> float:
 
 
 def run_cases(
-    makers: Sequence[Callable[[], Case]], device: torch.device, budget: float
+    makers: Sequence[Callable[[], Case]],
+    device: torch.device,
+    budget: float,
+    fresh_memory: bool = False,
 ) -> list[CaseResult]:
     """Run cases one after another under a progress bar; each is made when its turn comes."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -97,7 +101,7 @@ def run_cases(
             def show(text: str, done: float, title: str = case.title, index: int = index) -> None:
                 progress.update(bar, completed=index + done, description=f"{title}: {text}")
 
-            results.append(run_case(case, device, budget, show))
+            results.append(run_case(case, device, budget, show, fresh_memory=fresh_memory))
     return results
 
 

@@ -82,8 +82,8 @@ def _bar(axes: "Axes", place: float, result: CaseResult, measurement: Measuremen
         edgecolor="white",
     )
     parts = [f"{times:.3g}x", _time(measurement.seconds)]
-    if measurement.peak_bytes is not None:
-        parts.append(f"{measurement.peak_bytes / MIB:,.0f} MiB")
+    if measurement.memory is not None:
+        parts.append(f"{measurement.memory.peak / MIB:,.0f} MiB")
     if measurement.wrong:
         parts.append(f"WRONG: {measurement.wrong}")
     weight = "bold" if ours else "normal"

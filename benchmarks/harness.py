@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import (
+    Memory,
     Step,
     Timing,
     available_memory,
     cpu_seconds_of_others,
-    peak_memory,
+    memory_of,
     roofs,
     time_interleaved,
 )
@@ -49,6 +50,8 @@ class Contestant:
     copies: float = 2
     #: Set where the contestant's value differs by design from the case's (gradients must agree).
     exact: Exact | None = None
+    #: Gives back memory that a step keeps for the next one: such memory is a cost of the step.
+    release: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Measurement:
 
     name: str
     timing: Timing | None = None
-    peak_bytes: int | None = None
+    memory: Memory | None = None
     loss_error: float = math.nan
     gradient_error: float = math.nan
     wrong: str | None = None
@@ -121,8 +124,13 @@ def run_case(
     device: torch.device,
     budget: float,
     on_progress: Callable[[str, float], None] = lambda text, done: None,
+    *,
+    fresh_memory: bool = False,
 ) -> CaseResult:
-    """Check, time and weigh every contestant of `case`; timing takes `budget` seconds or so."""
+    """Check, time and weigh every contestant of `case`; timing takes `budget` seconds or so.
+
+    `fresh_memory` times steps that keep no memory from one to the next: every step is a first.
+    """
     torch.compiler.reset()
     sides = case.inputs(min(case.shape.rows, DISTINCT_ROWS), case.shape.vocab)
     distinct = tuple(side.to(device=device, dtype=case.shape.dtype) for side in sides)
@@ -138,7 +146,8 @@ def run_case(
         try:
             _require_memory(contestant, case.shape, device)
             _check(measurement, case, contestant, student, teacher, distinct)
-            steps[contestant.name] = make_step(contestant.loss, student, teacher)
+            step = make_step(contestant.loss, student, teacher)
+            steps[contestant.name] = _then(step, contestant.release) if fresh_memory else step
             steps[contestant.name]()
         except Exception as error:  # a peer may raise anything, and must not end the others' run
             steps.pop(contestant.name, None)
@@ -158,12 +167,22 @@ def run_case(
     if others is not None and (now := cpu_seconds_of_others()) is not None:
         other_cores = max(0.0, (now - others) / (time.perf_counter() - start))
     on_progress("reading peak memory", 0.95)
-    for measurement in measurements:
+    for contestant, measurement in zip(case.contestants, measurements, strict=True):
         if measurement.name in steps:
             measurement.timing = timings[measurement.name]
-            measurement.peak_bytes = peak_memory(steps[measurement.name], device)
+            contestant.release()
+            measurement.memory = memory_of(steps[measurement.name], device)
+            contestant.release()
     roof_name = min(plain, key=lambda name: timings[name].median)
     return CaseResult(case, roof_name, timings[roof_name], other_cores, measurements)
+
+
+def _then(step: Step, release: Callable[[], object]) -> Step:
+    def both() -> None:
+        step()
+        release()
+
+    return both
 
 
 def make_step(loss: Loss, student: Tensor, teacher: Tensor) -> Step:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 import fastkd
+from benchmarks.baselines import release_gradient_memory
 from benchmarks.cases import kl_div_case, softmax_divergence_case
 from benchmarks.command import budget_of, finish, run_cases
 from benchmarks.harness import Case, CaseResult, make_step
-from benchmarks.measure import MIB, peak_memory
+from benchmarks.measure import MIB, memory_of
 from benchmarks.shapes import GEMMA_3, Shape, correlated_logits
 
 _ours = partial(softmax_divergence_case, peers=False)
@@ -63,7 +64,9 @@ def run(options: argparse.Namespace, device: torch.device, names: tuple[str, ...
     from rich.console import Console
     from rich.table import Table
 
-    found = run_cases([CASES[name] for name in names], device, budget_of(options))
+    found = run_cases(
+        [CASES[name] for name in names], device, budget_of(options), options.fresh_memory
+    )
     results = dict(zip(names, found, strict=True))
     goals = [goal for name in names for goal in _goals(name, results)]
     if "float32" in names:
@@ -117,8 +120,8 @@ def _goals(name: str, results: dict[str, CaseResult]) -> list[Goal]:
 
 
 def _memory_goals(result: CaseResult, device: torch.device) -> list[Goal]:
-    title, shape, peak_bytes = result.case.title, result.case.shape, result.find().peak_bytes
-    peak = math.nan if peak_bytes is None else peak_bytes
+    title, shape, memory = result.case.title, result.case.shape, result.find().memory
+    peak = math.nan if memory is None else memory.peak
     inplace = _inplace_peak(shape, device)
     limit = (shape.bytes + SLACK_BYTES) / MIB
     return [
@@ -137,5 +140,6 @@ def _inplace_peak(shape: Shape, device: torch.device) -> float:
         teacher,
     )
     step()
-    peak = peak_memory(step, device)
-    return math.nan if peak is None else peak
+    release_gradient_memory()
+    memory = memory_of(step, device)
+    return math.nan if memory is None else memory.peak

@@ -129,12 +129,20 @@ def _cuda_sampler(device: torch.device) -> Callable[[Step, int], float]:
     return take
 
 
-def peak_memory(step: Step, device: torch.device) -> int | None:
-    """Return the most bytes held during `step` beyond what was held before; None where unknown.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a step beyond what was held before: the most during it, and what stays after it."""
+
+    peak: int
+    kept: int
+
+
+def memory_of(step: Step, device: torch.device) -> Memory | None:
+    """Return what `step` takes; None where the system does not say.
 
     On the CPU that is resident memory: Linux keeps its high-water mark and lets a process reset
     its own. Memory freed earlier but kept by malloc is given back first, or it would hide in the
-    start. `step` must have run before, and must free what it allocates.
+    start. `step` must have run before; what it keeps from then must have been released.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -142,16 +150,23 @@ def peak_memory(step: Step, device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         step()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        peak, after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        return Memory(peak - before, after - before)
     try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        _give_back_free_memory()
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident_bytes("VmRSS")
         step()
-        return max(0, _resident_bytes("VmHWM") - before)
+        peak = _resident_bytes("VmHWM")
+        _give_back_free_memory()
+        return Memory(max(0, peak - before), max(0, _resident_bytes("VmRSS") - before))
     except (OSError, AttributeError):
         return None
+
+
+def _give_back_free_memory() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident_bytes(key: str) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.figure import draw
 from benchmarks.harness import OURS, CaseResult, Measurement
-from benchmarks.measure import MIB, peak_memory
+from benchmarks.measure import MIB, memory_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +33,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     import fastkd
 
     probe = 64 * MIB
-    seen = peak_memory(lambda: torch.ones(probe, dtype=torch.uint8, device=device), device)
+    seen = memory_of(lambda: torch.ones(probe, dtype=torch.uint8, device=device), device)
     facts = {
         "cpu": _cpu_model(),
         "cores": _cores(),
@@ -44,7 +44,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "peak_memory_of_64_mib_reads_mib": None if seen is None else seen / MIB,
+        "peak_memory_of_64_mib_reads_mib": None if seen is None else seen.peak / MIB,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -74,7 +74,7 @@ def results_table(results: list[CaseResult]) -> "Table":
     table = Table(title="Loss steps beside the roof (the same bytes moved by a plain kernel)")
     table.add_column("case", max_width=34)
     table.add_column("contestant")
-    for name in ("median ms", "spread", "x roof", "fastkd is faster", "peak MiB"):
+    for name in ("median ms", "spread", "x roof", "fastkd is faster", "peak MiB", "kept MiB"):
         table.add_column(name, justify="right")
     for result in results:
         speed = result.case.shape.traffic_bytes(result.case.traffic) / result.roof.median
@@ -108,9 +108,9 @@ def busy_warning(results: list[CaseResult]) -> str | None:
 
 
 def _cells(result: CaseResult, measurement: Measurement) -> list[str]:
-    timing, peak = measurement.timing, measurement.peak_bytes
+    timing, memory = measurement.timing, measurement.memory
     if timing is None:
-        return [measurement.name, "-", "-", "-", "-", "-"]
+        return [measurement.name, *"------"]
     faster = result.speedup_over(measurement)
     return [
         measurement.name,
@@ -118,7 +118,8 @@ def _cells(result: CaseResult, measurement: Measurement) -> list[str]:
         f"{timing.spread:.0%}",
         f"{result.times_roof(measurement):.2f}",
         "" if measurement.name == OURS or math.isnan(faster) else f"{faster:.1f} x",
-        "?" if peak is None else f"{peak / MIB:.1f}",
+        "?" if memory is None else f"{memory.peak / MIB:.1f}",
+        "?" if memory is None else f"{memory.kept / MIB:.1f}",
     ]
 
 
@@ -151,7 +152,8 @@ def _as_json(result: CaseResult, measurement: Measurement) -> dict[str, Any]:
         "rounds": len(timing.samples) if timing else None,
         "times_roof": result.times_roof(measurement),
         "fastkd_speedup": result.speedup_over(measurement),
-        "peak_bytes": measurement.peak_bytes,
+        "peak_bytes": measurement.memory.peak if measurement.memory else None,
+        "kept_bytes": measurement.memory.kept if measurement.memory else None,
         "loss_error": measurement.loss_error,
         "gradient_error": measurement.gradient_error,
     }

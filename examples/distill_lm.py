@@ -190,7 +190,7 @@ def positive(text: str) -> int:
 def prepare(options: argparse.Namespace, console: Console, clock: Clock) -> Lesson:
     """Load the teacher, cut the text, and compute the teacher's logits once."""
     with clock("load the teacher"), console.status("Loading SmolLM2-135M-Instruct"):
-        tokenizer, teacher = load_teacher(batch=BATCH, length=LENGTH)
+        tokenizer, teacher = load_teacher()
     tokens = options.tokens or (QUICK_SIZE if options.quick else DEFAULT_SIZE[teacher.dtype])[1]
     train, held = build_windows(
         tokenizer,
