@@ -16,9 +16,8 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve()
         in_tree = self.inplace or self.editable_mode
         prefix = ROOT if in_tree else Path(self.build_lib).resolve()
-        configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja"]
-        configure.append(f"-DPython_EXECUTABLE={sys.executable}")
-        subprocess.check_call(configure)
+        python = f"-DPython_EXECUTABLE={sys.executable}"
+        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", python])
         subprocess.check_call(["cmake", "--build", build])
         subprocess.check_call(["cmake", "--install", build, "--prefix", prefix])
 
@@ -36,7 +35,5 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[Extension("fastkd._C", [])],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
-)
+commands = {"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel}
+setup(ext_modules=[Extension("fastkd._C", [])], cmdclass=commands)
