@@ -33,7 +33,7 @@ def draw(results: list[CaseResult], facts: dict[str, Any], path: Path) -> None:
     shown = [r for r in results if r.case.shape.bytes >= SMALLEST_BYTES] or results
     multiples = [r.times_roof(m) for r in shown for m in r.measurements if m.timing]
     low = min(0.8, *multiples) * 0.85
-    high = max(2.0, *multiples) * 12
+    high = max(2.0, *multiples) * 8
     lines = sum(1.5 + sum(m.timing is not None for m in r.measurements) for r in shown)
     figure, axes = pyplot.subplots(figsize=(11, 1.7 + 0.27 * lines), layout="constrained")
     axes.set_xscale("log")
@@ -41,7 +41,7 @@ def draw(results: list[CaseResult], facts: dict[str, Any], path: Path) -> None:
 
     place, ticks = 0.0, []
     for result in shown:
-        axes.text(low, place, f" {result.case.title}", va="center", fontweight="bold", fontsize=10)
+        axes.text(low, place, f" {result.title}", va="center", fontweight="bold", fontsize=10)
         for measurement in result.measurements:
             if measurement.timing:
                 place += 1
@@ -52,7 +52,7 @@ def draw(results: list[CaseResult], facts: dict[str, Any], path: Path) -> None:
         place += 1.5
     axes.set_ylim(place - 0.5, -0.8)
     axes.set_yticks([y for y, _ in ticks], [name for _, name in ticks], fontsize=9)
-    marks = [x for x in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low <= x <= high / 4]
+    marks = [x for x in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low <= x <= high / 3]
     axes.set_xticks(marks, [f"{x:g}x" for x in marks])
     axes.minorticks_off()
     axes.set_xlabel("time as a multiple of the roof, log scale (black line: the roof, 1x)")

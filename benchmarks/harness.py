@@ -37,6 +37,8 @@ TOLERANCES = {
 LOSS_SCALES = {torch.float16: 2.0**15}
 #: So many rows differ, and are repeated: that makes the float64 truth of a large case affordable.
 DISTINCT_ROWS = 8
+#: With strangers on more cores than this, ratios say little.
+SHARED_CORES = 0.15
 OURS = "fastkd"
 
 
@@ -105,6 +107,17 @@ class CaseResult:
     #: Cores that other processes kept busy meanwhile, None where unknown.
     other_cores: float | None
     measurements: list[Measurement] = field(default_factory=list)
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes took part of the machine, which spoils the numbers."""
+        return self.other_cores is not None and self.other_cores > SHARED_CORES
+
+    @property
+    def title(self) -> str:
+        """The case's, with a mark on numbers that do not count."""
+        mark = f" (shared with {self.other_cores:.1f} busy cores)" if self.shared else ""
+        return self.case.title + mark
 
     def find(self, name: str = OURS) -> Measurement:
         """Return a contestant's measurement."""

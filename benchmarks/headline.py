@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, device: torch.device, names: tuple[str, ...
 
 def _goals(name: str, results: dict[str, CaseResult]) -> list[Goal]:
     result = results[name]
-    title = result.case.title
+    title = result.title
     seconds, roof = result.find().seconds, result.times_roof(result.find())
 
     def faster(than: str, limit: float) -> Goal:
@@ -120,7 +120,7 @@ def _goals(name: str, results: dict[str, CaseResult]) -> list[Goal]:
 
 
 def _memory_goals(result: CaseResult, device: torch.device) -> list[Goal]:
-    title, shape, memory = result.case.title, result.case.shape, result.find().memory
+    title, shape, memory = result.title, result.case.shape, result.find().memory
     peak = math.nan if memory is None else memory.peak
     inplace = _inplace_peak(shape, device)
     limit = (shape.bytes + SLACK_BYTES) / MIB

@@ -16,8 +16,6 @@ from benchmarks.measure import MIB, memory_of
 if TYPE_CHECKING:
     from rich.table import Table
 
-BUSY_CORES = 0.15
-
 
 def require_extra() -> None:
     """Refuse to start where the table or the figure could not be made at the end."""
@@ -79,7 +77,7 @@ def results_table(results: list[CaseResult]) -> "Table":
     for result in results:
         speed = result.case.shape.traffic_bytes(result.case.traffic) / result.roof.median
         table.add_row(
-            result.case.title,
+            result.title,
             f"[dim]roof: {result.roof_name}, {speed / 1e9:.1f} GB/s",
             milliseconds(result.roof.median),
             f"{result.roof.spread:.0%}",
@@ -98,12 +96,12 @@ def results_table(results: list[CaseResult]) -> "Table":
 
 def busy_warning(results: list[CaseResult]) -> str | None:
     """Say that the machine was shared, where that spoils the numbers."""
-    cores = max((r.other_cores or 0.0 for r in results), default=0.0)
-    if cores < BUSY_CORES:
+    shared = sum(r.shared for r in results)
+    if not shared:
         return None
     return (
-        f"!!! Other processes kept up to {cores:.1f} cores busy during the timing. "
-        "These ratios and verdicts do not count: run again on an idle machine."
+        f"!!! Other processes kept cores busy during {shared} of {len(results)} cases (marked). "
+        "Their ratios and verdicts do not count: run again on an idle machine."
     )
 
 

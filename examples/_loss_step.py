@@ -1,5 +1,7 @@
 """The loss step, forward and backward on logits, by fastkd, eager PyTorch and torch.compile."""
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -141,9 +143,12 @@ def _reason(error: Exception) -> str:
 def peak_extra_bytes(step: Callable[[], object]) -> int | None:
     """Return how far resident memory rises above its start while `step` runs, None if unknown.
 
-    Linux keeps the high-water mark (VmHWM) and lets a process reset its own. Tensors above 32 MiB
-    come from mmap, so what an earlier step freed is not resident and cannot hide in the start.
+    Linux keeps the high-water mark (VmHWM) and lets a process reset its own. Free memory that the
+    allocator keeps resident would hide what the step takes, so it is given back first.
     """
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = _status_bytes("VmRSS")
@@ -153,7 +158,7 @@ def peak_extra_bytes(step: Callable[[], object]) -> int | None:
         return None
 
 
-def memory_probe_ratio(size: int = 1 << 28) -> float | None:
+def memory_probe_ratio(size: int = 1 << 26) -> float | None:
     """Return what peak_extra_bytes reads for an allocation of `size` bytes, over `size`."""
     seen = peak_extra_bytes(lambda: torch.ones(size, dtype=torch.uint8))
     return None if seen is None else seen / size

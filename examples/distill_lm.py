@@ -25,8 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Read when torch, tqdm and transformers are imported. Huge pages spare the logits, hundreds of
-# megabytes a step, most of their page faults.
+# megabytes a step, most of their page faults; threads that sleep instead of spinning at a barrier
+# keep a step from taking ten times as long where other processes use the cores too.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
 
 try:

@@ -366,6 +366,23 @@ def test_same_bits_on_any_number_of_threads(backend, divergence):
         assert all(torch.equal(a, b) for a, b in zip(gradients, results[0][1], strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_precision_number(backend, dtype):
+    """Read and written as torch reads and writes them: all 65,536 bit patterns, and between."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    every = torch.cat([every, every])  # an even number of blocks
+    finite = torch.where(every.isfinite(), every, 0)
+    for factor in (1.0 + 2**-9, 0.37, 2.0**-11):
+        rows = finite.clone().view(4, -1)
+        torch.ops.fastkd._scale_rows_(rows, torch.tensor(factor))
+        assert torch.equal(rows.view(-1), (finite.float() * factor).to(dtype))
+    scaled = every.clone().view(4, -1)
+    torch.ops.fastkd._scale_rows_(scaled, torch.tensor(2.0))
+    expected = (every.float() * 2).to(dtype)
+    assert torch.equal(scaled.view(-1).isnan(), expected.isnan())
+    assert torch.equal(scaled.view(-1).nan_to_num(0, 1, 2), expected.nan_to_num(0, 1, 2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_more_than_two_to_the_31_elements(backend, dtype):

@@ -62,6 +62,11 @@ struct KlDivEntry {
 template <bool kLogTarget, class Real>
 double kl_div_block(const KlDivChunk& c, int64_t begin, int64_t count) {
   alignas(64) Real x_buffer[kBlock], t_buffer[kBlock], g_buffer[kBlock], out_buffer[kBlock];
+  const int64_t ahead = begin + kBlock, some = c.end - ahead < kBlock ? c.end - ahead : kBlock;
+  if (some > 0) {
+    prefetch(c.input, ahead, some);
+    prefetch(c.target, ahead, some);
+  }
   const Real* x = load(c.input, begin, count, x_buffer);
   const Real* t = load(c.target, begin, count, t_buffer);
   const Real* upstream = nullptr;

@@ -15,12 +15,13 @@ struct Float16 {
 FASTKD_INLINE float to_float(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
 FASTKD_INLINE float to_float(Float16 x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
-  // Read as float the exponent is 112 too small; the product also normalises subnormals.
-  const float scaled = bit_cast<float>(magnitude) * 5.192296858534828e33f;  // 2^112
-  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u | magnitude : bit_cast<uint32_t>(scaled);
-  return bit_cast<float>(special | sign);
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, size = x.bits & 0x7fffu;
+  constexpr uint32_t kExponentShift = 112u << 23;
+  const uint32_t normal = (size << 13) + kExponentShift;
+  // Subnormals by conversion: as float bit patterns they would be subnormal too, and slow to multiply.
+  const uint32_t subnormal = bit_cast<uint32_t>(float(int32_t(size)) * 5.9604645e-8f);  // 2^-24
+  const uint32_t finite = size < 0x0400u ? subnormal : normal;
+  return bit_cast<float>((size >= 0x7c00u ? normal + kExponentShift : finite) | sign);
 }
 
 FASTKD_INLINE void from_float(float x, BFloat16& out) {
