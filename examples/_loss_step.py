@@ -146,6 +146,7 @@ def peak_extra_bytes(step: Callable[[], object]) -> int | None:
     Linux keeps the high-water mark (VmHWM) and lets a process reset its own. Free memory that the
     allocator keeps resident would hide what the step takes, so it is given back first.
     """
+    fastkd.release_memory()
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

@@ -1,9 +1,10 @@
 """fastkd: fused kernels for knowledge-distillation losses in PyTorch."""
 
 from fastkd import nn, reference
+from fastkd._gradient import release_memory
 from fastkd._library import cpu_capability
 from fastkd.kl_div import kl_div
 from fastkd.softmax_divergence import softmax_divergence
 
 __version__ = "0.1.0"
-__all__ = ["cpu_capability", "kl_div", "nn", "reference", "softmax_divergence"]
+__all__ = ["cpu_capability", "kl_div", "nn", "reference", "release_memory", "softmax_divergence"]

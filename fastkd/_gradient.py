@@ -19,7 +19,7 @@ class GradientMemory:
     that size and hands it out page by page, zeroed, which costs more than computing the gradient.
     Memory is given out again only when no tensor, array or graph refers to it any more, and only
     for a gradient of the same shape and dtype; another shape replaces it. At most one gradient is
-    kept; :meth:`release` lets go of it.
+    kept; :func:`fastkd.release_memory` lets go of it.
     """
 
     SMALLEST = 8 << 20  # bytes; below it the allocator keeps freed memory itself
@@ -57,6 +57,18 @@ class GradientMemory:
 
 
 memory = GradientMemory()
+
+
+def release_memory() -> None:
+    """Give back the memory of the last large CPU gradient, which is kept for the next step.
+
+    Call it after training, or before a phase that needs all memory. At most one gradient's memory
+    is kept, and none below 8 MiB.
+
+    >>> import fastkd
+    >>> fastkd.release_memory()
+    """
+    memory.release()
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
