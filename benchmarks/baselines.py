@@ -20,7 +20,6 @@ from torch import Tensor
 import fastkd
 from benchmarks.harness import OURS, Contestant, Exact, Loss
 from benchmarks.shapes import BETAS
-from fastkd._gradient import memory
 
 LIGER = "liger-kernel==0.8.5"
 TORCHTUNE = "torchtune==0.6.1"
@@ -41,15 +40,6 @@ def exact_kl_div(log_probs: Tensor, target: Tensor) -> Tensor:
     return fastkd.reference.kl_div(log_probs, target, reduction="none").sum(-1)
 
 
-def release_gradient_memory() -> None:
-    """Give back the last gradient's memory, which fastkd keeps for the next step.
-
-    Nobody else keeps any, so it must not go unseen: memory is read after this, and --fresh-memory
-    calls it after every step.
-    """
-    memory.release()
-
-
 def softmax_divergence_contestants(
     divergence: str, *, peers: bool = True, packages: bool = True
 ) -> list[Contestant]:
@@ -61,7 +51,8 @@ def softmax_divergence_contestants(
             student, teacher, divergence=divergence, beta=beta, reduction="batchmean"
         )
 
-    contestants = [Contestant(OURS, ours, release=release_gradient_memory)]
+    # It keeps the last gradient's memory for the next step; nobody else keeps any.
+    contestants = [Contestant(OURS, ours, release=fastkd.release_memory)]
     if peers:
         eager = _EAGER[divergence]
         copies = _EAGER_COPIES[divergence]
@@ -83,7 +74,8 @@ def kl_div_contestants(*, peers: bool = True) -> list[Contestant]:
     def eager(log_probs: Tensor, target: Tensor) -> Tensor:
         return F.kl_div(log_probs, target, reduction="batchmean")
 
-    contestants = [Contestant(OURS, ours, release=release_gradient_memory)]
+    # It keeps the last gradient's memory for the next step; nobody else keeps any.
+    contestants = [Contestant(OURS, ours, release=fastkd.release_memory)]
     if peers:
         contestants += [
             Contestant("F.kl_div", eager, copies=5),

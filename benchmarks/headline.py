@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 import fastkd
-from benchmarks.baselines import release_gradient_memory
 from benchmarks.cases import kl_div_case, softmax_divergence_case
 from benchmarks.command import budget_of, finish, run_cases
 from benchmarks.harness import Case, CaseResult, make_step
@@ -140,6 +139,6 @@ def _inplace_peak(shape: Shape, device: torch.device) -> float:
         teacher,
     )
     step()
-    release_gradient_memory()
+    fastkd.release_memory()
     memory = memory_of(step, device)
     return math.nan if memory is None else memory.peak
