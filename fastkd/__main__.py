@@ -5,19 +5,7 @@ import platform
 import torch
 
 import fastkd
-from fastkd._library import _PATH, cpu_capability
-
-
-def _runnable() -> list[str]:
-    names = ["x86_64_v4", "x86_64_v3", "x86_64_v2", "baseline"]
-    chosen, found = cpu_capability(), []
-    for name in names:
-        try:
-            found.append(cpu_capability(name))
-        except ValueError:
-            continue
-    cpu_capability(chosen)
-    return found
+from fastkd._library import _PATH, cpu_capability, usable_instruction_sets
 
 
 def main() -> None:
@@ -28,7 +16,7 @@ def main() -> None:
         ("library", _PATH),
         ("torch", torch.__version__),
         ("python", platform.python_version()),
-        ("CPU kernels usable here", ", ".join(_runnable())),
+        ("CPU kernels usable here", ", ".join(usable_instruction_sets())),
         ("CPU kernels in use", cpu_capability()),
         ("threads", torch.get_num_threads()),
         ("CUDA kernels", "not built"),

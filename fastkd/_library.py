@@ -75,3 +75,15 @@ def cpu_capability(use: str | None = None) -> str:
         return torch.ops.fastkd._cpu_capability(use)
     except RuntimeError as error:
         raise_as_python(error)
+
+
+def usable_instruction_sets() -> list[str]:
+    """Return the instruction sets compiled in that this machine runs, best first."""
+    chosen, found = cpu_capability(), []
+    for name in ("x86_64_v4", "x86_64_v3", "x86_64_v2", "baseline"):
+        try:
+            found.append(cpu_capability(name))
+        except ValueError:
+            continue
+    cpu_capability(chosen)
+    return found

@@ -4,20 +4,9 @@ import pytest
 import torch
 
 import fastkd
+from fastkd._library import usable_instruction_sets
 
-
-def _instruction_sets():
-    chosen, found = fastkd.cpu_capability(), []
-    for name in ("x86_64_v2", "x86_64_v3", "x86_64_v4", "baseline"):
-        try:
-            found.append(fastkd.cpu_capability(name))
-        except ValueError:
-            continue
-    fastkd.cpu_capability(chosen)
-    return found
-
-
-BACKENDS = [f"cpu-{name}" for name in _instruction_sets()]
+BACKENDS = [f"cpu-{name}" for name in usable_instruction_sets()]  # best first
 
 
 def pytest_addoption(parser):
@@ -32,7 +21,7 @@ def pytest_generate_tests(metafunc):
         wanted = metafunc.config.getoption("--backends")
         names = wanted.split(",") if wanted else BACKENDS
         if wanted == "best":
-            names = BACKENDS[-1:]
+            names = BACKENDS[:1]
         metafunc.parametrize("backend", names, indirect=True)
 
 

@@ -58,6 +58,17 @@ void put_scalar(Tensor& tensor, double value) {
   }
 }
 
+KlDivChunk checked_chunk(const Tensor& input, const Tensor& target, bool log_target, double scale) {
+  check_flat(input, input, "input");
+  check_flat(target, input, "target");
+  KlDivChunk chunk{};
+  chunk.input = flat(input);
+  chunk.target = flat(target);
+  chunk.log_target = log_target;
+  chunk.scale = scale;
+  return chunk;
+}
+
 std::tuple<Tensor, Tensor> gradients(KlDivChunk& chunk, const Tensor& input, const Tensor& target, bool input_gradient,
                                      bool target_gradient) {
   Tensor g = input_gradient ? gradient_like(input) : torch::stable::new_empty(input, {0});
@@ -69,14 +80,8 @@ std::tuple<Tensor, Tensor> gradients(KlDivChunk& chunk, const Tensor& input, con
 
 std::tuple<Tensor, Tensor, Tensor> kl_div(const Tensor& input, const Tensor& target, bool log_target, bool reduce,
                                           double scale, bool input_gradient, bool target_gradient) {
-  check_flat(input, input, "input");
-  check_flat(target, input, "target");
-  KlDivChunk chunk{};
-  chunk.input = flat(input);
-  chunk.target = flat(target);
-  chunk.log_target = log_target;
+  KlDivChunk chunk = checked_chunk(input, target, log_target, scale);
   chunk.reduce = reduce;
-  chunk.scale = scale;
   auto [g, h] = gradients(chunk, input, target, input_gradient, target_gradient);
   Tensor loss = reduce ? torch::stable::new_empty(input, std::vector<int64_t>{}) : gradient_like(input);
   if (!reduce) chunk.terms = flat(loss);
@@ -87,13 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> kl_div(const Tensor& input, const Tensor& tar
 
 std::tuple<Tensor, Tensor> kl_div_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
                                            bool log_target, double scale, bool input_gradient, bool target_gradient) {
-  check_flat(input, input, "input");
-  check_flat(target, input, "target");
-  KlDivChunk chunk{};
-  chunk.input = flat(input);
-  chunk.target = flat(target);
-  chunk.log_target = log_target;
-  chunk.scale = scale;
+  KlDivChunk chunk = checked_chunk(input, target, log_target, scale);
   if (grad_output.dim() == 0 && is_float(grad_output.scalar_type())) {
     chunk.scale *= Rows(grad_output, 0).number(0);
   } else {

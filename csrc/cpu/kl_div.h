@@ -60,7 +60,7 @@ struct KlDivEntry {
 };
 
 template <bool kLogTarget, class Real>
-double kl_div_block(const KlDivChunk& c, int64_t begin, int64_t count) {
+double kl_div_block(const KlDivChunk& c, const Real* ones, int64_t begin, int64_t count) {
   alignas(64) Real x_buffer[kBlock], t_buffer[kBlock], g_buffer[kBlock], out_buffer[kBlock];
   const int64_t ahead = begin + kBlock, some = c.end - ahead < kBlock ? c.end - ahead : kBlock;
   if (some > 0) {
@@ -69,13 +69,7 @@ double kl_div_block(const KlDivChunk& c, int64_t begin, int64_t count) {
   }
   const Real* x = load(c.input, begin, count, x_buffer);
   const Real* t = load(c.target, begin, count, t_buffer);
-  const Real* upstream = nullptr;
-  if (c.upstream) {
-    upstream = load(c.upstream, begin, count, g_buffer);
-  } else {
-    for (int64_t i = 0; i < count; ++i) g_buffer[i] = Real(1);
-    upstream = g_buffer;
-  }
+  const Real* upstream = c.upstream ? load(c.upstream, begin, count, g_buffer) : ones;
   const Real scale = Real(c.scale);
   Real sum = 0;
   if (c.terms) {
@@ -116,10 +110,13 @@ double kl_div_block(const KlDivChunk& c, int64_t begin, int64_t count) {
 
 template <class Real>
 double kl_div_chunk(const KlDivChunk& c) {
+  alignas(64) Real ones[kBlock];
+  for (int64_t i = 0; i < kBlock; ++i) ones[i] = Real(1);
   double sum = 0;
   for (int64_t begin = c.begin; begin < c.end; begin += kBlock) {
     const int64_t count = c.end - begin < kBlock ? c.end - begin : kBlock;
-    sum += c.log_target ? kl_div_block<true, Real>(c, begin, count) : kl_div_block<false, Real>(c, begin, count);
+    sum += c.log_target ? kl_div_block<true, Real>(c, ones, begin, count)
+                        : kl_div_block<false, Real>(c, ones, begin, count);
   }
   return sum;
 }

@@ -9,7 +9,8 @@
 
 #define FASTKD_SIMD _Pragma("omp simd")
 #define FASTKD_STRINGIZE(...) #__VA_ARGS__
-#define FASTKD_SIMD_REDUCE(...) _Pragma(FASTKD_STRINGIZE(omp simd reduction(__VA_ARGS__)))
+#define FASTKD_SIMD_WITH(...) _Pragma(FASTKD_STRINGIZE(omp simd __VA_ARGS__))
+#define FASTKD_SIMD_REDUCE(...) FASTKD_SIMD_WITH(reduction(__VA_ARGS__))
 
 namespace fastkd {
 
@@ -38,6 +39,23 @@ FASTKD_INLINE double to_float(double x) { return x; }
 FASTKD_INLINE void from_float(double x, float& out) { out = float(x); }
 FASTKD_INLINE void from_float(double x, double& out) { out = x; }
 
+// Calls body with a value of the element type that the dtype names.
+template <class Body>
+FASTKD_INLINE void visit(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return body(float());
+    case Dtype::kFloat64:
+      return body(double());
+    case Dtype::kBFloat16:
+      return body(BFloat16());
+    case Dtype::kFloat16:
+      return body(Float16());
+  }
+}
+
+FASTKD_INLINE int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+
 template <class Element, class Real>
 void load_as(const Row& row, int64_t begin, int64_t count, Real* out) {
   const Element* in = static_cast<const Element*>(row.data) + begin * row.stride;
@@ -52,7 +70,7 @@ void load_as(const Row& row, int64_t begin, int64_t count, Real* out) {
 // Asks for the bytes of elements [begin, begin + count): loops that compute much on little data do not run far enough
 // ahead to keep memory busy.
 FASTKD_INLINE void prefetch(const Row& row, int64_t begin, int64_t count) {
-  const int64_t size = row.dtype == Dtype::kFloat64 ? 8 : row.dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t size = size_of(row.dtype);
   if (row.stride != 1) return;
   const char* first = static_cast<const char*>(row.data) + begin * size;
   for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(first + i, 0, 3);
@@ -62,20 +80,7 @@ FASTKD_INLINE void prefetch(const Row& row, int64_t begin, int64_t count) {
 template <class Real>
 const Real* load(const Row& row, int64_t begin, int64_t count, Real* buffer) {
   if (row.dtype == kDtypeOf<Real> && row.stride == 1) return static_cast<const Real*>(row.data) + begin;
-  switch (row.dtype) {
-    case Dtype::kFloat32:
-      load_as<float>(row, begin, count, buffer);
-      break;
-    case Dtype::kFloat64:
-      load_as<double>(row, begin, count, buffer);
-      break;
-    case Dtype::kBFloat16:
-      load_as<BFloat16>(row, begin, count, buffer);
-      break;
-    case Dtype::kFloat16:
-      load_as<Float16>(row, begin, count, buffer);
-      break;
-  }
+  visit(row.dtype, [&](auto element) { load_as<decltype(element)>(row, begin, count, buffer); });
   return buffer;
 }
 
@@ -104,6 +109,15 @@ inline void stream_copy(char* out, const char* in, int64_t bytes) {
   __builtin_memcpy(out, in, bytes);
 }
 
+// Before another thread may read what was streamed: those stores are not ordered with the others.
+inline void finish_streaming(const Row& row) {
+#ifdef __SSE2__
+  if (row.streamed) _mm_sfence();
+#else
+  (void)row;
+#endif
+}
+
 template <class Element, class Real>
 void store_as(const Row& row, int64_t begin, int64_t count, const Real* in) {
   Element* out = static_cast<Element*>(row.data) + begin * row.stride;
@@ -122,20 +136,7 @@ void store_as(const Row& row, int64_t begin, int64_t count, const Real* in) {
 template <class Real>
 void store(const Row& row, int64_t begin, int64_t count, const Real* block) {
   if (block == destination(row, begin, static_cast<Real*>(nullptr))) return;
-  switch (row.dtype) {
-    case Dtype::kFloat32:
-      store_as<float>(row, begin, count, block);
-      break;
-    case Dtype::kFloat64:
-      store_as<double>(row, begin, count, block);
-      break;
-    case Dtype::kBFloat16:
-      store_as<BFloat16>(row, begin, count, block);
-      break;
-    case Dtype::kFloat16:
-      store_as<Float16>(row, begin, count, block);
-      break;
-  }
+  visit(row.dtype, [&](auto element) { store_as<decltype(element)>(row, begin, count, block); });
 }
 
 template <class Real>
@@ -147,7 +148,7 @@ FASTKD_INLINE Real largest(const Real* x, int64_t count) {
 }
 
 inline void fill_zero(const Row& row, int64_t begin, int64_t end) {
-  const int64_t size = row.dtype == Dtype::kFloat64 ? 8 : row.dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t size = size_of(row.dtype);
   if (!row || end <= begin) return;
   char* first = static_cast<char*>(row.data) + begin * row.stride * size;
   if (row.stride == 1) {

@@ -257,6 +257,8 @@ void put(Tensor& tensor, int64_t index, double value) {
 // Runs the problem; `student_gradient` and `teacher_gradient` are the tensors to fill, if any.
 std::tuple<Tensor, Tensor> solve(Problem& problem, const Tensor& student, const Tensor* student_gradient,
                                  const Tensor* teacher_gradient) {
+  FASTKD_CHECK_VALUE(teacher_gradient == nullptr || problem.teachers.size() == 1, kName,
+                     "teacher_logits in a list take no gradient");
   const bool reduced = problem.options.reduction != "none";
   const bool inplace = student_gradient != nullptr && student_gradient->data_ptr() == student.data_ptr();
   for (auto [tensor, rows] : {std::pair(student_gradient, &problem.student_gradient),
@@ -302,8 +304,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_divergence(
                   {divergence, beta, temperature, teacher_temperature, temperatures, teacher_temperatures, weight, mask,
                    teacher_weights, teacher_mix, labels, label_weight, ignore_index, vocab_size, square_temperature,
                    reduction, denominator, normalizer});
-  FASTKD_CHECK_VALUE(!teacher_gradient || teacher_logits.size() == 1, kName,
-                     "teacher_logits in a list take no gradient");
   Tensor s = student_gradient ? gradient_like(student_logits) : empty(student_logits);
   Tensor t = teacher_gradient ? gradient_like(teacher_logits[0]) : empty(teacher_logits[0]);
   auto [loss, pending] =
@@ -323,8 +323,6 @@ std::tuple<Tensor, Tensor, Tensor> softmax_divergence_into(
                   {divergence, beta, temperature, teacher_temperature, temperatures, teacher_temperatures, weight, mask,
                    teacher_weights, teacher_mix, labels, label_weight, ignore_index, vocab_size, square_temperature,
                    reduction, denominator, normalizer});
-  FASTKD_CHECK_VALUE(!teacher_gradient || teacher_logits.size() == 1, kName,
-                     "teacher_logits in a list take no gradient");
   FASTKD_CHECK_VALUE(gradient.is_cpu() && gradient.dim() == student_logits.dim() &&
                          same_leading(gradient, student_logits, student_logits.dim()) &&
                          gradient.scalar_type() == student_logits.scalar_type(),

@@ -150,55 +150,51 @@ struct RowPasses {
       body(begin, last - begin < kBlock ? last - begin : kBlock);
   }
 
-  // Runs body(slice, partial) for every slice and returns the partials, in scratch.
-  template <class Partial, class Body>
-  const Partial* for_slices(const Body& body, int64_t& slices) const {
-    static_assert(sizeof(Partial) <= kPartialBytes);
-    struct Context {
-      const Body* body;
-      Partial* partial;
-    } context{&body, reinterpret_cast<Partial*>(partials)};
-    slices = (row.vocab + kSlice - 1) / kSlice;
+  // Runs body(slice) for every slice.
+  template <class Body>
+  void for_slices(const Body& body) const {
     runner.run(
-        runner.self, slices,
-        [](void* self, int64_t slice) {
-          const Context& c = *static_cast<Context*>(self);
-          c.partial[slice] = (*c.body)(slice);
-        },
-        &context);
-    return context.partial;
+        runner.self, (row.vocab + kSlice - 1) / kSlice,
+        [](void* self, int64_t slice) { (*static_cast<const Body*>(self))(slice); }, const_cast<Body*>(&body));
+  }
+
+  // Sums up what body(slice) returns, in the order of the slices: merge(all, next).
+  template <class Partial, class Body, class Merge>
+  Partial reduce_slices(const Body& body, const Merge& merge) const {
+    static_assert(sizeof(Partial) <= kPartialBytes);
+    Partial* part = reinterpret_cast<Partial*>(partials);
+    for_slices([&](int64_t slice) { part[slice] = body(slice); });
+    Partial all = part[0];
+    for (int64_t slice = 1; slice < (row.vocab + kSlice - 1) / kSlice; ++slice) merge(all, part[slice]);
+    return all;
   }
 
   void normalize_teachers() const {
+    using State = MaxSum<double>;
     for (int k = 0; row.teachers.mix_probs && k < row.teachers.count; ++k) {
-      int64_t slices;
-      const MaxSum<double>* part = for_slices<MaxSum<double>>(
+      normalizers[k] = reduce_slices<State>(
           [&](int64_t slice) {
-            MaxSum<double> all = MaxSum<double>::empty();
+            State all = State::empty();
             for_blocks(slice, [&](int64_t begin, int64_t count) { all.merge(teacher.normalizer(k, begin, count)); });
             return all;
           },
-          slices);
-      normalizers[k] = part[0];
-      for (int64_t s = 1; s < slices; ++s) normalizers[k].merge(part[s]);
+          [](State& all, const State& next) { all.merge(next); });
     }
   }
 
   template <Pass kPass>
   RowState<double> accumulate() {
     normalize_teachers();
-    int64_t slices;
-    const RowState<double>* part = for_slices<RowState<double>>(
+    using State = RowState<double>;
+    const State all = reduce_slices<State>(
         [&](int64_t slice) {
-          RowState<double> all = RowState<double>::empty();
+          State sum = State::empty();
           Real u_origin = Real(-INFINITY), w_origin = Real(-INFINITY);
           for_blocks(slice,
-                     [&](int64_t begin, int64_t count) { add_block<kPass>(all, u_origin, w_origin, begin, count); });
-          return all;
+                     [&](int64_t begin, int64_t count) { add_block<kPass>(sum, u_origin, w_origin, begin, count); });
+          return sum;
         },
-        slices);
-    RowState<double> all = part[0];
-    for (int64_t s = 1; s < slices; ++s) all.merge(part[s], kPass, row.temperature);
+        [&](State& sum, const State& next) { sum.merge(next, kPass, row.temperature); });
     student_origin = Real(all.student.max / student_scale);
     teacher_origin = Real(all.teacher.max / teacher_scale);
     student_lse = all.student.log2() - double(student_origin) * student_scale;
@@ -249,9 +245,8 @@ struct RowPasses {
     using Ratio = typename Accumulator<Real, kPass == Pass::kStudentWeighted>::Type;
     Ratio u_sum = 0, w_sum = 0, ratio = 0;
     Real crossing = 0, u_max = Real(-INFINITY), w_max = Real(-INFINITY);
-    _Pragma("omp simd reduction(+ : u_sum, w_sum, ratio, crossing) reduction(max : u_max, w_max)") for (int64_t i = 0;
-                                                                                                        i < count;
-                                                                                                        ++i) {
+    FASTKD_SIMD_WITH(reduction(+ : u_sum, w_sum, ratio, crossing) reduction(max : u_max, w_max))
+    for (int64_t i = 0; i < count; ++i) {
       u_max = u[i] > u_max ? u[i] : u_max;
       w_max = w[i] > w_max ? w[i] : w_max;
       const Real x = u[i] - u_zero, y = w[i] - w_zero;
@@ -296,8 +291,7 @@ struct RowPasses {
 
   template <bool kNear, class Divergence>
   Sums sum_terms(const Divergence& divergence) const {
-    int64_t slices;
-    const Sums* part = for_slices<Sums>(
+    return reduce_slices<Sums>(
         [&](int64_t slice) {
           Sums all{};
           for_blocks(slice, [&](int64_t begin, int64_t count) {
@@ -310,10 +304,7 @@ struct RowPasses {
           });
           return all;
         },
-        slices);
-    Sums all = part[0];
-    for (int64_t s = 1; s < slices; ++s) all.add(part[s]);
-    return all;
+        [](Sums& all, const Sums& next) { all.add(next); });
   }
 
   template <bool kNear, bool kTeacher, class Divergence>
@@ -353,42 +344,40 @@ struct RowPasses {
     const Mean<Real> g_mean(mean_g), h_mean(mean_h);
     const Normalized<Real> at = normalized();
     const Real label_shift = Real(label_lse), origin = student_origin, scale = label_scale;
-    int64_t slices;
-    for_slices<char>(
-        [&](int64_t slice) {
-          for_blocks(slice, [&](int64_t begin, int64_t count) {
-            alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], spare[kBlock], out_buffer[kBlock];
-            const Real* u = load(row.student, begin, count, student_buffer);
-            const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
-            if (row.teacher_gradient) {
-              Real* out = destination(row.teacher_gradient, begin, out_buffer);
-              teacher_block<kNear>(divergence, at, u, w, count, h_scale, h_mean, out);
-              store(row.teacher_gradient, begin, count, out);
-            }
-            if (!row.student_gradient) return;
-            alignas(64) Real label_part[kBlock];
-            if (label_apart) {  // before the student's logits may be overwritten
-              FASTKD_SIMD
-              for (int64_t i = 0; i < count; ++i) {
-                label_part[i] = label_factor * exp2_of((u[i] - origin) * scale - label_shift);
-              }
-            }
-            Real* out = destination(row.student_gradient, begin, out_buffer);
-            if constexpr (Divergence::kPass == Pass::kNormalizersOnly) {
-              kept_block(at, u, slopes + begin, count, g_scale, g_mean, q_scale, out);
-            } else {
-              student_block<kNear>(divergence, at, u, w, count, g_scale, g_mean, q_scale, out);
-            }
-            if (label_apart) {
-              FASTKD_SIMD
-              for (int64_t i = 0; i < count; ++i) out[i] += label_part[i];
-            }
-            if (row.label >= begin && row.label < begin + count) out[row.label - begin] -= label_factor;
-            store(row.student_gradient, begin, count, out);
-          });
-          return char();
-        },
-        slices);
+    for_slices([&](int64_t slice) {
+      for_blocks(slice, [&](int64_t begin, int64_t count) {
+        alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], spare[kBlock], out_buffer[kBlock];
+        const Real* u = load(row.student, begin, count, student_buffer);
+        const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
+        if (row.teacher_gradient) {
+          Real* out = destination(row.teacher_gradient, begin, out_buffer);
+          teacher_block<kNear>(divergence, at, u, w, count, h_scale, h_mean, out);
+          store(row.teacher_gradient, begin, count, out);
+        }
+        if (!row.student_gradient) return;
+        alignas(64) Real label_part[kBlock];
+        if (label_apart) {  // before the student's logits may be overwritten
+          FASTKD_SIMD
+          for (int64_t i = 0; i < count; ++i) {
+            label_part[i] = label_factor * exp2_of((u[i] - origin) * scale - label_shift);
+          }
+        }
+        Real* out = destination(row.student_gradient, begin, out_buffer);
+        if constexpr (Divergence::kPass == Pass::kNormalizersOnly) {
+          kept_block(at, u, slopes + begin, count, g_scale, g_mean, q_scale, out);
+        } else {
+          student_block<kNear>(divergence, at, u, w, count, g_scale, g_mean, q_scale, out);
+        }
+        if (label_apart) {
+          FASTKD_SIMD
+          for (int64_t i = 0; i < count; ++i) out[i] += label_part[i];
+        }
+        if (row.label >= begin && row.label < begin + count) out[row.label - begin] -= label_factor;
+        store(row.student_gradient, begin, count, out);
+      });
+      finish_streaming(row.student_gradient);
+      finish_streaming(row.teacher_gradient);
+    });
   }
 
   template <bool kNear, class Divergence>

@@ -45,11 +45,21 @@ struct Terms {
   Real f, g, h;
 };
 
+// Student and teacher in each other's place: a reverse divergence is the forward one of mirrored outcomes.
+template <class Real>
+FASTKD_INLINE Outcome<Real> mirrored(const Outcome<Real>& o) {
+  return {o.q, o.p, o.log2_q, o.log2_p, -o.d, -o.difference, o.small};
+}
+template <class Real>
+FASTKD_INLINE Terms<Real> mirrored(const Terms<Real>& t) {
+  return {t.f, t.h, t.g};
+}
+
 // p (e^d - 1 - d) = (q - p) - p d >= 0: what one entry adds to KL(p || q).
 template <bool kNear, class Real>
-FASTKD_INLINE Real kl_term(const Outcome<Real>& o, Real p, Real d, Real difference) {
-  const Real direct = difference - p * d;
-  if constexpr (kNear) return select(o.small, p * expm1_gap(d), direct);
+FASTKD_INLINE Real kl_term(const Outcome<Real>& o) {
+  const Real direct = o.difference - o.p * o.d;
+  if constexpr (kNear) return select(o.small, o.p * expm1_gap(o.d), direct);
   return direct;
 }
 
@@ -96,7 +106,7 @@ struct ForwardKl {
   double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
-    return {kl_term<kNear>(o, o.p, o.d, o.difference), o.difference, -o.d};
+    return {kl_term<kNear>(o), o.difference, -o.d};
   }
 };
 
@@ -110,7 +120,7 @@ struct ReverseKl {
   double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
-    return {kl_term<kNear>(o, o.q, -o.d, -o.difference), o.d, -o.difference};
+    return mirrored(ForwardKl{beta}.template operator()<kNear>(mirrored(o)));
   }
 };
 
@@ -180,13 +190,7 @@ struct SkewReverseKl {
   double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
-    const Real b = Real(beta), c = Real(1 - beta);
-    const Real mixture = floored(b * o.q + c * o.p);
-    const Log2<Real> m = log2_parts(mixture);
-    const auto to_m = mix<kNear>(o, o.q, m, teacher_gap(o), c);
-    const Real direct = o.q * (o.log2_q - m.value()) * Real(kLn2) - c * o.difference;
-    const Real slope = -c * o.difference / mixture;
-    return {kNear ? select(o.small, o.q * to_m.kl, direct) : direct, b * slope - to_m.log_ratio, c * slope};
+    return mirrored(SkewKl{beta}.template operator()<kNear>(mirrored(o)));
   }
 };
 

@@ -25,12 +25,15 @@ template <class... Parts>
 #define FASTKD_CHECK_INDEX(condition, ...) \
   if (!(condition)) ::fastkd::fail("IndexError", __VA_ARGS__)
 
-inline std::string shape_of(const torch::stable::Tensor& tensor) {
+// The first `leading` sizes, as Python prints them.
+inline std::string leading_of(const torch::stable::Tensor& tensor, int64_t leading) {
   std::ostringstream out;
   out << "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << tensor.size(i);
+  for (int64_t i = 0; i < leading; ++i) out << (i ? ", " : "") << tensor.size(i);
   out << "]";
   return out.str();
 }
+
+inline std::string shape_of(const torch::stable::Tensor& tensor) { return leading_of(tensor, tensor.dim()); }
 
 }  // namespace fastkd

@@ -104,21 +104,13 @@ class Rows {
   std::vector<int64_t> sizes_, strides_;
 };
 
-// Same leading dimensions: expected sizes of `like`'s first `leading` ones, named in the message.
+// Whether the first `leading` sizes are the same.
 inline bool same_leading(const Tensor& tensor, const Tensor& like, int64_t leading) {
   if (tensor.dim() < leading) return false;
   for (int64_t i = 0; i < leading; ++i) {
     if (tensor.size(i) != like.size(i)) return false;
   }
   return true;
-}
-
-inline std::string leading_of(const Tensor& tensor, int64_t leading) {
-  std::ostringstream out;
-  out << "[";
-  for (int64_t i = 0; i < leading; ++i) out << (i ? ", " : "") << tensor.size(i);
-  out << "]";
-  return out.str();
 }
 
 }  // namespace fastkd
