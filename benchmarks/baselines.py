@@ -84,8 +84,12 @@ def kl_div_contestants(*, peers: bool = True) -> list[Contestant]:
     return contestants
 
 
+#: Training loops divide by a temperature, whatever it is; a compiler may drop the division by 1.
+TEMPERATURE = 1.0
+
+
 def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return (logits if logits.dtype == torch.float64 else logits.float()) / TEMPERATURE
 
 
 def _log_probs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,10 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def(
       "_kl_div(Tensor input, Tensor target, bool log_target, bool reduce, float scale, bool input_gradient, "
       "bool target_gradient) -> (Tensor, Tensor, Tensor)");
+  // The same with a reduction and input's gradient written into `gradient`.
+  m.def(
+      "_kl_div_into(Tensor(a!) gradient, Tensor input, Tensor target, bool log_target, float scale, "
+      "bool target_gradient) -> (Tensor, Tensor)");
   m.def(
       "_kl_div_backward(Tensor grad_output, Tensor input, Tensor target, bool log_target, float scale, "
       "bool input_gradient, bool target_gradient) -> (Tensor, Tensor)");

@@ -22,7 +22,7 @@ class GradientMemory:
     kept; :func:`fastkd.release_memory` lets go of it.
     """
 
-    SMALLEST = 8 << 20  # bytes; below it the allocator keeps freed memory itself
+    SMALLEST = 128 << 10  # bytes; below it the allocator keeps freed memory itself
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
@@ -63,7 +63,7 @@ def release_memory() -> None:
     """Give back the memory of the last large CPU gradient, which is kept for the next step.
 
     Call it after training, or before a phase that needs all memory. At most one gradient's memory
-    is kept, and none below 8 MiB.
+    is kept, and none below 128 KiB.
 
     >>> import fastkd
     >>> fastkd.release_memory()

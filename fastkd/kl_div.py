@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._gradient import scaled
+from fastkd._gradient import memory, scaled
 from fastkd._library import transforms_active
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -108,17 +108,19 @@ class _KlDiv(torch.autograd.Function):
     def forward(ctx, input, target, log_target, reduction, scale):
         early = reduction != "none" and input.dtype != torch.float16
         need_input, need_target = ctx.needs_input_grad[:2]
-        loss, input_gradient, target_gradient = torch.ops.fastkd._kl_div(
-            input,
-            target,
-            log_target,
-            reduction != "none",
-            scale,
-            early and need_input,
-            early and need_target,
-        )
+        reduce, ops = reduction != "none", torch.ops.fastkd
+        gradient = memory.take(input) if early and need_input else None
+        if gradient is not None:
+            loss, target_gradient = ops._kl_div_into(
+                gradient, input, target, log_target, scale, need_target
+            )
+        else:
+            loss, gradient, target_gradient = ops._kl_div(
+                input, target, log_target, reduce, scale, early and need_input, early and need_target
+            )
+        memory.keep(gradient)
         ctx.early, ctx.log_target, ctx.reduction, ctx.scale = early, log_target, reduction, scale
-        ctx.save_for_backward(input, target, input_gradient, target_gradient)
+        ctx.save_for_backward(input, target, gradient, target_gradient)
         return loss
 
     @staticmethod
@@ -157,6 +159,12 @@ def _(input, target, log_target, reduce, scale, input_gradient, target_gradient)
         torch.empty_like(input) if input_gradient else input.new_empty(0),
         torch.empty_like(target) if target_gradient else target.new_empty(0),
     )
+
+
+@torch.library.register_fake("fastkd::_kl_div_into")
+def _(gradient, input, target, log_target, scale, target_gradient):
+    target_like = torch.empty_like(target) if target_gradient else target.new_empty(0)
+    return input.new_empty(()), target_like
 
 
 @torch.library.register_fake("fastkd::_kl_div_backward")

@@ -227,6 +227,8 @@ def test_opcheck(reduce):
     ops = torch.ops.fastkd
     torch.library.opcheck(ops._kl_div.default, (input, target, False, reduce, 0.5, True, True))
     torch.library.opcheck(ops._kl_div.default, (input, target, True, reduce, 0.5, False, False))
+    into = (torch.empty_like(input), input, target, False, 0.5, True)
+    torch.library.opcheck(ops._kl_div_into.default, into)
     upstream = torch.tensor(2.0) if reduce else torch.rand(3, 8)
     arguments = (upstream, input, target, False, 0.5, True, False)
     torch.library.opcheck(ops._kl_div_backward.default, arguments)
@@ -265,3 +267,19 @@ def test_module_is_a_drop_in():
     torch.testing.assert_close(ours(input, target), theirs(input, target))
     with pytest.warns(UserWarning, match="'mean' divides the total loss"):
         fastkd.nn.KLDivLoss()(input, target)
+
+
+def test_gradients_stay_their_owners_while_steps_go_on():
+    """The next step may reuse a freed gradient's memory, never one that somebody still holds."""
+    fastkd.release_memory()
+    input, target = distributions((8, 16384))
+    input.requires_grad_()
+    (held,) = torch.autograd.grad(fastkd.kl_div(input, target, reduction="sum"), input)
+    address, before = held.data_ptr(), held.clone()
+    (other,) = torch.autograd.grad(fastkd.kl_div(2 * input, target, reduction="sum"), input)
+    assert other.data_ptr() != address and torch.equal(held, before)
+    torch.testing.assert_close(other, 2 * held)
+    del other, held
+    first = torch.autograd.grad(fastkd.kl_div(input, target, reduction="sum"), input)[0].data_ptr()
+    again = torch.autograd.grad(fastkd.kl_div(input, target, reduction="sum"), input)[0].data_ptr()
+    assert first == again

@@ -25,6 +25,12 @@ void check_flat(const Tensor& x, const Tensor& like, const char* argument) {
 
 Row flat(const Tensor& x) { return {x.data_ptr(), 1, dtype_of(x.scalar_type())}; }
 
+Row flat_gradient(const Tensor& x) {
+  Row row = flat(x);
+  row.streamed = x.numel() * element_size(x.scalar_type()) >= kStreamedBytes;
+  return row;
+}
+
 double run(KlDivChunk whole, int64_t count, bool float64) {
   const auto kernel = float64 ? kernels().kl_div_double : kernels().kl_div_float;
   std::vector<double> sums((count + kChunk - 1) / kChunk);
@@ -73,8 +79,8 @@ std::tuple<Tensor, Tensor> gradients(KlDivChunk& chunk, const Tensor& input, con
                                      bool target_gradient) {
   Tensor g = input_gradient ? gradient_like(input) : torch::stable::new_empty(input, {0});
   Tensor h = target_gradient ? gradient_like(target) : torch::stable::new_empty(target, {0});
-  if (input_gradient) chunk.input_gradient = flat(g);
-  if (target_gradient) chunk.target_gradient = flat(h);
+  if (input_gradient) chunk.input_gradient = flat_gradient(g);
+  if (target_gradient) chunk.target_gradient = flat_gradient(h);
   return {g, h};
 }
 
@@ -88,6 +94,18 @@ std::tuple<Tensor, Tensor, Tensor> kl_div(const Tensor& input, const Tensor& tar
   const double sum = run(chunk, input.numel(), input.scalar_type() == ScalarType::Double);
   if (reduce) put_scalar(loss, sum * scale);
   return {loss, g, h};
+}
+
+std::tuple<Tensor, Tensor> kl_div_into(Tensor& gradient, const Tensor& input, const Tensor& target, bool log_target,
+                                       double scale, bool target_gradient) {
+  KlDivChunk chunk = checked_chunk(input, target, log_target, scale);
+  check_flat(gradient, input, "gradient");
+  chunk.reduce = true;
+  auto [none, h] = gradients(chunk, input, target, false, target_gradient);
+  chunk.input_gradient = flat_gradient(gradient);
+  Tensor loss = torch::stable::new_empty(input, std::vector<int64_t>{});
+  put_scalar(loss, run(chunk, input.numel(), input.scalar_type() == ScalarType::Double) * scale);
+  return {loss, h};
 }
 
 std::tuple<Tensor, Tensor> kl_div_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
@@ -108,6 +126,7 @@ std::tuple<Tensor, Tensor> kl_div_backward(const Tensor& grad_output, const Tens
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("_kl_div", TORCH_BOX(&kl_div));
+  m.impl("_kl_div_into", TORCH_BOX(&kl_div_into));
   m.impl("_kl_div_backward", TORCH_BOX(&kl_div_backward));
 }
 

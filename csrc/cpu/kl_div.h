@@ -118,6 +118,8 @@ double kl_div_chunk(const KlDivChunk& c) {
     sum += c.log_target ? kl_div_block<true, Real>(c, ones, begin, count)
                         : kl_div_block<false, Real>(c, ones, begin, count);
   }
+  finish_streaming(c.input_gradient);
+  finish_streaming(c.target_gradient);
   return sum;
 }
 

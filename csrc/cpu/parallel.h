@@ -3,7 +3,8 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
-#include <memory>
+#include <cstdlib>
+#include <new>
 
 #include "softmax_divergence.h"
 
@@ -27,19 +28,47 @@ inline const SliceRunner& all_threads() {
   return runner;
 }
 
+// Memory a thread works in. It stays for the thread's next call: asking the system for it costs a small call more than
+// its arithmetic.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  // Aligned to 64; what was in it is lost.
+  char* at_least(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = (bytes + 63) / 64 * 64;
+      data_ = static_cast<char*>(std::aligned_alloc(64, size_));
+      if (data_ == nullptr) {
+        size_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data_;
+  }
+  static char* of_thread(int64_t bytes) {
+    thread_local Scratch scratch;
+    return scratch.at_least(bytes);
+  }
+
+ private:
+  char* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
 // Calls run_row(row, slice runner, scratch) for every row.
 template <class RunRow>
 void for_rows(int64_t rows, int64_t vocab, int64_t scratch_bytes, const RunRow& run_row) {
   constexpr int64_t kGrain = 32768;  // elements a thread should at least have
   const int64_t threads = torch::stable::get_num_threads();
   if (rows < 4 * threads && vocab >= 4 * kSlice && threads > 1) {
-    const std::unique_ptr<char[]> scratch(new char[scratch_bytes]);
-    for (int64_t row = 0; row < rows; ++row) run_row(row, all_threads(), scratch.get());
+    char* const scratch = Scratch::of_thread(scratch_bytes);
+    for (int64_t row = 0; row < rows; ++row) run_row(row, all_threads(), scratch);
     return;
   }
   torch::stable::parallel_for(0, rows, kGrain / vocab + 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[scratch_bytes]);
-    for (int64_t row = begin; row < end; ++row) run_row(row, one_thread(), scratch.get());
+    char* const scratch = Scratch::of_thread(scratch_bytes);
+    for (int64_t row = begin; row < end; ++row) run_row(row, one_thread(), scratch);
   });
 }
 

@@ -14,6 +14,8 @@
 
 namespace fastkd {
 
+inline constexpr int64_t kBlock = 512;
+
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // One row of a tensor: element i lies `i * stride` elements after data.
@@ -28,8 +30,6 @@ struct Row {
 }  // namespace fastkd
 
 namespace fastkd::FASTKD_ISA {
-
-inline constexpr int64_t kBlock = 512;
 
 template <class Real>
 inline constexpr Dtype kDtypeOf = sizeof(Real) == sizeof(float) ? Dtype::kFloat32 : Dtype::kFloat64;

@@ -236,7 +236,9 @@ void run(const Problem& problem, double gradient_factor, std::vector<double>& lo
     losses[index] = weight * row_function(row, runner);
   };
   const int64_t real_size = problem.float64 ? sizeof(double) : sizeof(float);
-  for_rows(problem.rows, problem.vocab, softmax_divergence_scratch(problem.vocab, teacher_count, real_size), run_row);
+  const int64_t scratch =
+      softmax_divergence_scratch(problem.vocab, teacher_count, real_size, bool(problem.teacher_gradient));
+  for_rows(problem.rows, problem.vocab, scratch, run_row);
 }
 
 std::vector<int64_t> loss_shape(const Tensor& student, const std::string& reduction) {

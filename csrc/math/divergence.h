@@ -11,7 +11,8 @@
 // mean of the side that weights; the others take a second pass over f, g and h.
 //
 // Two ways to evaluate, chosen row by row:
-//   kNear = false  q - p by subtraction. Enough while the row's value is not tiny.
+//   kNear = false  q - p by subtraction. Enough while the row's value is not tiny. Divergences of two passes get p, q
+//                  and their difference only; KL(q || p), for its gradient, q and d.
 //   kNear = true   everything from d = log q - log p, through e^d - 1 - d and x - log(1 + x), where |d| < 1/2.
 #pragma once
 #include "elementary.h"
@@ -154,7 +155,7 @@ struct Jsd {
     const Log2<Real> m = log2_parts(floored(b * o.p + c * o.q));
     const auto p_to_m = mix<kNear>(o, o.p, m, student_gap(o), c);
     const auto q_to_m = mix<kNear>(o, o.q, m, teacher_gap(o), b);
-    const Real direct = (b * o.p * (o.log2_p - m.value()) + c * o.q * (o.log2_q - m.value())) * Real(kLn2);
+    const Real direct = -b * o.p * p_to_m.log_ratio - c * o.q * q_to_m.log_ratio;
     const Real f = kNear ? select(o.small, b * o.p * p_to_m.kl + c * o.q * q_to_m.kl, direct) : direct;
     return {f, -c * q_to_m.log_ratio, -b * p_to_m.log_ratio};
   }
@@ -174,7 +175,7 @@ struct SkewKl {
     const Real mixture = floored(b * o.p + c * o.q);
     const Log2<Real> m = log2_parts(mixture);
     const auto to_m = mix<kNear>(o, o.p, m, student_gap(o), c);
-    const Real direct = c * o.difference + o.p * (o.log2_p - m.value()) * Real(kLn2);
+    const Real direct = c * o.difference - o.p * to_m.log_ratio;
     const Real slope = c * o.difference / mixture;
     return {kNear ? select(o.small, o.p * to_m.kl, direct) : direct, c * slope, b * slope - to_m.log_ratio};
   }

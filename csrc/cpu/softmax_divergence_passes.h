@@ -1,0 +1,438 @@
+// The passes over one row of softmax_divergence, cut in slices of a fixed number of columns: what they find is merged
+// in order and does not depend on which thread took which slice.
+#pragma once
+#include "../math/normalized.h"
+#include "simd.h"
+#include "teachers.h"
+
+namespace fastkd {
+
+inline constexpr int64_t kSlice = 8192;
+
+// Calls body(context, slice) for every slice, in any order, on any threads.
+struct SliceRunner {
+  void (*run)(void* self, int64_t slices, void (*body)(void* context, int64_t slice), void* context);
+  void* self;
+};
+
+struct SoftmaxDivergenceRow {
+  int64_t vocab;
+  Row student;
+  Teachers teachers;
+  double beta;
+  double temperature, teacher_temperature;
+  int64_t label;  // -1: none
+  double label_weight;
+  double divergence_scale;                 // of the divergence's value: temperature^2 or 1
+  double scale;                            // of the row's gradient: weight / denominator
+  Row student_gradient, teacher_gradient;  // empty: not wanted
+  int64_t student_width, teacher_width;    // columns of the gradients; those from vocab on are zero
+  void* scratch;                           // softmax_divergence_scratch(...) bytes, aligned to 64
+};
+
+struct SoftmaxDivergenceKernel {
+  const char* name;
+  double (*float_row)(const SoftmaxDivergenceRow&, const SliceRunner&);
+  double (*double_row)(const SoftmaxDivergenceRow&, const SliceRunner&);
+};
+inline constexpr int kDivergences = 7;
+
+// What a pass keeps: of a slice, its partial sums; of a block, the logits it was taken relative to; of an entry, one
+// number for each side and, where the teacher's gradient is wanted too, g.
+inline constexpr int64_t kPartialBytes = 64, kOriginBytes = 16;
+
+inline int64_t slices_of(int64_t vocab) { return (vocab + kSlice - 1) / kSlice; }
+inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+inline int64_t softmax_divergence_scratch(int64_t vocab, int64_t teachers, int64_t real_size, bool teacher_gradient) {
+  return slices_of(vocab) * (kPartialBytes + kSlice / kBlock * kOriginBytes) + aligned(teachers * 16) +
+         (teacher_gradient ? 3 : 2) * aligned(vocab * real_size);
+}
+
+}  // namespace fastkd
+
+namespace fastkd::FASTKD_ISA {
+
+// Over a slice or row. Products with g and h are exact and added in double: a mean must match the very values that it
+// is subtracted from, whose own rounding then cancels.
+struct Sums {
+  double f, qg, ph, q, p, difference;
+
+  void add(const Sums& o) {
+    f += o.f;
+    qg += o.qg;
+    ph += o.ph;
+    q += o.q;
+    p += o.p;
+    difference += o.difference;
+  }
+};
+
+template <class Real, bool kDouble>
+struct Accumulator {
+  using Type = Real;
+};
+template <class Real>
+struct Accumulator<Real, true> {
+  using Type = double;
+};
+
+// A row between its passes.
+template <class Real>
+struct RowPasses {
+  const SoftmaxDivergenceRow& row;
+  const SliceRunner& runner;
+  Real student_scale, teacher_scale, teacher_ratio;  // log2(e) / temperature, and teacher's over student's
+  Real label_scale;                                  // log2(e), or 0 where pass 1 need not sum it separately
+  char* partials;                                    // scratch: one a slice,
+  Origins<Real>* origins;                            // one a block,
+  MaxSum<double>* normalizers;                       // one a teacher,
+  Real *student_kept, *teacher_kept, *slopes;        // and one an entry: see Kept, and g from its sum to the gradient
+  TeacherBlocks<Real> teacher;
+  Real student_origin = 0, teacher_origin = 0;             // logits near the largest
+  double student_lse = 0, teacher_lse = 0, label_lse = 0;  // relative to the origins, base 2
+
+  RowPasses(const SoftmaxDivergenceRow& r, const SliceRunner& s)
+      : row(r),
+        runner(s),
+        student_scale(Real(kLog2E / r.temperature)),
+        teacher_scale(Real(r.teachers.mix_probs ? 1.0 : kLog2E / r.teacher_temperature)),
+        teacher_ratio(r.teachers.mix_probs || r.temperature != r.teacher_temperature ? teacher_scale / student_scale
+                                                                                     : Real(1)),
+        label_scale(r.label >= 0 && r.temperature != 1.0 ? Real(kLog2E) : Real(0)),
+        partials(static_cast<char*>(r.scratch)),
+        origins(reinterpret_cast<Origins<Real>*>(partials + slices_of(r.vocab) * kPartialBytes)),
+        normalizers(reinterpret_cast<MaxSum<double>*>(reinterpret_cast<char*>(origins) +
+                                                      slices_of(r.vocab) * (kSlice / kBlock) * kOriginBytes)),
+        student_kept(reinterpret_cast<Real*>(reinterpret_cast<char*>(normalizers) + aligned(r.teachers.count * 16))),
+        teacher_kept(student_kept + aligned(r.vocab * sizeof(Real)) / sizeof(Real)),
+        // The teacher's gradient is the only one that still needs what was kept of the teacher beside g.
+        slopes(r.teacher_gradient ? teacher_kept + (teacher_kept - student_kept) : teacher_kept),
+        teacher{r.teachers, Real(kLog2E / r.teacher_temperature), normalizers} {
+    // Where the gradient goes there is room until then.
+    Real* const out = r.student_gradient ? destination<Real>(r.student_gradient, 0, nullptr) : nullptr;
+    if (out != nullptr && out != r.student.data) student_kept = out;
+  }
+
+  template <class Body>
+  void for_blocks(int64_t slice, Body body) const {
+    const int64_t first = slice * kSlice, last = first + kSlice < row.vocab ? first + kSlice : row.vocab;
+    for (int64_t begin = first; begin < last; begin += kBlock)
+      body(begin, last - begin < kBlock ? last - begin : kBlock);
+  }
+
+  // Runs body(slice) for every slice.
+  template <class Body>
+  void for_slices(const Body& body) const {
+    runner.run(
+        runner.self, slices_of(row.vocab), [](void* self, int64_t slice) { (*static_cast<const Body*>(self))(slice); },
+        const_cast<Body*>(&body));
+  }
+
+  // Sums up what body(slice) returns, in the order of the slices: merge(all, next).
+  template <class Partial, class Body, class Merge>
+  Partial reduce_slices(const Body& body, const Merge& merge) const {
+    static_assert(sizeof(Partial) <= kPartialBytes);
+    Partial* part = reinterpret_cast<Partial*>(partials);
+    for_slices([&](int64_t slice) { part[slice] = body(slice); });
+    Partial all = part[0];
+    for (int64_t slice = 1; slice < slices_of(row.vocab); ++slice) merge(all, part[slice]);
+    return all;
+  }
+
+  void normalize_teachers() const {
+    using State = MaxSum<double>;
+    for (int k = 0; row.teachers.mix_probs && k < row.teachers.count; ++k) {
+      normalizers[k] = reduce_slices<State>(
+          [&](int64_t slice) {
+            State all = State::empty();
+            for_blocks(slice, [&](int64_t begin, int64_t count) { all.merge(teacher.normalizer(k, begin, count)); });
+            return all;
+          },
+          [](State& all, const State& next) { all.merge(next); });
+    }
+  }
+
+  template <Pass kPass, bool kKeep>
+  RowState<double> accumulate() {
+    normalize_teachers();
+    using State = RowState<double>;
+    const State all = reduce_slices<State>(
+        [&](int64_t slice) {
+          State sum = State::empty();
+          Real u_origin = Real(-INFINITY), w_origin = Real(-INFINITY);
+          for_blocks(slice, [&](int64_t begin, int64_t count) {
+            add_block<kPass, kKeep>(sum, u_origin, w_origin, begin, count);
+          });
+          return sum;
+        },
+        [&](State& sum, const State& next) { sum.merge(next, kPass, row.temperature); });
+    student_origin = Real(all.student.max / student_scale);
+    teacher_origin = Real(all.teacher.max / teacher_scale);
+    student_lse = all.student.log2() - double(student_origin) * student_scale;
+    teacher_lse = all.teacher.log2() - double(teacher_origin) * teacher_scale;
+    if (row.label >= 0) {
+      label_lse = label_scale == Real(0) ? student_lse
+                                         : ::log2(all.label_sum) + all.student.max * row.temperature -
+                                               double(student_origin) * label_scale;
+    }
+    return all;
+  }
+
+  // Adds a block relative to the slice's origins, finding the block's own maxima on the way. Only where those turn out
+  // much larger, or there was none yet, is the block added again relative to them: an origin is within 2^8 of the
+  // maximum.
+  template <Pass kPass, bool kKeep>
+  void add_block(RowState<double>& all, Real& u_origin, Real& w_origin, int64_t begin, int64_t count) const {
+    alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], spare[kBlock];
+    const int64_t ahead = begin + kBlock, some = row.vocab - ahead < kBlock ? row.vocab - ahead : kBlock;
+    if (some > 0) {
+      prefetch(row.student, ahead, some);
+      teacher.prefetch_block(ahead, some);
+    }
+    const Real* u = load(row.student, begin, count, student_buffer);
+    const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
+    if (u_origin == Real(-INFINITY)) u_origin = largest(u, count);
+    if (w_origin == Real(-INFINITY)) w_origin = largest(w, count);
+    const Real u_slack = Real(8) / student_scale, w_slack = Real(8) / teacher_scale;
+    for (;;) {
+      Real u_largest, w_largest;
+      const RowState<double> block =
+          block_state<kPass, kKeep>(u, w, count, u_origin, w_origin, begin, u_largest, w_largest);
+      const bool fits = !(u_largest > u_origin + u_slack) && !(w_largest > w_origin + w_slack);
+      if (fits) return all.merge(block, kPass, row.temperature);
+      u_origin = at_least(u_largest, u_origin);
+      w_origin = at_least(w_largest, w_origin);
+    }
+  }
+
+  template <Pass kPass, bool kKeep>
+  RowState<double> block_state(const Real* u, const Real* w, int64_t count, Real u_origin, Real w_origin, int64_t begin,
+                               Real& u_largest, Real& w_largest) const {
+    const Real us = student_scale, ws = teacher_scale, r = teacher_ratio;
+    const Real u_zero = u_origin == Real(-INFINITY) ? Real(0) : u_origin;
+    const Real w_zero = w_origin == Real(-INFINITY) ? Real(0) : w_origin;
+    // A tiny weight instead of 0 lets an impossible entry make the sum infinite even where its mass underflows.
+    constexpr Real kTiny = Real(1.17549435e-38), kLowest = Real(-3.4e38);
+    // The student-weighted ratio becomes a mean that the gradient subtracts: see Sums.
+    using Ratio = typename Accumulator<Real, kPass == Pass::kStudentWeighted>::Type;
+    Ratio u_sum = 0, w_sum = 0, ratio = 0;
+    Real crossing = 0, u_max = Real(-INFINITY), w_max = Real(-INFINITY);
+    Real *keep_u = student_kept + begin, *keep_w = teacher_kept + begin;
+    if constexpr (kKeep) origins[begin / kBlock] = {u_zero, w_zero};
+    FASTKD_SIMD_WITH(reduction(+ : u_sum, w_sum, ratio, crossing) reduction(max : u_max, w_max))
+    for (int64_t i = 0; i < count; ++i) {
+      u_max = u[i] > u_max ? u[i] : u_max;
+      w_max = w[i] > w_max ? w[i] : w_max;
+      const Real x = u[i] - u_zero, y = w[i] - w_zero;
+      const Real e_u = exp2_of(x * us), e_w = exp2_of(y * ws);
+      u_sum += e_u;
+      w_sum += e_w;
+      if constexpr (kKeep) keep_u[i] = e_u;
+      if constexpr (kKeep && kPass != Pass::kStudentWeighted) keep_w[i] = e_w;
+      if constexpr (kPass == Pass::kTeacherWeighted || kPass == Pass::kTeacherCrossing) {
+        const Real log_ratio = y * r - x;
+        ratio += log_ratio > kLowest ? at_least(kTiny, e_w) * log_ratio : Real(0);
+      }
+      if constexpr (kPass == Pass::kStudentWeighted) {
+        const Real whole = x - y * r, log_ratio = whole > kLowest ? whole : Real(0);
+        ratio += Ratio(at_least(kTiny, e_u)) * Ratio(log_ratio);
+        if constexpr (kKeep) keep_w[i] = log_ratio;
+      }
+      if constexpr (kPass == Pass::kTeacherCrossing) {
+        crossing -= y > kLowest ? at_least(kTiny, e_w) * x : Real(0);
+      }
+    }
+    Real label_sum = 0;
+    if (label_scale != Real(0)) {
+      const Real scale = label_scale;
+      FASTKD_SIMD_REDUCE(+ : label_sum)
+      for (int64_t i = 0; i < count; ++i) label_sum += exp2_of((u[i] - u_zero) * scale);
+    }
+    u_largest = u_max;
+    w_largest = w_max;
+    return {{double(u_origin) * us, u_sum},
+            {double(w_origin) * ws, w_sum},
+            double(ratio) * us,
+            double(crossing) * us,
+            label_sum};
+  }
+
+  Normalized<Real> normalized() const {
+    const double gap = double(student_origin) - double(teacher_ratio) * teacher_origin;
+    return {student_scale,     teacher_scale,
+            teacher_ratio,     student_origin,
+            teacher_origin,    Real(student_lse),
+            Real(teacher_lse), Real((student_lse - teacher_lse + (gap - Real(gap)) * student_scale) * kLn2),
+            Real(gap)};
+  }
+
+  template <bool kNear>
+  FromLogits<Real, kNear> from_logits(const Real* u, const Real* w) const {
+    return {normalized(), u, w};
+  }
+
+  // The block that begins there, as pass 1 kept it.
+  template <Pass kPass>
+  Kept<Real, kPass> from_kept(int64_t begin) const {
+    const Origins<Real> at = origins[begin / kBlock];
+    const double u_step = (double(at.student) - student_origin) * student_scale;
+    const double w_step = (double(at.teacher) - teacher_origin) * teacher_scale;
+    const double u_factor = probability(u_step - student_lse), w_factor = probability(w_step - teacher_lse);
+    const double gap = (double(at.student) - double(teacher_ratio) * at.teacher) -
+                       (double(student_origin) - double(teacher_ratio) * teacher_origin);
+    return {student_kept + begin,
+            teacher_kept + begin,
+            Real(u_factor),
+            Real(w_factor),
+            Real(student_scale * kLn2),
+            Real((gap * student_scale - (student_lse - teacher_lse)) * kLn2)};
+  }
+  // 2^x, and 0 where arithmetic would become slow: such a factor's products are below 2^-118.
+  static double probability(double x) { return x < -126 ? 0 : ::exp2(x); }
+
+  // Calls body(entries, begin, count) for every block of a slice, with the entries' outcomes from what pass 1 kept or
+  // from the logits.
+  template <bool kNear, bool kKept, Pass kPass, class Body>
+  void for_outcomes(int64_t slice, const Body& body) const {
+    for_blocks(slice, [&](int64_t begin, int64_t count) {
+      if constexpr (kKept) {
+        body(from_kept<kPass>(begin), begin, count);
+      } else {
+        alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], spare[kBlock];
+        const Real* u = load(row.student, begin, count, student_buffer);
+        const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
+        body(from_logits<kNear>(u, w), begin, count);
+      }
+    });
+  }
+
+  template <bool kNear, class Divergence>
+  Sums sum_terms(const Divergence& divergence) const {
+    constexpr bool kKept = !kNear && Divergence::kPass == Pass::kNormalizersOnly;
+    return reduce_slices<Sums>(
+        [&](int64_t slice) {
+          Sums all{};
+          for_outcomes<kNear, kKept, Divergence::kPass>(slice, [&](const auto& entries, int64_t begin, int64_t count) {
+            Real* keep = slopes + begin;
+            all.add(row.teacher_gradient ? block_sums<kNear, true>(divergence, entries, count, keep)
+                                         : block_sums<kNear, false>(divergence, entries, count, keep));
+          });
+          return all;
+        },
+        [](Sums& all, const Sums& next) { all.add(next); });
+  }
+
+  template <bool kNear, bool kTeacher, class Divergence, class Entries>
+  Sums block_sums(const Divergence divergence, const Entries entries, int64_t count, Real* keep) const {
+    Real f = 0, difference = 0;
+    double qg = 0, ph = 0, q = 0, p = 0;
+    FASTKD_SIMD_REDUCE(+ : f, qg, ph, q, p, difference)
+    for (int64_t i = 0; i < count; ++i) {
+      const Outcome<Real> o = entries.outcome(i);
+      const Terms<Real> t = divergence.template operator()<kNear>(o);
+      f += t.f;
+      if constexpr (!Divergence::kGIsGradient) {
+        qg += double(o.q) * double(t.g);
+        q += double(o.q);
+        keep[i] = t.g;
+      }
+      if constexpr (kTeacher && !Divergence::kHIsGradient) ph += double(o.p) * double(t.h);
+      if constexpr (kNear || (kTeacher && !Divergence::kHIsGradient)) p += double(o.p);
+      if constexpr (kNear) difference += o.difference;
+    }
+    return {f, qg, ph, q, p, difference};
+  }
+
+  // student_lse - teacher_lse from the sums of a near pass: since sum q = 1, the log of sum p e^d / sum p is the error.
+  void refine(const Sums& sums) { student_lse += ::log1p(sums.difference / sums.p) * kLog2E; }
+
+  // student: scale T^2 q (g - mean g) / temperature + scale label_weight (softmax(u) - onehot(label))
+  template <bool kNear, bool kKept, class Divergence>
+  void write_student_gradient(const Divergence& divergence, double mean) const {
+    const Real label_factor = Real(row.label >= 0 ? row.scale * row.label_weight : 0);
+    const bool label_apart = row.label >= 0 && label_scale != Real(0);
+    // At temperature 1 the label's softmax is q, and its share of the gradient one more multiple of it.
+    const Real q_scale = label_apart ? Real(0) : label_factor;
+    const Real g_scale = Real(row.scale * row.divergence_scale / row.temperature);
+    const Mean<Real> g_mean(mean);
+    const Real label_shift = Real(label_lse), origin = student_origin, scale = label_scale;
+    for_slices([&](int64_t slice) {
+      for_outcomes<kNear, kKept, Divergence::kPass>(slice, [&](const auto& entries, int64_t begin, int64_t count) {
+        alignas(64) Real buffer[kBlock], label_part[kBlock];
+        if (label_apart) {  // before the student's logits may be overwritten
+          const Real* u = load(row.student, begin, count, buffer);
+          FASTKD_SIMD
+          for (int64_t i = 0; i < count; ++i) {
+            label_part[i] = label_factor * exp2_of((u[i] - origin) * scale - label_shift);
+          }
+        }
+        Real* out = destination(row.student_gradient, begin, buffer);
+        if constexpr (Divergence::kPass == Pass::kNormalizersOnly) {
+          student_block(entries, slopes + begin, count, g_scale, g_mean, q_scale, out);
+        } else {
+          student_block<kNear>(divergence, entries, count, g_scale, g_mean, q_scale, out);
+        }
+        if (label_apart) {
+          FASTKD_SIMD
+          for (int64_t i = 0; i < count; ++i) out[i] += label_part[i];
+        }
+        if (row.label >= begin && row.label < begin + count) out[row.label - begin] -= label_factor;
+        store(row.student_gradient, begin, count, out);
+      });
+      finish_streaming(row.student_gradient);
+    });
+  }
+
+  template <bool kNear, class Divergence, class Entries>
+  static void student_block(const Divergence divergence, const Entries entries, int64_t count, Real scale,
+                            const Mean<Real> mean, Real q_scale, Real* out) {
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      const Outcome<Real> o = entries.outcome(i);
+      const Real g = divergence.template operator()<kNear>(o).g;
+      const Real gradient = Divergence::kGIsGradient ? g : o.q * ((g - mean.high) - mean.low);
+      out[i] = scale * gradient + q_scale * o.q;
+    }
+  }
+
+  // The same from the slopes of the pass before.
+  template <class Entries>
+  static void student_block(const Entries entries, const Real* g, int64_t count, Real scale, const Mean<Real> mean,
+                            Real q_scale, Real* out) {
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] = (scale * ((g[i] - mean.high) - mean.low) + q_scale) * entries.outcome(i).q;
+    }
+  }
+
+  // teacher: scale T^2 p (h - mean h) / teacher_temperature
+  template <bool kNear, class Divergence>
+  void write_teacher_gradient(const Divergence& divergence, double mean) const {
+    constexpr bool kKept = !kNear && Divergence::kPass == Pass::kNormalizersOnly;
+    const Real scale = Real(row.scale * row.divergence_scale / row.teacher_temperature);
+    const Mean<Real> h_mean(mean);
+    for_slices([&](int64_t slice) {
+      for_outcomes<kNear, kKept, Divergence::kPass>(slice, [&](const auto& entries, int64_t begin, int64_t count) {
+        alignas(64) Real buffer[kBlock];
+        Real* out = destination(row.teacher_gradient, begin, buffer);
+        teacher_block<kNear>(divergence, entries, count, scale, h_mean, out);
+        store(row.teacher_gradient, begin, count, out);
+      });
+      finish_streaming(row.teacher_gradient);
+    });
+  }
+
+  template <bool kNear, class Divergence, class Entries>
+  static void teacher_block(const Divergence divergence, const Entries entries, int64_t count, Real scale,
+                            const Mean<Real> mean, Real* out) {
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      const Outcome<Real> o = entries.outcome(i);
+      const Real h = divergence.template operator()<kNear>(o).h;
+      out[i] = scale * (Divergence::kHIsGradient ? h : o.p * ((h - mean.high) - mean.low));
+    }
+  }
+};
+
+}  // namespace fastkd::FASTKD_ISA
