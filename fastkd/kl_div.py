@@ -109,14 +109,15 @@ class _KlDiv(torch.autograd.Function):
         early = reduction != "none" and input.dtype != torch.float16
         need_input, need_target = ctx.needs_input_grad[:2]
         reduce, ops = reduction != "none", torch.ops.fastkd
-        gradient = memory.take(input) if early and need_input else None
+        need_input, need_target = early and need_input, early and need_target
+        gradient = memory.take(input) if need_input else None
         if gradient is not None:
             loss, target_gradient = ops._kl_div_into(
                 gradient, input, target, log_target, scale, need_target
             )
         else:
             loss, gradient, target_gradient = ops._kl_div(
-                input, target, log_target, reduce, scale, early and need_input, early and need_target
+                input, target, log_target, reduce, scale, need_input, need_target
             )
         memory.keep(gradient)
         ctx.early, ctx.log_target, ctx.reduction, ctx.scale = early, log_target, reduction, scale
