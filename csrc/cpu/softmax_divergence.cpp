@@ -225,13 +225,18 @@ void run(const Problem& problem, double gradient_factor, std::vector<double>& lo
       losses[index] = 0;
       return;
     }
-    row.temperature = problem.temperatures ? problem.temperatures.number(index) : o.temperature;
-    row.teacher_temperature =
-        problem.teacher_temperatures ? problem.teacher_temperatures.number(index) : o.teacher_temperature;
     row.label = problem.labels ? problem.labels.integer(index) : -1;
-    row.label_weight = o.label_weight;
-    row.divergence_scale = o.square_temperature ? row.temperature * row.temperature : 1;
-    row.scale = weight * gradient_factor;
+    RowTask& task = row.task;
+    task.temperature = problem.temperatures ? problem.temperatures.number(index) : o.temperature;
+    task.teacher_temperature =
+        problem.teacher_temperatures ? problem.teacher_temperatures.number(index) : o.teacher_temperature;
+    task.divergence_scale = o.square_temperature ? task.temperature * task.temperature : 1;
+    task.scale = weight * gradient_factor;
+    task.label_weight = o.label_weight;
+    task.has_label = bool(problem.labels);
+    task.mix_probs = problem.mix_probs;
+    task.student_gradient = bool(row.student_gradient);
+    task.teacher_gradient = bool(row.teacher_gradient);
     row.scratch = scratch;
     losses[index] = weight * row_function(row, runner);
   };

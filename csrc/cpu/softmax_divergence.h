@@ -13,70 +13,40 @@ namespace fastkd::FASTKD_ISA {
 // The row's loss (divergence and label term, not weighted), its gradients written where wanted.
 template <class Real, class Divergence>
 double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner& runner) {
-  constexpr Pass kPass = Divergence::kPass;
-  constexpr bool kOnePass = kPass != Pass::kNormalizersOnly, kCrossing = kPass == Pass::kTeacherCrossing;
+  const RowTask& task = row.task;
   const Divergence divergence{row.beta};
-  RowPasses<Real> passes(row, runner);
+  RowPlan<Real, Divergence> plan;
+  plan.set_scales(task);
+  const RowPasses<Real> passes(row, runner, plan);
 
-  Real label_logit = 0;
-  const Real* label_at = row.label < 0 ? &label_logit : load(row.student, row.label, 1, &label_logit);
-  label_logit = *label_at;
+  Real label_logit = 0;  // before the gradient may overwrite it
+  if (task.has_label) label_logit = *load(row.student, row.label, 1, &label_logit);
 
-  const bool keep = !kOnePass || row.student_gradient;
-  const RowState<double> state =
-      keep ? passes.template accumulate<kPass, true>() : passes.template accumulate<kPass, false>();
-  const bool wants_gradient = row.student_gradient || row.teacher_gradient;
-  // The first pass already has the mean that the student's gradient needs, as long as it is finite.
-  const bool needs_teacher_mean = row.teacher_gradient && !Divergence::kHIsGradient;
-  const bool needs_student_mean = row.student_gradient && !Divergence::kGIsGradient;
-  Sums sums{};
-  double value, closeness, student_mean = 0;
-  if constexpr (kOnePass) {
-    closeness = state.kl(kPass);
-    student_mean = closeness;
-    value = kCrossing ? state.cross_entropy() : closeness;
-    if (needs_teacher_mean || (needs_student_mean && value >= kInfiniteLogRatio)) {
-      sums = passes.template sum_terms<false>(divergence);
-      student_mean = sums.qg / sums.q;
-    }
-  } else {
-    sums = passes.template sum_terms<false>(divergence);
-    closeness = value = sums.f;
-    student_mean = sums.qg / sums.q;
+  const bool keep = !plan.kOnePass || task.student_gradient;
+  plan.begin(task, keep ? passes.template accumulate<Divergence::kPass, true>()
+                        : passes.template accumulate<Divergence::kPass, false>());
+  while (plan.step != Step::kWrite) {
+    plan.add(task, plan.step == Step::kSumNear ? passes.template sum_terms<true>(divergence)
+                                               : passes.template sum_terms<false>(divergence));
   }
-  const bool near = closeness < Divergence::kNearBelow * (1 + (kOnePass ? state.mean_ratio(kPass) : 0));
-  if (near && (wants_gradient || !kCrossing)) {
-    sums = passes.template sum_terms<true>(divergence);
-    passes.refine(sums);
-    if (needs_teacher_mean || needs_student_mean) sums = passes.template sum_terms<true>(divergence);
-    if (!kCrossing) value = sums.f;
-    student_mean = sums.qg / sums.q;
-  }
-  if (Divergence::kGIsGradient) student_mean = 0;
-  double teacher_mean = needs_teacher_mean ? sums.ph / sums.p : 0;
-  // A normaliser that is NaN makes the whole row so, whatever the logarithms made of it.
-  const double poison = (passes.student_lse - passes.student_lse) + (passes.teacher_lse - passes.teacher_lse);
-  value += poison;
-  student_mean += poison;
-  teacher_mean += poison;
-  if (wants_gradient) {  // the teacher's first: the student's may overwrite its logits
-    if (near) {
-      if (row.teacher_gradient) passes.template write_teacher_gradient<true>(divergence, teacher_mean);
-      if (row.student_gradient) passes.template write_student_gradient<true, false>(divergence, student_mean);
-    } else {
-      if (row.teacher_gradient) passes.template write_teacher_gradient<false>(divergence, teacher_mean);
-      // Of an infinite log-ratio only that was kept.
-      const bool kept = kPass != Pass::kStudentWeighted || !(value >= kInfiniteLogRatio);
-      if (row.student_gradient && kept) passes.template write_student_gradient<false, true>(divergence, student_mean);
-      if (row.student_gradient && !kept) passes.template write_student_gradient<false, false>(divergence, student_mean);
-    }
-    fill_zero(row.student_gradient, row.vocab, row.student_width);
+  // The teacher's first: the student's may overwrite its logits.
+  if (task.teacher_gradient) {
+    if (plan.near)
+      passes.template write_teacher_gradient<true>(divergence, plan.teacher_mean);
+    else
+      passes.template write_teacher_gradient<false>(divergence, plan.teacher_mean);
     fill_zero(row.teacher_gradient, row.vocab, row.teacher_width);
   }
-  value *= row.divergence_scale;
-  if (row.label >= 0)
-    value += row.label_weight * (passes.label_lse * kLn2 - (double(label_logit) - double(passes.student_origin)));
-  return value;
+  if (task.student_gradient) {
+    if (plan.near)
+      passes.template write_student_gradient<true, false>(divergence, plan.student_mean);
+    else if (plan.kept)
+      passes.template write_student_gradient<false, true>(divergence, plan.student_mean);
+    else
+      passes.template write_student_gradient<false, false>(divergence, plan.student_mean);
+    fill_zero(row.student_gradient, row.vocab, row.student_width);
+  }
+  return plan.loss(task, label_logit);
 }
 
 template <class... Divergence>

@@ -1,7 +1,7 @@
 // The passes over one row of softmax_divergence, cut in slices of a fixed number of columns: what they find is merged
 // in order and does not depend on which thread took which slice.
 #pragma once
-#include "../math/normalized.h"
+#include "../math/row_plan.h"
 #include "simd.h"
 #include "teachers.h"
 
@@ -20,11 +20,8 @@ struct SoftmaxDivergenceRow {
   Row student;
   Teachers teachers;
   double beta;
-  double temperature, teacher_temperature;
   int64_t label;  // -1: none
-  double label_weight;
-  double divergence_scale;                 // of the divergence's value: temperature^2 or 1
-  double scale;                            // of the row's gradient: weight / denominator
+  RowTask task;
   Row student_gradient, teacher_gradient;  // empty: not wanted
   int64_t student_width, teacher_width;    // columns of the gradients; those from vocab on are zero
   void* scratch;                           // softmax_divergence_scratch(...) bytes, aligned to 64
@@ -53,21 +50,6 @@ inline int64_t softmax_divergence_scratch(int64_t vocab, int64_t teachers, int64
 
 namespace fastkd::FASTKD_ISA {
 
-// Over a slice or row. Products with g and h are exact and added in double: a mean must match the very values that it
-// is subtracted from, whose own rounding then cancels.
-struct Sums {
-  double f, qg, ph, q, p, difference;
-
-  void add(const Sums& o) {
-    f += o.f;
-    qg += o.qg;
-    ph += o.ph;
-    q += o.q;
-    p += o.p;
-    difference += o.difference;
-  }
-};
-
 template <class Real, bool kDouble>
 struct Accumulator {
   using Type = Real;
@@ -82,24 +64,17 @@ template <class Real>
 struct RowPasses {
   const SoftmaxDivergenceRow& row;
   const SliceRunner& runner;
-  Real student_scale, teacher_scale, teacher_ratio;  // log2(e) / temperature, and teacher's over student's
-  Real label_scale;                                  // log2(e), or 0 where pass 1 need not sum it separately
-  char* partials;                                    // scratch: one a slice,
-  Origins<Real>* origins;                            // one a block,
-  MaxSum<double>* normalizers;                       // one a teacher,
-  Real *student_kept, *teacher_kept, *slopes;        // and one an entry: see Kept, and g from its sum to the gradient
+  const RowFrame<Real>& frame;                 // set up to the scales, and after pass 1 wholly
+  char* partials;                              // scratch: one a slice,
+  Origins<Real>* origins;                      // one a block,
+  MaxSum<double>* normalizers;                 // one a teacher,
+  Real *student_kept, *teacher_kept, *slopes;  // and one an entry: see Kept, and g from its sum to the gradient
   TeacherBlocks<Real> teacher;
-  Real student_origin = 0, teacher_origin = 0;             // logits near the largest
-  double student_lse = 0, teacher_lse = 0, label_lse = 0;  // relative to the origins, base 2
 
-  RowPasses(const SoftmaxDivergenceRow& r, const SliceRunner& s)
+  RowPasses(const SoftmaxDivergenceRow& r, const SliceRunner& s, const RowFrame<Real>& f)
       : row(r),
         runner(s),
-        student_scale(Real(kLog2E / r.temperature)),
-        teacher_scale(Real(r.teachers.mix_probs ? 1.0 : kLog2E / r.teacher_temperature)),
-        teacher_ratio(r.teachers.mix_probs || r.temperature != r.teacher_temperature ? teacher_scale / student_scale
-                                                                                     : Real(1)),
-        label_scale(r.label >= 0 && r.temperature != 1.0 ? Real(kLog2E) : Real(0)),
+        frame(f),
         partials(static_cast<char*>(r.scratch)),
         origins(reinterpret_cast<Origins<Real>*>(partials + slices_of(r.vocab) * kPartialBytes)),
         normalizers(reinterpret_cast<MaxSum<double>*>(reinterpret_cast<char*>(origins) +
@@ -108,7 +83,7 @@ struct RowPasses {
         teacher_kept(student_kept + aligned(r.vocab * sizeof(Real)) / sizeof(Real)),
         // The teacher's gradient is the only one that still needs what was kept of the teacher beside g.
         slopes(r.teacher_gradient ? teacher_kept + (teacher_kept - student_kept) : teacher_kept),
-        teacher{r.teachers, Real(kLog2E / r.teacher_temperature), normalizers} {
+        teacher{r.teachers, Real(kLog2E / r.task.teacher_temperature), normalizers} {
     // Where the gradient goes there is room until then.
     Real* const out = r.student_gradient ? destination<Real>(r.student_gradient, 0, nullptr) : nullptr;
     if (out != nullptr && out != r.student.data) student_kept = out;
@@ -154,10 +129,10 @@ struct RowPasses {
   }
 
   template <Pass kPass, bool kKeep>
-  RowState<double> accumulate() {
+  RowState<double> accumulate() const {
     normalize_teachers();
     using State = RowState<double>;
-    const State all = reduce_slices<State>(
+    return reduce_slices<State>(
         [&](int64_t slice) {
           State sum = State::empty();
           Real u_origin = Real(-INFINITY), w_origin = Real(-INFINITY);
@@ -166,17 +141,7 @@ struct RowPasses {
           });
           return sum;
         },
-        [&](State& sum, const State& next) { sum.merge(next, kPass, row.temperature); });
-    student_origin = Real(all.student.max / student_scale);
-    teacher_origin = Real(all.teacher.max / teacher_scale);
-    student_lse = all.student.log2() - double(student_origin) * student_scale;
-    teacher_lse = all.teacher.log2() - double(teacher_origin) * teacher_scale;
-    if (row.label >= 0) {
-      label_lse = label_scale == Real(0) ? student_lse
-                                         : ::log2(all.label_sum) + all.student.max * row.temperature -
-                                               double(student_origin) * label_scale;
-    }
-    return all;
+        [&](State& sum, const State& next) { sum.merge(next, kPass, row.task.temperature); });
   }
 
   // Adds a block relative to the slice's origins, finding the block's own maxima on the way. Only where those turn out
@@ -194,13 +159,13 @@ struct RowPasses {
     const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
     if (u_origin == Real(-INFINITY)) u_origin = largest(u, count);
     if (w_origin == Real(-INFINITY)) w_origin = largest(w, count);
-    const Real u_slack = Real(8) / student_scale, w_slack = Real(8) / teacher_scale;
+    const Real u_slack = Real(8) / frame.student_scale, w_slack = Real(8) / frame.teacher_scale;
     for (;;) {
       Real u_largest, w_largest;
       const RowState<double> block =
           block_state<kPass, kKeep>(u, w, count, u_origin, w_origin, begin, u_largest, w_largest);
       const bool fits = !(u_largest > u_origin + u_slack) && !(w_largest > w_origin + w_slack);
-      if (fits) return all.merge(block, kPass, row.temperature);
+      if (fits) return all.merge(block, kPass, row.task.temperature);
       u_origin = at_least(u_largest, u_origin);
       w_origin = at_least(w_largest, w_origin);
     }
@@ -209,7 +174,7 @@ struct RowPasses {
   template <Pass kPass, bool kKeep>
   RowState<double> block_state(const Real* u, const Real* w, int64_t count, Real u_origin, Real w_origin, int64_t begin,
                                Real& u_largest, Real& w_largest) const {
-    const Real us = student_scale, ws = teacher_scale, r = teacher_ratio;
+    const Real us = frame.student_scale, ws = frame.teacher_scale, r = frame.teacher_ratio;
     const Real u_zero = u_origin == Real(-INFINITY) ? Real(0) : u_origin;
     const Real w_zero = w_origin == Real(-INFINITY) ? Real(0) : w_origin;
     // A tiny weight instead of 0 lets an impossible entry make the sum infinite even where its mass underflows.
@@ -244,8 +209,8 @@ struct RowPasses {
       }
     }
     Real label_sum = 0;
-    if (label_scale != Real(0)) {
-      const Real scale = label_scale;
+    if (frame.label_scale != Real(0)) {
+      const Real scale = frame.label_scale;
       FASTKD_SIMD_REDUCE(+ : label_sum)
       for (int64_t i = 0; i < count; ++i) label_sum += exp2_of((u[i] - u_zero) * scale);
     }
@@ -258,35 +223,26 @@ struct RowPasses {
             label_sum};
   }
 
-  Normalized<Real> normalized() const {
-    const double gap = double(student_origin) - double(teacher_ratio) * teacher_origin;
-    return {student_scale,     teacher_scale,
-            teacher_ratio,     student_origin,
-            teacher_origin,    Real(student_lse),
-            Real(teacher_lse), Real((student_lse - teacher_lse + (gap - Real(gap)) * student_scale) * kLn2),
-            Real(gap)};
-  }
-
   template <bool kNear>
   FromLogits<Real, kNear> from_logits(const Real* u, const Real* w) const {
-    return {normalized(), u, w};
+    return {frame.normalized(), u, w};
   }
 
   // The block that begins there, as pass 1 kept it.
   template <Pass kPass>
   Kept<Real, kPass> from_kept(int64_t begin) const {
     const Origins<Real> at = origins[begin / kBlock];
-    const double u_step = (double(at.student) - student_origin) * student_scale;
-    const double w_step = (double(at.teacher) - teacher_origin) * teacher_scale;
-    const double u_factor = probability(u_step - student_lse), w_factor = probability(w_step - teacher_lse);
-    const double gap = (double(at.student) - double(teacher_ratio) * at.teacher) -
-                       (double(student_origin) - double(teacher_ratio) * teacher_origin);
+    const double u_step = (double(at.student) - frame.student_origin) * frame.student_scale;
+    const double w_step = (double(at.teacher) - frame.teacher_origin) * frame.teacher_scale;
+    const double u_factor = probability(u_step - frame.student_lse), w_factor = probability(w_step - frame.teacher_lse);
+    const double gap = (double(at.student) - double(frame.teacher_ratio) * at.teacher) -
+                       (double(frame.student_origin) - double(frame.teacher_ratio) * frame.teacher_origin);
     return {student_kept + begin,
             teacher_kept + begin,
             Real(u_factor),
             Real(w_factor),
-            Real(student_scale * kLn2),
-            Real((gap * student_scale - (student_lse - teacher_lse)) * kLn2)};
+            Real(frame.student_scale * kLn2),
+            Real((gap * frame.student_scale - (frame.student_lse - frame.teacher_lse)) * kLn2)};
   }
   // 2^x, and 0 where arithmetic would become slow: such a factor's products are below 2^-118.
   static double probability(double x) { return x < -126 ? 0 : ::exp2(x); }
@@ -344,19 +300,12 @@ struct RowPasses {
     return {f, qg, ph, q, p, difference};
   }
 
-  // student_lse - teacher_lse from the sums of a near pass: since sum q = 1, the log of sum p e^d / sum p is the error.
-  void refine(const Sums& sums) { student_lse += ::log1p(sums.difference / sums.p) * kLog2E; }
-
-  // student: scale T^2 q (g - mean g) / temperature + scale label_weight (softmax(u) - onehot(label))
   template <bool kNear, bool kKept, class Divergence>
-  void write_student_gradient(const Divergence& divergence, double mean) const {
-    const Real label_factor = Real(row.label >= 0 ? row.scale * row.label_weight : 0);
-    const bool label_apart = row.label >= 0 && label_scale != Real(0);
-    // At temperature 1 the label's softmax is q, and its share of the gradient one more multiple of it.
-    const Real q_scale = label_apart ? Real(0) : label_factor;
-    const Real g_scale = Real(row.scale * row.divergence_scale / row.temperature);
-    const Mean<Real> g_mean(mean);
-    const Real label_shift = Real(label_lse), origin = student_origin, scale = label_scale;
+  void write_student_gradient(const Divergence& divergence, double g_mean) const {
+    const GradientFactors<Real> factors(row.task, frame);
+    const Mean<Real> mean(g_mean);
+    const bool label_apart = frame.label_scale != Real(0);
+    const Real label_shift = Real(frame.label_lse), origin = frame.student_origin, scale = frame.label_scale;
     for_slices([&](int64_t slice) {
       for_outcomes<kNear, kKept, Divergence::kPass>(slice, [&](const auto& entries, int64_t begin, int64_t count) {
         alignas(64) Real buffer[kBlock], label_part[kBlock];
@@ -364,20 +313,20 @@ struct RowPasses {
           const Real* u = load(row.student, begin, count, buffer);
           FASTKD_SIMD
           for (int64_t i = 0; i < count; ++i) {
-            label_part[i] = label_factor * exp2_of((u[i] - origin) * scale - label_shift);
+            label_part[i] = factors.label * exp2_of((u[i] - origin) * scale - label_shift);
           }
         }
         Real* out = destination(row.student_gradient, begin, buffer);
         if constexpr (Divergence::kPass == Pass::kNormalizersOnly) {
-          student_block(entries, slopes + begin, count, g_scale, g_mean, q_scale, out);
+          student_block(entries, slopes + begin, count, factors, mean, out);
         } else {
-          student_block<kNear>(divergence, entries, count, g_scale, g_mean, q_scale, out);
+          student_block<kNear>(divergence, entries, count, factors, mean, out);
         }
         if (label_apart) {
           FASTKD_SIMD
           for (int64_t i = 0; i < count; ++i) out[i] += label_part[i];
         }
-        if (row.label >= begin && row.label < begin + count) out[row.label - begin] -= label_factor;
+        if (row.label >= begin && row.label < begin + count) out[row.label - begin] -= factors.label;
         store(row.student_gradient, begin, count, out);
       });
       finish_streaming(row.student_gradient);
@@ -385,38 +334,34 @@ struct RowPasses {
   }
 
   template <bool kNear, class Divergence, class Entries>
-  static void student_block(const Divergence divergence, const Entries entries, int64_t count, Real scale,
-                            const Mean<Real> mean, Real q_scale, Real* out) {
+  static void student_block(const Divergence divergence, const Entries entries, int64_t count,
+                            const GradientFactors<Real> factors, const Mean<Real> mean, Real* out) {
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
-      const Outcome<Real> o = entries.outcome(i);
-      const Real g = divergence.template operator()<kNear>(o).g;
-      const Real gradient = Divergence::kGIsGradient ? g : o.q * ((g - mean.high) - mean.low);
-      out[i] = scale * gradient + q_scale * o.q;
+      out[i] = student_gradient<kNear>(divergence, entries.outcome(i), mean, factors);
     }
   }
 
   // The same from the slopes of the pass before.
   template <class Entries>
-  static void student_block(const Entries entries, const Real* g, int64_t count, Real scale, const Mean<Real> mean,
-                            Real q_scale, Real* out) {
+  static void student_block(const Entries entries, const Real* g, int64_t count, const GradientFactors<Real> factors,
+                            const Mean<Real> mean, Real* out) {
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
-      out[i] = (scale * ((g[i] - mean.high) - mean.low) + q_scale) * entries.outcome(i).q;
+      out[i] = (factors.student * ((g[i] - mean.high) - mean.low) + factors.label_q) * entries.outcome(i).q;
     }
   }
 
-  // teacher: scale T^2 p (h - mean h) / teacher_temperature
   template <bool kNear, class Divergence>
-  void write_teacher_gradient(const Divergence& divergence, double mean) const {
+  void write_teacher_gradient(const Divergence& divergence, double h_mean) const {
     constexpr bool kKept = !kNear && Divergence::kPass == Pass::kNormalizersOnly;
-    const Real scale = Real(row.scale * row.divergence_scale / row.teacher_temperature);
-    const Mean<Real> h_mean(mean);
+    const GradientFactors<Real> factors(row.task, frame);
+    const Mean<Real> mean(h_mean);
     for_slices([&](int64_t slice) {
       for_outcomes<kNear, kKept, Divergence::kPass>(slice, [&](const auto& entries, int64_t begin, int64_t count) {
         alignas(64) Real buffer[kBlock];
         Real* out = destination(row.teacher_gradient, begin, buffer);
-        teacher_block<kNear>(divergence, entries, count, scale, h_mean, out);
+        teacher_block<kNear>(divergence, entries, count, factors, mean, out);
         store(row.teacher_gradient, begin, count, out);
       });
       finish_streaming(row.teacher_gradient);
@@ -424,13 +369,11 @@ struct RowPasses {
   }
 
   template <bool kNear, class Divergence, class Entries>
-  static void teacher_block(const Divergence divergence, const Entries entries, int64_t count, Real scale,
-                            const Mean<Real> mean, Real* out) {
+  static void teacher_block(const Divergence divergence, const Entries entries, int64_t count,
+                            const GradientFactors<Real> factors, const Mean<Real> mean, Real* out) {
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
-      const Outcome<Real> o = entries.outcome(i);
-      const Real h = divergence.template operator()<kNear>(o).h;
-      out[i] = scale * (Divergence::kHIsGradient ? h : o.p * ((h - mean.high) - mean.low));
+      out[i] = teacher_gradient<kNear>(divergence, entries.outcome(i), mean, factors);
     }
   }
 };

@@ -2,13 +2,28 @@
 #pragma once
 #include "divergence.h"
 
+namespace fastkd {
+
+// What is asked of a row, beside its logits.
+struct RowTask {
+  double temperature, teacher_temperature;
+  double divergence_scale;  // of the divergence's value: temperature^2 or 1
+  double scale;             // of the row's gradients: weight / denominator
+  double label_weight;
+  bool has_label;
+  bool mix_probs;  // the teacher comes as log2-probabilities at its temperature
+  bool student_gradient, teacher_gradient;
+};
+
+}  // namespace fastkd
+
 namespace fastkd::FASTKD_ISA {
 
 // What the gradient subtracts from g and h, as a float and the rest.
 template <class Real>
 struct Mean {
   Real high, low;
-  explicit Mean(double mean) : high(Real(mean)), low(Real(mean - double(Real(mean)))) {}
+  FASTKD_INLINE explicit Mean(double mean) : high(Real(mean)), low(Real(mean - double(Real(mean)))) {}
 };
 
 // From logits to outcomes, once both normalisers are known. Logits are first taken relative to a value near the
@@ -39,6 +54,43 @@ struct Normalized {
     o.difference = o.q - o.p;
     if constexpr (kNear) o.difference = select(o.small, o.p * (o.d + expm1_gap(o.d)), o.difference);
     return o;
+  }
+};
+
+// The scales of a row's logits, and its normalisers once pass 1 is over.
+template <class Real>
+struct RowFrame {
+  Real student_scale, teacher_scale, teacher_ratio;  // log2(e) / temperature, and teacher's over student's
+  Real label_scale;                                  // log2(e), or 0 where pass 1 need not sum it separately
+  Real student_origin, teacher_origin;               // logits near the largest
+  double student_lse, teacher_lse, label_lse;        // relative to the origins, base 2
+
+  FASTKD_INLINE void set_scales(const RowTask& task) {
+    student_scale = Real(kLog2E / task.temperature);
+    teacher_scale = Real(task.mix_probs ? 1.0 : kLog2E / task.teacher_temperature);
+    teacher_ratio =
+        task.mix_probs || task.temperature != task.teacher_temperature ? teacher_scale / student_scale : Real(1);
+    label_scale = task.has_label && task.temperature != 1.0 ? Real(kLog2E) : Real(0);
+  }
+
+  FASTKD_INLINE void normalize(const RowTask& task, const RowState<double>& all) {
+    student_origin = Real(all.student.max / student_scale);
+    teacher_origin = Real(all.teacher.max / teacher_scale);
+    student_lse = all.student.log2() - double(student_origin) * student_scale;
+    teacher_lse = all.teacher.log2() - double(teacher_origin) * teacher_scale;
+    label_lse = !task.has_label ? 0
+                : label_scale == Real(0)
+                    ? student_lse
+                    : ::log2(all.label_sum) + all.student.max * task.temperature - double(student_origin) * label_scale;
+  }
+
+  FASTKD_INLINE Normalized<Real> normalized() const {
+    const double gap = double(student_origin) - double(teacher_ratio) * teacher_origin;
+    return {student_scale,     teacher_scale,
+            teacher_ratio,     student_origin,
+            teacher_origin,    Real(student_lse),
+            Real(teacher_lse), Real((student_lse - teacher_lse + (gap - Real(gap)) * student_scale) * kLn2),
+            Real(gap)};
   }
 };
 

@@ -1,0 +1,137 @@
+// What a row does between its passes: which pass comes next, and with which means. The same for every backend, which
+// owns the passes: while step is a sum, it sums the row's terms and calls add(); then it writes the gradients.
+#pragma once
+#include "normalized.h"
+
+namespace fastkd::FASTKD_ISA {
+
+// Over a slice or row. Products with g and h are exact and added in double: a mean must match the very values that it
+// is subtracted from, whose own rounding then cancels.
+struct Sums {
+  double f, qg, ph, q, p, difference;
+
+  FASTKD_INLINE void add(const Sums& o) {
+    f += o.f;
+    qg += o.qg;
+    ph += o.ph;
+    q += o.q;
+    p += o.p;
+    difference += o.difference;
+  }
+};
+
+enum class Step { kSumFar, kSumNear, kWrite };
+
+template <class Real, class Divergence>
+struct RowPlan : RowFrame<Real> {
+  static constexpr Pass kPass = Divergence::kPass;
+  static constexpr bool kOnePass = kPass != Pass::kNormalizersOnly, kCrossing = kPass == Pass::kTeacherCrossing;
+
+  Step step;
+  bool near;  // all passes from here on are
+  // Whether what pass 1 kept of the entries serves the student's gradient: of an infinite log-ratio only that was kept.
+  bool kept;
+  double value;  // of the divergence, not weighted
+  double student_mean, teacher_mean;
+
+  // After pass 1.
+  FASTKD_INLINE void begin(const RowTask& task, const RowState<double>& all) {
+    this->normalize(task, all);
+    near = refined_ = false;
+    kept = true;
+    value = student_mean = teacher_mean = 0;
+    step = Step::kSumFar;
+    if constexpr (kOnePass) {
+      // That pass already has the value and the mean that the student's gradient needs, as long as it is finite.
+      student_mean = all.kl(kPass);
+      value = kCrossing ? all.cross_entropy() : student_mean;
+      near = student_mean < Divergence::kNearBelow * (1 + all.mean_ratio(kPass));
+      kept = kPass != Pass::kStudentWeighted || !(value >= kInfiniteLogRatio);
+      if (near) {
+        step = !kCrossing || task.student_gradient || task.teacher_gradient ? Step::kSumNear : Step::kWrite;
+      } else if (!needs_teacher_mean(task) && (kept || !needs_student_mean(task))) {
+        step = Step::kWrite;
+      }
+    }
+    if (step == Step::kWrite) finish();
+  }
+
+  // After a pass over the row's terms.
+  FASTKD_INLINE void add(const RowTask& task, const Sums& sums) {
+    if (step == Step::kSumFar) {
+      if (!kOnePass) {
+        value = sums.f;
+        near = value < Divergence::kNearBelow;
+      }
+      if (!kOnePass || !kept) student_mean = sums.qg / sums.q;
+      step = near ? Step::kSumNear : Step::kWrite;
+    } else {
+      if (!kCrossing) value = sums.f;
+      student_mean = sums.qg / sums.q;
+      const bool again = !refined_ && (needs_student_mean(task) || needs_teacher_mean(task));
+      // Since sum q = 1, the log of sum p e^d / sum p is the error of student_lse - teacher_lse.
+      if (!refined_) this->student_lse += ::log1p(sums.difference / sums.p) * kLog2E;
+      refined_ = true;
+      if (!again) step = Step::kWrite;
+    }
+    teacher_mean = needs_teacher_mean(task) ? sums.ph / sums.p : 0;
+    if (step == Step::kWrite) finish();
+  }
+
+  // With the label's term: log-sum-exp - logit.
+  FASTKD_INLINE double loss(const RowTask& task, double label_logit) const {
+    const double label = task.has_label ? this->label_lse * kLn2 - (label_logit - double(this->student_origin)) : 0;
+    return value * task.divergence_scale + (task.has_label ? task.label_weight * label : 0);
+  }
+
+ private:
+  bool refined_;
+
+  static FASTKD_INLINE bool needs_student_mean(const RowTask& task) {
+    return task.student_gradient && !Divergence::kGIsGradient;
+  }
+  static FASTKD_INLINE bool needs_teacher_mean(const RowTask& task) {
+    return task.teacher_gradient && !Divergence::kHIsGradient;
+  }
+
+  // A normaliser that is NaN makes the whole row so, whatever the logarithms made of it.
+  FASTKD_INLINE void finish() {
+    if (Divergence::kGIsGradient) student_mean = 0;
+    const double poison = (this->student_lse - this->student_lse) + (this->teacher_lse - this->teacher_lse);
+    value += poison;
+    student_mean += poison;
+    teacher_mean += poison;
+  }
+};
+
+// The factors of a row's gradients:
+//   student: scale T^2 q (g - mean g) / temperature + scale label_weight (softmax(u) - onehot(label))
+//   teacher: scale T^2 p (h - mean h) / teacher_temperature
+template <class Real>
+struct GradientFactors {
+  Real student, teacher;
+  Real label;    // of the label's term
+  Real label_q;  // the same where that term's softmax is q: at temperature 1. Else the softmax is added apart.
+  FASTKD_INLINE GradientFactors(const RowTask& task, const RowFrame<Real>& frame)
+      : student(Real(task.scale * task.divergence_scale / task.temperature)),
+        teacher(Real(task.scale * task.divergence_scale / task.teacher_temperature)),
+        label(Real(task.has_label ? task.scale * task.label_weight : 0)),
+        label_q(frame.label_scale == Real(0) ? label : Real(0)) {}
+};
+
+// The gradient of one entry.
+template <bool kNear, class Divergence, class Real>
+FASTKD_INLINE Real student_gradient(const Divergence& divergence, const Outcome<Real>& o, const Mean<Real>& mean,
+                                    const GradientFactors<Real>& factors) {
+  const Real g = divergence.template operator()<kNear>(o).g;
+  const Real gradient = Divergence::kGIsGradient ? g : o.q * ((g - mean.high) - mean.low);
+  return factors.student * gradient + factors.label_q * o.q;
+}
+template <bool kNear, class Divergence, class Real>
+FASTKD_INLINE Real teacher_gradient(const Divergence& divergence, const Outcome<Real>& o, const Mean<Real>& mean,
+                                    const GradientFactors<Real>& factors) {
+  const Real h = divergence.template operator()<kNear>(o).h;
+  return factors.teacher * (Divergence::kHIsGradient ? h : o.p * ((h - mean.high) - mean.low));
+}
+
+}  // namespace fastkd::FASTKD_ISA
