@@ -1,7 +1,13 @@
 // Every op's schema. Implementations register themselves next to their kernels, autograd and fakes live in Python.
+// FASTKD_LIBRARY: their namespace, another one for the kernels under test (tests/simt).
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(fastkd, m) {
+#ifndef FASTKD_LIBRARY
+#define FASTKD_LIBRARY fastkd
+#endif
+#define FASTKD_OPS_IN(library, m) STABLE_TORCH_LIBRARY(library, m)
+
+FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
   // -> loss (one a row for reduction "none", else a scalar), the student's and the teacher's gradient (empty where not
   // asked for), and a factor still to be applied to them (empty: 1).
   m.def(

@@ -5,23 +5,29 @@ import torch
 
 import fastkd
 from fastkd._library import usable_instruction_sets
+import emulator
 
-BACKENDS = [f"cpu-{name}" for name in usable_instruction_sets()]  # best first
+CPU = [f"cpu-{name}" for name in usable_instruction_sets()]  # best first
+# The CUDA kernels run on the CPU, as a device that has clusters of blocks and as one that has none.
+SIMT = ["simt-90", "simt-80"] if emulator.is_built() else []
+CUDA = ["cuda"] if torch.cuda.is_available() else []
+BACKENDS = CPU + SIMT + CUDA
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run what needs many gigabytes")
     parser.addoption(
-        "--backends", help="comma-separated, or 'best'; default: all that this machine runs"
+        "--backends",
+        help="comma-separated, or 'best', 'cpu', 'simt', 'cuda'; default: all that this machine runs",
     )
+    parser.addoption("--schedule", type=int, default=0, help="seed of the emulated threads' order")
 
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("--backends")
-        names = wanted.split(",") if wanted else BACKENDS
-        if wanted == "best":
-            names = BACKENDS[:1]
+        groups = {None: BACKENDS, "best": BACKENDS[:1], "cpu": CPU, "simt": SIMT, "cuda": CUDA}
+        names = groups[wanted] if wanted in groups else wanted.split(",")
         metafunc.parametrize("backend", names, indirect=True)
 
 
@@ -34,11 +40,31 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
 
 
+def pytest_runtest_setup(item):
+    """Leave out what a backend does not have: `@pytest.mark.only("cpu", ...)`."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    kind = parameters.get("backend", "cpu").split("-")[0]
+    if kind != "cpu" and torch.float64 in parameters.values():
+        pytest.skip("float64 is for the CPU")
+    for mark in item.iter_markers("only"):
+        if kind not in mark.args:
+            pytest.skip(f"not for {kind}")
+
+
 @pytest.fixture
-def backend(request):
-    """The implementation under test, as a device; CPU instruction sets are switched for a test."""
+def backend(request, monkeypatch):
+    """The implementation under test, as a device; whatever it switches is switched back."""
+    kind, _, which = request.param.partition("-")
+    if kind == "cuda":
+        yield torch.device("cuda")
+        return
+    if kind == "simt":
+        emulator.configure(int(which), request.config.getoption("--schedule"))
+        monkeypatch.setattr(torch.ops, "fastkd", torch.ops.fastkd_simt)
+        yield torch.device("cpu")
+        return
     chosen = fastkd.cpu_capability()
-    fastkd.cpu_capability(request.param.removeprefix("cpu-"))
+    fastkd.cpu_capability(which)
     yield torch.device("cpu")
     fastkd.cpu_capability(chosen)
 

@@ -156,6 +156,7 @@ def test_anything_like_torch(sizes, broadcast, dtypes, layout, reduction, log_ta
     assert_like_torch(input, target, reduction=reduction, log_target=log_target, **legacy)
 
 
+@pytest.mark.only("cpu")  # float64
 @pytest.mark.parametrize("log_target", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "sum", "batchmean"])
 def test_second_derivatives(backend, reduction, log_target):

@@ -96,14 +96,19 @@ def _layouts():
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layouts(backend, divergence, dtype):
+def test_layouts(backend, divergence, dtype, request):
+    """The same values however the logits lie; on the CPU the same bits."""
+    on_cpu = "cpu" in request.node.callspec.id
     for _, student, teacher in _layouts():
         options = {"divergence": divergence, "reduction": "none"}
         assert_matches_float64(student.to(dtype), teacher, options)
         plain = run(fastkd.softmax_divergence, student.contiguous(), teacher.contiguous(), options)
         strided = run(fastkd.softmax_divergence, student, teacher, options)
-        assert torch.equal(plain[0], strided[0])
-        assert all(torch.equal(a, b) for a, b in zip(plain[1], strided[1], strict=True))
+        for a, b in zip((plain[0], *plain[1]), (strided[0], *strided[1]), strict=True):
+            if on_cpu:
+                assert torch.equal(a, b)
+            else:  # another kernel takes them, a last bit apart
+                assert relative_error(a, b.double()) < torch.finfo(a.dtype).eps
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -37,6 +37,7 @@ def raw_arguments(student, teachers, student_gradient, teacher_gradient, **chang
     return (student, teachers, *arguments.values(), student_gradient, teacher_gradient)
 
 
+@pytest.mark.only("cpu")  # float64
 @pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != "tvd"])
 def test_gradcheck(backend, divergence):
     student = logits((3, 6), torch.float64, 1.0).requires_grad_()
@@ -378,6 +379,7 @@ def test_module():
         fastkd.nn.SoftmaxDivergence(temprature=2.0)
 
 
+@pytest.mark.only("cpu")
 def test_large_gradient_is_streamed(backend):
     """Over 32 MB gradients bypass the cache: the same bits, also with odd widths and offsets."""
     student, teacher = logits((260, 33_003)), logits((260, 33_003))

@@ -23,6 +23,7 @@ namespace fastkd::FASTKD_ISA {
 template <class Real>
 struct Mean {
   Real high, low;
+  Mean() = default;
   FASTKD_INLINE explicit Mean(double mean) : high(Real(mean)), low(Real(mean - double(Real(mean)))) {}
 };
 

@@ -55,6 +55,21 @@ struct RowState {
     label_sum += add.label_sum;
   }
 
+  // The same sums relative to larger maxima.
+  FASTKD_INLINE void raise(Real student_max, Real teacher_max, Pass pass, Real label_ratio) {
+    if (student.max == student_max && teacher.max == teacher_max) return;
+    const Real student_step = student_max == student.max ? Real(0) : student_max - student.max;
+    const Real teacher_step = teacher_max == teacher.max ? Real(0) : teacher_max - teacher.max;
+    crossing = moved(crossing, teacher.sum, student_step);
+    ratio = weights_student(pass) ? moved(ratio, student.sum, teacher_step - student_step)
+                                  : moved(ratio, teacher.sum, student_step - teacher_step);
+    const Real student_scale = exp2_of(-student_step), teacher_scale = exp2_of(-teacher_step);
+    ratio *= weights_student(pass) ? student_scale : teacher_scale;
+    crossing *= teacher_scale;
+    label_sum *= exp2_of(-student_step * label_ratio);
+    student = {student_max, student.sum * student_scale};
+    teacher = {teacher_max, teacher.sum * teacher_scale};
+  }
   // KL in nats of the weighting side from the other one, and the mean log-ratio whose size limits its accuracy.
   FASTKD_INLINE Real kl(Pass pass) const {
     const Real shift = log2_of(student.sum) - log2_of(teacher.sum);
@@ -74,21 +89,6 @@ struct RowState {
   // NaN where a side has no finite logit, or +inf.
   FASTKD_INLINE Real poison() const { return (student.max - student.max) + (teacher.max - teacher.max); }
 
-  // The same sums relative to larger maxima.
-  FASTKD_INLINE void raise(Real student_max, Real teacher_max, Pass pass, Real label_ratio) {
-    if (student.max == student_max && teacher.max == teacher_max) return;
-    const Real student_step = student_max == student.max ? Real(0) : student_max - student.max;
-    const Real teacher_step = teacher_max == teacher.max ? Real(0) : teacher_max - teacher.max;
-    crossing = moved(crossing, teacher.sum, student_step);
-    ratio = weights_student(pass) ? moved(ratio, student.sum, teacher_step - student_step)
-                                  : moved(ratio, teacher.sum, student_step - teacher_step);
-    const Real student_scale = exp2_of(-student_step), teacher_scale = exp2_of(-teacher_step);
-    ratio *= weights_student(pass) ? student_scale : teacher_scale;
-    crossing *= teacher_scale;
-    label_sum *= exp2_of(-student_step * label_ratio);
-    student = {student_max, student.sum * student_scale};
-    teacher = {teacher_max, teacher.sum * teacher_scale};
-  }
   static FASTKD_INLINE Real moved(Real sum, Real weight, Real step) {
     return weight > Real(0) ? sum + weight * step : sum;
   }

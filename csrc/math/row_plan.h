@@ -112,6 +112,7 @@ struct GradientFactors {
   Real student, teacher;
   Real label;    // of the label's term
   Real label_q;  // the same where that term's softmax is q: at temperature 1. Else the softmax is added apart.
+  GradientFactors() = default;
   FASTKD_INLINE GradientFactors(const RowTask& task, const RowFrame<Real>& frame)
       : student(Real(task.scale * task.divergence_scale / task.temperature)),
         teacher(Real(task.scale * task.divergence_scale / task.teacher_temperature)),

@@ -19,6 +19,7 @@ inline constexpr int64_t kStreamedBytes = int64_t(32) << 20;
 inline torch::stable::Tensor gradient_like(const torch::stable::Tensor& like) {
   torch::stable::Tensor out = torch::stable::empty_like(like);
 #ifdef MADV_HUGEPAGE
+  if (!out.is_cpu()) return out;
   constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
   const uintptr_t first = reinterpret_cast<uintptr_t>(out.data_ptr());
   const uintptr_t begin = (first + kHugePage - 1) / kHugePage * kHugePage;

@@ -1,5 +1,6 @@
 // A tensor of any rank and strides as rows: every leading dimension, and a vocabulary dimension or none.
 #pragma once
+#include <utility>
 #include <vector>
 
 #include "../cpu/simd.h"
@@ -38,6 +39,21 @@ inline int64_t element_size(ScalarType type) {
   }
 }
 
+// The first `leading` dimensions as (size, stride), neighbours that lie in one sequence merged.
+inline std::vector<std::pair<int64_t, int64_t>> merged_dimensions(const Tensor& tensor, int64_t leading) {
+  std::vector<std::pair<int64_t, int64_t>> out;
+  for (int64_t i = 0; i < leading; ++i) {
+    const int64_t size = tensor.size(i), stride = tensor.stride(i);
+    if (size == 1) continue;
+    if (!out.empty() && out.back().second == size * stride) {
+      out.back() = {out.back().first * size, stride};
+    } else {
+      out.emplace_back(size, stride);
+    }
+  }
+  return out;
+}
+
 class Rows {
  public:
   Rows() = default;
@@ -46,27 +62,16 @@ class Rows {
       : data_(static_cast<char*>(tensor.data_ptr())),
         type_(tensor.scalar_type()),
         element_size_(element_size(type_)),
-        column_stride_(tensor.dim() > leading ? tensor.stride(tensor.dim() - 1) : 0) {
-    for (int64_t i = 0; i < leading; ++i) {
-      const int64_t size = tensor.size(i), stride = tensor.stride(i);
-      if (size == 1) continue;
-      if (!sizes_.empty() && strides_.back() == size * stride) {  // one dimension with the one before
-        sizes_.back() *= size;
-        strides_.back() = stride;
-      } else {
-        sizes_.push_back(size);
-        strides_.push_back(stride);
-      }
-    }
-  }
+        column_stride_(tensor.dim() > leading ? tensor.stride(tensor.dim() - 1) : 0),
+        dimensions_(merged_dimensions(tensor, leading)) {}
 
   explicit operator bool() const { return data_ != nullptr; }
 
   char* at(int64_t row) const {
     int64_t offset = 0;
-    for (size_t i = sizes_.size(); i-- > 0;) {
-      offset += row % sizes_[i] * strides_[i];
-      row /= sizes_[i];
+    for (size_t i = dimensions_.size(); i-- > 0;) {
+      offset += row % dimensions_[i].first * dimensions_[i].second;
+      row /= dimensions_[i].first;
     }
     return data_ + offset * element_size_;
   }
@@ -101,7 +106,7 @@ class Rows {
   ScalarType type_ = ScalarType::Float;
   int64_t element_size_ = 4, column_stride_ = 1;
   bool streamed_ = false;
-  std::vector<int64_t> sizes_, strides_;
+  std::vector<std::pair<int64_t, int64_t>> dimensions_;
 };
 
 // Whether the first `leading` sizes are the same.

@@ -1,0 +1,133 @@
+// Reductions over the threads that share a row. The order is fixed: the same input gives the same bits.
+// The only file with shuffles.
+#pragma once
+#include "device.cuh"
+
+namespace fastkd::cuda {
+
+inline constexpr int kWarp = 32;
+
+// The value of the lane whose number differs by `lane_mask`, of any trivially copyable type.
+template <class T>
+__device__ __forceinline__ T shuffle_xor(const T& value, int lane_mask) {
+#ifdef FASTKD_SIMT
+  return __shfl_xor_sync(~0u, value, lane_mask);
+#else
+  static_assert(sizeof(T) % 4 == 0);
+  unsigned words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof(T));
+#pragma unroll
+  for (unsigned& word : words) word = __shfl_xor_sync(~0u, word, lane_mask);
+  T out;
+  memcpy(&out, words, sizeof(T));
+  return out;
+#endif
+}
+
+// merge(all, next) must be associative up to rounding and take the two in either order.
+template <class T, class Merge>
+__device__ __forceinline__ T warp_reduce(T value, const Merge& merge) {
+#pragma unroll 1
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const T other = shuffle_xor(value, step);
+    // Lower lane first on both sides, so that both compute the same.
+    const bool lower = (threadIdx.x & step) == 0;
+    T all = lower ? value : other;
+    merge(all, lower ? other : value);
+    value = all;
+  }
+  return value;
+}
+
+// Those who work on one row: a warp of the block (whose other warps have rows of their own), a block, or the blocks of
+// a cluster.
+template <bool kWarpTeam>
+struct Team {
+  int thread, threads;    // within the block's share of the team
+  unsigned rank, blocks;  // of the cluster
+  static constexpr int kMaxWarps = 32;
+  static constexpr int kSlotBytes = 64;
+  static constexpr int kSharedBytes = kWarpTeam ? 0 : (kMaxWarps + 1) * kSlotBytes;
+  unsigned char* slots;  // kSharedBytes, aligned to 16
+
+  __device__ __forceinline__ Team(unsigned char* shared, unsigned cluster_blocks)
+      : thread(kWarpTeam ? threadIdx.x % kWarp : threadIdx.x),
+        threads(kWarpTeam ? kWarp : blockDim.x),
+        rank(cluster_blocks > 1 ? cluster_rank() : 0),
+        blocks(cluster_blocks),
+        slots(shared) {}
+
+  __device__ __forceinline__ bool leads() const { return thread == 0; }
+
+  // The block's share of the team.
+  __device__ __forceinline__ void sync() const {
+    if constexpr (kWarpTeam) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+  // The whole team: no block may run ahead, or leave, while a peer reads its shared memory.
+  __device__ __forceinline__ void sync_all() const {
+    if (blocks > 1) {
+      cluster_sync();
+    } else {
+      sync();
+    }
+  }
+
+  // The sum over the block's share of the team, in every thread.
+  template <class T, class Merge>
+  __device__ T block_reduce(T value, const Merge& merge) const {
+    value = warp_reduce(value, merge);
+    if constexpr (kWarpTeam) return value;
+    static_assert(sizeof(T) <= kSlotBytes);
+    const auto slot = [&](int i) { return reinterpret_cast<T*>(slots + i * kSlotBytes); };
+    __syncthreads();  // the slots may still be read from the last time
+    if (threadIdx.x % kWarp == 0) shared_store(slot(threadIdx.x / kWarp), value);
+    __syncthreads();
+    value = shared_load(slot(0));
+    for (int w = 1; w < threads / kWarp; ++w) merge(value, shared_load(slot(w)));
+    return value;
+  }
+
+  // The sum over the block's share of the team, valid in its leading thread. Contains a barrier.
+  template <class T, class Merge>
+  __device__ T block_sum(T value, const Merge& merge) const {
+    value = warp_reduce(value, merge);
+    if constexpr (kWarpTeam) return value;
+    static_assert(sizeof(T) <= kSlotBytes);
+    const auto slot = [&](int i) { return reinterpret_cast<T*>(slots + i * kSlotBytes); };
+    __syncthreads();  // the slots may still be read from the last time
+    if (threadIdx.x % kWarp == 0) shared_store(slot(threadIdx.x / kWarp), value);
+    __syncthreads();
+    if (thread == 0) {
+      for (int w = 1; w < threads / kWarp; ++w) merge(value, shared_load(slot(w)));
+    }
+    return value;
+  }
+
+  // The sum over the blocks of what each leading thread holds, valid in them. Contains barriers of the cluster.
+  template <class T, class Merge>
+  __device__ T cluster_sum(T value, const Merge& merge) const {
+    static_assert(sizeof(T) <= kSlotBytes);
+    if (blocks == 1) return value;
+    T* const mine = reinterpret_cast<T*>(slots + kMaxWarps * kSlotBytes);
+    if (thread == 0) shared_store(mine, value);
+    cluster_sync();
+    if (thread == 0) {
+      value = shared_load(in_peer(mine, 0));
+#pragma unroll 1
+      for (unsigned r = 1; r < blocks; ++r) merge(value, shared_load(in_peer(mine, r)));
+    }
+    cluster_sync();  // before any block writes its slot again, or leaves
+    return value;
+  }
+
+  template <class T, class Merge>
+  __device__ T sum(const T& value, const Merge& merge) const {
+    return cluster_sum(block_sum(value, merge), merge);
+  }
+};
+
+}  // namespace fastkd::cuda

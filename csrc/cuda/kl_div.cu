@@ -1,0 +1,185 @@
+// kl_div on CUDA: one read of each input, one write of each result asked for, in packs of 16 bytes. Each block sums
+// what it passes; a second kernel adds the blocks' sums, in order.
+#include <torch/csrc/stable/library.h>
+
+#include "../math/kl_div.h"
+#include "../tensor/kl_div_entry.h"
+#include "block.cuh"
+#include "launch.h"
+#include "policy.cuh"
+#include "register.h"
+#include "rows.cuh"
+#include "vec.cuh"
+
+namespace fastkd::cuda {
+namespace {
+
+constexpr const char* kName = "kl_div";
+constexpr int kSumThreads = 512;
+
+struct KlDivArguments {
+  const void *input, *target, *upstream;           // upstream: one a term, or null
+  void *terms, *input_gradient, *target_gradient;  // null: not wanted
+  int64_t count;
+  bool sum;
+  double scale;
+  DeviceRows upstream_scalar;
+  double* sums;  // one a block
+};
+
+template <class T>
+__device__ __forceinline__ Packed<T> load_pack(const void* from, int64_t first, int items) {
+  Packed<T> out{};
+  if (from == nullptr) return out;
+  const T* p = static_cast<const T*>(from) + first;
+  if (items == Packed<T>::kSize) {
+    const uint4 bits = global_load16<true>(p);
+    memcpy(&out, &bits, 16);
+  } else {
+#pragma unroll
+    for (int j = 0; j < Packed<T>::kSize; ++j) {
+      if (j < items) out.item[j] = global_load(p + j);
+    }
+  }
+  return out;
+}
+
+template <class T>
+__device__ __forceinline__ void store_pack(void* to, int64_t first, const Packed<T>& value, int items) {
+  if (to == nullptr) return;
+  T* p = static_cast<T*>(to) + first;
+  if (items == Packed<T>::kSize) {
+    uint4 bits;
+    memcpy(&bits, &value, 16);
+    global_store16(p, bits);
+  } else {
+#pragma unroll
+    for (int j = 0; j < Packed<T>::kSize; ++j) {
+      if (j < items) global_store(p + j, value.item[j]);
+    }
+  }
+}
+
+// kWhole: every tensor begins on a 16-byte line, and thread i's pack is the i-th. Else elements move one by one.
+template <bool kLogTarget, class T, bool kWhole>
+__global__ void __launch_bounds__(kFlatThreads) kl_div_kernel(const KlDivArguments a) {
+  using P = Packed<T>;
+  constexpr int kSize = kWhole ? P::kSize : 1;
+  const int64_t packs = (a.count + kSize - 1) / kSize, stride = int64_t(gridDim.x) * blockDim.x;
+  const double upstream = a.upstream_scalar ? a.upstream_scalar.number_at(a.upstream_scalar.data) : 1;
+  const float scale = float(a.scale * upstream);
+  float sum = 0;
+  for (int64_t pack = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; pack < packs; pack += stride) {
+    const int64_t first = pack * kSize, left = a.count - first;
+    const int items = left < kSize ? int(left) : kSize;
+    const P x = load_pack<T>(a.input, first, items), t = load_pack<T>(a.target, first, items);
+    const auto entry = [&](int j) { return KlDivEntry<kLogTarget, float>{to_float(x.item[j]), to_float(t.item[j])}; };
+    P out;
+    if (a.sum || a.terms != nullptr) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const float term = entry(j).term(entry(j).mass());
+        sum += j < items ? term : 0.0f;
+        out.item[j] = element<T>(term);
+      }
+      store_pack<T>(a.terms, first, out, items);
+    }
+    if (a.input_gradient == nullptr && a.target_gradient == nullptr) continue;
+    const P up = load_pack<T>(a.upstream, first, items);
+    const auto factor = [&](int j) { return a.upstream != nullptr ? scale * to_float(up.item[j]) : scale; };
+    if (a.input_gradient != nullptr) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) out.item[j] = element<T>(-factor(j) * entry(j).mass());
+      store_pack<T>(a.input_gradient, first, out, items);
+    }
+    if (a.target_gradient != nullptr) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) out.item[j] = element<T>(factor(j) * entry(j).by_target(entry(j).mass()));
+      store_pack<T>(a.target_gradient, first, out, items);
+    }
+  }
+  if (!a.sum) return;
+  const Team<false> team(shared_memory(), 1);
+  const double all = team.sum(double(sum), [](double& into, double next) { into += next; });
+  if (team.leads()) global_store(a.sums + blockIdx.x, all);
+}
+
+__global__ void __launch_bounds__(kSumThreads)
+    kl_div_sum_kernel(const double* sums, int blocks, double scale, const DeviceRows loss) {
+  const Team<false> team(shared_memory(), 1);
+  double sum = 0;
+  for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += global_load(sums + i);
+  sum = team.sum(sum, [](double& all, double next) { all += next; });
+  if (team.leads()) loss.put(loss.data, sum * scale);
+}
+
+template <bool kLogTarget, class T>
+void launch_kl_div(const Device& device, const KlDivArguments& a, int64_t blocks, bool whole) {
+  if (whole) {
+    device.launch(kl_div_kernel<kLogTarget, T, true>, blocks, kFlatThreads, Team<false>::kSharedBytes, 1, a);
+  } else {
+    device.launch(kl_div_kernel<kLogTarget, T, false>, blocks, kFlatThreads, Team<false>::kSharedBytes, 1, a);
+  }
+}
+
+template <bool kLogTarget>
+void launch_kl_div(const Device& device, const KlDivArguments& a, ScalarType type, int64_t blocks, bool whole) {
+  if (type == ScalarType::BFloat16) return launch_kl_div<kLogTarget, BFloat16>(device, a, blocks, whole);
+  if (type == ScalarType::Half) return launch_kl_div<kLogTarget, Float16>(device, a, blocks, whole);
+  launch_kl_div<kLogTarget, float>(device, a, blocks, whole);
+}
+
+struct Cuda {
+  static void solve(const KlDivCall& call) {
+    const ScalarType type = call.input.scalar_type();
+    FASTKD_CHECK_TYPE(type != ScalarType::Double, kName, "float64 input is supported on the CPU only");
+    const Device device(call.input, kName);
+    KlDivArguments a{};
+    bool whole = true;
+    const auto place = [&](const Tensor& x) {
+      whole = whole && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+      return x.data_ptr();
+    };
+    a.input = place(call.input);
+    a.target = place(call.target);
+    a.count = call.input.numel();
+    a.scale = call.scale;
+    a.sum = call.loss && call.reduce;
+    if (call.loss && !call.reduce) a.terms = place(*call.loss);
+    if (call.input_gradient) a.input_gradient = place(*call.input_gradient);
+    if (call.target_gradient) a.target_gradient = place(*call.target_gradient);
+    if (call.upstream && call.upstream->dim() == 0) {
+      a.upstream_scalar = device_rows(*call.upstream, 0, kName);
+    } else if (call.upstream) {
+      a.upstream = place(*call.upstream);
+    }
+    const int64_t size = whole ? 16 / element_size(type) : 1;
+    const int64_t needed = (a.count + size * kFlatThreads - 1) / (size * kFlatThreads);
+    // A fixed number of blocks: the order of the sum does not depend on the device.
+    const int64_t blocks = needed < kFlatBlocks ? needed : kFlatBlocks;
+    std::optional<Tensor> sums;
+    if (a.sum) {
+      sums = torch::stable::new_empty(call.input, {blocks}, ScalarType::Double);
+      a.sums = static_cast<double*>(sums->data_ptr());
+    }
+    if (call.log_target) {
+      launch_kl_div<true>(device, a, type, blocks, whole);
+    } else {
+      launch_kl_div<false>(device, a, type, blocks, whole);
+    }
+    if (a.sum) {
+      device.launch(kl_div_sum_kernel, 1, kSumThreads, Team<false>::kSharedBytes, 1, a.sums, int(blocks), call.scale,
+                    device_rows(*call.loss, 0, kName));
+    }
+  }
+};
+
+}  // namespace
+
+FASTKD_IMPL(m) {
+  m.impl("_kl_div", TORCH_BOX(&kl_div<Cuda>));
+  m.impl("_kl_div_into", TORCH_BOX(&kl_div_into<Cuda>));
+  m.impl("_kl_div_backward", TORCH_BOX(&kl_div_backward<Cuda>));
+}
+
+}  // namespace fastkd::cuda

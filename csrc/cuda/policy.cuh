@@ -1,0 +1,63 @@
+// Launch numbers, and the reasons. Pure functions of the compute capability, the element size and the vocabulary.
+#pragma once
+#include <cstdint>
+
+namespace fastkd::cuda {
+
+// Dynamic shared memory a block may have, by compute capability (10 x major + minor). 1 KiB of it is the system's.
+constexpr int64_t shared_limit(int capability) {
+  switch (capability) {
+    case 75:
+      return 64 << 10;
+    case 80:
+    case 87:
+      return 163 << 10;
+    case 86:
+    case 89:
+      return 99 << 10;
+    default:
+      return capability >= 120 ? 99 << 10 : capability >= 90 ? 227 << 10 : 48 << 10;
+  }
+}
+
+// How a row's two logit tensors are worked on.
+struct RowLaunch {
+  int threads;
+  int warp_rows;        // rows a block, one a warp; 0: a row takes the whole block, or cluster
+  int cluster;          // blocks a row
+  bool resident;        // the rows stay in shared memory between passes: read once
+  int64_t slice_bytes;  // of one row, in one block's shared memory
+};
+
+// Two such blocks a multiprocessor have 128 registers a thread, and keep 16 KiB of loads on their way.
+inline constexpr int kRowThreads = 256;
+inline constexpr int kWarpRows = 4;
+// A warp reads this many bytes of a row in a few loads; longer rows are worth a block.
+inline constexpr int64_t kWarpRowBytes = 4096;
+
+// overhead: shared memory that a team needs beside the rows.
+constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, int64_t overhead, bool packed) {
+  // One pack more for a row that does not begin on a 16-byte boundary.
+  const int64_t bytes = (vocab * element_size + 15) / 16 * 16 + 16;
+  if (!packed) return {vocab >= 4096 ? kRowThreads : vocab >= 1024 ? 128 : 32, 0, 1, false, 0};
+  if (bytes <= kWarpRowBytes) return {kWarpRows * 32, kWarpRows, 1, true, bytes};
+  const int64_t limit = shared_limit(capability) - overhead;
+  // Half of the limit leaves room for a second block, whose loads overlap this one's arithmetic; the whole of it still
+  // saves the second read. Portable clusters end at 8 blocks, 16 are for rows that fit no other way.
+  for (int64_t room : {limit / 2, limit}) {
+    for (int cluster = 1; cluster <= (capability >= 90 ? 8 : 1); cluster *= 2) {
+      const int64_t slice = ((bytes / 16 + cluster - 1) / cluster) * 16;
+      const bool many = cluster > 1 && slice < 16384;  // too little work for another block's barriers
+      if (2 * slice <= room && !many) return {kRowThreads, 0, cluster, true, slice};
+    }
+  }
+  const int64_t slice = ((bytes / 16 + 15) / 16) * 16;
+  if ((capability == 90 || capability == 100) && 2 * slice <= limit) return {kRowThreads, 0, 16, true, slice};
+  return {kRowThreads, 0, 1, false, 0};
+}
+
+// Elementwise kernels walk over their packs in a fixed number of blocks, enough for any device.
+inline constexpr int kFlatThreads = 256;
+inline constexpr int kFlatBlocks = 2048;
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,68 @@
+// _scale_rows_ on CUDA: gradient *= factor. The factor is looked at on the device: where it is 1, nothing is moved.
+#include <torch/csrc/stable/library.h>
+
+#include "../tensor/scale_rows_entry.h"
+#include "launch.h"
+#include "policy.cuh"
+#include "register.h"
+#include "rows.cuh"
+#include "vec.cuh"
+
+namespace fastkd::cuda {
+namespace {
+
+// 0 switches off whatever is there.
+__device__ __forceinline__ float scaled(float x, float factor) { return factor == 0 ? 0 : x * factor; }
+
+template <class T>
+__device__ void scale_packed(const PackedRow<T>& row, float factor) {
+  for (int pack = threadIdx.x; pack < row.packs(); pack += blockDim.x) {
+    Packed<T> value = row.template load<true>(pack, T{});
+#pragma unroll
+    for (int j = 0; j < Packed<T>::kSize; ++j) value.item[j] = element<T>(scaled(to_float(value.item[j]), factor));
+    row.store(pack, value);
+  }
+}
+
+__global__ void __launch_bounds__(kFlatThreads)
+    scale_rows_kernel(const DeviceRows gradient, const DeviceRows factor, bool one, int64_t rows, int width) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const double by = one ? factor.number_at(factor.data) : factor.number(row);
+    if (by == 1) {
+      if (one) return;
+      continue;
+    }
+    char* const data = gradient.at(row);
+    if (gradient.column_stride == 1 && gradient.kind == Kind::kFloat32) {
+      scale_packed(PackedRow<float>(data, width), float(by));
+    } else if (gradient.column_stride == 1 && gradient.kind == Kind::kBFloat16) {
+      scale_packed(PackedRow<BFloat16>(data, width), float(by));
+    } else if (gradient.column_stride == 1 && gradient.kind == Kind::kFloat16) {
+      scale_packed(PackedRow<Float16>(data, width), float(by));
+    } else {
+      for (int column = threadIdx.x; column < width; column += blockDim.x) {
+        char* const p = gradient.at(row, column);
+        gradient.put(p, scaled(float(gradient.number_at(p)), float(by)));
+      }
+    }
+  }
+}
+
+struct Cuda {
+  static void solve(const ScaleRowsCall& call) {
+    FASTKD_CHECK_TYPE(call.gradient.scalar_type() != ScalarType::Double, kScaleRows,
+                      "float64 gradients are supported on the CPU only");
+    FASTKD_CHECK_VALUE(call.width < INT32_MAX, kScaleRows, "gradient must have fewer than 2^31 columns");
+    const Device device(call.gradient, kScaleRows);
+    const int64_t blocks = call.rows < kFlatBlocks ? call.rows : kFlatBlocks;
+    device.launch(scale_rows_kernel, blocks, kFlatThreads, 0, 1, device_rows(call.gradient, call.leading, kScaleRows),
+                  device_rows(call.factor, call.one ? 0 : call.leading, kScaleRows), call.one, call.rows,
+                  int(call.width));
+  }
+};
+
+}  // namespace
+
+FASTKD_IMPL(m) { m.impl("_scale_rows_", TORCH_BOX(&scale_rows<Cuda>)); }
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,353 @@
+// softmax_divergence on the GPU: a row's loss and gradients in one launch.
+//
+// Memory: where a row's two logit tensors fit into the shared memory of a block, or of a cluster of blocks (sm_90 and
+// later), they are read once, and every further pass reads shared memory: two reads and one write in all, whatever the
+// divergence. Longer rows are read again by each pass, in reverse from one pass to the next, since what was read last
+// is what the L2 still has. A row of a few KiB takes one warp.
+//
+// What a row does is RowPlan's to say: its leading thread asks it and everybody follows.
+#pragma once
+#include "../math/exact.h"
+#include "../math/row_plan.h"
+#include "block.cuh"
+#include "policy.cuh"
+#include "sources.cuh"
+
+namespace fastkd::cuda {
+
+// What the leading thread tells the others: numbers of the row in the precision of the logits.
+template <class Real>
+struct Orders {
+  Step step;
+  bool read, near, student_gradient, teacher_gradient;
+  int label;  // -1: none
+  Real student_scale, teacher_scale, teacher_ratio, label_scale, temperature;
+  double teacher_temperature;
+  Normalized<Real> at;
+  GradientFactors<Real> factors;
+  Mean<Real> student_mean, teacher_mean;
+  Real label_shift;
+};
+
+// A team's shared memory: [orders][the leading thread's task and plan][teachers' normalisers][slots of the reductions]
+// [student row][teacher row].
+inline constexpr int kOrdersBytes = 256, kPlanBytes = 448;
+inline constexpr int kNormalizerBytes = kMaxTeachers * int(sizeof(MaxSum<double>));
+template <bool kWarpTeam>
+inline constexpr int64_t kTeamBytes = kOrdersBytes + kPlanBytes + kNormalizerBytes + Team<kWarpTeam>::kSharedBytes;
+
+// Sums of pass 1 relative to one pair of origins.
+struct PassSums {
+  double student, teacher, ratio, crossing, label;
+  __device__ void add(const PassSums& x) {
+    student += x.student;
+    teacher += x.teacher;
+    ratio += x.ratio;
+    crossing += x.crossing;
+    label += x.label;
+  }
+};
+
+// A thread's share of pass 1, relative to origins of its own that follow the largest logits at a distance.
+template <class Real, Pass kPass>
+struct ThreadState {
+  Real u_origin = Real(-INFINITY), w_origin = Real(-INFINITY);
+  Real u_sum = 0, w_sum = 0, crossing = 0, label_sum = 0;
+  ExactSum<Real> ratio;  // the student-weighted one becomes a mean that the gradient subtracts
+
+  template <int kSize>
+  __device__ __forceinline__ void add(const Real (&u)[kSize], const Real (&w)[kSize], const Orders<Real>& orders) {
+    const Real us = orders.student_scale, ws = orders.teacher_scale, r = orders.teacher_ratio;
+    Real u_max = u[0], w_max = w[0];
+#pragma unroll
+    for (int j = 1; j < kSize; ++j) {
+      u_max = u[j] > u_max ? u[j] : u_max;
+      w_max = w[j] > w_max ? w[j] : w_max;
+    }
+    const Real slack = Real(8);
+    if (u_origin == Real(-INFINITY) || w_origin == Real(-INFINITY) || (u_max - u_origin) * us > slack ||
+        (w_max - w_origin) * ws > slack) {
+      raise(at_least(u_origin, u_max), at_least(w_origin, w_max), orders);
+    }
+    const Real u_zero = u_origin == Real(-INFINITY) ? Real(0) : u_origin;
+    const Real w_zero = w_origin == Real(-INFINITY) ? Real(0) : w_origin;
+    // A tiny weight instead of 0 lets an impossible entry make the sum infinite even where its mass underflows.
+    constexpr Real kTiny = Real(1.17549435e-38), kLowest = Real(-3.4e38);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      const Real x = u[j] - u_zero, y = w[j] - w_zero;
+      const Real e_u = exp2_of(x * us), e_w = exp2_of(y * ws);
+      u_sum += e_u;
+      w_sum += e_w;
+      if constexpr (kPass == Pass::kTeacherWeighted || kPass == Pass::kTeacherCrossing) {
+        const Real log_ratio = y * r - x;
+        if (log_ratio > kLowest) ratio.sum += at_least(kTiny, e_w) * log_ratio;
+      }
+      if constexpr (kPass == Pass::kStudentWeighted) {
+        const Real log_ratio = x - y * r;
+        if (log_ratio > kLowest) ratio.add_product(at_least(kTiny, e_u), log_ratio);
+      }
+      if constexpr (kPass == Pass::kTeacherCrossing) crossing -= y > kLowest ? at_least(kTiny, e_w) * x : Real(0);
+      if (orders.label_scale != Real(0)) label_sum += exp2_of(x * orders.label_scale);
+    }
+  }
+
+  // Carries the sums over to larger origins; one that was not there yet had nothing relative to it.
+  __device__ void raise(Real u_new, Real w_new, const Orders<Real>& orders) {
+    const Real us = orders.student_scale, ws = orders.teacher_scale;
+    const Real u_step = u_origin == Real(-INFINITY) || u_new == u_origin ? Real(0) : (u_new - u_origin) * us;
+    const Real w_step = w_origin == Real(-INFINITY) || w_new == w_origin ? Real(0) : (w_new - w_origin) * ws;
+    RowState<Real> state{{Real(0), u_sum}, {Real(0), w_sum}, ratio.sum * us, crossing * us, label_sum};
+    const Real before = state.ratio;
+    state.raise(u_step, w_step, kPass, orders.temperature);
+    u_sum = state.student.sum;
+    w_sum = state.teacher.sum;
+    crossing = state.crossing / us;
+    label_sum = state.label_sum;
+    ratio.rest *= exp2_of(kPass == Pass::kStudentWeighted ? -u_step : -w_step);
+    if (state.ratio != before) ratio.sum = state.ratio / us;
+    u_origin = u_new;
+    w_origin = w_new;
+  }
+
+  __device__ PassSums whole() const {
+    return {double(u_sum), double(w_sum), ratio.value(), double(crossing), double(label_sum)};
+  }
+};
+
+// A thread's share of a pass over the terms.
+template <bool kNear, class Divergence, class Real>
+struct ThreadSums {
+  Real f = 0, difference = 0;
+  ExactSum<Real> qg, ph, q, p;
+
+  __device__ __forceinline__ void add(const Divergence& divergence, const Outcome<Real>& o, bool teacher) {
+    const Terms<Real> t = divergence.template operator()<kNear>(o);
+    f += t.f;
+    if constexpr (!Divergence::kGIsGradient) {
+      qg.add_product(o.q, t.g);
+      q.add(o.q);
+    }
+    if constexpr (!Divergence::kHIsGradient) {
+      if (teacher) ph.add_product(o.p, t.h);
+    }
+    if (kNear || (teacher && !Divergence::kHIsGradient)) p.add(o.p);
+    if constexpr (kNear) difference += o.difference;
+  }
+
+  __device__ Sums whole() const {
+    return {double(f), qg.value(), ph.value(), q.value(), p.value(), double(difference)};
+  }
+};
+
+// The origins of a block's threads.
+template <class Real>
+struct Largest {
+  Real student, teacher;
+};
+
+template <class Divergence, class Source, class Team>
+struct RowWorker {
+  using Real = typename Source::Real;
+  using Plan = RowPlan<Real, Divergence>;
+  static constexpr int kSize = Source::kSize;
+
+  // Of the leading thread alone, in shared memory to spare registers.
+  struct Lead {
+    RowTask task;
+    Plan plan;
+    RowState<double> state;
+    Sums sums;
+    double label_logit;
+
+    __device__ __noinline__ void begin() { plan.begin(task, state); }
+    __device__ __noinline__ void add() { plan.add(task, sums); }
+  };
+  static_assert(sizeof(Orders<Real>) <= kOrdersBytes && sizeof(Lead) <= kPlanBytes);
+
+  const RowArguments& arguments;
+  const Team& team;
+  const Divergence divergence;
+  Orders<Real>* shared_orders;
+  Lead& lead;
+
+  __device__ RowWorker(const RowArguments& a, const Team& t, unsigned char* shared)
+      : arguments(a),
+        team(t),
+        divergence{a.beta},
+        shared_orders(reinterpret_cast<Orders<Real>*>(shared)),
+        lead(*reinterpret_cast<Lead*>(shared + kOrdersBytes)) {}
+
+  __device__ void run(int64_t row, Source& source) const {
+    Orders<Real> orders = opening(row, source);
+    if (!orders.read) {
+      source.write_zeros(team);
+      return;
+    }
+    source.normalize_teachers(team, orders.teacher_temperature);
+    const RowState<double> state = first_pass(source, orders);
+    if (team.leads()) {
+      lead.state = state;
+      lead.begin();
+    }
+    bool backwards = true;
+    for (orders = follow(); orders.step != Step::kWrite; orders = follow()) {
+      const Sums sums = orders.step == Step::kSumNear ? sum_terms<true>(source, orders, backwards)
+                                                      : sum_terms<false>(source, orders, backwards);
+      backwards = !backwards;
+      if (team.leads()) {
+        lead.sums = sums;
+        lead.add();
+      }
+    }
+    if (team.leads() && team.rank == 0) {
+      const double loss = lead.plan.loss(lead.task, lead.label_logit);
+      global_store(arguments.losses + row, arguments.row_weight(row) * loss);
+    }
+    if (orders.student_gradient || orders.teacher_gradient) {
+      if (orders.near) {
+        write<true>(source, orders, backwards);
+      } else {
+        write<false>(source, orders, backwards);
+      }
+      source.write_zeros_beyond(team);
+    }
+  }
+
+ private:
+  // What the row is about, before it is read.
+  __device__ Orders<Real> opening(int64_t row, const Source& source) const {
+    if (team.leads()) {
+      Orders<Real> orders{};
+      orders.read = arguments.read_task(row, lead.task, orders.label);
+      if (orders.read) {
+        lead.plan.set_scales(lead.task);
+        orders.student_scale = lead.plan.student_scale;
+        orders.teacher_scale = lead.plan.teacher_scale;
+        orders.teacher_ratio = lead.plan.teacher_ratio;
+        orders.label_scale = lead.plan.label_scale;
+        orders.temperature = Real(lead.task.temperature);
+        orders.teacher_temperature = lead.task.teacher_temperature;
+        orders.student_gradient = lead.task.student_gradient;
+        orders.teacher_gradient = lead.task.teacher_gradient;
+        // Now: the gradient may overwrite it.
+        lead.label_logit = lead.task.has_label ? double(source.student_logit(orders.label)) : 0;
+      } else if (team.rank == 0) {
+        global_store(arguments.losses + row, 0.0);
+      }
+      shared_store(shared_orders, orders);
+    }
+    team.sync();
+    return shared_load(shared_orders);
+  }
+
+  // The plan as it stands, told to all.
+  __device__ __forceinline__ Orders<Real> follow() const {
+    team.sync();
+    if (team.leads()) {
+      Orders<Real> orders = shared_load(shared_orders);
+      const Plan& plan = lead.plan;
+      orders.step = plan.step;
+      orders.near = plan.near;
+      orders.at = plan.normalized();
+      orders.factors = GradientFactors<Real>(lead.task, plan);
+      orders.student_mean = Mean<Real>(plan.student_mean);
+      orders.teacher_mean = Mean<Real>(plan.teacher_mean);
+      orders.label_shift = Real(plan.label_lse);
+      shared_store(shared_orders, orders);
+    }
+    team.sync();
+    return shared_load(shared_orders);
+  }
+
+  __device__ RowState<double> first_pass(const Source& source, const Orders<Real>& orders) const {
+    ThreadState<Real, Divergence::kPass> mine;
+    for_packs<true>(source, false, [&](int, const Real(&u)[kSize], const Real(&w)[kSize]) { mine.add(u, w, orders); });
+    // Relative to the same logits in all threads, sums only add up.
+    const Largest<Real> largest =
+        team.block_reduce(Largest<Real>{mine.u_origin, mine.w_origin}, [](Largest<Real>& all, const Largest<Real>& x) {
+          all = {at_least(all.student, x.student), at_least(all.teacher, x.teacher)};
+        });
+    mine.raise(largest.student, largest.teacher, orders);
+    const PassSums sums = team.block_sum(mine.whole(), [](PassSums& all, const PassSums& next) { all.add(next); });
+    const double us = orders.student_scale, ws = orders.teacher_scale;
+    const RowState<double> state{{double(largest.student) * us, sums.student},
+                                 {double(largest.teacher) * ws, sums.teacher},
+                                 sums.ratio * us,
+                                 sums.crossing * us,
+                                 sums.label};
+    return team.cluster_sum(state, [&](RowState<double>& all, const RowState<double>& next) {
+      all.merge(next, Divergence::kPass, double(orders.temperature));
+    });
+  }
+
+  // Calls body(pack, u, w) for this thread's packs, forwards or backwards.
+  template <bool kFirst, class Body>
+  __device__ __forceinline__ void for_packs(const Source& source, bool backwards, const Body& body) const {
+    const int packs = source.packs(), thread = team.thread, threads = team.threads;
+    if (thread >= packs) return;
+    const int last = thread + (packs - 1 - thread) / threads * threads;
+    const int step = backwards ? -threads : threads;
+#pragma unroll 1
+    for (int pack = backwards ? last : thread; pack >= 0 && pack < packs; pack += step) {
+      const typename Source::Raw raw = source.template fetch<kFirst>(pack);
+      if (kFirst) source.keep(pack, raw);
+      Real u[kSize], w[kSize];
+      Source::widen(raw, u, w);
+      body(pack, u, w);
+    }
+  }
+
+  template <bool kNear>
+  __device__ Sums sum_terms(const Source& source, const Orders<Real>& orders, bool backwards) const {
+    ThreadSums<kNear, Divergence, Real> mine;
+    for_packs<false>(source, backwards, [&](int, const Real(&u)[kSize], const Real(&w)[kSize]) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        mine.add(divergence, orders.at.template outcome<kNear>(u[j], w[j]), orders.teacher_gradient);
+      }
+    });
+    return team.sum(mine.whole(), [](Sums& all, const Sums& next) { all.add(next); });
+  }
+
+  template <bool kNear>
+  __device__ void write(const Source& source, const Orders<Real>& orders, bool backwards) const {
+    for_packs<false>(source, backwards, [&](int pack, const Real(&u)[kSize], const Real(&w)[kSize]) {
+      Real g[kSize], h[kSize];
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const Outcome<Real> o = orders.at.template outcome<kNear>(u[j], w[j]);
+        g[j] = student_gradient<kNear>(divergence, o, orders.student_mean, orders.factors);
+        h[j] = teacher_gradient<kNear>(divergence, o, orders.teacher_mean, orders.factors);
+        if (orders.label_scale != Real(0)) {
+          const Real x = (u[j] - orders.at.student_origin) * orders.label_scale;
+          g[j] += orders.factors.label * exp2_of(x - orders.label_shift);
+        }
+        if (orders.label >= 0 && source.column(pack) + j == orders.label) g[j] -= orders.factors.label;
+      }
+      // The teacher's first: the student's may overwrite its logits.
+      if (orders.teacher_gradient) source.store_teacher(pack, h);
+      if (orders.student_gradient) source.store_student(pack, g);
+    });
+  }
+};
+
+template <class Divergence, class Source, bool kWarpTeam>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    softmax_divergence_kernel(const RowArguments arguments, const RowLaunch launch) {
+  const int64_t per_team = kTeamBytes<kWarpTeam> + 2 * launch.slice_bytes;
+  unsigned char* shared = shared_memory() + (kWarpTeam ? threadIdx.x / kWarp * per_team : 0);
+  const Team<kWarpTeam> team(shared + kOrdersBytes + kPlanBytes + kNormalizerBytes, unsigned(launch.cluster));
+  const RowWorker<Divergence, Source, Team<kWarpTeam>> worker(arguments, team, shared);
+  const int64_t block_rows = kWarpTeam ? launch.warp_rows : 1;
+  const int64_t first = int64_t(blockIdx.x) / launch.cluster * block_rows + (kWarpTeam ? threadIdx.x / kWarp : 0);
+  const int64_t step = int64_t(gridDim.x) / launch.cluster * block_rows;
+  for (int64_t row = first; row < arguments.rows; row += step) {
+    Source source(arguments, row, launch, team.rank, shared + kOrdersBytes + kPlanBytes,
+                  shared + kTeamBytes<kWarpTeam>);
+    worker.run(row, source);
+    team.sync();  // before the next row takes over the shared memory
+  }
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,62 @@
+// The kernels of every kShards-th divergence: this file is compiled once a shard, FASTKD_SHARD saying which.
+#include "softmax_divergence.cuh"
+#include "softmax_divergence_launch.h"
+
+namespace fastkd::cuda {
+namespace {
+
+template <class Divergence, class Source>
+void launch_source(const Device& device, const RowArguments& arguments, int element_size) {
+  const RowLaunch launch =
+      row_launch(device.capability(), element_size, arguments.vocab, kTeamBytes<false>, Source::kPacked);
+  if constexpr (Source::kPacked) {
+    if (launch.warp_rows > 0) {
+      const int64_t blocks = (arguments.rows + launch.warp_rows - 1) / launch.warp_rows;
+      const int64_t shared = launch.warp_rows * (kTeamBytes<true> + 2 * launch.slice_bytes);
+      return device.launch(softmax_divergence_kernel<Divergence, Source, true>, blocks, launch.threads, shared, 1,
+                           arguments, launch);
+    }
+  }
+  const int64_t shared = kTeamBytes<false> + 2 * launch.slice_bytes;
+  device.launch(softmax_divergence_kernel<Divergence, Source, false>, arguments.rows * launch.cluster, launch.threads,
+                shared, launch.cluster, arguments, launch);
+}
+
+template <class Divergence>
+void launch_divergence(const Device& device, const RowArguments& arguments, SourceKind kind) {
+  switch (kind) {
+    case SourceKind::kPackedFloat32:
+      return launch_source<Divergence, PackedSource<float>>(device, arguments, 4);
+    case SourceKind::kPackedBFloat16:
+      return launch_source<Divergence, PackedSource<BFloat16>>(device, arguments, 2);
+    case SourceKind::kPackedFloat16:
+      return launch_source<Divergence, PackedSource<Float16>>(device, arguments, 2);
+    case SourceKind::kAny:
+      return launch_source<Divergence, AnySource>(device, arguments, 4);
+  }
+}
+
+template <int kPlace, class... Divergence>
+bool launch_from(TypeList<Divergence...>, int, const Device&, const RowArguments&, SourceKind) {
+  return false;
+}
+template <int kPlace, class First, class... Rest>
+bool launch_from(TypeList<First, Rest...>, int divergence, const Device& device, const RowArguments& arguments,
+                 SourceKind kind) {
+  if constexpr (kPlace % kShards == FASTKD_SHARD) {
+    if (divergence == kPlace) {
+      launch_divergence<First>(device, arguments, kind);
+      return true;
+    }
+  }
+  return launch_from<kPlace + 1>(TypeList<Rest...>{}, divergence, device, arguments, kind);
+}
+
+}  // namespace
+
+template <>
+bool launch_shard<FASTKD_SHARD>(int divergence, const Device& device, const RowArguments& arguments, SourceKind kind) {
+  return launch_from<0>(Divergences{}, divergence, device, arguments, kind);
+}
+
+}  // namespace fastkd::cuda

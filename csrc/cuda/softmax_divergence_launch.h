@@ -1,0 +1,16 @@
+// How the entry reaches the kernels, which are compiled in several shards.
+#pragma once
+#include "launch.h"
+#include "sources.cuh"
+
+namespace fastkd::cuda {
+
+enum class SourceKind { kPackedFloat32, kPackedBFloat16, kPackedFloat16, kAny };
+
+inline constexpr int kShards = 4;
+
+// Solves all rows if the shard has this divergence (its place in Divergences), else returns false.
+template <int kShard>
+bool launch_shard(int divergence, const Device& device, const RowArguments& arguments, SourceKind kind);
+
+}  // namespace fastkd::cuda

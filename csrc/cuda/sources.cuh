@@ -1,0 +1,277 @@
+// The logits of one row and the places its gradients go to, as a kernel works on them.
+#pragma once
+#include "../math/row_plan.h"
+#include "block.cuh"
+#include "policy.cuh"
+#include "rows.cuh"
+#include "vec.cuh"
+
+namespace fastkd::cuda {
+
+inline constexpr int kMaxTeachers = 16;
+
+// What a call asks, the same for all rows. Per-row numbers are optional.
+struct RowArguments {
+  int64_t rows;
+  int vocab, student_width, teacher_width;
+  DeviceRows student, student_gradient, teacher_gradient;
+  DeviceRows teachers[kMaxTeachers];
+  int teacher_count;
+  bool mix_probs, square_temperature;
+  double beta, temperature, teacher_temperature, label_weight;
+  DeviceRows temperatures, teacher_temperatures, weight, mask, labels, teacher_weights;
+  int64_t ignore_index;
+  double gradient_factor;          // 1 / denominator,
+  const double* gradient_factors;  // or where it stands once the rows are counted
+  double* losses;                  // weighted, one a row
+
+  __device__ bool counts(int64_t row) const {
+    return (!mask || mask.number(row) != 0) && (!labels || labels.integer(row) != ignore_index);
+  }
+  __device__ double row_weight(int64_t row) const { return !counts(row) ? 0 : weight ? weight.number(row) : 1; }
+
+  // Whether the row is read at all. Numbers that no check could see make it NaN: a temperature that is not positive, a
+  // label outside the vocabulary.
+  __device__ bool read_task(int64_t row, RowTask& task, int& place) const {
+    const double factor = gradient_factors != nullptr ? global_load(gradient_factors) : gradient_factor;
+    const double row_factor = row_weight(row);
+    if (row_factor == 0 || factor == 0) return false;
+    task.temperature = positive(temperatures ? temperatures.number(row) : temperature);
+    task.teacher_temperature = positive(teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature);
+    task.divergence_scale = square_temperature ? task.temperature * task.temperature : 1;
+    task.scale = row_factor * factor;
+    task.label_weight = label_weight;
+    task.has_label = bool(labels);
+    const int64_t label = labels ? labels.integer(row) : -1;
+    const bool outside = labels && (label < 0 || label >= vocab);
+    if (outside) task.label_weight = NAN;
+    place = outside ? 0 : int(label);
+    task.mix_probs = mix_probs;
+    task.student_gradient = bool(student_gradient);
+    task.teacher_gradient = bool(teacher_gradient);
+    return true;
+  }
+
+  static __device__ double positive(double x) { return x > 0 && x < double(INFINITY) ? x : double(NAN); }
+};
+
+// Columns [begin, end) of a gradient that belong to no class.
+template <class Team>
+__device__ void zero_columns(const DeviceRows& gradient, int64_t row, int begin, int end, const Team& team) {
+  if (!gradient) return;
+  const int threads = team.threads * int(team.blocks);
+  for (int column = begin + int(team.rank) * team.threads + team.thread; column < end; column += threads) {
+    gradient.put(gradient.at(row, column), 0);
+  }
+}
+
+// Student, one teacher and gradients of one dtype, all contiguous along the vocabulary and alike on 16-byte lines:
+// moved in packs. `launch.resident`: the first load leaves the packs in shared memory.
+template <class T>
+struct PackedSource {
+  using Real = float;
+  using P = Packed<T>;
+  static constexpr int kSize = P::kSize;
+  static constexpr bool kPacked = true;
+
+  const RowArguments& arguments;
+  const int64_t row;
+  const PackedRow<T> student, teacher, student_gradient, teacher_gradient;
+  P *student_kept, *teacher_kept;
+  const bool resident;
+  int begin, end;  // packs of this block
+
+  __device__ PackedSource(const RowArguments& a, int64_t r, const RowLaunch& launch, unsigned rank, unsigned char*,
+                          unsigned char* kept)
+      : arguments(a),
+        row(r),
+        student(a.student.at(r), a.vocab),
+        teacher(a.teachers[0].at(r), a.vocab),
+        student_gradient(a.student_gradient ? a.student_gradient.at(r) : nullptr, a.vocab),
+        teacher_gradient(a.teacher_gradient ? a.teacher_gradient.at(r) : nullptr, a.vocab),
+        student_kept(reinterpret_cast<P*>(kept)),
+        teacher_kept(reinterpret_cast<P*>(kept + launch.slice_bytes)),
+        resident(launch.resident) {
+    const int all = student.packs(), share = launch.cluster > 1 ? int(launch.slice_bytes / 16) : all;
+    begin = int(rank) * share < all ? int(rank) * share : all;
+    end = begin + share < all ? begin + share : all;
+  }
+
+  __device__ __forceinline__ int packs() const { return end - begin; }
+  __device__ __forceinline__ int column(int pack) const { return student.column(begin + pack); }
+
+  template <class Team>
+  __device__ void normalize_teachers(const Team&, double) {}
+
+  struct Raw {
+    P student, teacher;
+  };
+
+  // From global memory in the first pass, later from where that left them. A thread gets what it kept itself, and needs
+  // no barrier in between.
+  template <bool kFirst>
+  __device__ __forceinline__ Raw fetch(int pack) const {
+    const T outside = element<T>(float(-INFINITY));
+    if (!kFirst && resident) return {shared_load(student_kept + pack), shared_load(teacher_kept + pack)};
+    if (kFirst && resident) {
+      return {student.template load<true>(begin + pack, outside), teacher.template load<true>(begin + pack, outside)};
+    }
+    return {student.template load<false>(begin + pack, outside), teacher.template load<false>(begin + pack, outside)};
+  }
+
+  __device__ __forceinline__ void keep(int pack, const Raw& raw) const {
+    if (!resident) return;
+    shared_store(student_kept + pack, raw.student);
+    shared_store(teacher_kept + pack, raw.teacher);
+  }
+
+  static __device__ __forceinline__ void widen(const Raw& raw, Real (&u)[kSize], Real (&w)[kSize]) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      u[j] = to_float(raw.student.item[j]);
+      w[j] = to_float(raw.teacher.item[j]);
+    }
+  }
+
+  __device__ float student_logit(int column) const { return to_float(global_load(student.data + column)); }
+
+  __device__ __forceinline__ void store_student(int pack, const Real (&g)[kSize]) const {
+    store(student_gradient, pack, g);
+  }
+  __device__ __forceinline__ void store_teacher(int pack, const Real (&h)[kSize]) const {
+    store(teacher_gradient, pack, h);
+  }
+  __device__ __forceinline__ void store(const PackedRow<T>& to, int pack, const Real (&x)[kSize]) const {
+    P out;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) out.item[j] = element<T>(x[j]);
+    to.store(begin + pack, out);
+  }
+
+  template <class Team>
+  __device__ void write_zeros(const Team& team) const {
+    const Real zero[kSize] = {};
+    for (int i = team.thread; i < packs(); i += team.threads) {
+      if (arguments.teacher_gradient) store_teacher(i, zero);
+      if (arguments.student_gradient) store_student(i, zero);
+    }
+    write_zeros_beyond(team);
+  }
+  template <class Team>
+  __device__ void write_zeros_beyond(const Team& team) const {
+    zero_columns(arguments.student_gradient, row, arguments.vocab, arguments.student_width, team);
+    zero_columns(arguments.teacher_gradient, row, arguments.vocab, arguments.teacher_width, team);
+  }
+};
+
+// Any dtypes, strides and number of teachers, an element at a time; never kept on chip.
+struct AnySource {
+  using Real = float;
+  static constexpr int kSize = 1;
+  static constexpr bool kPacked = false;
+
+  const RowArguments& arguments;
+  const int64_t row;
+  MaxSum<double>* normalizers;  // of each teacher, for mix_probs; shared
+  Real scale;                   // log2(e) / teacher_temperature
+
+  __device__ AnySource(const RowArguments& a, int64_t r, const RowLaunch&, unsigned, unsigned char* shared,
+                       unsigned char*)
+      : arguments(a), row(r), normalizers(reinterpret_cast<MaxSum<double>*>(shared)), scale(0) {}
+
+  __device__ __forceinline__ int packs() const { return arguments.vocab; }
+  __device__ __forceinline__ int column(int pack) const { return pack; }
+
+  __device__ __forceinline__ Real logit(const DeviceRows& rows, int column) const {
+    return Real(rows.number(row, column));
+  }
+  __device__ double teacher_weight(int k) const {
+    return arguments.teacher_weights ? arguments.teacher_weights.number(row, k) : 1.0 / arguments.teacher_count;
+  }
+
+  // For a mixture of probabilities: the normaliser of each teacher.
+  template <class Team>
+  __device__ void normalize_teachers(const Team& team, double teacher_temperature) {
+    scale = Real(kLog2E / teacher_temperature);
+    if (!arguments.mix_probs) return;
+    for (int k = 0; k < arguments.teacher_count; ++k) {
+      Real top = Real(-INFINITY), sum = 0;
+      for (int i = team.thread; i < arguments.vocab; i += team.threads) {
+        const Real z = logit(arguments.teachers[k], i);
+        if (z > top) {
+          sum = top == Real(-INFINITY) ? Real(0) : sum * exp2_of((top - z) * scale);
+          top = z;
+        }
+        sum += exp2_of((z - (top == Real(-INFINITY) ? Real(0) : top)) * scale);
+      }
+      const MaxSum<double> all = team.sum(MaxSum<double>{double(top) * scale, double(sum)},
+                                          [](MaxSum<double>& a, const MaxSum<double>& b) { a.merge(b); });
+      if (team.leads()) shared_store(normalizers + k, all);
+    }
+    team.sync();
+  }
+
+  struct Raw {
+    Real student, teacher;
+  };
+  template <bool kFirst>
+  __device__ __forceinline__ Raw fetch(int column) const {
+    return {logit(arguments.student, column), arguments.teacher_count == 1 ? logit(arguments.teachers[0], column)
+                                              : arguments.mix_probs        ? mixed_probs(column)
+                                                                           : mixed_logits(column)};
+  }
+  __device__ __forceinline__ void keep(int, const Raw&) const {}
+  static __device__ __forceinline__ void widen(const Raw& raw, Real (&u)[1], Real (&w)[1]) {
+    u[0] = raw.student;
+    w[0] = raw.teacher;
+  }
+
+  // sum_k w_k z_k, and -inf wherever one of the z_k that count is -inf.
+  __device__ Real mixed_logits(int column) const {
+    Real mixed = 0;
+    for (int k = 0; k < arguments.teacher_count; ++k) {
+      const Real weight = Real(teacher_weight(k));
+      if (weight == Real(0)) continue;
+      const Real z = logit(arguments.teachers[k], column);
+      if (z == Real(-INFINITY)) return z;
+      mixed += weight * z;
+    }
+    return mixed;
+  }
+
+  // log2 sum_k w_k softmax(z_k / teacher_temperature), relative to the largest member so that no tail underflows.
+  __device__ Real mixed_probs(int column) const {
+    Real top = Real(-INFINITY), sum = 0;
+    for (int k = 0; k < arguments.teacher_count; ++k) {
+      const double weight = teacher_weight(k);
+      if (weight == 0) continue;
+      const Real shift = Real(::log2(weight) - shared_load(normalizers + k).log2());
+      const Real x = logit(arguments.teachers[k], column) * scale + shift, all = at_least(top, x);
+      const Real safe = all == Real(-INFINITY) ? Real(0) : all;
+      sum = sum * exp2_of(top - safe) + exp2_of(x - safe);
+      top = all;
+    }
+    return top + log2_of(at_least(Real(1), sum));
+  }
+
+  __device__ Real student_logit(int column) const { return logit(arguments.student, column); }
+  __device__ __forceinline__ void store_student(int column, const Real (&g)[1]) const {
+    arguments.student_gradient.put(arguments.student_gradient.at(row, column), g[0]);
+  }
+  __device__ __forceinline__ void store_teacher(int column, const Real (&h)[1]) const {
+    arguments.teacher_gradient.put(arguments.teacher_gradient.at(row, column), h[0]);
+  }
+
+  template <class Team>
+  __device__ void write_zeros(const Team& team) const {
+    zero_columns(arguments.student_gradient, row, 0, arguments.student_width, team);
+    zero_columns(arguments.teacher_gradient, row, 0, arguments.teacher_width, team);
+  }
+  template <class Team>
+  __device__ void write_zeros_beyond(const Team& team) const {
+    zero_columns(arguments.student_gradient, row, arguments.vocab, arguments.student_width, team);
+    zero_columns(arguments.teacher_gradient, row, arguments.vocab, arguments.teacher_width, team);
+  }
+};
+
+}  // namespace fastkd::cuda

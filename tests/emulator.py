@@ -1,0 +1,71 @@
+"""The CUDA kernels as the emulator runs them: ops `fastkd_simt` for CPU tensors, what they moved."""
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch._library import simple_registry
+
+import fastkd
+
+PATH = Path(
+    os.environ.get("FASTKD_SIMT_LIBRARY", Path(__file__).parents[1] / "build/simt/_simt.so")
+)
+
+
+class Traffic(ctypes.Structure):
+    """Bytes of global memory, those moved in 16-byte accesses, and the launches' extents."""
+
+    _fields_ = [
+        (name, ctypes.c_ulonglong)
+        for name in ("read", "written", "read_16", "written_16", "launches")
+        + ("largest_cluster", "largest_shared_memory")
+    ]
+
+    @property
+    def moved(self) -> int:
+        """All bytes."""
+        return self.read + self.written
+
+    @property
+    def share_of_16(self) -> float:
+        """The share of the bytes in 16-byte accesses."""
+        return (self.read_16 + self.written_16) / self.moved
+
+
+def is_built() -> bool:
+    """Whether `make test` has built the emulated kernels."""
+    return PATH.exists()
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Load the ops, with the fakes of their models."""
+    torch.ops.load_library(PATH)
+    assert fastkd.softmax_divergence  # its fakes are registered
+    for name in ("_softmax_divergence", "_softmax_divergence_into", "_kl_div", "_kl_div_into"):
+        _share_fake(name)
+    for name in ("_kl_div_backward", "_scale_rows_"):
+        _share_fake(name)
+    return ctypes.CDLL(str(PATH))
+
+
+def _share_fake(name: str) -> None:
+    fake = simple_registry.singleton.find(f"fastkd::{name}").fake_impl.kernel
+    torch.library.register_fake(f"fastkd_simt::{name}")(fake.func)
+
+
+def configure(capability: int, seed: int = 0) -> None:
+    """Emulate this compute capability, and an order of threads: 0 theirs, else a random one."""
+    library().simt_configure(capability, ctypes.c_uint(seed))
+
+
+def traffic_of(run) -> Traffic:
+    """Run something and return what its launches moved."""
+    library().simt_reset()
+    run()
+    found = Traffic()
+    library().simt_traffic(ctypes.byref(found))
+    return found

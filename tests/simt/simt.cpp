@@ -1,0 +1,36 @@
+// What a test sets and reads of the emulator through ctypes.
+#include "simt.h"
+
+extern "C" {
+
+struct SimtTraffic {
+  unsigned long long read, written, read_16, written_16, launches, largest_cluster, largest_shared_memory;
+};
+
+// `capability`: 10 * major + minor. Seed 0 runs threads in order, any other in an order of its own.
+__attribute__((visibility("default"))) void simt_configure(int capability, unsigned seed) {
+  simt::settings().capability = capability;
+  simt::settings().seed = seed;
+}
+
+__attribute__((visibility("default"))) void simt_reset() {
+  std::lock_guard<std::mutex> lock(simt::settings().mutex);
+  simt::settings().totals = {};
+}
+
+// Bytes of global memory since the reset, in all and in accesses of 16 bytes.
+__attribute__((visibility("default"))) void simt_traffic(SimtTraffic* out) {
+  const simt::Totals totals = simt::totals();
+  *out = {0,
+          0,
+          totals.traffic.read[4],
+          totals.traffic.written[4],
+          totals.launches,
+          totals.largest_cluster,
+          totals.largest_shared_memory};
+  for (int i = 0; i < 5; ++i) {
+    out->read += totals.traffic.read[i];
+    out->written += totals.traffic.written[i];
+  }
+}
+}

@@ -1,0 +1,398 @@
+// The machine under simt.h: blocks, warps and fibers of the running cluster, and their scheduler.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "simt_context.h"
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+// All fibers of a launch share these, and cudaLaunchConfig_t has members of their names: variables, not macros.
+inline thread_local dim3 blockDim [[gnu::tls_model("initial-exec")]];
+inline thread_local dim3 gridDim [[gnu::tls_model("initial-exec")]];
+
+namespace simt {
+
+enum class State : unsigned char { kReady, kBlock, kWarp, kCluster, kDone };
+enum class Operation : unsigned char { kSync, kShuffle, kBallot };
+
+struct Thread;
+struct Machine;
+
+// The last access of its kind to a 4-byte word: `bytes` by this access, `written` by any since the block began.
+struct Access {
+  uint64_t time : 42, thread : 14, bytes : 4, written : 4;
+};
+struct Word {
+  Access write, read, other_read;  // other_read: the latest by a thread that is not read.thread
+};
+
+struct Warp {
+  Thread* lanes;
+  unsigned launched, exited, waiting;
+};
+
+struct FreeShared {
+  void operator()(unsigned char* p) const { ::operator delete(p, std::align_val_t(1024)); }
+};
+
+struct Block {
+  uint3 index;
+  unsigned rank, alive, arrived;
+  uint64_t time;
+  Machine* machine;
+  Thread* threads;
+  std::unique_ptr<unsigned char, FreeShared> shared;
+  std::vector<Word> words;
+};
+
+struct Thread {
+  Context context;
+  uint3 index;
+  State state;
+  Operation operation;
+  bool started;
+  unsigned lane, id, mask, source;
+  size_t bytes;
+  const void* in;
+  void* out;
+  Block* block;
+  Warp* warp;
+  uint64_t warp_time;
+};
+
+// Bytes of global memory by width of access: 1, 2, 4, 8, 16.
+struct Traffic {
+  unsigned long long read[5] = {}, written[5] = {};
+};
+
+struct Totals {
+  Traffic traffic;
+  unsigned long long launches = 0, largest_cluster = 0, largest_shared_memory = 0;
+};
+
+struct FunctionLimits {
+  size_t dynamic_shared = 48 * 1024;
+  bool nonportable_cluster = false;
+};
+
+struct Settings {
+  std::atomic<int> capability{90};
+  std::atomic<unsigned> seed{0};
+  std::mutex mutex;  // guards what follows
+  Totals totals;
+  std::map<const void*, FunctionLimits> functions;
+};
+
+inline Settings& settings() {
+  static Settings instance;
+  return instance;
+}
+
+inline Totals totals() {
+  std::lock_guard<std::mutex> lock(settings().mutex);
+  return settings().totals;
+}
+
+inline thread_local Thread* current [[gnu::tls_model("initial-exec")]] = nullptr;
+
+struct Shape {
+  dim3 grid, block;
+  unsigned cluster;
+  size_t shared;
+};
+
+// Not a string: a fiber that ends in a fault frees nothing.
+struct Place {
+  char text[96];
+};
+inline Place where(const Thread& t);
+
+struct Machine {
+  Shape shape;
+  void (*call)(const void*);
+  const void* closure;
+  Context scheduler;
+  bool abandoning = false;
+  unsigned alive = 0, arrived = 0;  // of the running cluster
+  uint64_t clock = 0, start = 0, time = 0, random = 0;
+  size_t cursor = 0;
+  std::vector<Thread*> ready, next;
+  std::vector<Block> blocks;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<unsigned char*> stacks;
+  Traffic traffic;
+  char fault[512] = "";
+
+  Machine() = default;
+  Machine(const Machine&) = delete;
+  Machine& operator=(const Machine&) = delete;
+  ~Machine() {
+    for (unsigned char* stack : stacks) munmap(stack, kStackBytes);
+  }
+
+  Thread* pop() {
+    if (cursor == ready.size()) {
+      ready.swap(next);
+      next.clear();
+      cursor = 0;
+      if (random) {
+        for (size_t i = ready.size(); i > 1; --i) {
+          random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+          std::swap(ready[i - 1], ready[(random >> 32) * i >> 32]);
+        }
+      }
+      if (ready.empty()) return nullptr;
+    }
+    return ready[cursor++];
+  }
+
+  void wake(Thread& t) {
+    t.state = State::kReady;
+    next.push_back(&t);
+  }
+
+  void leave(Thread& me, bool last) {
+    Thread* to = pop();
+    if (to == &me) return;
+    current = to;
+    switch_context(me.context, to ? to->context : scheduler, last);
+    if (abandoning) switch_context(me.context, scheduler, true);
+  }
+
+  unsigned block_threads() const { return shape.block.x * shape.block.y * shape.block.z; }
+
+  void release_block(Block& b) {
+    b.arrived = 0;
+    b.time = ++clock;
+    for (unsigned i = 0; i < block_threads(); ++i) {
+      if (b.threads[i].state == State::kBlock) wake(b.threads[i]);
+    }
+  }
+
+  void release_cluster() {
+    arrived = 0;
+    time = ++clock;
+    for (Thread& t : threads) {
+      if (t.state == State::kCluster) wake(t);
+    }
+  }
+
+  void allocate(const Shape& s) {
+    shape = s;
+    blockDim = s.block;
+    gridDim = s.grid;
+    const unsigned per_block = block_threads(), block_warps = (per_block + 31) / 32;
+    blocks.resize(s.cluster);
+    threads.resize(size_t(s.cluster) * per_block);
+    warps.resize(size_t(s.cluster) * block_warps);
+    while (stacks.size() < threads.size()) stacks.push_back(new_stack());
+    for (unsigned r = 0; r < s.cluster; ++r) {
+      Block& b = blocks[r];
+      b.machine = this;
+      b.rank = r;
+      b.threads = &threads[size_t(r) * per_block];
+      b.shared.reset(s.shared ? static_cast<unsigned char*>(::operator new(s.shared, std::align_val_t(1024)))
+                              : nullptr);
+      b.words.resize((s.shared + 3) / 4);
+      for (unsigned i = 0; i < per_block; ++i) {
+        Thread& t = b.threads[i];
+        t.index = {i % s.block.x, i / s.block.x % s.block.y, i / s.block.x / s.block.y};
+        t.lane = i % 32;
+        t.id = r * per_block + i;
+        t.block = &b;
+        t.warp = &warps[r * block_warps + i / 32];
+        if (t.lane == 0) *t.warp = {&t, 0, 0, 0};
+        t.warp->launched |= 1u << t.lane;
+      }
+    }
+  }
+
+  void begin_cluster(uint64_t first) {
+    start = time = ++clock;
+    alive = unsigned(threads.size());
+    arrived = 0;
+    cursor = 0;
+    ready.clear();
+    next.clear();
+    for (Block& b : blocks) {
+      const uint64_t i = first + b.rank, columns = shape.grid.x;
+      b.index = {unsigned(i % columns), unsigned(i / columns % shape.grid.y), unsigned(i / columns / shape.grid.y)};
+      b.alive = block_threads();
+      b.arrived = 0;
+      b.time = start;
+      if (shape.shared) std::memset(b.shared.get(), 0xFF, shape.shared);
+    }
+    for (Warp& w : warps) w.exited = w.waiting = 0;
+    for (Thread& t : threads) {
+      t.warp_time = 0;
+      t.started = false;
+      prepare_context(t.context, stacks[t.id], t.id, &enter);
+      wake(t);
+    }
+  }
+
+  static void enter();
+
+  std::string deadlock() const {
+    struct Group {
+      unsigned count = 0;
+      const Thread* example = nullptr;
+    };
+    std::map<std::pair<State, unsigned>, Group> groups;
+    std::string overlap;
+    for (const Thread& t : threads) {
+      const bool in_warp = t.state == State::kWarp;
+      Group& g = groups[{t.state, in_warp ? t.mask : 0}];
+      if (!g.count++) g.example = &t;
+      for (unsigned i = 0; in_warp && overlap.empty() && i < t.lane; ++i) {
+        const Thread& other = t.warp->lanes[i];
+        if (other.state == State::kWarp && other.mask != t.mask && (other.mask & t.mask)) {
+          overlap = "; lanes " + std::to_string(i) + " and " + std::to_string(t.lane) +
+                    " of one warp wait with different, overlapping masks";
+        }
+      }
+    }
+    std::string text = "simt: deadlock: ";
+    for (const auto& [key, group] : groups) {
+      char mask[16];
+      std::snprintf(mask, sizeof(mask), "%08x", key.second);
+      text += (&group == &groups.begin()->second ? "" : ", ") + std::to_string(group.count) + " threads";
+      switch (key.first) {
+        case State::kBlock:
+          text += " wait at a block barrier";
+          break;
+        case State::kWarp:
+          text += std::string(" wait at a warp operation with mask ") + mask;
+          break;
+        case State::kCluster:
+          text += " wait at a cluster barrier";
+          break;
+        default:
+          text += " have exited";
+      }
+      text += std::string(" (") + where(*group.example).text + ")";
+    }
+    return text + overlap;
+  }
+
+  // Lets the sanitizer free what it keeps for fibers that will never finish.
+  void abandon() {
+#ifdef SIMT_ASAN
+    abandoning = true;
+    for (Thread& t : threads) {
+      if (t.started && t.state != State::kDone) switch_context(scheduler, t.context, false);
+      __asan_unpoison_memory_region(stacks[t.id], kStackBytes);
+    }
+    abandoning = false;
+#endif
+  }
+
+  void run(const Shape& s, void (*function)(const void*), const void* argument, unsigned seed) {
+    if (current) throw std::runtime_error("simt: a kernel launches a kernel");
+    allocate(s);
+    call = function;
+    closure = argument;
+    random = seed * 0x9E3779B97F4A7C15ull;
+    traffic = {};
+    fault[0] = 0;
+    forget_stack(scheduler);
+    const uint64_t count = uint64_t(s.grid.x) * s.grid.y * s.grid.z;
+    for (uint64_t first = 0; first < count; first += s.cluster) {
+      begin_cluster(first);
+      current = pop();
+      switch_context(scheduler, current->context, false);
+      current = nullptr;
+      if (fault[0] || alive) {
+        const std::string message = fault[0] ? fault : deadlock();
+        abandon();
+        throw std::runtime_error(message);
+      }
+    }
+  }
+};
+
+inline Machine& machine() {
+  thread_local Machine instance;
+  return instance;
+}
+
+inline Place where(const Thread& t) {
+  const Shape& shape = t.block->machine->shape;
+  const uint3 b = t.block->index, i = t.index;
+  Place place;
+  int used = 0;
+  const auto add = [&](const char* name, uint3 at, dim3 of) {
+    const char* format = of.z > 1 ? "%s (%u, %u, %u)" : of.y > 1 ? "%s (%u, %u)" : "%s %u";
+    used += std::snprintf(place.text + used, sizeof(place.text) - size_t(used), format, name, at.x, at.y, at.z);
+  };
+  add("block", b, shape.grid);
+  add(", thread", i, shape.block);
+  return place;
+}
+
+// Leaves the fiber for good: no destructor of the kernel's runs.
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
+  Thread& me = *current;
+  Machine& m = *me.block->machine;
+  int used = std::snprintf(m.fault, sizeof(m.fault), "simt: %s: ", where(me).text);
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(m.fault + used, sizeof(m.fault) - used, format, arguments);
+  va_end(arguments);
+  me.state = State::kDone;
+  switch_context(me.context, m.scheduler, true);
+  std::abort();
+}
+
+inline void Machine::enter() {
+  Thread& me = *current;
+  Machine& m = *me.block->machine;
+  Block& block = *me.block;
+  Warp& warp = *me.warp;
+  start_context(m.scheduler);
+  me.started = true;
+  m.call(m.closure);
+  for (unsigned left = warp.waiting; left; left &= left - 1) {
+    const Thread& other = warp.lanes[__builtin_ctz(left)];
+    if (other.mask >> me.lane & 1) {
+      fail("lane %u exits, but lane %u waits for it in a warp operation with mask %08x", me.lane, other.lane,
+           other.mask);
+    }
+  }
+  me.state = State::kDone;
+  warp.exited |= 1u << me.lane;
+  --m.alive;
+  if (--block.alive && block.arrived == block.alive) m.release_block(block);
+  if (m.alive && m.arrived == m.alive) m.release_cluster();
+  m.leave(me, true);
+}
+
+}  // namespace simt

@@ -1,0 +1,182 @@
+"""The emulator that runs CUDA kernels on the CPU: each planted fault is reported, no other."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parent / "simt"
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-O1", "-g", "-pthread"]
+BUILDS = {
+    "plain": [],
+    "sanitized": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "ucontext": ["-DSIMT_UCONTEXT"],
+}
+
+CORRECT = [
+    "block_reduction",
+    "cluster_exchange",
+    "two_dimensions",
+    "atomics",
+    "early_exit",
+    "warp_operations",
+    "os_threads",
+    "with_barrier",
+    "syncwarp_orders",
+    "bytes_apart",
+]
+
+# What every schedule reports.
+FAULTS = {
+    "missing_barrier": r"thread \d+: (race: it reads|shared read at offset \d+, which was never)",
+    "shuffle_does_not_order": r"thread \d+: race: it reads shared offset \d+, written by block 0",
+    "overwrite": r"thread \d+: race: it (writes|reads) shared offset 0, (read|written) by",
+    "peer_race": r"(race: it reads shared offset \d+, written by block 1|never written)",
+    "half_warp_shuffle": r"(exits, but lane \d+ waits for it|names lane \d+, which has exited)",
+    "half_warp_never_arrives": (
+        r"deadlock: 128 threads wait at a block barrier \(block 0, thread 16\), "
+        r"128 threads wait at a warp operation with mask ffffffff \(block 0, thread 0\)"
+    ),
+    "exited_lane": r"(lane 5 exits, but lane \d+ waits|names lane 5, which has exited)",
+    "wrong_mask": r"mask 0000ffff leaves out its own lane (1[6-9]|2\d|3[01])$",
+    "wrong_source": r"shuffle with mask 0000ffff reads lane 20, which the mask leaves out",
+    "missing_source": r"thread 32: shuffle with mask ffffffff reads lane 1, which the block does",
+    "mixed_operations": r"mask ffffffff meets a different one of lane \d+",
+    "overlapping_masks": r"deadlock: .*; lanes 0 and 16 of one warp wait with different, over",
+    "past_shared": r"255: shared write of 4 bytes at offset 1024 is outside the block's 1024",
+    "unwritten": r"shared read at offset 28, which was never written",
+    "stale": r"block 1, thread \d+: shared read at offset \d+, which was never written",
+    "barriers_apart": (
+        r"deadlock: 100 threads wait at a block barrier \(block 1, thread 0\), "
+        r"412 threads wait at a cluster barrier \(block 0, thread 0\)"
+    ),
+    "peer_exits": r"block 0, thread \d+: the shared memory of cluster block 1 is gone",
+    "peer_exits_late": r"the shared memory of cluster block 1 is gone: it has exited",
+    "rank_out_of_range": r"in_peer: rank 2 in a cluster of 2",
+    "not_shared": r"in_peer: the pointer is not in the block's shared memory",
+    "odd_width": r"an access to global memory of 12 bytes",
+}
+
+GOOD, VALUE, CONFIGURATION = "no error", "invalid argument", "invalid configuration argument"
+LIMITS = {
+    "block 1024": (GOOD, GOOD),
+    "block 1025": (CONFIGURATION, CONFIGURATION),
+    "block 32 x 33": (CONFIGURATION, CONFIGURATION),
+    "grid 0": (CONFIGURATION, CONFIGURATION),
+    "grid.x 2^31": (CONFIGURATION, CONFIGURATION),
+    "grid.y 65536": (CONFIGURATION, CONFIGURATION),
+    "48 KiB": (GOOD, GOOD),
+    "49 KiB": (VALUE, VALUE),
+    "allow 227 KiB": (GOOD, VALUE),
+    "227 KiB": (GOOD, VALUE),
+    "allow 228 KiB": (VALUE, VALUE),
+    "cluster 8": (GOOD, CONFIGURATION),
+    "cluster 16": (CONFIGURATION, CONFIGURATION),
+    "allow 16": (GOOD, GOOD),
+    "cluster 16 allowed": (GOOD, CONFIGURATION),
+    "cluster 17": (CONFIGURATION, CONFIGURATION),
+    "grid 6 by cluster 4": (CONFIGURATION, CONFIGURATION),
+}
+OPT_IN_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """The executable of each build; a compiler without the sanitizers' libraries gives none."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++")
+    folder = tmp_path_factory.mktemp("simt")
+
+    def build(name):
+        command = [compiler, *FLAGS, *BUILDS[name], SOURCES / "faults.cpp", SOURCES / "simt.cpp"]
+        finished = subprocess.run([*command, "-o", folder / name], capture_output=True, text=True)
+        if re.search(r"cannot find \S*l[au]b?san", finished.stderr):
+            return None
+        assert finished.returncode == 0, finished.stderr
+        return folder / name
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(BUILDS, pool.map(build, BUILDS), strict=True))
+
+
+@pytest.fixture(scope="session", params=BUILDS)
+def faults(request, programs):
+    """Runs a case in one of the builds: exit code and what it printed."""
+    program = programs[request.param]
+    if program is None:
+        pytest.skip("g++ has no sanitizers here")
+
+    def run(*arguments):
+        finished = subprocess.run(
+            [program, *map(str, arguments)],
+            env={"ASAN_OPTIONS": "detect_stack_use_after_return=1"},
+            capture_output=True,
+            text=True,
+        )
+        return finished.returncode, finished.stdout + finished.stderr
+
+    run.sanitized = request.param == "sanitized"
+    return run
+
+
+@pytest.mark.parametrize("case", CORRECT)
+def test_correct_kernels_pass(faults, case):
+    for seed in range(5):
+        assert faults(case, seed) == (0, ""), seed
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults_are_reported(faults, case):
+    for seed in range(5):
+        code, report = faults(case, seed)
+        assert code == 3, report
+        assert report.startswith("simt: ")
+        assert len(report.splitlines()) == 1
+        assert re.search(FAULTS[case], report.strip()), report
+
+
+def test_a_seed_is_reproducible(faults):
+    reports = [faults("missing_barrier", seed) for seed in (1, 1, 2)]
+    assert reports[0] == reports[1] != reports[2]
+
+
+def test_a_missing_barrier_gives_wrong_values(faults):
+    """What a kernel's own test sees where the kernel reports no accesses."""
+    assert faults("unseen_missing_barrier", 1) == (1, "wrong: neighbour\n")
+
+
+@pytest.mark.parametrize("case", ["past_global", "unseen_past_shared"])
+def test_address_sanitizer_sees_kernels(faults, case):
+    if not faults.sanitized:
+        pytest.skip("a sanitizer's finding")
+    code, report = faults(case)
+    assert code not in (0, 3)
+    assert "AddressSanitizer: heap-buffer-overflow" in report
+    assert re.search(r"#0 .* in .*(read_at|past_shared)", report)
+
+
+@pytest.mark.parametrize("capability", OPT_IN_KIB)
+def test_launch_limits(faults, capability):
+    code, report = faults("limits", 0, capability)
+    assert code == 0, report
+    *lines, device = report.splitlines()
+    column = 0 if capability == 90 else 1
+    assert dict(line.split(": ") for line in lines) == {k: v[column] for k, v in LIMITS.items()}
+    assert device == f"device {capability / 10}: {OPT_IN_KIB[capability]} KiB"
+
+
+def test_traffic_is_counted_by_width(faults):
+    """The case copies 32 items in each block: 1 block of char, 2 of short, ... 5 of uint4."""
+    by_width = [32 * blocks * width for blocks, width in enumerate((1, 2, 4, 8, 16), start=1)]
+    total, widest = sum(by_width), by_width[-1]
+    code, report = faults("traffic")
+    assert code == 0
+    assert report.splitlines() == [
+        f"read {total} written {total} read_16 {widest} written_16 {widest} "
+        "launches 6 cluster 2 shared 4096",
+        "by width " + " ".join(map(str, by_width)),
+    ]
