@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # On a machine with a GPU: make TORCH="torch>=2.10" ...
 TORCH ?= torch==2.13.0
+# The CUDA kernels take minutes to compile; where torch has no CUDA, only the tests that look at them do so.
+CUDA ?= $(if $(findstring ==2.13.0,$(TORCH)),off,auto)
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
@@ -10,9 +12,13 @@ SANITIZERS := address,undefined
 PRELOAD = $(shell $(or $(CXX),g++) -print-file-name=libasan.so) $(shell $(or $(CXX),g++) -print-file-name=libubsan.so) \
           $(shell $(or $(CXX),g++) -print-file-name=libstdc++.so)
 
-export PATH := $(abspath $(BIN)):$(PATH)
+SIMT := build/simt
+OP_TESTS := tests/test_softmax_divergence.py tests/test_softmax_divergence_autograd.py tests/test_kl_div.py
 
-.PHONY: demo test test-unit test-sanitized test-slow lint format bench wheel clean
+export PATH := $(abspath $(BIN)):$(PATH)
+export CMAKE_ARGS := -DFASTKD_CUDA=$(CUDA)
+
+.PHONY: demo test test-unit test-schedules test-gpu test-sanitized test-slow lint format bench wheel clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -32,23 +38,37 @@ $(VENV)/.examples: $(VENV)/.fastkd
 demo: $(VENV)/.examples
 	$(BIN)/python examples/distill_lm.py
 
-test: test-unit test-sanitized
+test: test-unit test-schedules test-sanitized
 
-test-unit: $(VENV)/.fastkd
+test-unit: $(VENV)/.fastkd $(SIMT)/.built
 	$(BIN)/pytest --quiet --durations=5
+
+# The emulated CUDA kernels once more, their threads in another order.
+test-schedules: $(VENV)/.fastkd $(SIMT)/.built
+	$(BIN)/pytest --quiet --backends simt-90 --schedule 7 -k "simt and not compile" $(OP_TESTS)
+
+# On a machine with a GPU.
+test-gpu: $(VENV)/.fastkd
+	$(BIN)/pytest --quiet --backends cuda $(OP_TESTS)
 
 # The same op tests on kernels that stop at any read or write out of bounds and any undefined behaviour.
 test-sanitized: $(SANITIZED)/.built
 	rm -rf $(SANITIZED)/fastkd/*.py && cp fastkd/*.py fastkd/py.typed $(SANITIZED)/fastkd/
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=$(SANITIZED) \
-	  $(BIN)/pytest --quiet --backends best -k "not compile and not opcheck" \
-	  tests/test_softmax_divergence.py tests/test_softmax_divergence_autograd.py tests/test_kl_div.py
+	  FASTKD_SIMT_LIBRARY=$(SANITIZED)/cmake/_simt.so \
+	  $(BIN)/pytest --quiet --backends best,simt --schedule 3 -k "not compile and not opcheck" $(OP_TESTS)
 
-$(SANITIZED)/.built: $(VENV)/.fastkd $(SOURCES)
+$(SANITIZED)/.built: $(VENV)/.fastkd $(SOURCES) $(wildcard tests/simt/*)
 	cmake -S . -B $(SANITIZED)/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
-	  -DFASTKD_SANITIZE=$(SANITIZERS) > /dev/null
-	cmake --build $(SANITIZED)/cmake
+	  -DFASTKD_SANITIZE=$(SANITIZERS) -DFASTKD_CUDA=off -DFASTKD_SIMT=on > /dev/null
+	cmake --build $(SANITIZED)/cmake --target _C _simt
 	cmake --install $(SANITIZED)/cmake --prefix $(SANITIZED)
+	touch $@
+
+$(SIMT)/.built: $(VENV)/.torch $(SOURCES) $(wildcard tests/simt/*)
+	cmake -S . -B $(SIMT) -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DFASTKD_CUDA=off \
+	  -DFASTKD_SIMT=on > /dev/null
+	cmake --build $(SIMT) --target _simt
 	touch $@
 
 test-slow: $(VENV)/.fastkd
@@ -62,17 +82,18 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 format: $(VENV)/.lint
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $$(find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 bench: $(VENV)/.fastkd
 	$(BIN)/pip install --quiet "fastkd[bench]"
 	$(BIN)/python -m benchmarks.bench_softmax_divergence --headline
 
-# A wheel, installed into a new environment and tried there.
+# A wheel, with CUDA kernels where nvcc is found, installed into a new environment and tried there.
+wheel: export CMAKE_ARGS := -DFASTKD_CUDA=auto
 wheel: $(VENV)/.torch
 	rm -rf dist build/smoke
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .

@@ -1,5 +1,6 @@
 """Build shim: CMakeLists.txt is the only build description; this runs it and names the wheel."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve()
         in_tree = self.inplace or self.editable_mode
         prefix = ROOT if in_tree else Path(self.build_lib).resolve()
-        python = f"-DPython_EXECUTABLE={sys.executable}"
-        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", python])
+        options = [f"-DPython_EXECUTABLE={sys.executable}", *os.environ.get("CMAKE_ARGS", "").split()]
+        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options])
         subprocess.check_call(["cmake", "--build", build])
         subprocess.check_call(["cmake", "--install", build, "--prefix", prefix])
 

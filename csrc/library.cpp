@@ -1,6 +1,9 @@
-// Every op's schema. Implementations register themselves next to their kernels, autograd and fakes live in Python.
+// Every op's schema, and what was built. Implementations register themselves next to their kernels, autograd and fakes
+// live in Python.
 // FASTKD_LIBRARY: their namespace, another one for the kernels under test (tests/simt).
 #include <torch/csrc/stable/library.h>
+
+#include <string>
 
 #ifndef FASTKD_LIBRARY
 #define FASTKD_LIBRARY fastkd
@@ -38,4 +41,17 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
       "_kl_div_backward(Tensor grad_output, Tensor input, Tensor target, bool log_target, float scale, "
       "bool input_gradient, bool target_gradient) -> (Tensor, Tensor)");
   m.def("_cpu_capability(str? use) -> str");
+  // The CUDA architectures compiled in, "" if none.
+  m.def("_cuda_architectures() -> str");
 }
+
+#ifndef FASTKD_ARCHITECTURES
+#define FASTKD_ARCHITECTURES ""
+#endif
+
+namespace {
+std::string cuda_architectures() { return FASTKD_ARCHITECTURES; }
+}  // namespace
+
+#define FASTKD_OPS_IMPL_IN(library, m) STABLE_TORCH_LIBRARY_IMPL(library, CompositeExplicitAutograd, m)
+FASTKD_OPS_IMPL_IN(FASTKD_LIBRARY, m) { m.impl("_cuda_architectures", TORCH_BOX(&cuda_architectures)); }

@@ -10,6 +10,7 @@ from fastkd._library import _PATH, cpu_capability, usable_instruction_sets
 
 def main() -> None:
     """Print the report."""
+    architectures = torch.ops.fastkd._cuda_architectures()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none usable"
     for name, value in (
         ("fastkd", fastkd.__version__),
@@ -19,7 +20,7 @@ def main() -> None:
         ("CPU kernels usable here", ", ".join(usable_instruction_sets())),
         ("CPU kernels in use", cpu_capability()),
         ("threads", torch.get_num_threads()),
-        ("CUDA kernels", "not built"),
+        ("CUDA kernels", f"for sm_ {architectures}" if architectures else "not built"),
         ("GPU", gpu),
     ):
         print(f"{name + ':':26}{value}")

@@ -27,7 +27,8 @@ def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("--backends")
         groups = {None: BACKENDS, "best": BACKENDS[:1], "cpu": CPU, "simt": SIMT, "cuda": CUDA}
-        names = groups[wanted] if wanted in groups else wanted.split(",")
+        parts = wanted.split(",") if wanted else [None]
+        names = [name for part in parts for name in groups.get(part, [part])]
         metafunc.parametrize("backend", names, indirect=True)
 
 

@@ -107,8 +107,8 @@ def test_layouts(backend, divergence, dtype, request):
         for a, b in zip((plain[0], *plain[1]), (strided[0], *strided[1]), strict=True):
             if on_cpu:
                 assert torch.equal(a, b)
-            else:  # another kernel takes them, a last bit apart
-                assert relative_error(a, b.double()) < torch.finfo(a.dtype).eps
+            else:  # another kernel takes them, some last bits apart
+                assert relative_error(a, b.double()) < 4 * torch.finfo(a.dtype).eps
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
