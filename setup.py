@@ -1,8 +1,8 @@
 """Build shim: CMakeLists.txt is the only build description; this runs it and names the wheel."""
 
-import os
 import subprocess
 import sys
+from os import getenv
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -15,9 +15,8 @@ ROOT = Path(__file__).parent.resolve()
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         build = Path(self.build_temp).resolve()
-        in_tree = self.inplace or self.editable_mode
-        prefix = ROOT if in_tree else Path(self.build_lib).resolve()
-        options = [f"-DPython_EXECUTABLE={sys.executable}", *os.environ.get("CMAKE_ARGS", "").split()]
+        prefix = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
+        options = [f"-DPython_EXECUTABLE={sys.executable}", *getenv("CMAKE_ARGS", "").split()]
         subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options])
         subprocess.check_call(["cmake", "--build", build])
         subprocess.check_call(["cmake", "--install", build, "--prefix", prefix])
@@ -36,5 +35,5 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-commands = {"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel}
-setup(ext_modules=[Extension("fastkd._C", [])], cmdclass=commands)
+COMMANDS = {"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel}
+setup(ext_modules=[Extension("fastkd._C", [])], cmdclass=COMMANDS)

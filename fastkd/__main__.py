@@ -5,12 +5,11 @@ import platform
 import torch
 
 import fastkd
-from fastkd._library import _PATH, cpu_capability, usable_instruction_sets
+from fastkd._library import _PATH, CUDA_ARCHITECTURES, cpu_capability, usable_instruction_sets
 
 
 def main() -> None:
     """Print the report."""
-    architectures = torch.ops.fastkd._cuda_architectures()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none usable"
     for name, value in (
         ("fastkd", fastkd.__version__),
@@ -20,7 +19,10 @@ def main() -> None:
         ("CPU kernels usable here", ", ".join(usable_instruction_sets())),
         ("CPU kernels in use", cpu_capability()),
         ("threads", torch.get_num_threads()),
-        ("CUDA kernels", f"for sm_ {architectures}" if architectures else "not built"),
+        (
+            "CUDA kernels",
+            CUDA_ARCHITECTURES or "not built",
+        ),
         ("GPU", gpu),
     ):
         print(f"{name + ':':26}{value}")

@@ -38,6 +38,9 @@ def _load() -> None:
 
 _load()
 
+#: The CUDA architectures compiled in, "" if none.
+CUDA_ARCHITECTURES: str = torch.ops.fastkd._cuda_architectures()
+
 _KIND = re.compile(r"(ValueError|TypeError|IndexError): (\w+: .*)", re.DOTALL)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._gradient import memory, scaled
-from fastkd._library import transforms_active
+from fastkd._library import CUDA_ARCHITECTURES, transforms_active
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -28,9 +28,9 @@ def kl_div(
     Values, NaNs, shapes, dtypes, broadcasting, warnings, errors, gradients of both arguments and
     second derivatives are torch's.
 
-    Two contiguous CPU tensors of one floating dtype and shape are read once, and each gradient
-    asked for is written once. Anything else (broadcasting, mixed dtypes, legacy arguments, tensor
-    subclasses, torch.func transforms) is handed to torch as it is.
+    Two contiguous CPU or CUDA tensors of one shape and floating dtype (float64 on the CPU only) are
+    read once, and each gradient asked for is written once. Anything else (broadcasting, mixed
+    dtypes, legacy arguments, tensor subclasses, torch.func transforms) is handed to torch as it is.
 
     Args:
         input: log-probabilities, any shape.
@@ -86,15 +86,23 @@ def _fusable(input: Tensor, target: Tensor) -> bool:
         and type(target) in _PLAIN
         and input.dtype == target.dtype
         and input.dtype in _FLOATS
-        and input.device.type == target.device.type == "cpu"
+        and input.device == target.device
+        and _has_kernels(input)
         and input.shape == target.shape
         and input.numel() > 0
         and input.dim() > 0
         and input.is_contiguous()
         and target.is_contiguous()
         and (torch.compiler.is_compiling() or not transforms_active())
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(input.device.type)
     )
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    if tensor.device.type == "cuda":
+        recent = torch.cuda.get_device_capability(tensor.device) >= (7, 5)
+        return bool(CUDA_ARCHITECTURES) and recent and tensor.dtype != torch.float64
+    return tensor.device.type == "cpu"
 
 
 class _KlDiv(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._gradient import memory, scaled
-from fastkd._library import raise_as_python, transforms_active
+from fastkd._library import CUDA_ARCHITECTURES, raise_as_python, transforms_active
 
 _REDUCTIONS = ("none", "mean", "sum", "batchmean", "elementmean")
 
@@ -195,8 +195,9 @@ def op_arguments(
     teacher_scalar, teacher_rows = _temperature(teacher_temperature, student_logits)
     mode, denominator, divisor = _reduction(reduction, normalizer, student_logits, vocab_size)
     if teacher_weights is not None and not isinstance(teacher_weights, Tensor):
-        teacher_weights = torch.tensor(
-            teacher_weights, dtype=torch.float64, device=student_logits.device
+        # Filled on the device: a copy from the host would wait for it.
+        teacher_weights = torch.stack(
+            [student_logits.new_full((), float(w), dtype=torch.float64) for w in teacher_weights]
         )
     return teachers, (
         divergence,
@@ -244,6 +245,11 @@ def _check_tensors(
             raise TypeError(
                 f"softmax_divergence: {name} must be a tensor, got {type(value).__name__}"
             )
+    if student.device.type == "cuda" and not CUDA_ARCHITECTURES:
+        raise RuntimeError(
+            "softmax_divergence: student_logits is a CUDA tensor, but this fastkd has no CUDA "
+            "kernels; build it where nvcc is found: `pip install --no-build-isolation .`"
+        )
     if torch.is_grad_enabled():
         for name, value in (
             ("weight", weight),
@@ -261,7 +267,7 @@ def _temperature(value: float | Tensor, student: Tensor) -> tuple[float, Tensor 
     if not isinstance(value, Tensor):
         return value, None
     if value.dim() == 0:
-        value = value.expand(student.shape[:-1])
+        value = value.to(student.device).expand(student.shape[:-1])
     return 1.0, value
 
 
@@ -282,7 +288,7 @@ def _reduction(
             )
         return "none", 1.0, None
     if isinstance(normalizer, Tensor):
-        return "sum", 1.0, normalizer.detach().to(torch.float64)
+        return "sum", 1.0, normalizer.detach().to(student.device, torch.float64)
     if normalizer is not None:
         if not normalizer >= 0:
             raise ValueError(

@@ -1,11 +1,11 @@
 """Backends, devices and the --slow switch, shared by every test."""
 
+import emulator
 import pytest
 import torch
 
 import fastkd
 from fastkd._library import usable_instruction_sets
-import emulator
 
 CPU = [f"cpu-{name}" for name in usable_instruction_sets()]  # best first
 # The CUDA kernels run on the CPU, as a device that has clusters of blocks and as one that has none.
@@ -18,7 +18,7 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run what needs many gigabytes")
     parser.addoption(
         "--backends",
-        help="comma-separated, or 'best', 'cpu', 'simt', 'cuda'; default: all that this machine runs",
+        help="comma-separated names, or best, cpu, simt, cuda; default: all that this machine runs",
     )
     parser.addoption("--schedule", type=int, default=0, help="seed of the emulated threads' order")
 
@@ -57,7 +57,8 @@ def backend(request, monkeypatch):
     """The implementation under test, as a device; whatever it switches is switched back."""
     kind, _, which = request.param.partition("-")
     if kind == "cuda":
-        yield torch.device("cuda")
+        with torch.device("cuda"):  # where tests make their tensors
+            yield torch.device("cuda")
         return
     if kind == "simt":
         emulator.configure(int(which), request.config.getoption("--schedule"))

@@ -1,4 +1,4 @@
-"""The CUDA kernels as the emulator runs them: ops `fastkd_simt` for CPU tensors, what they moved."""
+"""The CUDA kernels as the emulator runs them: ops `fastkd_simt` for CPU tensors."""
 
 import ctypes
 import os
@@ -20,8 +20,10 @@ class Traffic(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_ulonglong)
-        for name in ("read", "written", "read_16", "written_16", "launches")
-        + ("largest_cluster", "largest_shared_memory")
+        for name in (
+            *("read", "written", "read_16", "written_16"),
+            *("launches", "largest_cluster", "largest_shared_memory"),
+        )
     ]
 
     @property
@@ -55,6 +57,12 @@ def library() -> ctypes.CDLL:
 def _share_fake(name: str) -> None:
     fake = simple_registry.singleton.find(f"fastkd::{name}").fake_impl.kernel
     torch.library.register_fake(f"fastkd_simt::{name}")(fake.func)
+
+
+def ops():
+    """Return the namespace of the emulated ops."""
+    library()
+    return torch.ops.fastkd_simt
 
 
 def configure(capability: int, seed: int = 0) -> None:

@@ -408,3 +408,16 @@ def test_more_than_two_to_the_31_elements(backend, dtype):
     student.requires_grad_()
     fastkd.softmax_divergence(student, teacher, reduction="sum", inplace=True).backward()
     assert relative_error(student.grad[-3:], last.grad) < 6e-3
+
+
+@pytest.mark.parametrize("mix", ["logits", "probs"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_nan_in_one_of_several_teachers_stays(backend, mix, order):
+    """Whichever teacher holds it, and where another one is -inf."""
+    student, teachers = logits((3, 50)), [logits((3, 50)), logits((3, 50))]
+    teachers[0][1, 7] = float("nan")
+    teachers[0][2, 9] = float("nan")
+    teachers[1][2, 9] = float("-inf")
+    mixed = [teachers[i] for i in order]
+    loss = fastkd.softmax_divergence(student, mixed, teacher_mix=mix, reduction="none")
+    assert loss.isnan().tolist() == [False, True, True]

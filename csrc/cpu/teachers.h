@@ -84,7 +84,8 @@ struct TeacherBlocks {
       }
     }
     FASTKD_SIMD
-    for (int64_t i = 0; i < count; ++i) mixed[i] += log2_of(at_least(Real(1), sum[i]));
+    for (int64_t i = 0; i < count; ++i)
+      mixed[i] += log2_of(at_least(Real(1), sum[i])) + (sum[i] - sum[i]);  // NaN stays
     return mixed;
   }
 };

@@ -40,49 +40,76 @@ class Device {
 #endif
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), function, "a device query");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), function, "a device query");
-    check(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device), function, "a device query");
+    check(cudaDeviceGetAttribute(&shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), function,
+          "a device query");
     capability_ = 10 * major + minor;
   }
 
   int capability() const { return capability_; }
-  int processors() const { return processors_; }
+
+  // Whether this device, as it stands (partitioned, shared), can run such a cluster at all.
+  template <class... Parameters>
+  bool fits(void (*kernel)(Parameters...), int threads, int64_t shared_bytes, int cluster) const {
+    if (cluster == 1) return true;
+#ifdef FASTKD_SIMT
+    (void)kernel, (void)threads, (void)shared_bytes;
+    return true;
+#else
+    Launch launch(*this, kernel, cluster, threads, shared_bytes, cluster);
+    int clusters = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
+    if (error != cudaSuccess) (void)cudaGetLastError();  // it would be taken for the next launch's
+    return error == cudaSuccess && clusters > 0;
+#endif
+  }
 
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, int cluster,
               const Arguments&... arguments) const {
     if (blocks == 0) return;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(blocks));
-    config.blockDim = dim3(unsigned(threads));
-    config.dynamicSmemBytes = size_t(shared_bytes);
-    config.stream = stream_;
-    cudaLaunchAttribute attribute{};
-    if (cluster > 1) {
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = unsigned(cluster);
-      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-      config.attrs = &attribute;
-      config.numAttrs = 1;
-    }
-    if (shared_bytes > 48 << 10) {
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), function_,
-            "asking for shared memory");
-    }
-    if (cluster > 8) {
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), function_,
-            "asking for a large cluster");
-    }
-    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), function_, "the kernel's launch");
+    Launch launch(*this, kernel, blocks, threads, shared_bytes, cluster);
+    check(cudaLaunchKernelEx(&launch.config, kernel, static_cast<Parameters>(arguments)...), function_,
+          "the kernel's launch");
     check(cudaGetLastError(), function_, "the kernel's launch");
   }
 
  private:
+  struct Launch {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute attribute{};
+
+    template <class Kernel>
+    Launch(const Device& device, Kernel kernel, int64_t blocks, int threads, int64_t shared_bytes, int cluster) {
+      config.gridDim = dim3(unsigned(blocks));
+      config.blockDim = dim3(unsigned(threads));
+      config.dynamicSmemBytes = size_t(shared_bytes);
+      config.stream = device.stream_;
+      if (cluster > 1) {
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = unsigned(cluster);
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+      }
+      // The most that is possible, always the same: another thread may be about to launch this kernel with more.
+      if (shared_bytes > 48 << 10) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_),
+              device.function_, "asking for shared memory");
+      }
+      if (cluster > 8) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), device.function_,
+              "asking for a large cluster");
+      }
+    }
+    Launch(const Launch&) = delete;
+  };
+
 #ifndef FASTKD_SIMT
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
   const char* function_;
   cudaStream_t stream_ = nullptr;
-  int capability_ = 0, processors_ = 1;
+  int capability_ = 0, shared_ = 0;
 };
 
 }  // namespace fastkd::cuda

@@ -29,11 +29,22 @@ struct RowLaunch {
   int64_t slice_bytes;  // of one row, in one block's shared memory
 };
 
-// Two such blocks a multiprocessor have 128 registers a thread, and keep 16 KiB of loads on their way.
-inline constexpr int kRowThreads = 256;
+// Two such blocks a multiprocessor are three warps for each of its four parts, with 168 registers a thread, and keep
+// 24 KiB of loads on their way: each thread has the next packs coming while it works on the last.
+inline constexpr int kRowThreads = 192;
 inline constexpr int kWarpRows = 4;
 // A warp reads this many bytes of a row in a few loads; longer rows are worth a block.
 inline constexpr int64_t kWarpRowBytes = 4096;
+
+// Each pass reads the rows again.
+constexpr RowLaunch reread_launch() { return {kRowThreads, 0, 1, false, 0}; }
+
+// What is left for the rows where two blocks share a multiprocessor, which has 1 KiB more than one block may take and
+// keeps 1 KiB of each block for itself. (On sm_75 that block's limit is all there is.)
+constexpr int64_t half_limit(int capability) {
+  const int64_t all = shared_limit(capability) + (capability == 75 ? 0 : 1024);
+  return all / 2 - 1024;
+}
 
 // overhead: shared memory that a team needs beside the rows.
 constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, int64_t overhead, bool packed) {
@@ -42,9 +53,10 @@ constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, 
   if (!packed) return {vocab >= 4096 ? kRowThreads : vocab >= 1024 ? 128 : 32, 0, 1, false, 0};
   if (bytes <= kWarpRowBytes) return {kWarpRows * 32, kWarpRows, 1, true, bytes};
   const int64_t limit = shared_limit(capability) - overhead;
+  const int64_t half = half_limit(capability) - overhead;
   // Half of the limit leaves room for a second block, whose loads overlap this one's arithmetic; the whole of it still
   // saves the second read. Portable clusters end at 8 blocks, 16 are for rows that fit no other way.
-  for (int64_t room : {limit / 2, limit}) {
+  for (int64_t room : {half, limit}) {
     for (int cluster = 1; cluster <= (capability >= 90 ? 8 : 1); cluster *= 2) {
       const int64_t slice = ((bytes / 16 + cluster - 1) / cluster) * 16;
       const bool many = cluster > 1 && slice < 16384;  // too little work for another block's barriers
@@ -53,7 +65,7 @@ constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, 
   }
   const int64_t slice = ((bytes / 16 + 15) / 16) * 16;
   if ((capability == 90 || capability == 100) && 2 * slice <= limit) return {kRowThreads, 0, 16, true, slice};
-  return {kRowThreads, 0, 1, false, 0};
+  return reread_launch();
 }
 
 // Elementwise kernels walk over their packs in a fixed number of blocks, enough for any device.

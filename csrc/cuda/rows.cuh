@@ -7,6 +7,9 @@ namespace fastkd::cuda {
 
 enum class Kind : int8_t { kNone, kFloat32, kFloat64, kBFloat16, kFloat16, kInt64, kInt32, kBool };
 
+// Columns are counted in int, with room for the packs and threads beyond the last.
+inline constexpr int64_t kMaxColumns = INT32_MAX - 1024;
+
 struct DeviceRows {
   static constexpr int kDimensions = 6;  // that do not merge with their neighbours
   char* data = nullptr;
@@ -19,9 +22,12 @@ struct DeviceRows {
 
   __device__ __forceinline__ char* at(int64_t row, int64_t column = 0) const {
     int64_t offset = column * column_stride;
-    for (int i = dimensions - 1; i >= 0; --i) {
-      offset += row % sizes[i] * strides[i];
-      row /= sizes[i];
+#pragma unroll  // with indices known to the compiler the arrays stay out of local memory
+    for (int i = kDimensions - 1; i >= 0; --i) {
+      if (i < dimensions) {
+        offset += row % sizes[i] * strides[i];
+        row /= sizes[i];
+      }
     }
     return data + offset * element_size;
   }
@@ -112,7 +118,15 @@ inline DeviceRows device_rows(const Tensor& tensor, int64_t leading, const char*
 inline bool moves_like(const DeviceRows& x, const DeviceRows& like) {
   if (x.kind != like.kind || x.column_stride != 1 || like.column_stride != 1) return false;
   const auto line = [&](const DeviceRows& r) { return reinterpret_cast<uintptr_t>(r.data) % 16; };
-  if (line(x) != line(like) || x.dimensions != like.dimensions) return false;
+  if (line(x) != line(like)) return false;
+  const auto whole_lines = [](const DeviceRows& r) {
+    for (int i = 0; i < r.dimensions; ++i) {
+      if (r.strides[i] * r.element_size % 16 != 0) return false;
+    }
+    return true;
+  };
+  if (whole_lines(x) && whole_lines(like)) return true;
+  if (x.dimensions != like.dimensions) return false;
   for (int i = 0; i < x.dimensions; ++i) {
     if (x.sizes[i] != like.sizes[i] || (x.strides[i] - like.strides[i]) * x.element_size % 16 != 0) return false;
   }

@@ -11,6 +11,8 @@
 namespace fastkd::cuda {
 namespace {
 
+constexpr int64_t kPiece = 16384;
+
 // 0 switches off whatever is there.
 __device__ __forceinline__ float scaled(float x, float factor) { return factor == 0 ? 0 : x * factor; }
 
@@ -24,8 +26,8 @@ __device__ void scale_packed(const PackedRow<T>& row, float factor) {
   }
 }
 
-__global__ void __launch_bounds__(kFlatThreads)
-    scale_rows_kernel(const DeviceRows gradient, const DeviceRows factor, bool one, int64_t rows, int width) {
+__global__ void __launch_bounds__(kFlatThreads) scale_rows_kernel(const DeviceRows gradient, const DeviceRows factor,
+                                                                  bool one, int64_t rows, int width, int64_t count) {
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const double by = one ? factor.number_at(factor.data) : factor.number(row);
     if (by == 1) {
@@ -33,14 +35,15 @@ __global__ void __launch_bounds__(kFlatThreads)
       continue;
     }
     char* const data = gradient.at(row);
+    const int columns = int(count - row * width < width ? count - row * width : width);
     if (gradient.column_stride == 1 && gradient.kind == Kind::kFloat32) {
-      scale_packed(PackedRow<float>(data, width), float(by));
+      scale_packed(PackedRow<float>(data, columns), float(by));
     } else if (gradient.column_stride == 1 && gradient.kind == Kind::kBFloat16) {
-      scale_packed(PackedRow<BFloat16>(data, width), float(by));
+      scale_packed(PackedRow<BFloat16>(data, columns), float(by));
     } else if (gradient.column_stride == 1 && gradient.kind == Kind::kFloat16) {
-      scale_packed(PackedRow<Float16>(data, width), float(by));
+      scale_packed(PackedRow<Float16>(data, columns), float(by));
     } else {
-      for (int column = threadIdx.x; column < width; column += blockDim.x) {
+      for (int column = threadIdx.x; column < columns; column += blockDim.x) {
         char* const p = gradient.at(row, column);
         gradient.put(p, scaled(float(gradient.number_at(p)), float(by)));
       }
@@ -52,12 +55,26 @@ struct Cuda {
   static void solve(const ScaleRowsCall& call) {
     FASTKD_CHECK_TYPE(call.gradient.scalar_type() != ScalarType::Double, kScaleRows,
                       "float64 gradients are supported on the CPU only");
-    FASTKD_CHECK_VALUE(call.width < INT32_MAX, kScaleRows, "gradient must have fewer than 2^31 columns");
     const Device device(call.gradient, kScaleRows);
-    const int64_t blocks = call.rows < kFlatBlocks ? call.rows : kFlatBlocks;
-    device.launch(scale_rows_kernel, blocks, kFlatThreads, 0, 1, device_rows(call.gradient, call.leading, kScaleRows),
-                  device_rows(call.factor, call.one ? 0 : call.leading, kScaleRows), call.one, call.rows,
-                  int(call.width));
+    const int64_t count = call.rows * call.width;
+    DeviceRows gradient;
+    int64_t rows = call.rows, width = call.width;
+    if (call.one && call.gradient.is_contiguous()) {  // any shape in pieces of one size
+      width = kPiece;
+      rows = (count + kPiece - 1) / kPiece;
+      gradient = device_rows(call.gradient, 0, kScaleRows);
+      gradient.column_stride = 1;
+      gradient.dimensions = 1;
+      gradient.sizes[0] = rows;
+      gradient.strides[0] = kPiece;
+    } else {
+      FASTKD_CHECK_VALUE(width < kMaxColumns, kScaleRows, "gradient must have fewer than 2^31 - 1024 columns, got ",
+                         width);
+      gradient = device_rows(call.gradient, call.leading, kScaleRows);
+    }
+    const DeviceRows factor = device_rows(call.factor, call.one ? 0 : call.leading, kScaleRows);
+    device.launch(scale_rows_kernel, rows < kFlatBlocks ? rows : kFlatBlocks, kFlatThreads, 0, 1, gradient, factor,
+                  call.one, rows, int(width), count);
   }
 };
 

@@ -49,9 +49,9 @@ RowArguments row_arguments(const Problem& problem, const Options& o, const std::
   const auto optional_rows = [&](const std::optional<Tensor>& x) { return x ? rows_of(*x) : DeviceRows(); };
   RowArguments a{};
   a.rows = problem.rows;
-  FASTKD_CHECK_VALUE(problem.student_width < INT32_MAX && problem.teacher_width < INT32_MAX, kSoftmaxDivergence,
-                     "a vocabulary on CUDA must have fewer than 2^31 columns, got ", problem.student_width, " and ",
-                     problem.teacher_width);
+  FASTKD_CHECK_VALUE(problem.student_width < kMaxColumns && problem.teacher_width < kMaxColumns, kSoftmaxDivergence,
+                     "a vocabulary on CUDA must have fewer than 2^31 - 1024 columns, got ", problem.student_width,
+                     " and ", problem.teacher_width);
   a.vocab = int(problem.vocab);
   a.student_width = int(problem.student_width);
   a.teacher_width = int(problem.teacher_width);

@@ -53,7 +53,7 @@ template <class Real, Pass kPass>
 struct ThreadState {
   Real u_origin = Real(-INFINITY), w_origin = Real(-INFINITY);
   Real u_sum = 0, w_sum = 0, crossing = 0, label_sum = 0;
-  ExactSum<Real> ratio;  // the student-weighted one becomes a mean that the gradient subtracts
+  ExactSum ratio;  // the student-weighted one becomes a mean that the gradient subtracts
 
   template <int kSize>
   __device__ __forceinline__ void add(const Real (&u)[kSize], const Real (&w)[kSize], const Orders<Real>& orders) {
@@ -119,7 +119,7 @@ struct ThreadState {
 template <bool kNear, class Divergence, class Real>
 struct ThreadSums {
   Real f = 0, difference = 0;
-  ExactSum<Real> qg, ph, q, p;
+  ExactSum qg, ph, q, p;
 
   __device__ __forceinline__ void add(const Divergence& divergence, const Outcome<Real>& o, bool teacher) {
     const Terms<Real> t = divergence.template operator()<kNear>(o);
@@ -262,7 +262,15 @@ struct RowWorker {
 
   __device__ RowState<double> first_pass(const Source& source, const Orders<Real>& orders) const {
     ThreadState<Real, Divergence::kPass> mine;
-    for_packs<true>(source, false, [&](int, const Real(&u)[kSize], const Real(&w)[kSize]) { mine.add(u, w, orders); });
+    for_packs<true>(source, false, [&](int, const typename Source::Raw& raw) {
+      Real u[kSize], w[kSize];
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        u[j] = Source::student_of(raw, j);
+        w[j] = Source::teacher_of(raw, j);
+      }
+      mine.add(u, w, orders);
+    });
     // Relative to the same logits in all threads, sums only add up.
     const Largest<Real> largest =
         team.block_reduce(Largest<Real>{mine.u_origin, mine.w_origin}, [](Largest<Real>& all, const Largest<Real>& x) {
@@ -281,30 +289,38 @@ struct RowWorker {
     });
   }
 
-  // Calls body(pack, u, w) for this thread's packs, forwards or backwards.
+  // Calls body(pack, raw logits) for this thread's packs, forwards or backwards, the next ones on their way.
   template <bool kFirst, class Body>
   __device__ __forceinline__ void for_packs(const Source& source, bool backwards, const Body& body) const {
     const int packs = source.packs(), thread = team.thread, threads = team.threads;
     if (thread >= packs) return;
     const int last = thread + (packs - 1 - thread) / threads * threads;
     const int step = backwards ? -threads : threads;
+    const int begin = backwards ? last : thread;
+    typename Source::Raw next = source.template fetch<kFirst>(begin);
 #pragma unroll 1
-    for (int pack = backwards ? last : thread; pack >= 0 && pack < packs; pack += step) {
-      const typename Source::Raw raw = source.template fetch<kFirst>(pack);
+    for (int pack = begin; pack >= 0 && pack < packs; pack += step) {
+      const typename Source::Raw raw = next;
+      const int ahead = pack + step;
+      if (ahead >= 0 && ahead < packs) next = source.template fetch<kFirst>(ahead);
       if (kFirst) source.keep(pack, raw);
-      Real u[kSize], w[kSize];
-      Source::widen(raw, u, w);
-      body(pack, u, w);
+      body(pack, raw);
     }
   }
 
   template <bool kNear>
   __device__ Sums sum_terms(const Source& source, const Orders<Real>& orders, bool backwards) const {
     ThreadSums<kNear, Divergence, Real> mine;
-    for_packs<false>(source, backwards, [&](int, const Real(&u)[kSize], const Real(&w)[kSize]) {
+    for_packs<false>(source, backwards, [&](int, typename Source::Raw raw) {
+    // A few at a time: a whole pack's logarithms side by side would need more registers than there are.
+#pragma unroll 1
+      for (int words = kSize / Source::kWord; words > 0; --words, Source::next_word(raw)) {
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        mine.add(divergence, orders.at.template outcome<kNear>(u[j], w[j]), orders.teacher_gradient);
+        for (int j = 0; j < Source::kWord; ++j) {
+          const Outcome<Real> o =
+              orders.at.template outcome<kNear>(Source::student_of(raw, j), Source::teacher_of(raw, j));
+          mine.add(divergence, o, orders.teacher_gradient);
+        }
       }
     });
     return team.sum(mine.whole(), [](Sums& all, const Sums& next) { all.add(next); });
@@ -312,22 +328,31 @@ struct RowWorker {
 
   template <bool kNear>
   __device__ void write(const Source& source, const Orders<Real>& orders, bool backwards) const {
-    for_packs<false>(source, backwards, [&](int pack, const Real(&u)[kSize], const Real(&w)[kSize]) {
-      Real g[kSize], h[kSize];
+    for_packs<false>(source, backwards, [&](int pack, const typename Source::Raw& raw) {
+      Real out[kSize];
+      // The teacher's first: the student's may overwrite its logits.
+      if (orders.teacher_gradient) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          const Outcome<Real> o =
+              orders.at.template outcome<kNear>(Source::student_of(raw, j), Source::teacher_of(raw, j));
+          out[j] = teacher_gradient<kNear>(divergence, o, orders.teacher_mean, orders.factors);
+        }
+        source.store_teacher(pack, out);
+      }
+      if (!orders.student_gradient) return;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const Outcome<Real> o = orders.at.template outcome<kNear>(u[j], w[j]);
-        g[j] = student_gradient<kNear>(divergence, o, orders.student_mean, orders.factors);
-        h[j] = teacher_gradient<kNear>(divergence, o, orders.teacher_mean, orders.factors);
+        const Outcome<Real> o =
+            orders.at.template outcome<kNear>(Source::student_of(raw, j), Source::teacher_of(raw, j));
+        out[j] = student_gradient<kNear>(divergence, o, orders.student_mean, orders.factors);
         if (orders.label_scale != Real(0)) {
-          const Real x = (u[j] - orders.at.student_origin) * orders.label_scale;
-          g[j] += orders.factors.label * exp2_of(x - orders.label_shift);
+          const Real x = (Source::student_of(raw, j) - orders.at.student_origin) * orders.label_scale;
+          out[j] += orders.factors.label * exp2_of(x - orders.label_shift);
         }
-        if (orders.label >= 0 && source.column(pack) + j == orders.label) g[j] -= orders.factors.label;
+        if (orders.label >= 0 && source.column(pack) + j == orders.label) out[j] -= orders.factors.label;
       }
-      // The teacher's first: the student's may overwrite its logits.
-      if (orders.teacher_gradient) source.store_teacher(pack, h);
-      if (orders.student_gradient) source.store_student(pack, g);
+      source.store_student(pack, out);
     });
   }
 };

@@ -125,13 +125,15 @@ struct PackedSource {
     shared_store(teacher_kept + pack, raw.teacher);
   }
 
-  static __device__ __forceinline__ void widen(const Raw& raw, Real (&u)[kSize], Real (&w)[kSize]) {
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      u[j] = to_float(raw.student.item[j]);
-      w[j] = to_float(raw.teacher.item[j]);
-    }
+  // How many logits lie in 4 bytes, and the next of them in the place of the first.
+  static constexpr int kWord = 4 / int(sizeof(T));
+  static __device__ __forceinline__ void next_word(Raw& raw) {
+    raw.student.rotate();
+    raw.teacher.rotate();
   }
+  // Widened where they are used, 16-bit logits take half the registers.
+  static __device__ __forceinline__ Real student_of(const Raw& raw, int j) { return to_float(raw.student.item[j]); }
+  static __device__ __forceinline__ Real teacher_of(const Raw& raw, int j) { return to_float(raw.teacher.item[j]); }
 
   __device__ float student_logit(int column) const { return to_float(global_load(student.data + column)); }
 
@@ -221,22 +223,24 @@ struct AnySource {
                                                                            : mixed_logits(column)};
   }
   __device__ __forceinline__ void keep(int, const Raw&) const {}
-  static __device__ __forceinline__ void widen(const Raw& raw, Real (&u)[1], Real (&w)[1]) {
-    u[0] = raw.student;
-    w[0] = raw.teacher;
-  }
+  static constexpr int kWord = 1;
+  static __device__ __forceinline__ void next_word(Raw&) {}
+  static __device__ __forceinline__ Real student_of(const Raw& raw, int) { return raw.student; }
+  static __device__ __forceinline__ Real teacher_of(const Raw& raw, int) { return raw.teacher; }
 
   // sum_k w_k z_k, and -inf wherever one of the z_k that count is -inf.
   __device__ Real mixed_logits(int column) const {
     Real mixed = 0;
+    bool gone = false;
     for (int k = 0; k < arguments.teacher_count; ++k) {
       const Real weight = Real(teacher_weight(k));
       if (weight == Real(0)) continue;
       const Real z = logit(arguments.teachers[k], column);
-      if (z == Real(-INFINITY)) return z;
-      mixed += weight * z;
+      const bool dead = z == Real(-INFINITY);
+      gone = gone || dead;
+      mixed += weight * (dead ? Real(0) : z);
     }
-    return mixed;
+    return gone ? mixed + Real(-INFINITY) : mixed;
   }
 
   // log2 sum_k w_k softmax(z_k / teacher_temperature), relative to the largest member so that no tail underflows.
@@ -251,7 +255,7 @@ struct AnySource {
       sum = sum * exp2_of(top - safe) + exp2_of(x - safe);
       top = all;
     }
-    return top + log2_of(at_least(Real(1), sum));
+    return top + log2_of(at_least(Real(1), sum)) + (sum - sum);  // NaN stays
   }
 
   __device__ Real student_logit(int column) const { return logit(arguments.student, column); }

@@ -8,6 +8,14 @@ template <class T>
 struct alignas(16) Packed {
   static constexpr int kSize = 16 / sizeof(T);
   T item[kSize];
+
+  // By 4 bytes.
+  __device__ __forceinline__ void rotate() {
+    uint4 bits;
+    memcpy(&bits, this, 16);
+    bits = {bits.y, bits.z, bits.w, bits.x};
+    memcpy(this, &bits, 16);
+  }
 };
 
 // One row, or the part of it that a block holds, from `first` on. Pack i covers columns [i kSize - lead, ...): packs
@@ -50,24 +58,34 @@ struct PackedRow {
   }
 
  private:
-  // Once or twice a row: apart, so that the loops stay small.
-  static __device__ __noinline__ uint4 load_cut(const T* data, int columns, int begin, T outside) {
-    P value;
-#pragma unroll
+  // Once or twice a row: loops, so that the code stays small, and shifts, so that no register is indexed.
+  static __device__ __forceinline__ uint4 load_cut(const T* data, int columns, int begin, T outside) {
+    uint64_t low = 0, high = 0;
+#pragma unroll 1
     for (int j = 0; j < P::kSize; ++j) {
-      value.item[j] = begin + j >= 0 && begin + j < columns ? global_load(data + begin + j) : outside;
+      const T value = begin + j >= 0 && begin + j < columns ? global_load(data + begin + j) : outside;
+      const uint64_t bits = bits_of(value);
+      const int shift = j * 8 * int(sizeof(T));
+      low |= shift < 64 ? bits << (shift & 63) : 0;
+      high |= shift < 64 ? 0 : bits << (shift & 63);
     }
-    uint4 bits;
-    memcpy(&bits, &value, 16);
-    return bits;
+    return {unsigned(low), unsigned(low >> 32), unsigned(high), unsigned(high >> 32)};
   }
-  static __device__ __noinline__ void store_cut(T* data, int columns, int begin, uint4 bits) {
-    P value;
-    memcpy(&value, &bits, 16);
-#pragma unroll
+  static __device__ __forceinline__ void store_cut(T* data, int columns, int begin, const uint4& bits) {
+    const uint64_t low = bits.x | uint64_t(bits.y) << 32, high = bits.z | uint64_t(bits.w) << 32;
+#pragma unroll 1
     for (int j = 0; j < P::kSize; ++j) {
-      if (begin + j >= 0 && begin + j < columns) global_store(data + begin + j, value.item[j]);
+      const int shift = j * 8 * int(sizeof(T));
+      const uint64_t item = (shift < 64 ? low : high) >> (shift & 63);
+      T value;
+      memcpy(&value, &item, sizeof(T));
+      if (begin + j >= 0 && begin + j < columns) global_store(data + begin + j, value);
     }
+  }
+  static __device__ __forceinline__ uint64_t bits_of(const T& value) {
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    return bits;
   }
 };
 

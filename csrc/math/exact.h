@@ -5,6 +5,22 @@
 
 namespace fastkd::FASTKD_ISA {
 
+// a b and a + b, rounded: never contracted into one operation.
+FASTKD_INLINE float product_of(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+FASTKD_INLINE float sum_of(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
 // What a b lost in rounding to `product`. A product of two floats is exact in double.
 FASTKD_INLINE float product_error(float a, float b, float product) {
 #ifdef __CUDA_ARCH__
@@ -13,29 +29,25 @@ FASTKD_INLINE float product_error(float a, float b, float product) {
   return float(double(a) * double(b) - double(product));
 #endif
 }
-FASTKD_INLINE double product_error(double, double, double) { return 0; }
 
-template <class Real>
 struct ExactSum {
-  Real sum = 0, rest = 0;
+  float sum = 0, rest = 0;
 
-  FASTKD_INLINE void add(Real x) {
-    const Real all = sum + x, back = all - sum;
-    // An infinite or NaN sum has no rest.
-    const Real lost = (sum - (all - back)) + (x - back);
-    rest += lost - lost == Real(0) ? lost : Real(0);
+  FASTKD_INLINE void add(float x) {
+    const float all = sum_of(sum, x), back = sum_of(all, -sum);
+    keep(sum_of(sum_of(sum, -sum_of(all, -back)), sum_of(x, -back)));
     sum = all;
   }
-  FASTKD_INLINE void add_product(Real a, Real b) {
-    const Real product = a * b, lost = product_error(a, b, product);
+  FASTKD_INLINE void add_product(float a, float b) {
+    const float product = product_of(a, b);
     add(product);
-    rest += lost - lost == Real(0) ? lost : Real(0);
-  }
-  FASTKD_INLINE void scale(Real factor) {
-    sum *= factor;
-    rest *= factor;
+    keep(product_error(a, b, product));
   }
   FASTKD_INLINE double value() const { return double(sum) + double(rest); }
+
+ private:
+  // An infinite or NaN sum has no rest.
+  FASTKD_INLINE void keep(float lost) { rest += lost - lost == 0.0f ? lost : 0.0f; }
 };
 
 }  // namespace fastkd::FASTKD_ISA

@@ -18,6 +18,11 @@ struct KlDivCall {
   std::optional<Tensor> input_gradient, target_gradient;
 };
 
+inline void check_device(const Tensor& x, const Tensor& like, const char* argument) {
+  FASTKD_CHECK_VALUE(x.is_cpu() == like.is_cpu() && x.get_device_index() == like.get_device_index(), "kl_div", argument,
+                     " must be on the device of input");
+}
+
 inline void check_flat(const Tensor& x, const Tensor& like, const char* argument) {
   FASTKD_CHECK_TYPE(is_float(x.scalar_type()) && x.scalar_type() == like.scalar_type(), "kl_div", argument,
                     " must be float32, float64, bfloat16 or float16 like input, got ",
@@ -65,7 +70,11 @@ template <class Backend>
 std::tuple<Tensor, Tensor> kl_div_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
                                            bool log_target, double scale, bool input_gradient, bool target_gradient) {
   KlDivCall call = checked_call(input, target, log_target, false, scale);
-  if (grad_output.dim() != 0 || !is_float(grad_output.scalar_type())) check_flat(grad_output, input, "grad_output");
+  if (grad_output.dim() != 0 || !is_float(grad_output.scalar_type())) {
+    check_flat(grad_output, input, "grad_output");
+  } else {
+    check_device(grad_output, input, "grad_output");
+  }
   call.upstream = grad_output;
   if (input_gradient) call.input_gradient = gradient_like(input);
   if (target_gradient) call.target_gradient = gradient_like(target);

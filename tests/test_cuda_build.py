@@ -1,0 +1,128 @@
+"""What nvcc makes of the kernels: no warning, no spill, wide accesses, one loadable library.
+
+Two architectures by default, an old and a new one; all of them with --slow.
+"""
+
+import hashlib
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALL = ["75", "80", "86", "89", "90", "100", "120"]
+ROW_THREADS, BLOCKS, REGISTERS = 192, 2, 65536
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+
+
+def run(*command, **options):
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
+
+
+@pytest.fixture(scope="module")
+def build(request):
+    """The library with CUDA kernels and what the compiler said, kept until a source changes."""
+    slow = request.config.getoption("--slow")
+    folder = ROOT / "build" / ("cuda_all" if slow else "cuda")
+    sources = sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())
+    state = hashlib.sha256(b"".join(p.read_bytes() for p in (ROOT / "CMakeLists.txt", *sources)))
+    log, mark = folder / "build.log", folder / "sources.sha256"
+    if not mark.exists() or mark.read_text() != state.hexdigest():
+        shutil.rmtree(folder, ignore_errors=True)
+        # With --slow the newest but one as the package has it: with PTX for those to come.
+        architectures = [f"{a}-real" if a != "100" else a for a in (ALL if slow else ["75", "90"])]
+        run(
+            *("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DFASTKD_CUDA=on"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DFASTKD_CUDA_ARCHS={';'.join(architectures)}",
+            "-DCMAKE_CUDA_FLAGS=-Xptxas=-v",
+        )
+        log.write_text(run("cmake", "--build", folder, "--target", "_C", "--verbose"))
+        mark.write_text(state.hexdigest())
+    return folder / "_C.so", log.read_text()
+
+
+@pytest.fixture(scope="module")
+def functions(build):
+    """(function, architecture, bytes of stack and spills, registers) as ptxas reports them."""
+    found, name, architecture, bytes_used = [], "", "", 0
+    for line in build[1].splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
+            name, architecture = match.groups()
+        elif match := re.search(r"Function properties for (\w+)", line):
+            name = match[1]
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) .* stores, (\d+) .* loads", line):
+            bytes_used = sum(int(number) for number in match.groups())
+            found.append((name, architecture, bytes_used, 0))
+        elif match := re.search(r"Used (\d+) registers", line):
+            found.append((name, architecture, 0, int(match[1])))
+    return found
+
+
+@pytest.mark.timeout(1500)
+def test_every_kernel_is_there(functions):
+    names = {name for name, *_ in functions if "softmax_divergence_kernel" in name}
+    for divergence in ("ForwardKl", "ReverseKl", "Jsd", "SkewKl", "SkewReverseKl", "Tvd"):
+        mine = [name for name in names if re.search(rf"\d{divergence}E", name)]
+        assert len(mine) == 7, divergence  # three dtypes in packs, by block and by warp; any other
+    assert any("kl_div_kernel" in name for name, *_ in functions)
+
+
+def test_no_warnings(build):
+    assert not [line for line in build[1].splitlines() if "warning" in line.lower()]
+
+
+def test_no_spills_and_no_local_memory(functions):
+    assert not [(name, sm, used) for name, sm, used, _ in functions if used]
+
+
+def test_registers_leave_room_for_the_blocks_of_the_policy(functions):
+    # Each of a multiprocessor's four parts has its own registers, given out in eights.
+    warps = -(-BLOCKS * ROW_THREADS // 32 // 4)
+    limit = REGISTERS // 4 // 32 // warps // 8 * 8
+    rows = [f for f in functions if "softmax_divergence_kernel" in f[0] and f[3]]
+    assert rows
+    assert not [f for f in rows if f[3] > limit]
+
+
+def test_library_loads_without_cuda(build):
+    """The stream function is weak, the CUDA runtime inside: torch without CUDA can load it."""
+    library, _ = build
+    symbols = run("nm", "--dynamic", library)
+    assert re.search(r"^ +w aoti_torch_get_current_cuda_stream$", symbols, re.MULTILINE)
+    assert not re.search(r" U cuda\w+", symbols)
+    assert "libcudart" not in run("readelf", "--dynamic", library)
+    code = f"import torch; torch.ops.load_library({str(library)!r}); "
+    found = run(sys.executable, "-c", code + "print(torch.ops.fastkd._cuda_architectures())")
+    assert "90-real" in found
+
+
+def _cuobjdump():
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec else ():
+        for path in Path(folder).rglob("cuobjdump"):
+            return str(path)
+    return None
+
+
+@pytest.mark.skipif(_cuobjdump() is None, reason="needs cuobjdump (pip: nvidia-cuda-cuobjdump)")
+def test_row_loops_move_16_bytes_at_a_time(build):
+    # Its exit status tells of objects without code for this architecture.
+    code = subprocess.run(
+        [_cuobjdump(), "-sass", "-arch", "sm_90", build[0]], capture_output=True, text=True
+    ).stdout
+    kernels = re.split(r"\n\s*Function : ", code)[1:]
+    packed = [
+        k for k in kernels if k.startswith("_ZN6fastkd4cuda25softmax") and "Packed" in k[:200]
+    ]
+    assert len(packed) == 7 * 6
+    for kernel in packed:
+        assert re.search(r"LDG\.E[.\w]*\.128", kernel)
+        assert re.search(r"STG\.E[.\w]*\.128", kernel)
