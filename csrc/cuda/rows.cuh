@@ -32,6 +32,18 @@ struct DeviceRows {
     return data + offset * element_size;
   }
 
+  // Of a tensor of logits.
+  __device__ __forceinline__ float float_at(const char* p) const {
+    switch (kind) {
+      case Kind::kBFloat16:
+        return to_float(global_load(reinterpret_cast<const BFloat16*>(p)));
+      case Kind::kFloat16:
+        return to_float(global_load(reinterpret_cast<const Float16*>(p)));
+      default:
+        return global_load(reinterpret_cast<const float*>(p));
+    }
+  }
+
   __device__ double number(int64_t row, int64_t column = 0) const { return number_at(at(row, column)); }
 
   __device__ double number_at(const char* p) const {

@@ -29,12 +29,12 @@ struct Orders {
   Real label_shift;
 };
 
-// A team's shared memory: [orders][the leading thread's task and plan][teachers' normalisers][slots of the reductions]
-// [student row][teacher row].
+// A team's shared memory: [orders][the leading thread's task and plan][the teachers' normalisers and rows][slots of the
+// reductions] [student row][teacher row].
 inline constexpr int kOrdersBytes = 256, kPlanBytes = 448;
-inline constexpr int kNormalizerBytes = kMaxTeachers * int(sizeof(MaxSum<double>));
+inline constexpr int kTeachersBytes = kMaxTeachers * int(sizeof(MaxSum<double>) + sizeof(char*));
 template <bool kWarpTeam>
-inline constexpr int64_t kTeamBytes = kOrdersBytes + kPlanBytes + kNormalizerBytes + Team<kWarpTeam>::kSharedBytes;
+inline constexpr int64_t kTeamBytes = kOrdersBytes + kPlanBytes + kTeachersBytes + Team<kWarpTeam>::kSharedBytes;
 
 // Sums of pass 1 relative to one pair of origins.
 struct PassSums {
@@ -146,37 +146,71 @@ struct Largest {
   Real student, teacher;
 };
 
+// What the leading thread alone holds, in shared memory to spare registers, and does: double precision, once a row.
+// Not inlined: one copy serves all kernels of a divergence.
+template <class Real, class Divergence>
+struct Lead {
+  RowTask task;
+  RowPlan<Real, Divergence> plan;
+  RowState<double> state;
+  Sums sums;
+  double label_logit;
+
+  // Whether the row is read, and how its logits are scaled.
+  __device__ __noinline__ void open(bool read, int label, Orders<Real>* told) {
+    Orders<Real> orders{};
+    orders.read = read;
+    orders.label = label;
+    if (read) {
+      plan.set_scales(task);
+      orders.student_scale = plan.student_scale;
+      orders.teacher_scale = plan.teacher_scale;
+      orders.teacher_ratio = plan.teacher_ratio;
+      orders.label_scale = plan.label_scale;
+      orders.temperature = Real(task.temperature);
+      orders.teacher_temperature = task.teacher_temperature;
+      orders.student_gradient = task.student_gradient;
+      orders.teacher_gradient = task.teacher_gradient;
+    }
+    shared_store(told, orders);
+  }
+
+  __device__ __noinline__ void begin() { plan.begin(task, state); }
+  __device__ __noinline__ void add() { plan.add(task, sums); }
+
+  // The plan as it stands.
+  __device__ __noinline__ void tell(Orders<Real>* told) const {
+    Orders<Real> orders = shared_load(told);
+    orders.step = plan.step;
+    orders.near = plan.near;
+    orders.at = plan.normalized();
+    orders.factors = GradientFactors<Real>(task, plan);
+    orders.student_mean = Mean<Real>(plan.student_mean);
+    orders.teacher_mean = Mean<Real>(plan.teacher_mean);
+    orders.label_shift = Real(plan.label_lse);
+    shared_store(told, orders);
+  }
+};
+
 template <class Divergence, class Source, class Team>
 struct RowWorker {
   using Real = typename Source::Real;
-  using Plan = RowPlan<Real, Divergence>;
   static constexpr int kSize = Source::kSize;
 
-  // Of the leading thread alone, in shared memory to spare registers.
-  struct Lead {
-    RowTask task;
-    Plan plan;
-    RowState<double> state;
-    Sums sums;
-    double label_logit;
-
-    __device__ __noinline__ void begin() { plan.begin(task, state); }
-    __device__ __noinline__ void add() { plan.add(task, sums); }
-  };
-  static_assert(sizeof(Orders<Real>) <= kOrdersBytes && sizeof(Lead) <= kPlanBytes);
+  static_assert(sizeof(Orders<Real>) <= kOrdersBytes && sizeof(Lead<Real, Divergence>) <= kPlanBytes);
 
   const RowArguments& arguments;
   const Team& team;
   const Divergence divergence;
   Orders<Real>* shared_orders;
-  Lead& lead;
+  Lead<Real, Divergence>& lead;
 
   __device__ RowWorker(const RowArguments& a, const Team& t, unsigned char* shared)
       : arguments(a),
         team(t),
         divergence{a.beta},
         shared_orders(reinterpret_cast<Orders<Real>*>(shared)),
-        lead(*reinterpret_cast<Lead*>(shared + kOrdersBytes)) {}
+        lead(*reinterpret_cast<Lead<Real, Divergence>*>(shared + kOrdersBytes)) {}
 
   __device__ void run(int64_t row, Source& source) const {
     Orders<Real> orders = opening(row, source);
@@ -218,24 +252,15 @@ struct RowWorker {
   // What the row is about, before it is read.
   __device__ Orders<Real> opening(int64_t row, const Source& source) const {
     if (team.leads()) {
-      Orders<Real> orders{};
-      orders.read = arguments.read_task(row, lead.task, orders.label);
-      if (orders.read) {
-        lead.plan.set_scales(lead.task);
-        orders.student_scale = lead.plan.student_scale;
-        orders.teacher_scale = lead.plan.teacher_scale;
-        orders.teacher_ratio = lead.plan.teacher_ratio;
-        orders.label_scale = lead.plan.label_scale;
-        orders.temperature = Real(lead.task.temperature);
-        orders.teacher_temperature = lead.task.teacher_temperature;
-        orders.student_gradient = lead.task.student_gradient;
-        orders.teacher_gradient = lead.task.teacher_gradient;
+      int label = -1;
+      const bool read = arguments.read_task(row, lead.task, label);
+      lead.open(read, label, shared_orders);
+      if (read) {
         // Now: the gradient may overwrite it.
-        lead.label_logit = lead.task.has_label ? double(source.student_logit(orders.label)) : 0;
+        lead.label_logit = lead.task.has_label ? double(source.student_logit(label)) : 0;
       } else if (team.rank == 0) {
         global_store(arguments.losses + row, 0.0);
       }
-      shared_store(shared_orders, orders);
     }
     team.sync();
     return shared_load(shared_orders);
@@ -244,18 +269,7 @@ struct RowWorker {
   // The plan as it stands, told to all.
   __device__ __forceinline__ Orders<Real> follow() const {
     team.sync();
-    if (team.leads()) {
-      Orders<Real> orders = shared_load(shared_orders);
-      const Plan& plan = lead.plan;
-      orders.step = plan.step;
-      orders.near = plan.near;
-      orders.at = plan.normalized();
-      orders.factors = GradientFactors<Real>(lead.task, plan);
-      orders.student_mean = Mean<Real>(plan.student_mean);
-      orders.teacher_mean = Mean<Real>(plan.teacher_mean);
-      orders.label_shift = Real(plan.label_lse);
-      shared_store(shared_orders, orders);
-    }
+    if (team.leads()) lead.tell(shared_orders);
     team.sync();
     return shared_load(shared_orders);
   }
@@ -329,31 +343,45 @@ struct RowWorker {
   template <bool kNear>
   __device__ void write(const Source& source, const Orders<Real>& orders, bool backwards) const {
     for_packs<false>(source, backwards, [&](int pack, const typename Source::Raw& raw) {
-      Real out[kSize];
       // The teacher's first: the student's may overwrite its logits.
       if (orders.teacher_gradient) {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          const Outcome<Real> o =
-              orders.at.template outcome<kNear>(Source::student_of(raw, j), Source::teacher_of(raw, j));
-          out[j] = teacher_gradient<kNear>(divergence, o, orders.teacher_mean, orders.factors);
-        }
-        source.store_teacher(pack, out);
+        const auto gradient = [&](Real, const Outcome<Real>& o, int) {
+          return teacher_gradient<kNear>(divergence, o, orders.teacher_mean, orders.factors);
+        };
+        source.store_teacher(pack, map<kNear>(raw, orders, gradient));
       }
-      if (!orders.student_gradient) return;
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        const Outcome<Real> o =
-            orders.at.template outcome<kNear>(Source::student_of(raw, j), Source::teacher_of(raw, j));
-        out[j] = student_gradient<kNear>(divergence, o, orders.student_mean, orders.factors);
-        if (orders.label_scale != Real(0)) {
-          const Real x = (Source::student_of(raw, j) - orders.at.student_origin) * orders.label_scale;
-          out[j] += orders.factors.label * exp2_of(x - orders.label_shift);
-        }
-        if (orders.label >= 0 && source.column(pack) + j == orders.label) out[j] -= orders.factors.label;
+      if (orders.student_gradient) {
+        const int label = orders.label - source.column(pack);
+        const auto gradient = [&](Real u, const Outcome<Real>& o, int j) {
+          Real g = student_gradient<kNear>(divergence, o, orders.student_mean, orders.factors);
+          if (orders.label_scale != Real(0)) {
+            const Real x = (u - orders.at.student_origin) * orders.label_scale;
+            g += orders.factors.label * exp2_of(x - orders.label_shift);
+          }
+          return orders.label >= 0 && j == label ? g - orders.factors.label : g;
+        };
+        source.store_student(pack, map<kNear>(raw, orders, gradient));
       }
-      source.store_student(pack, out);
     });
+  }
+
+  // f(student's logit, outcome, place in the pack) of each of a pack's entries. A few at a time: a whole pack's
+  // logarithms side by side would need more registers than there are.
+  template <bool kNear, class Function>
+  __device__ __forceinline__ typename Source::Out map(typename Source::Raw raw, const Orders<Real>& orders,
+                                                      const Function& f) const {
+    typename Source::Out out{};
+#pragma unroll 1
+    for (int first = 0; first < kSize; first += Source::kWord, Source::next_word(raw)) {
+      Source::next_word(out);
+#pragma unroll
+      for (int j = 0; j < Source::kWord; ++j) {
+        const Real u = Source::student_of(raw, j);
+        const Outcome<Real> o = orders.at.template outcome<kNear>(u, Source::teacher_of(raw, j));
+        Source::put_last(out, j, f(u, o, first + j));
+      }
+    }
+    return out;
   }
 };
 
@@ -362,7 +390,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     softmax_divergence_kernel(const RowArguments arguments, const RowLaunch launch) {
   const int64_t per_team = kTeamBytes<kWarpTeam> + 2 * launch.slice_bytes;
   unsigned char* shared = shared_memory() + (kWarpTeam ? threadIdx.x / kWarp * per_team : 0);
-  const Team<kWarpTeam> team(shared + kOrdersBytes + kPlanBytes + kNormalizerBytes, unsigned(launch.cluster));
+  const Team<kWarpTeam> team(shared + kOrdersBytes + kPlanBytes + kTeachersBytes, unsigned(launch.cluster));
   const RowWorker<Divergence, Source, Team<kWarpTeam>> worker(arguments, team, shared);
   const int64_t block_rows = kWarpTeam ? launch.warp_rows : 1;
   const int64_t first = int64_t(blockIdx.x) / launch.cluster * block_rows + (kWarpTeam ? threadIdx.x / kWarp : 0);

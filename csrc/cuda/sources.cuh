@@ -60,8 +60,10 @@ template <class Team>
 __device__ void zero_columns(const DeviceRows& gradient, int64_t row, int begin, int end, const Team& team) {
   if (!gradient) return;
   const int threads = team.threads * int(team.blocks);
+  if (begin >= end) return;
+  char* const first = gradient.at(row);
   for (int column = begin + int(team.rank) * team.threads + team.thread; column < end; column += threads) {
-    gradient.put(gradient.at(row, column), 0);
+    gradient.put(first + column * gradient.column_stride * gradient.element_size, 0);
   }
 }
 
@@ -137,22 +139,22 @@ struct PackedSource {
 
   __device__ float student_logit(int column) const { return to_float(global_load(student.data + column)); }
 
-  __device__ __forceinline__ void store_student(int pack, const Real (&g)[kSize]) const {
-    store(student_gradient, pack, g);
+  // A pack of a gradient, filled from the end: each word moves the ones before it up.
+  using Out = P;
+  static __device__ __forceinline__ void next_word(Out& out) { out.rotate(); }
+  static __device__ __forceinline__ void put_last(Out& out, int j, Real x) {
+    out.item[kSize - kWord + j] = element<T>(x);
   }
-  __device__ __forceinline__ void store_teacher(int pack, const Real (&h)[kSize]) const {
-    store(teacher_gradient, pack, h);
+  __device__ __forceinline__ void store_student(int pack, const Out& out) const {
+    student_gradient.store(begin + pack, out);
   }
-  __device__ __forceinline__ void store(const PackedRow<T>& to, int pack, const Real (&x)[kSize]) const {
-    P out;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) out.item[j] = element<T>(x[j]);
-    to.store(begin + pack, out);
+  __device__ __forceinline__ void store_teacher(int pack, const Out& out) const {
+    teacher_gradient.store(begin + pack, out);
   }
 
   template <class Team>
   __device__ void write_zeros(const Team& team) const {
-    const Real zero[kSize] = {};
+    const Out zero{};
     for (int i = team.thread; i < packs(); i += team.threads) {
       if (arguments.teacher_gradient) store_teacher(i, zero);
       if (arguments.student_gradient) store_student(i, zero);
@@ -174,32 +176,52 @@ struct AnySource {
 
   const RowArguments& arguments;
   const int64_t row;
-  MaxSum<double>* normalizers;  // of each teacher, for mix_probs; shared
-  Real scale;                   // log2(e) / teacher_temperature
+  char *const student, *const teacher, *const student_gradient, *const teacher_gradient;  // where the row begins
+  MaxSum<double>* const normalizers;  // of each teacher, for mix_probs; shared
+  char** const firsts;                // where each teacher's row begins; shared
+  Real scale;                         // log2(e) / teacher_temperature
 
   __device__ AnySource(const RowArguments& a, int64_t r, const RowLaunch&, unsigned, unsigned char* shared,
                        unsigned char*)
-      : arguments(a), row(r), normalizers(reinterpret_cast<MaxSum<double>*>(shared)), scale(0) {}
+      : arguments(a),
+        row(r),
+        student(a.student.at(r)),
+        teacher(a.teachers[0].at(r)),
+        student_gradient(a.student_gradient ? a.student_gradient.at(r) : nullptr),
+        teacher_gradient(a.teacher_gradient ? a.teacher_gradient.at(r) : nullptr),
+        normalizers(reinterpret_cast<MaxSum<double>*>(shared)),
+        firsts(reinterpret_cast<char**>(normalizers + kMaxTeachers)),
+        scale(0) {}
 
   __device__ __forceinline__ int packs() const { return arguments.vocab; }
   __device__ __forceinline__ int column(int pack) const { return pack; }
 
-  __device__ __forceinline__ Real logit(const DeviceRows& rows, int column) const {
-    return Real(rows.number(row, column));
+  static __device__ __forceinline__ char* place(const DeviceRows& rows, char* first, int column) {
+    return first + column * rows.column_stride * rows.element_size;
+  }
+  static __device__ __forceinline__ Real logit(const DeviceRows& rows, char* first, int column) {
+    return rows.float_at(place(rows, first, column));
   }
   __device__ double teacher_weight(int k) const {
     return arguments.teacher_weights ? arguments.teacher_weights.number(row, k) : 1.0 / arguments.teacher_count;
   }
 
-  // For a mixture of probabilities: the normaliser of each teacher.
+  // For a mixture: where its teachers' rows begin, and of probabilities the normaliser of each teacher.
   template <class Team>
   __device__ void normalize_teachers(const Team& team, double teacher_temperature) {
     scale = Real(kLog2E / teacher_temperature);
+    if (arguments.teacher_count == 1) return;
+    if (team.leads()) {
+#pragma unroll 1
+      for (int k = 0; k < arguments.teacher_count; ++k) shared_store(firsts + k, arguments.teachers[k].at(row));
+    }
+    team.sync();
     if (!arguments.mix_probs) return;
     for (int k = 0; k < arguments.teacher_count; ++k) {
       Real top = Real(-INFINITY), sum = 0;
+      char* const first = shared_load(firsts + k);
       for (int i = team.thread; i < arguments.vocab; i += team.threads) {
-        const Real z = logit(arguments.teachers[k], i);
+        const Real z = logit(arguments.teachers[k], first, i);
         if (z > top) {
           sum = top == Real(-INFINITY) ? Real(0) : sum * exp2_of((top - z) * scale);
           top = z;
@@ -218,9 +240,10 @@ struct AnySource {
   };
   template <bool kFirst>
   __device__ __forceinline__ Raw fetch(int column) const {
-    return {logit(arguments.student, column), arguments.teacher_count == 1 ? logit(arguments.teachers[0], column)
-                                              : arguments.mix_probs        ? mixed_probs(column)
-                                                                           : mixed_logits(column)};
+    return {logit(arguments.student, student, column), arguments.teacher_count == 1
+                                                           ? logit(arguments.teachers[0], teacher, column)
+                                                       : arguments.mix_probs ? mixed_probs(column)
+                                                                             : mixed_logits(column)};
   }
   __device__ __forceinline__ void keep(int, const Raw&) const {}
   static constexpr int kWord = 1;
@@ -235,7 +258,7 @@ struct AnySource {
     for (int k = 0; k < arguments.teacher_count; ++k) {
       const Real weight = Real(teacher_weight(k));
       if (weight == Real(0)) continue;
-      const Real z = logit(arguments.teachers[k], column);
+      const Real z = logit(arguments.teachers[k], shared_load(firsts + k), column);
       const bool dead = z == Real(-INFINITY);
       gone = gone || dead;
       mixed += weight * (dead ? Real(0) : z);
@@ -250,7 +273,8 @@ struct AnySource {
       const double weight = teacher_weight(k);
       if (weight == 0) continue;
       const Real shift = Real(::log2(weight) - shared_load(normalizers + k).log2());
-      const Real x = logit(arguments.teachers[k], column) * scale + shift, all = at_least(top, x);
+      const Real x = logit(arguments.teachers[k], shared_load(firsts + k), column) * scale + shift,
+                 all = at_least(top, x);
       const Real safe = all == Real(-INFINITY) ? Real(0) : all;
       sum = sum * exp2_of(top - safe) + exp2_of(x - safe);
       top = all;
@@ -258,12 +282,15 @@ struct AnySource {
     return top + log2_of(at_least(Real(1), sum)) + (sum - sum);  // NaN stays
   }
 
-  __device__ Real student_logit(int column) const { return logit(arguments.student, column); }
-  __device__ __forceinline__ void store_student(int column, const Real (&g)[1]) const {
-    arguments.student_gradient.put(arguments.student_gradient.at(row, column), g[0]);
+  __device__ Real student_logit(int column) const { return logit(arguments.student, student, column); }
+  using Out = Real;
+  static __device__ __forceinline__ void next_word(Out&) {}
+  static __device__ __forceinline__ void put_last(Out& out, int, Real x) { out = x; }
+  __device__ __forceinline__ void store_student(int column, Out out) const {
+    arguments.student_gradient.put(place(arguments.student_gradient, student_gradient, column), out);
   }
-  __device__ __forceinline__ void store_teacher(int column, const Real (&h)[1]) const {
-    arguments.teacher_gradient.put(arguments.teacher_gradient.at(row, column), h[0]);
+  __device__ __forceinline__ void store_teacher(int column, Out out) const {
+    arguments.teacher_gradient.put(place(arguments.teacher_gradient, teacher_gradient, column), out);
   }
 
   template <class Team>
