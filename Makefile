@@ -41,7 +41,7 @@ demo: $(VENV)/.examples
 test: test-unit test-schedules test-sanitized
 
 test-unit: $(VENV)/.fastkd $(SIMT)/.built
-	@! command -v nvcc > /dev/null || $(BIN)/pip install --quiet nvidia-cuda-cuobjdump || true
+	@! command -v nvcc > /dev/null || $(BIN)/pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
 	$(BIN)/pytest --quiet --durations=5
 
 # The emulated CUDA kernels once more, their threads in another order.

@@ -5,6 +5,7 @@ Two architectures by default, an old and a new one; all of them with --slow.
 
 import hashlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -102,22 +103,27 @@ def test_library_loads_without_cuda(build):
     assert "90-real" in found
 
 
-def _cuobjdump():
-    if found := shutil.which("cuobjdump"):
+def _tool(name):
+    """Of the CUDA toolkit, or of NVIDIA's packages on PyPI."""
+    if found := shutil.which(name):
         return found
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations if spec else ():
-        for path in Path(folder).rglob("cuobjdump"):
+        for path in Path(folder).rglob(name):
             return str(path)
     return None
 
 
-@pytest.mark.skipif(_cuobjdump() is None, reason="needs cuobjdump (pip: nvidia-cuda-cuobjdump)")
+CUOBJDUMP, NVDISASM = _tool("cuobjdump"), _tool("nvdisasm")
+
+
+@pytest.mark.skipif(
+    not (CUOBJDUMP and NVDISASM),
+    reason="needs cuobjdump and nvdisasm (pip: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm)",
+)
 def test_row_loops_move_16_bytes_at_a_time(build):
-    # Its exit status tells of objects without code for this architecture.
-    code = subprocess.run(
-        [_cuobjdump(), "-sass", "-arch", "sm_90", build[0]], capture_output=True, text=True
-    ).stdout
+    path = f"{Path(NVDISASM).parent}{os.pathsep}{os.environ['PATH']}"
+    code = run(CUOBJDUMP, "-sass", "-arch", "sm_90", build[0], env={**os.environ, "PATH": path})
     kernels = re.split(r"\n\s*Function : ", code)[1:]
     packed = [
         k for k in kernels if k.startswith("_ZN6fastkd4cuda25softmax") and "Packed" in k[:200]
