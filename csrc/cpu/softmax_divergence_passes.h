@@ -228,9 +228,9 @@ struct RowPasses {
     return {frame.normalized(), u, w};
   }
 
-  // The block that begins there, as pass 1 kept it.
+  // The block that begins there, as pass 1 kept it; log-ratios relative to `centre`.
   template <Pass kPass>
-  Kept<Real, kPass> from_kept(int64_t begin) const {
+  Kept<Real, kPass> from_kept(int64_t begin, double centre) const {
     const Origins<Real> at = origins[begin / kBlock];
     const double u_step = (double(at.student) - frame.student_origin) * frame.student_scale;
     const double w_step = (double(at.teacher) - frame.teacher_origin) * frame.teacher_scale;
@@ -241,8 +241,8 @@ struct RowPasses {
             teacher_kept + begin,
             Real(u_factor),
             Real(w_factor),
-            Real(frame.student_scale * kLn2),
-            Real((gap * frame.student_scale - (frame.student_lse - frame.teacher_lse)) * kLn2)};
+            Mean<Real>(frame.student_scale * kLn2),
+            Mean<Real>((gap * frame.student_scale - (frame.student_lse - frame.teacher_lse)) * kLn2 - centre)};
   }
   // 2^x, and 0 where arithmetic would become slow: such a factor's products are below 2^-118.
   static double probability(double x) { return x < -126 ? 0 : ::exp2(x); }
@@ -250,10 +250,10 @@ struct RowPasses {
   // Calls body(entries, begin, count) for every block of a slice, with the entries' outcomes from what pass 1 kept or
   // from the logits.
   template <bool kNear, bool kKept, Pass kPass, class Body>
-  void for_outcomes(int64_t slice, const Body& body) const {
+  void for_outcomes(int64_t slice, double centre, const Body& body) const {
     for_blocks(slice, [&](int64_t begin, int64_t count) {
       if constexpr (kKept) {
-        body(from_kept<kPass>(begin), begin, count);
+        body(from_kept<kPass>(begin, centre), begin, count);
       } else {
         alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], spare[kBlock];
         const Real* u = load(row.student, begin, count, student_buffer);
@@ -269,11 +269,12 @@ struct RowPasses {
     return reduce_slices<Sums>(
         [&](int64_t slice) {
           Sums all{};
-          for_outcomes<kNear, kKept, Divergence::kPass>(slice, [&](const auto& entries, int64_t begin, int64_t count) {
-            Real* keep = slopes + begin;
-            all.add(row.teacher_gradient ? block_sums<kNear, true>(divergence, entries, count, keep)
-                                         : block_sums<kNear, false>(divergence, entries, count, keep));
-          });
+          for_outcomes<kNear, kKept, Divergence::kPass>(
+              slice, 0, [&](const auto& entries, int64_t begin, int64_t count) {
+                Real* keep = slopes + begin;
+                all.add(row.teacher_gradient ? block_sums<kNear, true>(divergence, entries, count, keep)
+                                             : block_sums<kNear, false>(divergence, entries, count, keep));
+              });
           return all;
         },
         [](Sums& all, const Sums& next) { all.add(next); });
@@ -303,32 +304,36 @@ struct RowPasses {
   template <bool kNear, bool kKept, class Divergence>
   void write_student_gradient(const Divergence& divergence, double g_mean) const {
     const GradientFactors<Real> factors(row.task, frame);
-    const Mean<Real> mean(g_mean);
+    // There g is the log-ratio, and its mean subtracted before it is rounded.
+    constexpr bool kCentred = kKept && Divergence::kPass == Pass::kStudentWeighted;
+    const double centre = kCentred ? g_mean : 0;
+    const Mean<Real> mean(g_mean - centre);
     const bool label_apart = frame.label_scale != Real(0);
     const Real label_shift = Real(frame.label_lse), origin = frame.student_origin, scale = frame.label_scale;
     for_slices([&](int64_t slice) {
-      for_outcomes<kNear, kKept, Divergence::kPass>(slice, [&](const auto& entries, int64_t begin, int64_t count) {
-        alignas(64) Real buffer[kBlock], label_part[kBlock];
-        if (label_apart) {  // before the student's logits may be overwritten
-          const Real* u = load(row.student, begin, count, buffer);
-          FASTKD_SIMD
-          for (int64_t i = 0; i < count; ++i) {
-            label_part[i] = factors.label * exp2_of((u[i] - origin) * scale - label_shift);
-          }
-        }
-        Real* out = destination(row.student_gradient, begin, buffer);
-        if constexpr (Divergence::kPass == Pass::kNormalizersOnly) {
-          student_block(entries, slopes + begin, count, factors, mean, out);
-        } else {
-          student_block<kNear>(divergence, entries, count, factors, mean, out);
-        }
-        if (label_apart) {
-          FASTKD_SIMD
-          for (int64_t i = 0; i < count; ++i) out[i] += label_part[i];
-        }
-        if (row.label >= begin && row.label < begin + count) out[row.label - begin] -= factors.label;
-        store(row.student_gradient, begin, count, out);
-      });
+      for_outcomes<kNear, kKept, Divergence::kPass>(
+          slice, centre, [&](const auto& entries, int64_t begin, int64_t count) {
+            alignas(64) Real buffer[kBlock], label_part[kBlock];
+            if (label_apart) {  // before the student's logits may be overwritten
+              const Real* u = load(row.student, begin, count, buffer);
+              FASTKD_SIMD
+              for (int64_t i = 0; i < count; ++i) {
+                label_part[i] = factors.label * exp2_of((u[i] - origin) * scale - label_shift);
+              }
+            }
+            Real* out = destination(row.student_gradient, begin, buffer);
+            if constexpr (Divergence::kPass == Pass::kNormalizersOnly) {
+              student_block(entries, slopes + begin, count, factors, mean, out);
+            } else {
+              student_block<kNear>(divergence, entries, count, factors, mean, out);
+            }
+            if (label_apart) {
+              FASTKD_SIMD
+              for (int64_t i = 0; i < count; ++i) out[i] += label_part[i];
+            }
+            if (row.label >= begin && row.label < begin + count) out[row.label - begin] -= factors.label;
+            store(row.student_gradient, begin, count, out);
+          });
       finish_streaming(row.student_gradient);
     });
   }
@@ -358,7 +363,7 @@ struct RowPasses {
     const GradientFactors<Real> factors(row.task, frame);
     const Mean<Real> mean(h_mean);
     for_slices([&](int64_t slice) {
-      for_outcomes<kNear, kKept, Divergence::kPass>(slice, [&](const auto& entries, int64_t begin, int64_t count) {
+      for_outcomes<kNear, kKept, Divergence::kPass>(slice, 0, [&](const auto& entries, int64_t begin, int64_t count) {
         alignas(64) Real buffer[kBlock];
         Real* out = destination(row.teacher_gradient, begin, buffer);
         teacher_block<kNear>(divergence, entries, count, factors, mean, out);

@@ -19,7 +19,7 @@ struct RowTask {
 
 namespace fastkd::FASTKD_ISA {
 
-// What the gradient subtracts from g and h, as a float and the rest.
+// A number as a float and the rest: what the gradient subtracts from g and h.
 template <class Real>
 struct Mean {
   Real high, low;
@@ -116,11 +116,13 @@ template <class Real, Pass kPass>
 struct Kept {
   const Real *student, *teacher;
   Real student_factor, teacher_factor;
-  Real ratio_scale, ratio_shift;
+  // Of the log-ratio, each in two parts: taken relative to its mean, what is left of it may be tiny.
+  Mean<Real> ratio_scale, ratio_shift;
   FASTKD_INLINE Outcome<Real> outcome(int64_t i) const {
     const Real q = student[i] * student_factor, none = Real(0);
     if constexpr (kPass == Pass::kStudentWeighted) {
-      return {none, q, none, none, teacher[i] * ratio_scale + ratio_shift, none, false};
+      const Real d = teacher[i] * ratio_scale.high + ratio_shift.high;
+      return {none, q, none, none, d + (teacher[i] * ratio_scale.low + ratio_shift.low), none, false};
     } else {
       const Real p = teacher[i] * teacher_factor;
       return {p, q, none, none, none, q - p, false};
