@@ -425,7 +425,7 @@ def test_nan_in_one_of_several_teachers_stays(backend, mix, order):
 
 @pytest.mark.only("cpu")  # the CUDA kernels' reverse_kl is less exact here: see README
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("margin", [10.0, 14.0, 18.0])
+@pytest.mark.parametrize("margin", [14.0, 18.0])
 def test_gradient_of_a_certain_student(backend, divergence, margin):
     """q = 1 - e^-margin on a token the teacher hardly knows: tiny gradients, all digits right."""
     student, teacher = torch.randn(3, 2000), torch.randn(3, 2000)
