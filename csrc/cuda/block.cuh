@@ -67,18 +67,10 @@ struct Team {
       __syncthreads();
     }
   }
-  // The whole team: no block may run ahead, or leave, while a peer reads its shared memory.
-  __device__ __forceinline__ void sync_all() const {
-    if (blocks > 1) {
-      cluster_sync();
-    } else {
-      sync();
-    }
-  }
 
-  // The sum over the block's share of the team, in every thread.
+  // The sum over the block's share of the team, in every thread or only in the leading one. Contains barriers.
   template <class T, class Merge>
-  __device__ T block_reduce(T value, const Merge& merge) const {
+  __device__ __forceinline__ T block_sum(T value, const Merge& merge, bool everywhere = false) const {
     value = warp_reduce(value, merge);
     if constexpr (kWarpTeam) return value;
     static_assert(sizeof(T) <= kSlotBytes);
@@ -86,22 +78,8 @@ struct Team {
     __syncthreads();  // the slots may still be read from the last time
     if (threadIdx.x % kWarp == 0) shared_store(slot(threadIdx.x / kWarp), value);
     __syncthreads();
-    value = shared_load(slot(0));
-    for (int w = 1; w < threads / kWarp; ++w) merge(value, shared_load(slot(w)));
-    return value;
-  }
-
-  // The sum over the block's share of the team, valid in its leading thread. Contains a barrier.
-  template <class T, class Merge>
-  __device__ T block_sum(T value, const Merge& merge) const {
-    value = warp_reduce(value, merge);
-    if constexpr (kWarpTeam) return value;
-    static_assert(sizeof(T) <= kSlotBytes);
-    const auto slot = [&](int i) { return reinterpret_cast<T*>(slots + i * kSlotBytes); };
-    __syncthreads();  // the slots may still be read from the last time
-    if (threadIdx.x % kWarp == 0) shared_store(slot(threadIdx.x / kWarp), value);
-    __syncthreads();
-    if (thread == 0) {
+    if (everywhere || leads()) {
+      value = shared_load(slot(0));
       for (int w = 1; w < threads / kWarp; ++w) merge(value, shared_load(slot(w)));
     }
     return value;

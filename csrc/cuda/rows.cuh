@@ -5,8 +5,6 @@
 
 namespace fastkd::cuda {
 
-enum class Kind : int8_t { kNone, kFloat32, kFloat64, kBFloat16, kFloat16, kInt64, kInt32, kBool };
-
 // Columns are counted in int, with room for the packs and threads beyond the last.
 inline constexpr int64_t kMaxColumns = INT32_MAX - 1024;
 
@@ -16,9 +14,9 @@ struct DeviceRows {
   int64_t column_stride = 0;
   int64_t sizes[kDimensions], strides[kDimensions];
   int8_t dimensions = 0, element_size = 0;
-  Kind kind = Kind::kNone;
+  ScalarType type = ScalarType::Undefined;
 
-  __host__ __device__ explicit operator bool() const { return kind != Kind::kNone; }
+  __host__ __device__ explicit operator bool() const { return type != ScalarType::Undefined; }
 
   __device__ __forceinline__ char* at(int64_t row, int64_t column = 0) const {
     int64_t offset = column * column_stride;
@@ -34,10 +32,10 @@ struct DeviceRows {
 
   // Of a tensor of logits.
   __device__ __forceinline__ float float_at(const char* p) const {
-    switch (kind) {
-      case Kind::kBFloat16:
+    switch (type) {
+      case ScalarType::BFloat16:
         return to_float(global_load(reinterpret_cast<const BFloat16*>(p)));
-      case Kind::kFloat16:
+      case ScalarType::Half:
         return to_float(global_load(reinterpret_cast<const Float16*>(p)));
       default:
         return global_load(reinterpret_cast<const float*>(p));
@@ -47,16 +45,16 @@ struct DeviceRows {
   __device__ double number(int64_t row, int64_t column = 0) const { return number_at(at(row, column)); }
 
   __device__ double number_at(const char* p) const {
-    switch (kind) {
-      case Kind::kFloat32:
+    switch (type) {
+      case ScalarType::Float:
         return global_load(reinterpret_cast<const float*>(p));
-      case Kind::kFloat64:
+      case ScalarType::Double:
         return global_load(reinterpret_cast<const double*>(p));
-      case Kind::kBFloat16:
+      case ScalarType::BFloat16:
         return to_float(global_load(reinterpret_cast<const BFloat16*>(p)));
-      case Kind::kFloat16:
+      case ScalarType::Half:
         return to_float(global_load(reinterpret_cast<const Float16*>(p)));
-      case Kind::kBool:
+      case ScalarType::Bool:
         return global_load(reinterpret_cast<const bool*>(p));
       default:
         return double(integer_at(p));
@@ -65,20 +63,20 @@ struct DeviceRows {
 
   __device__ int64_t integer(int64_t row) const { return integer_at(at(row)); }
   __device__ int64_t integer_at(const char* p) const {
-    return kind == Kind::kInt64 ? global_load(reinterpret_cast<const int64_t*>(p))
-                                : global_load(reinterpret_cast<const int32_t*>(p));
+    return type == ScalarType::Long ? global_load(reinterpret_cast<const int64_t*>(p))
+                                    : global_load(reinterpret_cast<const int32_t*>(p));
   }
 
   __device__ void put(char* p, double value) const {
-    switch (kind) {
-      case Kind::kFloat64:
+    switch (type) {
+      case ScalarType::Double:
         return global_store(reinterpret_cast<double*>(p), value);
-      case Kind::kBFloat16: {
+      case ScalarType::BFloat16: {
         BFloat16 x;
         from_float(float(value), x);
         return global_store(reinterpret_cast<BFloat16*>(p), x);
       }
-      case Kind::kFloat16: {
+      case ScalarType::Half: {
         Float16 x;
         from_float(float(value), x);
         return global_store(reinterpret_cast<Float16*>(p), x);
@@ -89,29 +87,10 @@ struct DeviceRows {
   }
 };
 
-inline Kind kind_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double:
-      return Kind::kFloat64;
-    case ScalarType::BFloat16:
-      return Kind::kBFloat16;
-    case ScalarType::Half:
-      return Kind::kFloat16;
-    case ScalarType::Long:
-      return Kind::kInt64;
-    case ScalarType::Int:
-      return Kind::kInt32;
-    case ScalarType::Bool:
-      return Kind::kBool;
-    default:
-      return Kind::kFloat32;
-  }
-}
-
 inline DeviceRows device_rows(const Tensor& tensor, int64_t leading, const char* function) {
   DeviceRows out;
   out.data = static_cast<char*>(tensor.data_ptr());
-  out.kind = kind_of(tensor.scalar_type());
+  out.type = tensor.scalar_type();
   out.element_size = int8_t(element_size(tensor.scalar_type()));
   out.column_stride = tensor.dim() > leading ? tensor.stride(tensor.dim() - 1) : 0;
   const auto dimensions = merged_dimensions(tensor, leading);
@@ -128,7 +107,7 @@ inline DeviceRows device_rows(const Tensor& tensor, int64_t leading, const char*
 // Whether rows can be moved in packs: unit stride, and every row beginning at the same place of a 16-byte line as those
 // of `like`.
 inline bool moves_like(const DeviceRows& x, const DeviceRows& like) {
-  if (x.kind != like.kind || x.column_stride != 1 || like.column_stride != 1) return false;
+  if (x.type != like.type || x.column_stride != 1 || like.column_stride != 1) return false;
   const auto line = [&](const DeviceRows& r) { return reinterpret_cast<uintptr_t>(r.data) % 16; };
   if (line(x) != line(like)) return false;
   const auto whole_lines = [](const DeviceRows& r) {

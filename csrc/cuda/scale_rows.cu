@@ -36,11 +36,11 @@ __global__ void __launch_bounds__(kFlatThreads) scale_rows_kernel(const DeviceRo
     }
     char* const data = gradient.at(row);
     const int columns = int(count - row * width < width ? count - row * width : width);
-    if (gradient.column_stride == 1 && gradient.kind == Kind::kFloat32) {
+    if (gradient.column_stride == 1 && gradient.type == ScalarType::Float) {
       scale_packed(PackedRow<float>(data, columns), float(by));
-    } else if (gradient.column_stride == 1 && gradient.kind == Kind::kBFloat16) {
+    } else if (gradient.column_stride == 1 && gradient.type == ScalarType::BFloat16) {
       scale_packed(PackedRow<BFloat16>(data, columns), float(by));
-    } else if (gradient.column_stride == 1 && gradient.kind == Kind::kFloat16) {
+    } else if (gradient.column_stride == 1 && gradient.type == ScalarType::Half) {
       scale_packed(PackedRow<Float16>(data, columns), float(by));
     } else {
       for (int column = threadIdx.x; column < columns; column += blockDim.x) {

@@ -84,9 +84,9 @@ SourceKind source_kind(const RowArguments& a) {
                       (!a.student_gradient || moves_like(a.student_gradient, a.student)) &&
                       (!a.teacher_gradient || moves_like(a.teacher_gradient, a.student));
   if (!packed) return SourceKind::kAny;
-  return a.student.kind == Kind::kBFloat16  ? SourceKind::kPackedBFloat16
-         : a.student.kind == Kind::kFloat16 ? SourceKind::kPackedFloat16
-                                            : SourceKind::kPackedFloat32;
+  return a.student.type == ScalarType::BFloat16 ? SourceKind::kPackedBFloat16
+         : a.student.type == ScalarType::Half   ? SourceKind::kPackedFloat16
+                                                : SourceKind::kPackedFloat32;
 }
 
 struct Cuda {

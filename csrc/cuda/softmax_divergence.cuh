@@ -244,7 +244,7 @@ struct RowWorker {
       } else {
         write<false>(source, orders, backwards);
       }
-      source.write_zeros_beyond(team);
+      zero_beyond_vocab(arguments, row, team);
     }
   }
 
@@ -286,10 +286,11 @@ struct RowWorker {
       mine.add(u, w, orders);
     });
     // Relative to the same logits in all threads, sums only add up.
+    const auto at_least_both = [](Largest<Real>& all, const Largest<Real>& x) {
+      all = {at_least(all.student, x.student), at_least(all.teacher, x.teacher)};
+    };
     const Largest<Real> largest =
-        team.block_reduce(Largest<Real>{mine.u_origin, mine.w_origin}, [](Largest<Real>& all, const Largest<Real>& x) {
-          all = {at_least(all.student, x.student), at_least(all.teacher, x.teacher)};
-        });
+        team.block_sum(Largest<Real>{mine.u_origin, mine.w_origin}, at_least_both, /*everywhere=*/true);
     mine.raise(largest.student, largest.teacher, orders);
     const PassSums sums = team.block_sum(mine.whole(), [](PassSums& all, const PassSums& next) { all.add(next); });
     const double us = orders.student_scale, ws = orders.teacher_scale;

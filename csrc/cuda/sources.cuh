@@ -55,7 +55,7 @@ struct RowArguments {
   static __device__ double positive(double x) { return x > 0 && x < double(INFINITY) ? x : double(NAN); }
 };
 
-// Columns [begin, end) of a gradient that belong to no class.
+// Zeros in columns [begin, end) of a gradient; those beyond the vocabulary belong to no class.
 template <class Team>
 __device__ void zero_columns(const DeviceRows& gradient, int64_t row, int begin, int end, const Team& team) {
   if (!gradient) return;
@@ -65,6 +65,12 @@ __device__ void zero_columns(const DeviceRows& gradient, int64_t row, int begin,
   for (int column = begin + int(team.rank) * team.threads + team.thread; column < end; column += threads) {
     gradient.put(first + column * gradient.column_stride * gradient.element_size, 0);
   }
+}
+
+template <class Team>
+__device__ void zero_beyond_vocab(const RowArguments& arguments, int64_t row, const Team& team) {
+  zero_columns(arguments.student_gradient, row, arguments.vocab, arguments.student_width, team);
+  zero_columns(arguments.teacher_gradient, row, arguments.vocab, arguments.teacher_width, team);
 }
 
 // Student, one teacher and gradients of one dtype, all contiguous along the vocabulary and alike on 16-byte lines:
@@ -159,12 +165,7 @@ struct PackedSource {
       if (arguments.teacher_gradient) store_teacher(i, zero);
       if (arguments.student_gradient) store_student(i, zero);
     }
-    write_zeros_beyond(team);
-  }
-  template <class Team>
-  __device__ void write_zeros_beyond(const Team& team) const {
-    zero_columns(arguments.student_gradient, row, arguments.vocab, arguments.student_width, team);
-    zero_columns(arguments.teacher_gradient, row, arguments.vocab, arguments.teacher_width, team);
+    zero_beyond_vocab(arguments, row, team);
   }
 };
 
@@ -297,11 +298,6 @@ struct AnySource {
   __device__ void write_zeros(const Team& team) const {
     zero_columns(arguments.student_gradient, row, 0, arguments.student_width, team);
     zero_columns(arguments.teacher_gradient, row, 0, arguments.teacher_width, team);
-  }
-  template <class Team>
-  __device__ void write_zeros_beyond(const Team& team) const {
-    zero_columns(arguments.student_gradient, row, arguments.vocab, arguments.student_width, team);
-    zero_columns(arguments.teacher_gradient, row, arguments.vocab, arguments.teacher_width, team);
   }
 };
 
