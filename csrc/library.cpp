@@ -10,6 +10,11 @@
 #endif
 #define FASTKD_OPS_IN(library, m) STABLE_TORCH_LIBRARY(library, m)
 
+// RowOptions in csrc/tensor/row_problem.h.
+#define FASTKD_ROW_OPTIONS                                                                                     \
+  "float temperature, Tensor? temperatures, Tensor? weight, Tensor? mask, Tensor? labels, float label_weight, " \
+  "int ignore_index, int vocab_size, bool square_temperature, str reduction, float denominator, Tensor? normalizer"
+
 FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
   // -> loss (one a row for reduction "none", else a scalar), the student's and the teacher's gradient (empty where not
   // asked for), and a factor still to be applied to them (empty: 1).
@@ -27,6 +32,15 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
       "Tensor? weight, Tensor? mask, Tensor? teacher_weights, str teacher_mix, Tensor? labels, float label_weight, "
       "int ignore_index, int vocab_size, bool square_temperature, str reduction, float denominator, "
       "Tensor? normalizer, bool teacher_gradient) -> (Tensor, Tensor, Tensor)");
+  // -> loss, the gradient of teacher_log_probs (empty where not asked for) and a factor as above. The student's gradient
+  // goes into `gradient`, if there is one.
+  m.def(
+      "_topk_divergence(Tensor(a!)? gradient, Tensor student_logits, Tensor teacher_log_probs, Tensor teacher_indices, "
+      "str divergence, float beta, str tail, float stored_temperature, float teacher_temperature, "
+      "Tensor? teacher_temperatures, float min_log_prob, float max_token_loss, " FASTKD_ROW_OPTIONS
+      ", bool teacher_gradient) -> (Tensor, Tensor, Tensor)");
+  // Memory for a gradient.
+  m.def("_gradient_like(Tensor like) -> Tensor");
   // gradient *= factor, one for all or one a row; rows whose factor is 1 are not touched.
   m.def("_scale_rows_(Tensor(a!) gradient, Tensor factor) -> ()");
   // -> loss, gradients of input and target times scale (empty where not asked for).

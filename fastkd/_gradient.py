@@ -44,9 +44,14 @@ class GradientMemory:
             return None
         return kept
 
-    def keep(self, gradient: Tensor) -> None:
+    def keep(self, gradient: Tensor | None) -> None:
         """Remember where this gradient lies."""
-        if torch.compiler.is_compiling() or _use_count is None or not _plain_cpu(gradient):
+        if (
+            gradient is None
+            or torch.compiler.is_compiling()
+            or _use_count is None
+            or not _plain_cpu(gradient)
+        ):
             return
         if gradient.numel() * gradient.itemsize >= self.SMALLEST:
             self._kept[:] = [gradient.detach()]
@@ -57,6 +62,12 @@ class GradientMemory:
 
 
 memory = GradientMemory()
+
+
+def gradient_for(tensor: Tensor) -> Tensor:
+    """Memory for a gradient of this tensor, used again where possible."""
+    kept = memory.take(tensor)
+    return torch.ops.fastkd._gradient_like(tensor) if kept is None else kept
 
 
 def release_memory() -> None:
@@ -89,3 +100,8 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 @torch.library.register_fake("fastkd::_scale_rows_")
 def _(gradient, factor):
     return None
+
+
+@torch.library.register_fake("fastkd::_gradient_like")
+def _(like):
+    return torch.empty_like(like)

@@ -110,6 +110,77 @@ def _teacher_log_probs(
     return torch.log_softmax(logs.masked_fill(~counts, -math.inf).logsumexp(-1), -1)
 
 
+class _Rows:
+    """What the losses over rows share: which rows are read, their temperature, label, reduction."""
+
+    def __init__(
+        self,
+        student_logits: Tensor,
+        others: Sequence[Tensor],
+        temperature: float,
+        temperatures: Tensor | None,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        labels: Tensor | None,
+        label_weight: float,
+        ignore_index: int,
+        vocab_size: int,
+        square_temperature: bool,
+        reduction: str,
+        denominator: float,
+        normalizer: Tensor | None,
+    ) -> None:
+        double = any(x.dtype == torch.float64 for x in (student_logits, *others))
+        self.dtype = torch.float64 if double else torch.float32
+        self.vocab = vocab_size if vocab_size >= 0 else student_logits.size(-1)
+        self.tau = self.per_row(temperature, temperatures)
+        kept = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
+        if mask is not None:
+            kept = kept & mask
+        if labels is not None:
+            kept = kept & (labels != ignore_index)
+        self.kept = kept
+        self.read = kept if weight is None else kept & (weight != 0)
+        self.weight, self.labels, self.label_weight = weight, labels, label_weight
+        self.square_temperature, self.reduction = square_temperature, reduction
+        self.denominator, self.normalizer = denominator, normalizer
+        self.student = self.logits(student_logits)
+
+    def per_row(self, number: float, numbers: Tensor | None) -> float | Tensor:
+        """A number for all rows, or a column of them."""
+        return number if numbers is None else numbers.to(self.dtype).unsqueeze(-1)
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """The columns that count; rows that are not read are 0."""
+        return torch.where(self.read.unsqueeze(-1), logits[..., : self.vocab].to(self.dtype), 0.0)
+
+    def finish(self, loss: Tensor) -> Tensor:
+        """From the divergence of each row to what the op returns."""
+        if self.square_temperature:
+            loss = loss * (self.tau.squeeze(-1) if isinstance(self.tau, Tensor) else self.tau) ** 2
+        return self.reduce(loss)
+
+    def reduce(self, loss: Tensor) -> Tensor:
+        """With the label's term, weighted and reduced."""
+        if self.labels is not None:
+            at = torch.where(self.read, self.labels, 0).long().unsqueeze(-1)
+            log_q = _log_softmax(self.student, 1.0).gather(-1, at).squeeze(-1)
+            loss = loss - self.label_weight * log_q
+        if self.weight is not None:
+            loss = loss * torch.where(self.read, self.weight.to(self.dtype), 0.0)
+        loss = torch.where(self.read, loss, 0.0)
+        if self.reduction == "none":
+            return loss
+        if self.normalizer is not None:
+            divisor = self.normalizer.to(self.dtype).reshape(())
+        elif self.reduction == "mean":
+            divisor = self.kept.sum().to(self.dtype)
+        else:
+            divisor = torch.tensor(self.denominator, dtype=self.dtype, device=loss.device)
+        empty = divisor == 0
+        return torch.where(empty, 0.0, loss.sum() / torch.where(empty, 1.0, divisor))
+
+
 def softmax_divergence_op(
     student_logits: Tensor,
     teacher_logits: Sequence[Tensor],
@@ -123,61 +194,138 @@ def softmax_divergence_op(
     mask: Tensor | None,
     teacher_weights: Tensor | None,
     teacher_mix: str,
-    labels: Tensor | None,
-    label_weight: float,
-    ignore_index: int,
-    vocab_size: int,
-    square_temperature: bool,
-    reduction: str,
-    denominator: float,
-    normalizer: Tensor | None,
+    *others: Any,
 ) -> Tensor:
     """The raw op's loss, its arguments as `softmax_divergence` in fastkd/ passes them on."""
-    double = any(x.dtype == torch.float64 for x in (student_logits, *teacher_logits))
-    dtype = torch.float64 if double else torch.float32
-    vocab = vocab_size if vocab_size >= 0 else student_logits.size(-1)
-    leading = student_logits.shape[:-1]
-    tau = temperature if temperatures is None else temperatures.to(dtype).unsqueeze(-1)
-    teacher_tau = (
-        teacher_temperature
-        if teacher_temperatures is None
-        else teacher_temperatures.to(dtype).unsqueeze(-1)
-    )
-
-    kept = torch.ones(leading, dtype=torch.bool, device=student_logits.device)
-    if mask is not None:
-        kept = kept & mask
-    if labels is not None:
-        kept = kept & (labels != ignore_index)
-    read = kept if weight is None else kept & (weight != 0)
-
-    def rows(logits: Tensor) -> Tensor:
-        return torch.where(read.unsqueeze(-1), logits[..., :vocab].to(dtype), 0.0)
-
-    student = rows(student_logits)
-    log_q = _log_softmax(student, tau)
+    rows = _Rows(student_logits, teacher_logits, temperature, temperatures, weight, mask, *others)
+    log_q = _log_softmax(rows.student, rows.tau)
     log_p = _teacher_log_probs(
-        [rows(t) for t in teacher_logits], teacher_weights, teacher_mix, teacher_tau, dtype
+        [rows.logits(t) for t in teacher_logits],
+        teacher_weights,
+        teacher_mix,
+        rows.per_row(teacher_temperature, teacher_temperatures),
+        rows.dtype,
     )
-    loss = divergence_rows(log_p, log_q, divergence, beta)
-    if square_temperature:
-        loss = loss * (tau.squeeze(-1) if isinstance(tau, Tensor) else tau) ** 2
-    if labels is not None:
-        at = torch.where(read, labels, 0).long().unsqueeze(-1)
-        loss = loss - label_weight * _log_softmax(student, 1.0).gather(-1, at).squeeze(-1)
-    if weight is not None:
-        loss = loss * torch.where(read, weight.to(dtype), 0.0)
-    loss = torch.where(read, loss, 0.0)
-    if reduction == "none":
-        return loss
-    if normalizer is not None:
-        divisor = normalizer.to(dtype).reshape(())
-    elif reduction == "mean":
-        divisor = kept.sum().to(dtype)
+    return rows.finish(divergence_rows(log_p, log_q, divergence, beta))
+
+
+def _log_sum_exp(log: Tensor) -> Tensor:
+    """Log-sum-exp over the last dimension, kept, whose gradient stays finite where all are -inf."""
+    if log.size(-1) == 0:
+        return log.new_full((*log.shape[:-1], 1), -math.inf)
+    top = log.detach().amax(-1, keepdim=True)
+    top = torch.where(torch.isfinite(top), top, 0.0)
+    total = _exp(log - top).sum(-1, keepdim=True)
+    return torch.where(total == 0, -math.inf, torch.where(total == 0, 1.0, total).log() + top)
+
+
+def _safe_log(x: Tensor) -> Tensor:
+    return torch.where(x > 0, torch.where(x > 0, x, 1.0).log(), -math.inf)
+
+
+def _shifted(log: Tensor, by: Tensor) -> Tensor:
+    """log - by, and -inf where log is, whatever `by` is."""
+    dead = log == -math.inf
+    return torch.where(dead, -math.inf, log.masked_fill(dead, 0) - by)
+
+
+def topk_divergence_op(
+    student_logits: Tensor,
+    teacher_log_probs: Tensor,
+    teacher_indices: Tensor,
+    divergence: str,
+    beta: float,
+    tail: str,
+    stored_temperature: float,
+    teacher_temperature: float,
+    teacher_temperatures: Tensor | None,
+    min_log_prob: float,
+    max_token_loss: float,
+    *row_options: Any,
+) -> Tensor:
+    """The raw op's loss, its arguments as `topk_divergence` in fastkd/ passes them on."""
+    rows = _Rows(student_logits, [teacher_log_probs], *row_options)
+    stored = (teacher_indices >= 0) & rows.read.unsqueeze(-1)
+    at = torch.where(stored, teacher_indices, 0).long()
+    log_q_all = _log_softmax(rows.student, rows.tau)
+    inside = torch.zeros_like(log_q_all, dtype=torch.int64).scatter_add(-1, at, stored.long()) > 0
+    log_q = torch.where(stored, log_q_all.gather(-1, at), -math.inf)
+    log_q_rest = log_q_all.masked_fill(inside, -math.inf)
+    others = rows.vocab - stored.sum(-1, keepdim=True)
+
+    # The teacher at its temperature: stored entries, and the mass of the rest.
+    log_p = torch.where(stored, teacher_log_probs.to(rows.dtype), -math.inf)
+    ratio = stored_temperature / rows.per_row(teacher_temperature, teacher_temperatures)
+    as_stored = torch.as_tensor(ratio == 1, device=log_p.device)
+    mass = _exp(log_p).sum(-1, keepdim=True)
+    rest_mass = torch.where((others > 0) & (mass < 1), 1 - mass, 0.0)
+    log_p = torch.where(stored & (log_p != -math.inf), log_p.masked_fill(~stored, 0) * ratio, log_p)
+    spread = others.clamp(min=1).to(rows.dtype).log()
+    log_p_rest = torch.where(
+        rest_mass > 0, _safe_log(rest_mass) * ratio + (1 - ratio) * spread, -math.inf
+    )
+    if tail == "renormalize":
+        log_z = _log_sum_exp(log_p)
+        student_log_z = _log_sum_exp(log_q)
+        log_q = _shifted(log_q, torch.where(student_log_z == -math.inf, 0.0, student_log_z))
     else:
-        divisor = torch.tensor(denominator, dtype=dtype, device=loss.device)
-    empty = divisor == 0
-    return torch.where(empty, 0.0, loss.sum() / torch.where(empty, 1.0, divisor))
+        log_z = _log_sum_exp(torch.cat([log_p, log_p_rest], -1))
+        whole = as_stored & ((others > 0) & (mass <= 1) | torch.as_tensor(tail == "drop"))
+        log_z = torch.where(whole, 0.0, log_z)
+    log_z = torch.where(log_z == -math.inf, 0.0, log_z)
+    log_p, log_p_rest = _shifted(log_p, log_z), _shifted(log_p_rest, log_z)
+
+    if tail == "lump":
+        log_p, log_q = (
+            torch.cat([log_p, log_p_rest], -1),
+            torch.cat([log_q, _log_sum_exp(log_q_rest)], -1),
+        )
+        outcomes = torch.cat([stored, others > 0], -1)
+    elif tail == "uniform":
+        each = torch.where(inside, -math.inf, log_p_rest - spread)
+        where_stored = torch.where(stored, log_p, 0.0)
+        placed = torch.zeros_like(log_q_all).scatter_add(
+            -1, at, where_stored.nan_to_num(neginf=0.0)
+        )
+        dead = torch.zeros_like(inside, dtype=torch.int64).scatter_add(
+            -1, at, (stored & (log_p == -math.inf)).long()
+        )
+        log_p = torch.where(inside, torch.where(dead > 0, -math.inf, placed), each)
+        log_q = log_q_all
+        outcomes = torch.ones_like(inside)
+    else:
+        outcomes = stored
+    if min_log_prob > -math.inf:
+        log_p = torch.where(outcomes & (log_p < min_log_prob), min_log_prob, log_p)
+        log_q = torch.where(outcomes & (log_q < min_log_prob), min_log_prob, log_q)
+    loss = divergence_rows(log_p, log_q, divergence, beta)
+    # divergence_rows adds q - p to each term of KL(p || q): nothing, over two distributions.
+    if tail == "drop" or min_log_prob > -math.inf:
+        excess = (_exp(log_p) - _exp(log_q)).sum(-1)
+        loss = loss + {"forward_kl": excess, "reverse_kl": -excess}.get(
+            _plain(divergence, beta), 0.0
+        )
+    poison = log_q_all.masked_fill(log_q_all == -math.inf, 0).sum(-1) * 0
+    loss = loss + poison.detach()
+    if rows.square_temperature:
+        loss = loss * (rows.tau.squeeze(-1) if isinstance(rows.tau, Tensor) else rows.tau) ** 2
+    return rows.reduce(torch.where(loss > max_token_loss, max_token_loss, loss))
+
+
+def _plain(divergence: str, beta: float) -> str:
+    """The ends of a mixture are the plain divergences."""
+    ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
+    return ends.get(beta, divergence) if divergence == "jsd" else divergence
+
+
+def topk_divergence(
+    student_logits: Tensor, teacher_log_probs: Tensor, teacher_indices: Tensor, **options: Any
+) -> Tensor:
+    """`fastkd.topk_divergence` in plain PyTorch, with the same arguments."""
+    from fastkd.topk_divergence import op_arguments
+
+    arguments = op_arguments(student_logits, teacher_log_probs, teacher_indices, **options)
+    return topk_divergence_op(student_logits, teacher_log_probs, teacher_indices, *arguments)
 
 
 def softmax_divergence(

@@ -7,10 +7,17 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
+from fastkd._arguments import (
+    check_no_gradient,
+    check_no_group,
+    check_tensors,
+    loss_like,
+    pending_like,
+    per_row,
+    row_options,
+)
 from fastkd._gradient import memory, scaled
-from fastkd._library import CUDA_ARCHITECTURES, raise_as_python, transforms_active
-
-_REDUCTIONS = ("none", "mean", "sum", "batchmean", "elementmean")
+from fastkd._library import raise_as_python, transforms_active
 
 
 def softmax_divergence(
@@ -121,10 +128,7 @@ def softmax_divergence(
     >>> [round(x, 4) for x in student.grad[0].tolist()]
     [0.048, 0.1305, -0.1786]
     """
-    if group is not None:
-        raise NotImplementedError(
-            "softmax_divergence: group (a vocabulary split across processes) is not available yet"
-        )
+    check_no_group("softmax_divergence", group)
     teachers, options = op_arguments(
         student_logits,
         teacher_logits,
@@ -188,12 +192,28 @@ def op_arguments(
 ) -> tuple[list[Tensor], tuple[Any, ...]]:
     """The teachers and the other arguments as the raw op, and its reference, take them."""
     teachers = _teachers(teacher_logits)
-    _check_tensors(student_logits, teachers, weight, temperature, teacher_temperature)
+    check_tensors("softmax_divergence", {"student_logits": student_logits})
+    for teacher in teachers:
+        check_tensors("softmax_divergence", {"teacher_logits": teacher})
+    check_no_gradient("softmax_divergence", teacher_temperature=teacher_temperature)
     if teacher_temperature is None:
         teacher_temperature = temperature
-    scalar, rows = _temperature(temperature, student_logits)
-    teacher_scalar, teacher_rows = _temperature(teacher_temperature, student_logits)
-    mode, denominator, divisor = _reduction(reduction, normalizer, student_logits, vocab_size)
+    teacher_scalar, teacher_rows = per_row(teacher_temperature, student_logits)
+    scalar, rows, *others = row_options(
+        "softmax_divergence",
+        student_logits,
+        temperature=temperature,
+        weight=weight,
+        mask=mask,
+        labels=labels,
+        label_weight=label_weight,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        normalizer=normalizer,
+        square_temperature=square_temperature,
+    )
+    weight, mask, labels, *others = others
     if teacher_weights is not None and not isinstance(teacher_weights, Tensor):
         # Filled on the device: a copy from the host would wait for it.
         teacher_weights = torch.stack(
@@ -211,13 +231,7 @@ def op_arguments(
         teacher_weights,
         teacher_mix,
         labels,
-        label_weight,
-        ignore_index,
-        -1 if vocab_size is None else vocab_size,
-        square_temperature,
-        mode,
-        denominator,
-        divisor,
+        *others,
     )
 
 
@@ -230,79 +244,6 @@ def _teachers(teacher_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
             f"{type(teacher_logits).__name__}"
         )
     return list(teacher_logits)
-
-
-def _check_tensors(
-    student: Tensor,
-    teachers: list[Tensor],
-    weight: Any,
-    temperature: Any,
-    teacher_temperature: Any,
-) -> None:
-    """What the op cannot see: things that are no tensors, and gradients nobody would compute."""
-    for name, value in (("student_logits", student), *(("teacher_logits", t) for t in teachers)):
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"softmax_divergence: {name} must be a tensor, got {type(value).__name__}"
-            )
-    if student.device.type == "cuda" and not CUDA_ARCHITECTURES:
-        raise RuntimeError(
-            "softmax_divergence: student_logits is a CUDA tensor, but this fastkd has no CUDA "
-            "kernels; build it where nvcc is found: `pip install --no-build-isolation .`"
-        )
-    if torch.is_grad_enabled():
-        for name, value in (
-            ("weight", weight),
-            ("temperature", temperature),
-            ("teacher_temperature", teacher_temperature),
-        ):
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise ValueError(
-                    f"softmax_divergence: {name} takes no gradient, but it requires one; detach "
-                    "it, or use reduction='none' and multiply the losses by it"
-                )
-
-
-def _temperature(value: float | Tensor, student: Tensor) -> tuple[float, Tensor | None]:
-    if not isinstance(value, Tensor):
-        return value, None
-    if value.dim() == 0:
-        value = value.to(student.device).expand(student.shape[:-1])
-    return 1.0, value
-
-
-def _reduction(
-    reduction: str, normalizer: float | Tensor | None, student: Tensor, vocab_size: int | None
-) -> tuple[str, float, Tensor | None]:
-    """The op's own reduction (none, sum over a denominator, mean), its denominator, normalizer."""
-    if reduction not in _REDUCTIONS:
-        raise ValueError(
-            f"softmax_divergence: reduction must be one of {', '.join(_REDUCTIONS)}; got "
-            f"{reduction!r}"
-        )
-    if reduction == "none":
-        if normalizer is not None:
-            raise ValueError(
-                "softmax_divergence: normalizer has no meaning with reduction='none', which "
-                "divides by nothing"
-            )
-        return "none", 1.0, None
-    if isinstance(normalizer, Tensor):
-        return "sum", 1.0, normalizer.detach().to(student.device, torch.float64)
-    if normalizer is not None:
-        if not normalizer >= 0:
-            raise ValueError(
-                f"softmax_divergence: normalizer must not be negative, got {normalizer}"
-            )
-        return "sum", float(normalizer), None
-    if reduction == "mean":
-        return "mean", 1.0, None
-    if reduction == "sum":
-        return "sum", 1.0, None
-    if reduction == "batchmean":
-        return "sum", float(student.size(0)), None
-    columns = student.size(-1) if vocab_size is None else vocab_size
-    return "sum", float(student.numel() // max(student.size(-1), 1) * columns), None
 
 
 class _SoftmaxDivergence(torch.autograd.Function):
@@ -368,28 +309,15 @@ def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | N
     return tuple(next(found) if need else None for need in ctx.needs_input_grad[:2])
 
 
-def _loss_like(student: Tensor, teachers: list[Tensor], mode: str) -> Tensor:
-    float64 = any(x.dtype == torch.float64 for x in (student, *teachers))
-    return student.new_empty(
-        student.shape[:-1] if mode == "none" else (),
-        dtype=torch.float64 if float64 else torch.float32,
-    )
-
-
-def _pending_like(student: Tensor, gradients: Sequence[Tensor], mode: str) -> Tensor:
-    wait = mode != "none" and any(g.dtype == torch.float16 for g in gradients)
-    return student.new_empty(() if wait else (0,), dtype=torch.float32)
-
-
 @torch.library.register_fake("fastkd::_softmax_divergence")
 def _(student_logits, teacher_logits, *options):
     *_, mode, _denominator, _normalizer, student_gradient, teacher_gradient = options
     wanted = [student_logits] * student_gradient + [teacher_logits[0]] * teacher_gradient
     return (
-        _loss_like(student_logits, teacher_logits, mode),
+        loss_like(student_logits, (student_logits, *teacher_logits), mode),
         torch.empty_like(student_logits) if student_gradient else student_logits.new_empty(0),
         torch.empty_like(teacher_logits[0]) if teacher_gradient else teacher_logits[0].new_empty(0),
-        _pending_like(student_logits, wanted, mode),
+        pending_like(student_logits, wanted, mode),
     )
 
 
@@ -398,7 +326,7 @@ def _(gradient, student_logits, teacher_logits, *options):
     *_, mode, _denominator, _normalizer, teacher_gradient = options
     wanted = [student_logits] + [teacher_logits[0]] * teacher_gradient
     return (
-        _loss_like(student_logits, teacher_logits, mode),
+        loss_like(student_logits, (student_logits, *teacher_logits), mode),
         torch.empty_like(teacher_logits[0]) if teacher_gradient else teacher_logits[0].new_empty(0),
-        _pending_like(student_logits, wanted, mode),
+        pending_like(student_logits, wanted, mode),
     )

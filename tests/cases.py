@@ -121,8 +121,67 @@ def _softmax_divergence() -> Iterator[Case]:
     yield Case("vocab-size", {}, lambda leading, vocab: {"vocab_size": max(1, vocab - 3)})
 
 
+def _topk_divergence() -> Iterator[Case]:
+    divergences, tails = (
+        ("forward_kl", "reverse_kl", "jsd", "cross_entropy"),
+        ("lump", "uniform", "renormalize", "drop"),
+    )
+    for name in divergences:
+        for tail in tails:
+            options = {"divergence": name, "tail": tail}
+            yield Case(f"{name}-{tail}", {**options, "reduction": "none"})
+            yield Case(
+                f"{name}-{tail}-temperatures",
+                {**options, "temperature": 2.0, "stored_temperature": 1.5, "beta": 0.2},
+            )
+            yield Case(f"{name}-{tail}-floor", {**options, "min_log_prob": -4.0})
+    for tail in tails:
+        options = {"tail": tail, "temperature": 3.0, "teacher_temperature": 1.0}
+        yield Case(f"{tail}-labels", {**options, "label_weight": 0.3, "reduction": "sum"}, _labels)
+        yield Case(f"{tail}-cap", {"tail": tail, "max_token_loss": 0.5, "reduction": "none"})
+    yield Case("labels-same-temperature", {"label_weight": 2.0}, _labels)
+    yield Case("jsd-beta-0", {"divergence": "jsd", "beta": 0.0, "tail": "drop"})
+    yield Case("jsd-beta-1", {"divergence": "jsd", "beta": 1.0, "tail": "drop"})
+    yield Case(
+        "square", {"temperature": 2.0, "stored_temperature": 2.0, "square_temperature": True}
+    )
+    yield Case(
+        "square-cap", {"temperature": 2.0, "square_temperature": True, "max_token_loss": 3.0}
+    )
+    yield Case("elementmean", {"reduction": "elementmean"})
+    yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
+    yield Case(
+        "weight-and-mask",
+        {"reduction": "batchmean"},
+        lambda leading, vocab: {
+            "weight": torch.rand(leading) * (torch.rand(leading) < 0.8),
+            "mask": torch.rand(leading) < 0.7,
+        },
+    )
+    yield Case(
+        "row-temperatures",
+        {"square_temperature": True, "divergence": "jsd", "stored_temperature": 0.8},
+        lambda leading, vocab: {
+            "temperature": torch.rand(leading) + 0.5,
+            "teacher_temperature": torch.rand(leading).double() + 0.5,
+        },
+    )
+
+
 def cases(op: str) -> list[Case]:
-    return list({"softmax_divergence": _softmax_divergence}[op]())
+    return list(
+        {"softmax_divergence": _softmax_divergence, "topk_divergence": _topk_divergence}[op]()
+    )
+
+
+def top_k(
+    shape: tuple[int, ...], k: int, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A teacher's k best log-probabilities and their indices, in an order of no meaning."""
+    log_probs = (logits(shape, torch.float64) / temperature).log_softmax(-1)
+    values, indices = log_probs.topk(min(k, shape[-1]), -1)
+    order = torch.randperm(values.size(-1))
+    return values[..., order].float(), indices[..., order].int()
 
 
 def logits(

@@ -16,6 +16,8 @@ constexpr Kernels make_kernels() {
   list_kernels(out.softmax_divergence, Divergences{});
   out.kl_div_float = kl_div_chunk<float>;
   out.kl_div_double = kl_div_chunk<double>;
+  out.topk_float = topk_kernel<float>();
+  out.topk_double = topk_kernel<double>();
   out.scale_row_float = scale_row<float>;
   out.scale_row_double = scale_row<double>;
   return out;

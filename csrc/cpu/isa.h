@@ -3,6 +3,7 @@
 #include "kl_div.h"
 #include "scale_rows.h"
 #include "softmax_divergence.h"
+#include "topk_divergence.h"
 
 namespace fastkd {
 
@@ -10,6 +11,7 @@ struct Kernels {
   const char* isa;
   SoftmaxDivergenceKernel softmax_divergence[kDivergences];
   KlDivKernel kl_div_float, kl_div_double;
+  TopkKernel topk_float, topk_double;
   ScaleRowKernel scale_row_float, scale_row_double;
 };
 

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "softmax_divergence.h"
+#include "row_slices.h"
 
 namespace fastkd {
 

@@ -1,19 +1,10 @@
-// The passes over one row of softmax_divergence, cut in slices of a fixed number of columns: what they find is merged
-// in order and does not depend on which thread took which slice.
+// The passes over one row of softmax_divergence.
 #pragma once
 #include "../math/row_plan.h"
-#include "simd.h"
+#include "row_slices.h"
 #include "teachers.h"
 
 namespace fastkd {
-
-inline constexpr int64_t kSlice = 8192;
-
-// Calls body(context, slice) for every slice, in any order, on any threads.
-struct SliceRunner {
-  void (*run)(void* self, int64_t slices, void (*body)(void* context, int64_t slice), void* context);
-  void* self;
-};
 
 struct SoftmaxDivergenceRow {
   int64_t vocab;
@@ -34,12 +25,9 @@ struct SoftmaxDivergenceKernel {
 };
 inline constexpr int kDivergences = 7;
 
-// What a pass keeps: of a slice, its partial sums; of a block, the logits it was taken relative to; of an entry, one
+// What a pass keeps beside a slice's partial sums: of a block, the logits it was taken relative to; of an entry, one
 // number for each side and, where the teacher's gradient is wanted too, g.
-inline constexpr int64_t kPartialBytes = 64, kOriginBytes = 16;
-
-inline int64_t slices_of(int64_t vocab) { return (vocab + kSlice - 1) / kSlice; }
-inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+inline constexpr int64_t kOriginBytes = 16;
 
 inline int64_t softmax_divergence_scratch(int64_t vocab, int64_t teachers, int64_t real_size, bool teacher_gradient) {
   return slices_of(vocab) * (kPartialBytes + kSlice / kBlock * kOriginBytes) + aligned(teachers * 16) +
@@ -61,21 +49,18 @@ struct Accumulator<Real, true> {
 
 // A row between its passes.
 template <class Real>
-struct RowPasses {
+struct RowPasses : RowSlices {
   const SoftmaxDivergenceRow& row;
-  const SliceRunner& runner;
   const RowFrame<Real>& frame;                 // set up to the scales, and after pass 1 wholly
-  char* partials;                              // scratch: one a slice,
-  Origins<Real>* origins;                      // one a block,
+  Origins<Real>* origins;                      // scratch: one a block,
   MaxSum<double>* normalizers;                 // one a teacher,
   Real *student_kept, *teacher_kept, *slopes;  // and one an entry: see Kept, and g from its sum to the gradient
   TeacherBlocks<Real> teacher;
 
   RowPasses(const SoftmaxDivergenceRow& r, const SliceRunner& s, const RowFrame<Real>& f)
-      : row(r),
-        runner(s),
+      : RowSlices{r.vocab, s, static_cast<char*>(r.scratch)},
+        row(r),
         frame(f),
-        partials(static_cast<char*>(r.scratch)),
         origins(reinterpret_cast<Origins<Real>*>(partials + slices_of(r.vocab) * kPartialBytes)),
         normalizers(reinterpret_cast<MaxSum<double>*>(reinterpret_cast<char*>(origins) +
                                                       slices_of(r.vocab) * (kSlice / kBlock) * kOriginBytes)),
@@ -87,32 +72,6 @@ struct RowPasses {
     // Where the gradient goes there is room until then.
     Real* const out = r.student_gradient ? destination<Real>(r.student_gradient, 0, nullptr) : nullptr;
     if (out != nullptr && out != r.student.data) student_kept = out;
-  }
-
-  template <class Body>
-  void for_blocks(int64_t slice, Body body) const {
-    const int64_t first = slice * kSlice, last = first + kSlice < row.vocab ? first + kSlice : row.vocab;
-    for (int64_t begin = first; begin < last; begin += kBlock)
-      body(begin, last - begin < kBlock ? last - begin : kBlock);
-  }
-
-  // Runs body(slice) for every slice.
-  template <class Body>
-  void for_slices(const Body& body) const {
-    runner.run(
-        runner.self, slices_of(row.vocab), [](void* self, int64_t slice) { (*static_cast<const Body*>(self))(slice); },
-        const_cast<Body*>(&body));
-  }
-
-  // Sums up what body(slice) returns, in the order of the slices: merge(all, next).
-  template <class Partial, class Body, class Merge>
-  Partial reduce_slices(const Body& body, const Merge& merge) const {
-    static_assert(sizeof(Partial) <= kPartialBytes);
-    Partial* part = reinterpret_cast<Partial*>(partials);
-    for_slices([&](int64_t slice) { part[slice] = body(slice); });
-    Partial all = part[0];
-    for (int64_t slice = 1; slice < slices_of(row.vocab); ++slice) merge(all, part[slice]);
-    return all;
   }
 
   void normalize_teachers() const {
@@ -150,7 +109,7 @@ struct RowPasses {
   template <Pass kPass, bool kKeep>
   void add_block(RowState<double>& all, Real& u_origin, Real& w_origin, int64_t begin, int64_t count) const {
     alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], spare[kBlock];
-    const int64_t ahead = begin + kBlock, some = row.vocab - ahead < kBlock ? row.vocab - ahead : kBlock;
+    const int64_t ahead = begin + kBlock, some = vocab - ahead < kBlock ? vocab - ahead : kBlock;
     if (some > 0) {
       prefetch(row.student, ahead, some);
       teacher.prefetch_block(ahead, some);

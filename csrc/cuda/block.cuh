@@ -41,27 +41,28 @@ __device__ __forceinline__ T warp_reduce(T value, const Merge& merge) {
 
 // Those who work on one row: a warp of the block (whose other warps have rows of their own), a block, or the blocks of
 // a cluster.
-template <bool kWarpTeam>
 struct Team {
   int thread, threads;    // within the block's share of the team
   unsigned rank, blocks;  // of the cluster
+  bool warp;              // the whole team
   static constexpr int kMaxWarps = 32;
   static constexpr int kSlotBytes = 64;
-  static constexpr int kSharedBytes = kWarpTeam ? 0 : (kMaxWarps + 1) * kSlotBytes;
-  unsigned char* slots;  // kSharedBytes, aligned to 16
+  static constexpr int kSharedBytes = (kMaxWarps + 1) * kSlotBytes;
+  unsigned char* slots;  // kSharedBytes, aligned to 16; a warp needs none
 
-  __device__ __forceinline__ Team(unsigned char* shared, unsigned cluster_blocks)
-      : thread(kWarpTeam ? threadIdx.x % kWarp : threadIdx.x),
-        threads(kWarpTeam ? kWarp : blockDim.x),
+  __device__ __forceinline__ Team(unsigned char* shared, unsigned cluster_blocks, bool warp_team = false)
+      : thread(warp_team ? threadIdx.x % kWarp : threadIdx.x),
+        threads(warp_team ? kWarp : blockDim.x),
         rank(cluster_blocks > 1 ? cluster_rank() : 0),
         blocks(cluster_blocks),
+        warp(warp_team),
         slots(shared) {}
 
   __device__ __forceinline__ bool leads() const { return thread == 0; }
 
   // The block's share of the team.
   __device__ __forceinline__ void sync() const {
-    if constexpr (kWarpTeam) {
+    if (warp) {
       __syncwarp();
     } else {
       __syncthreads();
@@ -72,8 +73,8 @@ struct Team {
   template <class T, class Merge>
   __device__ __forceinline__ T block_sum(T value, const Merge& merge, bool everywhere = false) const {
     value = warp_reduce(value, merge);
-    if constexpr (kWarpTeam) return value;
     static_assert(sizeof(T) <= kSlotBytes);
+    if (warp) return value;
     const auto slot = [&](int i) { return reinterpret_cast<T*>(slots + i * kSlotBytes); };
     __syncthreads();  // the slots may still be read from the last time
     if (threadIdx.x % kWarp == 0) shared_store(slot(threadIdx.x / kWarp), value);

@@ -99,14 +99,14 @@ __global__ void __launch_bounds__(kFlatThreads) kl_div_kernel(const KlDivArgumen
     }
   }
   if (!a.sum) return;
-  const Team<false> team(shared_memory(), 1);
+  const Team team(shared_memory(), 1);
   const double all = team.sum(double(sum), [](double& into, double next) { into += next; });
   if (team.leads()) global_store(a.sums + blockIdx.x, all);
 }
 
 __global__ void __launch_bounds__(kSumThreads)
     kl_div_sum_kernel(const double* sums, int blocks, double scale, const DeviceRows loss) {
-  const Team<false> team(shared_memory(), 1);
+  const Team team(shared_memory(), 1);
   double sum = 0;
   for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += global_load(sums + i);
   sum = team.sum(sum, [](double& all, double next) { all += next; });
@@ -116,9 +116,9 @@ __global__ void __launch_bounds__(kSumThreads)
 template <bool kLogTarget, class T>
 void launch_kl_div(const Device& device, const KlDivArguments& a, int64_t blocks, bool whole) {
   if (whole) {
-    device.launch(kl_div_kernel<kLogTarget, T, true>, blocks, kFlatThreads, Team<false>::kSharedBytes, 1, a);
+    device.launch(kl_div_kernel<kLogTarget, T, true>, blocks, kFlatThreads, Team::kSharedBytes, 1, a);
   } else {
-    device.launch(kl_div_kernel<kLogTarget, T, false>, blocks, kFlatThreads, Team<false>::kSharedBytes, 1, a);
+    device.launch(kl_div_kernel<kLogTarget, T, false>, blocks, kFlatThreads, Team::kSharedBytes, 1, a);
   }
 }
 
@@ -168,7 +168,7 @@ struct Cuda {
       launch_kl_div<false>(device, a, type, blocks, whole);
     }
     if (a.sum) {
-      device.launch(kl_div_sum_kernel, 1, kSumThreads, Team<false>::kSharedBytes, 1, a.sums, int(blocks), call.scale,
+      device.launch(kl_div_sum_kernel, 1, kSumThreads, Team::kSharedBytes, 1, a.sums, int(blocks), call.scale,
                     device_rows(*call.loss, 0, kName));
     }
   }

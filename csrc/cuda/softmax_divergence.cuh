@@ -33,8 +33,9 @@ struct Orders {
 // reductions] [student row][teacher row].
 inline constexpr int kOrdersBytes = 256, kPlanBytes = 448;
 inline constexpr int kTeachersBytes = kMaxTeachers * int(sizeof(MaxSum<double>) + sizeof(char*));
-template <bool kWarpTeam>
-inline constexpr int64_t kTeamBytes = kOrdersBytes + kPlanBytes + kTeachersBytes + Team<kWarpTeam>::kSharedBytes;
+__host__ __device__ constexpr int64_t team_bytes(bool warp) {
+  return kOrdersBytes + kPlanBytes + kTeachersBytes + (warp ? 0 : Team::kSharedBytes);
+}
 
 // Sums of pass 1 relative to one pair of origins.
 struct PassSums {
@@ -192,7 +193,7 @@ struct Lead {
   }
 };
 
-template <class Divergence, class Source, class Team>
+template <class Divergence, class Source>
 struct RowWorker {
   using Real = typename Source::Real;
   static constexpr int kSize = Source::kSize;
@@ -386,19 +387,19 @@ struct RowWorker {
   }
 };
 
-template <class Divergence, class Source, bool kWarpTeam>
+template <class Divergence, class Source>
 __global__ void __launch_bounds__(kRowThreads, 2)
     softmax_divergence_kernel(const RowArguments arguments, const RowLaunch launch) {
-  const int64_t per_team = kTeamBytes<kWarpTeam> + 2 * launch.slice_bytes;
-  unsigned char* shared = shared_memory() + (kWarpTeam ? threadIdx.x / kWarp * per_team : 0);
-  const Team<kWarpTeam> team(shared + kOrdersBytes + kPlanBytes + kTeachersBytes, unsigned(launch.cluster));
-  const RowWorker<Divergence, Source, Team<kWarpTeam>> worker(arguments, team, shared);
-  const int64_t block_rows = kWarpTeam ? launch.warp_rows : 1;
-  const int64_t first = int64_t(blockIdx.x) / launch.cluster * block_rows + (kWarpTeam ? threadIdx.x / kWarp : 0);
+  const bool by_warp = launch.warp_rows > 0;
+  const int64_t per_team = team_bytes(by_warp) + 2 * launch.slice_bytes;
+  unsigned char* shared = shared_memory() + (by_warp ? threadIdx.x / kWarp * per_team : 0);
+  const Team team(shared + kOrdersBytes + kPlanBytes + kTeachersBytes, unsigned(launch.cluster), by_warp);
+  const RowWorker<Divergence, Source> worker(arguments, team, shared);
+  const int64_t block_rows = by_warp ? launch.warp_rows : 1;
+  const int64_t first = int64_t(blockIdx.x) / launch.cluster * block_rows + (by_warp ? threadIdx.x / kWarp : 0);
   const int64_t step = int64_t(gridDim.x) / launch.cluster * block_rows;
   for (int64_t row = first; row < arguments.rows; row += step) {
-    Source source(arguments, row, launch, team.rank, shared + kOrdersBytes + kPlanBytes,
-                  shared + kTeamBytes<kWarpTeam>);
+    Source source(arguments, row, launch, team.rank, shared + kOrdersBytes + kPlanBytes, shared + team_bytes(by_warp));
     worker.run(row, source);
     team.sync();  // before the next row takes over the shared memory
   }

@@ -7,18 +7,14 @@ namespace {
 
 template <class Divergence, class Source>
 void launch_source(const Device& device, const RowArguments& arguments, int element_size) {
-  RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab, kTeamBytes<false>, Source::kPacked);
-  if constexpr (Source::kPacked) {
-    if (launch.warp_rows > 0) {
-      const int64_t needed = (arguments.rows + launch.warp_rows - 1) / launch.warp_rows;
-      const int64_t blocks = needed < INT32_MAX ? needed : INT32_MAX;
-      const int64_t shared = launch.warp_rows * (kTeamBytes<true> + 2 * launch.slice_bytes);
-      return device.launch(softmax_divergence_kernel<Divergence, Source, true>, blocks, launch.threads, shared, 1,
-                           arguments, launch);
-    }
+  RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab, team_bytes(false), Source::kPacked);
+  const auto kernel = softmax_divergence_kernel<Divergence, Source>;
+  if (launch.warp_rows > 0) {
+    const int64_t needed = (arguments.rows + launch.warp_rows - 1) / launch.warp_rows;
+    const int64_t shared = launch.warp_rows * (team_bytes(true) + 2 * launch.slice_bytes);
+    return device.launch(kernel, needed < INT32_MAX ? needed : INT32_MAX, launch.threads, shared, 1, arguments, launch);
   }
-  const auto kernel = softmax_divergence_kernel<Divergence, Source, false>;
-  const auto shared = [&] { return kTeamBytes<false> + 2 * launch.slice_bytes; };
+  const auto shared = [&] { return team_bytes(false) + 2 * launch.slice_bytes; };
   if (!device.fits(kernel, launch.threads, shared(), launch.cluster)) launch = reread_launch();
   // A block that ends takes the next row: grids have an end, too.
   const int64_t teams = arguments.rows < INT32_MAX / launch.cluster ? arguments.rows : INT32_MAX / launch.cluster;

@@ -3,61 +3,40 @@
 #include "../math/row_plan.h"
 #include "block.cuh"
 #include "policy.cuh"
-#include "rows.cuh"
+#include "row_losses.cuh"
 #include "vec.cuh"
 
 namespace fastkd::cuda {
 
 inline constexpr int kMaxTeachers = 16;
 
-// What a call asks, the same for all rows. Per-row numbers are optional.
-struct RowArguments {
-  int64_t rows;
-  int vocab, student_width, teacher_width;
+// What a call asks, the same for all rows.
+struct RowArguments : RowNumbers {
+  int teacher_width;
   DeviceRows student, student_gradient, teacher_gradient;
   DeviceRows teachers[kMaxTeachers];
   int teacher_count;
-  bool mix_probs, square_temperature;
-  double beta, temperature, teacher_temperature, label_weight;
-  DeviceRows temperatures, teacher_temperatures, weight, mask, labels, teacher_weights;
-  int64_t ignore_index;
-  double gradient_factor;          // 1 / denominator,
-  const double* gradient_factors;  // or where it stands once the rows are counted
-  double* losses;                  // weighted, one a row
+  bool mix_probs;
+  double beta, teacher_temperature;
+  DeviceRows teacher_temperatures, teacher_weights;
 
-  __device__ bool counts(int64_t row) const {
-    return (!mask || mask.number(row) != 0) && (!labels || labels.integer(row) != ignore_index);
-  }
-  __device__ double row_weight(int64_t row) const { return !counts(row) ? 0 : weight ? weight.number(row) : 1; }
-
-  // Whether the row is read at all. Numbers that no check could see make it NaN: a temperature that is not positive, a
-  // label outside the vocabulary.
-  __device__ bool read_task(int64_t row, RowTask& task, int& place) const {
-    const double factor = gradient_factors != nullptr ? global_load(gradient_factors) : gradient_factor;
-    const double row_factor = row_weight(row);
-    if (row_factor == 0 || factor == 0) return false;
-    task.temperature = positive(temperatures ? temperatures.number(row) : temperature);
+  // Whether the row is read at all.
+  __device__ bool read_task(int64_t row, RowTask& task, int& label) const {
+    task.scale = scale(row);
+    if (task.scale == 0) return false;
+    task.temperature = row_temperature(row);
     task.teacher_temperature = positive(teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature);
     task.divergence_scale = square_temperature ? task.temperature * task.temperature : 1;
-    task.scale = row_factor * factor;
-    task.label_weight = label_weight;
-    task.has_label = bool(labels);
-    const int64_t label = labels ? labels.integer(row) : -1;
-    const bool outside = labels && (label < 0 || label >= vocab);
-    if (outside) task.label_weight = NAN;
-    place = outside ? 0 : int(label);
+    label = read_label(row, task);
     task.mix_probs = mix_probs;
     task.student_gradient = bool(student_gradient);
     task.teacher_gradient = bool(teacher_gradient);
     return true;
   }
-
-  static __device__ double positive(double x) { return x > 0 && x < double(INFINITY) ? x : double(NAN); }
 };
 
 // Zeros in columns [begin, end) of a gradient; those beyond the vocabulary belong to no class.
-template <class Team>
-__device__ void zero_columns(const DeviceRows& gradient, int64_t row, int begin, int end, const Team& team) {
+inline __device__ void zero_columns(const DeviceRows& gradient, int64_t row, int begin, int end, const Team& team) {
   if (!gradient) return;
   const int threads = team.threads * int(team.blocks);
   if (begin >= end) return;
@@ -67,8 +46,7 @@ __device__ void zero_columns(const DeviceRows& gradient, int64_t row, int begin,
   }
 }
 
-template <class Team>
-__device__ void zero_beyond_vocab(const RowArguments& arguments, int64_t row, const Team& team) {
+inline __device__ void zero_beyond_vocab(const RowArguments& arguments, int64_t row, const Team& team) {
   zero_columns(arguments.student_gradient, row, arguments.vocab, arguments.student_width, team);
   zero_columns(arguments.teacher_gradient, row, arguments.vocab, arguments.teacher_width, team);
 }
@@ -108,7 +86,6 @@ struct PackedSource {
   __device__ __forceinline__ int packs() const { return end - begin; }
   __device__ __forceinline__ int column(int pack) const { return student.column(begin + pack); }
 
-  template <class Team>
   __device__ void normalize_teachers(const Team&, double) {}
 
   struct Raw {
@@ -158,7 +135,6 @@ struct PackedSource {
     teacher_gradient.store(begin + pack, out);
   }
 
-  template <class Team>
   __device__ void write_zeros(const Team& team) const {
     const Out zero{};
     for (int i = team.thread; i < packs(); i += team.threads) {
@@ -208,7 +184,6 @@ struct AnySource {
   }
 
   // For a mixture: where its teachers' rows begin, and of probabilities the normaliser of each teacher.
-  template <class Team>
   __device__ void normalize_teachers(const Team& team, double teacher_temperature) {
     scale = Real(kLog2E / teacher_temperature);
     if (arguments.teacher_count == 1) return;
@@ -294,7 +269,6 @@ struct AnySource {
     arguments.teacher_gradient.put(place(arguments.teacher_gradient, teacher_gradient, column), out);
   }
 
-  template <class Team>
   __device__ void write_zeros(const Team& team) const {
     zero_columns(arguments.student_gradient, row, 0, arguments.student_width, team);
     zero_columns(arguments.teacher_gradient, row, 0, arguments.teacher_width, team);

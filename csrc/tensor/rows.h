@@ -96,8 +96,8 @@ class Rows {
     }
   }
 
-  int64_t integer(int64_t index) const {
-    const char* p = at(index);
+  int64_t integer(int64_t index, int64_t column = 0) const {
+    const char* p = at(index) + column * column_stride_ * element_size_;
     return type_ == ScalarType::Long ? *reinterpret_cast<const int64_t*>(p) : *reinterpret_cast<const int32_t*>(p);
   }
 

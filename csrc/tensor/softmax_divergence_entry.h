@@ -24,9 +24,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_divergence(
     bool square_temperature, const std::string& reduction, double denominator, const std::optional<Tensor>& normalizer,
     bool student_gradient, bool teacher_gradient) {
   Problem problem(student_logits, teacher_logits,
-                  {divergence, beta, temperature, teacher_temperature, temperatures, teacher_temperatures, weight, mask,
-                   teacher_weights, teacher_mix, labels, label_weight, ignore_index, vocab_size, square_temperature,
-                   reduction, denominator, normalizer},
+                  {divergence, beta, teacher_temperature, teacher_temperatures, teacher_weights, teacher_mix},
+                  {temperature, temperatures, weight, mask, labels, label_weight, ignore_index, vocab_size,
+                   square_temperature, reduction, denominator, normalizer},
                   Backend::kValuesChecked);
   check_gradients(teacher_logits, teacher_gradient);
   Tensor s = student_gradient ? gradient_like(student_logits) : empty(student_logits);
@@ -45,9 +45,9 @@ std::tuple<Tensor, Tensor, Tensor> softmax_divergence_into(
     double label_weight, int64_t ignore_index, int64_t vocab_size, bool square_temperature,
     const std::string& reduction, double denominator, const std::optional<Tensor>& normalizer, bool teacher_gradient) {
   Problem problem(student_logits, teacher_logits,
-                  {divergence, beta, temperature, teacher_temperature, temperatures, teacher_temperatures, weight, mask,
-                   teacher_weights, teacher_mix, labels, label_weight, ignore_index, vocab_size, square_temperature,
-                   reduction, denominator, normalizer},
+                  {divergence, beta, teacher_temperature, teacher_temperatures, teacher_weights, teacher_mix},
+                  {temperature, temperatures, weight, mask, labels, label_weight, ignore_index, vocab_size,
+                   square_temperature, reduction, denominator, normalizer},
                   Backend::kValuesChecked);
   check_gradients(teacher_logits, teacher_gradient);
   problem.check_device(gradient, "gradient");

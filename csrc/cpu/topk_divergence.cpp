@@ -1,0 +1,173 @@
+// topk_divergence on the CPU: from tensors to rows, and the loops over a row's support.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "../tensor/topk_divergence_entry.h"
+#include "isa.h"
+#include "row_losses.h"
+
+namespace fastkd {
+namespace {
+
+using namespace portable;
+
+struct Entry {
+  int64_t column, place;  // place: among the k as given
+  double x, l;            // the student's logit in base 2, the stored log-probability
+  double g, h;            // the slopes of its term
+};
+
+// A row's support, ascending by column.
+struct Support {
+  std::vector<Entry> entries;
+  std::vector<int64_t> columns;
+
+  // False where the row is not what it should be; explain() then says why.
+  bool read(const TopkProblem& problem, int64_t row) {
+    entries.clear();
+    columns.clear();
+    double mass = 0;
+    for (int64_t j = 0; j < problem.k; ++j) {
+      const int64_t column = problem.indices.integer(row, j);
+      if (column == -1) continue;
+      const double l = problem.log_probs.number(row, j);
+      if (column < 0 || column >= problem.vocab || l > kLargestLogProb) return false;
+      mass += std::exp(l);
+      entries.push_back({column, j, 0, l, 0, 0});
+    }
+    if (mass > kMostMass) return false;
+    std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.column < b.column; });
+    for (const Entry& entry : entries) {
+      if (!columns.empty() && columns.back() == entry.column) return false;
+      columns.push_back(entry.column);
+    }
+    return true;
+  }
+
+  [[noreturn]] static void explain(const TopkProblem& problem, int64_t row) {
+    double mass = 0;
+    std::vector<int64_t> seen;
+    for (int64_t j = 0; j < problem.k; ++j) {
+      const int64_t column = problem.indices.integer(row, j);
+      if (column == -1) continue;
+      FASTKD_CHECK_INDEX(column >= 0 && column < problem.vocab, kTopkDivergence, "teacher_indices must lie in [0, ",
+                         problem.vocab, ") or be -1, got ", column, " in row ", row);
+      const double l = problem.log_probs.number(row, j);
+      FASTKD_CHECK_VALUE(!(l > kLargestLogProb), kTopkDivergence,
+                         "teacher_log_probs must be log-probabilities, 0 at most, got ", l, " in row ", row);
+      FASTKD_CHECK_VALUE(std::find(seen.begin(), seen.end(), column) == seen.end(), kTopkDivergence,
+                         "teacher_indices must be distinct in a row, got ", column, " twice in row ", row);
+      seen.push_back(column);
+      mass += std::exp(l);
+    }
+    fail("ValueError", kTopkDivergence, "teacher_log_probs must have a mass of at most 1 in a row, got ", mass,
+         " in row ", row);
+  }
+};
+
+void put_element(const Row& row, int64_t column, double value) {
+  visit(row.dtype, [&](auto element) {
+    using Element = decltype(element);
+    if constexpr (sizeof(Element) == 8) {
+      static_cast<Element*>(row.data)[column * row.stride] = value;
+    } else {
+      from_float(float(value), static_cast<Element*>(row.data)[column * row.stride]);
+    }
+  });
+}
+
+struct Cpu {
+  static constexpr bool kValuesChecked = true;
+
+  static std::tuple<Tensor, Tensor> solve(const TopkProblem& problem, const Tensor* student_gradient,
+                                          const Tensor* teacher_gradient) {
+    const TopkKernel& kernel = problem.float64 ? kernels().topk_double : kernels().topk_float;
+    const Rows gradients = gradient_rows(student_gradient, problem);
+    const Rows teacher_gradients = teacher_gradient ? Rows(*teacher_gradient, problem.leading) : Rows();
+    std::atomic<int64_t> first_bad{problem.rows};
+
+    const auto skip_row = [&](int64_t index) {
+      if (gradients) fill_zero(gradients.row(index), 0, problem.student_width);
+      if (teacher_gradients) fill_zero(teacher_gradients.row(index), 0, problem.k);
+    };
+    const auto solve_row = [&](int64_t index, double scale, const SliceRunner& runner, char* scratch) -> double {
+      thread_local Support support;
+      if (!support.read(problem, index)) {
+        int64_t seen = first_bad.load();
+        while (index < seen && !first_bad.compare_exchange_weak(seen, index)) {
+        }
+        return 0;
+      }
+      TopkRow row{};
+      row.vocab = problem.vocab;
+      row.student = problem.student.row(index);
+      if (gradients) row.gradient = gradients.row(index);
+      row.support = support.columns.data();
+      row.count = int64_t(support.columns.size());
+      row.temperature = problem.temperature(index);
+      row.label = problem.label(index);
+      row.scratch = scratch;
+      return run(problem, kernel, row, runner, support, problem.task(index, scale),
+                 teacher_gradients ? teacher_gradients.row(index) : Row());
+    };
+    const int64_t scratch = topk_divergence_scratch(problem.vocab, problem.float64 ? sizeof(double) : sizeof(float));
+    auto out = solve_rows(problem, {student_gradient, teacher_gradient}, scratch, solve_row, skip_row);
+    if (first_bad < problem.rows) Support::explain(problem, first_bad);
+    return out;
+  }
+
+  static double run(const TopkProblem& problem, const TopkKernel& kernel, const TopkRow& row, const SliceRunner& runner,
+                    Support& support, const TopkTask& task, const Row& teacher_gradient) {
+    const double to_base_2 = kLog2E / row.temperature;
+    const auto logit = [&](int64_t column) {
+      double value;
+      return *load(row.student, column, 1, &value) * to_base_2;
+    };
+    TopkPlan plan{};
+    plan.task = task;
+    SupportSums sums = SupportSums::empty();
+    for (Entry& entry : support.entries) {
+      entry.x = logit(entry.column);
+      sums.add(plan.measure(entry.x, entry.l));
+    }
+    const double label_x = row.label >= 0 ? logit(row.label) : 0;
+    const RestSums rest = kernel.sum_rest(row, runner, task.has_label && row.temperature != 1);
+    plan.begin(sums, {{rest.max, rest.sum}, {rest.label_max, rest.label_sum}}, double(row.vocab));
+
+    with_bare_divergence(task.divergence, task.beta, [&](const auto& divergence) {
+      BareSums all{};
+      for (Entry& entry : support.entries) {
+        const auto t = plan.floored_terms(divergence, plan.log_q(entry.x), plan.log_p(entry.l));
+        all.add({t.value, t.excess, t.g, t.h});
+        entry.g = t.g;
+        entry.h = t.h;
+      }
+      const bool others = task.tail == Tail::kUniform && row.count < row.vocab;
+      plan.finish(divergence, all, others ? kernel.uniform_terms(row, runner, plan) : BareSums{});
+    });
+
+    if (row.gradient) {
+      kernel.write_rest(row, runner, plan);
+      for (const Entry& entry : support.entries) {
+        const double value = plan.student_gradient(entry.x, entry.g, entry.column == row.label);
+        put_element(row.gradient, entry.column, value);
+      }
+      fill_zero(row.gradient, row.vocab, problem.student_width);
+    }
+    if (teacher_gradient) {
+      fill_zero(teacher_gradient, 0, problem.k);
+      for (const Entry& entry : support.entries)
+        put_element(teacher_gradient, entry.place, plan.teacher_gradient(entry.l, entry.h));
+    }
+    return plan.loss(label_x);
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("_topk_divergence", TORCH_BOX(&topk_divergence<Cpu>)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) { m.impl("_gradient_like", TORCH_BOX(&gradient_like)); }
+
+}  // namespace fastkd

@@ -1,0 +1,243 @@
+// The passes of topk_divergence over one row of the student's logits; what happens between them is TopkPlan's.
+//
+// Memory: the first pass reads the logits, sums 2^x outside the support and keeps 2^x of every entry where the gradient
+// goes (or in scratch, where that is of another type). The last one scales what was kept. Uniform tails take one more
+// pass between, over logarithms. Support entries are -inf to all of them: their exact values are the plan's.
+#pragma once
+#include "../math/topk_plan.h"
+#include "row_slices.h"
+
+namespace fastkd {
+
+struct TopkRow {
+  int64_t vocab, width;    // width: columns of the gradient; those from vocab on are zero
+  Row student, gradient;   // gradient: empty if not wanted
+  const int64_t* support;  // columns, ascending
+  int64_t count;
+  double temperature;
+  int64_t label;  // -1: none
+  void* scratch;  // topk_divergence_scratch(...) bytes, aligned to 64
+};
+
+inline int64_t topk_divergence_scratch(int64_t vocab, int64_t real_size) {
+  constexpr int64_t kOrigins = kSlice / kBlock * int64_t(sizeof(double));
+  return slices_of(vocab) * (kPartialBytes + kOrigins) + aligned(vocab * real_size);
+}
+
+struct TopkKernel {
+  RestSums (*sum_rest)(const TopkRow&, const SliceRunner&, bool label_apart);
+  BareSums (*uniform_terms)(const TopkRow&, const SliceRunner&, const TopkNumbers&);
+  void (*write_rest)(const TopkRow&, const SliceRunner&, const TopkNumbers&);
+};
+
+}  // namespace fastkd
+
+namespace fastkd::FASTKD_ISA {
+
+template <class Real>
+struct TopkPasses : RowSlices {
+  const TopkRow& row;
+  Real* origins;  // what a block's 2^x are relative to: a logit
+  Real* kept;
+  Real scale, label_scale;  // log2(e) / temperature, log2(e)
+
+  TopkPasses(const TopkRow& r, const SliceRunner& s)
+      : RowSlices{r.vocab, s, static_cast<char*>(r.scratch)},
+        row(r),
+        origins(reinterpret_cast<Real*>(partials + slices_of(r.vocab) * kPartialBytes)),
+        kept(reinterpret_cast<Real*>(reinterpret_cast<char*>(origins) +
+                                     slices_of(r.vocab) * (kSlice / kBlock) * int64_t(sizeof(double)))),
+        scale(Real(kLog2E / r.temperature)),
+        label_scale(Real(kLog2E)) {
+    // Where the gradient goes there is room until then.
+    Real* const out = r.gradient ? destination<Real>(r.gradient, 0, nullptr) : nullptr;
+    if (out != nullptr) kept = out;
+  }
+
+  // The first entry of the support at or after this column.
+  int64_t support_from(int64_t column) const {
+    int64_t low = 0, high = row.count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (row.support[middle] < column) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  // Calls body(logits, begin, count) with the support's logits -inf.
+  template <class Body>
+  void for_rest(int64_t slice, const Body& body) const {
+    int64_t next = support_from(slice * kSlice);
+    for_blocks(slice, [&](int64_t begin, int64_t count) {
+      alignas(64) Real buffer[kBlock];
+      const int64_t ahead = begin + kBlock;
+      if (ahead < vocab) prefetch(row.student, ahead, vocab - ahead < kBlock ? vocab - ahead : kBlock);
+      const Real* u = load(row.student, begin, count, buffer);
+      if (next < row.count && row.support[next] < begin + count) {
+        if (u != buffer) __builtin_memcpy(buffer, u, count * sizeof(Real));
+        for (; next < row.count && row.support[next] < begin + count; ++next)
+          buffer[row.support[next] - begin] = Real(-INFINITY);
+        u = buffer;
+      }
+      body(u, begin, count);
+    });
+  }
+
+  template <bool kKeep>
+  StudentSums sum_rest(bool label_apart) const {
+    return reduce_slices<StudentSums>(
+        [&](int64_t slice) {
+          StudentSums all = StudentSums::empty();
+          for_rest(slice, [&](const Real* u, int64_t begin, int64_t count) {
+            all.merge(block_sums<kKeep>(u, begin, count, label_apart));
+          });
+          return all;
+        },
+        [](StudentSums& all, const StudentSums& next) { all.merge(next); });
+  }
+
+  template <bool kKeep>
+  StudentSums block_sums(const Real* u, int64_t begin, int64_t count, bool label_apart) const {
+    const Real top = largest(u, count), origin = top == Real(-INFINITY) ? Real(0) : top, us = scale;
+    Real* const out = kept + begin;
+    if constexpr (kKeep) origins[begin / kBlock] = origin;
+    Real sum = 0, label_sum = 0;
+    FASTKD_SIMD_REDUCE(+ : sum)
+    for (int64_t i = 0; i < count; ++i) {
+      const Real e = exp2_of((u[i] - origin) * us);
+      sum += e;
+      if constexpr (kKeep) out[i] = e;
+    }
+    if (label_apart) {
+      const Real ls = label_scale;
+      FASTKD_SIMD_REDUCE(+ : label_sum)
+      for (int64_t i = 0; i < count; ++i) label_sum += exp2_of((u[i] - origin) * ls);
+    }
+    const double t = row.temperature, max = double(top) * (kLog2E / t);
+    return {{max, sum}, {max * t, label_apart ? label_sum : sum}};
+  }
+
+  // log q of an entry, natural, and with it the terms against the teacher's share.
+  template <class Divergence>
+  BareSums uniform_terms(const TopkPlan& plan, const Divergence divergence) const {
+    return reduce_slices<BareSums>(
+        [&](int64_t slice) {
+          BareSums all{};
+          for_rest(slice, [&](const Real* u, int64_t begin, int64_t count) {
+            all.add(uniform_block(plan, divergence, u, begin, count));
+          });
+          return all;
+        },
+        [](BareSums& all, const BareSums& next) { all.add(next); });
+  }
+
+  template <class Divergence>
+  BareSums uniform_block(const TopkPlan& plan, const Divergence divergence, const Real* u, int64_t begin,
+                         int64_t count) const {
+    alignas(64) Real own[kBlock];
+    for (int64_t i = 0; i < count; ++i) own[i] = Real(1);
+    for (int64_t s = support_from(begin); s < row.count && row.support[s] < begin + count; ++s)
+      own[row.support[s] - begin] = Real(0);
+    const Real to_log = Real(1 / row.temperature), lse = Real(plan.lse), share = Real(plan.log_p_rest);
+    Real value = 0, excess = 0, g = 0, h = 0;
+    FASTKD_SIMD_REDUCE(+ : value, excess, g, h)
+    for (int64_t i = 0; i < count; ++i) {
+      const BareTerms<Real> t = plan.floored_terms(divergence, u[i] * to_log - lse, share);
+      // Not by multiplication: the support's own terms may be infinite here.
+      value += own[i] == Real(0) ? Real(0) : t.value;
+      excess += own[i] * t.excess;
+      g += own[i] * t.g;
+      h += own[i] * t.h;
+    }
+    return {double(value), double(excess), double(g), double(h)};
+  }
+
+  // The gradient but for the support's entries.
+  template <class Divergence>
+  void write_rest(const TopkPlan& plan, const Divergence divergence) const {
+    const double coefficient = plan.rest_coefficient(), log2_sum = plan.lse * kLog2E;
+    const bool label_apart = plan.task.has_label && row.temperature != 1;
+    const double label_q = label_apart ? 0 : plan.label_factor();
+    const Real label_factor = Real(plan.label_factor()), ls = label_scale;
+    const bool uniform = plan.task.tail == Tail::kUniform && plan.student_factor != 0;
+    for_slices([&](int64_t slice) {
+      for_blocks(slice, [&](int64_t begin, int64_t count) {
+        alignas(64) Real buffer[kBlock], label_part[kBlock], slopes[kBlock], logits[kBlock];
+        const Real origin = origins[begin / kBlock];
+        if (label_apart) {  // before a gradient may overwrite them
+          const Real* u = load(row.student, begin, count, logits);
+          const Real shift = Real(plan.label_lse * kLog2E - double(origin) * kLog2E);
+          FASTKD_SIMD
+          for (int64_t i = 0; i < count; ++i) label_part[i] = label_factor * exp2_of((u[i] - origin) * ls - shift);
+        }
+        if (uniform) uniform_slopes(plan, divergence, begin, count, slopes);
+        const Real q = Real(::exp2(double(origin) * (kLog2E / row.temperature) - log2_sum) * (coefficient + label_q));
+        Real* const out = destination(row.gradient, begin, buffer);
+        const Real* const e = kept + begin;
+        FASTKD_SIMD
+        for (int64_t i = 0; i < count; ++i) out[i] = e[i] * q;
+        if (uniform) {
+          FASTKD_SIMD
+          for (int64_t i = 0; i < count; ++i) out[i] += slopes[i];
+        }
+        if (label_apart) {
+          FASTKD_SIMD
+          for (int64_t i = 0; i < count; ++i) out[i] += label_part[i];
+        }
+        if (row.label >= begin && row.label < begin + count) out[row.label - begin] -= label_factor;
+        store(row.gradient, begin, count, out);
+      });
+      finish_streaming(row.gradient);
+    });
+  }
+
+  template <class Divergence>
+  void uniform_slopes(const TopkPlan& plan, const Divergence divergence, int64_t begin, int64_t count,
+                      Real* slopes) const {
+    alignas(64) Real logits[kBlock];
+    const Real* u = load(row.student, begin, count, logits);
+    const Real to_log = Real(1 / row.temperature), lse = Real(plan.lse), share = Real(plan.log_p_rest);
+    const Real factor = Real(plan.student_factor);
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      slopes[i] = factor * plan.floored_terms(divergence, u[i] * to_log - lse, share).g;
+    }
+  }
+};
+
+template <class Real>
+RestSums sum_rest(const TopkRow& row, const SliceRunner& runner, bool label_apart) {
+  const TopkPasses<Real> passes(row, runner);
+  const StudentSums sums =
+      row.gradient ? passes.template sum_rest<true>(label_apart) : passes.template sum_rest<false>(label_apart);
+  return {sums.student.max, sums.student.sum, sums.label.max, sums.label.sum};
+}
+
+template <class Real>
+BareSums uniform_terms(const TopkRow& row, const SliceRunner& runner, const TopkNumbers& numbers) {
+  const TopkPasses<Real> passes(row, runner);
+  BareSums sums;
+  const TopkPlan plan{numbers};
+  with_bare_divergence(plan.task.divergence, plan.task.beta,
+                       [&](const auto& divergence) { sums = passes.uniform_terms(plan, divergence); });
+  return sums;
+}
+
+template <class Real>
+void write_rest(const TopkRow& row, const SliceRunner& runner, const TopkNumbers& numbers) {
+  const TopkPasses<Real> passes(row, runner);
+  const TopkPlan plan{numbers};
+  with_bare_divergence(plan.task.divergence, plan.task.beta,
+                       [&](const auto& divergence) { passes.write_rest(plan, divergence); });
+}
+
+template <class Real>
+constexpr TopkKernel topk_kernel() {
+  return {sum_rest<Real>, uniform_terms<Real>, write_rest<Real>};
+}
+
+}  // namespace fastkd::FASTKD_ISA

@@ -1,0 +1,128 @@
+// The reductions over all rows' losses.
+#include <torch/csrc/stable/ops.h>
+
+#include "block.cuh"
+#include "policy.cuh"
+#include "row_losses.cuh"
+
+namespace fastkd::cuda {
+namespace {
+
+constexpr int kReduceThreads = 512;
+
+// factor = 1 / the number of rows that count, or 1 / normalizer; 0 where there is none.
+__global__ void __launch_bounds__(kReduceThreads)
+    denominator_kernel(const RowNumbers numbers, const DeviceRows normalizer, double* factor) {
+  const Team team(shared_memory(), 1);
+  double denominator = 0;
+  if (normalizer) {
+    denominator = team.leads() ? normalizer.number(0) : 0;
+  } else {
+    for (int64_t row = threadIdx.x; row < numbers.rows; row += blockDim.x) denominator += numbers.counts(row);
+    denominator = team.sum(denominator, [](double& all, double next) { all += next; });
+  }
+  if (team.leads()) global_store(factor, denominator == 0 ? 0 : 1 / denominator);
+}
+
+// loss = factor x the sum of all rows' losses.
+__global__ void __launch_bounds__(kReduceThreads)
+    sum_kernel(const double* losses, int64_t rows, const double* factors, double factor, const DeviceRows loss,
+               const DeviceRows pending) {
+  const Team team(shared_memory(), 1);
+  double sum = 0;
+  for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) sum += global_load(losses + row);
+  sum = team.sum(sum, [](double& all, double next) { all += next; });
+  if (!team.leads()) return;
+  if (factors != nullptr) factor = global_load(factors);
+  loss.put(loss.data, factor == 0 ? 0 : sum * factor);
+  if (pending) pending.put(pending.data, factor);
+}
+
+__global__ void __launch_bounds__(kFlatThreads) copy_kernel(const double* losses, int64_t rows, const DeviceRows loss) {
+  for (int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += int64_t(gridDim.x) * blockDim.x)
+    loss.put(loss.data + row * loss.element_size, global_load(losses + row));
+}
+
+// A float16 gradient divided by thousands of rows would vanish before a loss scaler can lift it: the division waits.
+bool gradient_waits(const RowProblem& problem, std::initializer_list<const Tensor*> gradients) {
+  bool half = false;
+  for (const Tensor* x : gradients) half = half || (x != nullptr && x->scalar_type() == ScalarType::Half);
+  return half && problem.options.reduction != "none";
+}
+
+// Where the denominator is known without asking the device.
+double known_factor(const RowProblem& problem) {
+  const RowOptions& o = problem.options;
+  if (o.reduction == "none") return 1;
+  const double denominator = o.reduction == "mean" ? double(problem.rows) : o.denominator;
+  return denominator == 0 ? 0 : 1 / denominator;
+}
+
+bool is_counted(const RowProblem& problem) {
+  const RowOptions& o = problem.options;
+  return o.reduction != "none" && (o.normalizer || (o.reduction == "mean" && (o.mask || o.labels)));
+}
+
+Tensor losses_of(const RowProblem& problem) {
+  return torch::stable::new_empty(problem.student_tensor, {problem.rows + 1}, ScalarType::Double);
+}
+
+}  // namespace
+
+RowLosses::RowLosses(const Device& device, const RowProblem& problem, std::initializer_list<const Tensor*> gradients)
+    : device_(device),
+      problem_(problem),
+      wait_(gradient_waits(problem, gradients)),
+      counted_(is_counted(problem)),
+      factor_(known_factor(problem)),
+      losses_(losses_of(problem)) {
+  const RowOptions& o = problem.options;
+  const char* const function = problem.function;
+  FASTKD_CHECK_TYPE(!problem.float64, function, "float64 logits are supported on the CPU only");
+  FASTKD_CHECK_VALUE(problem.student_width < kMaxColumns, function,
+                     "a vocabulary on CUDA must have fewer than 2^31 - 1024 columns, got ", problem.student_width);
+  const auto optional_rows = [&](const std::optional<Tensor>& x) {
+    return x ? device_rows(*x, problem.leading, function) : DeviceRows();
+  };
+  numbers.rows = problem.rows;
+  numbers.vocab = int(problem.vocab);
+  numbers.student_width = int(problem.student_width);
+  numbers.temperatures = optional_rows(o.temperatures);
+  numbers.weight = optional_rows(o.weight);
+  numbers.mask = optional_rows(o.mask);
+  numbers.labels = optional_rows(o.labels);
+  numbers.temperature = o.temperature;
+  numbers.label_weight = o.label_weight;
+  numbers.square_temperature = o.square_temperature;
+  numbers.ignore_index = o.ignore_index;
+  numbers.losses = static_cast<double*>(losses_.data_ptr());
+  double* const place = numbers.losses + problem.rows;
+  if (counted_) {
+    const DeviceRows normalizer =
+        o.normalizer ? device_rows(*o.normalizer, o.normalizer->dim(), function) : DeviceRows();
+    device.launch(denominator_kernel, 1, kReduceThreads, Team::kSharedBytes, 1, numbers, normalizer, place);
+  }
+  numbers.gradient_factor = wait_ && factor_ != 0 ? 1 : factor_;
+  numbers.gradient_factors = counted_ && !wait_ ? place : nullptr;
+}
+
+std::tuple<Tensor, Tensor> RowLosses::finish() const {
+  const Tensor& student = problem_.student_tensor;
+  const Tensor loss =
+      torch::stable::new_empty(student, loss_shape(student, problem_.options.reduction), ScalarType::Float);
+  const Tensor pending = wait_ ? torch::stable::new_empty(student, std::vector<int64_t>{}, ScalarType::Float)
+                               : torch::stable::new_empty(student, {0}, ScalarType::Float);
+  const DeviceRows loss_rows = device_rows(loss, 0, problem_.function);
+  if (problem_.options.reduction != "none") {
+    device_.launch(sum_kernel, 1, kReduceThreads, Team::kSharedBytes, 1, numbers.losses, problem_.rows,
+                   counted_ ? numbers.losses + problem_.rows : nullptr, factor_, loss_rows,
+                   wait_ ? device_rows(pending, 0, problem_.function) : DeviceRows());
+  } else {
+    const int64_t blocks = (problem_.rows + kFlatThreads - 1) / kFlatThreads;
+    device_.launch(copy_kernel, blocks < 65536 ? blocks : 65536, kFlatThreads, 0, 1, numbers.losses, problem_.rows,
+                   loss_rows);
+  }
+  return {loss, pending};
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,138 @@
+"""Arguments that the losses over rows of logits share: checks without kernels, and reductions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd._library import CUDA_ARCHITECTURES
+
+_REDUCTIONS = ("none", "mean", "sum", "batchmean", "elementmean")
+
+
+def check_tensors(function: str, tensors: Mapping[str, Any]) -> None:
+    """Each must be a tensor, and where the first one lies there must be kernels."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    name, first = next(iter(tensors.items()))
+    if first.device.type == "cuda" and not CUDA_ARCHITECTURES:
+        raise RuntimeError(
+            f"{function}: {name} is a CUDA tensor, but this fastkd has no CUDA kernels; build it "
+            "where nvcc is found: `pip install --no-build-isolation .`"
+        )
+
+
+def check_no_gradient(function: str, **values: Any) -> None:
+    """Gradients that nobody would compute are an error, not a silent zero."""
+    if not torch.is_grad_enabled():
+        return
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{function}: {name} takes no gradient, but it requires one; detach it, or use "
+                "reduction='none' and multiply the losses by it"
+            )
+
+
+def check_no_group(function: str, group: Any) -> None:
+    """Vocabularies split across processes come later."""
+    if group is not None:
+        raise NotImplementedError(
+            f"{function}: group (a vocabulary split across processes) is not available yet"
+        )
+
+
+def per_row(value: float | Tensor, student: Tensor) -> tuple[float, Tensor | None]:
+    """A number for all rows, or one a row, as the raw ops take it."""
+    if not isinstance(value, Tensor):
+        return value, None
+    if value.dim() == 0:
+        value = value.to(student.device).expand(student.shape[:-1])
+    return 1.0, value
+
+
+def reduction_of(
+    function: str,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    student: Tensor,
+    vocab_size: int | None,
+) -> tuple[str, float, Tensor | None]:
+    """The ops' own reduction (none, sum over a denominator, mean), its denominator, normalizer."""
+    if reduction not in _REDUCTIONS:
+        raise ValueError(
+            f"{function}: reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}"
+        )
+    if reduction == "none":
+        if normalizer is not None:
+            raise ValueError(
+                f"{function}: normalizer has no meaning with reduction='none', which divides by "
+                "nothing"
+            )
+        return "none", 1.0, None
+    if isinstance(normalizer, Tensor):
+        return "sum", 1.0, normalizer.detach().to(student.device, torch.float64)
+    if normalizer is not None:
+        if not normalizer >= 0:
+            raise ValueError(f"{function}: normalizer must not be negative, got {normalizer}")
+        return "sum", float(normalizer), None
+    if reduction == "mean":
+        return "mean", 1.0, None
+    if reduction == "sum":
+        return "sum", 1.0, None
+    if reduction == "batchmean":
+        return "sum", float(student.size(0)), None
+    columns = student.size(-1) if vocab_size is None else vocab_size
+    return "sum", float(student.numel() // max(student.size(-1), 1) * columns), None
+
+
+def row_options(
+    function: str,
+    student: Tensor,
+    *,
+    temperature: float | Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    label_weight: float,
+    ignore_index: int,
+    vocab_size: int | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    square_temperature: bool,
+) -> tuple[Any, ...]:
+    """What `RowOptions` in csrc/tensor/row_problem.h holds, in its order."""
+    check_no_gradient(function, weight=weight, temperature=temperature)
+    scalar, rows = per_row(temperature, student)
+    mode, denominator, divisor = reduction_of(function, reduction, normalizer, student, vocab_size)
+    return (
+        scalar,
+        rows,
+        weight,
+        mask,
+        labels,
+        label_weight,
+        ignore_index,
+        -1 if vocab_size is None else vocab_size,
+        square_temperature,
+        mode,
+        denominator,
+        divisor,
+    )
+
+
+def loss_like(student: Tensor, inputs: tuple[Tensor, ...], mode: str) -> Tensor:
+    """A fake of the loss that the raw ops return."""
+    float64 = any(x.dtype == torch.float64 for x in inputs)
+    return student.new_empty(
+        student.shape[:-1] if mode == "none" else (),
+        dtype=torch.float64 if float64 else torch.float32,
+    )
+
+
+def pending_like(student: Tensor, gradients: list[Tensor], mode: str) -> Tensor:
+    """A fake of the factor still to be applied to the gradients."""
+    wait = mode != "none" and any(g.dtype == torch.float16 for g in gradients)
+    return student.new_empty(() if wait else (0,), dtype=torch.float32)

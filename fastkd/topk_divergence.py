@@ -1,0 +1,267 @@
+"""Divergence from a teacher of which only the best k tokens are stored."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import reference
+from fastkd._arguments import (
+    check_no_gradient,
+    check_no_group,
+    check_tensors,
+    loss_like,
+    pending_like,
+    per_row,
+    row_options,
+)
+from fastkd._gradient import gradient_for, memory, scaled
+from fastkd._library import raise_as_python, transforms_active
+
+
+def topk_divergence(
+    student_logits: Tensor,
+    teacher_log_probs: Tensor,
+    teacher_indices: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    tail: str = "lump",
+    temperature: float | Tensor = 1.0,
+    stored_temperature: float = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    min_log_prob: float | None = None,
+    max_token_loss: float | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    square_temperature: bool = False,
+    group: Any = None,
+) -> Tensor:
+    r"""Divergence between a student's logits and a teacher's k stored log-probabilities.
+
+    With :math:`q = \mathrm{softmax}(z_S / \tau)` over the whole vocabulary and the teacher's
+    :math:`\log p_v` for the k tokens of a row, the *support* :math:`S`, the tokens outside count as
+    ``tail`` says:
+
+    ===============  =======================================================================
+    ``lump``         one more outcome on both sides that holds the rest: a divergence between
+                     k + 1 outcomes, never negative, and a lower bound of the true one
+    ``uniform``      the teacher's rest spread evenly over the other vocab - k tokens
+    ``renormalize``  both sides renormalised inside the support
+    ``drop``         the bare sum over the support. **Not a divergence**: it can be negative,
+                     and its minimum is not at q = p. It is what most code computes; here for
+                     comparison.
+    ===============  =======================================================================
+
+    Divergences are those of :func:`fastkd.softmax_divergence`. The student's logits are read once
+    and their gradient written once; the k entries are gathered and corrected in the same passes.
+
+    Log-probabilities stored at temperature ``stored_temperature`` are taken to
+    ``teacher_temperature`` by :math:`r \log p_v - \log Z`, r their ratio. Where it is not 1,
+    :math:`Z` needs the tokens that were not stored: the rest then counts as if spread evenly,
+    :math:`(V - k)^{1-r} (1 - \sum_S p)^r` (``renormalize`` needs none of it and is exact).
+    Storing at the temperature of training is exact for every tail.
+
+    Args:
+        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
+        teacher_log_probs: ``[..., k]`` natural logarithms, any float dtype, in any order,
+            normalised over the whole vocabulary (as :func:`fastkd.teacher_topk` gives them).
+            Gradients flow to them where they require it. Masses that exceed 1 by rounding (2 %)
+            are scaled back, except by ``drop``.
+        teacher_indices: ``[..., k]`` int32 or int64, distinct in a row; -1 pads a short row.
+        divergence: ``"forward_kl"``, ``"reverse_kl"``, ``"jsd"`` or ``"cross_entropy"``.
+        beta: share of the mixture of ``jsd``.
+        tail: one of the table.
+        temperature: of the student: a positive number, or a tensor with one entry a row.
+        stored_temperature: at which the log-probabilities were taken.
+        teacher_temperature: at which they are to count; None: the same as ``temperature``.
+        min_log_prob: a floor, negative, for the log-probabilities of both sides. What it raises
+            takes no gradient. Both sides then no longer sum to 1, so that values may fall below 0
+            by about as much as was added.
+        max_token_loss: a cap for a row's divergence (not the label's term). A row above it takes
+            no gradient.
+        weight: see :func:`fastkd.softmax_divergence`, as for all arguments below.
+        mask: rows with False are not read, nor are their indices.
+        labels: adds ``label_weight`` x cross-entropy at temperature 1 from the same read.
+        label_weight: see ``labels``.
+        ignore_index: see ``labels``.
+        vocab_size: only the first columns of the logits count.
+        reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"elementmean"``.
+        normalizer: replaces the reduction's denominator.
+        square_temperature: multiplies the divergence by temperature².
+        group: reserved for vocabularies split across a process group.
+
+    Returns:
+        float32 (float64 where an input is): a scalar, or with ``reduction="none"`` the leading
+        dimensions' shape.
+
+    Raises:
+        IndexError: an index (or label) outside the vocabulary.
+        ValueError, TypeError: duplicate indices, positive log-probabilities, a mass over 1, or
+            another argument of the wrong value or type. (On CUDA, where looking at values would
+            wait for the device, such a row is NaN instead.)
+        NotImplementedError: ``group`` is given.
+
+    Sources: Hinton et al. 2015 (arXiv 1503.02531); the tails follow FKD's label variants (MEAL V2,
+    2009.08453).
+
+    >>> import torch, fastkd
+    >>> student = torch.tensor([[0.0, 1.0, 2.0, 0.0]], requires_grad=True)
+    >>> teacher = torch.tensor([[0.6, 0.3]]).log()
+    >>> indices = torch.tensor([[2, 1]])
+    >>> loss = fastkd.topk_divergence(student, teacher, indices)
+    >>> round(loss.item(), 4)
+    0.0266
+    >>> loss.backward()
+    >>> [round(x, 4) for x in student.grad[0].tolist()]
+    [0.0326, -0.0755, 0.0103, 0.0326]
+    """
+    check_no_group("topk_divergence", group)
+    arguments = op_arguments(
+        student_logits,
+        teacher_log_probs,
+        teacher_indices,
+        divergence=divergence,
+        beta=beta,
+        tail=tail,
+        temperature=temperature,
+        stored_temperature=stored_temperature,
+        teacher_temperature=teacher_temperature,
+        min_log_prob=min_log_prob,
+        max_token_loss=max_token_loss,
+        weight=weight,
+        mask=mask,
+        labels=labels,
+        label_weight=label_weight,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        normalizer=normalizer,
+        square_temperature=square_temperature,
+    )
+    inputs = (student_logits, teacher_log_probs, teacher_indices)
+    try:
+        if not torch.compiler.is_compiling() and transforms_active():
+            return reference.topk_divergence_op(*inputs, *arguments)
+        if torch.is_grad_enabled() and (
+            student_logits.requires_grad or teacher_log_probs.requires_grad
+        ):
+            return _TopkDivergence.apply(*inputs, arguments)
+        return torch.ops.fastkd._topk_divergence(None, *inputs, *arguments, False)[0]
+    except RuntimeError as error:
+        raise_as_python(error)
+
+
+def op_arguments(
+    student_logits: Tensor,
+    teacher_log_probs: Tensor,
+    teacher_indices: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    tail: str = "lump",
+    temperature: float | Tensor = 1.0,
+    stored_temperature: float = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    min_log_prob: float | None = None,
+    max_token_loss: float | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    square_temperature: bool = False,
+) -> tuple[Any, ...]:
+    """The arguments but the tensors as the raw op, and its reference, take them."""
+    check_tensors(
+        "topk_divergence",
+        {
+            "student_logits": student_logits,
+            "teacher_log_probs": teacher_log_probs,
+            "teacher_indices": teacher_indices,
+        },
+    )
+    check_no_gradient("topk_divergence", teacher_temperature=teacher_temperature)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    teacher_scalar, teacher_rows = per_row(teacher_temperature, student_logits)
+    return (
+        divergence,
+        beta,
+        tail,
+        float(stored_temperature),
+        teacher_scalar,
+        teacher_rows,
+        -math.inf if min_log_prob is None else float(min_log_prob),
+        math.inf if max_token_loss is None else float(max_token_loss),
+        *row_options(
+            "topk_divergence",
+            student_logits,
+            temperature=temperature,
+            weight=weight,
+            mask=mask,
+            labels=labels,
+            label_weight=label_weight,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+            reduction=reduction,
+            normalizer=normalizer,
+            square_temperature=square_temperature,
+        ),
+    )
+
+
+class _TopkDivergence(torch.autograd.Function):
+    """Gradients come with the loss; backward applies what is left to multiply."""
+
+    @staticmethod
+    def forward(ctx, student, log_probs, indices, arguments):
+        need_student, need_teacher = ctx.needs_input_grad[:2]
+        gradient = gradient_for(student) if need_student else None
+        loss, teacher_gradient, pending = torch.ops.fastkd._topk_divergence(
+            gradient, student, log_probs, indices, *arguments, need_teacher
+        )
+        memory.keep(gradient)
+        ctx.arguments = arguments
+        ctx.save_for_backward(gradient, teacher_gradient, pending, student, log_probs, indices)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        gradient, teacher_gradient, pending, *inputs = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            loss = reference.topk_divergence_op(*inputs, *ctx.arguments)
+            wanted = [x for x, need in zip(inputs[:2], needs, strict=True) if need]
+            found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=True))
+            return *(next(found) if need else None for need in needs), None, None
+        if pending.numel():
+            grad_output = grad_output * pending
+        return (
+            scaled(gradient, grad_output) if needs[0] else None,
+            scaled(teacher_gradient, grad_output) if needs[1] else None,
+            None,
+            None,
+        )
+
+
+@torch.library.register_fake("fastkd::_topk_divergence")
+def _(gradient, student_logits, teacher_log_probs, teacher_indices, *arguments):
+    *_, mode, _denominator, _normalizer, teacher_gradient = arguments
+    wanted = [] if gradient is None else [student_logits]
+    wanted += [teacher_log_probs] * teacher_gradient
+    return (
+        loss_like(student_logits, (student_logits, teacher_log_probs), mode),
+        torch.empty_like(teacher_log_probs) if teacher_gradient else teacher_log_probs.new_empty(0),
+        pending_like(student_logits, wanted, mode),
+    )
