@@ -39,6 +39,21 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
       "str divergence, float beta, str tail, float stored_temperature, float teacher_temperature, "
       "Tensor? teacher_temperatures, float min_log_prob, float max_token_loss, " FASTKD_ROW_OPTIONS
       ", bool teacher_gradient) -> (Tensor, Tensor, Tensor)");
+  // -> log-probabilities (float32) and indices (int32), [..., k].
+  m.def(
+      "_teacher_topk(Tensor teacher_logits, int k, float temperature, Tensor? temperatures, int vocab_size) "
+      "-> (Tensor, Tensor)");
+  // -> [11, ...] numbers (of the student, of the teacher, of both) and [2, ...] argmaxes, as TokenStats names them.
+  m.def(
+      "_token_stats(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, float temperature, "
+      "Tensor? temperatures, int vocab_size) -> (Tensor, Tensor)");
+  // -> loss, gradients of teacher_logits, lower and upper (empty where not asked for) and a factor as above. softness 0:
+  // hard edges.
+  m.def(
+      "_clipped_divergence(Tensor(a!)? gradient, Tensor student_logits, Tensor teacher_logits, Tensor lower, "
+      "Tensor upper, bool keep_label, str renormalize, str tail, float softness, bool quantile, "
+      "float teacher_temperature, Tensor? teacher_temperatures, " FASTKD_ROW_OPTIONS
+      ", bool teacher_gradient, bool bound_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Memory for a gradient.
   m.def("_gradient_like(Tensor like) -> Tensor");
   // gradient *= factor, one for all or one a row; rows whose factor is 1 are not touched.

@@ -5,15 +5,18 @@ from fastkd._gradient import release_memory
 from fastkd._library import cpu_capability
 from fastkd.kl_div import kl_div
 from fastkd.softmax_divergence import softmax_divergence
+from fastkd.teacher_topk import TeacherTopK, teacher_topk
 from fastkd.topk_divergence import topk_divergence
 
 __version__ = "0.1.0"
 __all__ = [
+    "TeacherTopK",
     "cpu_capability",
     "kl_div",
     "nn",
     "reference",
     "release_memory",
     "softmax_divergence",
+    "teacher_topk",
     "topk_divergence",
 ]

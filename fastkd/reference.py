@@ -350,3 +350,22 @@ def kl_div(
 ) -> Tensor:
     """torch.nn.functional.kl_div itself."""
     return torch.nn.functional.kl_div(input, target, size_average, reduce, reduction, log_target)
+
+
+def teacher_topk(
+    teacher_logits: Tensor,
+    k: int,
+    *,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`fastkd.teacher_topk` in plain PyTorch, in the precision of its input (float32 at least)."""
+    dtype = torch.float64 if teacher_logits.dtype == torch.float64 else torch.float32
+    if isinstance(temperature, Tensor) and temperature.dim():
+        temperature = temperature.to(dtype).unsqueeze(-1)
+    log_probs = _log_softmax(teacher_logits[..., :vocab_size].to(dtype), temperature)
+    values, indices = torch.sort(log_probs, dim=-1, descending=True, stable=True)
+    lost = values.isnan().any(-1, keepdim=True)
+    values = torch.where(lost, math.nan, values)
+    indices = torch.where(lost, torch.arange(values.size(-1), device=values.device), indices)
+    return values[..., :k], indices[..., :k].int()

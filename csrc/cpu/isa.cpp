@@ -18,6 +18,8 @@ constexpr Kernels make_kernels() {
   out.kl_div_double = kl_div_chunk<double>;
   out.topk_float = topk_kernel<float>();
   out.topk_double = topk_kernel<double>();
+  out.teacher_topk_float = scan_slice<float>;
+  out.teacher_topk_double = scan_slice<double>;
   out.scale_row_float = scale_row<float>;
   out.scale_row_double = scale_row<double>;
   return out;

@@ -3,6 +3,7 @@
 #include "kl_div.h"
 #include "scale_rows.h"
 #include "softmax_divergence.h"
+#include "teacher_topk.h"
 #include "topk_divergence.h"
 
 namespace fastkd {
@@ -12,6 +13,8 @@ struct Kernels {
   SoftmaxDivergenceKernel softmax_divergence[kDivergences];
   KlDivKernel kl_div_float, kl_div_double;
   TopkKernel topk_float, topk_double;
+  TeacherTopkKernel<float> teacher_topk_float;
+  TeacherTopkKernel<double> teacher_topk_double;
   ScaleRowKernel scale_row_float, scale_row_double;
 };
 

@@ -11,22 +11,22 @@ extern const Kernels kernels_baseline;
 
 namespace {
 
-struct Candidate {
+struct InstructionSet {
   const Kernels& kernels;
   bool supported;
 };
 
 // Best first.
 #ifdef FASTKD_X86
-const Candidate kCandidates[] = {{kernels_x86_64_v4, __builtin_cpu_supports("x86-64-v4") != 0},
-                                 {kernels_x86_64_v3, __builtin_cpu_supports("x86-64-v3") != 0},
-                                 {kernels_x86_64_v2, true}};
+const InstructionSet kCandidates[] = {{kernels_x86_64_v4, __builtin_cpu_supports("x86-64-v4") != 0},
+                                      {kernels_x86_64_v3, __builtin_cpu_supports("x86-64-v3") != 0},
+                                      {kernels_x86_64_v2, true}};
 #else
-const Candidate kCandidates[] = {{kernels_baseline, true}};
+const InstructionSet kCandidates[] = {{kernels_baseline, true}};
 #endif
 
 const Kernels* best() {
-  for (const Candidate& candidate : kCandidates) {
+  for (const InstructionSet& candidate : kCandidates) {
     if (candidate.supported) return &candidate.kernels;
   }
   return nullptr;
@@ -39,7 +39,7 @@ const Kernels* chosen = best();
 const Kernels& kernels() { return *chosen; }
 
 bool use_isa(const char* name) {
-  for (const Candidate& candidate : kCandidates) {
+  for (const InstructionSet& candidate : kCandidates) {
     if (__builtin_strcmp(name, candidate.kernels.isa) == 0 && candidate.supported) {
       chosen = &candidate.kernels;
       return true;

@@ -21,6 +21,22 @@ inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 namespace fastkd::FASTKD_ISA {
 
+// What a slice's sums of 2^(logit scale) are relative to: a logit that follows the largest at a distance, so that it
+// seldom moves.
+template <class Real>
+struct Origin {
+  Real logit = Real(-INFINITY);
+
+  // Moves up to `top` where that is much larger: sums are then to be multiplied by 2^(-step scale).
+  FASTKD_INLINE double follow(Real top, Real scale) {
+    if (!(top > logit + Real(8) / scale)) return 0;
+    const double step = double(top) - double(logit);
+    logit = top;
+    return step;
+  }
+  FASTKD_INLINE Real zero() const { return logit == Real(-INFINITY) ? Real(0) : logit; }
+};
+
 struct RowSlices {
   int64_t vocab;
   const SliceRunner& runner;

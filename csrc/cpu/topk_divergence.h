@@ -89,22 +89,30 @@ struct TopkPasses : RowSlices {
 
   template <bool kKeep>
   StudentSums sum_rest(bool label_apart) const {
+    const double to_base_2 = kLog2E / row.temperature;
     return reduce_slices<StudentSums>(
         [&](int64_t slice) {
-          StudentSums all = StudentSums::empty();
+          Origin<Real> origin;
+          double sum = 0, label_sum = 0;
           for_rest(slice, [&](const Real* u, int64_t begin, int64_t count) {
-            all.merge(block_sums<kKeep>(u, begin, count, label_apart));
+            if (const double step = origin.follow(largest(u, count), scale)) {
+              sum *= ::exp2(-step * scale);
+              label_sum *= ::exp2(-step * label_scale);
+            }
+            if constexpr (kKeep) origins[begin / kBlock] = origin.zero();
+            add_block<kKeep>(u, begin, count, origin.zero(), label_apart, sum, label_sum);
           });
-          return all;
+          const double max = double(origin.logit) * to_base_2;
+          return StudentSums{{max, sum}, {max * row.temperature, label_apart ? label_sum : sum}};
         },
         [](StudentSums& all, const StudentSums& next) { all.merge(next); });
   }
 
   template <bool kKeep>
-  StudentSums block_sums(const Real* u, int64_t begin, int64_t count, bool label_apart) const {
-    const Real top = largest(u, count), origin = top == Real(-INFINITY) ? Real(0) : top, us = scale;
+  void add_block(const Real* u, int64_t begin, int64_t count, Real origin, bool label_apart, double& all,
+                 double& all_label) const {
+    const Real us = scale;
     Real* const out = kept + begin;
-    if constexpr (kKeep) origins[begin / kBlock] = origin;
     Real sum = 0, label_sum = 0;
     FASTKD_SIMD_REDUCE(+ : sum)
     for (int64_t i = 0; i < count; ++i) {
@@ -112,13 +120,12 @@ struct TopkPasses : RowSlices {
       sum += e;
       if constexpr (kKeep) out[i] = e;
     }
-    if (label_apart) {
-      const Real ls = label_scale;
-      FASTKD_SIMD_REDUCE(+ : label_sum)
-      for (int64_t i = 0; i < count; ++i) label_sum += exp2_of((u[i] - origin) * ls);
-    }
-    const double t = row.temperature, max = double(top) * (kLog2E / t);
-    return {{max, sum}, {max * t, label_apart ? label_sum : sum}};
+    all += sum;
+    if (!label_apart) return;
+    const Real ls = label_scale;
+    FASTKD_SIMD_REDUCE(+ : label_sum)
+    for (int64_t i = 0; i < count; ++i) label_sum += exp2_of((u[i] - origin) * ls);
+    all_label += label_sum;
   }
 
   // log q of an entry, natural, and with it the terms against the teacher's share.

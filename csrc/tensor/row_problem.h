@@ -20,6 +20,14 @@ struct RowOptions {
   const std::optional<Tensor>& normalizer;
 };
 
+// For functions that take logits, a temperature and labels, and reduce nothing.
+inline RowOptions plain_options(double temperature, const std::optional<Tensor>& temperatures,
+                                const std::optional<Tensor>& labels, int64_t vocab_size) {
+  static const std::optional<Tensor> none;
+  static const std::string reduction = "none";
+  return {temperature, temperatures, none, none, labels, 0, -100, vocab_size, false, reduction, 1, none};
+}
+
 // Those arguments, checked, as rows. What depends on values (of temperatures, labels) is checked where they can be read
 // without waiting for a device.
 struct RowProblem {
@@ -32,17 +40,19 @@ struct RowProblem {
   Rows student, temperatures, weight, mask, labels;
   int64_t student_width;
 
-  RowProblem(const char* name, const Tensor& s, const RowOptions& o, bool check_values)
+  // input: what the function calls the logits.
+  RowProblem(const char* name, const Tensor& s, const RowOptions& o, bool check_values,
+             const char* input = "student_logits")
       : function(name), options(o), student_tensor(s), values_checked(check_values) {
-    FASTKD_CHECK_VALUE(s.dim() >= 1, function, "student_logits must have at least one dimension, got a scalar");
-    check_logits(s, "student_logits");
+    FASTKD_CHECK_VALUE(s.dim() >= 1, function, input, " must have at least one dimension, got a scalar");
+    check_logits(s, input);
     leading = s.dim() - 1;
     for (int64_t i = 0; i < leading; ++i) rows *= s.size(i);
     student = Rows(s, leading);
     student_width = s.size(leading);
     float64 = s.scalar_type() == ScalarType::Double;
     vocab = o.vocab_size < 0 ? student_width : o.vocab_size;
-    FASTKD_CHECK_VALUE(vocab <= student_width, function, "vocab_size is ", vocab, ", student_logits has only ",
+    FASTKD_CHECK_VALUE(vocab <= student_width, function, "vocab_size is ", vocab, ", ", input, " has only ",
                        student_width, " columns");
     FASTKD_CHECK_VALUE(vocab >= 1, function, "the vocabulary must have at least one column, got ", vocab);
     FASTKD_CHECK_VALUE(o.reduction == "none" || o.reduction == "sum" || o.reduction == "mean", function,
