@@ -6,11 +6,13 @@ from fastkd._library import cpu_capability
 from fastkd.kl_div import kl_div
 from fastkd.softmax_divergence import softmax_divergence
 from fastkd.teacher_topk import TeacherTopK, teacher_topk
+from fastkd.token_stats import TokenStats, token_stats
 from fastkd.topk_divergence import topk_divergence
 
 __version__ = "0.1.0"
 __all__ = [
     "TeacherTopK",
+    "TokenStats",
     "cpu_capability",
     "kl_div",
     "nn",
@@ -18,5 +20,6 @@ __all__ = [
     "release_memory",
     "softmax_divergence",
     "teacher_topk",
+    "token_stats",
     "topk_divergence",
 ]

@@ -25,7 +25,7 @@ def teacher_topk(
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
 ) -> TeacherTopK:
-    r"""Log-probabilities and indices of a teacher's k likeliest tokens, from one read of its logits.
+    r"""Log-probabilities and indices of a teacher's k likeliest tokens, in one read of its logits.
 
     :math:`\log p_v = z_v / \tau - \log \sum_u e^{z_u / \tau}` over the whole vocabulary, for the k
     largest, sorted descending; equal ones by lower index. What `torch.log_softmax` and `torch.topk`

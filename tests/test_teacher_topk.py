@@ -8,7 +8,6 @@ from cases import logits
 
 import fastkd
 
-
 pytestmark = pytest.mark.only("cpu")  # until the CUDA kernels are there
 
 

@@ -20,6 +20,8 @@ constexpr Kernels make_kernels() {
   out.topk_double = topk_kernel<double>();
   out.teacher_topk_float = scan_slice<float>;
   out.teacher_topk_double = scan_slice<double>;
+  out.token_stats_float = token_stats_row<float>;
+  out.token_stats_double = token_stats_row<double>;
   out.scale_row_float = scale_row<float>;
   out.scale_row_double = scale_row<double>;
   return out;

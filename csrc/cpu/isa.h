@@ -4,6 +4,7 @@
 #include "scale_rows.h"
 #include "softmax_divergence.h"
 #include "teacher_topk.h"
+#include "token_stats.h"
 #include "topk_divergence.h"
 
 namespace fastkd {
@@ -13,6 +14,7 @@ struct Kernels {
   SoftmaxDivergenceKernel softmax_divergence[kDivergences];
   KlDivKernel kl_div_float, kl_div_double;
   TopkKernel topk_float, topk_double;
+  TokenStatsKernel token_stats_float, token_stats_double;
   TeacherTopkKernel<float> teacher_topk_float;
   TeacherTopkKernel<double> teacher_topk_double;
   ScaleRowKernel scale_row_float, scale_row_double;

@@ -1,0 +1,250 @@
+// One row of token_stats.
+//
+// Memory: one read of each input. The pass sums both softmaxes with their entropies and log-ratios, finds both
+// argmaxes, and keeps 2^x of every entry: the total variation distance needs the normalisers, and is a second pass over
+// what was kept. Rows that come out nearly equal take their divergences from the logits once more, where nothing
+// cancels.
+#pragma once
+#include "../math/normalized.h"
+#include "../math/token_stats.h"
+#include "row_slices.h"
+
+namespace fastkd {
+
+struct StatsRow {
+  int64_t vocab;
+  Row student, teacher;  // teacher: empty where there is none
+  double temperature;
+  bool has_labels;
+  int64_t label;  // -1: this row has none
+  void* scratch;  // token_stats_scratch(...) bytes, aligned to 64
+};
+
+struct RowStats {
+  SideStats student, teacher;
+  PairStats both;
+};
+
+inline int64_t token_stats_scratch(int64_t vocab, int64_t real_size) {
+  return slices_of(vocab) * (kPartialBytes + 64 + kSlice / kBlock * 16) + 2 * aligned(vocab * real_size);
+}
+
+using TokenStatsKernel = RowStats (*)(const StatsRow& row, const SliceRunner& runner);
+
+}  // namespace fastkd
+
+namespace fastkd::FASTKD_ISA {
+
+template <class Real>
+struct StatsPasses : RowSlices {
+  const StatsRow& row;
+  struct Found {
+    Best<Real> student, teacher;
+  };
+  Found* found;           // one a slice
+  Real* origins;          // two a block
+  Real *kept_u, *kept_w;  // one an entry
+  const Real scale;
+
+  StatsPasses(const StatsRow& r, const SliceRunner& s)
+      : RowSlices{r.vocab, s, static_cast<char*>(r.scratch)},
+        row(r),
+        found(reinterpret_cast<Found*>(partials + slices_of(r.vocab) * kPartialBytes)),
+        origins(reinterpret_cast<Real*>(reinterpret_cast<char*>(found) + slices_of(r.vocab) * 64)),
+        kept_u(reinterpret_cast<Real*>(reinterpret_cast<char*>(origins) + slices_of(r.vocab) * (kSlice / kBlock) * 16)),
+        kept_w(kept_u + aligned(r.vocab * sizeof(Real)) / sizeof(Real)),
+        scale(Real(kLog2E / r.temperature)) {}
+
+  void ask_ahead(const Row& from, int64_t begin) const {
+    const int64_t ahead = begin + kBlock;
+    if (from && ahead < vocab) prefetch(from, ahead, vocab - ahead < kBlock ? vocab - ahead : kBlock);
+  }
+
+  // The first column of the largest, where the block has one larger than `best`.
+  static void seek(const Real* u, Real top, int64_t begin, int64_t count, Best<Real>& best) {
+    if (!(top > best.logit)) return;
+    for (int64_t i = 0; i < count; ++i) {
+      if (u[i] == top) {
+        best = {top, begin + i};
+        return;
+      }
+    }
+  }
+
+  PairState accumulate() const {
+    return reduce_slices<PairState>(
+        [&](int64_t slice) {
+          Origin<Real> u_origin, w_origin;
+          PairSums sums{};
+          Found best{{Real(-INFINITY), slice * kSlice}, {Real(-INFINITY), slice * kSlice}};
+          for_blocks(slice, [&](int64_t begin, int64_t count) {
+            alignas(64) Real u_buffer[kBlock], w_buffer[kBlock];
+            ask_ahead(row.student, begin);
+            ask_ahead(row.teacher, begin);
+            const Real* u = load(row.student, begin, count, u_buffer);
+            const Real u_top = largest(u, count);
+            const double u_step = moved(u_origin, u_top);
+            seek(u, u_top, begin, count, best.student);
+            if (!row.teacher) {
+              if (u_step != 0) sums.student.raise(u_step);
+              sums.student.add(side_block(u, count, u_origin.zero()));
+              return;
+            }
+            const Real* w = load(row.teacher, begin, count, w_buffer);
+            const Real w_top = largest(w, count);
+            sums.raise(u_step, moved(w_origin, w_top));
+            seek(w, w_top, begin, count, best.teacher);
+            sums.add(pair_block(u, w, begin, count, u_origin.zero(), w_origin.zero()));
+          });
+          found[slice] = best;
+          return PairState{double(u_origin.logit) * scale, double(w_origin.logit) * scale, sums};
+        },
+        [](PairState& all, const PairState& next) { all.merge(next); });
+  }
+
+  // In base 2; an origin that was not there yet had no sums.
+  double moved(Origin<Real>& origin, Real top) const {
+    const bool first = origin.logit == Real(-INFINITY);
+    const double step = origin.follow(top, scale);
+    return first ? 0 : step * scale;
+  }
+
+  SideSums side_block(const Real* u, int64_t count, Real origin) const {
+    const Real us = scale;
+    Real sum = 0, weighted = 0;
+    FASTKD_SIMD_REDUCE(+ : sum, weighted)
+    for (int64_t i = 0; i < count; ++i) {
+      const Real x = (u[i] - origin) * us, e = exp2_of(x);
+      sum += e;
+      weighted += x > Real(-kDead) ? e * x : Real(0);
+    }
+    return {double(sum), double(weighted)};
+  }
+
+  PairSums pair_block(const Real* u, const Real* w, int64_t begin, int64_t count, Real u_zero, Real w_zero) const {
+    // A tiny weight instead of 0 lets an impossible entry make the sum infinite even where its mass underflows.
+    constexpr Real kTiny = Real(1.17549435e-38), kLowest = Real(-3.4e38);
+    const Real us = scale;
+    Real *const keep_u = kept_u + begin, *const keep_w = kept_w + begin;
+    origins[begin / kBlock * 2] = u_zero;
+    origins[begin / kBlock * 2 + 1] = w_zero;
+    Real u_sum = 0, w_sum = 0, u_weighted = 0, w_weighted = 0, ratio = 0, reverse = 0;
+    FASTKD_SIMD_REDUCE(+ : u_sum, w_sum, u_weighted, w_weighted, ratio, reverse)
+    for (int64_t i = 0; i < count; ++i) {
+      const Real x = (u[i] - u_zero) * us, y = (w[i] - w_zero) * us;
+      const Real apart = ((w[i] - w_zero) - (u[i] - u_zero)) * us;  // exact where they nearly agree
+      const Real e_u = exp2_of(x), e_w = exp2_of(y);
+      keep_u[i] = e_u;
+      keep_w[i] = e_w;
+      u_sum += e_u;
+      w_sum += e_w;
+      u_weighted += x > Real(-kDead) ? e_u * x : Real(0);
+      w_weighted += y > Real(-kDead) ? e_w * y : Real(0);
+      ratio += apart > kLowest ? at_least(kTiny, e_w) * apart : Real(0);
+      reverse += -apart > kLowest ? at_least(kTiny, e_u) * -apart : Real(0);
+    }
+    return {{double(u_sum), double(u_weighted)}, {double(w_sum), double(w_weighted)}, double(ratio), double(reverse)};
+  }
+
+  // 1/2 sum |q - p| from what was kept.
+  double total_variation(double student_lse, double teacher_lse) const {
+    return reduce_slices<double>(
+        [&](int64_t slice) {
+          double all = 0;
+          for_blocks(slice, [&](int64_t begin, int64_t count) {
+            const Real* const at = origins + begin / kBlock * 2;
+            const Real q = Real(::exp2(double(at[0]) * scale - student_lse));
+            const Real p = Real(::exp2(double(at[1]) * scale - teacher_lse));
+            const Real *const u = kept_u + begin, *const w = kept_w + begin;
+            Real sum = 0;
+            FASTKD_SIMD_REDUCE(+ : sum)
+            for (int64_t i = 0; i < count; ++i) sum += magnitude(u[i] * q - w[i] * p);
+            all += sum;
+          });
+          return all * 0.5;
+        },
+        [](double& all, double next) { all += next; });
+  }
+
+  // The same with both divergences, from the logits.
+  PairStats near(const PairState& state) const {
+    RowTask task{};
+    task.temperature = task.teacher_temperature = row.temperature;
+    RowFrame<Real> frame;
+    frame.set_scales(task);
+    frame.normalize(
+        task,
+        {{state.student_origin, state.sums.student.sum}, {state.teacher_origin, state.sums.teacher.sum}, 0, 0, 0});
+    const Normalized<Real> at = frame.normalized();
+    return reduce_slices<PairStats>(
+        [&](int64_t slice) {
+          PairStats all{};
+          for_blocks(slice, [&](int64_t begin, int64_t count) {
+            alignas(64) Real u_buffer[kBlock], w_buffer[kBlock];
+            const Real* u = load(row.student, begin, count, u_buffer);
+            const Real* w = load(row.teacher, begin, count, w_buffer);
+            Real forward = 0, reverse = 0, apart = 0;
+            FASTKD_SIMD_REDUCE(+ : forward, reverse, apart)
+            for (int64_t i = 0; i < count; ++i) {
+              const Outcome<Real> o = at.template outcome<true>(u[i], w[i]);
+              forward += kl_term<true>(o);
+              reverse += kl_term<true>(mirrored(o));
+              apart += magnitude(o.difference);
+            }
+            all.forward_kl += forward;
+            all.reverse_kl += reverse;
+            all.tvd += 0.5 * double(apart);
+          });
+          return all;
+        },
+        [](PairStats& all, const PairStats& next) {
+          all.forward_kl += next.forward_kl;
+          all.reverse_kl += next.reverse_kl;
+          all.tvd += next.tvd;
+        });
+  }
+
+  double label_x(const Row& logits) const {
+    if (row.label < 0) return row.has_labels ? NAN : 0;
+    Real value;
+    return double(*load(logits, row.label, 1, &value)) * (kLog2E / row.temperature);
+  }
+
+  RowStats run() const {
+    const PairState state = accumulate();
+    Found best = found[0];
+    for (int64_t slice = 1; slice < slices_of(vocab); ++slice) {
+      best.student.merge(found[slice].student);
+      best.teacher.merge(found[slice].teacher);
+    }
+    RowStats out{};
+    // Sums are relative to origins times a rounded scale, results are not.
+    const double to_base_2 = kLog2E / row.temperature, exact = to_base_2 / double(scale);
+    out.student = side_stats(state.student_origin * exact, state.sums.student,
+                             {double(best.student.logit) * to_base_2, best.student.column}, label_x(row.student));
+    if (!row.teacher) return out;
+    out.teacher = side_stats(state.teacher_origin * exact, state.sums.teacher,
+                             {double(best.teacher.logit) * to_base_2, best.teacher.column}, label_x(row.teacher));
+    out.both = {state.forward_kl(), state.reverse_kl(), 0};
+    const bool forward = out.both.forward_kl < state.forward_limit();
+    const bool reverse = out.both.reverse_kl < state.reverse_limit();
+    if (forward || reverse) {
+      const PairStats again = near(state);
+      if (forward) out.both.forward_kl = again.forward_kl;
+      if (reverse) out.both.reverse_kl = again.reverse_kl;
+      out.both.tvd = again.tvd;
+    } else {
+      out.both.tvd = total_variation(state.student_origin + ::log2(state.sums.student.sum),
+                                     state.teacher_origin + ::log2(state.sums.teacher.sum)) +
+                     state.poison();
+    }
+    return out;
+  }
+};
+
+template <class Real>
+RowStats token_stats_row(const StatsRow& row, const SliceRunner& runner) {
+  return StatsPasses<Real>(row, runner).run();
+}
+
+}  // namespace fastkd::FASTKD_ISA

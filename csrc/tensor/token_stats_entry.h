@@ -1,0 +1,45 @@
+// The op _token_stats: checks and allocation for a backend, which computes.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "../math/token_stats.h"
+#include "row_problem.h"
+
+namespace fastkd {
+
+inline constexpr const char* kTokenStats = "token_stats";
+
+// Where the numbers of a row go: number i of row r is at [i rows + r].
+struct StatsOutput {
+  void* numbers;  // 4 of each side, 3 of both
+  int64_t* argmax;
+  int64_t rows;
+  bool float64;
+};
+inline constexpr int64_t kSideNumbers = 4, kPairNumbers = 3;
+
+template <class Backend>
+std::tuple<Tensor, Tensor> token_stats(const Tensor& student_logits, const std::optional<Tensor>& teacher_logits,
+                                       const std::optional<Tensor>& labels, double temperature,
+                                       const std::optional<Tensor>& temperatures, int64_t vocab_size) {
+  RowProblem problem(kTokenStats, student_logits, plain_options(temperature, temperatures, labels, vocab_size),
+                     Backend::kValuesChecked);
+  if (teacher_logits) {
+    problem.check_teacher(*teacher_logits);
+    problem.float64 = problem.float64 || teacher_logits->scalar_type() == ScalarType::Double;
+  }
+  const int64_t sides = teacher_logits ? 2 : 1;
+  std::vector<int64_t> shape = loss_shape(student_logits, "none");
+  shape.insert(shape.begin(), sides * kSideNumbers + (teacher_logits ? kPairNumbers : 0));
+  Tensor numbers =
+      torch::stable::new_empty(student_logits, shape, problem.float64 ? ScalarType::Double : ScalarType::Float);
+  shape[0] = sides;
+  Tensor argmax = torch::stable::new_empty(student_logits, shape, ScalarType::Long);
+  Backend::solve(problem, teacher_logits ? &*teacher_logits : nullptr,
+                 {numbers.data_ptr(), static_cast<int64_t*>(argmax.data_ptr()), problem.rows, problem.float64});
+  return {numbers, argmax};
+}
+
+}  // namespace fastkd

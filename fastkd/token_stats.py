@@ -1,0 +1,122 @@
+"""What selective methods look at before they choose tokens: statistics of each row of logits."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd._arguments import check_tensors, per_row
+from fastkd._library import raise_as_python
+
+
+class TokenStats(NamedTuple):
+    """One number a row in each field; None where an input was not given. Logarithms are natural."""
+
+    #: log-sum-exp of logits / temperature.
+    student_lse: Tensor
+    #: Shannon entropy in nats.
+    student_entropy: Tensor
+    #: int64, the likeliest token, the lower of equals; -1 where the row is no distribution.
+    student_argmax: Tensor
+    #: Its probability.
+    student_top_prob: Tensor
+    #: log-probability of the label; NaN where the label is -100.
+    student_label_log_prob: Tensor | None
+    teacher_lse: Tensor | None
+    teacher_entropy: Tensor | None
+    teacher_argmax: Tensor | None
+    teacher_top_prob: Tensor | None
+    teacher_label_log_prob: Tensor | None
+    #: KL(p || q), teacher first.
+    forward_kl: Tensor | None
+    #: KL(q || p).
+    reverse_kl: Tensor | None
+    #: 1/2 sum |p - q|; a speculative decoder accepts with probability 1 - tvd.
+    tvd: Tensor | None
+
+
+def token_stats(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+) -> TokenStats:
+    r"""Entropy, likeliest token, label likelihood and divergences of each row, from one read.
+
+    With :math:`q = \mathrm{softmax}(z_S / \tau)` and :math:`p = \mathrm{softmax}(z_T / \tau)`:
+    every field of :class:`TokenStats`, each logits tensor read from memory once and no table of
+    probabilities stored. No gradient flows.
+
+    ``-inf`` logits are probability 0; a row with a NaN, ``+inf`` or no finite logit gives NaN (and
+    argmax -1), that row alone. The divergences are as accurate near 0 as those of
+    :func:`fastkd.softmax_divergence`.
+
+    Args:
+        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
+        teacher_logits: the same shape, its own dtype, or None.
+        labels: int64 or int32, one a row; -100 for none.
+        temperature: of both sides, positive: a number, or a tensor with one entry a row.
+        vocab_size: only the first columns count on both sides.
+
+    Returns:
+        :class:`TokenStats` of float32 tensors (float64 where an input is) in the leading
+        dimensions' shape.
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument has the wrong value or type, or a label lies
+            outside (on CUDA its log-probability is NaN instead).
+
+    Used by AdaSPEC (arXiv 2510.19779), R2R (2505.21600), dParallel (2509.26488), DistillSpec
+    (2310.08461), AlignDistil (2503.02832) and DDK (2407.16154).
+
+    >>> import torch, fastkd
+    >>> stats = fastkd.token_stats(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
+    >>> stats.student_argmax.item(), stats.teacher_argmax.item()
+    (1, 0)
+    >>> round(stats.student_entropy.item(), 4), round(stats.tvd.item(), 4)
+    (0.5822, 0.4621)
+    >>> stats.student_label_log_prob is None
+    True
+    """
+    tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
+    check_tensors("token_stats", {name: x for name, x in tensors.items() if x is not None})
+    student_logits = student_logits.detach()
+    if teacher_logits is not None:
+        teacher_logits = teacher_logits.detach()
+    scalar, rows = per_row(temperature, student_logits)
+    try:
+        numbers, argmax = torch.ops.fastkd._token_stats(
+            student_logits,
+            teacher_logits,
+            labels,
+            scalar,
+            rows,
+            -1 if vocab_size is None else vocab_size,
+        )
+    except RuntimeError as error:
+        raise_as_python(error)
+    fields: list[Any] = []
+    for side in range(2):
+        if side == 1 and teacher_logits is None:
+            fields += [None] * 5
+            continue
+        lse, entropy, top_prob, label = numbers[4 * side : 4 * side + 4].unbind(0)
+        label_log_prob = None if labels is None else label
+        fields += [lse, entropy, argmax[side], top_prob, label_log_prob]
+    return TokenStats(*fields, *([None] * 3 if teacher_logits is None else numbers[8:].unbind(0)))
+
+
+@torch.library.register_fake("fastkd::_token_stats")
+def _(student_logits: Tensor, teacher_logits: Tensor | None, *_: Any) -> Any:
+    given = [student_logits] if teacher_logits is None else [student_logits, teacher_logits]
+    float64 = any(x.dtype == torch.float64 for x in given)
+    leading = student_logits.shape[:-1]
+    return (
+        student_logits.new_empty(
+            (4 if teacher_logits is None else 11, *leading),
+            dtype=torch.float64 if float64 else torch.float32,
+        ),
+        student_logits.new_empty((len(given), *leading), dtype=torch.int64),
+    )
