@@ -3,6 +3,7 @@
 from fastkd import nn, reference
 from fastkd._gradient import release_memory
 from fastkd._library import cpu_capability
+from fastkd.clipped_divergence import clipped_divergence
 from fastkd.kl_div import kl_div
 from fastkd.softmax_divergence import softmax_divergence
 from fastkd.teacher_topk import TeacherTopK, teacher_topk
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TeacherTopK",
     "TokenStats",
+    "clipped_divergence",
     "cpu_capability",
     "kl_div",
     "nn",

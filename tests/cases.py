@@ -168,9 +168,48 @@ def _topk_divergence() -> Iterator[Case]:
     )
 
 
+def _clipped_divergence() -> Iterator[Case]:
+    for renormalize in ("none", "teacher", "both"):
+        for tail in ("drop", "lump"):
+            options = {"renormalize": renormalize, "tail": tail}
+            name = f"{renormalize}-{tail}"
+            yield Case(name, {**options, "reduction": "none"})
+            yield Case(f"{name}-soft", {**options, "softness": 0.02, "temperature": 1.5})
+            yield Case(f"{name}-quantile", {**options, "quantile": True, "reduction": "sum"})
+            yield Case(f"{name}-soft-quantile", {**options, "quantile": True, "softness": 0.05})
+            yield Case(f"{name}-label", options, _labels)
+    yield Case("label-not-kept", {"keep_label": False}, _labels)
+    yield Case("label-soft", {"softness": 0.01, "renormalize": "both"}, _labels)
+    yield Case("label-term", {"label_weight": 0.7, "reduction": "sum"}, _labels)
+    yield Case("label-term-temperature", {"label_weight": 0.7, "temperature": 2.0}, _labels)
+    yield Case("square", {"temperature": 2.0, "square_temperature": True, "tail": "lump"})
+    yield Case("elementmean", {"reduction": "elementmean"})
+    yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
+    yield Case(
+        "weight-and-mask",
+        {"reduction": "batchmean", "tail": "lump"},
+        lambda leading, vocab: {
+            "weight": torch.rand(leading) * (torch.rand(leading) < 0.8),
+            "mask": torch.rand(leading) < 0.7,
+        },
+    )
+    yield Case(
+        "row-temperatures",
+        {"square_temperature": True, "softness": 0.03, "tail": "lump"},
+        lambda leading, vocab: {
+            "temperature": torch.rand(leading) + 0.5,
+            "teacher_temperature": torch.rand(leading).double() + 0.5,
+        },
+    )
+
+
 def cases(op: str) -> list[Case]:
     return list(
-        {"softmax_divergence": _softmax_divergence, "topk_divergence": _topk_divergence}[op]()
+        {
+            "softmax_divergence": _softmax_divergence,
+            "topk_divergence": _topk_divergence,
+            "clipped_divergence": _clipped_divergence,
+        }[op]()
     )
 
 

@@ -22,6 +22,8 @@ constexpr Kernels make_kernels() {
   out.teacher_topk_double = scan_slice<double>;
   out.token_stats_float = token_stats_row<float>;
   out.token_stats_double = token_stats_row<double>;
+  out.clipped_float = clipped_row<float>;
+  out.clipped_double = clipped_row<double>;
   out.scale_row_float = scale_row<float>;
   out.scale_row_double = scale_row<double>;
   return out;

@@ -1,5 +1,6 @@
 // The CPU kernels of one instruction set, and the choice among those compiled in.
 #pragma once
+#include "clipped_divergence.h"
 #include "kl_div.h"
 #include "scale_rows.h"
 #include "softmax_divergence.h"
@@ -14,6 +15,7 @@ struct Kernels {
   SoftmaxDivergenceKernel softmax_divergence[kDivergences];
   KlDivKernel kl_div_float, kl_div_double;
   TopkKernel topk_float, topk_double;
+  ClippedKernel clipped_float, clipped_double;
   TokenStatsKernel token_stats_float, token_stats_double;
   TeacherTopkKernel<float> teacher_topk_float;
   TeacherTopkKernel<double> teacher_topk_double;

@@ -6,7 +6,7 @@
 namespace fastkd {
 
 inline constexpr int64_t kSlice = 8192;
-inline constexpr int64_t kPartialBytes = 64;  // of what is found in a slice
+inline constexpr int64_t kPartialBytes = 128;  // of what is found in a slice
 
 // Calls body(context, slice) for every slice, in any order, on any threads.
 struct SliceRunner {

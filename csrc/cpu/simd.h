@@ -139,6 +139,17 @@ void store(const Row& row, int64_t begin, int64_t count, const Real* block) {
   visit(row.dtype, [&](auto element) { store_as<decltype(element)>(row, begin, count, block); });
 }
 
+FASTKD_INLINE void put_element(const Row& row, int64_t column, double value) {
+  visit(row.dtype, [&](auto element) {
+    using Element = decltype(element);
+    if constexpr (sizeof(Element) == sizeof(double)) {
+      static_cast<Element*>(row.data)[column * row.stride] = value;
+    } else {
+      from_float(float(value), static_cast<Element*>(row.data)[column * row.stride]);
+    }
+  });
+}
+
 template <class Real>
 FASTKD_INLINE Real largest(const Real* x, int64_t count) {
   Real all = Real(-INFINITY);

@@ -67,17 +67,6 @@ struct Support {
   }
 };
 
-void put_element(const Row& row, int64_t column, double value) {
-  visit(row.dtype, [&](auto element) {
-    using Element = decltype(element);
-    if constexpr (sizeof(Element) == 8) {
-      static_cast<Element*>(row.data)[column * row.stride] = value;
-    } else {
-      from_float(float(value), static_cast<Element*>(row.data)[column * row.stride]);
-    }
-  });
-}
-
 struct Cpu {
   static constexpr bool kValuesChecked = true;
 

@@ -159,6 +159,17 @@ struct RowProblem {
   }
 };
 
+// Where gradients of the student go.
+inline void check_gradient(const RowProblem& problem, const std::optional<Tensor>& gradient) {
+  if (!gradient) return;
+  const Tensor& student = problem.student_tensor;
+  problem.check_device(*gradient, "gradient");
+  FASTKD_CHECK_VALUE(gradient->dim() == student.dim() && same_leading(*gradient, student, student.dim()) &&
+                         gradient->scalar_type() == student.scalar_type(),
+                     problem.function, "gradient must be like student_logits, shape ", shape_of(student),
+                     ", got shape ", shape_of(*gradient));
+}
+
 inline std::vector<int64_t> loss_shape(const Tensor& student, const std::string& reduction) {
   std::vector<int64_t> shape;
   if (reduction != "none") return shape;

@@ -20,17 +20,6 @@ inline Tail find_tail(const std::string& name) {
   return Tail::kDrop;
 }
 
-// Where gradients of the student go.
-inline void check_gradient(const RowProblem& problem, const std::optional<Tensor>& gradient) {
-  if (!gradient) return;
-  const Tensor& student = problem.student_tensor;
-  problem.check_device(*gradient, "gradient");
-  FASTKD_CHECK_VALUE(gradient->dim() == student.dim() && same_leading(*gradient, student, student.dim()) &&
-                         gradient->scalar_type() == student.scalar_type(),
-                     problem.function, "gradient must be like student_logits, shape ", shape_of(student),
-                     ", got shape ", shape_of(*gradient));
-}
-
 struct TopkProblem : RowProblem {
   int divergence;
   double beta;

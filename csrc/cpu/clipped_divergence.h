@@ -1,0 +1,292 @@
+// One row of clipped_divergence.
+//
+// Memory: the first pass reads student and teacher, for their normalisers, and keeps 2^x of every entry; the second one
+// sums the part between the edges, from the logits (which are in the cache by then); the last writes the gradients.
+// A label is wholly in the part, whatever its probability.
+#pragma once
+#include "../math/clipped_plan.h"
+#include "softmax_divergence_passes.h"
+
+namespace fastkd {
+
+// An edge given as a quantile level: the two logits that it lies between, and where.
+struct QuantileEdge {
+  double below, above, fraction;
+};
+
+struct ClippedRow {
+  SoftmaxDivergenceRow base;  // one teacher
+  int64_t kept_label;         // -1: none
+  Renormalize renormalize;
+  bool lump, quantile;
+  double lower, upper;  // probabilities, where not quantiles
+  QuantileEdge lower_quantile, upper_quantile;
+  double softness;
+  // Results beside the value: gradients of the edges as given, times the row's scale.
+  double lower_gradient, upper_gradient;
+};
+
+using ClippedKernel = double (*)(ClippedRow& row, const SliceRunner& runner);
+
+}  // namespace fastkd
+
+namespace fastkd::FASTKD_ISA {
+
+// How much of each entry of a block belongs to the part, and how that follows the edges.
+template <class Real>
+struct Shares {
+  alignas(64) Real own[kBlock], by_lower[kBlock], by_upper[kBlock];
+};
+
+template <class Real>
+struct ClippedPasses : RowPasses<Real> {
+  using Base = RowPasses<Real>;
+  using Base::frame;
+  using Base::vocab;
+  const ClippedRow& clip;
+  ClipEdges edges;
+
+  ClippedPasses(const ClippedRow& r, const SliceRunner& s, const RowFrame<Real>& f) : Base(r.base, s, f), clip(r) {}
+
+  double probability_of(double logit) const {
+    return ::exp2((logit - frame.teacher_origin) * double(frame.teacher_scale) - frame.teacher_lse);
+  }
+  double logit_of(double p) const {
+    return p <= 0   ? -INFINITY
+           : p >= 1 ? double(INFINITY)  // every token, even where a sum came out a rounding too small
+                    : (::log2(p) + frame.teacher_lse) / double(frame.teacher_scale) + frame.teacher_origin;
+  }
+
+  void set_edges() {
+    edges.softness = clip.softness;
+    if (clip.quantile) {
+      const auto between = [&](const QuantileEdge& q) {
+        const double below = probability_of(q.below);
+        return below + q.fraction * (probability_of(q.above) - below);
+      };
+      edges.lower = between(clip.lower_quantile);
+      edges.upper = between(clip.upper_quantile);
+      edges.lower_logit = clip.lower_quantile.fraction > 0 ? clip.lower_quantile.above : clip.lower_quantile.below;
+      edges.upper_logit = clip.upper_quantile.below;
+    } else {
+      edges.lower = clip.lower;
+      edges.upper = clip.upper;
+      edges.lower_logit = logit_of(clip.lower);
+      edges.upper_logit = logit_of(clip.upper);
+    }
+  }
+
+  static Real sigmoid(Real x) {
+    return Real(1) / (Real(1) + exp2_of(at_least(Real(-126), at_most(Real(126), -x * Real(kLog2E)))));
+  }
+
+  // w: the teacher's logits.
+  void fill_shares(const Real* w, int64_t begin, int64_t count, Shares<Real>& out) const {
+    if (edges.softness == 0) {
+      const Real low = Real(edges.lower_logit), high = Real(edges.upper_logit);
+      FASTKD_SIMD
+      for (int64_t i = 0; i < count; ++i) out.own[i] = w[i] >= low && w[i] <= high ? Real(1) : Real(0);
+    } else {
+      const Real origin = frame.teacher_origin, scale = frame.teacher_scale, lse = Real(frame.teacher_lse);
+      const Real low = Real(edges.lower), high = Real(edges.upper), sharp = Real(1 / edges.softness);
+      FASTKD_SIMD
+      for (int64_t i = 0; i < count; ++i) {
+        const Real p = exp2_of((w[i] - origin) * scale - lse);
+        const Real a = sigmoid((p - low) * sharp), b = sigmoid((high - p) * sharp);
+        out.own[i] = a * b;
+        out.by_lower[i] = -a * (Real(1) - a) * b * sharp;
+        out.by_upper[i] = a * b * (Real(1) - b) * sharp;
+      }
+    }
+    if (clip.kept_label >= begin && clip.kept_label < begin + count) {
+      out.own[clip.kept_label - begin] = Real(1);
+      out.by_lower[clip.kept_label - begin] = out.by_upper[clip.kept_label - begin] = Real(0);
+    }
+  }
+
+  ClipSums sum_part() const {
+    return this->template reduce_slices<ClipSums>(
+        [&](int64_t slice) {
+          ClipSums all{};
+          this->for_blocks(slice, [&](int64_t begin, int64_t count) { add_block(all, begin, count); });
+          return all;
+        },
+        [](ClipSums& all, const ClipSums& next) { all.add(next); });
+  }
+
+  void add_block(ClipSums& all, int64_t begin, int64_t count) const {
+    alignas(64) Real u_buffer[kBlock], w_buffer[kBlock];
+    Shares<Real> shares;
+    const Real* u = load(this->row.student, begin, count, u_buffer);
+    const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
+    fill_shares(w, begin, count, shares);
+    const FromLogits<Real, true> entries = this->template from_logits<true>(u, w);
+    Real lost = 0, k = 0, a = 0, p = 0, q = 0, difference = 0, p_rest = 0, q_rest = 0;
+    const Real* const share = shares.own;
+    FASTKD_SIMD_REDUCE(+ : lost, k, a, p, q, difference, p_rest, q_rest)
+    for (int64_t i = 0; i < count; ++i) {
+      const Outcome<Real> o = entries.outcome(i);
+      const Real s = share[i], rest = Real(1) - s;
+      lost += o.log2_q < Real(-kInfiniteLogRatio) ? s * o.p : Real(0);
+      k += s * kl_term<true>(o);
+      a -= s * o.p * o.d;
+      p += s * o.p;
+      q += s * o.q;
+      difference += s * o.difference;
+      p_rest += rest * o.p;
+      q_rest += rest * o.q;
+    }
+    ClipSums block{lost > Real(0) ? double(INFINITY) : double(k),
+                   double(a),
+                   double(p),
+                   double(q),
+                   double(difference),
+                   double(p_rest),
+                   double(q_rest),
+                   {},
+                   {},
+                   {}};
+    if (edges.softness != 0) add_edges(block, entries, shares, count);
+    all.add(block);
+  }
+
+  void add_edges(ClipSums& all, const FromLogits<Real, true>& entries, const Shares<Real>& shares,
+                 int64_t count) const {
+    Real l0 = 0, l1 = 0, l2 = 0, u0 = 0, u1 = 0, u2 = 0, o0 = 0, o1 = 0, o2 = 0;
+    FASTKD_SIMD_REDUCE(+ : l0, l1, l2, u0, u1, u2, o0, o1, o2)
+    for (int64_t i = 0; i < count; ++i) {
+      const Outcome<Real> o = entries.outcome(i);
+      const Real lower = shares.by_lower[i], upper = shares.by_upper[i], own = -(lower + upper) * o.p;
+      const Real term = -o.p * o.d;
+      l0 += lower * term;
+      l1 += lower * o.p;
+      l2 += lower * o.q;
+      u0 += upper * term;
+      u1 += upper * o.p;
+      u2 += upper * o.q;
+      o0 += own * term;
+      o1 += own * o.p;
+      o2 += own * o.q;
+    }
+    const double lower[3] = {l0, l1, l2}, upper[3] = {u0, u1, u2}, own[3] = {o0, o1, o2};
+    for (int i = 0; i < 3; ++i) {
+      all.lower[i] = lower[i];
+      all.upper[i] = upper[i];
+      all.own[i] = own[i];
+    }
+  }
+
+  // Everything by value: what a loop reads through references it cannot keep in registers beside its stores.
+  static void student_block(const FromLogits<Real, true> entries, const Real* shares, int64_t count,
+                            const GradientFactors<Real> factors, Real alpha, Real gamma, Real delta, Real* out) {
+    const Real surplus = alpha - gamma;
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      const Outcome<Real> o = entries.outcome(i);
+      const Real s = shares[i];
+      const Real part = select(o.small, alpha * o.difference + surplus * o.p, alpha * o.q - gamma * o.p);
+      out[i] = factors.student * (s * part + (Real(1) - s) * delta * o.q) + factors.label_q * o.q;
+    }
+  }
+
+  // Adds factor x the softmax at temperature 1.
+  static void add_label_softmax(const Real* u, int64_t count, Real origin, Real scale, Real shift, Real factor,
+                                Real* out) {
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) out[i] += factor * exp2_of((u[i] - origin) * scale - shift);
+  }
+
+  void write_student(const ClipNumbers& numbers, const GradientFactors<Real>& factors) const {
+    const bool label_apart = frame.label_scale != Real(0);
+    this->for_slices([&](int64_t slice) {
+      this->for_blocks(slice, [&](int64_t begin, int64_t count) {
+        alignas(64) Real u_buffer[kBlock], w_buffer[kBlock], buffer[kBlock];
+        Shares<Real> shares;
+        const Real* u = load(this->row.student, begin, count, u_buffer);
+        const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
+        fill_shares(w, begin, count, shares);
+        Real* out = destination(this->row.student_gradient, begin, buffer);
+        student_block(this->template from_logits<true>(u, w), shares.own, count, factors, Real(numbers.alpha),
+                      Real(numbers.gamma), Real(numbers.delta), out);
+        if (label_apart) {
+          add_label_softmax(u, count, frame.student_origin, frame.label_scale, Real(frame.label_lse), factors.label,
+                            out);
+        }
+        const int64_t label = this->row.label;
+        if (label >= begin && label < begin + count) out[label - begin] -= factors.label;
+        store(this->row.student_gradient, begin, count, out);
+      });
+      finish_streaming(this->row.student_gradient);
+    });
+  }
+
+  static void teacher_block(const FromLogits<Real, true> entries, const Shares<Real>& shares, int64_t count,
+                            Real factor, Real by_a, Real by_p, Real by_q, Real mean, Real* out) {
+    const Real *const share = shares.own, *const lower = shares.by_lower, *const upper = shares.by_upper;
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      const Outcome<Real> o = entries.outcome(i);
+      const Real by_share = by_a * (-o.p * o.d) + by_p * o.p + by_q * o.q;
+      const Real own = share[i] * (by_a * (Real(1) - o.d) + by_p) - (lower[i] + upper[i]) * by_share;
+      out[i] = factor * o.p * (own - mean);
+    }
+  }
+
+  void write_teacher(const ClipNumbers& numbers, const GradientFactors<Real>& factors) const {
+    this->for_slices([&](int64_t slice) {
+      this->for_blocks(slice, [&](int64_t begin, int64_t count) {
+        alignas(64) Real u_buffer[kBlock], w_buffer[kBlock], buffer[kBlock];
+        Shares<Real> shares;
+        const Real* u = load(this->row.student, begin, count, u_buffer);
+        const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
+        fill_shares(w, begin, count, shares);
+        if (edges.softness == 0) {
+          for (int64_t i = 0; i < count; ++i) shares.by_lower[i] = shares.by_upper[i] = Real(0);
+        }
+        Real* out = destination(this->row.teacher_gradient, begin, buffer);
+        teacher_block(this->template from_logits<true>(u, w), shares, count, factors.teacher, Real(numbers.by_a),
+                      Real(numbers.by_p), Real(numbers.by_q), Real(numbers.mean), out);
+        store(this->row.teacher_gradient, begin, count, out);
+      });
+      finish_streaming(this->row.teacher_gradient);
+    });
+  }
+};
+
+template <class Real>
+double clipped_row(ClippedRow& row, const SliceRunner& runner) {
+  const RowTask& task = row.base.task;
+  RowFrame<Real> frame;
+  frame.set_scales(task);
+  ClippedPasses<Real> passes(row, runner, frame);
+  Real label_logit = 0;
+  if (task.has_label) label_logit = *load(row.base.student, row.base.label, 1, &label_logit);
+  frame.normalize(task, passes.template accumulate<Pass::kNormalizersOnly, false>());
+  passes.set_edges();
+  const ClipSums sums = passes.sum_part();
+  const double poison = (frame.student_lse - frame.student_lse) + (frame.teacher_lse - frame.teacher_lse);
+  const ClipNumbers numbers = clip_numbers(sums, row.renormalize, row.lump, poison);
+  const GradientFactors<Real> factors(task, frame);
+  if (row.base.teacher_gradient) {
+    passes.write_teacher(numbers, factors);
+    fill_zero(row.base.teacher_gradient, row.base.vocab, row.base.teacher_width);
+  }
+  if (row.base.student_gradient) {
+    passes.write_student(numbers, factors);
+    fill_zero(row.base.student_gradient, row.base.vocab, row.base.student_width);
+  }
+  const double scale = task.scale * task.divergence_scale;
+  row.lower_gradient = numbers.lower_gradient * scale;
+  row.upper_gradient = numbers.upper_gradient * scale;
+  if (row.quantile) {  // by the level, not by the probability that it stands for
+    const auto slope = [&](const QuantileEdge& q) {
+      return double(row.base.vocab - 1) * (passes.probability_of(q.above) - passes.probability_of(q.below));
+    };
+    row.lower_gradient *= slope(row.lower_quantile);
+    row.upper_gradient *= slope(row.upper_quantile);
+  }
+  const double label = task.has_label ? frame.label_lse * kLn2 - (label_logit - double(frame.student_origin)) : 0;
+  return numbers.value * task.divergence_scale + (task.has_label ? task.label_weight * label : 0);
+}
+
+}  // namespace fastkd::FASTKD_ISA

@@ -1,0 +1,115 @@
+// Forward KL over a part of the vocabulary, s_v in [0, 1] saying how much of token v belongs to it: what happens
+// between the passes over a row. The same for every backend. With a = log q, b = log p and sums over v
+//   A = sum s p (b - a),  P = sum s p,  Q = sum s q,  P_r = sum (1 - s) p,  Q_r = sum (1 - s) q
+// a row's value is
+//   renormalize none      A                    and with the tail lumped  A + P_r log(P_r / Q_r)
+//   renormalize teacher   A / P - log P
+//   renormalize both      A / P - log P + log Q
+// and A = K + P - Q with K = sum s (p (b - a) + q - p), whose terms are never negative: where the two sides are close,
+// values come from K.
+#pragma once
+#include "divergence.h"
+
+namespace fastkd {
+
+enum class Renormalize : int { kNone, kTeacher, kBoth };
+
+// The part: p between two edges, hard ones given as logits, or soft ones as probabilities.
+struct ClipEdges {
+  double lower, upper;
+  double lower_logit, upper_logit;
+  double softness;  // 0: hard
+};
+
+struct ClipSums {
+  double k, a, p, q, difference, p_rest, q_rest;  // K, A, P, Q, Q - P, P_r, Q_r
+  // Soft edges: sums of ds/dedge times p (b - a), p and q; and of p ds/dp times the same, for the teacher's gradient.
+  double lower[3], upper[3], own[3];
+
+  FASTKD_INLINE void add(const ClipSums& o) {
+    k += o.k;
+    a += o.a;
+    p += o.p;
+    q += o.q;
+    difference += o.difference;
+    p_rest += o.p_rest;
+    q_rest += o.q_rest;
+    for (int i = 0; i < 3; ++i) {
+      lower[i] += o.lower[i];
+      upper[i] += o.upper[i];
+      own[i] += o.own[i];
+    }
+  }
+};
+
+// What is known of a row once it is summed: its value, and the factors of its gradients.
+struct ClipNumbers {
+  double value;
+  // dz_student = s (alpha q - gamma p) + (1 - s) delta q, without scale / temperature.
+  double alpha, gamma, delta;
+  // dvalue/dA, dvalue/dP, dvalue/dQ, and sum p dvalue/dp.
+  double by_a, by_p, by_q, mean;
+  double lower_gradient, upper_gradient;  // dvalue/dedge
+};
+
+}  // namespace fastkd
+
+namespace fastkd::FASTKD_ISA {
+
+// p log(p / q) + q - p >= 0
+FASTKD_INLINE double lump_term(double p, double q) {
+  if (p == 0) return q;
+  if (q == 0) return INFINITY;
+  const double d = ::log(q / p);
+  return magnitude(d) < 0.5 ? p * expm1_gap(d) : q - p - p * d;
+}
+
+// K is infinite where the part has mass and the student none; A is not, and neither are gradients.
+FASTKD_INLINE ClipNumbers clip_numbers(const ClipSums& sums, Renormalize renormalize, bool lump, double poison) {
+  ClipNumbers out{};
+  const double p = sums.p, q = sums.q, whole = sums.a;
+  const double p_rest = sums.p_rest, q_rest = sums.q_rest;
+  out.by_a = 1;
+  if (renormalize == Renormalize::kNone) {
+    out.value = whole;
+    out.alpha = out.delta = p;
+    out.gamma = 1;
+    if (lump) {
+      // The two sides' parts and rests sum to 1: what K and the rest's term have too much cancels.
+      out.value = sums.k + lump_term(p_rest, q_rest);
+      const double ratio = p_rest == 0 ? 0 : p_rest / at_least(::exp(-kLargestLogRatio), q_rest);
+      out.alpha = 1;
+      out.delta = q_rest == 0 ? 0 : 1 - ratio;
+      out.by_p = p_rest == 0 ? 0 : -::log(ratio) - 1;
+      out.by_q = ratio;
+    }
+  } else if (p == 0) {  // nothing to compare
+    out.by_a = 0;
+  } else {
+    out.by_a = out.gamma = 1 / p;
+    out.by_p = -whole / (p * p) - 1 / p;
+    if (renormalize == Renormalize::kTeacher) {
+      out.value = whole / p - ::log(p);
+      out.alpha = out.delta = 1;
+    } else {
+      // K / P less what the two masses differ by: x - log(1 + x) with x = Q / P - 1.
+      const double x = sums.difference / p;
+      const bool close = magnitude(x) < 0.1;
+      out.value = q == 0 ? double(INFINITY) : close ? sums.k / p - log1p_gap(x) : whole / p + ::log(q / p);
+      out.value = at_least(0.0, out.value);
+      out.alpha = q == 0 ? 0 : 1 / q;
+      out.by_q = q == 0 ? 0 : 1 / q;
+    }
+  }
+  if (sums.k == INFINITY && out.by_a != 0) out.value = INFINITY;
+  const auto through = [&](const double (&x)[3]) { return out.by_a * x[0] + out.by_p * x[1] + out.by_q * x[2]; };
+  out.lower_gradient = through(sums.lower) + poison;
+  out.upper_gradient = through(sums.upper) + poison;
+  out.mean = out.by_a * (whole + p) + out.by_p * p + through(sums.own);
+  out.value += poison;
+  out.alpha += poison;
+  out.mean += poison;
+  return out;
+}
+
+}  // namespace fastkd::FASTKD_ISA
