@@ -5,13 +5,15 @@
 
 #include <string>
 
+#include "tensor/allocate.h"
+
 #ifndef FASTKD_LIBRARY
 #define FASTKD_LIBRARY fastkd
 #endif
 #define FASTKD_OPS_IN(library, m) STABLE_TORCH_LIBRARY(library, m)
 
 // RowOptions in csrc/tensor/row_problem.h.
-#define FASTKD_ROW_OPTIONS                                                                                     \
+#define FASTKD_ROW_OPTIONS                                                                                      \
   "float temperature, Tensor? temperatures, Tensor? weight, Tensor? mask, Tensor? labels, float label_weight, " \
   "int ignore_index, int vocab_size, bool square_temperature, str reduction, float denominator, Tensor? normalizer"
 
@@ -32,8 +34,8 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
       "Tensor? weight, Tensor? mask, Tensor? teacher_weights, str teacher_mix, Tensor? labels, float label_weight, "
       "int ignore_index, int vocab_size, bool square_temperature, str reduction, float denominator, "
       "Tensor? normalizer, bool teacher_gradient) -> (Tensor, Tensor, Tensor)");
-  // -> loss, the gradient of teacher_log_probs (empty where not asked for) and a factor as above. The student's gradient
-  // goes into `gradient`, if there is one.
+  // -> loss, the gradient of teacher_log_probs (empty where not asked for) and a factor as above. The student's
+  // gradient goes into `gradient`, if there is one.
   m.def(
       "_topk_divergence(Tensor(a!)? gradient, Tensor student_logits, Tensor teacher_log_probs, Tensor teacher_indices, "
       "str divergence, float beta, str tail, float stored_temperature, float teacher_temperature, "
@@ -47,8 +49,8 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
   m.def(
       "_token_stats(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, float temperature, "
       "Tensor? temperatures, int vocab_size) -> (Tensor, Tensor)");
-  // -> loss, gradients of teacher_logits, lower and upper (empty where not asked for) and a factor as above. softness 0:
-  // hard edges.
+  // -> loss, gradients of teacher_logits, lower and upper (empty where not asked for) and a factor as above. softness
+  // 0: hard edges.
   m.def(
       "_clipped_divergence(Tensor(a!)? gradient, Tensor student_logits, Tensor teacher_logits, Tensor lower, "
       "Tensor upper, bool keep_label, str renormalize, str tail, float softness, bool quantile, "
@@ -83,4 +85,7 @@ std::string cuda_architectures() { return FASTKD_ARCHITECTURES; }
 }  // namespace
 
 #define FASTKD_OPS_IMPL_IN(library, m) STABLE_TORCH_LIBRARY_IMPL(library, CompositeExplicitAutograd, m)
-FASTKD_OPS_IMPL_IN(FASTKD_LIBRARY, m) { m.impl("_cuda_architectures", TORCH_BOX(&cuda_architectures)); }
+FASTKD_OPS_IMPL_IN(FASTKD_LIBRARY, m) {
+  m.impl("_cuda_architectures", TORCH_BOX(&cuda_architectures));
+  m.impl("_gradient_like", TORCH_BOX(&fastkd::gradient_like));
+}

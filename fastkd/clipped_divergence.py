@@ -45,8 +45,8 @@ def clipped_divergence(
 ) -> Tensor:
     r"""KL(p || q) over the tokens whose teacher probability lies between two bounds.
 
-    With :math:`p = \mathrm{softmax}(z_T / \tau_T)`, :math:`q = \mathrm{softmax}(z_S / \tau)` over the
-    whole vocabulary, the support :math:`S = \{v : lower \le p_v \le upper\}`, with the label where
+    With :math:`p = \mathrm{softmax}(z_T / \tau_T)`, :math:`q = \mathrm{softmax}(z_S / \tau)` over
+    the whole vocabulary, the support :math:`S = \{v : lower \le p_v \le upper\}`, with the label where
     ``keep_label``, and its masses :math:`P = \sum_S p`, :math:`Q = \sum_S q`, a row's value is
 
     =============  =========  ======================================================================
@@ -62,8 +62,8 @@ def clipped_divergence(
     nothing is left for a tail. An empty support gives 0.
 
     With ``softness`` the edges are soft: a token belongs to the support by
-    :math:`s_v = \sigma((p_v - lower) / softness)\, \sigma((upper - p_v) / softness)`, every sum over
-    S is a sum weighted by s, and gradients flow to ``lower`` and ``upper``, so that a network can
+    :math:`s_v = \sigma((p_v - lower) / softness)\, \sigma((upper - p_v) / softness)`, every sum
+    over S is a sum weighted by s, and gradients flow to ``lower`` and ``upper``, so that a network can
     learn them.
 
     Args:

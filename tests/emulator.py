@@ -15,6 +15,13 @@ PATH = Path(
 )
 
 
+FAKES = (
+    *("_softmax_divergence", "_softmax_divergence_into", "_kl_div", "_kl_div_into"),
+    *("_kl_div_backward", "_scale_rows_", "_gradient_like", "_topk_divergence", "_teacher_topk"),
+    *("_token_stats", "_clipped_divergence"),
+)
+
+
 class Traffic(ctypes.Structure):
     """Bytes of global memory, those moved in 16-byte accesses, and the launches' extents."""
 
@@ -47,9 +54,7 @@ def library() -> ctypes.CDLL:
     """Load the ops, with the fakes of their models."""
     torch.ops.load_library(PATH)
     assert fastkd.softmax_divergence  # its fakes are registered
-    for name in ("_softmax_divergence", "_softmax_divergence_into", "_kl_div", "_kl_div_into"):
-        _share_fake(name)
-    for name in ("_kl_div_backward", "_scale_rows_"):
+    for name in FAKES:
         _share_fake(name)
     return ctypes.CDLL(str(PATH))
 

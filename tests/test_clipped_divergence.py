@@ -114,7 +114,8 @@ def test_quantiles_are_torch_quantiles(backend):
     student, teacher = logits((6, 500)), logits((6, 500))
     lower, upper = torch.tensor([0.0, 0.25, 0.3, 0.9, 0.5, 0.999]), torch.tensor(1.0)
     p = teacher.double().softmax(-1)
-    least = torch.stack([torch.quantile(row, level.double()) for row, level in zip(p, lower, strict=True)])
+    levels = zip(p, lower.double(), strict=True)
+    least = torch.stack([torch.quantile(row, level) for row, level in levels])
     right = fastkd.clipped_divergence(
         student.double(), teacher.double(), least * (1 - 1e-9), 1.0, reduction="none"
     )

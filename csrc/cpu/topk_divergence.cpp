@@ -157,6 +157,5 @@ struct Cpu {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("_topk_divergence", TORCH_BOX(&topk_divergence<Cpu>)); }
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) { m.impl("_gradient_like", TORCH_BOX(&gradient_like)); }
 
 }  // namespace fastkd

@@ -20,7 +20,7 @@ constexpr int64_t shared_limit(int capability) {
   }
 }
 
-// How a row's two logit tensors are worked on.
+// How a row of one or two logit tensors is worked on.
 struct RowLaunch {
   int threads;
   int warp_rows;        // rows a block, one a warp; 0: a row takes the whole block, or cluster
@@ -46,8 +46,9 @@ constexpr int64_t half_limit(int capability) {
   return all / 2 - 1024;
 }
 
-// overhead: shared memory that a team needs beside the rows.
-constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, int64_t overhead, bool packed) {
+// overhead: shared memory that a team needs beside the rows. tensors: how many stay there.
+constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, int64_t overhead, bool packed,
+                               int tensors = 2) {
   // One pack more for a row that does not begin on a 16-byte boundary.
   const int64_t bytes = (vocab * element_size + 15) / 16 * 16 + 16;
   if (!packed) return {vocab >= 4096 ? kRowThreads : vocab >= 1024 ? 128 : 32, 0, 1, false, 0};
@@ -60,11 +61,11 @@ constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, 
     for (int cluster = 1; cluster <= (capability >= 90 ? 8 : 1); cluster *= 2) {
       const int64_t slice = ((bytes / 16 + cluster - 1) / cluster) * 16;
       const bool many = cluster > 1 && slice < 16384;  // too little work for another block's barriers
-      if (2 * slice <= room && !many) return {kRowThreads, 0, cluster, true, slice};
+      if (tensors * slice <= room && !many) return {kRowThreads, 0, cluster, true, slice};
     }
   }
   const int64_t slice = ((bytes / 16 + 15) / 16) * 16;
-  if ((capability == 90 || capability == 100) && 2 * slice <= limit) return {kRowThreads, 0, 16, true, slice};
+  if ((capability == 90 || capability == 100) && tensors * slice <= limit) return {kRowThreads, 0, 16, true, slice};
   return reread_launch();
 }
 

@@ -30,17 +30,6 @@ RowArguments row_arguments(const Problem& problem, const RowNumbers& numbers) {
   return a;
 }
 
-SourceKind source_kind(const RowArguments& a) {
-  const bool packed = a.teacher_count == 1 && moves_like(a.student, a.student) &&
-                      moves_like(a.teachers[0], a.student) &&
-                      (!a.student_gradient || moves_like(a.student_gradient, a.student)) &&
-                      (!a.teacher_gradient || moves_like(a.teacher_gradient, a.student));
-  if (!packed) return SourceKind::kAny;
-  return a.student.type == ScalarType::BFloat16 ? SourceKind::kPackedBFloat16
-         : a.student.type == ScalarType::Half   ? SourceKind::kPackedFloat16
-                                                : SourceKind::kPackedFloat32;
-}
-
 struct Cuda {
   static constexpr bool kValuesChecked = false;
 
@@ -69,6 +58,17 @@ struct Cuda {
 };
 
 }  // namespace
+
+SourceKind source_kind(const RowArguments& a) {
+  const bool packed = a.teacher_count <= 1 && moves_like(a.student, a.student) &&
+                      (a.teacher_count == 0 || moves_like(a.teachers[0], a.student)) &&
+                      (!a.student_gradient || moves_like(a.student_gradient, a.student)) &&
+                      (!a.teacher_gradient || moves_like(a.teacher_gradient, a.student));
+  if (!packed) return SourceKind::kAny;
+  return a.student.type == ScalarType::BFloat16 ? SourceKind::kPackedBFloat16
+         : a.student.type == ScalarType::Half   ? SourceKind::kPackedFloat16
+                                                : SourceKind::kPackedFloat32;
+}
 
 FASTKD_IMPL(m) {
   m.impl("_softmax_divergence", TORCH_BOX(&softmax_divergence<Cuda>));

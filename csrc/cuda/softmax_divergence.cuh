@@ -277,7 +277,7 @@ struct RowWorker {
 
   __device__ RowState<double> first_pass(const Source& source, const Orders<Real>& orders) const {
     ThreadState<Real, Divergence::kPass> mine;
-    for_packs<true>(source, false, [&](int, const typename Source::Raw& raw) {
+    for_packs<true>(source, team, false, [&](int, const typename Source::Raw& raw) {
       Real u[kSize], w[kSize];
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
@@ -305,29 +305,10 @@ struct RowWorker {
     });
   }
 
-  // Calls body(pack, raw logits) for this thread's packs, forwards or backwards, the next ones on their way.
-  template <bool kFirst, class Body>
-  __device__ __forceinline__ void for_packs(const Source& source, bool backwards, const Body& body) const {
-    const int packs = source.packs(), thread = team.thread, threads = team.threads;
-    if (thread >= packs) return;
-    const int last = thread + (packs - 1 - thread) / threads * threads;
-    const int step = backwards ? -threads : threads;
-    const int begin = backwards ? last : thread;
-    typename Source::Raw next = source.template fetch<kFirst>(begin);
-#pragma unroll 1
-    for (int pack = begin; pack >= 0 && pack < packs; pack += step) {
-      const typename Source::Raw raw = next;
-      const int ahead = pack + step;
-      if (ahead >= 0 && ahead < packs) next = source.template fetch<kFirst>(ahead);
-      if (kFirst) source.keep(pack, raw);
-      body(pack, raw);
-    }
-  }
-
   template <bool kNear>
   __device__ Sums sum_terms(const Source& source, const Orders<Real>& orders, bool backwards) const {
     ThreadSums<kNear, Divergence, Real> mine;
-    for_packs<false>(source, backwards, [&](int, typename Source::Raw raw) {
+    for_packs<false>(source, team, backwards, [&](int, typename Source::Raw raw) {
     // A few at a time: a whole pack's logarithms side by side would need more registers than there are.
 #pragma unroll 1
       for (int words = kSize / Source::kWord; words > 0; --words, Source::next_word(raw)) {
@@ -344,7 +325,7 @@ struct RowWorker {
 
   template <bool kNear>
   __device__ void write(const Source& source, const Orders<Real>& orders, bool backwards) const {
-    for_packs<false>(source, backwards, [&](int pack, const typename Source::Raw& raw) {
+    for_packs<false>(source, team, backwards, [&](int pack, const typename Source::Raw& raw) {
       // The teacher's first: the student's may overwrite its logits.
       if (orders.teacher_gradient) {
         const auto gradient = [&](Real, const Outcome<Real>& o, int) {

@@ -16,23 +16,15 @@ void launch_source(const Device& device, const RowArguments& arguments, int elem
   }
   const auto shared = [&] { return team_bytes(false) + 2 * launch.slice_bytes; };
   if (!device.fits(kernel, launch.threads, shared(), launch.cluster)) launch = reread_launch();
-  // A block that ends takes the next row: grids have an end, too.
-  const int64_t teams = arguments.rows < INT32_MAX / launch.cluster ? arguments.rows : INT32_MAX / launch.cluster;
-  device.launch(kernel, teams * launch.cluster, launch.threads, shared(), launch.cluster, arguments, launch);
+  device.launch(kernel, teams_of(arguments.rows, launch.cluster) * launch.cluster, launch.threads, shared(),
+                launch.cluster, arguments, launch);
 }
 
 template <class Divergence>
 void launch_divergence(const Device& device, const RowArguments& arguments, SourceKind kind) {
-  switch (kind) {
-    case SourceKind::kPackedFloat32:
-      return launch_source<Divergence, PackedSource<float>>(device, arguments, 4);
-    case SourceKind::kPackedBFloat16:
-      return launch_source<Divergence, PackedSource<BFloat16>>(device, arguments, 2);
-    case SourceKind::kPackedFloat16:
-      return launch_source<Divergence, PackedSource<Float16>>(device, arguments, 2);
-    case SourceKind::kAny:
-      return launch_source<Divergence, AnySource>(device, arguments, 4);
-  }
+  with_source(kind, [&](auto source, int element_size) {
+    launch_source<Divergence, typename decltype(source)::Type>(device, arguments, element_size);
+  });
 }
 
 template <int kPlace, class... Divergence>

@@ -5,8 +5,6 @@
 
 namespace fastkd::cuda {
 
-enum class SourceKind { kPackedFloat32, kPackedBFloat16, kPackedFloat16, kAny };
-
 inline constexpr int kShards = 4;
 
 // Solves all rows if the shard has this divergence (its place in Divergences), else returns false.

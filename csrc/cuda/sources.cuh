@@ -10,7 +10,8 @@ namespace fastkd::cuda {
 
 inline constexpr int kMaxTeachers = 16;
 
-// What a call asks, the same for all rows.
+// What a call asks, the same for all rows. Without a teacher (teacher_count 0) sources read the student's logits alone
+// and show them for the teacher's, too.
 struct RowArguments : RowNumbers {
   int teacher_width;
   DeviceRows student, student_gradient, teacher_gradient;
@@ -97,17 +98,25 @@ struct PackedSource {
   template <bool kFirst>
   __device__ __forceinline__ Raw fetch(int pack) const {
     const T outside = element<T>(float(-INFINITY));
-    if (!kFirst && resident) return {shared_load(student_kept + pack), shared_load(teacher_kept + pack)};
-    if (kFirst && resident) {
-      return {student.template load<true>(begin + pack, outside), teacher.template load<true>(begin + pack, outside)};
+    const bool alone = arguments.teacher_count == 0;
+    Raw raw;
+    if (!kFirst && resident) {
+      raw.student = shared_load(student_kept + pack);
+      raw.teacher = alone ? raw.student : shared_load(teacher_kept + pack);
+    } else if (kFirst && resident) {
+      raw.student = student.template load<true>(begin + pack, outside);
+      raw.teacher = alone ? raw.student : teacher.template load<true>(begin + pack, outside);
+    } else {
+      raw.student = student.template load<false>(begin + pack, outside);
+      raw.teacher = alone ? raw.student : teacher.template load<false>(begin + pack, outside);
     }
-    return {student.template load<false>(begin + pack, outside), teacher.template load<false>(begin + pack, outside)};
+    return raw;
   }
 
   __device__ __forceinline__ void keep(int pack, const Raw& raw) const {
     if (!resident) return;
     shared_store(student_kept + pack, raw.student);
-    shared_store(teacher_kept + pack, raw.teacher);
+    if (arguments.teacher_count > 0) shared_store(teacher_kept + pack, raw.teacher);
   }
 
   // How many logits lie in 4 bytes, and the next of them in the place of the first.
@@ -186,7 +195,7 @@ struct AnySource {
   // For a mixture: where its teachers' rows begin, and of probabilities the normaliser of each teacher.
   __device__ void normalize_teachers(const Team& team, double teacher_temperature) {
     scale = Real(kLog2E / teacher_temperature);
-    if (arguments.teacher_count == 1) return;
+    if (arguments.teacher_count <= 1) return;
     if (team.leads()) {
 #pragma unroll 1
       for (int k = 0; k < arguments.teacher_count; ++k) shared_store(firsts + k, arguments.teachers[k].at(row));
@@ -216,10 +225,11 @@ struct AnySource {
   };
   template <bool kFirst>
   __device__ __forceinline__ Raw fetch(int column) const {
-    return {logit(arguments.student, student, column), arguments.teacher_count == 1
-                                                           ? logit(arguments.teachers[0], teacher, column)
-                                                       : arguments.mix_probs ? mixed_probs(column)
-                                                                             : mixed_logits(column)};
+    const Real u = logit(arguments.student, student, column);
+    return {u, arguments.teacher_count == 0   ? u
+               : arguments.teacher_count == 1 ? logit(arguments.teachers[0], teacher, column)
+               : arguments.mix_probs          ? mixed_probs(column)
+                                              : mixed_logits(column)};
   }
   __device__ __forceinline__ void keep(int, const Raw&) const {}
   static constexpr int kWord = 1;
@@ -274,5 +284,51 @@ struct AnySource {
     zero_columns(arguments.teacher_gradient, row, 0, arguments.teacher_width, team);
   }
 };
+
+// Calls body(pack, raw logits) for this thread's packs, forwards or backwards, the next ones on their way.
+template <bool kFirst, class Source, class Body>
+__device__ __forceinline__ void for_packs(const Source& source, const Team& team, bool backwards, const Body& body) {
+  const int packs = source.packs(), thread = team.thread, threads = team.threads;
+  if (thread >= packs) return;
+  const int last = thread + (packs - 1 - thread) / threads * threads;
+  const int step = backwards ? -threads : threads;
+  const int begin = backwards ? last : thread;
+  typename Source::Raw next = source.template fetch<kFirst>(begin);
+#pragma unroll 1
+  for (int pack = begin; pack >= 0 && pack < packs; pack += step) {
+    const typename Source::Raw raw = next;
+    const int ahead = pack + step;
+    if (ahead >= 0 && ahead < packs) next = source.template fetch<kFirst>(ahead);
+    if (kFirst) source.keep(pack, raw);
+    body(pack, raw);
+  }
+}
+
+enum class SourceKind { kPackedFloat32, kPackedBFloat16, kPackedFloat16, kAny };
+
+// Packs need one dtype, contiguous columns and rows that lie alike on 16-byte lines.
+SourceKind source_kind(const RowArguments& arguments);
+
+// Calls body with a Source for its type, and the size of its elements.
+template <class Source>
+struct SourceType {
+  using Type = Source;
+};
+template <class Body>
+void with_source(SourceKind kind, const Body& body) {
+  switch (kind) {
+    case SourceKind::kPackedFloat32:
+      return body(SourceType<PackedSource<float>>(), 4);
+    case SourceKind::kPackedBFloat16:
+      return body(SourceType<PackedSource<BFloat16>>(), 2);
+    case SourceKind::kPackedFloat16:
+      return body(SourceType<PackedSource<Float16>>(), 2);
+    case SourceKind::kAny:
+      return body(SourceType<AnySource>(), 4);
+  }
+}
+
+// Grids have an end: a team that ends takes the next row.
+inline int64_t teams_of(int64_t rows, int cluster) { return rows < INT32_MAX / cluster ? rows : INT32_MAX / cluster; }
 
 }  // namespace fastkd::cuda

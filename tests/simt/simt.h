@@ -220,6 +220,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) { return simt::ballo
 inline int __any_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate != 0) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate == 0) == 0; }
 
+inline unsigned atomicOr(unsigned* p, unsigned v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }
 inline int atomicAdd(int* p, int v) { return simt::atomic_add(p, v); }
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return simt::atomic_add(p, v); }
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) { return simt::atomic_add(p, v); }
