@@ -46,8 +46,8 @@ def clipped_divergence(
     r"""KL(p || q) over the tokens whose teacher probability lies between two bounds.
 
     With :math:`p = \mathrm{softmax}(z_T / \tau_T)`, :math:`q = \mathrm{softmax}(z_S / \tau)` over
-    the whole vocabulary, the support :math:`S = \{v : lower \le p_v \le upper\}`, with the label where
-    ``keep_label``, and its masses :math:`P = \sum_S p`, :math:`Q = \sum_S q`, a row's value is
+    the whole vocabulary, the support :math:`S = \{v : lower \le p_v \le upper\}`, with the label
+    where ``keep_label``, and its masses :math:`P = \sum_S p`, :math:`Q = \sum_S q`, a row gives
 
     =============  =========  ======================================================================
     renormalize    tail
@@ -61,9 +61,9 @@ def clipped_divergence(
     All but the first are never negative. Where both sides are renormalised or only the teacher is,
     nothing is left for a tail. An empty support gives 0.
 
-    With ``softness`` the edges are soft: a token belongs to the support by
-    :math:`s_v = \sigma((p_v - lower) / softness)\, \sigma((upper - p_v) / softness)`, every sum
-    over S is a sum weighted by s, and gradients flow to ``lower`` and ``upper``, so that a network can
+    With ``softness`` the edges are soft: a token belongs to the support by :math:`s_v =
+    \sigma((p_v - lower) / softness)\, \sigma((upper - p_v) / softness)`, every sum over S
+    is a sum weighted by s, and gradients flow to ``lower`` and ``upper``, so that a network can
     learn them.
 
     Args:
@@ -112,11 +112,11 @@ def clipped_divergence(
     >>> teacher = torch.tensor([[0.1, 0.3, 0.6]]).log()
     >>> loss = fastkd.clipped_divergence(student, teacher, 0.2, 1.0, tail="lump")
     >>> round(loss.item(), 4)
-    0.0096
+    0.0097
     >>> lower = torch.tensor([0.2], requires_grad=True)
     >>> fastkd.clipped_divergence(student, teacher, lower, 1.0, softness=0.05).backward()
     >>> round(lower.grad.item(), 3)
-    -0.078
+    -0.15
     """
     check_no_group("clipped_divergence", group)
     bounds, arguments = op_arguments(

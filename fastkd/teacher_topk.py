@@ -51,7 +51,7 @@ def teacher_topk(
     >>> best.indices.tolist()
     [[1, 3, 2]]
     >>> [round(x, 4) for x in best.log_probs[0].tolist()]
-    [-0.9076, -0.9076, -1.9076]
+    [-0.9176, -0.9176, -1.9176]
     """
     check_tensors("teacher_topk", {"teacher_logits": teacher_logits})
     if not isinstance(k, int) or isinstance(k, bool):

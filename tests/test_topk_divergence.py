@@ -8,8 +8,6 @@ from cases import LOSS_ERROR, allowed_error, cases, logits, relative_error, top_
 
 import fastkd
 
-pytestmark = pytest.mark.only("cpu")  # until the CUDA kernels are there
-
 CASES = cases("topk_divergence")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
 TAILS = ("lump", "uniform", "renormalize", "drop")

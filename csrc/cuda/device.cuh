@@ -34,6 +34,9 @@ __device__ __forceinline__ void shared_store(T* to, const T& value) {
   *to = value;
 }
 
+// Bits set by several threads between two barriers; the place was zeroed before them.
+__device__ __forceinline__ void shared_or(unsigned* to, unsigned bits) { atomicOr(to, bits); }
+
 // Global memory, one element or 16 bytes at a time. What is read once should not push out of the L2 what will be read
 // again, hence the streaming variants.
 template <class T>

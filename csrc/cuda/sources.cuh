@@ -86,6 +86,9 @@ struct PackedSource {
 
   __device__ __forceinline__ int packs() const { return end - begin; }
   __device__ __forceinline__ int column(int pack) const { return student.column(begin + pack); }
+  // Packs counted from the beginning of the row, whichever block has them.
+  __device__ __forceinline__ int whole_pack(int pack) const { return begin + pack; }
+  __device__ __forceinline__ int pack_of(int column) const { return (column + student.lead) / kSize; }
 
   __device__ void normalize_teachers(const Team&, double) {}
 
@@ -181,6 +184,8 @@ struct AnySource {
 
   __device__ __forceinline__ int packs() const { return arguments.vocab; }
   __device__ __forceinline__ int column(int pack) const { return pack; }
+  __device__ __forceinline__ int whole_pack(int pack) const { return pack; }
+  __device__ __forceinline__ int pack_of(int column) const { return column; }
 
   static __device__ __forceinline__ char* place(const DeviceRows& rows, char* first, int column) {
     return first + column * rows.column_stride * rows.element_size;

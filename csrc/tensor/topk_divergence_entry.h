@@ -26,6 +26,7 @@ struct TopkProblem : RowProblem {
   Tail tail;
   double stored_temperature, teacher_temperature, floor, cap;
   const Tensor &log_probs_tensor, &indices_tensor;
+  const Tensor* teacher_temperatures_tensor = nullptr;
   Rows teacher_temperatures, log_probs, indices;
   int64_t k;
 
@@ -87,6 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_divergence(
   problem.check_positive(stored_temperature, Rows(), "stored_temperature");
   problem.teacher_temperatures =
       problem.per_row(teacher_temperatures, "teacher_temperature", is_float, "floating-point");
+  if (teacher_temperatures) problem.teacher_temperatures_tensor = &*teacher_temperatures;
   problem.check_positive(teacher_temperature, problem.teacher_temperatures, "teacher_temperature");
   FASTKD_CHECK_VALUE(min_log_prob < 0, kTopkDivergence, "min_log_prob must be negative, got ", min_log_prob);
   FASTKD_CHECK_VALUE(max_token_loss >= 0, kTopkDivergence, "max_token_loss must not be negative, got ", max_token_loss);

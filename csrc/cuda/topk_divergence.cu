@@ -1,0 +1,67 @@
+// topk_divergence on CUDA: arguments and launches.
+#include <torch/csrc/stable/library.h>
+
+#include "../tensor/topk_divergence_entry.h"
+#include "register.h"
+#include "topk_divergence.cuh"
+
+namespace fastkd::cuda {
+namespace {
+
+template <class Source>
+void launch_rows(const Device& device, TopkArguments arguments, int element_size) {
+  const int packs = arguments.vocab / Source::kSize + 2;  // a row may begin within its first pack
+  while ((packs >> arguments.group_shift) >= kTopkBits) ++arguments.group_shift;
+  RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab, topk_team_bytes(false, arguments.k),
+                                Source::kPacked, 1);
+  const auto kernel = topk_divergence_kernel<Source>;
+  const auto shared = [&](bool warp) { return topk_team_bytes(warp, arguments.k) + launch.slice_bytes; };
+  if (launch.warp_rows > 0 && launch.warp_rows * shared(true) <= half_limit(device.capability())) {
+    const int64_t blocks = (arguments.rows + launch.warp_rows - 1) / launch.warp_rows;
+    return device.launch(kernel, teams_of(blocks, 1), launch.threads, launch.warp_rows * shared(true), 1, arguments,
+                         launch);
+  }
+  launch.warp_rows = 0;
+  if (!device.fits(kernel, launch.threads, shared(false), launch.cluster)) launch = reread_launch();
+  device.launch(kernel, teams_of(arguments.rows, launch.cluster) * launch.cluster, launch.threads, shared(false),
+                launch.cluster, arguments, launch);
+}
+
+struct Cuda {
+  static constexpr bool kValuesChecked = false;
+
+  static std::tuple<Tensor, Tensor> solve(const TopkProblem& problem, const Tensor* student_gradient,
+                                          const Tensor* teacher_gradient) {
+    FASTKD_CHECK_VALUE(problem.k <= kMaxTopk, kTopkDivergence, "teacher_log_probs may hold at most ", kMaxTopk,
+                       " entries a row on CUDA, got ", problem.k);
+    const Device device(problem.student_tensor, kTopkDivergence);
+    const RowLosses losses(device, problem, {student_gradient, teacher_gradient});
+    const auto rows_of = [&](const Tensor& x) { return device_rows(x, problem.leading, kTopkDivergence); };
+    TopkArguments a{};
+    static_cast<RowNumbers&>(a) = losses.numbers;
+    a.student = rows_of(problem.student_tensor);
+    if (student_gradient != nullptr) a.student_gradient = rows_of(*student_gradient);
+    a.beta = problem.beta;
+    a.log_probs = rows_of(problem.log_probs_tensor);
+    a.indices = rows_of(problem.indices_tensor);
+    if (teacher_gradient != nullptr) a.log_probs_gradient = rows_of(*teacher_gradient);
+    if (problem.teacher_temperatures_tensor) a.topk_temperatures = rows_of(*problem.teacher_temperatures_tensor);
+    a.k = int(problem.k);
+    a.divergence = problem.divergence;
+    a.tail = problem.tail;
+    a.stored_temperature = problem.stored_temperature;
+    a.topk_temperature = problem.teacher_temperature;
+    a.floor = problem.floor;
+    a.cap = problem.cap;
+    with_source(source_kind(a), [&](auto source, int element_size) {
+      launch_rows<typename decltype(source)::Type>(device, a, element_size);
+    });
+    return losses.finish();
+  }
+};
+
+}  // namespace
+
+FASTKD_IMPL(m) { m.impl("_topk_divergence", TORCH_BOX(&topk_divergence<Cuda>)); }
+
+}  // namespace fastkd::cuda

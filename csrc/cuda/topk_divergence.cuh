@@ -1,0 +1,408 @@
+// topk_divergence on the GPU: a row's loss and gradients in one launch.
+//
+// Memory: the student's row is read once where it stays in shared memory (a block's, or a cluster's), else again for
+// the gradient, in reverse; uniform tails add a pass. The k entries of the support are gathered into every block of the
+// team. A bit for each group of packs says whether any entry lies there, so that all other packs are not looked up.
+// Support entries are -inf to the sums over the rest: their exact values are TopkPlan's, in double.
+#pragma once
+#include "../math/topk_plan.h"
+#include "sources.cuh"
+
+namespace fastkd::cuda {
+
+inline constexpr int kMaxTopk = 1024;
+inline constexpr int kTopkBits = 1 << 15;  // of the map of groups
+
+struct TopkArguments : RowArguments {
+  DeviceRows log_probs, indices, log_probs_gradient, topk_temperatures;
+  int k, group_shift;
+  int divergence;
+  Tail tail;
+  double stored_temperature, topk_temperature, floor, cap;
+};
+
+// One stored token as the team sees it.
+struct TopkEntry {
+  int column;  // -1: none
+  float z, l;  // the student's logit, the stored log-probability
+  float gradient;
+};
+
+// What the leading thread tells the others.
+struct TopkOrders {
+  TopkPlan plan;
+  bool read;
+  int label;
+  double label_x;
+};
+
+// A team's shared memory: [orders][entries][map of groups][slots of the reductions][row].
+inline constexpr int kTopkOrdersBytes = 512;
+static_assert(sizeof(TopkOrders) <= kTopkOrdersBytes);
+__host__ __device__ constexpr int64_t topk_team_bytes(bool warp, int k) {
+  return kTopkOrdersBytes + (int64_t(k) * int(sizeof(TopkEntry)) + 15) / 16 * 16 + kTopkBits / 8 +
+         (warp ? 0 : Team::kSharedBytes);
+}
+
+// A thread's share of the sums over the rest, relative to an origin that follows its largest logit at a distance.
+struct RestState {
+  float origin = -INFINITY, sum = 0, label_sum = 0;
+
+  template <int kSize>
+  __device__ __forceinline__ void add(const float (&u)[kSize], float scale, float label_scale) {
+    float top = u[0];
+#pragma unroll
+    for (int j = 1; j < kSize; ++j) top = u[j] > top ? u[j] : top;
+    if (top > origin + 8 / scale) raise(top, scale, label_scale);
+    const float zero = origin == -INFINITY ? 0 : origin;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      sum += exp2_of((u[j] - zero) * scale);
+      if (label_scale != 0) label_sum += exp2_of((u[j] - zero) * label_scale);
+    }
+  }
+  __device__ __forceinline__ void raise(float to, float scale, float label_scale) {
+    if (to == origin) return;
+    const float step = origin - to;  // -inf where there was none yet: nothing was summed
+    sum *= exp2_of(step * scale);
+    label_sum *= exp2_of(step * label_scale);
+    origin = to;
+  }
+};
+
+struct Masses {
+  double mass, weight, count;
+};
+
+struct RestBoth {
+  double sum, label_sum;
+};
+
+template <class Source>
+struct TopkWorker {
+  static constexpr int kSize = Source::kSize;
+  const TopkArguments& arguments;
+  const Team& team;
+  TopkOrders* told;
+  TopkEntry* entries;
+  unsigned* groups;
+
+  __device__ TopkWorker(const TopkArguments& a, const Team& t, unsigned char* shared)
+      : arguments(a),
+        team(t),
+        told(reinterpret_cast<TopkOrders*>(shared)),
+        entries(reinterpret_cast<TopkEntry*>(shared + kTopkOrdersBytes)),
+        groups(reinterpret_cast<unsigned*>(shared + kTopkOrdersBytes + (a.k * int(sizeof(TopkEntry)) + 15) / 16 * 16)) {
+  }
+
+  __device__ void run(int64_t row, Source& source) const {
+    open(row, source);
+    const TopkOrders start = shared_load(told);
+    if (!start.read) {
+      source.write_zeros(team);
+      if (team.rank == 0) write_log_probs_zeros(row);
+      return;
+    }
+    const SupportSums support = gather(row, source, start.plan);
+    const StudentSums rest = sum_rest(source, start);
+    if (team.leads()) {
+      TopkOrders& orders = *told;
+      orders.plan.begin(support, rest, double(arguments.vocab));
+    }
+    team.sync();
+    finish(source);
+    team.sync();
+    const TopkPlan plan = shared_load(&told->plan);
+    if (team.leads() && team.rank == 0) {
+      const double loss = plan.loss(start.label_x);
+      global_store(arguments.losses + row, arguments.row_weight(row) * loss);
+    }
+    write_gradients(row, source, plan, start.label);
+  }
+
+ private:
+  // What the row is about, before it is read; and an empty map.
+  __device__ void open(int64_t row, const Source& source) const {
+    for (int i = team.thread; i < kTopkBits / 32; i += team.threads) shared_store(groups + i, 0u);
+    if (team.leads()) {
+      TopkOrders orders{};
+      TopkTask& task = orders.plan.task;
+      task.scale = arguments.scale(row);
+      orders.read = task.scale != 0;
+      orders.label = -1;
+      if (orders.read) {
+        task.divergence = arguments.divergence;
+        task.beta = arguments.beta;
+        task.tail = arguments.tail;
+        task.temperature = arguments.row_temperature(row);
+        task.ratio = arguments.stored_temperature / RowNumbers::positive(arguments.topk_temperatures
+                                                                             ? arguments.topk_temperatures.number(row)
+                                                                             : arguments.topk_temperature);
+        task.floor = arguments.floor;
+        task.cap = arguments.cap;
+        task.divergence_scale = arguments.square_temperature ? task.temperature * task.temperature : 1;
+        orders.label = arguments.read_label(row, task);
+        // Now: nothing overwrites it later, but it is one element.
+        if (task.has_label) orders.label_x = double(source.student_logit(orders.label)) * (kLog2E / task.temperature);
+      } else if (team.rank == 0) {
+        global_store(arguments.losses + row, 0.0);
+      }
+      shared_store(told, orders);
+    }
+    team.sync();
+  }
+
+  // The support: checked, entered in the map, measured. A row that is not what it should be becomes NaN.
+  __device__ SupportSums gather(int64_t row, const Source& source, const TopkPlan& plan) const {
+    const double scale = kLog2E / plan.task.temperature;
+    SupportSums mine = SupportSums::empty();
+    bool bad = false;
+    for (int e = team.thread; e < arguments.k; e += team.threads) {
+      const int64_t index = arguments.indices.integer_at(arguments.indices.at(row, e));
+      const bool inside = index >= 0 && index < arguments.vocab;
+      TopkEntry entry{-1, 0, 0, 0};
+      if (inside) {
+        entry.column = int(index);
+        entry.z = source.student_logit(entry.column);
+        entry.l = float(arguments.log_probs.number_at(arguments.log_probs.at(row, e)));
+        bad = bad || entry.l > 0.02f;
+        mine.add(plan.measure(entry.z * scale, entry.l));
+        const int group = source.pack_of(entry.column) >> arguments.group_shift;
+        shared_or(groups + group / 32, 1u << group % 32);
+      } else {
+        bad = bad || index != -1;
+      }
+      shared_store(entries + e, entry);
+    }
+    team.sync();
+    for (int e = team.thread; e < arguments.k; e += team.threads) {
+      const int column = shared_load(entries + e).column;
+      for (int other = 0; other < e && column >= 0; ++other) bad = bad || shared_load(entries + other).column == column;
+    }
+    if (bad) mine.mass = NAN;
+    // In two parts: the whole does not fit the registers of a shuffle.
+    SupportSums all;
+    all.student = team.block_sum(mine.student, [](StudentSums& x, const StudentSums& next) { x.merge(next); });
+    const Masses masses = team.block_sum(Masses{mine.mass, mine.weight, mine.count}, [](Masses& x, const Masses& next) {
+      x.mass += next.mass;
+      x.weight += next.weight;
+      x.count += next.count;
+    });
+    all.mass = masses.mass;
+    all.weight = masses.weight;
+    all.count = masses.count;
+    if (all.mass > 1.02 || all.mass != all.mass) all.student.student = {NAN, NAN};
+    return all;
+  }
+
+  // The pack's logits with those of the support replaced by -inf.
+  __device__ __forceinline__ void without_support(const Source& source, int pack, float (&u)[kSize]) const {
+    const int group = source.whole_pack(pack) >> arguments.group_shift;
+    if (!(shared_load(groups + group / 32) >> group % 32 & 1)) return;
+    const int first = source.column(pack);
+#pragma unroll 1
+    for (int e = 0; e < arguments.k; ++e) {
+      const int column = shared_load(&entries[e].column), place = column - first;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) u[j] = column >= 0 && place == j ? -INFINITY : u[j];
+    }
+  }
+
+  static __device__ __forceinline__ void widen(const typename Source::Raw& raw, float (&u)[kSize]) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) u[j] = Source::student_of(raw, j);
+  }
+
+  __device__ StudentSums sum_rest(const Source& source, const TopkOrders& start) const {
+    const double temperature = start.plan.task.temperature;
+    const float scale = float(kLog2E / temperature);
+    const bool apart = start.plan.task.has_label && temperature != 1;
+    const float label_scale = apart ? float(kLog2E) : 0;
+    RestState mine;
+    for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
+      float u[kSize];
+      widen(raw, u);
+      without_support(source, pack, u);
+      mine.add(u, scale, label_scale);
+    });
+    const float top =
+        team.block_sum(mine.origin, [](float& all, float next) { all = at_least(all, next); }, /*everywhere=*/true);
+    mine.raise(top, scale, label_scale);
+    const RestBoth sums = team.block_sum(RestBoth{mine.sum, mine.label_sum}, [](RestBoth& all, const RestBoth& next) {
+      all.sum += next.sum;
+      all.label_sum += next.label_sum;
+    });
+    const double max = double(top) * (kLog2E / temperature);
+    const StudentSums block{{max, sums.sum}, {max * temperature, apart ? sums.label_sum : sums.sum}};
+    return team.cluster_sum(block, [](StudentSums& all, const StudentSums& next) { all.merge(next); });
+  }
+
+  // From the normalisers to the plan's end.
+  __device__ void finish(const Source& source) const {
+    const TopkPlan plan = shared_load(&told->plan);
+    const double scale = kLog2E / plan.task.temperature;
+    const auto add = [](BareSums& all, const BareSums& next) { all.add(next); };
+    BareSums mine{};
+    with_bare_divergence(plan.task.divergence, plan.task.beta, [&](const auto& divergence) {
+#pragma unroll 1
+      for (int e = team.thread; e < arguments.k; e += team.threads) {
+        const TopkEntry entry = shared_load(entries + e);
+        if (entry.column < 0) continue;
+        const auto t = plan.floored_terms(divergence, plan.log_q(entry.z * scale), plan.log_p(entry.l));
+        mine.add({t.value, t.excess, t.g, t.h});
+      }
+    });
+    const BareSums support = team.block_sum(mine, add);
+    BareSums rest{};
+    if (plan.task.tail == Tail::kUniform) {
+      with_bare_divergence(plan.task.divergence, plan.task.beta,
+                           [&](const auto& divergence) { rest = uniform_sums(source, plan, divergence); });
+      rest = team.sum(rest, add);
+    }
+    if (team.leads()) {
+      TopkPlan& lead = told->plan;
+      with_bare_divergence(plan.task.divergence, plan.task.beta,
+                           [&](const auto& divergence) { lead.finish(divergence, support, rest); });
+    }
+  }
+
+  template <class Divergence>
+  __device__ BareSums uniform_sums(const Source& source, const TopkPlan& plan, const Divergence& divergence) const {
+    const float to_log = float(1 / plan.task.temperature), lse = float(plan.lse), share = float(plan.log_p_rest);
+    float value = 0, excess = 0, g = 0, h = 0;
+    for_packs<false>(source, team, true, [&](int pack, const typename Source::Raw& raw) {
+      float u[kSize], own[kSize];
+      widen(raw, u);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) own[j] = inside(source.column(pack) + j) ? 0.0f : -INFINITY;
+      without_support(source, pack, own);
+#pragma unroll 1
+      for (int j = 0; j < kSize; ++j) {
+        const auto t = plan.floored_terms(divergence, u[0] * to_log - lse, share);
+        if (own[0] == 0) {
+          value += t.value;
+          excess += t.excess;
+          g += t.g;
+          h += t.h;
+        }
+        rotate(u);
+        rotate(own);
+      }
+    });
+    return {value, excess, g, h};
+  }
+
+  __device__ __forceinline__ bool inside(int column) const { return column >= 0 && column < arguments.vocab; }
+
+  // Each element in the next one's place, so that no register is indexed.
+  static __device__ __forceinline__ void rotate(float (&x)[kSize]) {
+    const float first = x[0];
+#pragma unroll
+    for (int j = 0; j + 1 < kSize; ++j) x[j] = x[j + 1];
+    x[kSize - 1] = first;
+  }
+
+  __device__ void write_log_probs_zeros(int64_t row) const {
+    if (!arguments.log_probs_gradient) return;
+    for (int e = team.thread; e < arguments.k; e += team.threads)
+      arguments.log_probs_gradient.put(arguments.log_probs_gradient.at(row, e), 0);
+  }
+
+  // The gradients of the support's entries: the teacher's into memory, the student's for the pass over the row.
+  __device__ void write_gradients(int64_t row, const Source& source, const TopkPlan& plan, int label) const {
+    if (!arguments.student_gradient && !arguments.log_probs_gradient) return;
+    const double scale = kLog2E / plan.task.temperature;
+    with_bare_divergence(plan.task.divergence, plan.task.beta, [&](const auto& divergence) {
+#pragma unroll 1
+      for (int e = team.thread; e < arguments.k; e += team.threads) {
+        TopkEntry entry = shared_load(entries + e);
+        double of_teacher = 0;
+        if (entry.column >= 0) {
+          const double x = entry.z * scale;
+          const auto t = plan.floored_terms(divergence, plan.log_q(x), plan.log_p(entry.l));
+          entry.gradient = float(plan.student_gradient(x, t.g, entry.column == label));
+          of_teacher = plan.teacher_gradient(entry.l, t.h);
+          shared_store(&entries[e].gradient, entry.gradient);
+        }
+        if (team.rank == 0 && arguments.log_probs_gradient)
+          arguments.log_probs_gradient.put(arguments.log_probs_gradient.at(row, e), of_teacher);
+      }
+    });
+    team.sync();
+    if (!arguments.student_gradient) return;
+    if (plan.task.tail == Tail::kUniform && plan.student_factor != 0) {
+      with_bare_divergence(plan.task.divergence, plan.task.beta, [&](const auto& divergence) {
+        const float to_log = float(1 / plan.task.temperature), lse = float(plan.lse), share = float(plan.log_p_rest);
+        const float factor = float(plan.student_factor);
+        write_rest(source, plan, label, /*backwards=*/false,
+                   [&](float u) { return factor * plan.floored_terms(divergence, u * to_log - lse, share).g; });
+      });
+    } else {
+      write_rest(source, plan, label, /*backwards=*/true, [](float) { return 0.0f; });
+    }
+    zero_beyond_vocab(arguments, row, team);
+  }
+
+  // slope: what a token of a uniform tail adds of its own.
+  template <class Slope>
+  __device__ void write_rest(const Source& source, const TopkPlan& plan, int label, bool backwards,
+                             const Slope& slope) const {
+    const double temperature = plan.task.temperature;
+    const bool apart = plan.task.has_label && temperature != 1;
+    const float scale = float(kLog2E / temperature), label_factor = float(plan.label_factor());
+    const float q_factor = float(plan.rest_coefficient() + (apart ? 0 : plan.label_factor()));
+    // Relative to a logit near the log-sum-exp, what counts is exact to rounding.
+    const float origin = float(plan.lse * temperature);
+    const float lse = float(plan.lse * kLog2E - double(origin) * (kLog2E / temperature));
+    const float label_lse = float(plan.label_lse * kLog2E - double(origin) * kLog2E);
+    for_packs<false>(source, team, backwards, [&](int pack, const typename Source::Raw& raw_pack) {
+      typename Source::Raw raw = raw_pack;
+      typename Source::Out out{};
+      const int first = source.column(pack);
+      const int group = source.whole_pack(pack) >> arguments.group_shift;
+      const bool stored = shared_load(groups + group / 32) >> group % 32 & 1;
+#pragma unroll 1
+      for (int begin = 0; begin < kSize; begin += Source::kWord, Source::next_word(raw)) {
+        Source::next_word(out);
+#pragma unroll
+        for (int j = 0; j < Source::kWord; ++j) {
+          const float u = Source::student_of(raw, j), x = u - origin;
+          const int column = first + begin + j;
+          float g = q_factor * exp2_of(x * scale - lse) + slope(u);
+          if (apart) g += label_factor * exp2_of(x * float(kLog2E) - label_lse);
+          g = column == label ? g - label_factor : g;
+          Source::put_last(out, j, stored ? or_stored(column, g) : g);
+        }
+      }
+      source.store_student(pack, out);
+    });
+  }
+
+  __device__ __forceinline__ float or_stored(int column, float otherwise) const {
+#pragma unroll 1
+    for (int e = 0; e < arguments.k; ++e) {
+      if (shared_load(&entries[e].column) == column) return shared_load(&entries[e].gradient);
+    }
+    return otherwise;
+  }
+};
+
+template <class Source>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    topk_divergence_kernel(const TopkArguments arguments, const RowLaunch launch) {
+  const bool by_warp = launch.warp_rows > 0;
+  const int64_t own = topk_team_bytes(by_warp, arguments.k), per_team = own + launch.slice_bytes;
+  unsigned char* shared = shared_memory() + (by_warp ? threadIdx.x / kWarp * per_team : 0);
+  const Team team(shared + own - (by_warp ? 0 : Team::kSharedBytes), unsigned(launch.cluster), by_warp);
+  const TopkWorker<Source> worker(arguments, team, shared);
+  const int64_t block_rows = by_warp ? launch.warp_rows : 1;
+  const int64_t first = int64_t(blockIdx.x) / launch.cluster * block_rows + (by_warp ? threadIdx.x / kWarp : 0);
+  const int64_t step = int64_t(gridDim.x) / launch.cluster * block_rows;
+  for (int64_t row = first; row < arguments.rows; row += step) {
+    Source source(arguments, row, launch, team.rank, shared, shared + own);
+    worker.run(row, source);
+    team.sync();  // before the next row takes over the shared memory
+  }
+}
+
+}  // namespace fastkd::cuda
