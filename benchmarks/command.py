@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,27 @@ def finish(
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
     ours = [m for r in results for m in r.measurements if m.name == OURS]
     return int(any(m.wrong or m.failed for m in ours))
+
+
+def walk(
+    description: str,
+    stem: str,
+    make_case: Callable[..., Case],
+    axes: Mapping[str, Sequence[Any]],
+    arguments: list[str] | None = None,
+) -> int:
+    """Run a benchmark of one case maker over dtype, vocabulary and rows; return the exit status."""
+    from benchmarks import headline
+    from benchmarks.cases import MIDDLE_ROWS, MIDDLE_VOCAB
+
+    middle = {"dtype": "float32", "vocab": MIDDLE_VOCAB, "rows": MIDDLE_ROWS}
+    options = parser(description, middle).parse_args(arguments)
+    device = device_of(options)
+    if options.headline:
+        return headline.run(options, device, (stem,))
+    makers = [
+        partial(make_case, **setting, peers=not options.only_fastkd)
+        for setting in settings_of(options, middle, axes)
+    ]
+    results = run_cases(makers, device, budget_of(options), options.fresh_memory)
+    return finish(results, options, stem)

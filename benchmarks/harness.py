@@ -18,7 +18,7 @@ from benchmarks.measure import (
     roofs,
     time_interleaved,
 )
-from benchmarks.shapes import LOSS, LOSS_AND_GRADIENT, Shape, Traffic
+from benchmarks.shapes import Shape, Traffic
 
 #: Student's and teacher's side [rows, vocab] to a scalar, reduced as "batchmean".
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -67,16 +67,18 @@ class Case:
     exact: Exact
     contestants: Sequence[Contestant]
     gradient: bool = True
+    #: Logits tensors that are read: of both sides, or of one.
+    reads: int = 2
 
     @property
     def traffic(self) -> Traffic:
         """What the case has to move."""
-        return LOSS_AND_GRADIENT if self.gradient else LOSS
+        return Traffic(self.reads, int(self.gradient))
 
     @property
     def title(self) -> str:
         """Name, shape and what is computed."""
-        return f"{self.name}, {self.shape}, {'loss + gradient' if self.gradient else 'loss'}"
+        return f"{self.name}, {self.shape}{', loss + gradient' if self.gradient else ''}"
 
 
 @dataclass

@@ -35,11 +35,6 @@ class Traffic:
     writes: int
 
 
-#: softmax_divergence and kl_div alike: each input once, and the gradient of the student's side.
-LOSS = Traffic(reads=2, writes=0)
-LOSS_AND_GRADIENT = Traffic(reads=2, writes=1)
-
-
 @dataclass(frozen=True)
 class Shape:
     """Logits or log-probabilities [rows, vocab] of one dtype, the same on both sides."""
