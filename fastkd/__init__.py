@@ -6,12 +6,14 @@ from fastkd._library import cpu_capability
 from fastkd.clipped_divergence import clipped_divergence
 from fastkd.kl_div import kl_div
 from fastkd.softmax_divergence import softmax_divergence
+from fastkd.teacher_store import TeacherStore
 from fastkd.teacher_topk import TeacherTopK, teacher_topk
 from fastkd.token_stats import TokenStats, token_stats
 from fastkd.topk_divergence import topk_divergence
 
 __version__ = "0.1.0"
 __all__ = [
+    "TeacherStore",
     "TeacherTopK",
     "TokenStats",
     "clipped_divergence",

@@ -2,6 +2,7 @@
 
 import emulator
 import pytest
+import stores
 import torch
 
 import fastkd
@@ -74,3 +75,12 @@ def backend(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def three_shards(tmp_path):
+    """Shards of two sequences, 150 tokens each."""
+    with fastkd.TeacherStore.create(tmp_path, vocab_size=1000, k=4, shard_tokens=300) as writer:
+        for i in range(6):
+            writer.append(*stores.numbered(i, 150))
+    return tmp_path
