@@ -13,8 +13,8 @@ PRELOAD = $(shell $(or $(CXX),g++) -print-file-name=libasan.so) $(shell $(or $(C
           $(shell $(or $(CXX),g++) -print-file-name=libstdc++.so)
 
 SIMT := build/simt
-OP_TESTS := tests/test_softmax_divergence.py tests/test_softmax_divergence_autograd.py tests/test_kl_div.py \
-  tests/test_topk_divergence.py
+OP_TESTS := $(addprefix tests/test_,softmax_divergence.py softmax_divergence_autograd.py kl_div.py topk_divergence.py \
+  teacher_topk.py token_stats.py clipped_divergence.py)
 
 export PATH := $(abspath $(BIN)):$(PATH)
 export CMAKE_ARGS := -DFASTKD_CUDA=$(CUDA)

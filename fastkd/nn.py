@@ -1,15 +1,17 @@
 """Modules: one for each loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkd.clipped_divergence import clipped_divergence
 from fastkd.kl_div import kl_div
 from fastkd.softmax_divergence import softmax_divergence
+from fastkd.topk_divergence import topk_divergence
 
-__all__ = ["KLDivLoss", "SoftmaxDivergence"]
+__all__ = ["ClippedDivergence", "KLDivLoss", "SoftmaxDivergence", "TopkDivergence"]
 
 
 class KLDivLoss(torch.nn.KLDivLoss):
@@ -27,15 +29,41 @@ class KLDivLoss(torch.nn.KLDivLoss):
         return kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
-class SoftmaxDivergence(torch.nn.Module):
+class _Loss(torch.nn.Module):
+    """A loss function whose options are fixed at construction; a call may add to them."""
+
+    function: Callable[..., Tensor]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = self.function.__kwdefaults__ or {}
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__}: unknown option {name!r}; {self.function.__name__} "
+                    f"takes {', '.join(known)}"
+                )
+        self.options = options
+
+    def forward(self, *inputs: Any, **batch: Any) -> Tensor:
+        """See the function; ``batch`` adds to or replaces the options."""
+        return self.function(*inputs, **{**self.options, **batch})
+
+    def extra_repr(self) -> str:
+        """The options, as passed."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class SoftmaxDivergence(_Loss):
     """:func:`fastkd.softmax_divergence` with its options fixed at construction.
 
     Args:
         options: the keyword arguments of :func:`fastkd.softmax_divergence` that stay the same
             from batch to batch (divergence, temperature, reduction, ...).
 
-    Those that change with the batch (``weight``, ``mask``, ``labels``, ``teacher_weights``,
-    ``normalizer``, per-row temperatures) are passed when calling.
+    Called with student_logits and teacher_logits. Options that change with the batch (``weight``,
+    ``mask``, ``labels``, ``teacher_weights``, ``normalizer``, per-row temperatures) are passed when
+    calling.
 
     >>> import torch, fastkd
     >>> loss = fastkd.nn.SoftmaxDivergence(divergence="jsd", reduction="sum")
@@ -45,23 +73,39 @@ class SoftmaxDivergence(torch.nn.Module):
     0.1109
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        known = softmax_divergence.__kwdefaults__ or {}
-        for name in options:
-            if name not in known:
-                raise TypeError(
-                    f"SoftmaxDivergence: unknown option {name!r}; softmax_divergence takes "
-                    f"{', '.join(known)}"
-                )
-        self.options = options
+    function = staticmethod(softmax_divergence)
 
-    def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor], **batch: Any
-    ) -> Tensor:
-        """See :func:`fastkd.softmax_divergence`; ``batch`` adds to or replaces the options."""
-        return softmax_divergence(student_logits, teacher_logits, **{**self.options, **batch})
 
-    def extra_repr(self) -> str:
-        """The options, as passed."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+class TopkDivergence(_Loss):
+    """:func:`fastkd.topk_divergence` with its options fixed at construction.
+
+    Args:
+        options: its keyword arguments that stay the same from batch to batch.
+
+    Called with student_logits, teacher_log_probs and teacher_indices.
+
+    >>> import torch, fastkd
+    >>> loss = fastkd.nn.TopkDivergence(tail="renormalize")
+    >>> best = fastkd.teacher_topk(torch.tensor([[0.0, 1.0, 2.0]]), 2)
+    >>> round(loss(torch.tensor([[5.0, 1.0, 2.0]]), *best).item(), 4)
+    0.0
+    """
+
+    function = staticmethod(topk_divergence)
+
+
+class ClippedDivergence(_Loss):
+    """:func:`fastkd.clipped_divergence` with its options fixed at construction.
+
+    Args:
+        options: its keyword arguments that stay the same from batch to batch.
+
+    Called with student_logits, teacher_logits, lower and upper.
+
+    >>> import torch, fastkd
+    >>> loss = fastkd.nn.ClippedDivergence(tail="lump")
+    >>> loss(torch.zeros(1, 3), torch.zeros(1, 3), 0.1, 0.9).item()
+    0.0
+    """
+
+    function = staticmethod(clipped_divergence)

@@ -316,23 +316,24 @@ ERRORS = {
 }
 
 
+def bad_row(kind):
+    log_probs = torch.tensor([0.4, 0.3, 0.1, 0.1]).log().repeat(3, 1)
+    indices = torch.tensor([3, 7, 11, 1]).repeat(3, 1)
+    if kind == "positive":
+        log_probs[1, 2] = 1.5
+    elif kind == "mass":
+        log_probs[1] = math.log(0.3)
+    else:
+        indices[1, 2] = {"index beyond": 40, "index below": -2, "duplicate": 7}[kind]
+    return log_probs, indices
+
+
 @pytest.mark.only("cpu")
 @pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("gradient", [False, True])
 def test_values_that_are_errors(backend, kind, gradient):
     student = logits((3, 40)).requires_grad_(gradient)
-    log_probs = torch.tensor([0.4, 0.3, 0.1, 0.1]).log().repeat(3, 1)
-    indices = torch.tensor([3, 7, 11, 1]).repeat(3, 1)
-    if kind == "index beyond":
-        indices[1, 2] = 40
-    elif kind == "index below":
-        indices[1, 2] = -2
-    elif kind == "duplicate":
-        indices[1, 2] = 7
-    elif kind == "positive":
-        log_probs[1, 2] = 1.5
-    else:
-        log_probs[1] = math.log(0.3)
+    log_probs, indices = bad_row(kind)
     error, message = ERRORS[kind]
     with pytest.raises(error, match=f"topk_divergence: .*{message}"):
         fastkd.topk_divergence(student, log_probs, indices)
@@ -342,18 +343,7 @@ def test_values_that_are_errors(backend, kind, gradient):
 @pytest.mark.parametrize("kind", ERRORS)
 def test_values_no_check_could_see_become_nan(backend, kind):
     student = logits((3, 40)).requires_grad_()
-    log_probs = torch.tensor([0.4, 0.3, 0.1, 0.1]).log().repeat(3, 1)
-    indices = torch.tensor([3, 7, 11, 1]).repeat(3, 1)
-    if kind == "index beyond":
-        indices[1, 2] = 40
-    elif kind == "index below":
-        indices[1, 2] = -2
-    elif kind == "duplicate":
-        indices[1, 2] = 7
-    elif kind == "positive":
-        log_probs[1, 2] = 1.5
-    else:
-        log_probs[1] = math.log(0.3)
+    log_probs, indices = bad_row(kind)
     loss = fastkd.topk_divergence(student, log_probs, indices, reduction="none")
     assert loss.isnan().tolist() == [False, True, False]
 
