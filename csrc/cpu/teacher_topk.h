@@ -47,13 +47,20 @@ inline constexpr int64_t kClasses = 64;
 
 template <class Real>
 FASTKD_INLINE Real class_maxima(const Real* u, int64_t count, Real* classes) {
-  for (int64_t j = 0; j < kClasses; ++j) classes[j] = Real(-INFINITY);
-  int64_t i = 0;
-  for (; i + kClasses <= count; i += kClasses) {
+  if (count == kBlock) {
     FASTKD_SIMD
-    for (int64_t j = 0; j < kClasses; ++j) classes[j] = u[i + j] > classes[j] ? u[i + j] : classes[j];
+    for (int64_t j = 0; j < kClasses; ++j) {
+      Real top = u[j];
+#pragma GCC unroll 8
+      for (int64_t i = kClasses; i < kBlock; i += kClasses) top = u[i + j] > top ? u[i + j] : top;
+      classes[j] = top;
+    }
+  } else {
+    for (int64_t j = 0; j < kClasses; ++j) {
+      classes[j] = Real(-INFINITY);
+      for (int64_t i = j; i < count; i += kClasses) classes[j] = u[i] > classes[j] ? u[i] : classes[j];
+    }
   }
-  for (int64_t j = 0; i + j < count; ++j) classes[j] = u[i + j] > classes[j] ? u[i + j] : classes[j];
   return largest(classes, kClasses);
 }
 
