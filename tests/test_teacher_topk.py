@@ -8,8 +8,6 @@ from cases import logits
 
 import fastkd
 
-pytestmark = pytest.mark.only("cpu")  # until the CUDA kernels are there
-
 
 def assert_matches(found, teacher, k, **options):
     """The same tokens in the same order as the reference's, and its log-probabilities."""
@@ -151,6 +149,40 @@ def test_feeds_topk_divergence(backend):
 def test_errors(backend, arguments, options, error, message):
     with pytest.raises(error, match=f"teacher_topk: .*{message}"):
         fastkd.teacher_topk(*arguments, **options)
+
+
+@pytest.mark.only("simt", "cuda")
+def test_limits_of_cuda(backend):
+    with pytest.raises(ValueError, match="teacher_topk: k may be at most 1024 on CUDA, got 1025"):
+        fastkd.teacher_topk(logits((2, 2000)), 1025)
+    with pytest.raises(TypeError, match="teacher_topk: float64 logits are supported on the CPU"):
+        fastkd.teacher_topk(logits((2, 20), torch.float64), 3)
+
+
+@pytest.mark.only("simt", "cuda")
+def test_temperatures_no_check_could_see(backend):
+    teacher = logits((5, 300))
+    temperature = torch.tensor([1.0, 0.0, -1.0, math.inf, math.nan])
+    found = fastkd.teacher_topk(teacher, 4, temperature=temperature)
+    assert_matches(fastkd.teacher_topk(teacher[:1], 4), teacher[:1], 4)
+    assert found.log_probs.isnan().all(-1).tolist() == [False, True, True, True, True]
+    assert (found.indices[1:] == torch.arange(4)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [257, 1024, 9001, 70_000])
+def test_more_equals_than_wanted(backend, dtype, vocab):
+    """Equals across the k-th place, all over the row, above and below any others."""
+    teacher = torch.full((6, vocab), -3.0)
+    teacher[0] = 0.0
+    teacher[1, 1::2] = -math.inf
+    teacher[2, vocab // 3 :: 3] = 5.0
+    teacher[3, -7:] = 5.0
+    teacher[4, :-7] = -math.inf
+    teacher[5] = torch.arange(vocab) // 200
+    for k in (1, 8, 255, min(vocab, 1024)):
+        found = fastkd.teacher_topk(teacher.to(dtype), k)
+        assert_matches(found, teacher.to(dtype), k)
 
 
 def test_opcheck(backend):

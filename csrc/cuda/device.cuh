@@ -36,6 +36,8 @@ __device__ __forceinline__ void shared_store(T* to, const T& value) {
 
 // Bits set by several threads between two barriers; the place was zeroed before them.
 __device__ __forceinline__ void shared_or(unsigned* to, unsigned bits) { atomicOr(to, bits); }
+// The same with a sum; -> what it was before.
+__device__ __forceinline__ unsigned shared_add(unsigned* to, unsigned more) { return atomicAdd(to, more); }
 
 // Global memory, one element or 16 bytes at a time. What is read once should not push out of the L2 what will be read
 // again, hence the streaming variants.

@@ -21,10 +21,10 @@ struct PairStats {
 
 namespace fastkd::FASTKD_ISA {
 
-template <class Real>
+template <class Real, class Column = int64_t>
 struct Best {
   Real logit;
-  int64_t column;
+  Column column;
   // The lower column of equals.
   FASTKD_INLINE void merge(const Best& o) {
     if (o.logit > logit || (o.logit == logit && o.column < column)) *this = o;
@@ -32,40 +32,44 @@ struct Best {
 };
 
 // Sums of one side relative to its origin.
-struct SideSums {
-  double sum, weighted;  // of e and e x
-  FASTKD_INLINE void add(const SideSums& o) {
+template <class Real>
+struct SideSumsOf {
+  Real sum, weighted;  // of e and e x
+  FASTKD_INLINE void add(const SideSumsOf& o) {
     sum += o.sum;
     weighted += o.weighted;
   }
   // The same relative to an origin that is `step` higher.
-  FASTKD_INLINE void raise(double step) {
+  FASTKD_INLINE void raise(Real step) {
     if (step == 0) return;
-    const double scale = ::exp2(-step);
+    const Real scale = exp2_of(-step);
     weighted = sum > 0 ? scale * (weighted - step * sum) : 0;
     sum *= scale;
   }
 };
+using SideSums = SideSumsOf<double>;
 
 // Of both, and of their log-ratios: ratio weights x_w - x_u by e_w, reverse x_u - x_w by e_u.
-struct PairSums {
-  SideSums student, teacher;
-  double ratio, reverse;
-  FASTKD_INLINE void add(const PairSums& o) {
+template <class Real>
+struct PairSumsOf {
+  SideSumsOf<Real> student, teacher;
+  Real ratio, reverse;
+  FASTKD_INLINE void add(const PairSumsOf& o) {
     student.add(o.student);
     teacher.add(o.teacher);
     ratio += o.ratio;
     reverse += o.reverse;
   }
-  FASTKD_INLINE void raise(double student_step, double teacher_step) {
+  FASTKD_INLINE void raise(Real student_step, Real teacher_step) {
     if (student_step == 0 && teacher_step == 0) return;
-    const double apart = student_step - teacher_step;
-    if (teacher.sum > 0) ratio = ::exp2(-teacher_step) * (ratio + apart * teacher.sum);
-    if (student.sum > 0) reverse = ::exp2(-student_step) * (reverse - apart * student.sum);
+    const Real apart = student_step - teacher_step;
+    if (teacher.sum > 0) ratio = exp2_of(-teacher_step) * (ratio + apart * teacher.sum);
+    if (student.sum > 0) reverse = exp2_of(-student_step) * (reverse - apart * student.sum);
     student.raise(student_step);
     teacher.raise(teacher_step);
   }
 };
+using PairSums = PairSumsOf<double>;
 
 // Sums and the origins, base 2, that they are relative to.
 struct PairState {

@@ -1,0 +1,334 @@
+// clipped_divergence on CUDA: a row's loss and gradients in one launch.
+//
+// Memory: as in softmax_divergence, two reads and one write of a row where it fits into the shared memory of a block or
+// cluster. Three passes: the normalisers; the sums over the part between the edges; the gradients. Edges that are
+// quantile levels take a pass more for each 8 bits that tell the teacher's logits apart, over shared memory likewise.
+#include <torch/csrc/stable/library.h>
+
+#include "../tensor/clipped_divergence_entry.h"
+#include "clipped_divergence.cuh"
+#include "launch.h"
+#include "register.h"
+
+namespace fastkd::cuda {
+namespace {
+
+// A team's shared memory: [orders][the leading thread's][selection of quantiles][slots of the reductions][student row]
+// [teacher row].
+constexpr int kClipOrdersBytes = 256, kClipLeadBytes = 512, kSelectBytes = ClipSelect<AnySource>::kBytes;
+__host__ __device__ constexpr int64_t clip_team_bytes(bool warp, bool quantile) {
+  return kClipOrdersBytes + kClipLeadBytes + (quantile ? kSelectBytes : 0) + (warp ? 0 : Team::kSharedBytes);
+}
+
+template <class Source>
+struct ClipWorker {
+  using Real = typename Source::Real;
+  using Raw = typename Source::Raw;
+  using Out = typename Source::Out;
+  static constexpr int kSize = Source::kSize;
+
+  static_assert(sizeof(ClipOrders<Real>) <= kClipOrdersBytes && sizeof(ClipLead<Real>) <= kClipLeadBytes &&
+                ClipSelect<Source>::kBytes == kSelectBytes);
+
+  const ClippedArguments& arguments;
+  const Team& team;
+  ClipOrders<Real>* shared_orders;
+  ClipLead<Real>& lead;
+  unsigned char* selection;
+
+  __device__ ClipWorker(const ClippedArguments& a, const Team& t, unsigned char* shared)
+      : arguments(a),
+        team(t),
+        shared_orders(reinterpret_cast<ClipOrders<Real>*>(shared)),
+        lead(*reinterpret_cast<ClipLead<Real>*>(shared + kClipOrdersBytes)),
+        selection(shared + kClipOrdersBytes + kClipLeadBytes) {}
+
+  __device__ void run(int64_t row, const Source& source) const {
+    const bool soft = arguments.softness != 0;
+    ClipOrders<Real> orders = follow([&] { open(row, source); });
+    if (!orders.read) {
+      source.write_zeros(team);
+      return;
+    }
+    const RowState<double> state = first_pass(source, orders);
+    if (team.leads()) lead.state = state;
+    bool backwards = true;
+    if (arguments.quantile) backwards = find_quantiles(source, backwards);
+    orders = follow([&] { lead.begin(arguments.quantile, shared_orders); });
+    if (soft) {
+      sum_part<true>(source, orders, backwards);
+    } else {
+      sum_part<false>(source, orders, backwards);
+    }
+    orders = follow([&] { lead.finish(arguments.renormalize, arguments.lump, shared_orders); });
+    if (team.leads() && team.rank == 0) {
+      global_store(arguments.losses + row, arguments.row_weight(row) * lead.loss());
+      if (arguments.lower_gradient) {
+        lead.scale_bound_gradients(arguments.quantile, arguments.vocab);
+        put_bound_gradients(row, lead.numbers.lower_gradient, lead.numbers.upper_gradient);
+      }
+    }
+    if (!orders.student_gradient && !orders.teacher_gradient) return;
+    if (soft) {
+      write<true>(source, orders, !backwards);
+    } else {
+      write<false>(source, orders, !backwards);
+    }
+    zero_beyond_vocab(arguments, row, team);
+  }
+
+ private:
+  // What the leading thread has to tell.
+  template <class Tell>
+  __device__ __forceinline__ ClipOrders<Real> follow(const Tell& tell) const {
+    team.sync();
+    if (team.leads()) tell();
+    team.sync();
+    return shared_load(shared_orders);
+  }
+
+  // What the row is about, before it is read. By the leading thread.
+  __device__ void open(int64_t row, const Source& source) const {
+    int label = -1;
+    const bool read = arguments.read_task(row, lead.task, label);
+    lead.open(read, label, arguments.keep_label, shared_orders);
+    if (read) {
+      lead.set_bounds(arguments.lower.number(row), arguments.upper.number(row), arguments.quantile, arguments.softness);
+      // Now: the gradient may overwrite it.
+      lead.label_logit = lead.task.has_label ? double(source.student_logit(label)) : 0;
+    } else if (team.rank == 0) {
+      global_store(arguments.losses + row, 0.0);
+      if (arguments.lower_gradient) put_bound_gradients(row, 0, 0);
+    }
+  }
+
+  __device__ void put_bound_gradients(int64_t row, double lower, double upper) const {
+    arguments.lower_gradient.put(arguments.lower_gradient.at(row), lower);
+    arguments.upper_gradient.put(arguments.upper_gradient.at(row), upper);
+  }
+
+  __device__ RowState<double> first_pass(const Source& source, const ClipOrders<Real>& orders) const {
+    constexpr Pass kPass = Pass::kNormalizersOnly;
+    ThreadState<Real, kPass> mine;
+    for_packs<true>(source, team, false, [&](int, const Raw& raw) {
+      Real u[kSize], w[kSize];
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        u[j] = Source::student_of(raw, j);
+        w[j] = Source::teacher_of(raw, j);
+      }
+      mine.add(u, w, orders);
+    });
+    // Relative to the same logits in all threads, sums only add up.
+    const auto at_least_both = [](Largest<Real>& all, const Largest<Real>& x) {
+      all = {at_least(all.student, x.student), at_least(all.teacher, x.teacher)};
+    };
+    const Largest<Real> largest =
+        team.block_sum(Largest<Real>{mine.u_origin, mine.w_origin}, at_least_both, /*everywhere=*/true);
+    mine.raise(largest.student, largest.teacher, orders);
+    const PassSums sums = team.block_sum(mine.whole(), [](PassSums& all, const PassSums& next) { all.add(next); });
+    const RowState<double> state{{double(largest.student) * orders.student_scale, sums.student},
+                                 {double(largest.teacher) * orders.teacher_scale, sums.teacher},
+                                 0,
+                                 0,
+                                 sums.label};
+    return team.cluster_sum(state, [&](RowState<double>& all, const RowState<double>& next) {
+      all.merge(next, kPass, double(orders.temperature));
+    });
+  }
+
+  // -> the direction of the next pass.
+  __device__ bool find_quantiles(const Source& source, bool backwards) const {
+    const ClipSelect<Source> selected(source, team, selection);
+    if (team.leads()) selected.begin(lead.edges.lower, lead.edges.upper, lead.quantiles);
+    backwards = selected.run(backwards);
+    if (team.leads()) selected.finish(lead.quantiles);
+    return backwards;
+  }
+
+  template <bool kSoft>
+  __device__ void sum_part(const Source& source, const ClipOrders<Real>& orders, bool backwards) const {
+    ClipThread<kSoft, Real> mine;
+    for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
+      for_entries<kSoft>(
+          raw, source.column(pack), orders,
+          [&](Real, const Outcome<Real>& o, const ClipShare<Real>& share, int, int) { mine.add(o, share); });
+    });
+    const auto merge = [](auto& all, const auto& next) { all.add(next); };
+    const ClipInside in = team.sum(mine.inside(), merge);
+    if (team.leads()) lead.sums = {in.k, in.a, in.p, in.q, in.difference, in.p_rest, in.q_rest, {}, {}, {}};
+    if constexpr (kSoft) {
+      const auto sum_slope = [&](const Real(&x)[3], double (&out)[3]) {
+        const ClipSlope slope = team.sum(mine.slope(x), merge);
+        if (team.leads()) out[0] = slope.a, out[1] = slope.p, out[2] = slope.q;
+      };
+      sum_slope(mine.lower, lead.sums.lower);
+      sum_slope(mine.upper, lead.sums.upper);
+      sum_slope(mine.own, lead.sums.own);
+    }
+  }
+
+  template <bool kSoft>
+  __device__ void write(const Source& source, const ClipOrders<Real>& orders, bool backwards) const {
+    for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
+      const int column = source.column(pack);
+      // The teacher's first: the student's may overwrite its logits.
+      if (orders.teacher_gradient) {
+        const auto gradient = [&](Real, const Outcome<Real>& o, const ClipShare<Real>& share, int) {
+          return clip_teacher_gradient<kSoft>(orders, o, share);
+        };
+        source.store_teacher(pack, map<kSoft>(raw, column, orders, gradient));
+      }
+      if (orders.student_gradient) {
+        const int label = orders.label - column;
+        const auto gradient = [&](Real u, const Outcome<Real>& o, const ClipShare<Real>& share, int j) {
+          Real g = clip_student_gradient<kSoft>(orders, o, share);
+          if (orders.label_scale != Real(0)) {
+            const Real x = (u - orders.at.student_origin) * orders.label_scale;
+            g += orders.factors.label * exp2_of(x - orders.label_shift);
+          }
+          return orders.label >= 0 && j == label ? g - orders.factors.label : g;
+        };
+        source.store_student(pack, map<kSoft>(raw, column, orders, gradient));
+      }
+    });
+  }
+
+  // Calls f(student's logit, outcome, share, where its word begins in the pack, its place in there) for each of a
+  // pack's entries. A word at a time: a whole pack side by side would need more registers than there are.
+  template <bool kSoft, class Function>
+  __device__ __forceinline__ void for_entries(Raw raw, int column, const ClipOrders<Real>& orders,
+                                              const Function& f) const {
+    const int kept = orders.kept - column;
+#pragma unroll 1
+    for (int first = 0; first < kSize; first += Source::kWord, Source::next_word(raw)) {
+#pragma unroll
+      for (int j = 0; j < Source::kWord; ++j) {
+        const Real u = Source::student_of(raw, j), w = Source::teacher_of(raw, j);
+        const Outcome<Real> o = orders.at.template outcome<true>(u, w);
+        f(u, o, clip_share<kSoft>(orders, w, o.p, orders.kept >= 0 && first + j == kept), first, j);
+      }
+    }
+  }
+
+  template <bool kSoft, class Function>
+  __device__ __forceinline__ Out map(const Raw& raw, int column, const ClipOrders<Real>& orders,
+                                     const Function& f) const {
+    Out out{};
+    for_entries<kSoft>(raw, column, orders,
+                       [&](Real u, const Outcome<Real>& o, const ClipShare<Real>& share, int first, int j) {
+                         if (j == 0) Source::next_word(out);
+                         Source::put_last(out, j, f(u, o, share, first + j));
+                       });
+    return out;
+  }
+};
+
+template <class Source>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    clipped_divergence_kernel(const ClippedArguments arguments, const RowLaunch launch) {
+  const bool by_warp = launch.warp_rows > 0;
+  const int64_t team_bytes = clip_team_bytes(by_warp, arguments.quantile), kept = 2 * launch.slice_bytes;
+  unsigned char* shared = shared_memory() + (by_warp ? threadIdx.x / kWarp * (team_bytes + kept) : 0);
+  const int slots = kClipOrdersBytes + kClipLeadBytes + (arguments.quantile ? kSelectBytes : 0);
+  const Team team(shared + slots, unsigned(launch.cluster), by_warp);
+  const ClipWorker<Source> worker(arguments, team, shared);
+  const int64_t block_rows = by_warp ? launch.warp_rows : 1;
+  const int64_t first = int64_t(blockIdx.x) / launch.cluster * block_rows + (by_warp ? threadIdx.x / kWarp : 0);
+  const int64_t step = int64_t(gridDim.x) / launch.cluster * block_rows;
+  for (int64_t row = first; row < arguments.rows; row += step) {
+    // With one teacher a source needs no shared memory of its own.
+    worker.run(row, Source(arguments, row, launch, team.rank, shared, shared + team_bytes));
+    team.sync();  // before the next row takes over the shared memory
+  }
+}
+
+template <class Source>
+void launch_source(const Device& device, const ClippedArguments& arguments, int element_size) {
+  const auto kernel = clipped_divergence_kernel<Source>;
+  const int64_t overhead = clip_team_bytes(false, arguments.quantile);
+  RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab, overhead, Source::kPacked);
+  if (launch.warp_rows > 0) {
+    const int64_t needed = (arguments.rows + launch.warp_rows - 1) / launch.warp_rows;
+    const int64_t shared = launch.warp_rows * (clip_team_bytes(true, arguments.quantile) + 2 * launch.slice_bytes);
+    return device.launch(kernel, needed < INT32_MAX ? needed : INT32_MAX, launch.threads, shared, 1, arguments, launch);
+  }
+  const auto shared = [&] { return overhead + 2 * launch.slice_bytes; };
+  if (!device.fits(kernel, launch.threads, shared(), launch.cluster)) launch = reread_launch();
+  device.launch(kernel, teams_of(arguments.rows, launch.cluster) * launch.cluster, launch.threads, shared(),
+                launch.cluster, arguments, launch);
+}
+
+// A number a row, of which the problem has no tensor: its strides, from where its rows lie.
+DeviceRows numbers_of(const Rows& numbers, const ClippedProblem& problem) {
+  DeviceRows out;
+  if (!numbers || problem.rows == 0) return out;
+  const Row first = numbers.row(0);
+  out.data = numbers.at(0);
+  out.type = first.dtype == Dtype::kFloat64    ? ScalarType::Double
+             : first.dtype == Dtype::kBFloat16 ? ScalarType::BFloat16
+             : first.dtype == Dtype::kFloat16  ? ScalarType::Half
+                                               : ScalarType::Float;
+  out.element_size = int8_t(element_size(out.type));
+  int64_t rows_each = problem.rows;
+  for (int64_t i = 0; i < problem.leading; ++i) {
+    const int64_t size = problem.student_tensor.size(i);
+    rows_each /= size;
+    if (size == 1) continue;
+    const int64_t stride = (numbers.at(rows_each) - out.data) / out.element_size;
+    const int last = out.dimensions - 1;
+    if (last >= 0 && out.strides[last] == size * stride) {
+      out.sizes[last] *= size;
+      out.strides[last] = stride;
+      continue;
+    }
+    FASTKD_CHECK_VALUE(out.dimensions < DeviceRows::kDimensions, kClippedDivergence,
+                       "teacher_temperature's strides have more than ", DeviceRows::kDimensions,
+                       " leading dimensions that do not merge: make it contiguous");
+    out.sizes[out.dimensions] = size;
+    out.strides[out.dimensions++] = stride;
+  }
+  return out;
+}
+
+struct Cuda {
+  static constexpr bool kValuesChecked = false;
+
+  static std::tuple<Tensor, Tensor> solve(const ClippedProblem& problem, const ClippedGradients& wanted) {
+    const Device device(problem.student_tensor, kClippedDivergence);
+    const RowLosses losses(device, problem, {wanted.student, wanted.teacher, wanted.lower, wanted.upper});
+    FASTKD_CHECK_VALUE(problem.teacher_width < kMaxColumns, kClippedDivergence,
+                       "a vocabulary on CUDA must have fewer than 2^31 - 1024 columns, got ", problem.teacher_width);
+    const auto rows_of = [&](const Tensor& x) { return device_rows(x, problem.leading, kClippedDivergence); };
+    const auto wanted_rows = [&](const Tensor* x) { return x != nullptr ? rows_of(*x) : DeviceRows(); };
+    ClippedArguments a{};
+    static_cast<RowNumbers&>(a) = losses.numbers;
+    a.teacher_width = int(problem.teacher_width);
+    a.student = rows_of(problem.student_tensor);
+    a.teachers[0] = rows_of(problem.teacher_tensor);
+    a.teacher_count = 1;
+    a.teacher_temperature = problem.teacher_temperature;
+    a.teacher_temperatures = numbers_of(problem.teacher_temperatures, problem);
+    a.student_gradient = wanted_rows(wanted.student);
+    a.teacher_gradient = wanted_rows(wanted.teacher);
+    a.lower = rows_of(problem.lower_tensor);
+    a.upper = rows_of(problem.upper_tensor);
+    a.lower_gradient = wanted_rows(wanted.lower);
+    a.upper_gradient = wanted_rows(wanted.upper);
+    a.renormalize = problem.renormalize;
+    a.keep_label = problem.keep_label;
+    a.lump = problem.lump;
+    a.quantile = problem.quantile;
+    a.softness = problem.softness;
+    with_source(source_kind(a), [&](auto source, int element_size) {
+      launch_source<typename decltype(source)::Type>(device, a, element_size);
+    });
+    return losses.finish();
+  }
+};
+
+}  // namespace
+
+FASTKD_IMPL(m) { m.impl("_clipped_divergence", TORCH_BOX(&clipped_divergence<Cuda>)); }
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,442 @@
+// What the passes of clipped_divergence over a row are made of: entries' shares in the part between the edges, sums
+// over it, what the leading thread does between the passes, and the selection of quantiles.
+#pragma once
+#include <type_traits>
+
+#include "../math/clipped_plan.h"
+#include "softmax_divergence.cuh"
+
+namespace fastkd::cuda {
+
+struct ClippedArguments : RowArguments {
+  DeviceRows lower, upper, lower_gradient, upper_gradient;
+  Renormalize renormalize;
+  bool keep_label, lump, quantile;
+  double softness;
+};
+
+// What the leading thread tells the others.
+template <class Real>
+struct ClipOrders : Orders<Real> {
+  int kept;               // the label that is wholly in the part; -1: none
+  Real low, high, sharp;  // hard edges are logits; soft ones probabilities, sharp = 1 / softness
+  Real alpha, gamma, delta, by_a, by_p, by_q, mean;
+};
+
+// How much of an entry belongs to the part, and how that follows the edges.
+template <class Real>
+struct ClipShare {
+  Real own, by_lower, by_upper;
+};
+
+template <class Real>
+__device__ __forceinline__ Real clip_sigmoid(Real x) {
+  return Real(1) / (Real(1) + exp2_of(at_least(Real(-126), at_most(Real(126), -x * Real(kLog2E)))));
+}
+
+template <bool kSoft, class Real>
+__device__ __forceinline__ ClipShare<Real> clip_share(const ClipOrders<Real>& orders, Real w, Real p, bool kept) {
+  if constexpr (kSoft) {
+    const Real a = clip_sigmoid((p - orders.low) * orders.sharp), b = clip_sigmoid((orders.high - p) * orders.sharp);
+    const Real both = kept ? Real(0) : a * b * orders.sharp;
+    return {kept ? Real(1) : a * b, (a - Real(1)) * both, (Real(1) - b) * both};
+  }
+  return {kept || (w >= orders.low && w <= orders.high) ? Real(1) : Real(0), Real(0), Real(0)};
+}
+
+// ClipSums in pieces that the reductions can take.
+struct ClipInside {
+  double k, a, p, q, difference, p_rest, q_rest;
+  __device__ void add(const ClipInside& o) {
+    k += o.k;
+    a += o.a;
+    p += o.p;
+    q += o.q;
+    difference += o.difference;
+    p_rest += o.p_rest;
+    q_rest += o.q_rest;
+  }
+};
+struct ClipSlope {
+  double a, p, q;
+  __device__ void add(const ClipSlope& o) {
+    a += o.a;
+    p += o.p;
+    q += o.q;
+  }
+};
+
+// A thread's share of the sums over the part.
+template <bool kSoft, class Real>
+struct ClipThread {
+  Real lost = 0, k = 0, a = 0, p = 0, q = 0, difference = 0, p_rest = 0, q_rest = 0;
+  Real lower[3] = {}, upper[3] = {}, own[3] = {};
+
+  __device__ __forceinline__ void add(const Outcome<Real>& o, const ClipShare<Real>& share) {
+    const Real s = share.own, rest = Real(1) - s, term = -o.p * o.d;
+    p_rest += rest * o.p;
+    q_rest += rest * o.q;
+    if (!kSoft && s == Real(0)) return;  // of many entries no more than p and q is needed
+    lost += o.log2_q < Real(-kInfiniteLogRatio) ? s * o.p : Real(0);
+    k += s * kl_term<true>(o);
+    a += s * term;
+    p += s * o.p;
+    q += s * o.q;
+    difference += s * o.difference;
+    if constexpr (kSoft) {
+      const Real by_teacher = -(share.by_lower + share.by_upper) * o.p, x[3] = {term, o.p, o.q};
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        lower[i] += share.by_lower * x[i];
+        upper[i] += share.by_upper * x[i];
+        own[i] += by_teacher * x[i];
+      }
+    }
+  }
+
+  __device__ ClipInside inside() const {
+    return {lost > Real(0) ? double(INFINITY) : double(k),
+            double(a),
+            double(p),
+            double(q),
+            double(difference),
+            double(p_rest),
+            double(q_rest)};
+  }
+  static __device__ ClipSlope slope(const Real (&x)[3]) { return {double(x[0]), double(x[1]), double(x[2])}; }
+};
+
+// Gradients of an entry, the student's without the onehot of the label's term.
+template <bool kSoft, class Real>
+__device__ __forceinline__ Real clip_student_gradient(const ClipOrders<Real>& orders, const Outcome<Real>& o,
+                                                      const ClipShare<Real>& share) {
+  if (!kSoft && share.own == Real(0)) return orders.factors.student * orders.delta * o.q + orders.factors.label_q * o.q;
+  const Real part = select(o.small, orders.alpha * o.difference + (orders.alpha - orders.gamma) * o.p,
+                           orders.alpha * o.q - orders.gamma * o.p);
+  return orders.factors.student * (share.own * part + (Real(1) - share.own) * orders.delta * o.q) +
+         orders.factors.label_q * o.q;
+}
+template <bool kSoft, class Real>
+__device__ __forceinline__ Real clip_teacher_gradient(const ClipOrders<Real>& orders, const Outcome<Real>& o,
+                                                      const ClipShare<Real>& share) {
+  Real own = share.own * (orders.by_a * (Real(1) - o.d) + orders.by_p);
+  if constexpr (kSoft) {
+    const Real by_share = orders.by_a * (-o.p * o.d) + orders.by_p * o.p + orders.by_q * o.q;
+    own -= (share.by_lower + share.by_upper) * by_share;
+  }
+  return orders.factors.teacher * o.p * (own - orders.mean);
+}
+
+// A quantile: something that grows with the logits, at `below` plus `fraction` of what it differs by at `above`.
+struct ClipQuantile {
+  double below, above, fraction;
+};
+
+// What the leading thread alone holds and does: double precision, once a row.
+template <class Real>
+struct ClipLead {
+  RowTask task;
+  RowFrame<Real> frame;
+  RowState<double> state;
+  ClipEdges edges;
+  ClipQuantile quantiles[2];  // of both edges
+  ClipSums sums;
+  ClipNumbers numbers;
+  double label_logit, poison;
+
+  // Bounds as given. What no check could see makes the row NaN, and is then not used.
+  __device__ __noinline__ void set_bounds(double low, double high, bool quantile, double softness) {
+    const bool valid = low <= high && (!quantile || (low >= 0 && high <= 1));
+    poison = valid ? 0 : double(NAN);
+    edges.lower = valid ? low : 0;
+    edges.upper = valid ? high : 0;
+    edges.softness = softness;
+  }
+
+  // Whether the row is read, and how its logits are scaled.
+  __device__ __noinline__ void open(bool read, int label, bool keep_label, ClipOrders<Real>* told) {
+    ClipOrders<Real> orders{};
+    orders.read = read;
+    if (read) {
+      orders.kept = keep_label ? label : -1;
+      task.has_label = task.has_label && task.label_weight != 0;
+      orders.label = task.has_label ? label : -1;
+      frame.set_scales(task);
+      orders.student_scale = frame.student_scale;
+      orders.teacher_scale = frame.teacher_scale;
+      orders.label_scale = frame.label_scale;
+      orders.temperature = Real(task.temperature);
+      orders.student_gradient = task.student_gradient;
+      orders.teacher_gradient = task.teacher_gradient;
+    }
+    shared_store(told, orders);
+  }
+
+  // After pass 1: where the edges lie.
+  __device__ __noinline__ void begin(bool quantile, ClipOrders<Real>* told) {
+    frame.normalize(task, state);
+    poison += (frame.student_lse - frame.student_lse) + (frame.teacher_lse - frame.teacher_lse);
+    if (quantile) {
+      edges.lower_logit = quantiles[0].fraction > 0 ? quantiles[0].above : quantiles[0].below;
+      edges.upper_logit = quantiles[1].below;
+      edges.lower = probability_at(quantiles[0]);
+      edges.upper = probability_at(quantiles[1]);
+    } else {
+      edges.lower_logit = logit_of(edges.lower);
+      edges.upper_logit = logit_of(edges.upper);
+    }
+    const bool soft = edges.softness != 0;
+    ClipOrders<Real> orders = shared_load(told);
+    orders.at = frame.normalized();
+    orders.factors = GradientFactors<Real>(task, frame);
+    orders.label_shift = Real(frame.label_lse);
+    orders.low = Real(soft ? edges.lower : edges.lower_logit);
+    orders.high = Real(soft ? edges.upper : edges.upper_logit);
+    orders.sharp = soft ? Real(1 / edges.softness) : Real(0);
+    shared_store(told, orders);
+  }
+
+  // After pass 2.
+  __device__ __noinline__ void finish(Renormalize renormalize, bool lump, ClipOrders<Real>* told) {
+    numbers = clip_numbers(sums, renormalize, lump, poison);
+    ClipOrders<Real> orders = shared_load(told);
+    orders.alpha = Real(numbers.alpha);
+    orders.gamma = Real(numbers.gamma);
+    orders.delta = Real(numbers.delta + poison);  // of entries outside the part nothing else is used
+    orders.by_a = Real(numbers.by_a);
+    orders.by_p = Real(numbers.by_p);
+    orders.by_q = Real(numbers.by_q);
+    orders.mean = Real(numbers.mean);
+    shared_store(told, orders);
+  }
+
+  __device__ __noinline__ double loss() const {
+    const double label = task.has_label ? frame.label_lse * kLn2 - (label_logit - double(frame.student_origin)) : 0;
+    return numbers.value * task.divergence_scale + (task.has_label ? task.label_weight * label : 0);
+  }
+
+  // By the bounds as given: a quantile's level, not the probability that it stands for.
+  __device__ __noinline__ void scale_bound_gradients(bool quantile, int vocab) {
+    const double scale = task.scale * task.divergence_scale;
+    numbers.lower_gradient *= scale;
+    numbers.upper_gradient *= scale;
+    if (!quantile) return;
+    const double steps = vocab - 1;
+    numbers.lower_gradient *= steps * (probability_of(quantiles[0].above) - probability_of(quantiles[0].below));
+    numbers.upper_gradient *= steps * (probability_of(quantiles[1].above) - probability_of(quantiles[1].below));
+  }
+
+ private:
+  __device__ double probability_of(double logit) const {
+    return ::exp2((logit - frame.teacher_origin) * double(frame.teacher_scale) - frame.teacher_lse);
+  }
+  __device__ double probability_at(const ClipQuantile& x) const {
+    const double below = probability_of(x.below);
+    return below + x.fraction * (probability_of(x.above) - below);
+  }
+  __device__ double logit_of(double p) const {
+    return p <= 0   ? -double(INFINITY)
+           : p >= 1 ? double(INFINITY)  // every token, even where a sum came out a rounding too small
+                    : (::log2(p) + frame.teacher_lse) / double(frame.teacher_scale) + frame.teacher_origin;
+  }
+};
+
+// A row's teacher alone, as for_packs walks over it, and how many of a logit's leading bits may differ where their
+// signs do not.
+template <class Source>
+struct ClipTeacher;
+
+template <class T>
+struct ClipTeacher<PackedSource<T>> {
+  using Raw = Packed<T>;
+  static constexpr int kSize = Raw::kSize;
+  static constexpr int kBits = sizeof(T) == 4 ? 32 : std::is_same<T, BFloat16>::value ? 16 : 24;
+  const PackedSource<T>& source;
+
+  __device__ __forceinline__ int packs() const { return source.packs(); }
+  template <bool kFirst>
+  __device__ __forceinline__ Raw fetch(int pack) const {
+    if (source.resident) return shared_load(source.teacher_kept + pack);
+    return source.teacher.template load<false>(source.begin + pack, T{});
+  }
+  __device__ __forceinline__ void keep(int, const Raw&) const {}
+  static __device__ __forceinline__ float logit(const Raw& raw, int j) { return to_float(raw.item[j]); }
+};
+
+template <>
+struct ClipTeacher<AnySource> {
+  using Raw = float;
+  static constexpr int kSize = 1, kBits = 32;
+  const AnySource& source;
+
+  __device__ __forceinline__ int packs() const { return source.packs(); }
+  template <bool kFirst>
+  __device__ __forceinline__ Raw fetch(int column) const {
+    return AnySource::logit(source.arguments.teachers[0], source.teacher, column);
+  }
+  __device__ __forceinline__ void keep(int, const Raw&) const {}
+  static __device__ __forceinline__ float logit(const Raw& raw, int) { return raw; }
+};
+
+// The teacher's logits that the quantile levels of a row lie between, by their ranks: a radix descent over bits that
+// order as the numbers do, 8 of them a pass, with a histogram for each of the four ranks (those that share their
+// leading bits share one). Integer sums: no order of threads matters. A NaN has a place beyond the infinities.
+template <class Source>
+struct ClipSelect {
+  using Teacher = ClipTeacher<Source>;
+  using Raw = typename Teacher::Raw;
+  static constexpr int kTargets = 4, kBins = 256, kLaneBins = kBins / kWarp;
+  struct Target {
+    unsigned prefix;  // the leading bits known so far; the others are 0
+    int rank;         // among those that share them
+  };
+  struct alignas(16) Bins {
+    unsigned count[4];
+  };
+  static constexpr int kBytes = 2 * kTargets * int(sizeof(Target)) + kTargets * kBins * int(sizeof(unsigned));
+
+  const Teacher teacher;
+  const Team& team;
+  const int vocab;
+  Target* const targets;  // two sets: one is read while the other is written
+  unsigned* const histograms;
+
+  __device__ ClipSelect(const Source& source, const Team& t, unsigned char* shared)
+      : teacher{source},
+        team(t),
+        vocab(source.arguments.vocab),
+        targets(reinterpret_cast<Target*>(shared)),
+        histograms(reinterpret_cast<unsigned*>(targets + 2 * kTargets)) {}
+
+  // levels in [0, 1]. By the leading thread, as finish().
+  __device__ void begin(double lower_level, double upper_level, ClipQuantile (&quantiles)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const double place = (i == 0 ? lower_level : upper_level) * double(vocab - 1);
+      const int below = int(place);
+      quantiles[i].fraction = place - double(below);
+      shared_store(targets + 2 * i, Target{0, below});
+      shared_store(targets + 2 * i + 1, Target{0, below + 1 < vocab ? below + 1 : below});
+    }
+  }
+
+  // -> the last pass's direction, turned.
+  __device__ bool run(bool backwards) const {
+    int from = 0;
+#pragma unroll 1
+    for (int shift = 24; shift >= 32 - Teacher::kBits; shift -= 8, from ^= kTargets, backwards = !backwards) {
+      for (int i = team.thread; i < kTargets * kBins; i += team.threads) shared_store(histograms + i, 0u);
+      team.sync();
+      count(targets + from, shift, backwards);
+      sync_all();
+      descend(targets + from, targets + (from ^ kTargets), shift);
+      sync_all();
+    }
+    return backwards;
+  }
+
+  __device__ void finish(ClipQuantile (&quantiles)[2]) const {
+    const Target* const found = targets + (Teacher::kBits / 8 % 2) * kTargets;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      quantiles[i].below = number_of(shared_load(found + 2 * i).prefix);
+      quantiles[i].above = number_of(shared_load(found + 2 * i + 1).prefix);
+    }
+  }
+
+ private:
+  __device__ void sync_all() const {
+    if (team.blocks > 1) {
+      cluster_sync();
+    } else {
+      team.sync();
+    }
+  }
+
+  // Bits in the order of the numbers, and back; of the bits below those that differ all are as the sign.
+  static __device__ __forceinline__ unsigned key_of(float x) {
+    const unsigned bits = bit_cast<unsigned>(x + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  }
+  static __device__ float number_of(unsigned key) {
+    return bit_cast<float>(key & 0x80000000u ? key ^ 0x80000000u
+                                             : ~(key | unsigned((uint64_t(1) << (32 - Teacher::kBits)) - 1)));
+  }
+
+  static __device__ __forceinline__ bool shares(unsigned key, unsigned prefix, int shift) {
+    return (key ^ prefix) >> shift >> 8 == 0;
+  }
+
+  static __device__ __forceinline__ void add_one(unsigned* to) {
+    FASTKD_TWIN(, simt::shared_read(to, sizeof(*to)));  // zeroed, and by nobody else since the last barrier
+    atomicAdd(to, 1u);
+  }
+
+  // The next 8 bits of all that share a target's prefix.
+  __device__ void count(const Target* now, int shift, bool backwards) const {
+    unsigned prefix[kTargets];
+    bool own[kTargets];
+#pragma unroll
+    for (int t = 0; t < kTargets; ++t) {
+      prefix[t] = shared_load(now + t).prefix;
+      own[t] = true;
+#pragma unroll
+      for (int s = 0; s < t; ++s) own[t] = own[t] && prefix[s] != prefix[t];
+    }
+    for_packs<false>(teacher, team, backwards, [&](int pack, const Raw& raw) {
+      const int column = teacher.source.column(pack);
+#pragma unroll
+      for (int j = 0; j < Teacher::kSize; ++j) {
+        if (unsigned(column + j) >= unsigned(vocab)) continue;
+        const unsigned key = key_of(Teacher::logit(raw, j));
+#pragma unroll
+        for (int t = 0; t < kTargets; ++t) {
+          if (own[t] && shares(key, prefix[t], shift)) add_one(histograms + t * kBins + (key >> shift & (kBins - 1)));
+        }
+      }
+    });
+  }
+
+  // Each target's next 8 bits, from the histograms of all blocks; a warp a target.
+  __device__ void descend(const Target* now, Target* next, int shift) const {
+    const int lane = team.thread % kWarp, warps = team.threads / kWarp;
+#pragma unroll 1
+    for (int t = team.thread / kWarp; t < kTargets; t += warps) {
+      const Target target = shared_load(now + t);
+      int at = 0;
+      while (shared_load(now + at).prefix != target.prefix) ++at;
+      unsigned* const first = histograms + at * kBins + lane * kLaneBins;
+      unsigned bins[kLaneBins] = {};
+#pragma unroll 1
+      for (unsigned r = 0; r < team.blocks; ++r) {
+        const Bins* const from = reinterpret_cast<const Bins*>(team.blocks > 1 ? in_peer(first, r) : first);
+#pragma unroll
+        for (int i = 0; i < kLaneBins; i += 4) {
+          const Bins four = shared_load(from + i / 4);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) bins[i + k] += four.count[k];
+        }
+      }
+      unsigned all = 0, before = 0;  // of the lanes so far; of those before this one
+#pragma unroll
+      for (int i = 0; i < kLaneBins; ++i) all += bins[i];
+      const unsigned mine = all, rank = unsigned(target.rank);
+#pragma unroll
+      for (int step = 1; step < kWarp; step *= 2) {
+        const unsigned other = shuffle_xor(all, step);
+        if (lane & step) before += other;
+        all += other;
+      }
+      if (rank < before || rank - before >= mine) continue;
+#pragma unroll
+      for (int i = 0; i < kLaneBins; ++i) {
+        if (rank >= before && rank - before < bins[i]) {
+          shared_store(next + t, Target{target.prefix | unsigned(lane * kLaneBins + i) << shift, int(rank - before)});
+        }
+        before += bins[i];
+      }
+    }
+  }
+};
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,317 @@
+// teacher_topk on CUDA: the k largest of each row with their log-probabilities, in one launch.
+//
+// Memory: the first pass sums the softmax and counts the logits by their leading bits. Where the row stays in shared
+// memory (a block's, or a cluster's) it is read once; else once more to collect the logits from the k-th largest's bin
+// on, and again for each further digit where too many share that bin. After the first logits of a block their k-th
+// largest bounds the row's from below, so that of the others few need be counted.
+//
+// A key is a logit's bits in order, then its column from the end: no two are equal, and ties go to the lower column.
+#include <torch/csrc/stable/library.h>
+
+#include "../tensor/teacher_topk_entry.h"
+#include "launch.h"
+#include "radix_select.cuh"
+#include "register.h"
+#include "sources.cuh"
+
+namespace fastkd::cuda {
+namespace {
+
+constexpr int kMaxK = 1024;
+constexpr int kMaxKeys = 2 * kMaxK;  // that are collected: so many spare most rows a further digit
+constexpr int kLogitBits = 32;
+
+struct SelectArguments : RowArguments {
+  int k, column_bits;
+  float* log_probs;  // [rows, k]
+  int32_t* indices;
+};
+
+// What the leading thread tells the others of its block.
+struct SelectOrders {
+  double to_base_2, lse;
+};
+
+// A team's shared memory: [orders][counters][selection][keys collected][slots of the reductions][row]. The best keys,
+// to be sorted, take over the selection's bins.
+struct SelectShared {
+  SelectOrders orders;
+  unsigned collected, best;  // how many
+  alignas(16) unsigned char selection[RadixSelect::kSharedBytes];
+  alignas(16) uint64_t keys[kMaxKeys];
+  alignas(16) unsigned char slots[Team::kSharedBytes];
+};
+static_assert(RadixSelect::kBinsBytes >= kMaxK * sizeof(uint64_t));
+constexpr int64_t kTeamBytes = sizeof(SelectShared);
+static_assert(kTeamBytes % 16 == 0);
+
+// A thread's share of sum_v 2^(z_v scale), relative to an origin that follows its largest logit at a distance.
+struct SumShare {
+  float origin = -INFINITY, sum = 0;
+
+  template <int kSize>
+  __device__ __forceinline__ void add(const float (&z)[kSize], float largest, float scale) {
+    if (origin == -INFINITY || (largest - origin) * scale > 8) raise(at_least(origin, largest), scale);
+    const float zero = origin == -INFINITY ? 0 : origin;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) sum += exp2_of((z[j] - zero) * scale);
+  }
+  __device__ __forceinline__ void raise(float to, float scale) {
+    if (to == origin) return;
+    sum *= exp2_of((origin - to) * scale);  // by 0 where there was no origin yet, and no sum
+    origin = to;
+  }
+};
+
+// Packs [first, first + count) of a source's.
+template <class Source>
+struct Stretch {
+  using Raw = typename Source::Raw;
+  const Source& source;
+  int first, count;
+
+  __device__ __forceinline__ int packs() const { return count; }
+  template <bool kFirst>
+  __device__ __forceinline__ Raw fetch(int pack) const {
+    return source.template fetch<kFirst>(first + pack);
+  }
+  __device__ __forceinline__ void keep(int pack, const Raw& raw) const { source.keep(first + pack, raw); }
+};
+
+template <class Source>
+struct SelectWorker {
+  static constexpr int kSize = Source::kSize;
+  // The first packs of each thread, which bound the k-th largest.
+  static constexpr int kFirstPacks = 32 / kSize;
+  using Raw = typename Source::Raw;
+
+  const SelectArguments& arguments;
+  const Team& team;
+  SelectShared& shared;
+
+  __device__ void run(int64_t row, const Source& source) const {
+    const RadixSelect select(team, shared.selection, team.blocks);
+    open(row, select);
+    const SelectOrders begun = shared_load(&shared.orders);
+    const SumShare sum = first_pass(source, float(begun.to_base_2), select);
+    const double lse = normalize(sum, begun.to_base_2);
+    if (lse != lse) {  // NaN, or no finite logit: no order means anything
+      if (team.rank == 0) write_lost(row);
+      return;
+    }
+    const int shift = kLogitBits + arguments.column_bits - RadixSelect::kDigit;
+    const RadixSelect::Place digit = select.find(unsigned(arguments.k));
+    KeyBin bin{uint64_t(digit.number) << shift, shift, digit.above, digit.inside};
+    bool backwards = true;  // for the L2's sake
+    bin = select.select(bin, unsigned(arguments.k), kMaxKeys, [&](const KeyBin& in, const auto& body) {
+      for_keys(source, in.least, backwards, body);
+      backwards = !backwards;
+    });
+    collect(source, bin.least, backwards);
+    if (team.rank == 0) write(row, bin, begun.to_base_2, lse);
+  }
+
+ private:
+  __device__ void open(int64_t row, const RadixSelect& select) const {
+    select.clear();
+    if (team.leads()) {
+      shared_store(&shared.orders, SelectOrders{kLog2E / arguments.row_temperature(row), 0});
+      shared_store(&shared.collected, 0u);
+      shared_store(&shared.best, 0u);
+    }
+    team.sync();
+  }
+
+  // A pack's logits; -> the largest.
+  static __device__ __forceinline__ float widen(const Raw& raw, float (&z)[kSize]) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) z[j] = Source::student_of(raw, j);
+    float largest = z[0];
+#pragma unroll
+    for (int j = 1; j < kSize; ++j) largest = z[j] > largest ? z[j] : largest;
+    return largest;
+  }
+
+  // Packs may begin before the row and end after it.
+  __device__ __forceinline__ bool in_row(int column) const { return unsigned(column) < unsigned(arguments.vocab); }
+
+  __device__ SumShare first_pass(const Source& source, float scale, const RadixSelect& select) const {
+    SumShare mine;
+    float least = -INFINITY;
+    int first = 0, count = source.packs();
+    if (count > kFirstPacks * team.threads) count = kFirstPacks * team.threads;
+#pragma unroll 1
+    while (true) {
+      for_packs<true>(Stretch<Source>{source, first, count}, team, false, [&](int pack, const Raw& raw) {
+        float z[kSize];
+        const float largest = widen(raw, z);
+        mine.add(z, largest, scale);
+        if (!(largest >= least)) return;
+        const int column = source.column(first + pack);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          if (z[j] >= least && in_row(column + j)) select.count(ordered(z[j]) >> (kLogitBits - RadixSelect::kDigit));
+        }
+      });
+      first += count;
+      count = source.packs() - first;
+      if (count == 0) return mine;
+      const RadixSelect here(team, shared.selection, 1);
+      least = from_ordered(here.find(unsigned(arguments.k)).number << (kLogitBits - RadixSelect::kDigit));
+    }
+  }
+
+  // -> log2 of the whole row's sum, in all threads; NaN where no logit is finite, or one is NaN or +inf.
+  __device__ double normalize(SumShare mine, double to_base_2) const {
+    const auto larger = [](float& all, float next) { all = at_least(all, next); };
+    const float origin = team.block_sum(mine.origin, larger, /*everywhere=*/true);
+    mine.raise(origin, float(to_base_2));
+    const double sum = team.block_sum(double(mine.sum), [](double& all, double next) { all += next; });
+    const MaxSum<double> all =
+        team.cluster_sum(MaxSum<double>{double(origin) * to_base_2, sum},
+                         [](MaxSum<double>& into, const MaxSum<double>& next) { into.merge(next); });
+    if (team.leads()) shared_store(&shared.orders.lse, all.log2());
+    team.sync();
+    return shared_load(&shared.orders.lse);
+  }
+
+  // body(key) of this thread's keys from `from` on.
+  template <class Body>
+  __device__ void for_keys(const Source& source, uint64_t from, bool backwards, const Body& body) const {
+    const float least = from_ordered(unsigned(from >> arguments.column_bits));
+    for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
+      float z[kSize];
+      if (!(widen(raw, z) >= least)) return;
+      const int column = source.column(pack);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        if (!(z[j] >= least) || !in_row(column + j)) continue;
+        const unsigned place = unsigned(arguments.vocab - 1 - column - j);
+        const uint64_t key = uint64_t(ordered(z[j])) << arguments.column_bits | place;
+        if (key >= from) body(key);
+      }
+    });
+  }
+
+  // All keys from `from` on, at most kMaxKeys, into the memory of the team's first block. Ends with a barrier.
+  __device__ void collect(const Source& source, uint64_t from, bool backwards) const {
+    uint64_t* keys = shared.keys;
+    unsigned* collected = &shared.collected;
+    if (team.blocks > 1) {
+      keys = in_peer(keys, 0);
+      collected = in_peer(collected, 0);
+    }
+    for_keys(source, from, backwards, [&](uint64_t key) { put<kMaxKeys>(keys, collected, key); });
+    if (team.blocks > 1) {
+      cluster_sync();
+    } else {
+      team.sync();
+    }
+  }
+
+  // Logits that somebody changes while they are read might be more than were counted.
+  template <int kCapacity>
+  static __device__ __forceinline__ void put(uint64_t* keys, unsigned* count, uint64_t key) {
+    const unsigned place = shared_add(count, 1u);
+    if (place < kCapacity) shared_store(keys + place, key);
+  }
+  template <int kCapacity>
+  static __device__ __forceinline__ int count_of(const unsigned* count) {
+    const unsigned n = shared_load(count);
+    return int(n < kCapacity ? n : kCapacity);
+  }
+
+  // The keys collected, from bin.least on, cut to little more than k, sorted and written.
+  __device__ void write(int64_t row, KeyBin bin, double to_base_2, double lse) const {
+    const int k = arguments.k, count = count_of<kMaxKeys>(&shared.collected);
+    const auto for_collected = [&](const KeyBin&, const auto& body) {
+      for (int i = team.thread; i < count; i += team.threads) body(shared_load(shared.keys + i));
+    };
+    const RadixSelect here(team, shared.selection, 1);
+    bin = here.select(bin, unsigned(k), unsigned(2 * k < kMaxK ? 2 * k : kMaxK), for_collected);
+    uint64_t* const best = reinterpret_cast<uint64_t*>(shared.selection);
+    for_collected(bin, [&](uint64_t key) {
+      if (key >= bin.least) put<kMaxK>(best, &shared.best, key);
+    });
+    team.sync();
+    int size = 1;
+    while (size < int(bin.from_here()) && size < kMaxK) size *= 2;
+    for (int i = count_of<kMaxK>(&shared.best) + team.thread; i < size; i += team.threads)
+      shared_store(best + i, uint64_t(0));
+    sort_keys(team, best, size);
+    for (int i = team.thread; i < k; i += team.threads) {
+      const uint64_t key = shared_load(best + i);
+      const float z = from_ordered(unsigned(key >> arguments.column_bits));
+      const unsigned place = unsigned(key & ((uint64_t(1) << arguments.column_bits) - 1));
+      global_store(arguments.log_probs + row * k + i, float((double(z) * to_base_2 - lse) * kLn2));
+      global_store(arguments.indices + row * k + i, int32_t(arguments.vocab - 1) - int32_t(place));
+    }
+  }
+
+  __device__ void write_lost(int64_t row) const {
+    for (int i = team.thread; i < arguments.k; i += team.threads) {
+      global_store(arguments.log_probs + row * arguments.k + i, float(NAN));
+      global_store(arguments.indices + row * arguments.k + i, int32_t(i));
+    }
+  }
+};
+
+template <class Source>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    teacher_topk_kernel(const SelectArguments arguments, const RowLaunch launch) {
+  SelectShared& shared = *reinterpret_cast<SelectShared*>(shared_memory());
+  const Team team(shared.slots, unsigned(launch.cluster));
+  const SelectWorker<Source> worker{arguments, team, shared};
+  const int64_t step = int64_t(gridDim.x) / launch.cluster;
+  for (int64_t row = int64_t(blockIdx.x) / launch.cluster; row < arguments.rows; row += step) {
+    const Source source(arguments, row, launch, team.rank, shared.slots, shared_memory() + kTeamBytes);
+    worker.run(row, source);
+    team.sync();  // before the next row takes over the shared memory
+  }
+}
+
+template <class Source>
+void launch_rows(const Device& device, const SelectArguments& arguments, int element_size) {
+  RowLaunch launch =
+      row_launch(device.capability(), element_size, arguments.vocab, kTeamBytes, Source::kPacked, /*tensors=*/1);
+  launch.warp_rows = 0;  // each row needs a histogram
+  const auto kernel = teacher_topk_kernel<Source>;
+  const auto shared = [&] { return kTeamBytes + launch.slice_bytes; };
+  if (!device.fits(kernel, launch.threads, shared(), launch.cluster)) launch = reread_launch();
+  device.launch(kernel, teams_of(arguments.rows, launch.cluster) * launch.cluster, launch.threads, shared(),
+                launch.cluster, arguments, launch);
+}
+
+struct Cuda {
+  static constexpr bool kValuesChecked = false;
+
+  static void solve(const RowProblem& problem, int64_t k, float* log_probs, int32_t* indices) {
+    FASTKD_CHECK_TYPE(!problem.float64, kTeacherTopk, "float64 logits are supported on the CPU only");
+    FASTKD_CHECK_VALUE(k <= kMaxK, kTeacherTopk, "k may be at most ", kMaxK, " on CUDA, got ", k);
+    FASTKD_CHECK_VALUE(problem.student_width < kMaxColumns, kTeacherTopk,
+                       "a vocabulary on CUDA must have fewer than 2^31 - 1024 columns, got ", problem.student_width);
+    const Device device(problem.student_tensor, kTeacherTopk);
+    SelectArguments a{};
+    a.rows = problem.rows;
+    a.vocab = int(problem.vocab);
+    a.student_width = int(problem.student_width);
+    a.temperature = problem.options.temperature;
+    if (const auto& each = problem.options.temperatures) {
+      a.temperatures = device_rows(*each, problem.leading, kTeacherTopk);
+    }
+    a.student = device_rows(problem.student_tensor, problem.leading, kTeacherTopk);
+    a.k = int(k);
+    while ((int64_t(1) << a.column_bits) < problem.vocab) ++a.column_bits;
+    a.log_probs = log_probs;
+    a.indices = indices;
+    with_source(source_kind(a), [&](auto source, int element_size) {
+      launch_rows<typename decltype(source)::Type>(device, a, element_size);
+    });
+  }
+};
+
+}  // namespace
+
+FASTKD_IMPL(m) { m.impl("_teacher_topk", TORCH_BOX(&teacher_topk<Cuda>)); }
+
+}  // namespace fastkd::cuda

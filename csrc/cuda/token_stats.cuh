@@ -1,0 +1,333 @@
+// token_stats on the GPU: a row's statistics in one launch.
+//
+// Memory: one read of each input. The first pass sums both softmaxes with their entropies and log-ratios and finds both
+// argmaxes; the student alone needs no more. The total variation distance needs the normalisers, and is a second pass
+// over the rows where they stayed in shared memory (a block's, or a cluster's), else over the inputs again, in reverse.
+// Rows that come out nearly equal take their divergences from that pass too, where nothing cancels.
+#pragma once
+#include "../math/token_stats.h"
+#include "sources.cuh"
+
+namespace fastkd::cuda {
+
+// Where row r's statistics go, number i of them to place i rows + r.
+struct StatsArguments : RowArguments {
+  float* numbers;
+  int64_t* argmax;
+};
+
+// Likeliest columns.
+struct BestPair {
+  Best<float, int> student, teacher;
+  // By value: what warp_reduce chooses between two stays in registers only if all of it is read.
+  __device__ __forceinline__ void merge(BestPair o) {
+    student.merge(o.student);
+    teacher.merge(o.teacher);
+  }
+};
+
+// A block's share of the first pass, or more: sums relative to its best logits.
+struct StatsSums {
+  PairSums sums;
+  BestPair best;
+
+  __device__ PairState state(double scale) const {
+    return {double(best.student.logit) * scale, double(best.teacher.logit) * scale, sums};
+  }
+  __device__ void merge(const StatsSums& o, double scale) {
+    PairState all = state(scale);
+    all.merge(o.state(scale));
+    sums = all.sums;
+    best.merge(o.best);
+  }
+};
+
+// What the leading thread tells the others.
+struct StatsOrders {
+  bool read, near;
+  float scale;  // log2(e) / temperature
+  Normalized<float> at;
+};
+
+// What the leading thread alone holds, in shared memory to spare registers, and does: double precision, once a row.
+struct StatsLead {
+  double temperature;
+  StatsSums found;
+  PairStats both;
+  bool forward_near, reverse_near;  // the second pass has them
+
+  __device__ __noinline__ void open(double row_temperature, StatsOrders* told) {
+    temperature = row_temperature;
+    StatsOrders orders{};
+    orders.read = temperature == temperature;
+    orders.scale = float(kLog2E / temperature);
+    shared_store(told, orders);
+  }
+
+  // After the first pass over two sides.
+  __device__ __noinline__ void plan(StatsOrders* told) {
+    StatsOrders orders = shared_load(told);
+    const PairState state = found.state(orders.scale);
+    both = {state.forward_kl(), state.reverse_kl(), 0};
+    forward_near = both.forward_kl < state.forward_limit();
+    reverse_near = both.reverse_kl < state.reverse_limit();
+    orders.near = forward_near || reverse_near;
+    RowTask task{};
+    task.temperature = task.teacher_temperature = temperature;
+    RowFrame<float> frame;
+    frame.set_scales(task);
+    frame.normalize(
+        task,
+        {{state.student_origin, state.sums.student.sum}, {state.teacher_origin, state.sums.teacher.sum}, 0, 0, 0});
+    orders.at = frame.normalized();
+    shared_store(told, orders);
+  }
+
+  // After the second one.
+  __device__ __forceinline__ void add(const PairStats& sums) {
+    if (forward_near) both.forward_kl = sums.forward_kl;
+    if (reverse_near) both.reverse_kl = sums.reverse_kl;
+    both.tvd = sums.tvd;
+  }
+
+  // What a temperature that is not positive leaves of the row: it makes all the rest NaN.
+  __device__ __forceinline__ void refuse() {
+    found = {};
+    both = {NAN, NAN, NAN};
+  }
+
+  // The row's statistics, each `rows` places after the last, given its label's logits.
+  __device__ __noinline__ void write(float* numbers, int64_t* argmax, int64_t rows, double student_label,
+                                     double teacher_label, bool pair) const {
+    // Sums are relative to logits times a rounded scale, results are not.
+    const double to_base_2 = kLog2E / temperature;
+    const PairState state = found.state(to_base_2);
+    const auto put = [&](double value) {
+      global_store(numbers, float(value));
+      numbers += rows;
+    };
+    const auto put_side = [&](const SideSums& sums, double top, int column, double label) {
+      const SideStats stats = side_stats(top, sums, {top, column}, label * to_base_2);
+      put(stats.lse);
+      put(stats.entropy);
+      put(stats.top_prob);
+      put(stats.label_log_prob);
+      global_store(argmax, stats.argmax);
+      argmax += rows;
+    };
+    put_side(state.sums.student, state.student_origin, found.best.student.column, student_label);
+    if (!pair) return;
+    put_side(state.sums.teacher, state.teacher_origin, found.best.teacher.column, teacher_label);
+    put(both.forward_kl);
+    put(both.reverse_kl);
+    put(both.tvd + state.poison());
+  }
+};
+
+// A team's shared memory: [orders][the leading thread's][slots of the reductions][student row][teacher row].
+inline constexpr int kStatsOrdersBytes = 64, kStatsLeadBytes = 128;
+static_assert(sizeof(StatsOrders) <= kStatsOrdersBytes && sizeof(StatsLead) <= kStatsLeadBytes);
+__host__ __device__ constexpr int64_t stats_overhead(bool warp) {
+  return kStatsOrdersBytes + kStatsLeadBytes + (warp ? 0 : Team::kSharedBytes);
+}
+__host__ __device__ constexpr int64_t stats_team_bytes(const RowLaunch& launch) {
+  return stats_overhead(launch.warp_rows > 0) + (launch.resident ? 2 * launch.slice_bytes : 0);
+}
+
+// A thread's share of the first pass, relative to origins of its own that follow the largest logits at a distance.
+template <bool kPair>
+struct StatsState {
+  float u_origin = -INFINITY, w_origin = -INFINITY;
+  PairSumsOf<float> sums{};
+  BestPair best{{-INFINITY, 0}, {-INFINITY, 0}};
+
+  template <int kSize>
+  __device__ __forceinline__ void add(const float (&u)[kSize], const float (&w)[kSize], int column, float scale) {
+    const float u_top = top(u, column, best.student), w_top = kPair ? top(w, column, best.teacher) : 0;
+    const float slack = 8;
+    if (u_origin == -INFINITY || (u_top - u_origin) * scale > slack ||
+        (kPair && (w_origin == -INFINITY || (w_top - w_origin) * scale > slack))) {
+      raise(at_least(u_origin, u_top), at_least(w_origin, w_top), scale);
+    }
+    const float u_zero = u_origin == -INFINITY ? 0 : u_origin, w_zero = w_origin == -INFINITY ? 0 : w_origin;
+    // A tiny weight instead of 0 lets an impossible entry make the sum infinite even where its mass underflows. Those
+    // impossible on the weighting side have that weight, too, and a log-ratio that it makes vanish.
+    constexpr float kTiny = 1.17549435e-38f, kLowest = -float(kInfiniteLogRatio);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      const float x = u[j] - u_zero, e_u = side(sums.student, x * scale);
+      if constexpr (kPair) {
+        const float y = w[j] - w_zero, e_w = side(sums.teacher, y * scale);
+        const float apart = (y - x) * scale;  // exact where they nearly agree
+        sums.ratio += fmaxf(kTiny, e_w) * fmaxf(kLowest, apart);
+        sums.reverse += fmaxf(kTiny, e_u) * fmaxf(kLowest, -apart);
+      }
+    }
+  }
+
+  // Carries the sums over to larger origins.
+  __device__ __forceinline__ void raise(float u_new, float w_new, float scale) {
+    const float u_step = step(u_origin, u_new, scale), w_step = kPair ? step(w_origin, w_new, scale) : 0;
+    if constexpr (kPair) {
+      // Where nothing is left of one side, what the other has is infinitely unlikely under it.
+      const bool u_gone = u_step >= kFarthest, w_gone = w_step >= kFarthest;
+      if (u_gone && !w_gone && sums.teacher.sum > 0) sums.ratio = INFINITY;
+      if (w_gone && !u_gone && sums.student.sum > 0) sums.reverse = INFINITY;
+      sums.raise(u_step, w_step);
+    } else {
+      sums.student.raise(u_step);
+    }
+    u_origin = u_new;
+    w_origin = w_new;
+  }
+
+  __device__ PairSums whole() const {
+    return {
+        {sums.student.sum, sums.student.weighted}, {sums.teacher.sum, sums.teacher.weighted}, sums.ratio, sums.reverse};
+  }
+
+ private:
+  static constexpr float kFarthest = float(kDead);  // no sum survives it, and it times any sum is finite
+
+  // Of a pack; with the first column of the best.
+  template <int kSize>
+  static __device__ __forceinline__ float top(const float (&u)[kSize], int column, Best<float, int>& best) {
+    float top = u[0];
+#pragma unroll
+    for (int j = 1; j < kSize; ++j) top = fmaxf(top, u[j]);
+    if (top > best.logit) {
+      best.logit = top;
+#pragma unroll
+      for (int j = kSize - 1; j >= 0; --j) best.column = u[j] == top ? column + j : best.column;
+    }
+    return top;
+  }
+
+  static __device__ __forceinline__ float side(SideSumsOf<float>& into, float x) {
+    const float e = exp2_of(x);
+    into.sum += e;
+    into.weighted += e * fmaxf(-float(kDead), x);
+    return e;
+  }
+
+  // An origin that was not there yet has no sums.
+  static __device__ __forceinline__ float step(float from, float to, float scale) {
+    return from == -INFINITY || from == to ? 0 : at_most(kFarthest, (to - from) * scale);
+  }
+};
+
+template <bool kPair, class Source>
+struct StatsWorker {
+  static constexpr int kSize = Source::kSize;
+
+  const StatsArguments& arguments;
+  const Team& team;
+  StatsOrders* const told;
+  StatsLead& lead;
+
+  __device__ StatsWorker(const StatsArguments& a, const Team& t, unsigned char* shared)
+      : arguments(a),
+        team(t),
+        told(reinterpret_cast<StatsOrders*>(shared)),
+        lead(*reinterpret_cast<StatsLead*>(shared + kStatsOrdersBytes)) {}
+
+  __device__ void run(int64_t row, const Source& source) const {
+    if (team.leads()) lead.open(arguments.row_temperature(row), told);
+    team.sync();
+    StatsOrders orders = shared_load(told);
+    if (orders.read) {
+      const StatsSums found = first_pass(source, orders.scale);
+      if (team.leads()) lead.found = found;
+      if constexpr (kPair) {
+        team.sync();
+        if (team.leads()) lead.plan(told);
+        team.sync();
+        orders = shared_load(told);
+        const PairStats sums =
+            orders.near ? second_pass<true>(source, orders.at) : second_pass<false>(source, orders.at);
+        if (team.leads()) lead.add(sums);
+      }
+    } else if (team.leads()) {
+      lead.refuse();
+    }
+    if (team.leads() && team.rank == 0) {
+      lead.write(arguments.numbers + row, arguments.argmax + row, arguments.rows, label_logit(arguments.student, row),
+                 kPair ? label_logit(arguments.teachers[0], row) : 0, kPair);
+    }
+  }
+
+ private:
+  // NaN where the row has none, or one outside.
+  __device__ double label_logit(const DeviceRows& logits, int64_t row) const {
+    if (!arguments.labels) return 0;
+    const int64_t label = arguments.labels.integer(row);
+    return label >= 0 && label < arguments.vocab ? double(logits.float_at(logits.at(row, label))) : double(NAN);
+  }
+
+  // Valid in leading threads.
+  __device__ StatsSums first_pass(const Source& source, float scale) const {
+    StatsState<kPair> mine;
+    for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
+      float u[kSize], w[kSize];
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        u[j] = Source::student_of(raw, j);
+        w[j] = Source::teacher_of(raw, j);
+      }
+      mine.add(u, w, source.column(pack), scale);
+    });
+    // Relative to the same logits in all threads, sums only add up.
+    StatsSums all;
+    all.best = team.block_sum(mine.best, [](BestPair& a, const BestPair& b) { a.merge(b); }, /*everywhere=*/true);
+    mine.raise(all.best.student.logit, all.best.teacher.logit, scale);
+    if constexpr (kPair) {
+      all.sums = team.block_sum(mine.whole(), [](PairSums& a, const PairSums& b) { a.add(b); });
+    } else {
+      all.sums = {team.block_sum(mine.whole().student, [](SideSums& a, const SideSums& b) { a.add(b); }), {}, 0, 0};
+    }
+    return team.cluster_sum(all, [&](StatsSums& a, const StatsSums& b) { a.merge(b, scale); });
+  }
+
+  // The total variation distance, and kNear: both divergences.
+  template <bool kNear>
+  __device__ PairStats second_pass(const Source& source, const Normalized<float>& at) const {
+    float forward = 0, reverse = 0, apart = 0;
+    for_packs<false>(source, team, /*backwards=*/true, [&](int, typename Source::Raw raw) {
+#pragma unroll
+      for (int words = kSize / Source::kWord; words > 0; --words, Source::next_word(raw)) {
+#pragma unroll
+        for (int j = 0; j < Source::kWord; ++j) {
+          const Outcome<float> o = at.outcome<kNear>(Source::student_of(raw, j), Source::teacher_of(raw, j));
+          apart += magnitude(o.difference);
+          if constexpr (kNear) {
+            forward += kl_term<true>(o);
+            reverse += kl_term<true>(mirrored(o));
+          }
+        }
+      }
+    });
+    const auto add = [](PairStats& all, const PairStats& next) {
+      all = {all.forward_kl + next.forward_kl, all.reverse_kl + next.reverse_kl, all.tvd + next.tvd};
+    };
+    return team.sum(PairStats{forward, reverse, 0.5 * apart}, add);
+  }
+};
+
+template <bool kPair, class Source>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    token_stats_kernel(const StatsArguments arguments, const RowLaunch launch) {
+  const bool by_warp = launch.warp_rows > 0;
+  unsigned char* shared = shared_memory() + (by_warp ? threadIdx.x / kWarp * stats_team_bytes(launch) : 0);
+  const Team team(shared + kStatsOrdersBytes + kStatsLeadBytes, unsigned(launch.cluster), by_warp);
+  const StatsWorker<kPair, Source> worker(arguments, team, shared);
+  const int64_t block_rows = by_warp ? launch.warp_rows : 1;
+  const int64_t first = int64_t(blockIdx.x) / launch.cluster * block_rows + (by_warp ? threadIdx.x / kWarp : 0);
+  const int64_t step = int64_t(gridDim.x) / launch.cluster * block_rows;
+  for (int64_t row = first; row < arguments.rows; row += step) {
+    const Source source(arguments, row, launch, team.rank, shared, shared + stats_overhead(by_warp));
+    worker.run(row, source);
+    team.sync();  // before the next row takes over the shared memory
+  }
+}
+
+}  // namespace fastkd::cuda
