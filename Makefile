@@ -16,6 +16,10 @@ SIMT := build/simt
 OP_TESTS := $(addprefix tests/test_,softmax_divergence.py softmax_divergence_autograd.py kl_div.py topk_divergence.py \
   teacher_topk.py token_stats.py clipped_divergence.py)
 
+# Side by side; a thread that waits must leave its core to the other process.
+JOBS ?= 2
+PYTEST := $(BIN)/pytest --quiet -n $(JOBS) --dist loadfile
+export OMP_WAIT_POLICY := passive
 export PATH := $(abspath $(BIN)):$(PATH)
 export CMAKE_ARGS := -DFASTKD_CUDA=$(CUDA)
 
@@ -43,11 +47,11 @@ test: test-unit test-schedules test-sanitized
 
 test-unit: $(VENV)/.fastkd $(SIMT)/.built
 	@! command -v nvcc > /dev/null || $(BIN)/pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
-	$(BIN)/pytest --quiet --durations=5
+	$(PYTEST) --durations=5
 
 # The emulated CUDA kernels once more, their threads in another order.
 test-schedules: $(VENV)/.fastkd $(SIMT)/.built
-	$(BIN)/pytest --quiet --backends simt-90 --schedule 7 -k "simt and not compile" $(OP_TESTS)
+	$(PYTEST) --backends simt-90 --schedule 7 -k "simt and not compile" $(OP_TESTS)
 
 # On a machine with a GPU.
 test-gpu: $(VENV)/.fastkd
@@ -58,7 +62,7 @@ test-sanitized: $(SANITIZED)/.built
 	rm -rf $(SANITIZED)/fastkd/*.py && cp fastkd/*.py fastkd/py.typed $(SANITIZED)/fastkd/
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=$(SANITIZED) \
 	  FASTKD_SIMT_LIBRARY=$(SANITIZED)/cmake/_simt.so \
-	  $(BIN)/pytest --quiet --backends best,simt --schedule 3 -k "not compile and not opcheck" $(OP_TESTS)
+	  $(PYTEST) --backends best,simt --schedule 3 -k "not compile and not opcheck and not gradcheck" $(OP_TESTS)
 
 $(SANITIZED)/.built: $(VENV)/.fastkd $(SOURCES) $(wildcard tests/simt/*)
 	cmake -S . -B $(SANITIZED)/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \

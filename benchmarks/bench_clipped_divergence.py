@@ -1,6 +1,6 @@
 """fastkd.clipped_divergence beside eager PyTorch.
 
-Run `python -m benchmarks.bench_clipped_divergence --quick` first; `--headline` prints what must be reached.
+`--quick` is one small case, `--headline` what must be reached; without options it walks each axis.
 """
 
 import sys

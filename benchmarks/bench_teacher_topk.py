@@ -1,6 +1,6 @@
 """fastkd.teacher_topk, k = 64, beside log_softmax and topk.
 
-Run `python -m benchmarks.bench_teacher_topk --quick` first; `--headline` prints what must be reached.
+`--quick` is one small case, `--headline` what must be reached; without options it walks each axis.
 """
 
 import sys

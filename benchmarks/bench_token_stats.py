@@ -1,6 +1,6 @@
 """fastkd.token_stats beside the same in PyTorch, eager and compiled.
 
-Run `python -m benchmarks.bench_token_stats --quick` first; `--headline` prints what must be reached.
+`--quick` is one small case, `--headline` what must be reached; without options it walks each axis.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """fastkd.topk_divergence, k = 64, beside what training loops write, eager and compiled.
 
-Run `python -m benchmarks.bench_topk_divergence --quick` first; `--headline` prints what must be reached.
+`--quick` is one small case, `--headline` what must be reached; without options it walks each axis.
 """
 
 import sys

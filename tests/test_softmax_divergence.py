@@ -435,3 +435,18 @@ def test_gradient_of_a_certain_student(backend, divergence, margin):
     found = run(fastkd.softmax_divergence, student, teacher, options)[1][0]
     exact = run(fastkd.reference.softmax_divergence, student.double(), teacher.double(), options)
     assert relative_error(found, exact[1][0]) < 2e-6
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "cross_entropy"])
+def test_lost_mass_stays_infinite_beside_far_larger_logits(backend, divergence):
+    """Masked by a huge negative number on one side and by -inf on the other."""
+    masked, impossible = logits((2, 50_000)), logits((2, 50_000))
+    masked[:, :40_000] = -60_000.0
+    impossible[:, :40_000] = -math.inf
+    reverse = divergence == "reverse_kl"
+    student, teacher = (masked, impossible) if reverse else (impossible, masked)
+    loss = fastkd.softmax_divergence(student, teacher, divergence=divergence, reduction="none")
+    assert not loss.isnan().any()
+    stats = fastkd.token_stats(student, teacher)
+    assert not stats.forward_kl.isnan().any()
+    assert not stats.reverse_kl.isnan().any()

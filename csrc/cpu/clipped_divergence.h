@@ -32,6 +32,22 @@ using ClippedKernel = double (*)(ClippedRow& row, const SliceRunner& runner);
 
 namespace fastkd::FASTKD_ISA {
 
+// The entries of a block: probabilities from what pass 1 kept, their ratio from the logits.
+template <class Real>
+struct KeptAndLogits {
+  Normalized<Real> at;
+  const Real *student, *teacher;
+  Kept<Real, Pass::kNormalizersOnly> kept;
+  FASTKD_INLINE Outcome<Real> outcome(int64_t i) const {
+    Outcome<Real> o = at.template outcome<true>(student[i], teacher[i]);
+    const Outcome<Real> probabilities = kept.outcome(i);
+    o.p = probabilities.p;
+    o.q = probabilities.q;
+    o.difference = select(o.small, o.p * (o.d + expm1_gap(o.d)), o.q - o.p);
+    return o;
+  }
+};
+
 // How much of each entry of a block belongs to the part, and how that follows the edges.
 template <class Real>
 struct Shares {
@@ -114,13 +130,17 @@ struct ClippedPasses : RowPasses<Real> {
         [](ClipSums& all, const ClipSums& next) { all.add(next); });
   }
 
+  KeptAndLogits<Real> entries_of(const Real* u, const Real* w, int64_t begin) const {
+    return {frame.normalized(), u, w, this->template from_kept<Pass::kNormalizersOnly>(begin, 0)};
+  }
+
   void add_block(ClipSums& all, int64_t begin, int64_t count) const {
     alignas(64) Real u_buffer[kBlock], w_buffer[kBlock];
     Shares<Real> shares;
     const Real* u = load(this->row.student, begin, count, u_buffer);
     const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
     fill_shares(w, begin, count, shares);
-    const FromLogits<Real, true> entries = this->template from_logits<true>(u, w);
+    const KeptAndLogits<Real> entries = entries_of(u, w, begin);
     Real lost = 0, k = 0, a = 0, p = 0, q = 0, difference = 0, p_rest = 0, q_rest = 0;
     const Real* const share = shares.own;
     FASTKD_SIMD_REDUCE(+ : lost, k, a, p, q, difference, p_rest, q_rest)
@@ -150,8 +170,7 @@ struct ClippedPasses : RowPasses<Real> {
     all.add(block);
   }
 
-  void add_edges(ClipSums& all, const FromLogits<Real, true>& entries, const Shares<Real>& shares,
-                 int64_t count) const {
+  void add_edges(ClipSums& all, const KeptAndLogits<Real> entries, const Shares<Real>& shares, int64_t count) const {
     Real l0 = 0, l1 = 0, l2 = 0, u0 = 0, u1 = 0, u2 = 0, o0 = 0, o1 = 0, o2 = 0;
     FASTKD_SIMD_REDUCE(+ : l0, l1, l2, u0, u1, u2, o0, o1, o2)
     for (int64_t i = 0; i < count; ++i) {
@@ -177,7 +196,8 @@ struct ClippedPasses : RowPasses<Real> {
   }
 
   // Everything by value: what a loop reads through references it cannot keep in registers beside its stores.
-  static void student_block(const FromLogits<Real, true> entries, const Real* shares, int64_t count,
+  template <class Entries>
+  static void student_block(const Entries entries, const Real* shares, int64_t count,
                             const GradientFactors<Real> factors, Real alpha, Real gamma, Real delta, Real* out) {
     const Real surplus = alpha - gamma;
     FASTKD_SIMD
@@ -196,7 +216,8 @@ struct ClippedPasses : RowPasses<Real> {
     for (int64_t i = 0; i < count; ++i) out[i] += factor * exp2_of((u[i] - origin) * scale - shift);
   }
 
-  void write_student(const ClipNumbers& numbers, const GradientFactors<Real>& factors) const {
+  // near: the two sides nearly agree where it counts, and q - p is not to be had by subtraction.
+  void write_student(const ClipNumbers& numbers, const GradientFactors<Real>& factors, bool near) const {
     const bool label_apart = frame.label_scale != Real(0);
     this->for_slices([&](int64_t slice) {
       this->for_blocks(slice, [&](int64_t begin, int64_t count) {
@@ -206,8 +227,13 @@ struct ClippedPasses : RowPasses<Real> {
         const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
         fill_shares(w, begin, count, shares);
         Real* out = destination(this->row.student_gradient, begin, buffer);
-        student_block(this->template from_logits<true>(u, w), shares.own, count, factors, Real(numbers.alpha),
-                      Real(numbers.gamma), Real(numbers.delta), out);
+        const Real alpha = Real(numbers.alpha), gamma = Real(numbers.gamma), delta = Real(numbers.delta);
+        if (near) {
+          student_block(entries_of(u, w, begin), shares.own, count, factors, alpha, gamma, delta, out);
+        } else {
+          student_block(this->template from_kept<Pass::kNormalizersOnly>(begin, 0), shares.own, count, factors, alpha,
+                        gamma, delta, out);
+        }
         if (label_apart) {
           add_label_softmax(u, count, frame.student_origin, frame.label_scale, Real(frame.label_lse), factors.label,
                             out);
@@ -220,8 +246,8 @@ struct ClippedPasses : RowPasses<Real> {
     });
   }
 
-  static void teacher_block(const FromLogits<Real, true> entries, const Shares<Real>& shares, int64_t count,
-                            Real factor, Real by_a, Real by_p, Real by_q, Real mean, Real* out) {
+  static void teacher_block(const KeptAndLogits<Real> entries, const Shares<Real>& shares, int64_t count, Real factor,
+                            Real by_a, Real by_p, Real by_q, Real mean, Real* out) {
     const Real *const share = shares.own, *const lower = shares.by_lower, *const upper = shares.by_upper;
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
@@ -244,8 +270,8 @@ struct ClippedPasses : RowPasses<Real> {
           for (int64_t i = 0; i < count; ++i) shares.by_lower[i] = shares.by_upper[i] = Real(0);
         }
         Real* out = destination(this->row.teacher_gradient, begin, buffer);
-        teacher_block(this->template from_logits<true>(u, w), shares, count, factors.teacher, Real(numbers.by_a),
-                      Real(numbers.by_p), Real(numbers.by_q), Real(numbers.mean), out);
+        teacher_block(entries_of(u, w, begin), shares, count, factors.teacher, Real(numbers.by_a), Real(numbers.by_p),
+                      Real(numbers.by_q), Real(numbers.mean), out);
         store(this->row.teacher_gradient, begin, count, out);
       });
       finish_streaming(this->row.teacher_gradient);
@@ -261,7 +287,7 @@ double clipped_row(ClippedRow& row, const SliceRunner& runner) {
   ClippedPasses<Real> passes(row, runner, frame);
   Real label_logit = 0;
   if (task.has_label) label_logit = *load(row.base.student, row.base.label, 1, &label_logit);
-  frame.normalize(task, passes.template accumulate<Pass::kNormalizersOnly, false>());
+  frame.normalize(task, passes.template accumulate<Pass::kNormalizersOnly, true>());
   passes.set_edges();
   const ClipSums sums = passes.sum_part();
   const double poison = (frame.student_lse - frame.student_lse) + (frame.teacher_lse - frame.teacher_lse);
@@ -272,7 +298,7 @@ double clipped_row(ClippedRow& row, const SliceRunner& runner) {
     fill_zero(row.base.teacher_gradient, row.base.vocab, row.base.teacher_width);
   }
   if (row.base.student_gradient) {
-    passes.write_student(numbers, factors);
+    passes.write_student(numbers, factors, sums.k < kNearSum * sums.p);
     fill_zero(row.base.student_gradient, row.base.vocab, row.base.student_width);
   }
   const double scale = task.scale * task.divergence_scale;

@@ -144,10 +144,10 @@ struct ClipLead {
   ClipNumbers numbers;
   double label_logit, poison;
 
-  // Bounds as given. What no check could see makes the row NaN, and is then not used.
+  // Bounds as given. What no check could see makes the row NaN, and is then not used; a label outside is a NaN weight.
   __device__ __noinline__ void set_bounds(double low, double high, bool quantile, double softness) {
     const bool valid = low <= high && (!quantile || (low >= 0 && high <= 1));
-    poison = valid ? 0 : double(NAN);
+    poison = valid ? task.label_weight - task.label_weight : double(NAN);
     edges.lower = valid ? low : 0;
     edges.upper = valid ? high : 0;
     edges.softness = softness;

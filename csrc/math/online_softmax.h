@@ -60,12 +60,13 @@ struct RowState {
     if (student.max == student_max && teacher.max == teacher_max) return;
     const Real student_step = student_max == student.max ? Real(0) : student_max - student.max;
     const Real teacher_step = teacher_max == teacher.max ? Real(0) : teacher_max - teacher.max;
-    crossing = moved(crossing, teacher.sum, student_step);
-    ratio = weights_student(pass) ? moved(ratio, student.sum, teacher_step - student_step)
-                                  : moved(ratio, teacher.sum, student_step - teacher_step);
     const Real student_scale = exp2_of(-student_step), teacher_scale = exp2_of(-teacher_step);
-    ratio *= weights_student(pass) ? student_scale : teacher_scale;
-    crossing *= teacher_scale;
+    // What is infinite stays so, however little of its weight is left.
+    if (crossing < Real(INFINITY)) crossing = moved(crossing, teacher.sum, student_step) * teacher_scale;
+    if (ratio < Real(INFINITY)) {
+      ratio = weights_student(pass) ? moved(ratio, student.sum, teacher_step - student_step) * student_scale
+                                    : moved(ratio, teacher.sum, student_step - teacher_step) * teacher_scale;
+    }
     label_sum *= exp2_of(-student_step * label_ratio);
     student = {student_max, student.sum * student_scale};
     teacher = {teacher_max, teacher.sum * teacher_scale};

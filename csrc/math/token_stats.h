@@ -63,8 +63,8 @@ struct PairSumsOf {
   FASTKD_INLINE void raise(Real student_step, Real teacher_step) {
     if (student_step == 0 && teacher_step == 0) return;
     const Real apart = student_step - teacher_step;
-    if (teacher.sum > 0) ratio = exp2_of(-teacher_step) * (ratio + apart * teacher.sum);
-    if (student.sum > 0) reverse = exp2_of(-student_step) * (reverse - apart * student.sum);
+    if (teacher.sum > 0 && ratio < INFINITY) ratio = exp2_of(-teacher_step) * (ratio + apart * teacher.sum);
+    if (student.sum > 0 && reverse < INFINITY) reverse = exp2_of(-student_step) * (reverse - apart * student.sum);
     student.raise(student_step);
     teacher.raise(teacher_step);
   }
