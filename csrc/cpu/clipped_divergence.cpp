@@ -41,8 +41,7 @@ struct Cpu {
       row.base.scratch = scratch;
       RowTask& task = row.base.task;
       task.temperature = problem.temperature(index);
-      task.teacher_temperature =
-          problem.teacher_temperatures ? problem.teacher_temperatures.number(index) : problem.teacher_temperature;
+      task.teacher_temperature = problem.row_teacher_temperature(index);
       task.divergence_scale = problem.options.square_temperature ? task.temperature * task.temperature : 1;
       task.scale = scale;
       task.label_weight = problem.options.label_weight;

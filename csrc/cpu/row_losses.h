@@ -18,13 +18,6 @@ inline void put(Tensor& tensor, int64_t index, double value) {
   }
 }
 
-// A float16 gradient divided by thousands of rows would vanish before a loss scaler can lift it: the division waits.
-inline bool gradient_waits(const RowProblem& problem, std::initializer_list<const Tensor*> gradients) {
-  bool half = false;
-  for (const Tensor* x : gradients) half = half || (x != nullptr && x->scalar_type() == ScalarType::Half);
-  return half && problem.options.reduction != "none";
-}
-
 // As rows to fill; streamed where `gradient` is large and shares no memory with what is still to be read.
 inline Rows gradient_rows(const Tensor* gradient, const RowProblem& problem) {
   if (gradient == nullptr) return Rows();

@@ -50,7 +50,7 @@ struct ClipWorker {
       source.write_zeros(team);
       return;
     }
-    const RowState<double> state = first_pass(source, orders);
+    const RowState<double> state = first_pass<Pass::kNormalizersOnly>(source, team, orders);
     if (team.leads()) lead.state = state;
     bool backwards = true;
     if (arguments.quantile) backwards = find_quantiles(source, backwards);
@@ -105,36 +105,6 @@ struct ClipWorker {
   __device__ void put_bound_gradients(int64_t row, double lower, double upper) const {
     arguments.lower_gradient.put(arguments.lower_gradient.at(row), lower);
     arguments.upper_gradient.put(arguments.upper_gradient.at(row), upper);
-  }
-
-  __device__ RowState<double> first_pass(const Source& source, const ClipOrders<Real>& orders) const {
-    constexpr Pass kPass = Pass::kNormalizersOnly;
-    ThreadState<Real, kPass> mine;
-    for_packs<true>(source, team, false, [&](int, const Raw& raw) {
-      Real u[kSize], w[kSize];
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        u[j] = Source::student_of(raw, j);
-        w[j] = Source::teacher_of(raw, j);
-      }
-      mine.add(u, w, orders);
-    });
-    // Relative to the same logits in all threads, sums only add up.
-    const auto at_least_both = [](Largest<Real>& all, const Largest<Real>& x) {
-      all = {at_least(all.student, x.student), at_least(all.teacher, x.teacher)};
-    };
-    const Largest<Real> largest =
-        team.block_sum(Largest<Real>{mine.u_origin, mine.w_origin}, at_least_both, /*everywhere=*/true);
-    mine.raise(largest.student, largest.teacher, orders);
-    const PassSums sums = team.block_sum(mine.whole(), [](PassSums& all, const PassSums& next) { all.add(next); });
-    const RowState<double> state{{double(largest.student) * orders.student_scale, sums.student},
-                                 {double(largest.teacher) * orders.teacher_scale, sums.teacher},
-                                 0,
-                                 0,
-                                 sums.label};
-    return team.cluster_sum(state, [&](RowState<double>& all, const RowState<double>& next) {
-      all.merge(next, kPass, double(orders.temperature));
-    });
   }
 
   // -> the direction of the next pass.
@@ -259,38 +229,6 @@ void launch_source(const Device& device, const ClippedArguments& arguments, int 
                 launch.cluster, arguments, launch);
 }
 
-// A number a row, of which the problem has no tensor: its strides, from where its rows lie.
-DeviceRows numbers_of(const Rows& numbers, const ClippedProblem& problem) {
-  DeviceRows out;
-  if (!numbers || problem.rows == 0) return out;
-  const Row first = numbers.row(0);
-  out.data = numbers.at(0);
-  out.type = first.dtype == Dtype::kFloat64    ? ScalarType::Double
-             : first.dtype == Dtype::kBFloat16 ? ScalarType::BFloat16
-             : first.dtype == Dtype::kFloat16  ? ScalarType::Half
-                                               : ScalarType::Float;
-  out.element_size = int8_t(element_size(out.type));
-  int64_t rows_each = problem.rows;
-  for (int64_t i = 0; i < problem.leading; ++i) {
-    const int64_t size = problem.student_tensor.size(i);
-    rows_each /= size;
-    if (size == 1) continue;
-    const int64_t stride = (numbers.at(rows_each) - out.data) / out.element_size;
-    const int last = out.dimensions - 1;
-    if (last >= 0 && out.strides[last] == size * stride) {
-      out.sizes[last] *= size;
-      out.strides[last] = stride;
-      continue;
-    }
-    FASTKD_CHECK_VALUE(out.dimensions < DeviceRows::kDimensions, kClippedDivergence,
-                       "teacher_temperature's strides have more than ", DeviceRows::kDimensions,
-                       " leading dimensions that do not merge: make it contiguous");
-    out.sizes[out.dimensions] = size;
-    out.strides[out.dimensions++] = stride;
-  }
-  return out;
-}
-
 struct Cuda {
   static constexpr bool kValuesChecked = false;
 
@@ -308,7 +246,7 @@ struct Cuda {
     a.teachers[0] = rows_of(problem.teacher_tensor);
     a.teacher_count = 1;
     a.teacher_temperature = problem.teacher_temperature;
-    a.teacher_temperatures = numbers_of(problem.teacher_temperatures, problem);
+    if (const Tensor* each = problem.teacher_temperatures_tensor) a.teacher_temperatures = rows_of(*each);
     a.student_gradient = wanted_rows(wanted.student);
     a.teacher_gradient = wanted_rows(wanted.teacher);
     a.lower = rows_of(problem.lower_tensor);

@@ -43,13 +43,6 @@ __global__ void __launch_bounds__(kFlatThreads) copy_kernel(const double* losses
     loss.put(loss.data + row * loss.element_size, global_load(losses + row));
 }
 
-// A float16 gradient divided by thousands of rows would vanish before a loss scaler can lift it: the division waits.
-bool gradient_waits(const RowProblem& problem, std::initializer_list<const Tensor*> gradients) {
-  bool half = false;
-  for (const Tensor* x : gradients) half = half || (x != nullptr && x->scalar_type() == ScalarType::Half);
-  return half && problem.options.reduction != "none";
-}
-
 // Where the denominator is known without asking the device.
 double known_factor(const RowProblem& problem) {
   const RowOptions& o = problem.options;

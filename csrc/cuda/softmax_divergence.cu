@@ -22,8 +22,8 @@ RowArguments row_arguments(const Problem& problem, const RowNumbers& numbers) {
   for (const Tensor& teacher : teachers) a.teachers[a.teacher_count++] = rows_of(teacher);
   a.mix_probs = problem.mix_probs;
   a.beta = problem.own.beta;
-  a.teacher_temperature = problem.own.teacher_temperature;
-  if (problem.own.teacher_temperatures) a.teacher_temperatures = rows_of(*problem.own.teacher_temperatures);
+  a.teacher_temperature = problem.teacher_temperature;
+  if (const Tensor* each = problem.teacher_temperatures_tensor) a.teacher_temperatures = rows_of(*each);
   if (const auto& weights = problem.own.teacher_weights) {
     a.teacher_weights = device_rows(*weights, weights->dim() == 1 ? 0 : problem.leading, kSoftmaxDivergence);
   }

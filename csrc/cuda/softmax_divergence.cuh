@@ -193,6 +193,41 @@ struct Lead {
   }
 };
 
+// The states of both softmaxes, valid in leading threads.
+template <Pass kPass, class Source>
+__device__ RowState<double> first_pass(const Source& source, const Team& team,
+                                       const Orders<typename Source::Real>& orders) {
+  using Real = typename Source::Real;
+  constexpr int kSize = Source::kSize;
+  ThreadState<Real, kPass> mine;
+  for_packs<true>(source, team, false, [&](int, const typename Source::Raw& raw) {
+    Real u[kSize], w[kSize];
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      u[j] = Source::student_of(raw, j);
+      w[j] = Source::teacher_of(raw, j);
+    }
+    mine.add(u, w, orders);
+  });
+  // Relative to the same logits in all threads, sums only add up.
+  const auto at_least_both = [](Largest<Real>& all, const Largest<Real>& x) {
+    all = {at_least(all.student, x.student), at_least(all.teacher, x.teacher)};
+  };
+  const Largest<Real> largest =
+      team.block_sum(Largest<Real>{mine.u_origin, mine.w_origin}, at_least_both, /*everywhere=*/true);
+  mine.raise(largest.student, largest.teacher, orders);
+  const PassSums sums = team.block_sum(mine.whole(), [](PassSums& all, const PassSums& next) { all.add(next); });
+  const double us = orders.student_scale, ws = orders.teacher_scale;
+  const RowState<double> state{{double(largest.student) * us, sums.student},
+                               {double(largest.teacher) * ws, sums.teacher},
+                               sums.ratio * us,
+                               sums.crossing * us,
+                               sums.label};
+  return team.cluster_sum(state, [&](RowState<double>& all, const RowState<double>& next) {
+    all.merge(next, kPass, double(orders.temperature));
+  });
+}
+
 template <class Divergence, class Source>
 struct RowWorker {
   using Real = typename Source::Real;
@@ -220,7 +255,7 @@ struct RowWorker {
       return;
     }
     source.normalize_teachers(team, orders.teacher_temperature);
-    const RowState<double> state = first_pass(source, orders);
+    const RowState<double> state = first_pass<Divergence::kPass>(source, team, orders);
     if (team.leads()) {
       lead.state = state;
       lead.begin();
@@ -273,36 +308,6 @@ struct RowWorker {
     if (team.leads()) lead.tell(shared_orders);
     team.sync();
     return shared_load(shared_orders);
-  }
-
-  __device__ RowState<double> first_pass(const Source& source, const Orders<Real>& orders) const {
-    ThreadState<Real, Divergence::kPass> mine;
-    for_packs<true>(source, team, false, [&](int, const typename Source::Raw& raw) {
-      Real u[kSize], w[kSize];
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        u[j] = Source::student_of(raw, j);
-        w[j] = Source::teacher_of(raw, j);
-      }
-      mine.add(u, w, orders);
-    });
-    // Relative to the same logits in all threads, sums only add up.
-    const auto at_least_both = [](Largest<Real>& all, const Largest<Real>& x) {
-      all = {at_least(all.student, x.student), at_least(all.teacher, x.teacher)};
-    };
-    const Largest<Real> largest =
-        team.block_sum(Largest<Real>{mine.u_origin, mine.w_origin}, at_least_both, /*everywhere=*/true);
-    mine.raise(largest.student, largest.teacher, orders);
-    const PassSums sums = team.block_sum(mine.whole(), [](PassSums& all, const PassSums& next) { all.add(next); });
-    const double us = orders.student_scale, ws = orders.teacher_scale;
-    const RowState<double> state{{double(largest.student) * us, sums.student},
-                                 {double(largest.teacher) * ws, sums.teacher},
-                                 sums.ratio * us,
-                                 sums.crossing * us,
-                                 sums.label};
-    return team.cluster_sum(state, [&](RowState<double>& all, const RowState<double>& next) {
-      all.merge(next, Divergence::kPass, double(orders.temperature));
-    });
   }
 
   template <bool kNear>

@@ -21,12 +21,16 @@ struct RowArguments : RowNumbers {
   double beta, teacher_temperature;
   DeviceRows teacher_temperatures, teacher_weights;
 
+  __device__ double row_teacher_temperature(int64_t row) const {
+    return positive(teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature);
+  }
+
   // Whether the row is read at all.
   __device__ bool read_task(int64_t row, RowTask& task, int& label) const {
     task.scale = scale(row);
     if (task.scale == 0) return false;
     task.temperature = row_temperature(row);
-    task.teacher_temperature = positive(teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature);
+    task.teacher_temperature = row_teacher_temperature(row);
     task.divergence_scale = square_temperature ? task.temperature * task.temperature : 1;
     label = read_label(row, task);
     task.mix_probs = mix_probs;

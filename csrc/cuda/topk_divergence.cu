@@ -45,12 +45,12 @@ struct Cuda {
     a.log_probs = rows_of(problem.log_probs_tensor);
     a.indices = rows_of(problem.indices_tensor);
     if (teacher_gradient != nullptr) a.log_probs_gradient = rows_of(*teacher_gradient);
-    if (problem.teacher_temperatures_tensor) a.topk_temperatures = rows_of(*problem.teacher_temperatures_tensor);
+    if (const Tensor* each = problem.teacher_temperatures_tensor) a.teacher_temperatures = rows_of(*each);
     a.k = int(problem.k);
     a.divergence = problem.divergence;
     a.tail = problem.tail;
     a.stored_temperature = problem.stored_temperature;
-    a.topk_temperature = problem.teacher_temperature;
+    a.teacher_temperature = problem.teacher_temperature;
     a.floor = problem.floor;
     a.cap = problem.cap;
     with_source(source_kind(a), [&](auto source, int element_size) {

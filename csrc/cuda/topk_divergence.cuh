@@ -14,11 +14,11 @@ inline constexpr int kMaxTopk = 1024;
 inline constexpr int kTopkBits = 1 << 15;  // of the map of groups
 
 struct TopkArguments : RowArguments {
-  DeviceRows log_probs, indices, log_probs_gradient, topk_temperatures;
+  DeviceRows log_probs, indices, log_probs_gradient;
   int k, group_shift;
   int divergence;
   Tail tail;
-  double stored_temperature, topk_temperature, floor, cap;
+  double stored_temperature, floor, cap;
 };
 
 // One stored token as the team sees it.
@@ -135,9 +135,7 @@ struct TopkWorker {
         task.beta = arguments.beta;
         task.tail = arguments.tail;
         task.temperature = arguments.row_temperature(row);
-        task.ratio = arguments.stored_temperature / RowNumbers::positive(arguments.topk_temperatures
-                                                                             ? arguments.topk_temperatures.number(row)
-                                                                             : arguments.topk_temperature);
+        task.ratio = arguments.stored_temperature / arguments.row_teacher_temperature(row);
         task.floor = arguments.floor;
         task.cap = arguments.cap;
         task.divergence_scale = arguments.square_temperature ? task.temperature * task.temperature : 1;
@@ -165,7 +163,7 @@ struct TopkWorker {
         entry.column = int(index);
         entry.z = source.student_logit(entry.column);
         entry.l = float(arguments.log_probs.number_at(arguments.log_probs.at(row, e)));
-        bad = bad || entry.l > 0.02f;
+        bad = bad || entry.l > float(kLargestLogProb);
         mine.add(plan.measure(entry.z * scale, entry.l));
         const int group = source.pack_of(entry.column) >> arguments.group_shift;
         shared_or(groups + group / 32, 1u << group % 32);
@@ -191,7 +189,7 @@ struct TopkWorker {
     all.mass = masses.mass;
     all.weight = masses.weight;
     all.count = masses.count;
-    if (all.mass > 1.02 || all.mass != all.mass) all.student.student = {NAN, NAN};
+    if (all.mass > kMostMass || all.mass != all.mass) all.student.student = {NAN, NAN};
     return all;
   }
 

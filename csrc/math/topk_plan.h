@@ -15,6 +15,9 @@ namespace fastkd {
 
 enum class Tail : int { kLump, kUniform, kRenormalize, kDrop };
 
+// What no probability may exceed, for rounding's sake: log-probabilities stored in 16 bits, or fewer, sum up to this.
+inline constexpr double kMostMass = 1.02, kLargestLogProb = 0.02;
+
 // What is asked of a row.
 struct TopkTask {
   int divergence;  // place in BareDivergences

@@ -12,8 +12,8 @@ inline constexpr const char* kClippedDivergence = "clipped_divergence";
 
 struct ClippedProblem : RowProblem {
   const Tensor &teacher_tensor, &lower_tensor, &upper_tensor;
-  Rows teacher, teacher_temperatures, lower, upper;
-  double teacher_temperature = 1, softness = 0;
+  Rows teacher, lower, upper;
+  double softness = 0;
   bool keep_label = false, lump = false, quantile = false;
   Renormalize renormalize = Renormalize::kNone;
   int64_t teacher_width;
@@ -80,10 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clipped_divergence(
                      "gradients of lower and upper need a softness");
   problem.softness = softness;
   problem.quantile = quantile;
-  problem.teacher_temperature = teacher_temperature;
-  problem.teacher_temperatures =
-      problem.per_row(teacher_temperatures, "teacher_temperature", is_float, "floating-point");
-  problem.check_positive(teacher_temperature, problem.teacher_temperatures, "teacher_temperature");
+  problem.set_teacher_temperature(teacher_temperature, teacher_temperatures);
   problem.check_edges();
   check_gradient(problem, gradient);
   const auto like = [](const Tensor& x, bool wanted) {

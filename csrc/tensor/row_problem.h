@@ -1,6 +1,7 @@
 // The arguments that every loss over rows of logits takes: the student, its temperature, labels, and how rows count.
 #pragma once
 #include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -39,6 +40,10 @@ struct RowProblem {
   bool float64;
   Rows student, temperatures, weight, mask, labels;
   int64_t student_width;
+  // Of ops that have a teacher: set_teacher_temperature.
+  double teacher_temperature = 1;
+  const Tensor* teacher_temperatures_tensor = nullptr;
+  Rows teacher_temperatures;
 
   // input: what the function calls the logits.
   RowProblem(const char* name, const Tensor& s, const RowOptions& o, bool check_values,
@@ -122,6 +127,13 @@ struct RowProblem {
     }
   }
 
+  void set_teacher_temperature(double all, const std::optional<Tensor>& each) {
+    teacher_temperature = all;
+    if (each) teacher_temperatures_tensor = &*each;
+    teacher_temperatures = per_row(each, "teacher_temperature", is_float, "floating-point");
+    check_positive(all, teacher_temperatures, "teacher_temperature");
+  }
+
   void check_labels() const {
     for (int64_t row = 0; values_checked && labels && row < rows; ++row) {
       if (mask && mask.number(row) == 0) continue;
@@ -144,6 +156,9 @@ struct RowProblem {
   }
   double row_weight(int64_t row) const { return !kept(row) ? 0 : weight ? weight.number(row) : 1; }
   double temperature(int64_t row) const { return temperatures ? temperatures.number(row) : options.temperature; }
+  double row_teacher_temperature(int64_t row) const {
+    return teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature;
+  }
   int64_t label(int64_t row) const { return labels ? labels.integer(row) : -1; }
 
   // 1 / denominator, 0 for an empty one.
@@ -158,6 +173,13 @@ struct RowProblem {
     return denominator == 0 ? 0 : 1 / denominator;
   }
 };
+
+// A float16 gradient divided by thousands of rows would vanish before a loss scaler can lift it: the division waits.
+inline bool gradient_waits(const RowProblem& problem, std::initializer_list<const Tensor*> gradients) {
+  bool half = false;
+  for (const Tensor* x : gradients) half = half || (x != nullptr && x->scalar_type() == ScalarType::Half);
+  return half && problem.options.reduction != "none";
+}
 
 // Where gradients of the student go.
 inline void check_gradient(const RowProblem& problem, const std::optional<Tensor>& gradient) {

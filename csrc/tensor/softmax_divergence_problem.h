@@ -21,7 +21,7 @@ struct Problem : RowProblem {
   Rows student_gradient, teacher_gradient;
   std::vector<Rows> teachers;
   int64_t teacher_width;
-  Rows teacher_temperatures, teacher_weights;
+  Rows teacher_weights;
   bool mix_probs;
 
   Problem(const Tensor& s, const std::vector<Tensor>& t, const Options& o, const RowOptions& rows_options,
@@ -39,8 +39,7 @@ struct Problem : RowProblem {
     mix_probs = o.teacher_mix == "probs" && t.size() > 1;
     FASTKD_CHECK_VALUE(o.teacher_mix == "probs" || o.teacher_mix == "logits", kSoftmaxDivergence,
                        "teacher_mix must be 'logits' or 'probs', got '", o.teacher_mix, "'");
-    teacher_temperatures = per_row(o.teacher_temperatures, "teacher_temperature", is_float, "floating-point");
-    check_positive(o.teacher_temperature, teacher_temperatures, "teacher_temperature");
+    set_teacher_temperature(o.teacher_temperature, o.teacher_temperatures);
     check_teacher_weights(s, t.size());
   }
 

@@ -24,10 +24,9 @@ struct TopkProblem : RowProblem {
   int divergence;
   double beta;
   Tail tail;
-  double stored_temperature, teacher_temperature, floor, cap;
+  double stored_temperature, floor, cap;
   const Tensor &log_probs_tensor, &indices_tensor;
-  const Tensor* teacher_temperatures_tensor = nullptr;
-  Rows teacher_temperatures, log_probs, indices;
+  Rows log_probs, indices;
   int64_t k;
 
   TopkProblem(const Tensor& student, const RowOptions& options, const Tensor& l, const Tensor& i, bool check_values)
@@ -49,12 +48,11 @@ struct TopkProblem : RowProblem {
 
   TopkTask task(int64_t row, double scale) const {
     const double t = temperature(row);
-    const double teacher = teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature;
     return {divergence,
             beta,
             tail,
             t,
-            stored_temperature / teacher,
+            stored_temperature / row_teacher_temperature(row),
             floor,
             cap,
             options.square_temperature ? t * t : 1,
@@ -63,9 +61,6 @@ struct TopkProblem : RowProblem {
             bool(labels)};
   }
 };
-
-// What no probability may exceed, for rounding's sake: log-probabilities stored in 16 bits, or fewer, sum up to this.
-inline constexpr double kMostMass = 1.02, kLargestLogProb = 0.02;
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> topk_divergence(
@@ -84,12 +79,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_divergence(
   problem.beta = beta;
   problem.tail = find_tail(tail);
   problem.stored_temperature = stored_temperature;
-  problem.teacher_temperature = teacher_temperature;
   problem.check_positive(stored_temperature, Rows(), "stored_temperature");
-  problem.teacher_temperatures =
-      problem.per_row(teacher_temperatures, "teacher_temperature", is_float, "floating-point");
-  if (teacher_temperatures) problem.teacher_temperatures_tensor = &*teacher_temperatures;
-  problem.check_positive(teacher_temperature, problem.teacher_temperatures, "teacher_temperature");
+  problem.set_teacher_temperature(teacher_temperature, teacher_temperatures);
   FASTKD_CHECK_VALUE(min_log_prob < 0, kTopkDivergence, "min_log_prob must be negative, got ", min_log_prob);
   FASTKD_CHECK_VALUE(max_token_loss >= 0, kTopkDivergence, "max_token_loss must not be negative, got ", max_token_loss);
   problem.floor = min_log_prob;
