@@ -1,5 +1,7 @@
 """What every op's backward shares: gradients computed in the forward call, still to be scaled."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -95,6 +97,15 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
         gradient = gradient.clone()
     torch.ops.fastkd._scale_rows_(gradient, factor)
     return gradient
+
+
+def differentiable_gradients(
+    loss: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], grad_output: Tensor
+) -> Iterator[Tensor | None]:
+    """Gradients of a loss in plain PyTorch as functions of the inputs, for create_graph=True."""
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=True))
+    return (next(found) if need else None for need in needs)
 
 
 @torch.library.register_fake("fastkd::_scale_rows_")

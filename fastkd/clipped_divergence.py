@@ -15,7 +15,7 @@ from fastkd._arguments import (
     per_row,
     row_options,
 )
-from fastkd._gradient import gradient_for, memory, scaled
+from fastkd._gradient import differentiable_gradients, gradient_for, memory, scaled
 from fastkd._library import raise_as_python, transforms_active
 
 
@@ -158,7 +158,6 @@ def op_arguments(
     lower: float | Tensor,
     upper: float | Tensor,
     *,
-    labels: Tensor | None = None,
     keep_label: bool = True,
     renormalize: str = "none",
     tail: str = "drop",
@@ -166,14 +165,8 @@ def op_arguments(
     quantile: bool = False,
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
     label_weight: float = 0.0,
-    ignore_index: int = -100,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    square_temperature: bool = False,
+    **rows: Any,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...]]:
     """The bounds, and the other arguments as the raw op, and its reference, take them."""
     function = "clipped_divergence"
@@ -195,15 +188,8 @@ def op_arguments(
         function,
         student_logits,
         temperature=temperature,
-        weight=weight,
-        mask=mask,
-        labels=labels,
         label_weight=label_weight,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        reduction=reduction,
-        normalizer=normalizer,
-        square_temperature=square_temperature,
+        **rows,
     )
     return (_bound(lower, student_logits), _bound(upper, student_logits)), (
         keep_label,
@@ -248,9 +234,7 @@ class _ClippedDivergence(torch.autograd.Function):
         )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             loss = reference.clipped_divergence_op(*inputs, *ctx.arguments)
-            wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=True))
-            return *(next(found) if need else None for need in needs), None
+            return *differentiable_gradients(loss, inputs, needs, grad_output), None
         if pending.numel():
             grad_output = grad_output * pending
         return (

@@ -16,7 +16,7 @@ from fastkd._arguments import (
     per_row,
     row_options,
 )
-from fastkd._gradient import memory, scaled
+from fastkd._gradient import differentiable_gradients, memory, scaled
 from fastkd._library import raise_as_python, transforms_active
 
 
@@ -279,7 +279,7 @@ class _SoftmaxDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_gradients(ctx, grad_output), None, None, None
+            return *_second_derivatives(ctx, grad_output), None, None, None
         gradient, teacher_gradient, pending = ctx.saved_tensors[:3]
         if pending.numel():
             grad_output = grad_output * pending
@@ -293,7 +293,7 @@ class _SoftmaxDivergence(torch.autograd.Function):
         )
 
 
-def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _second_derivatives(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as functions of their inputs, for create_graph=True: plain PyTorch."""
     if ctx.inplace:
         raise RuntimeError(
@@ -302,11 +302,8 @@ def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | N
     student, teacher = ctx.saved_tensors[3:]
     teachers = ctx.teachers if teacher is None else [teacher]
     loss = reference.softmax_divergence_op(student, teachers, *ctx.options)
-    wanted = [
-        x for x, need in zip((student, teacher), ctx.needs_input_grad[:2], strict=True) if need
-    ]
-    found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=True))
-    return tuple(next(found) if need else None for need in ctx.needs_input_grad[:2])
+    needs = ctx.needs_input_grad[:2]
+    return tuple(differentiable_gradients(loss, (student, teacher), needs, grad_output))
 
 
 @torch.library.register_fake("fastkd::_softmax_divergence")

@@ -16,7 +16,7 @@ from fastkd._arguments import (
     per_row,
     row_options,
 )
-from fastkd._gradient import gradient_for, memory, scaled
+from fastkd._gradient import differentiable_gradients, gradient_for, memory, scaled
 from fastkd._library import raise_as_python, transforms_active
 
 
@@ -172,15 +172,7 @@ def op_arguments(
     teacher_temperature: float | Tensor | None = None,
     min_log_prob: float | None = None,
     max_token_loss: float | None = None,
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    label_weight: float = 1.0,
-    ignore_index: int = -100,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    square_temperature: bool = False,
+    **rows: Any,
 ) -> tuple[Any, ...]:
     """The arguments but the tensors as the raw op, and its reference, take them."""
     check_tensors(
@@ -208,15 +200,7 @@ def op_arguments(
             "topk_divergence",
             student_logits,
             temperature=temperature,
-            weight=weight,
-            mask=mask,
-            labels=labels,
-            label_weight=label_weight,
-            ignore_index=ignore_index,
-            vocab_size=vocab_size,
-            reduction=reduction,
-            normalizer=normalizer,
-            square_temperature=square_temperature,
+            **rows,
         ),
     )
 
@@ -242,9 +226,7 @@ class _TopkDivergence(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             loss = reference.topk_divergence_op(*inputs, *ctx.arguments)
-            wanted = [x for x, need in zip(inputs[:2], needs, strict=True) if need]
-            found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=True))
-            return *(next(found) if need else None for need in needs), None, None
+            return *differentiable_gradients(loss, inputs[:2], needs, grad_output), None, None
         if pending.numel():
             grad_output = grad_output * pending
         return (
