@@ -114,20 +114,67 @@ struct ClippedPasses : RowPasses<Real> {
         out.by_upper[i] = a * b * (Real(1) - b) * sharp;
       }
     }
-    if (clip.kept_label >= begin && clip.kept_label < begin + count) {
+    if (has_kept_label(begin, count)) {
       out.own[clip.kept_label - begin] = Real(1);
       out.by_lower[clip.kept_label - begin] = out.by_upper[clip.kept_label - begin] = Real(0);
     }
   }
 
+  // Hard edges first take the short sums, where K is a difference. It is summed for itself where that cancels or is not
+  // finite.
   ClipSums sum_part() const {
+    if (edges.softness == 0) {
+      const ClipSums sums =
+          sum_blocks([&](ClipSums& all, int64_t begin, int64_t count) { add_hard_block(all, begin, count); });
+      if (sums.k >= kNearSum * sums.p && sums.k < INFINITY) return sums;
+    }
+    return sum_blocks([&](ClipSums& all, int64_t begin, int64_t count) { add_block(all, begin, count); });
+  }
+
+  template <class AddBlock>
+  ClipSums sum_blocks(const AddBlock& add) const {
     return this->template reduce_slices<ClipSums>(
         [&](int64_t slice) {
           ClipSums all{};
-          this->for_blocks(slice, [&](int64_t begin, int64_t count) { add_block(all, begin, count); });
+          this->for_blocks(slice, [&](int64_t begin, int64_t count) { add(all, begin, count); });
           return all;
         },
         [](ClipSums& all, const ClipSums& next) { all.add(next); });
+  }
+
+  void add_hard_block(ClipSums& all, int64_t begin, int64_t count) const {
+    if (has_kept_label(begin, count)) return add_block(all, begin, count);
+    alignas(64) Real u_buffer[kBlock], w_buffer[kBlock];
+    const Real* u = load(this->row.student, begin, count, u_buffer);
+    const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
+    const Kept<Real, Pass::kNormalizersOnly> kept = this->template from_kept<Pass::kNormalizersOnly>(begin, 0);
+    const Origins<Real> origin = this->origins[begin / kBlock];
+    const Real u_zero = origin.student, w_zero = origin.teacher, teacher_ratio = frame.teacher_ratio;
+    const Real low = Real(edges.lower_logit), high = Real(edges.upper_logit);
+    const Real *const keep_u = kept.student, *const keep_w = kept.teacher;
+    Real p = 0, q = 0, p_rest = 0, q_rest = 0, ratio = 0;
+    FASTKD_SIMD_REDUCE(+ : p, q, p_rest, q_rest, ratio)
+    for (int64_t i = 0; i < count; ++i) {
+      const bool own = w[i] >= low && w[i] <= high;
+      const Real e_w = keep_w[i], e_u = keep_u[i];
+      const Real own_w = select(own, e_w, Real(0)), own_u = select(own, e_u, Real(0));
+      const Real apart = (w[i] - w_zero) * teacher_ratio - (u[i] - u_zero);
+      p += own_w;
+      q += own_u;
+      p_rest += e_w - own_w;
+      q_rest += e_u - own_u;
+      ratio += own_w * select(own, apart, Real(0));
+    }
+    const double p_factor = kept.teacher_factor, q_factor = kept.student_factor;
+    ClipSums block{};
+    block.p = p * p_factor;
+    block.q = q * q_factor;
+    block.p_rest = p_rest * p_factor;
+    block.q_rest = q_rest * q_factor;
+    block.a = ratio * p_factor * (frame.student_scale * kLn2) + block.p * this->log_shift(origin);
+    block.difference = block.q - block.p;
+    block.k = block.a + block.difference;
+    all.add(block);
   }
 
   KeptAndLogits<Real> entries_of(const Real* u, const Real* w, int64_t begin) const {
@@ -209,6 +256,25 @@ struct ClippedPasses : RowPasses<Real> {
     }
   }
 
+  // The same for hard edges, from what pass 1 kept.
+  static void hard_block(const Kept<Real, Pass::kNormalizersOnly> kept, const Real* w, Real low, Real high,
+                         int64_t count, const GradientFactors<Real> factors, Real alpha, Real gamma, Real delta,
+                         Real* out) {
+    const Real own_q = (factors.student * alpha + factors.label_q) * kept.student_factor;
+    const Real own_p = factors.student * gamma * kept.teacher_factor;
+    const Real rest_q = (factors.student * delta + factors.label_q) * kept.student_factor;
+    const Real *const q = kept.student, *const p = kept.teacher;
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      const bool own = w[i] >= low && w[i] <= high;
+      out[i] = q[i] * select(own, own_q, rest_q) - p[i] * select(own, own_p, Real(0));
+    }
+  }
+
+  bool has_kept_label(int64_t begin, int64_t count) const {
+    return clip.kept_label >= begin && clip.kept_label < begin + count;
+  }
+
   // Adds factor x the softmax at temperature 1.
   static void add_label_softmax(const Real* u, int64_t count, Real origin, Real scale, Real shift, Real factor,
                                 Real* out) {
@@ -222,17 +288,22 @@ struct ClippedPasses : RowPasses<Real> {
     this->for_slices([&](int64_t slice) {
       this->for_blocks(slice, [&](int64_t begin, int64_t count) {
         alignas(64) Real u_buffer[kBlock], w_buffer[kBlock], buffer[kBlock];
-        Shares<Real> shares;
         const Real* u = load(this->row.student, begin, count, u_buffer);
         const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
-        fill_shares(w, begin, count, shares);
         Real* out = destination(this->row.student_gradient, begin, buffer);
         const Real alpha = Real(numbers.alpha), gamma = Real(numbers.gamma), delta = Real(numbers.delta);
-        if (near) {
-          student_block(entries_of(u, w, begin), shares.own, count, factors, alpha, gamma, delta, out);
+        const auto kept = this->template from_kept<Pass::kNormalizersOnly>(begin, 0);
+        if (edges.softness == 0 && !near && !has_kept_label(begin, count)) {
+          hard_block(kept, w, Real(edges.lower_logit), Real(edges.upper_logit), count, factors, alpha, gamma, delta,
+                     out);
         } else {
-          student_block(this->template from_kept<Pass::kNormalizersOnly>(begin, 0), shares.own, count, factors, alpha,
-                        gamma, delta, out);
+          Shares<Real> shares;
+          fill_shares(w, begin, count, shares);
+          if (near) {
+            student_block(entries_of(u, w, begin), shares.own, count, factors, alpha, gamma, delta, out);
+          } else {
+            student_block(kept, shares.own, count, factors, alpha, gamma, delta, out);
+          }
         }
         if (label_apart) {
           add_label_softmax(u, count, frame.student_origin, frame.label_scale, Real(frame.label_lse), factors.label,

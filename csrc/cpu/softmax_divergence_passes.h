@@ -194,14 +194,18 @@ struct RowPasses : RowSlices {
     const double u_step = (double(at.student) - frame.student_origin) * frame.student_scale;
     const double w_step = (double(at.teacher) - frame.teacher_origin) * frame.teacher_scale;
     const double u_factor = probability(u_step - frame.student_lse), w_factor = probability(w_step - frame.teacher_lse);
-    const double gap = (double(at.student) - double(frame.teacher_ratio) * at.teacher) -
-                       (double(frame.student_origin) - double(frame.teacher_ratio) * frame.teacher_origin);
     return {student_kept + begin,
             teacher_kept + begin,
             Real(u_factor),
             Real(w_factor),
             Mean<Real>(frame.student_scale * kLn2),
-            Mean<Real>((gap * frame.student_scale - (frame.student_lse - frame.teacher_lse)) * kLn2 - centre)};
+            Mean<Real>(-log_shift(at) - centre)};
+  }
+  // What log(p / q) is where both logits are at those origins.
+  double log_shift(const Origins<Real>& at) const {
+    const double gap = (double(at.student) - double(frame.teacher_ratio) * at.teacher) -
+                       (double(frame.student_origin) - double(frame.teacher_ratio) * frame.teacher_origin);
+    return ((frame.student_lse - frame.teacher_lse) - gap * frame.student_scale) * kLn2;
   }
   // 2^x, and 0 where arithmetic would become slow: such a factor's products are below 2^-118.
   static double probability(double x) { return x < -126 ? 0 : ::exp2(x); }
