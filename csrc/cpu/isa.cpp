@@ -18,8 +18,8 @@ constexpr Kernels make_kernels() {
   out.kl_div_double = kl_div_chunk<double>;
   out.topk_float = topk_kernel<float>();
   out.topk_double = topk_kernel<double>();
-  out.teacher_topk_float = scan_slice<float>;
-  out.teacher_topk_double = scan_slice<double>;
+  out.teacher_topk_float = {scan_slice<float>, collect_block<float>};
+  out.teacher_topk_double = {scan_slice<double>, collect_block<double>};
   out.token_stats_float = token_stats_row<float>;
   out.token_stats_double = token_stats_row<double>;
   out.clipped_float = clipped_row<float>;

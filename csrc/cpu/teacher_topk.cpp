@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <functional>
 
 #include "../tensor/teacher_topk_entry.h"
 #include "isa.h"
@@ -15,59 +16,69 @@ bool before(const Candidate<Real>& a, const Candidate<Real>& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.column < b.column);
 }
 
+// Of a row, as the scan leaves it.
 template <class Real>
-void cut(Selection<Real>& s) {
-  if (s.count < s.k) return;
-  std::nth_element(s.items, s.items + s.k - 1, s.items + s.count, before<Real>);
-  s.count = s.k;
-  s.threshold = s.items[s.k - 1].logit;
-  s.full = true;
-}
+struct Scan {
+  SoftmaxSum* sums;  // one a slice
+  Real* tops;        // one a block
+  Real* classes;     // kClasses a block
+  int64_t slices, blocks;
 
-template <class Real>
-struct Scratch {
-  SoftmaxSum* sums;
-  Selection<Real>* selections;
-  Candidate<Real>* items;
-  static int64_t capacity(int64_t k) { return 2 * k + 64; }
-  static int64_t bytes(int64_t slices, int64_t k) {
-    return aligned(slices * sizeof(SoftmaxSum)) + aligned(slices * sizeof(Selection<Real>)) +
-           slices * capacity(k) * int64_t(sizeof(Candidate<Real>));
+  static int64_t blocks_of(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; }
+  static int64_t bytes(int64_t vocab) {
+    return aligned(slices_of(vocab) * sizeof(SoftmaxSum)) + 2 * aligned(blocks_of(vocab) * sizeof(Real)) +
+           aligned(blocks_of(vocab) * kClasses * sizeof(Real));
   }
-  Scratch(char* memory, int64_t slices)
+  Scan(char* memory, int64_t vocab)
       : sums(reinterpret_cast<SoftmaxSum*>(memory)),
-        selections(reinterpret_cast<Selection<Real>*>(memory + aligned(slices * sizeof(SoftmaxSum)))),
-        items(reinterpret_cast<Candidate<Real>*>(memory + aligned(slices * sizeof(SoftmaxSum)) +
-                                                 aligned(slices * sizeof(Selection<Real>)))) {}
+        tops(reinterpret_cast<Real*>(memory + aligned(slices_of(vocab) * sizeof(SoftmaxSum)))),
+        classes(tops + 2 * aligned(blocks_of(vocab) * sizeof(Real)) / sizeof(Real)),
+        slices(slices_of(vocab)),
+        blocks(blocks_of(vocab)) {}
+
+  double lse() const {
+    portable::MaxSum<double> all = portable::MaxSum<double>::empty();
+    for (int64_t slice = 0; slice < slices; ++slice) all.merge({sums[slice].max, sums[slice].sum});
+    return all.log2();
+  }
+
+  // At most the k-th largest. The fewer groups that serve, the sooner it is found.
+  Real bound(int64_t k) {
+    const auto kth = [&](Real* maxima, int64_t count) {
+      std::nth_element(maxima, maxima + (k - 1), maxima + count, std::greater<Real>());
+      return maxima[k - 1];
+    };
+    if (2 * k <= blocks) {
+      Real* const copy = tops + (classes - tops) / 2;
+      std::copy(tops, tops + blocks, copy);
+      return kth(copy, blocks);
+    }
+    return 2 * k <= blocks * kClasses ? kth(classes, blocks * kClasses) : Real(-INFINITY);
+  }
 };
 
 template <class Real>
 void select_row(const Row& row, int64_t vocab, int64_t k, double temperature, TeacherTopkKernel<Real> kernel,
                 const SliceRunner& runner, char* memory, float* log_probs, int32_t* columns) {
-  const int64_t slices = slices_of(vocab);
-  Scratch<Real> scratch(memory, slices);
-  const int64_t capacity = Scratch<Real>::capacity(k);
-  // One thread goes on with one selection; several have one a slice.
-  const bool apart = &runner != &one_thread();
-  for (int64_t i = 0; i < (apart ? slices : 1); ++i)
-    scratch.selections[i] = {scratch.items + i * capacity, 0, capacity, k, Real(-INFINITY), false, cut<Real>};
-  const portable::RowSlices all{vocab, runner, nullptr};
-  all.for_slices([&](int64_t slice) {
-    scratch.sums[slice] = kernel(row, vocab, slice, temperature, scratch.selections[apart ? slice : 0]);
+  Scan<Real> scan(memory, vocab);
+  portable::RowSlices{vocab, runner, nullptr}.for_slices([&](int64_t slice) {
+    scan.sums[slice] = kernel.scan(row, vocab, slice, temperature, scan.tops, scan.classes);
   });
-
-  std::vector<Candidate<Real>> best;
-  portable::MaxSum<double> sum = portable::MaxSum<double>::empty();
-  for (int64_t slice = 0; slice < slices; ++slice) sum.merge({scratch.sums[slice].max, scratch.sums[slice].sum});
-  for (int64_t i = 0; i < (apart ? slices : 1); ++i)
-    best.insert(best.end(), scratch.selections[i].items, scratch.selections[i].items + scratch.selections[i].count);
-  const double lse = sum.log2();
+  const double lse = scan.lse();
   if (lse != lse) {  // NaN, or no finite logit: no order means anything
     for (int64_t i = 0; i < k; ++i) {
       log_probs[i] = NAN;
       columns[i] = int32_t(i);
     }
     return;
+  }
+  const Real least = scan.bound(k);
+  thread_local std::vector<Candidate<Real>> best;
+  best.clear();
+  for (int64_t block = 0; block < scan.blocks; ++block) {
+    if (!(scan.tops[block] >= least)) continue;
+    Candidate<Real> found[kBlock];
+    best.insert(best.end(), found, found + kernel.collect(row, vocab, block, least, found));
   }
   std::nth_element(best.begin(), best.begin() + (k - 1), best.end(), before<Real>);
   std::sort(best.begin(), best.begin() + k, before<Real>);
@@ -83,7 +94,7 @@ struct Cpu {
   static void solve(const RowProblem& problem, int64_t k, float* log_probs, int32_t* columns) {
     const auto solve_as = [&](auto real, const auto kernel) {
       using Real = decltype(real);
-      const int64_t bytes = Scratch<Real>::bytes(slices_of(problem.vocab), k);
+      const int64_t bytes = Scan<Real>::bytes(problem.vocab);
       for_rows(problem.rows, problem.vocab, bytes, [&](int64_t row, const SliceRunner& runner, char* memory) {
         select_row<Real>(problem.student.row(row), problem.vocab, k, problem.temperature(row), kernel, runner, memory,
                          log_probs + row * k, columns + row * k);
