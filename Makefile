@@ -59,7 +59,7 @@ test-gpu: $(VENV)/.fastkd
 
 # The same op tests on kernels that stop at any read or write out of bounds and any undefined behaviour.
 test-sanitized: $(SANITIZED)/.built
-	rm -rf $(SANITIZED)/fastkd/*.py && cp fastkd/*.py fastkd/py.typed $(SANITIZED)/fastkd/
+	tar -c --exclude='*.so' --exclude=__pycache__ fastkd | tar -x -C $(SANITIZED)
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=$(SANITIZED) \
 	  FASTKD_SIMT_LIBRARY=$(SANITIZED)/cmake/_simt.so \
 	  $(PYTEST) --backends best,simt --schedule 3 -k "not compile and not opcheck and not gradcheck" $(OP_TESTS)

@@ -1,0 +1,25 @@
+"""Every op in plain PyTorch: its definition, and the only oracle of tests, benchmarks and docs.
+
+Written for clarity and for all derivatives, not for speed; give it float64 inputs for float64
+arithmetic. The ops themselves use it for second derivatives and under torch.func transforms.
+"""
+
+from fastkd.reference._rows import LARGEST_LOG_RATIO, divergence_rows
+from fastkd.reference.clipped_divergence import clipped_divergence, clipped_divergence_op
+from fastkd.reference.softmax_divergence import kl_div, softmax_divergence, softmax_divergence_op
+from fastkd.reference.token_stats import token_stats
+from fastkd.reference.topk_divergence import teacher_topk, topk_divergence, topk_divergence_op
+
+__all__ = [
+    "LARGEST_LOG_RATIO",
+    "clipped_divergence",
+    "clipped_divergence_op",
+    "divergence_rows",
+    "kl_div",
+    "softmax_divergence",
+    "softmax_divergence_op",
+    "teacher_topk",
+    "token_stats",
+    "topk_divergence",
+    "topk_divergence_op",
+]

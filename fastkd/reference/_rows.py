@@ -1,0 +1,169 @@
+"""What the definitions share: safe logarithms, divergences of rows, reductions."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Stands for an infinite log-ratio in gradients: as if the impossible entry had probability 2^-126.
+LARGEST_LOG_RATIO = 126 * math.log(2)
+
+
+def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Log-softmax whose gradient stays finite where logits are -inf."""
+    scaled = logits / temperature
+    dead = scaled == -math.inf
+    lse = torch.logsumexp(scaled, -1, keepdim=True)
+    lse = torch.where(torch.isfinite(lse), lse, math.nan)
+    return torch.where(dead & ~lse.isnan(), -math.inf, scaled.masked_fill(dead, 0) - lse)
+
+
+def exp(log: Tensor) -> Tensor:
+    dead = log == -math.inf
+    return torch.where(dead, 0.0, log.masked_fill(dead, 0).exp())
+
+
+def finite(log: Tensor) -> Tensor:
+    """-inf replaced by a large negative constant that takes no gradient, for 0 x log 0 = 0."""
+    return log.masked_fill(log == -math.inf, -LARGEST_LOG_RATIO)
+
+
+def log_sum_exp(log: Tensor) -> Tensor:
+    """Log-sum-exp over the last dimension, kept, whose gradient stays finite where all are -inf."""
+    if log.size(-1) == 0:
+        return log.new_full((*log.shape[:-1], 1), -math.inf)
+    top = log.detach().amax(-1, keepdim=True)
+    top = torch.where(torch.isfinite(top), top, 0.0)
+    total = exp(log - top).sum(-1, keepdim=True)
+    return torch.where(total == 0, -math.inf, torch.where(total == 0, 1.0, total).log() + top)
+
+
+def safe_log(x: Tensor) -> Tensor:
+    return torch.where(x > 0, torch.where(x > 0, x, 1.0).log(), -math.inf)
+
+
+def shifted(log: Tensor, by: Tensor) -> Tensor:
+    """log - by, and -inf where log is, whatever `by` is."""
+    dead = log == -math.inf
+    return torch.where(dead, -math.inf, log.masked_fill(dead, 0) - by)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Row-wise KL(p || q) = sum p (d + expm1(-d)) with d = log p - log q: never negative."""
+    p, q = exp(log_p), exp(log_q)
+    both = (log_p != -math.inf) & (log_q != -math.inf)
+    d = torch.where(both, log_p.masked_fill(~both, 0) - log_q.masked_fill(~both, 0), 0.0)
+    near = d.abs() < 0.5
+    gap = torch.where(near, d.masked_fill(~near, 0) + torch.expm1(-d.masked_fill(~near, 0)), 0.0)
+    far = p * d + q - p
+    terms = torch.where(near & both, p * gap, far)
+    # Mass where the other side has none: the value is inf, the gradient that of 2^-126 there.
+    lost = (log_p != -math.inf) & (log_q == -math.inf)
+    capped = p * LARGEST_LOG_RATIO - p
+    terms = torch.where(lost, capped + (math.inf - capped).detach(), terms)
+    return terms.sum(-1)
+
+
+def mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """Log of beta p + (1 - beta) q."""
+    if beta in (0.0, 1.0):
+        return log_p if beta == 1.0 else log_q
+    dead = (log_p == -math.inf) & (log_q == -math.inf)
+    a = log_p.masked_fill(dead, 0) + math.log(beta)
+    b = log_q.masked_fill(dead, 0) + math.log1p(-beta)
+    return torch.where(dead, -math.inf, torch.logaddexp(a, b))
+
+
+def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
+    """Divergence of rows of normalised log-probabilities, teacher first."""
+    if divergence == "forward_kl" or (divergence == "jsd" and beta == 0):
+        return kl(log_p, log_q)
+    if divergence == "reverse_kl" or (divergence == "jsd" and beta == 1):
+        return kl(log_q, log_p)
+    if divergence == "jsd":
+        m = mixture(log_p, log_q, beta)
+        return beta * kl(log_p, m) + (1 - beta) * kl(log_q, m)
+    if divergence == "skew_kl":
+        return kl(log_p, mixture(log_p, log_q, beta))
+    if divergence == "skew_reverse_kl":
+        return kl(log_q, mixture(log_q, log_p, beta))
+    if divergence == "tvd":
+        return 0.5 * (exp(log_p) - exp(log_q)).abs().sum(-1)
+    if divergence == "cross_entropy":
+        p = exp(log_p)
+        lost = (log_p != -math.inf) & (log_q == -math.inf)
+        terms = -p * finite(log_q)
+        return torch.where(lost, terms + (math.inf - terms).detach(), terms).sum(-1)
+    raise ValueError(f"softmax_divergence: unknown divergence {divergence!r}")
+
+
+class Rows:
+    """What the losses over rows share: which rows are read, their temperature, label, reduction."""
+
+    def __init__(
+        self,
+        student_logits: Tensor,
+        others: Sequence[Tensor],
+        temperature: float,
+        temperatures: Tensor | None,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        labels: Tensor | None,
+        label_weight: float,
+        ignore_index: int,
+        vocab_size: int,
+        square_temperature: bool,
+        reduction: str,
+        denominator: float,
+        normalizer: Tensor | None,
+    ) -> None:
+        double = any(x.dtype == torch.float64 for x in (student_logits, *others))
+        self.dtype = torch.float64 if double else torch.float32
+        self.vocab = vocab_size if vocab_size >= 0 else student_logits.size(-1)
+        self.tau = self.per_row(temperature, temperatures)
+        kept = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
+        if mask is not None:
+            kept = kept & mask
+        if labels is not None:
+            kept = kept & (labels != ignore_index)
+        self.kept = kept
+        self.read = kept if weight is None else kept & (weight != 0)
+        self.weight, self.labels, self.label_weight = weight, labels, label_weight
+        self.square_temperature, self.reduction = square_temperature, reduction
+        self.denominator, self.normalizer = denominator, normalizer
+        self.student = self.logits(student_logits)
+
+    def per_row(self, number: float, numbers: Tensor | None) -> float | Tensor:
+        """A number for all rows, or a column of them."""
+        return number if numbers is None else numbers.to(self.dtype).unsqueeze(-1)
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """The columns that count; rows that are not read are 0."""
+        return torch.where(self.read.unsqueeze(-1), logits[..., : self.vocab].to(self.dtype), 0.0)
+
+    def finish(self, loss: Tensor) -> Tensor:
+        """From the divergence of each row to what the op returns."""
+        if self.square_temperature:
+            loss = loss * (self.tau.squeeze(-1) if isinstance(self.tau, Tensor) else self.tau) ** 2
+        return self.reduce(loss)
+
+    def reduce(self, loss: Tensor) -> Tensor:
+        """With the label's term, weighted and reduced."""
+        if self.labels is not None:
+            at = torch.where(self.read, self.labels, 0).long().unsqueeze(-1)
+            log_q = log_softmax(self.student, 1.0).gather(-1, at).squeeze(-1)
+            loss = loss - self.label_weight * log_q
+        if self.weight is not None:
+            loss = loss * torch.where(self.read, self.weight.to(self.dtype), 0.0)
+        loss = torch.where(self.read, loss, 0.0)
+        if self.reduction == "none":
+            return loss
+        if self.normalizer is not None:
+            divisor = self.normalizer.to(self.dtype).reshape(())
+        elif self.reduction == "mean":
+            divisor = self.kept.sum().to(self.dtype)
+        else:
+            divisor = torch.tensor(self.denominator, dtype=self.dtype, device=loss.device)
+        empty = divisor == 0
+        return torch.where(empty, 0.0, loss.sum() / torch.where(empty, 1.0, divisor))

@@ -1,0 +1,89 @@
+"""softmax_divergence and kl_div."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.reference._rows import Rows, divergence_rows, log_softmax
+
+
+def _teacher_log_probs(
+    teachers: Sequence[Tensor],
+    weights: Tensor | None,
+    mix: str,
+    temperature: float | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    if len(teachers) == 1:
+        return log_softmax(teachers[0].to(dtype), temperature)
+    count = len(teachers)
+    if weights is None:
+        weights = teachers[0].new_full((count,), 1 / count, dtype=dtype)
+    weights = weights.to(dtype)
+    stacked = torch.stack([t.to(dtype) for t in teachers], -1)
+    counts = (weights != 0).unsqueeze(-2) if weights.dim() > 1 else weights != 0
+    per_row = weights.unsqueeze(-2) if weights.dim() > 1 else weights
+    if mix == "logits":
+        dead = (stacked == -math.inf) & counts
+        live = torch.where(dead | ~counts, 0.0, stacked)
+        mixed = (live * per_row).sum(-1).masked_fill(dead.any(-1), -math.inf)
+        return log_softmax(mixed, temperature)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.unsqueeze(-1)
+    logs = torch.log_softmax(stacked / temperature, -2) + per_row.log()
+    return torch.log_softmax(logs.masked_fill(~counts, -math.inf).logsumexp(-1), -1)
+
+
+def softmax_divergence_op(
+    student_logits: Tensor,
+    teacher_logits: Sequence[Tensor],
+    divergence: str,
+    beta: float,
+    temperature: float,
+    teacher_temperature: float,
+    temperatures: Tensor | None,
+    teacher_temperatures: Tensor | None,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    teacher_weights: Tensor | None,
+    teacher_mix: str,
+    *others: Any,
+) -> Tensor:
+    """The raw op's loss, its arguments as `softmax_divergence` in fastkd/ passes them on."""
+    rows = Rows(student_logits, teacher_logits, temperature, temperatures, weight, mask, *others)
+    log_q = log_softmax(rows.student, rows.tau)
+    log_p = _teacher_log_probs(
+        [rows.logits(t) for t in teacher_logits],
+        teacher_weights,
+        teacher_mix,
+        rows.per_row(teacher_temperature, teacher_temperatures),
+        rows.dtype,
+    )
+    return rows.finish(divergence_rows(log_p, log_q, divergence, beta))
+
+
+def softmax_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    **options: Any,
+) -> Tensor:
+    """`fastkd.softmax_divergence` in plain PyTorch, with the same arguments except `inplace`."""
+    from fastkd.softmax_divergence import op_arguments
+
+    teachers, arguments = op_arguments(student_logits, teacher_logits, **options)
+    return softmax_divergence_op(student_logits, teachers, *arguments)
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """torch.nn.functional.kl_div itself."""
+    return torch.nn.functional.kl_div(input, target, size_average, reduce, reduction, log_target)
