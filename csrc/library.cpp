@@ -56,6 +56,15 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
       "Tensor upper, bool keep_label, str renormalize, str tail, float softness, bool quantile, "
       "float teacher_temperature, Tensor? teacher_temperatures, " FASTKD_ROW_OPTIONS
       ", bool teacher_gradient, bool bound_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // -> of each chunk the log-likelihood, the log-probability of the boundary set after it (empty without one) and the
+  // number of tokens; and two numbers of each row for the backward.
+  m.def(
+      "_chunk_log_likelihood(Tensor logits, Tensor token_ids, Tensor chunk_ids, int num_chunks, Tensor? boundary, "
+      "float temperature) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_chunk_log_likelihood_backward(Tensor(a!) gradient, Tensor logits, Tensor token_ids, Tensor chunk_ids, "
+      "int num_chunks, Tensor? boundary, float temperature, Tensor numbers, Tensor likelihood_gradient, "
+      "Tensor? boundary_gradient) -> ()");
   // Memory for a gradient.
   m.def("_gradient_like(Tensor like) -> Tensor");
   // gradient *= factor, one for all or one a row; rows whose factor is 1 are not touched.

@@ -24,6 +24,10 @@ constexpr Kernels make_kernels() {
   out.token_stats_double = token_stats_row<double>;
   out.clipped_float = clipped_row<float>;
   out.clipped_double = clipped_row<double>;
+  out.chunk_sum_float = chunk_sums<float>;
+  out.chunk_sum_double = chunk_sums<double>;
+  out.chunk_gradient_float = chunk_gradient<float>;
+  out.chunk_gradient_double = chunk_gradient<double>;
   out.scale_row_float = scale_row<float>;
   out.scale_row_double = scale_row<double>;
   return out;

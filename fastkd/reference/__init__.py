@@ -5,6 +5,10 @@ arithmetic. The ops themselves use it for second derivatives and under torch.fun
 """
 
 from fastkd.reference._rows import LARGEST_LOG_RATIO, divergence_rows
+from fastkd.reference.chunk_log_likelihood import (
+    chunk_log_likelihood,
+    chunk_log_likelihood_op,
+)
 from fastkd.reference.clipped_divergence import clipped_divergence, clipped_divergence_op
 from fastkd.reference.softmax_divergence import kl_div, softmax_divergence, softmax_divergence_op
 from fastkd.reference.token_stats import token_stats
@@ -12,6 +16,8 @@ from fastkd.reference.topk_divergence import teacher_topk, topk_divergence, topk
 
 __all__ = [
     "LARGEST_LOG_RATIO",
+    "chunk_log_likelihood",
+    "chunk_log_likelihood_op",
     "clipped_divergence",
     "clipped_divergence_op",
     "divergence_rows",

@@ -1,0 +1,92 @@
+// chunk_log_likelihood on the CPU: from tensors to rows, and from rows to chunks.
+#include "chunk_log_likelihood.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "../tensor/chunk_log_likelihood_entry.h"
+#include "isa.h"
+#include "row_losses.h"
+
+namespace fastkd {
+namespace {
+
+ChunkRow row_of(const ChunkProblem& problem, int64_t index, bool with_boundary) {
+  return {problem.vocab, problem.student.row(index), with_boundary ? problem.boundary : nullptr,
+          problem.options.temperature};
+}
+
+double number(const Tensor& x, int64_t index) {
+  return x.scalar_type() == ScalarType::Double ? static_cast<const double*>(x.data_ptr())[index]
+                                               : static_cast<const float*>(x.data_ptr())[index];
+}
+
+// Not above 0, where rounding would take a logarithm of a share.
+double share(double log) { return log > 0 ? 0 : log; }
+
+struct Cpu {
+  static constexpr bool kValuesChecked = true;
+
+  static void solve(const ChunkProblem& problem, ChunkOutput& out) {
+    const auto kernel = problem.float64 ? kernels().chunk_sum_double : kernels().chunk_sum_float;
+    double* const all = static_cast<double*>(out.numbers.data_ptr());
+    double* const boundary = all + problem.rows;
+    std::vector<double> label_log_prob(problem.rows);
+    const int64_t scratch = slices_of(problem.vocab) * kPartialBytes;
+    for_rows(problem.rows, problem.vocab, scratch, [&](int64_t index, const SliceRunner& runner, char* memory) {
+      const bool scored = problem.scored(index), ended = problem.ended_before(index) >= 0;
+      if (!scored && !ended) return;
+      const ChunkRow row = row_of(problem, index, ended);
+      const ChunkRowSums sums = kernel(row, runner, memory);
+      all[index] = sums.all;
+      boundary[index] = ended ? sums.boundary : 0;
+      if (scored) {
+        const double logit = problem.student.number(index, problem.ids.integer(index));
+        label_log_prob[index] = share(logit / problem.options.temperature - sums.all);
+      }
+    });
+    std::vector<double> likelihood(problem.batch * problem.chunks);
+    int64_t* const count = static_cast<int64_t*>(out.token_count.data_ptr());
+    for (int64_t index = 0; index < problem.rows; ++index) {
+      const int64_t text = index / problem.length * problem.chunks;
+      const int64_t ended = problem.ended_before(index);
+      if (ended >= 0) put(out.boundary_log_prob, text + ended, share(boundary[index] - all[index]));
+      if (!problem.scored(index)) continue;
+      likelihood[text + problem.chunk(index)] += label_log_prob[index];
+      ++count[text + problem.chunk(index)];
+    }
+    for (size_t i = 0; i < likelihood.size(); ++i) put(out.log_likelihood, i, likelihood[i]);
+  }
+
+  static void differentiate(const ChunkProblem& problem, const Tensor& gradient, const Tensor& numbers,
+                            const Tensor& likelihood_gradient, const Tensor* boundary_gradient) {
+    const auto kernel = problem.float64 ? kernels().chunk_gradient_double : kernels().chunk_gradient_float;
+    const double* const all = static_cast<const double*>(numbers.data_ptr());
+    const Rows gradients = gradient_rows(&gradient, problem);
+    for_rows(problem.rows, problem.vocab, 0, [&](int64_t index, const SliceRunner& runner, char*) {
+      const int64_t text = index / problem.length * problem.chunks, ended = problem.ended_before(index);
+      const bool scored = problem.scored(index);
+      const double of_label = scored ? number(likelihood_gradient, text + problem.chunk(index)) : 0;
+      const ChunkRowSums sums{all[index], all[problem.rows + index]};
+      // What is impossible takes no gradient.
+      const bool possible = ended >= 0 && sums.boundary > -INFINITY;
+      const double of_boundary = possible ? number(*boundary_gradient, text + ended) : 0;
+      const Row out = gradients.row(index);
+      if (of_label == 0 && of_boundary == 0) return fill_zero_row(out, problem.vocab);
+      const double factor = 1 / problem.options.temperature;
+      kernel(row_of(problem, index, of_boundary != 0), runner, sums,
+             {-(of_label + of_boundary) * factor, of_boundary * factor, of_label * factor},
+             scored ? problem.ids.integer(index) : -1, out);
+    });
+  }
+
+  static void fill_zero_row(const Row& row, int64_t vocab) { portable::fill_zero(row, 0, vocab); }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("_chunk_log_likelihood", TORCH_BOX(&chunk_log_likelihood<Cpu>));
+  m.impl("_chunk_log_likelihood_backward", TORCH_BOX(&chunk_log_likelihood_backward<Cpu>));
+}
+
+}  // namespace fastkd

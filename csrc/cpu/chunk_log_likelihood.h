@@ -1,0 +1,189 @@
+// One row of chunk_log_likelihood: the log-sum-exp of all logits and of those in the boundary set, and the gradient.
+//
+// Memory: forward one read, backward one read and one write; of the boundary set one byte an entry, from the cache.
+#pragma once
+#include "../math/elementary.h"
+#include "row_slices.h"
+
+namespace fastkd {
+
+struct ChunkRow {
+  int64_t vocab;
+  Row logits;
+  const bool* boundary;  // null: none
+  double temperature;
+};
+
+// Natural logarithms of sums of e^(logits / temperature).
+struct ChunkRowSums {
+  double all, boundary;
+};
+
+// partials: kPartialBytes a slice.
+using ChunkSumKernel = ChunkRowSums (*)(const ChunkRow& row, const SliceRunner& runner, char* partials);
+
+// What a row's gradient is made of: entry v of the softmax over all columns counts `rest` times, in the boundary set
+// `boundary` times that over the set; the label takes `label` more.
+struct ChunkFactors {
+  double rest, boundary, label;
+};
+
+using ChunkGradientKernel = void (*)(const ChunkRow& row, const SliceRunner& runner, const ChunkRowSums& sums,
+                                     const ChunkFactors& factors, int64_t label, const Row& gradient);
+
+}  // namespace fastkd
+
+namespace fastkd::FASTKD_ISA {
+
+// Sums of 2^x relative to an origin in base 2.
+struct ChunkPartial {
+  double origin, all, boundary;
+  FASTKD_INLINE void raise(double to) {
+    if (origin == to) return;
+    const double factor = ::exp2(origin - to);
+    all *= factor;
+    boundary *= factor;
+    origin = to;
+  }
+  FASTKD_INLINE void merge(ChunkPartial other) {
+    const double to = at_least(origin, other.origin);
+    raise(to);
+    other.raise(to);
+    all += other.all;
+    boundary += other.boundary;
+  }
+};
+
+template <class Real>
+FASTKD_INLINE void chunk_block(const Real* u, int64_t count, Real zero, Real scale, ChunkPartial& out) {
+  Real all = 0;
+  FASTKD_SIMD_REDUCE(+ : all)
+  for (int64_t i = 0; i < count; ++i) all += exp2_of((u[i] - zero) * scale);
+  out.all += all;
+}
+
+template <class Real>
+FASTKD_INLINE void chunk_block(const Real* u, const bool* in, int64_t count, Real zero, Real scale, ChunkPartial& out) {
+  const unsigned char* const own = reinterpret_cast<const unsigned char*>(in);
+  Real all = 0, boundary = 0;
+  FASTKD_SIMD_REDUCE(+ : all, boundary)
+  for (int64_t i = 0; i < count; ++i) {
+    const Real e = exp2_of((u[i] - zero) * scale);
+    all += e;
+    boundary += select(own[i] != 0, e, Real(0));
+  }
+  out.all += all;
+  out.boundary += boundary;
+}
+
+// The log2 of the boundary set's sum, relative to the set's own largest: for a set whose share of the row underflows.
+template <class Real>
+double rare_boundary(const ChunkRow& row, double to_base_2) {
+  double top = -INFINITY, sum = 0;
+  const auto for_set = [&](const auto& body) {
+    for (int64_t begin = 0; begin < row.vocab; begin += kBlock) {
+      alignas(64) Real buffer[kBlock];
+      const int64_t count = row.vocab - begin < kBlock ? row.vocab - begin : kBlock;
+      const Real* u = load(row.logits, begin, count, buffer);
+      for (int64_t i = 0; i < count; ++i) {
+        if (row.boundary[begin + i]) body(double(u[i]) * to_base_2);
+      }
+    }
+  };
+  for_set([&](double x) { top = at_least(top, x); });
+  if (top == -INFINITY) return top;
+  for_set([&](double x) { sum += ::exp2(x - top); });
+  return top + ::log2(sum);
+}
+
+template <class Real>
+ChunkRowSums chunk_sums(const ChunkRow& row, const SliceRunner& runner, char* partials) {
+  const RowSlices slices{row.vocab, runner, partials};
+  const double to_base_2 = kLog2E / row.temperature;
+  const Real scale = Real(to_base_2);
+  const ChunkPartial sums = slices.template reduce_slices<ChunkPartial>(
+      [&](int64_t slice) {
+        Origin<Real> origin;
+        ChunkPartial all{};
+        slices.for_blocks(slice, [&](int64_t begin, int64_t count) {
+          alignas(64) Real buffer[kBlock];
+          const int64_t ahead = begin + kBlock;
+          if (ahead < row.vocab) prefetch(row.logits, ahead, row.vocab - ahead < kBlock ? row.vocab - ahead : kBlock);
+          const Real* u = load(row.logits, begin, count, buffer);
+          if (const double step = origin.follow(largest(u, count), scale)) {
+            const double factor = ::exp2(-step * scale);
+            all.all = all.all == 0 ? 0 : all.all * factor;
+            all.boundary = all.boundary == 0 ? 0 : all.boundary * factor;
+          }
+          if (row.boundary) {
+            chunk_block(u, row.boundary + begin, count, origin.zero(), scale, all);
+          } else {
+            chunk_block(u, count, origin.zero(), scale, all);
+          }
+        });
+        all.origin = double(origin.logit) * scale;
+        return all;
+      },
+      [](ChunkPartial& all, const ChunkPartial& next) { all.merge(next); });
+  // Sums are relative to an origin times a rounded scale, results are not. NaN without a finite logit.
+  const double origin = sums.origin * (to_base_2 / double(scale)) + (sums.origin - sums.origin);
+  const bool rare = row.boundary != nullptr && sums.boundary < 0x1p-100;
+  const double boundary = rare ? rare_boundary<Real>(row, to_base_2) + (origin - origin) : origin + ::log2(sums.boundary);
+  return {(origin + ::log2(sums.all)) * kLn2, boundary * kLn2};
+}
+
+// Everything by value: what a loop reads through references it cannot keep in registers beside its stores.
+template <class Real>
+FASTKD_INLINE void chunk_gradient_block(const Real* u, int64_t count, Real origin, Real scale, Real shift, Real factor,
+                                        Real* out) {
+  FASTKD_SIMD
+  for (int64_t i = 0; i < count; ++i) out[i] = factor * exp2_of((u[i] - origin) * scale - shift);
+}
+
+template <class Real>
+FASTKD_INLINE void chunk_gradient_block(const Real* u, const bool* in, int64_t count, Real origin, Real scale,
+                                        Real shift, Real factor, Real own_shift, Real own_factor, Real* out) {
+  const unsigned char* const own = reinterpret_cast<const unsigned char*>(in);
+  FASTKD_SIMD
+  for (int64_t i = 0; i < count; ++i) {
+    const bool is = own[i] != 0;
+    out[i] = select(is, own_factor, factor) * exp2_of((u[i] - origin) * scale - select(is, own_shift, shift));
+  }
+}
+
+template <class Real>
+void chunk_gradient(const ChunkRow& row, const SliceRunner& runner, const ChunkRowSums& sums,
+                    const ChunkFactors& factors, int64_t label, const Row& gradient) {
+  const RowSlices slices{row.vocab, runner, nullptr};
+  const double to_base_2 = kLog2E / row.temperature;
+  const Real scale = Real(to_base_2);
+  // A logit near those that count, so that differences from it are exact where it matters.
+  const Real origin = Real(sums.all * row.temperature);
+  const double at_origin = double(origin) * double(scale);
+  const auto shift = [&](double lse) { return Real(lse * kLog2E - at_origin); };
+  // In the boundary set both softmaxes are in one ratio: 2^x is taken relative to the set's own sum, which cannot
+  // underflow in the row's.
+  const bool apart = row.boundary != nullptr && factors.boundary != 0 && sums.boundary > -INFINITY;
+  const double share = apart ? ::exp(sums.boundary - sums.all) : 0;
+  const Real all_shift = shift(sums.all), own_shift = apart ? shift(sums.boundary) : Real(0);
+  const Real rest = Real(factors.rest), own = Real(factors.boundary + factors.rest * share);
+  slices.for_slices([&](int64_t slice) {
+    slices.for_blocks(slice, [&](int64_t begin, int64_t count) {
+      alignas(64) Real in_buffer[kBlock], out_buffer[kBlock];
+      const int64_t ahead = begin + kBlock;
+      if (ahead < row.vocab) prefetch(row.logits, ahead, row.vocab - ahead < kBlock ? row.vocab - ahead : kBlock);
+      const Real* u = load(row.logits, begin, count, in_buffer);
+      Real* out = destination(gradient, begin, out_buffer);
+      if (apart) {
+        chunk_gradient_block(u, row.boundary + begin, count, origin, scale, all_shift, rest, own_shift, own, out);
+      } else {
+        chunk_gradient_block(u, count, origin, scale, all_shift, rest, out);
+      }
+      if (label >= begin && label < begin + count) out[label - begin] += Real(factors.label);
+      store(gradient, begin, count, out);
+    });
+    finish_streaming(gradient);
+  });
+}
+
+}  // namespace fastkd::FASTKD_ISA

@@ -1,0 +1,133 @@
+// The op _chunk_log_likelihood and its backward: checks and allocation for a backend.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "row_problem.h"
+
+namespace fastkd {
+
+inline constexpr const char* kChunkLogLikelihood = "chunk_log_likelihood";
+
+// Logits [..., T, vocab] that score token_ids [..., T]; chunk_ids [..., T] name a chunk in [0, chunks) or none, -1.
+struct ChunkProblem : RowProblem {
+  int64_t length, batch = 1, chunks;
+  Rows ids, chunk_ids;
+  const Tensor *ids_tensor, *chunk_ids_tensor;
+  const bool* boundary = nullptr;  // one a column
+
+  ChunkProblem(const Tensor& logits, const Tensor& token_ids, const Tensor& chunks_of_tokens, int64_t num_chunks,
+               const std::optional<Tensor>& boundary_set, double temperature, bool check_values)
+      : RowProblem(kChunkLogLikelihood, logits, plain_options(temperature, none(), none(), -1), check_values,
+                   "logits"),
+        chunks(num_chunks),
+        ids_tensor(&token_ids),
+        chunk_ids_tensor(&chunks_of_tokens) {
+    FASTKD_CHECK_VALUE(leading >= 1, function, "logits must have at least two dimensions, [tokens, vocab], got shape ",
+                       shape_of(logits));
+    length = logits.size(leading - 1);
+    for (int64_t i = 0; i + 1 < leading; ++i) batch *= logits.size(i);
+    const auto is_integer = [](ScalarType x) { return x == ScalarType::Long || x == ScalarType::Int; };
+    ids = per_row(token_ids, "token_ids", is_integer, "int64 or int32");
+    chunk_ids = per_row(chunks_of_tokens, "chunk_ids", is_integer, "int64 or int32");
+    FASTKD_CHECK_VALUE(num_chunks >= 0 && num_chunks < INT32_MAX, function, "num_chunks must lie in [0, 2^31), got ",
+                       num_chunks);
+    if (boundary_set) {
+      FASTKD_CHECK_TYPE(boundary_set->scalar_type() == ScalarType::Bool, function, "boundary must be bool, got ",
+                        torch::headeronly::toString(boundary_set->scalar_type()));
+      check_device(*boundary_set, "boundary");
+      FASTKD_CHECK_VALUE(boundary_set->dim() == 1 && boundary_set->size(0) == vocab && boundary_set->is_contiguous(),
+                         function, "boundary must have one entry a column, shape [", vocab, "], got shape ",
+                         shape_of(*boundary_set));
+      boundary = static_cast<const bool*>(boundary_set->data_ptr());
+    }
+    if (values_checked) check_chunks();
+  }
+
+  int64_t chunk(int64_t row) const { return chunk_ids.integer(row); }
+  bool scored(int64_t row) const { return chunk(row) >= 0; }
+  // The chunk that ended just before, whose boundary this row's logits tell; -1: none.
+  int64_t ended_before(int64_t row) const {
+    if (boundary == nullptr || row % length == 0) return -1;
+    const int64_t before = chunk(row - 1);
+    return before != chunk(row) ? before : -1;
+  }
+
+ private:
+  static const std::optional<Tensor>& none() {
+    static const std::optional<Tensor> nothing;
+    return nothing;
+  }
+
+  void check_chunks() const {
+    int64_t last = -1;  // of this text
+    for (int64_t row = 0; row < rows; ++row) {
+      if (row % length == 0) last = -1;
+      const int64_t id = chunk(row);
+      FASTKD_CHECK_INDEX(id >= -1 && id < chunks, function, "chunk_ids must lie in [-1, num_chunks = ", chunks,
+                         "), got ", id, " in row ", row);
+      if (id < 0) continue;
+      const bool goes_on = row % length != 0 && chunk(row - 1) == id;
+      FASTKD_CHECK_VALUE(goes_on || id > last, function,
+                         "the tokens of a chunk must be neighbours, and chunks in order; chunk_ids has ", id,
+                         " in row ", row, " after ", last);
+      last = id;
+      const int64_t token = ids.integer(row);
+      FASTKD_CHECK_INDEX(token >= 0 && token < vocab, function, "token_ids must lie in [0, ", vocab, "), got ", token,
+                         " in row ", row);
+    }
+  }
+};
+
+// log_likelihood, boundary_log_prob: [..., chunks], in the precision of results. numbers: for the backward, [2, rows],
+// the log-sum-exp of each row that was read, and of its boundary set.
+struct ChunkOutput {
+  Tensor log_likelihood, boundary_log_prob, token_count, numbers;
+};
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_log_likelihood(const Tensor& logits, const Tensor& token_ids,
+                                                                const Tensor& chunk_ids, int64_t num_chunks,
+                                                                const std::optional<Tensor>& boundary,
+                                                                double temperature) {
+  const ChunkProblem problem(logits, token_ids, chunk_ids, num_chunks, boundary, temperature, Backend::kValuesChecked);
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i + 2 < logits.dim(); ++i) shape.push_back(logits.size(i));
+  shape.push_back(num_chunks);
+  const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
+  const auto filled = [&](const std::vector<int64_t>& size, ScalarType dtype) {
+    return torch::stable::new_zeros(logits, size, dtype);
+  };
+  ChunkOutput out{filled(shape, type), boundary ? filled(shape, type) : filled({0}, type),
+                  filled(shape, ScalarType::Long), filled({2, problem.rows}, ScalarType::Double)};
+  Backend::solve(problem, out);
+  return {out.log_likelihood, out.boundary_log_prob, out.token_count, out.numbers};
+}
+
+// Into `gradient`, which is like logits.
+template <class Backend>
+void chunk_log_likelihood_backward(const Tensor& gradient, const Tensor& logits, const Tensor& token_ids,
+                                   const Tensor& chunk_ids, int64_t num_chunks, const std::optional<Tensor>& boundary,
+                                   double temperature, const Tensor& numbers, const Tensor& likelihood_gradient,
+                                   const std::optional<Tensor>& boundary_gradient) {
+  const ChunkProblem problem(logits, token_ids, chunk_ids, num_chunks, boundary, temperature, Backend::kValuesChecked);
+  check_gradient(problem, std::optional<Tensor>(gradient));
+  const auto check = [&](const Tensor& x, ScalarType type, int64_t count, const char* argument) {
+    problem.check_device(x, argument);
+    FASTKD_CHECK_VALUE(x.scalar_type() == type && x.numel() == count && x.is_contiguous(), kChunkLogLikelihood,
+                       argument, " must be contiguous with ", count, " entries, got shape ", shape_of(x));
+  };
+  const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
+  check(numbers, ScalarType::Double, 2 * problem.rows, "numbers");
+  check(likelihood_gradient, type, problem.batch * num_chunks, "likelihood_gradient");
+  if (boundary) {
+    FASTKD_CHECK_VALUE(boundary_gradient, kChunkLogLikelihood, "boundary_gradient must come with boundary");
+    check(*boundary_gradient, type, problem.batch * num_chunks, "boundary_gradient");
+  }
+  if (problem.rows > 0) {
+    Backend::differentiate(problem, gradient, numbers, likelihood_gradient, boundary ? &*boundary_gradient : nullptr);
+  }
+}
+
+}  // namespace fastkd
