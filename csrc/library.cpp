@@ -65,6 +65,14 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
       "_chunk_log_likelihood_backward(Tensor(a!) gradient, Tensor logits, Tensor token_ids, Tensor chunk_ids, "
       "int num_chunks, Tensor? boundary, float temperature, Tensor numbers, Tensor likelihood_gradient, "
       "Tensor? boundary_gradient) -> ()");
+  // -> [..., columns] log-probabilities, and sums for the backward. Tables as csrc/tensor/byte_log_probs_entry.h
+  // describes them.
+  m.def(
+      "_byte_log_probs(Tensor logits, Tensor order, Tensor columns, Tensor segments, Tensor? prefix, int whole, "
+      "Tensor? valid) -> (Tensor, Tensor)");
+  m.def(
+      "_byte_log_probs_backward(Tensor(a!) gradient, Tensor logits, Tensor order, Tensor columns, Tensor segments, "
+      "Tensor? prefix, int whole, Tensor? valid, Tensor sums, Tensor grad_output) -> ()");
   // Memory for a gradient.
   m.def("_gradient_like(Tensor like) -> Tensor");
   // gradient *= factor, one for all or one a row; rows whose factor is 1 are not touched.

@@ -39,8 +39,8 @@ def chunk_log_likelihood(
     .. math:: \ell_c = \sum_{t \in c} \log q_t(\text{token}_t), \qquad
               b_c = \log \sum_{v \in \text{boundary}} q_{t_c + 1}(v)
 
-    with :math:`t_c` the last token of the chunk. ``logits[..., t, :]`` scores ``token_ids[..., t]``:
-    of a causal model pass ``logits[:, :-1]`` with the ids ``[:, 1:]`` and the chunks ``[:, 1:]``.
+    with :math:`t_c` the chunk's last token. ``logits[..., t, :]`` scores ``token_ids[..., t]``: of a
+    causal model pass ``logits[:, :-1]`` with the ids ``[:, 1:]`` and the chunks ``[:, 1:]``.
 
     Each row of logits that is needed is read once (the backward pass reads it again and writes its
     gradient); rows of tokens in no chunk are not read, add nothing, and get a zero gradient even

@@ -15,11 +15,6 @@ ChunkRow row_of(const ChunkProblem& problem, int64_t index, bool with_boundary) 
           problem.options.temperature};
 }
 
-double number(const Tensor& x, int64_t index) {
-  return x.scalar_type() == ScalarType::Double ? static_cast<const double*>(x.data_ptr())[index]
-                                               : static_cast<const float*>(x.data_ptr())[index];
-}
-
 // Not above 0, where rounding would take a logarithm of a share.
 double share(double log) { return log > 0 ? 0 : log; }
 

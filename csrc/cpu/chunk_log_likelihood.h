@@ -128,7 +128,8 @@ ChunkRowSums chunk_sums(const ChunkRow& row, const SliceRunner& runner, char* pa
   // Sums are relative to an origin times a rounded scale, results are not. NaN without a finite logit.
   const double origin = sums.origin * (to_base_2 / double(scale)) + (sums.origin - sums.origin);
   const bool rare = row.boundary != nullptr && sums.boundary < 0x1p-100;
-  const double boundary = rare ? rare_boundary<Real>(row, to_base_2) + (origin - origin) : origin + ::log2(sums.boundary);
+  const double boundary =
+      rare ? rare_boundary<Real>(row, to_base_2) + (origin - origin) : origin + ::log2(sums.boundary);
   return {(origin + ::log2(sums.all)) * kLn2, boundary * kLn2};
 }
 

@@ -24,6 +24,10 @@ constexpr Kernels make_kernels() {
   out.token_stats_double = token_stats_row<double>;
   out.clipped_float = clipped_row<float>;
   out.clipped_double = clipped_row<double>;
+  out.byte_sum_float = byte_sums<float>;
+  out.byte_sum_double = byte_sums<double>;
+  out.byte_gradient_float = byte_gradient<float>;
+  out.byte_gradient_double = byte_gradient<double>;
   out.chunk_sum_float = chunk_sums<float>;
   out.chunk_sum_double = chunk_sums<double>;
   out.chunk_gradient_float = chunk_gradient<float>;

@@ -1,5 +1,6 @@
 // The CPU kernels of one instruction set, and the choice among those compiled in.
 #pragma once
+#include "byte_log_probs.h"
 #include "chunk_log_likelihood.h"
 #include "clipped_divergence.h"
 #include "kl_div.h"
@@ -20,6 +21,8 @@ struct Kernels {
   TokenStatsKernel token_stats_float, token_stats_double;
   TeacherTopkKernel<float> teacher_topk_float;
   TeacherTopkKernel<double> teacher_topk_double;
+  ByteSumKernel byte_sum_float, byte_sum_double;
+  ByteGradientKernel byte_gradient_float, byte_gradient_double;
   ChunkSumKernel chunk_sum_float, chunk_sum_double;
   ChunkGradientKernel chunk_gradient_float, chunk_gradient_double;
   ScaleRowKernel scale_row_float, scale_row_double;

@@ -18,6 +18,11 @@ inline void put(Tensor& tensor, int64_t index, double value) {
   }
 }
 
+inline double number(const Tensor& tensor, int64_t index) {
+  return tensor.scalar_type() == ScalarType::Double ? static_cast<const double*>(tensor.data_ptr())[index]
+                                                    : static_cast<const float*>(tensor.data_ptr())[index];
+}
+
 // As rows to fill; streamed where `gradient` is large and shares no memory with what is still to be read.
 inline Rows gradient_rows(const Tensor* gradient, const RowProblem& problem) {
   if (gradient == nullptr) return Rows();

@@ -61,9 +61,8 @@ template <class Real>
 void select_row(const Row& row, int64_t vocab, int64_t k, double temperature, TeacherTopkKernel<Real> kernel,
                 const SliceRunner& runner, char* memory, float* log_probs, int32_t* columns) {
   Scan<Real> scan(memory, vocab);
-  portable::RowSlices{vocab, runner, nullptr}.for_slices([&](int64_t slice) {
-    scan.sums[slice] = kernel.scan(row, vocab, slice, temperature, scan.tops, scan.classes);
-  });
+  portable::RowSlices{vocab, runner, nullptr}.for_slices(
+      [&](int64_t slice) { scan.sums[slice] = kernel.scan(row, vocab, slice, temperature, scan.tops, scan.classes); });
   const double lse = scan.lse();
   if (lse != lse) {  // NaN, or no finite logit: no order means anything
     for (int64_t i = 0; i < k; ++i) {

@@ -1,8 +1,8 @@
-// The passes of teacher_topk over a row: one sums the softmax and keeps the maxima of groups of columns, one looks again
-// at the few blocks that can hold one of the k largest.
+// The passes of teacher_topk over a row: one sums the softmax and keeps the maxima of groups of columns, one looks
+// again at the few blocks that can hold one of the k largest.
 //
-// Memory: one read. Where k groups have a maximum of at least T, so have k columns: T bounds the k-th largest from below,
-// and of n columns in g groups only some g log(g / (g - k)) exceed it, in no more blocks than that.
+// Memory: one read. Where k groups have a maximum of at least T, so have k columns: T bounds the k-th largest from
+// below, and of n columns in g groups only some g log(g / (g - k)) exceed it, in no more blocks than that.
 #pragma once
 #include "../math/online_softmax.h"
 #include "row_slices.h"

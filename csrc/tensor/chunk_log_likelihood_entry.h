@@ -19,8 +19,7 @@ struct ChunkProblem : RowProblem {
 
   ChunkProblem(const Tensor& logits, const Tensor& token_ids, const Tensor& chunks_of_tokens, int64_t num_chunks,
                const std::optional<Tensor>& boundary_set, double temperature, bool check_values)
-      : RowProblem(kChunkLogLikelihood, logits, plain_options(temperature, none(), none(), -1), check_values,
-                   "logits"),
+      : RowProblem(kChunkLogLikelihood, logits, plain_options(temperature, none(), none(), -1), check_values, "logits"),
         chunks(num_chunks),
         ids_tensor(&token_ids),
         chunk_ids_tensor(&chunks_of_tokens) {

@@ -1,0 +1,133 @@
+// The op _byte_log_probs and its backward: checks and allocation for a backend.
+//
+// A vocabulary comes as ByteVocab lays it out. order: ids such that those of a column, for any prefix, are neighbours.
+// columns: each id's column for the empty prefix. segments [prefixes, columns, 2]: where in `order` the ids of a column
+// begin and end. Rows with prefix number `whole` are of the empty prefix, that is, of all ids.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "row_problem.h"
+
+namespace fastkd {
+
+inline constexpr const char* kByteLogProbs = "byte_log_probs";
+inline constexpr int64_t kMaxColumns = 1024;
+
+struct ByteProblem : RowProblem {
+  int64_t ids, columns, prefixes, whole;
+  const int32_t* order;
+  const int16_t* column_of;
+  const int32_t* segments;
+  Rows prefix, valid;  // none: all are prefix 0; all ids count
+  const Tensor *prefix_tensor = nullptr, *valid_tensor = nullptr;
+
+  ByteProblem(const Tensor& logits, const Tensor& order_tensor, const Tensor& column_tensor,
+              const Tensor& segment_tensor, const std::optional<Tensor>& prefix_of_row, int64_t whole_prefix,
+              const std::optional<Tensor>& valid_ids, bool check_values)
+      : RowProblem(kByteLogProbs, logits, plain_options(1, none(), none(), -1), check_values, "logits"),
+        whole(whole_prefix) {
+    check_table(order_tensor, ScalarType::Int, 1, "order");
+    check_table(column_tensor, ScalarType::Short, 1, "columns");
+    check_table(segment_tensor, ScalarType::Int, 3, "segments");
+    ids = order_tensor.size(0);
+    prefixes = segment_tensor.size(0);
+    columns = segment_tensor.size(1);
+    FASTKD_CHECK_VALUE(ids <= vocab, function, "vocab has ", ids, " ids, logits has only ", vocab, " columns");
+    FASTKD_CHECK_VALUE(column_tensor.size(0) == ids && segment_tensor.size(2) == 2 && columns >= 257, function,
+                       "segments must have shape [prefixes, 257 or more, 2], got ", shape_of(segment_tensor));
+    FASTKD_CHECK_VALUE(columns <= kMaxColumns, function, "vocab may have at most ", kMaxColumns - 257,
+                       " classes of special ids, got ", columns - 257);
+    order = static_cast<const int32_t*>(order_tensor.data_ptr());
+    column_of = static_cast<const int16_t*>(column_tensor.data_ptr());
+    segments = static_cast<const int32_t*>(segment_tensor.data_ptr());
+    prefix = per_row(
+        prefix_of_row, "prefix", [](ScalarType x) { return x == ScalarType::Long || x == ScalarType::Int; },
+        "int64 or int32");
+    if (prefix) prefix_tensor = &*prefix_of_row;
+    FASTKD_CHECK_VALUE(prefix || prefixes == 1 || rows == 0, function, "prefix must say which of ", prefixes,
+                       " prefixes each row has");
+    if (valid_ids) {
+      FASTKD_CHECK_TYPE(valid_ids->scalar_type() == ScalarType::Bool, function, "valid must be bool, got ",
+                        torch::headeronly::toString(valid_ids->scalar_type()));
+      check_device(*valid_ids, "valid");
+      FASTKD_CHECK_VALUE(valid_ids->dim() == logits.dim() && same_leading(*valid_ids, logits, logits.dim()), function,
+                         "valid must have logits' shape ", shape_of(logits), ", got shape ", shape_of(*valid_ids));
+      valid = Rows(*valid_ids, leading);
+      valid_tensor = &*valid_ids;
+    }
+    if (values_checked) check_tables();
+  }
+
+  int64_t prefix_of(int64_t row) const { return prefix ? prefix.integer(row) : 0; }
+
+ private:
+  static const std::optional<Tensor>& none() {
+    static const std::optional<Tensor> nothing;
+    return nothing;
+  }
+
+  void check_table(const Tensor& x, ScalarType type, int64_t dimensions, const char* argument) const {
+    check_device(x, argument);
+    FASTKD_CHECK_VALUE(x.scalar_type() == type && x.dim() == dimensions && x.is_contiguous(), function, argument,
+                       " must be a contiguous table of a ByteVocab, got shape ", shape_of(x));
+  }
+
+  void check_tables() const {
+    int32_t least = 0, most = -1;
+    for (int64_t i = 0; i < ids; ++i) {
+      least = order[i] < least ? order[i] : least;
+      most = order[i] > most ? order[i] : most;
+    }
+    int16_t first = 0, last = -1;
+    for (int64_t i = 0; i < ids; ++i) {
+      first = column_of[i] < first ? column_of[i] : first;
+      last = column_of[i] > last ? column_of[i] : last;
+    }
+    bool inside = least >= 0 && most < ids && first >= 0 && last < columns;
+    for (int64_t i = 0; i < 2 * columns * prefixes; i += 2)
+      inside = inside && segments[i] >= 0 && segments[i] <= segments[i + 1] && segments[i + 1] <= ids;
+    for (int64_t row = 0; prefix && row < rows; ++row) {
+      const int64_t index = prefix.integer(row);
+      inside = inside && index >= 0 && index < prefixes;
+    }
+    FASTKD_CHECK_INDEX(inside, function, "order, columns, segments and prefix must come from one ByteVocab");
+  }
+};
+
+// -> [..., columns] log-probabilities; and for the backward [rows, columns + 1], the log-sum-exp of each column's ids,
+// and of all.
+template <class Backend>
+std::tuple<Tensor, Tensor> byte_log_probs(const Tensor& logits, const Tensor& order, const Tensor& columns,
+                                          const Tensor& segments, const std::optional<Tensor>& prefix, int64_t whole,
+                                          const std::optional<Tensor>& valid) {
+  const ByteProblem problem(logits, order, columns, segments, prefix, whole, valid, Backend::kValuesChecked);
+  std::vector<int64_t> shape = loss_shape(logits, "none");
+  shape.push_back(problem.columns);
+  const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
+  Tensor out = torch::stable::new_empty(logits, shape, type);
+  Tensor sums = torch::stable::new_empty(logits, {problem.rows, problem.columns + 1}, ScalarType::Double);
+  if (problem.rows > 0) Backend::solve(problem, out, sums);
+  return {out, sums};
+}
+
+// Into `gradient`, which is like logits.
+template <class Backend>
+void byte_log_probs_backward(const Tensor& gradient, const Tensor& logits, const Tensor& order, const Tensor& columns,
+                             const Tensor& segments, const std::optional<Tensor>& prefix, int64_t whole,
+                             const std::optional<Tensor>& valid, const Tensor& sums, const Tensor& grad_output) {
+  const ByteProblem problem(logits, order, columns, segments, prefix, whole, valid, Backend::kValuesChecked);
+  check_gradient(problem, std::optional<Tensor>(gradient));
+  const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
+  const auto check = [&](const Tensor& x, ScalarType wanted, int64_t count, const char* argument) {
+    problem.check_device(x, argument);
+    FASTKD_CHECK_VALUE(x.scalar_type() == wanted && x.numel() == count && x.is_contiguous(), kByteLogProbs, argument,
+                       " must be contiguous with ", count, " entries, got shape ", shape_of(x));
+  };
+  check(sums, ScalarType::Double, problem.rows * (problem.columns + 1), "sums");
+  check(grad_output, type, problem.rows * problem.columns, "grad_output");
+  if (problem.rows > 0) Backend::differentiate(problem, gradient, sums, grad_output);
+}
+
+}  // namespace fastkd
