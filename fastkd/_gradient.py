@@ -100,9 +100,12 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def differentiable_gradients(
-    loss: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], grad_output: Tensor
+    loss: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    grad_output: Tensor | Sequence[Tensor],
 ) -> Iterator[Tensor | None]:
-    """Gradients of a loss in plain PyTorch as functions of the inputs, for create_graph=True."""
+    """Gradients of what plain PyTorch computed, as functions of inputs, for create_graph=True."""
     wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=True))
     return (next(found) if need else None for need in needs)

@@ -39,8 +39,8 @@ def chunk_log_likelihood(
     .. math:: \ell_c = \sum_{t \in c} \log q_t(\text{token}_t), \qquad
               b_c = \log \sum_{v \in \text{boundary}} q_{t_c + 1}(v)
 
-    with :math:`t_c` the chunk's last token. ``logits[..., t, :]`` scores ``token_ids[..., t]``: of a
-    causal model pass ``logits[:, :-1]`` with the ids ``[:, 1:]`` and the chunks ``[:, 1:]``.
+    with :math:`t_c` the chunk's last token. Row t of the logits scores token t: of a causal model
+    pass ``logits[:, :-1]`` with the ids ``[:, 1:]`` and the chunks ``[:, 1:]``.
 
     Each row of logits that is needed is read once (the backward pass reads it again and writes its
     gradient); rows of tokens in no chunk are not read, add nothing, and get a zero gradient even
@@ -121,11 +121,10 @@ class _ChunkLogLikelihood(torch.autograd.Function):
         arguments = (token_ids, chunk_ids, ctx.num_chunks, boundary, ctx.temperature)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             likelihood, boundary_log_prob, _ = reference.chunk_log_likelihood_op(logits, *arguments)
-            value = (likelihood * of_likelihood).sum()
-            if boundary is not None:
-                possible = boundary_log_prob > -torch.inf
-                value = value + torch.where(possible, boundary_log_prob * of_boundary, 0).sum()
-            (gradient,) = differentiable_gradients(value, [logits], [True], torch.ones_like(value))
+            outputs, grads = [likelihood], [of_likelihood]
+            if boundary_log_prob is not None:
+                outputs, grads = [likelihood, boundary_log_prob], [of_likelihood, of_boundary]
+            (gradient,) = differentiable_gradients(outputs, [logits], [True], grads)
             return gradient, None, None, None, None, None
         gradient = gradient_for(logits)
         torch.ops.fastkd._chunk_log_likelihood_backward(

@@ -5,6 +5,7 @@ arithmetic. The ops themselves use it for second derivatives and under torch.fun
 """
 
 from fastkd.reference._rows import LARGEST_LOG_RATIO, divergence_rows
+from fastkd.reference.alm_loss import alm_loss
 from fastkd.reference.byte_log_probs import byte_log_probs, byte_log_probs_op
 from fastkd.reference.chunk_log_likelihood import (
     chunk_log_likelihood,
@@ -17,6 +18,7 @@ from fastkd.reference.topk_divergence import teacher_topk, topk_divergence, topk
 
 __all__ = [
     "LARGEST_LOG_RATIO",
+    "alm_loss",
     "byte_log_probs",
     "byte_log_probs_op",
     "chunk_log_likelihood",
