@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +26,8 @@ def alm_loss(
     divergence: str = "binary_ce",
     temperature: float = 100.0,
     epsilon: float = 1e-6,
-    student_boundary: Tensor | None = None,
-    teacher_boundary: Tensor | None = None,
+    student_boundary: Tensor | np.ndarray | None = None,
+    teacher_boundary: Tensor | np.ndarray | None = None,
     debias: bool = True,
     merge_threshold: float | None = None,
     reduction: str = "mean",

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def chunk_log_likelihood(
     chunk_ids: Tensor,
     num_chunks: int,
     *,
-    boundary: Tensor | None = None,
+    boundary: Tensor | np.ndarray | None = None,
     temperature: float = 1.0,
 ) -> ChunkLogLikelihood:
     r"""Log-likelihood of every chunk of tokens, and of a token boundary after it, from one read.
@@ -53,8 +54,9 @@ def chunk_log_likelihood(
         chunk_ids: ``[..., T]`` int64 or int32: -1 for none, else a chunk. The tokens of a chunk
             are neighbours and chunks ascend, as :func:`fastkd.align` gives them.
         num_chunks: how many chunks a text may have.
-        boundary: bool ``[vocab]``, for instance :meth:`fastkd.ByteVocab.boundary`. A set without
-            a possible token has log-probability ``-inf``, which takes no gradient.
+        boundary: bool ``[vocab]``, a tensor or an array, for instance
+            :meth:`fastkd.ByteVocab.boundary`. A set without a possible token has log-probability
+            ``-inf``, which takes no gradient.
         temperature: positive.
 
     Returns:
@@ -76,10 +78,12 @@ def chunk_log_likelihood(
     ([[0.0625, 0.25]], [[0.5, 1.0]])
     """
     tensors = {"logits": logits, "token_ids": token_ids, "chunk_ids": chunk_ids}
-    if boundary is not None:
-        tensors["boundary"] = boundary
-        boundary = boundary.contiguous() if isinstance(boundary, Tensor) else boundary
     check_tensors("chunk_log_likelihood", tensors)
+    if boundary is not None:
+        if isinstance(boundary, np.ndarray):
+            boundary = torch.tensor(boundary, device=logits.device)
+        check_tensors("chunk_log_likelihood", {"boundary": boundary})
+        boundary = boundary.contiguous()
     arguments = (token_ids, chunk_ids, num_chunks, boundary, float(temperature))
     if transforms_active():
         return ChunkLogLikelihood(*reference.chunk_log_likelihood_op(logits, *arguments))

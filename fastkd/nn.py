@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.alm_loss import alm_loss
 from fastkd.clipped_divergence import clipped_divergence
 from fastkd.kl_div import kl_div
 from fastkd.softmax_divergence import softmax_divergence
 from fastkd.topk_divergence import topk_divergence
 
-__all__ = ["ClippedDivergence", "KLDivLoss", "SoftmaxDivergence", "TopkDivergence"]
+__all__ = ["AlmLoss", "ClippedDivergence", "KLDivLoss", "SoftmaxDivergence", "TopkDivergence"]
 
 
 class KLDivLoss(torch.nn.KLDivLoss):
@@ -109,3 +110,23 @@ class ClippedDivergence(_Loss):
     """
 
     function = staticmethod(clipped_divergence)
+
+
+class AlmLoss(_Loss):
+    """:func:`fastkd.alm_loss` with its options fixed at construction.
+
+    Args:
+        options: its keyword arguments that stay the same from batch to batch, boundary sets among
+            them.
+
+    Called with logits, token ids and chunk ids of the student, the same of the teacher, and
+    num_chunks.
+
+    >>> import torch, fastkd
+    >>> loss = fastkd.nn.AlmLoss(divergence="k2", temperature=1.0)
+    >>> logits, ids = torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.long)
+    >>> loss(logits, ids, ids, logits, ids, ids, 1).item()
+    0.0
+    """
+
+    function = staticmethod(alm_loss)
