@@ -14,7 +14,8 @@ PRELOAD = $(shell $(or $(CXX),g++) -print-file-name=libasan.so) $(shell $(or $(C
 
 SIMT := build/simt
 OP_TESTS := $(addprefix tests/test_,softmax_divergence.py softmax_divergence_autograd.py kl_div.py topk_divergence.py \
-  teacher_topk.py token_stats.py clipped_divergence.py)
+  teacher_topk.py token_stats.py clipped_divergence.py chunk_log_likelihood.py byte_log_probs.py alm_loss.py)
+HOST_TESTS := $(addprefix tests/test_,byte_vocab.py byte_vocab_tokenizers.py alignment.py alignment_batch.py)
 
 # Side by side; a thread that waits must leave its core to the other process.
 JOBS ?= 2
@@ -27,7 +28,7 @@ export CMAKE_ARGS := -DFASTKD_CUDA=$(CUDA)
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)" numpy "setuptools>=77" wheel "cmake>=3.22" ninja
+	$(BIN)/pip install --quiet "$(TORCH)" numpy "setuptools>=77" wheel "cmake>=3.22" ninja "pybind11>=2.13"
 	touch $@
 
 $(VENV)/.fastkd: $(VENV)/.torch $(SOURCES)
@@ -62,12 +63,13 @@ test-sanitized: $(SANITIZED)/.built
 	tar -c --exclude='*.so' --exclude=__pycache__ fastkd | tar -x -C $(SANITIZED)
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=$(SANITIZED) \
 	  FASTKD_SIMT_LIBRARY=$(SANITIZED)/cmake/_simt.so \
-	  $(PYTEST) --backends best,simt --schedule 3 -k "not compile and not opcheck and not gradcheck" $(OP_TESTS)
+	  $(PYTEST) --backends best,simt --schedule 3 -k "not compile and not opcheck and not gradcheck" $(OP_TESTS) \
+	  $(HOST_TESTS)
 
 $(SANITIZED)/.built: $(VENV)/.fastkd $(SOURCES) $(wildcard tests/simt/*)
 	cmake -S . -B $(SANITIZED)/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
 	  -DFASTKD_SANITIZE=$(SANITIZERS) -DFASTKD_CUDA=off -DFASTKD_SIMT=on > /dev/null
-	cmake --build $(SANITIZED)/cmake --target _C _simt
+	cmake --build $(SANITIZED)/cmake --target _C _host _simt
 	cmake --install $(SANITIZED)/cmake --prefix $(SANITIZED)
 	touch $@
 
@@ -110,4 +112,4 @@ wheel: $(VENV)/.torch
 	  assert x.grad.isfinite().all(); print('smoke test passed')"
 
 clean:
-	rm -rf $(VENV) build dist fastkd/_C.so *.egg-info
+	rm -rf $(VENV) build dist fastkd/_C.so fastkd/_host*.so *.egg-info

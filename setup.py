@@ -1,12 +1,12 @@
-"""Build shim: CMakeLists.txt is the only build description; this runs it and names the wheel."""
+"""Build shim: CMakeLists.txt is the only build description; this runs it."""
 
 import subprocess
 import sys
+import sysconfig
 from os import getenv
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -22,18 +22,11 @@ class CMakeBuild(build_ext):
         subprocess.check_call(["cmake", "--install", build, "--prefix", prefix])
 
     def get_outputs(self):
-        return [str(Path(self.build_lib) / "fastkd" / "_C.so")]
+        names = ("_C.so", f"_host{sysconfig.get_config_var('EXT_SUFFIX')}")
+        return [str(Path(self.build_lib) / "fastkd" / name) for name in names]
 
     def copy_extensions_to_source(self):
         pass
 
 
-class AnyPythonWheel(bdist_wheel):
-    """The library uses no Python symbol: one wheel serves every interpreter."""
-
-    def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
-
-
-COMMANDS = {"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel}
-setup(ext_modules=[Extension("fastkd._C", [])], cmdclass=COMMANDS)
+setup(ext_modules=[Extension("fastkd._C", [])], cmdclass={"build_ext": CMakeBuild})
