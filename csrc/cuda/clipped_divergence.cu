@@ -7,7 +7,6 @@
 
 #include "../tensor/clipped_divergence_entry.h"
 #include "clipped_divergence.cuh"
-#include "launch.h"
 #include "register.h"
 
 namespace fastkd::cuda {
@@ -198,35 +197,25 @@ template <class Source>
 __global__ void __launch_bounds__(kRowThreads, 2)
     clipped_divergence_kernel(const ClippedArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
-  const int64_t team_bytes = clip_team_bytes(by_warp, arguments.quantile), kept = 2 * launch.slice_bytes;
-  unsigned char* shared = shared_memory() + (by_warp ? threadIdx.x / kWarp * (team_bytes + kept) : 0);
+  const int64_t team_bytes = clip_team_bytes(by_warp, arguments.quantile);
+  unsigned char* shared = team_memory(launch, team_bytes + 2 * launch.slice_bytes);
   const int slots = kClipOrdersBytes + kClipLeadBytes + (arguments.quantile ? kSelectBytes : 0);
   const Team team(shared + slots, unsigned(launch.cluster), by_warp);
   const ClipWorker<Source> worker(arguments, team, shared);
-  const int64_t block_rows = by_warp ? launch.warp_rows : 1;
-  const int64_t first = int64_t(blockIdx.x) / launch.cluster * block_rows + (by_warp ? threadIdx.x / kWarp : 0);
-  const int64_t step = int64_t(gridDim.x) / launch.cluster * block_rows;
-  for (int64_t row = first; row < arguments.rows; row += step) {
-    // With one teacher a source needs no shared memory of its own.
+  // With one teacher a source needs no shared memory of its own.
+  for_rows(team, launch, arguments.rows, [&](int64_t row) {
     worker.run(row, Source(arguments, row, launch, team.rank, shared, shared + team_bytes));
-    team.sync();  // before the next row takes over the shared memory
-  }
+  });
 }
 
 template <class Source>
 void launch_source(const Device& device, const ClippedArguments& arguments, int element_size) {
-  const auto kernel = clipped_divergence_kernel<Source>;
   const int64_t overhead = clip_team_bytes(false, arguments.quantile);
-  RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab, overhead, Source::kPacked);
-  if (launch.warp_rows > 0) {
-    const int64_t needed = (arguments.rows + launch.warp_rows - 1) / launch.warp_rows;
-    const int64_t shared = launch.warp_rows * (clip_team_bytes(true, arguments.quantile) + 2 * launch.slice_bytes);
-    return device.launch(kernel, needed < INT32_MAX ? needed : INT32_MAX, launch.threads, shared, 1, arguments, launch);
-  }
-  const auto shared = [&] { return overhead + 2 * launch.slice_bytes; };
-  if (!device.fits(kernel, launch.threads, shared(), launch.cluster)) launch = reread_launch();
-  device.launch(kernel, teams_of(arguments.rows, launch.cluster) * launch.cluster, launch.threads, shared(),
-                launch.cluster, arguments, launch);
+  launch_teams(device, clipped_divergence_kernel<Source>, arguments,
+               row_launch(device.capability(), element_size, arguments.vocab, overhead, Source::kPacked),
+               [&](const RowLaunch& launch) {
+                 return clip_team_bytes(launch.warp_rows > 0, arguments.quantile) + 2 * launch.slice_bytes;
+               });
 }
 
 struct Cuda {

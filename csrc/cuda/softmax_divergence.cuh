@@ -377,18 +377,13 @@ template <class Divergence, class Source>
 __global__ void __launch_bounds__(kRowThreads, 2)
     softmax_divergence_kernel(const RowArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
-  const int64_t per_team = team_bytes(by_warp) + 2 * launch.slice_bytes;
-  unsigned char* shared = shared_memory() + (by_warp ? threadIdx.x / kWarp * per_team : 0);
+  unsigned char* shared = team_memory(launch, team_bytes(by_warp) + 2 * launch.slice_bytes);
   const Team team(shared + kOrdersBytes + kPlanBytes + kTeachersBytes, unsigned(launch.cluster), by_warp);
   const RowWorker<Divergence, Source> worker(arguments, team, shared);
-  const int64_t block_rows = by_warp ? launch.warp_rows : 1;
-  const int64_t first = int64_t(blockIdx.x) / launch.cluster * block_rows + (by_warp ? threadIdx.x / kWarp : 0);
-  const int64_t step = int64_t(gridDim.x) / launch.cluster * block_rows;
-  for (int64_t row = first; row < arguments.rows; row += step) {
+  for_rows(team, launch, arguments.rows, [&](int64_t row) {
     Source source(arguments, row, launch, team.rank, shared + kOrdersBytes + kPlanBytes, shared + team_bytes(by_warp));
     worker.run(row, source);
-    team.sync();  // before the next row takes over the shared memory
-  }
+  });
 }
 
 }  // namespace fastkd::cuda

@@ -7,17 +7,9 @@ namespace {
 
 template <class Divergence, class Source>
 void launch_source(const Device& device, const RowArguments& arguments, int element_size) {
-  RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab, team_bytes(false), Source::kPacked);
-  const auto kernel = softmax_divergence_kernel<Divergence, Source>;
-  if (launch.warp_rows > 0) {
-    const int64_t needed = (arguments.rows + launch.warp_rows - 1) / launch.warp_rows;
-    const int64_t shared = launch.warp_rows * (team_bytes(true) + 2 * launch.slice_bytes);
-    return device.launch(kernel, needed < INT32_MAX ? needed : INT32_MAX, launch.threads, shared, 1, arguments, launch);
-  }
-  const auto shared = [&] { return team_bytes(false) + 2 * launch.slice_bytes; };
-  if (!device.fits(kernel, launch.threads, shared(), launch.cluster)) launch = reread_launch();
-  device.launch(kernel, teams_of(arguments.rows, launch.cluster) * launch.cluster, launch.threads, shared(),
-                launch.cluster, arguments, launch);
+  launch_teams(device, softmax_divergence_kernel<Divergence, Source>, arguments,
+               row_launch(device.capability(), element_size, arguments.vocab, team_bytes(false), Source::kPacked),
+               [](const RowLaunch& launch) { return team_bytes(launch.warp_rows > 0) + 2 * launch.slice_bytes; });
 }
 
 template <class Divergence>

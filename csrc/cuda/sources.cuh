@@ -1,9 +1,8 @@
 // The logits of one row and the places its gradients go to, as a kernel works on them.
 #pragma once
 #include "../math/row_plan.h"
-#include "block.cuh"
-#include "policy.cuh"
 #include "row_losses.cuh"
+#include "teams.cuh"
 #include "vec.cuh"
 
 namespace fastkd::cuda {
@@ -336,8 +335,5 @@ void with_source(SourceKind kind, const Body& body) {
       return body(SourceType<AnySource>(), 4);
   }
 }
-
-// Grids have an end: a team that ends takes the next row.
-inline int64_t teams_of(int64_t rows, int cluster) { return rows < INT32_MAX / cluster ? rows : INT32_MAX / cluster; }
 
 }  // namespace fastkd::cuda

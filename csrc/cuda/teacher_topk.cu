@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../tensor/teacher_topk_entry.h"
-#include "launch.h"
 #include "radix_select.cuh"
 #include "register.h"
 #include "sources.cuh"
@@ -262,12 +261,10 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   SelectShared& shared = *reinterpret_cast<SelectShared*>(shared_memory());
   const Team team(shared.slots, unsigned(launch.cluster));
   const SelectWorker<Source> worker{arguments, team, shared};
-  const int64_t step = int64_t(gridDim.x) / launch.cluster;
-  for (int64_t row = int64_t(blockIdx.x) / launch.cluster; row < arguments.rows; row += step) {
+  for_rows(team, launch, arguments.rows, [&](int64_t row) {
     const Source source(arguments, row, launch, team.rank, shared.slots, shared_memory() + kTeamBytes);
     worker.run(row, source);
-    team.sync();  // before the next row takes over the shared memory
-  }
+  });
 }
 
 template <class Source>
@@ -275,11 +272,8 @@ void launch_rows(const Device& device, const SelectArguments& arguments, int ele
   RowLaunch launch =
       row_launch(device.capability(), element_size, arguments.vocab, kTeamBytes, Source::kPacked, /*tensors=*/1);
   launch.warp_rows = 0;  // each row needs a histogram
-  const auto kernel = teacher_topk_kernel<Source>;
-  const auto shared = [&] { return kTeamBytes + launch.slice_bytes; };
-  if (!device.fits(kernel, launch.threads, shared(), launch.cluster)) launch = reread_launch();
-  device.launch(kernel, teams_of(arguments.rows, launch.cluster) * launch.cluster, launch.threads, shared(),
-                launch.cluster, arguments, launch);
+  launch_teams(device, teacher_topk_kernel<Source>, arguments, launch,
+               [](const RowLaunch& with) { return kTeamBytes + with.slice_bytes; });
 }
 
 struct Cuda {

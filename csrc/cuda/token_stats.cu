@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../tensor/token_stats_entry.h"
-#include "launch.h"
 #include "register.h"
 #include "token_stats.cuh"
 
@@ -14,15 +13,7 @@ void launch_rows(const Device& device, const StatsArguments& arguments, int elem
   RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab, stats_overhead(false),
                                 Source::kPacked, kPair ? 2 : 1);
   if (!kPair) launch.resident = false;  // one pass
-  const auto kernel = token_stats_kernel<kPair, Source>;
-  if (launch.warp_rows > 0) {
-    const int64_t blocks = (arguments.rows + launch.warp_rows - 1) / launch.warp_rows;
-    return device.launch(kernel, teams_of(blocks, 1), launch.threads, launch.warp_rows * stats_team_bytes(launch), 1,
-                         arguments, launch);
-  }
-  if (!device.fits(kernel, launch.threads, stats_team_bytes(launch), launch.cluster)) launch = reread_launch();
-  device.launch(kernel, teams_of(arguments.rows, launch.cluster) * launch.cluster, launch.threads,
-                stats_team_bytes(launch), launch.cluster, arguments, launch);
+  launch_teams(device, token_stats_kernel<kPair, Source>, arguments, launch, stats_team_bytes);
 }
 
 struct Cuda {

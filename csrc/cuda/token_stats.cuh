@@ -317,17 +317,13 @@ template <bool kPair, class Source>
 __global__ void __launch_bounds__(kRowThreads, 2)
     token_stats_kernel(const StatsArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
-  unsigned char* shared = shared_memory() + (by_warp ? threadIdx.x / kWarp * stats_team_bytes(launch) : 0);
+  unsigned char* shared = team_memory(launch, stats_team_bytes(launch));
   const Team team(shared + kStatsOrdersBytes + kStatsLeadBytes, unsigned(launch.cluster), by_warp);
   const StatsWorker<kPair, Source> worker(arguments, team, shared);
-  const int64_t block_rows = by_warp ? launch.warp_rows : 1;
-  const int64_t first = int64_t(blockIdx.x) / launch.cluster * block_rows + (by_warp ? threadIdx.x / kWarp : 0);
-  const int64_t step = int64_t(gridDim.x) / launch.cluster * block_rows;
-  for (int64_t row = first; row < arguments.rows; row += step) {
+  for_rows(team, launch, arguments.rows, [&](int64_t row) {
     const Source source(arguments, row, launch, team.rank, shared, shared + stats_overhead(by_warp));
     worker.run(row, source);
-    team.sync();  // before the next row takes over the shared memory
-  }
+  });
 }
 
 }  // namespace fastkd::cuda

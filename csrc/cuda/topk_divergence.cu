@@ -12,19 +12,11 @@ template <class Source>
 void launch_rows(const Device& device, TopkArguments arguments, int element_size) {
   const int packs = arguments.vocab / Source::kSize + 2;  // a row may begin within its first pack
   while ((packs >> arguments.group_shift) >= kTopkBits) ++arguments.group_shift;
-  RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab, topk_team_bytes(false, arguments.k),
-                                Source::kPacked, 1);
-  const auto kernel = topk_divergence_kernel<Source>;
-  const auto shared = [&](bool warp) { return topk_team_bytes(warp, arguments.k) + launch.slice_bytes; };
-  if (launch.warp_rows > 0 && launch.warp_rows * shared(true) <= half_limit(device.capability())) {
-    const int64_t blocks = (arguments.rows + launch.warp_rows - 1) / launch.warp_rows;
-    return device.launch(kernel, teams_of(blocks, 1), launch.threads, launch.warp_rows * shared(true), 1, arguments,
-                         launch);
-  }
-  launch.warp_rows = 0;
-  if (!device.fits(kernel, launch.threads, shared(false), launch.cluster)) launch = reread_launch();
-  device.launch(kernel, teams_of(arguments.rows, launch.cluster) * launch.cluster, launch.threads, shared(false),
-                launch.cluster, arguments, launch);
+  const RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab,
+                                      topk_team_bytes(false, arguments.k), Source::kPacked, 1);
+  launch_teams(device, topk_divergence_kernel<Source>, arguments, launch, [&](const RowLaunch& with) {
+    return topk_team_bytes(with.warp_rows > 0, arguments.k) + with.slice_bytes;
+  });
 }
 
 struct Cuda {

@@ -389,18 +389,14 @@ template <class Source>
 __global__ void __launch_bounds__(kRowThreads, 2)
     topk_divergence_kernel(const TopkArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
-  const int64_t own = topk_team_bytes(by_warp, arguments.k), per_team = own + launch.slice_bytes;
-  unsigned char* shared = shared_memory() + (by_warp ? threadIdx.x / kWarp * per_team : 0);
+  const int64_t own = topk_team_bytes(by_warp, arguments.k);
+  unsigned char* shared = team_memory(launch, own + launch.slice_bytes);
   const Team team(shared + own - (by_warp ? 0 : Team::kSharedBytes), unsigned(launch.cluster), by_warp);
   const TopkWorker<Source> worker(arguments, team, shared);
-  const int64_t block_rows = by_warp ? launch.warp_rows : 1;
-  const int64_t first = int64_t(blockIdx.x) / launch.cluster * block_rows + (by_warp ? threadIdx.x / kWarp : 0);
-  const int64_t step = int64_t(gridDim.x) / launch.cluster * block_rows;
-  for (int64_t row = first; row < arguments.rows; row += step) {
+  for_rows(team, launch, arguments.rows, [&](int64_t row) {
     Source source(arguments, row, launch, team.rank, shared, shared + own);
     worker.run(row, source);
-    team.sync();  // before the next row takes over the shared memory
-  }
+  });
 }
 
 }  // namespace fastkd::cuda
