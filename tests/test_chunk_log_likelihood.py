@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from cases import allowed_error, logits
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fastkd
 
@@ -191,6 +193,39 @@ def test_errors(backend, change, error, message):
     }
     with pytest.raises(error, match=f"chunk_log_likelihood: .*{message}"):
         fastkd.chunk_log_likelihood(**{**arguments, **change})
+
+
+def in_order(chunks, num_chunks):
+    """Whether every text's chunks are runs of neighbours with ascending ids."""
+    for text in chunks:
+        runs = [c for i, c in enumerate(text) if i == 0 or c != text[i - 1]]
+        found = [c for c in runs if c >= 0]
+        if found != sorted(set(found)) or min(text) < -1 or max(text) >= num_chunks:
+            return False
+    return True
+
+
+@pytest.mark.only("cpu")
+def test_any_ids_give_an_error_or_the_definition(backend):
+    ids = st.lists(st.integers(-2, 6), min_size=4, max_size=4)
+    chunks = st.lists(st.integers(-2, 4), min_size=4, max_size=4)
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(st.lists(ids, min_size=2, max_size=2), st.lists(chunks, min_size=2, max_size=2))
+    def run(token_ids, chunk_ids):
+        scores = logits((2, 4, 5))
+        pairs = [
+            p for a, b in zip(token_ids, chunk_ids, strict=True) for p in zip(a, b, strict=True)
+        ]
+        fine = in_order(chunk_ids, 4) and all(0 <= i < 5 for i, chunk in pairs if chunk >= 0)
+        arguments = (scores, torch.tensor(token_ids), torch.tensor(chunk_ids), 4)
+        if fine:
+            assert_matches(*arguments, boundary=torch.arange(5) < 2)
+        else:
+            with pytest.raises((IndexError, ValueError), match="chunk_log_likelihood"):
+                fastkd.chunk_log_likelihood(*arguments)
+
+    run()
 
 
 @pytest.mark.only("cpu")
