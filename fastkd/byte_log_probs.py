@@ -1,5 +1,6 @@
 """Byte-level probabilities of a model of tokens: what follows some bytes inside one token."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,7 +99,9 @@ def op_arguments(
         segments, whole = _segments(vocab, prefix, str(logits.device)), 0 if prefix == b"" else -1
         index = None
     else:
-        segments, index, whole = _segments_of_rows(vocab, prefix, logits)
+        segments, index, whole = _segments_of_rows(
+            vocab, prefix, tuple(logits.shape[:-1]), str(logits.device)
+        )
     return order, columns, segments, index, whole, valid
 
 
@@ -127,18 +130,19 @@ def _segments(vocab: ByteVocab, prefix: bytes, device: str) -> Tensor:
     return _cached(vocab, device + "-whole", make) if prefix == b"" else make()
 
 
+@torch.compiler.assume_constant_result
 def _segments_of_rows(
-    vocab: ByteVocab, prefixes: Any, logits: Tensor
+    vocab: ByteVocab, prefixes: Any, leading: tuple[int, ...], device: str
 ) -> tuple[Tensor, Tensor, int]:
     """The segments of distinct prefixes, which of them each row has, and which is the empty one."""
     flat = list(prefixes)
-    for size in logits.shape[:-2]:
+    for size in leading[:-1]:
         flat = [inner for outer in flat for inner in outer] if size else []
-    rows = logits.shape[:-1].numel()
+    rows = math.prod(leading)
     if len(flat) != rows or any(not isinstance(x, bytes) for x in flat):
         raise ValueError(
             "byte_log_probs: prefix must be bytes, or have bytes for each row, shape "
-            f"{list(logits.shape[:-1])}, got {len(flat)} of "
+            f"{list(leading)}, got {len(flat)} of "
             f"{', '.join(sorted({type(x).__name__ for x in flat})) or 'nothing'}"
         )
     segments, index = vocab.segments_of(flat)
@@ -146,8 +150,8 @@ def _segments_of_rows(
     if not rows:
         segments = vocab.segments(b"")[None]
     return (
-        torch.tensor(segments, device=logits.device),
-        torch.tensor(index, device=logits.device).view(logits.shape[:-1]),
+        torch.tensor(segments, device=device),
+        torch.tensor(index, device=device).view(leading),
         whole,
     )
 

@@ -236,7 +236,7 @@ def test_tables_of_another_vocabulary(backend):
 
 
 @pytest.mark.only("cpu", "cuda")
-@pytest.mark.parametrize("prefix", [b"", b"a"])
+@pytest.mark.parametrize("prefix", [b"", b"a", [b"a", b"", b"b", b"a"]])
 def test_compile_fullgraph(backend, prefix):
     vocab, scores = vocabulary(60), logits((4, 60))
 
