@@ -19,6 +19,8 @@ FAKES = (
     *("_softmax_divergence", "_softmax_divergence_into", "_kl_div", "_kl_div_into"),
     *("_kl_div_backward", "_scale_rows_", "_gradient_like", "_topk_divergence", "_teacher_topk"),
     *("_token_stats", "_clipped_divergence"),
+    *("_chunk_log_likelihood", "_chunk_log_likelihood_backward"),
+    *("_byte_log_probs", "_byte_log_probs_backward"),
 )
 
 

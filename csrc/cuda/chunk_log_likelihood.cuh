@@ -1,0 +1,331 @@
+// chunk_log_likelihood on the GPU: the rows. Forward, the log-sum-exp of all logits and of those in the boundary set;
+// backward, the gradient of both.
+//
+// Memory: forward one read of each row that is needed, backward one read and one write; rows without a part in a chunk,
+// or in its gradient, are not read (backward writes them zero). Of the boundary set a bit a column: a team copies it
+// into shared memory once, for all the rows it takes (blocks are kFlatBlocks at most), which adds
+// 1 / (8 element_size rows) to what is read: where a block has one row, 1/32 for float32 and 1/16 for 16-bit logits.
+// Those bits are packed once a call, from a byte a column. A set too large (236,000 columns on sm_75, 384,000 on sm_86,
+// more elsewhere) is read through the L1 instead, a word a pack. A set whose share of a row underflows in float takes a
+// second read of that row.
+//
+// Values that no check could see: a token or chunk outside makes the row NaN, without an access out of bounds.
+#pragma once
+#include "sources.cuh"
+
+namespace fastkd::cuda {
+
+// The boundary set as bits; column 0 has place `first`.
+struct BoundaryBits {
+  const unsigned* words;  // null: no set
+  int bytes, first;
+  bool kept;  // in shared memory
+
+  // Columns from -7 to vocab + 6, packs of a row, may be asked for, and the word after them.
+  static constexpr int kBefore = 32;
+  static constexpr int64_t bytes_for(int64_t vocab) { return (vocab / 8 + 31) / 16 * 16; }
+
+  __host__ __device__ int kept_bytes() const { return kept ? bytes : 0; }
+};
+
+struct ChunkArguments : RowArguments {
+  int64_t length, batch, chunks;
+  DeviceRows ids, chunk_ids;
+  double to_base_2;  // log2(e) / temperature
+  BoundaryBits boundary;
+  double *all, *boundary_lse;  // of each row
+  double* label_log_prob;      // of each row; forward only
+  float *log_likelihood, *boundary_log_prob;
+  int64_t* token_count;
+  const float *likelihood_gradient, *boundary_gradient;
+
+  __device__ int64_t chunk(int64_t row) const { return chunk_ids.integer(row); }
+  // The chunk that ended just before, whose boundary this row's logits tell; -1: none.
+  __device__ int64_t ended_before(int64_t row) const {
+    if (boundary.words == nullptr || row % length == 0) return -1;
+    const int64_t before = chunk(row - 1);
+    return before >= 0 && before != chunk(row) ? before : -1;
+  }
+  // The column of the row's token; -1: it has none.
+  __device__ int token(int64_t row) const {
+    const int64_t id = ids.integer(row);
+    return id >= 0 && id < vocab ? int(id) : -1;
+  }
+};
+
+// Not above 0, where rounding would take a logarithm of a share.
+__device__ __forceinline__ double share(double log) { return log > 0 ? 0 : log; }
+
+// A team's shared memory: [orders][slots of the reductions][boundary set].
+inline constexpr int kChunkOrdersBytes = 64;
+__host__ __device__ constexpr int64_t chunk_overhead(bool warp) {
+  return kChunkOrdersBytes + (warp ? 0 : Team::kSharedBytes);
+}
+__host__ __device__ inline int64_t chunk_team_bytes(const BoundaryBits& boundary, bool warp) {
+  return chunk_overhead(warp) + boundary.kept_bytes();
+}
+
+// The boundary set as a team reads it.
+class TeamBoundary {
+ public:
+  __device__ TeamBoundary(const BoundaryBits& set, const Team& team, unsigned char* shared)
+      : set_(set), team_(team), kept_(reinterpret_cast<unsigned*>(shared)) {}
+
+  // Before the first row that needs it; all of the team call it. Contains a barrier.
+  __device__ void fetch() {
+    if (!set_.kept || here_) return;
+    for (int i = team_.thread; i < set_.bytes / 16; i += team_.threads) {
+      const uint4 bits = global_load16<false>(set_.words + 4 * i);
+      shared_store(reinterpret_cast<uint4*>(kept_) + i, bits);
+    }
+    team_.sync();
+    here_ = true;
+  }
+
+  // Bit j: whether column + j is in the set; more bits may follow.
+  template <int kSize>
+  __device__ __forceinline__ unsigned from(int column) const {
+    const unsigned place = unsigned(set_.first + column), shift = place % 32;
+    unsigned bits = word(place / 32) >> shift;
+    if (shift + kSize > 32) bits |= word(place / 32 + 1) << (32 - shift);
+    return bits;
+  }
+
+ private:
+  __device__ __forceinline__ unsigned word(unsigned i) const {
+    return set_.kept ? shared_load(kept_ + i) : global_load(set_.words + i);
+  }
+
+  const BoundaryBits& set_;
+  const Team& team_;
+  unsigned* const kept_;
+  bool here_ = false;
+};
+
+// Sums of 2^(z scale), relative to the same logit for both.
+struct ChunkSums {
+  double all, boundary;
+};
+
+// A thread's share of them, relative to an origin that follows its largest logit at a distance.
+struct ChunkShare {
+  float origin = -INFINITY, all = 0, boundary = 0;
+
+  // in: a bit for each of them that is in the boundary set.
+  template <int kSize>
+  __device__ __forceinline__ void add(const float (&z)[kSize], unsigned in, float scale) {
+    float largest = z[0];
+#pragma unroll
+    for (int j = 1; j < kSize; ++j) largest = z[j] > largest ? z[j] : largest;
+    if (origin == -INFINITY || (largest - origin) * scale > 8) raise(at_least(origin, largest), scale);
+    const float zero = origin == -INFINITY ? 0 : origin;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      const float e = exp2_of((z[j] - zero) * scale);
+      all += e;
+      boundary += in >> j & 1 ? e : 0;
+    }
+  }
+
+  __device__ __forceinline__ void raise(float to, float scale) {
+    if (to == origin) return;
+    const float factor = exp2_of((origin - to) * scale);  // 0 where there was no origin yet, and no sum
+    all *= factor;
+    boundary *= factor;
+    origin = to;
+  }
+
+  // The team's, with its origin, in every thread. Contains barriers.
+  __device__ ChunkSums total(const Team& team, float scale) {
+    raise(team.block_sum(origin, [](float& a, float next) { a = at_least(a, next); }, /*everywhere=*/true), scale);
+    return team.block_sum(
+        ChunkSums{all, boundary},
+        [](ChunkSums& a, const ChunkSums& next) { a = {a.all + next.all, a.boundary + next.boundary}; },
+        /*everywhere=*/true);
+  }
+};
+
+// The forward's work on a row.
+template <class Source>
+struct ChunkSumWorker {
+  static constexpr int kSize = Source::kSize;
+
+  // What the leading thread tells the others.
+  struct Orders {
+    bool scored, ended;
+  };
+  static_assert(sizeof(Orders) <= kChunkOrdersBytes);
+
+  const ChunkArguments& arguments;
+  const Team& team;
+  TeamBoundary& set;
+  Orders* const told;
+
+  __device__ void run(int64_t row, const Source& source) const {
+    if (team.leads()) {
+      shared_store(told, Orders{arguments.chunk(row) >= 0, arguments.ended_before(row) >= 0});
+    }
+    team.sync();
+    const Orders orders = shared_load(told);
+    if (!orders.scored && !orders.ended) return;
+    if (orders.ended) set.fetch();
+    const float scale = float(arguments.to_base_2);
+    ChunkShare mine;
+    for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
+      float z[kSize];
+      widen(raw, z);
+      mine.add(z, orders.ended ? set.template from<kSize>(source.column(pack)) : 0, scale);
+    });
+    const ChunkSums sums = mine.total(team, scale);
+    const double origin = double(mine.origin) * arguments.to_base_2;
+    const MaxSum<double> all{origin, sums.all};
+    double of_set = origin + ::log2(sums.boundary);
+    // A share of the row that underflows beside the rest, or all but does.
+    if (orders.ended && sums.boundary < 0x1p-100) of_set = rare_boundary(source, scale) + (origin - origin);
+    if (!team.leads()) return;
+    const double lse = all.log2() * kLn2;
+    global_store(arguments.all + row, lse);
+    if (orders.ended) global_store(arguments.boundary_lse + row, of_set * kLn2);
+    if (orders.scored) global_store(arguments.label_log_prob + row, label_log_prob(row, lse));
+  }
+
+ private:
+  static __device__ __forceinline__ void widen(const typename Source::Raw& raw, float (&z)[kSize]) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) z[j] = Source::student_of(raw, j);
+  }
+
+  // log2 of the boundary set's sum, relative to the set's own largest.
+  __device__ double rare_boundary(const Source& source, float scale) const {
+    ChunkShare mine;
+    for_packs<false>(source, team, /*backwards=*/true, [&](int pack, const typename Source::Raw& raw) {
+      float z[kSize];
+      widen(raw, z);
+      const unsigned in = set.template from<kSize>(source.column(pack));
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) z[j] = in >> j & 1 ? z[j] : -INFINITY;
+      mine.add(z, 0, scale);
+    });
+    const double sum = mine.total(team, scale).all;
+    return sum == 0 ? double(-INFINITY) : double(mine.origin) * arguments.to_base_2 + ::log2(sum);
+  }
+
+  __device__ double label_log_prob(int64_t row, double lse) const {
+    const int label = arguments.token(row);
+    if (label < 0) return double(NAN);
+    const DeviceRows& logits = arguments.student;
+    return share(logits.float_at(logits.at(row, label)) / arguments.temperature - lse);
+  }
+};
+
+// The backward's: entry v of the row is factor 2^((z_v - origin) scale - shift), with a pair (shift, factor) for
+// columns of the boundary set and one for the others; the token's takes label_factor more.
+template <class Source>
+struct ChunkGradientWorker {
+  static constexpr int kSize = Source::kSize;
+
+  struct Orders {
+    bool read, apart;  // apart: the boundary set has a pair of its own
+    int label;
+    float origin, shift, factor, own_shift, own_factor, label_factor;
+  };
+  static_assert(sizeof(Orders) <= kChunkOrdersBytes);
+
+  const ChunkArguments& arguments;
+  const Team& team;
+  TeamBoundary& set;
+  Orders* const told;
+
+  __device__ void run(int64_t row, const Source& source) const {
+    if (team.leads()) shared_store(told, plan(row));
+    team.sync();
+    const Orders at = shared_load(told);
+    if (!at.read) return source.write_zeros(team);
+    if (at.apart) set.fetch();
+    const float scale = float(arguments.to_base_2);
+    for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
+      const int column = source.column(pack), label = at.label - column;
+      const unsigned in = at.apart ? set.template from<kSize>(column) : 0;
+      float gradient[kSize];
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const bool own = in >> j & 1;
+        const float x = (Source::student_of(raw, j) - at.origin) * scale - (own ? at.own_shift : at.shift);
+        gradient[j] = (own ? at.own_factor : at.factor) * exp2_of(x);
+      }
+      if (unsigned(label) < unsigned(kSize)) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) gradient[j] += j == label ? at.label_factor : 0;
+      }
+      typename Source::Out out{};
+#pragma unroll
+      for (int first = 0; first < kSize; first += Source::kWord) {
+        Source::next_word(out);
+#pragma unroll
+        for (int j = 0; j < Source::kWord; ++j) Source::put_last(out, j, gradient[first + j]);
+      }
+      source.store_student(pack, out);
+    });
+  }
+
+ private:
+  __device__ __forceinline__ Orders plan(int64_t row) const {
+    const int64_t chunk = arguments.chunk(row), ended = arguments.ended_before(row);
+    const double all = global_load(arguments.all + row), boundary = global_load(arguments.boundary_lse + row);
+    const bool scored = chunk >= 0, possible = ended >= 0 && boundary > double(-INFINITY);
+    const double of_label = scored ? upstream(arguments.likelihood_gradient, row, chunk) : 0;
+    // What is impossible takes no gradient.
+    const double of_boundary = possible ? upstream(arguments.boundary_gradient, row, ended) : 0;
+    Orders out{};
+    out.read = of_label != 0 || of_boundary != 0;
+    if (!out.read) return out;
+    out.apart = of_boundary != 0;
+    out.label = scored ? arguments.token(row) : -1;
+    const double per_logit = 1 / arguments.temperature, rest = -(of_label + of_boundary) * per_logit;
+    // A logit near those that count, so that differences from it are exact where it matters.
+    out.origin = float(all * arguments.temperature);
+    const double at_origin = double(out.origin) * double(float(arguments.to_base_2));
+    out.shift = float(all * kLog2E - at_origin);
+    out.factor = float(rest);
+    out.label_factor = float(of_label * per_logit);
+    if (!out.apart) return out;
+    // Both softmaxes are in one ratio over the set: 2^x is taken relative to the set's own sum, which cannot underflow
+    // in the row's.
+    out.own_shift = float(boundary * kLog2E - at_origin);
+    out.own_factor = float(of_boundary * per_logit + rest * ::exp(boundary - all));
+    return out;
+  }
+
+  __device__ double upstream(const float* gradient, int64_t row, int64_t chunk) const {
+    if (chunk >= arguments.chunks) return double(NAN);
+    return global_load(gradient + row / arguments.length * arguments.chunks + chunk);
+  }
+};
+
+template <template <class> class Worker, class Source>
+__device__ __forceinline__ void work_on_rows(const ChunkArguments& arguments, const RowLaunch& launch) {
+  const bool by_warp = launch.warp_rows > 0;
+  unsigned char* const shared = team_memory(launch, chunk_team_bytes(arguments.boundary, by_warp));
+  const Team team(shared + kChunkOrdersBytes, 1, by_warp);
+  TeamBoundary set(arguments.boundary, team, shared + chunk_overhead(by_warp));
+  const Worker<Source> worker{arguments, team, set, reinterpret_cast<typename Worker<Source>::Orders*>(shared)};
+  for_rows(team, launch, arguments.rows,
+           [&](int64_t row) { worker.run(row, Source(arguments, row, launch, 0, shared, shared)); });
+}
+
+// A multiprocessor's: with one tensor, each has half the loads on their way of those that kRowThreads is for.
+inline constexpr int kChunkBlocks = 4;
+
+template <class Source>
+__global__ void __launch_bounds__(kRowThreads, kChunkBlocks)
+    chunk_log_likelihood_kernel(const ChunkArguments arguments, const RowLaunch launch) {
+  work_on_rows<ChunkSumWorker, Source>(arguments, launch);
+}
+
+template <class Source>
+__global__ void __launch_bounds__(kRowThreads, kChunkBlocks)
+    chunk_gradient_kernel(const ChunkArguments arguments, const RowLaunch launch) {
+  work_on_rows<ChunkGradientWorker, Source>(arguments, launch);
+}
+
+}  // namespace fastkd::cuda
