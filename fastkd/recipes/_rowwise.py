@@ -1,0 +1,90 @@
+"""Losses of rows, a block of rows at a time: no table over all rows but the gradient."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd._gradient import differentiable_gradients, scaled
+
+#: Entries of the widest table of a block: 32 MB of float32.
+_ENTRIES = 1 << 23
+
+#: Gets which of the rows it is asked for, and these rows of the inputs; returns a value for each.
+RowLoss = Callable[..., Tensor]
+
+
+@torch.compiler.disable
+def by_blocks(
+    loss: RowLoss, inputs: Sequence[Tensor], rows: Sequence[Tensor], width: int
+) -> Tensor:
+    """Loss of each of M rows, which autograd sees as a function of the inputs.
+
+    ``inputs[i]`` is ``[N_i, ...]`` and may take a gradient, ``rows[i]`` (int64 ``[M]``, no number
+    twice) says where its rows are. The gradient is computed with the value, block by block, and
+    backward only scales it. ``width`` is that of the widest table that `loss` makes.
+    """
+    size = max(1, _ENTRIES // max(1, width))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return _ByBlocks.apply(loss, rows, size, *inputs)
+    blocks = _blocks(rows[0].numel(), size)
+    values = [loss(block, *_at(inputs, rows, block)) for block in blocks]
+    return torch.cat(values) if values else _no_values(inputs)
+
+
+def _blocks(count: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _at(inputs: Sequence[Tensor], rows: Sequence[Tensor], block: slice) -> list[Tensor]:
+    return [x[places[block]] for x, places in zip(inputs, rows, strict=True)]
+
+
+def _no_values(inputs: Sequence[Tensor]) -> Tensor:
+    double = any(x.dtype == torch.float64 for x in inputs)
+    return inputs[0].new_empty(0, dtype=torch.float64 if double else torch.float32)
+
+
+class _ByBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, loss: RowLoss, rows: Sequence[Tensor], size: int, *inputs: Tensor
+    ) -> Tensor:
+        needs = ctx.needs_input_grad[3:]
+        gradients = [torch.zeros_like(x) for x, need in zip(inputs, needs, strict=True) if need]
+        values = []
+        for block in _blocks(rows[0].numel(), size):
+            parts = [
+                part.detach().requires_grad_(need)
+                for part, need in zip(_at(inputs, rows, block), needs, strict=True)
+            ]
+            with torch.enable_grad():
+                value = loss(block, *parts)
+                found = torch.autograd.grad(value.sum(), [p for p in parts if p.requires_grad])
+            places = [x[block] for x, need in zip(rows, needs, strict=True) if need]
+            for gradient, at, part in zip(gradients, places, found, strict=True):
+                gradient.index_copy_(0, at, part)
+            values.append(value.detach())
+        ctx.loss, ctx.rows, ctx.needs = loss, rows, needs
+        ctx.save_for_backward(*inputs, *gradients)
+        return torch.cat(values) if values else _no_values(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
+        count = len(ctx.needs)
+        inputs, gradients = ctx.saved_tensors[:count], iter(ctx.saved_tensors[count:])
+        if torch.is_grad_enabled():  # create_graph=True
+            every = slice(0, ctx.rows[0].numel())
+            value = ctx.loss(every, *_at(inputs, ctx.rows, every))
+            found = differentiable_gradients(value, inputs, ctx.needs, grad_output)
+            return None, None, None, *found
+        result: list[Tensor | None] = [None, None, None]
+        for x, rows, need in zip(inputs, ctx.rows, ctx.needs, strict=True):
+            if not need:
+                result.append(None)
+                continue
+            factor = grad_output.new_zeros(x.size(0)).index_copy_(0, rows, grad_output)
+            result.append(scaled(next(gradients), factor))
+        return tuple(result)

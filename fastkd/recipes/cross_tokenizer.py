@@ -1,0 +1,467 @@
+"""Methods for a teacher whose tokenizer is not the student's."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd._arguments import check_no_gradient, check_tensors
+from fastkd.alm_loss import alm_loss
+from fastkd.byte_vocab import ByteVocab
+from fastkd.recipes._chunks import (
+    boundaries,
+    check_batch,
+    check_integers,
+    check_mask,
+    check_number,
+    check_range,
+    chunk_ends,
+    chunk_slots,
+    first_token_chunks,
+    placed,
+    positive,
+    reduced,
+    shifted,
+    wide,
+)
+from fastkd.recipes._rowwise import by_blocks
+from fastkd.softmax_divergence import softmax_divergence
+
+_NORMS = ("l2_channelwise", "l2", "l1_channelwise", "l1")
+
+
+def alm(
+    student_logits: Tensor,
+    student_ids: Tensor,
+    student_chunks: Tensor,
+    teacher_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_chunks: Tensor,
+    num_chunks: int,
+    student_vocab: ByteVocab,
+    teacher_vocab: ByteVocab,
+    *,
+    student_mask: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
+    divergence: str = "binary_ce",
+    temperature: float = 100.0,
+    epsilon: float = 1e-6,
+    merge_threshold: float | None = 0.1,
+    debias: bool = True,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    r"""Approximate likelihood matching on what two causal models return, with its published values.
+
+    :func:`fastkd.alm_loss` of each chunk of :func:`fastkd.align_batch`, where row t of the logits
+    scores token t + 1, and a token begins a word if its bytes start with a space, tab or newline,
+    or if it has none (:meth:`fastkd.ByteVocab.boundary`). Nothing is copied for the shift. The row
+    of a text's last token tells whether a word begins after it, so that its last chunk is debiased
+    like the others.
+
+    No row scores the first token of a text. A chunk that contains it on either side is left out on
+    both: what remains of it covers different bytes for the two models, whose likelihoods cannot be
+    compared. (The paper's code leaves out only that token.) Where both texts begin with a token
+    without bytes, nothing is lost.
+
+    Args:
+        student_logits: ``[B, T_S, vocab_S]``, all rows. Columns that the vocabulary does not have
+            begin no word.
+        student_ids: ``[B, T_S]``, the tokens that went in.
+        student_chunks: ``[B, T_S]``, -1 for none.
+        teacher_logits: ``[B, T_T, vocab_T]``.
+        teacher_ids: ``[B, T_T]``.
+        teacher_chunks: ``[B, T_T]``.
+        num_chunks: how many chunks a text may have.
+        student_vocab: for its boundary set.
+        teacher_vocab: for its boundary set, which also decides on merging.
+        student_mask: bool ``[B, T_S]``, False for padding: where texts are padded on the left, or
+            several share a row with padding between them, tells which tokens come first.
+        teacher_mask: bool ``[B, T_T]``.
+        divergence, temperature, epsilon, merge_threshold, debias, reduction, normalizer: see
+            :func:`fastkd.alm_loss`.
+
+    Returns:
+        float32 (float64 if a side is).
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument has the wrong value or type.
+
+    Source: Minixhofer et al. 2025 (arXiv 2503.20083) and its code.
+
+    >>> import torch, fastkd
+    >>> vocab = fastkd.ByteVocab([b"a", b" b", b"c", None])
+    >>> student, ids = torch.zeros(1, 3, 4, requires_grad=True), torch.tensor([[3, 0, 1]])
+    >>> chunks = fastkd.align_batch(ids, ids, vocab, vocab)
+    >>> sides = (student, ids, chunks[0], 2 * student.detach(), ids, chunks[1], chunks[2])
+    >>> loss = fastkd.recipes.alm(*sides, vocab, vocab, divergence="k2")
+    >>> loss.item()
+    0.0
+    """
+    tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_tensors("alm", tensors)
+    for name, logits in tensors.items():
+        check_batch("alm", name, logits, student_logits)
+    check_number("alm", num_chunks)
+    places = []
+    for name, logits, ids, chunks, mask, vocab in (
+        ("student", student_logits, student_ids, student_chunks, student_mask, student_vocab),
+        ("teacher", teacher_logits, teacher_ids, teacher_chunks, teacher_mask, teacher_vocab),
+    ):
+        check_integers("alm", f"{name}_ids", ids, logits.shape[:-1])
+        check_integers("alm", f"{name}_chunks", chunks, logits.shape[:-1])
+        check_mask("alm", f"{name}_mask", mask, logits.shape[:-1])
+        if not isinstance(vocab, ByteVocab):
+            raise TypeError(
+                f"alm: {name}_vocab must be a fastkd.ByteVocab, got {type(vocab).__name__}"
+            )
+        places.append(chunk_slots(chunks, num_chunks))
+    lost = first_token_chunks(student_mask, places[0], num_chunks)
+    lost |= first_token_chunks(teacher_mask, places[1], num_chunks)
+    student, teacher = (
+        (logits, shifted(ids, 0), shifted(torch.where(lost.gather(1, at), -1, chunks), -1))
+        for logits, ids, chunks, at in (
+            (student_logits, student_ids, student_chunks, places[0]),
+            (teacher_logits, teacher_ids, teacher_chunks, places[1]),
+        )
+    )
+    student_boundary, teacher_boundary = boundaries(
+        student_vocab,
+        student_logits.size(-1),
+        teacher_vocab,
+        teacher_logits.size(-1),
+        str(student_logits.device),
+    )
+    return alm_loss(
+        *student,
+        *teacher,
+        num_chunks,
+        student_boundary=student_boundary,
+        teacher_boundary=teacher_boundary,
+        divergence=divergence,
+        temperature=temperature,
+        epsilon=epsilon,
+        debias=debias,
+        merge_threshold=merge_threshold,
+        reduction=reduction,
+        normalizer=normalizer,
+    )
+
+
+def alm_latents(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    student_chunks: Tensor,
+    teacher_chunks: Tensor,
+    num_chunks: int,
+    *,
+    norm: str = "l2_channelwise",
+    projection: Callable[[Tensor], Tensor] | None = None,
+    epsilon: float = 1e-8,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    r"""Distance of two models' hidden states at the last token of each chunk, in units of its size.
+
+    With :math:`s_c` and :math:`t_c` the two rows of chunk c, D channels and n chunks that have
+    tokens on both sides, a chunk's loss is :math:`\frac1D \sum_d |s_{cd} - t_{cd}|^k /
+    (v_d + \epsilon)` with :math:`v_d = \frac1n \sum_c |t_{cd}|^k`:
+
+    ==================  =========================================================
+    ``l2_channelwise``  k = 2
+    ``l1_channelwise``  k = 1
+    ``l2``, ``l1``      the same with one v for all channels, the mean of the above
+    ==================  =========================================================
+
+    Rows of no chunk are not looked at. Gradients flow to whatever requires them. For several
+    layers, add up their losses.
+
+    Args:
+        student_hidden: ``[B, T_S, D_S]``.
+        teacher_hidden: ``[B, T_T, D]``.
+        student_chunks: ``[B, T_S]``, of :func:`fastkd.align_batch`; -1 for none.
+        teacher_chunks: ``[B, T_T]``.
+        num_chunks: how many chunks a text may have.
+        norm: one of the table.
+        projection: maps the student's rows ``[B, num_chunks, D_S]`` to D channels, for example an
+            ``nn.Linear``; needed where the widths differ.
+        epsilon: see above.
+        reduction: over chunks that have tokens on both sides: ``"mean"``, ``"sum"``,
+            ``"batchmean"`` (over B), ``"elementmean"`` (over B x num_chunks), or ``"none"``:
+            ``[B, num_chunks]``, 0 where there is no chunk.
+        normalizer: replaces the denominator.
+
+    Returns:
+        float32 (float64 if a side is).
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument has the wrong value or type.
+
+    Source: Minixhofer et al. 2025 (arXiv 2503.20083) and its code.
+
+    >>> import torch, fastkd
+    >>> student, teacher = torch.tensor([[[1.0], [3.0]]]), torch.tensor([[[2.0]]])
+    >>> both, one = torch.tensor([[0, 0]]), torch.tensor([[0]])
+    >>> fastkd.recipes.alm_latents(student, teacher, both, one, 1).item()  # (3 - 2)^2 / 2^2
+    0.25
+    """
+    if norm not in _NORMS:
+        raise ValueError(f"alm_latents: norm must be one of {', '.join(_NORMS)}; got {norm!r}")
+    check_no_gradient("alm_latents", normalizer=normalizer)
+    check_tensors(
+        "alm_latents", {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
+    )
+    rows, ends = [], []
+    for name, hidden, chunks in (
+        ("student", student_hidden, student_chunks),
+        ("teacher", teacher_hidden, teacher_chunks),
+    ):
+        check_batch("alm_latents", f"{name}_hidden", hidden, student_hidden)
+        ends.append(chunk_ends("alm_latents", f"{name}_chunks", hidden, chunks, num_chunks)[0])
+    kept = ((ends[0] >= 0) & (ends[1] >= 0)).unsqueeze(-1)
+    for hidden, last in zip((student_hidden, teacher_hidden), ends, strict=True):
+        texts = torch.arange(hidden.size(0), device=hidden.device).unsqueeze(-1)
+        rows.append(torch.where(kept, hidden[texts, last.clamp(min=0)], 0))
+    student, teacher = rows[0] if projection is None else projection(rows[0]), wide(rows[1])
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"alm_latents: student_hidden must have teacher_hidden's {teacher.size(-1)} channels, "
+            f"or a projection that gives them, got {student.size(-1)}"
+        )
+    size = torch.square if norm.startswith("l2") else torch.abs
+    chunks = kept.sum().clamp(min=1)
+    scale = size(teacher).sum((0, 1)) / chunks
+    if not norm.endswith("channelwise"):
+        scale = scale.mean()
+    distance = size(torch.where(kept, wide(student) - teacher, 0))
+    loss = (distance / (scale + epsilon)).mean(-1)
+    return reduced("alm_latents", loss, kept, reduction, normalizer)
+
+
+def uld(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    student_chunks: Tensor | None = None,
+    teacher_chunks: Tensor | None = None,
+    num_chunks: int | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    r"""Universal logit distillation: how far two vocabularies' sorted probabilities are apart.
+
+    With q and p the softmaxes of a pair of rows, sorted descending and padded with zeros to the
+    wider vocabulary, a row's loss is :math:`\sum_i |q_{(i)} - p_{(i)}|`: what a token means plays
+    no part, only how likely the first, second, ... token is.
+
+    Rows are paired by place, or, with chunks, the rows of the last tokens of each chunk, after
+    which both models have read the same bytes. They are sorted some at a time; what is stored of
+    all rows is the student's gradient only.
+
+    Args:
+        student_logits: ``[..., vocab_S]``; with chunks ``[B, T_S, vocab_S]``.
+        teacher_logits: ``[..., vocab_T]``, takes no gradient; with chunks ``[B, T_T, vocab_T]``.
+        student_chunks: ``[B, T_S]``, of :func:`fastkd.align_batch`; all three or none.
+        teacher_chunks: ``[B, T_T]``.
+        num_chunks: how many chunks a text may have.
+        mask: bool, the shape of the loss of rows: False leaves a row out.
+        temperature: of the student, positive.
+        teacher_temperature: None: the same.
+        reduction: over the rows that are left: ``"mean"``, ``"sum"``, ``"batchmean"``,
+            ``"elementmean"``, or ``"none"``: the leading dimensions, with chunks ``[B,
+            num_chunks]``, 0 where a row is left out.
+        normalizer: replaces the denominator.
+
+    Returns:
+        float32 (float64 if a side is).
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument has the wrong value or type.
+
+    Source: Boizard et al. 2024 (arXiv 2402.12030), who pair the rows by place and add 1.5 times
+    this to the cross-entropy (recalled, not verified).
+
+    >>> import torch, fastkd
+    >>> student, teacher = torch.tensor([[0.0, 9.0]]), torch.tensor([[9.0, 0.0, -50.0]])
+    >>> round(fastkd.recipes.uld(student, teacher).item(), 6)
+    0.0
+    """
+    tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_tensors("uld", tensors)
+    check_no_gradient("uld", teacher_logits=teacher_logits, normalizer=normalizer)
+    tau = positive("uld", "temperature", temperature)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    tau_teacher = positive("uld", "teacher_temperature", teacher_temperature)
+    given = [x is not None for x in (student_chunks, teacher_chunks, num_chunks)]
+    student, teacher = (x.flatten(0, -2) for x in (student_logits, teacher_logits))
+    if student_chunks is not None and teacher_chunks is not None and num_chunks is not None:
+        for name, logits in tensors.items():
+            check_batch("uld", name, logits, student_logits)
+        last, _ = chunk_ends("uld", "student_chunks", student_logits, student_chunks, num_chunks)
+        other, _ = chunk_ends("uld", "teacher_chunks", teacher_logits, teacher_chunks, num_chunks)
+        kept = (last >= 0) & (other >= 0)
+        check_mask("uld", "mask", mask, kept.shape)
+        kept = kept if mask is None else kept & mask
+        rows, teacher_rows = (
+            (x + logits.size(1) * torch.arange(x.size(0), device=x.device).unsqueeze(-1))[kept]
+            for x, logits in ((last, student_logits), (other, teacher_logits))
+        )
+    elif any(given):
+        raise ValueError(
+            "uld: student_chunks, teacher_chunks and num_chunks must be given together, got "
+            f"{sum(given)} of them"
+        )
+    else:
+        if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
+            raise ValueError(
+                "uld: teacher_logits must have student_logits' leading dimensions "
+                f"{list(student_logits.shape[:-1])}, got {list(teacher_logits.shape[:-1])}; pass "
+                "chunks to pair rows by them"
+            )
+        check_mask("uld", "mask", mask, student_logits.shape[:-1])
+        kept = student_logits.new_ones(student_logits.shape[:-1], dtype=torch.bool)
+        kept = kept if mask is None else mask
+        (rows,) = kept.flatten().nonzero(as_tuple=True)
+        teacher_rows = rows
+
+    def loss(block: slice, logits: Tensor) -> Tensor:
+        other = teacher[teacher_rows[block]]
+        q, p = (
+            (wide(x) / t).softmax(-1).sort(-1, descending=True).values
+            for x, t in ((logits, tau), (other, tau_teacher))
+        )
+        both = min(q.size(-1), p.size(-1))
+        differences = (q[:, :both] - p[:, :both]).abs().sum(-1)
+        return differences + q[:, both:].sum(-1) + p[:, both:].sum(-1)
+
+    values = by_blocks(loss, [student], [rows], max(student.size(-1), teacher.size(-1)))
+    return reduced("uld", placed(values, kept), kept, reduction, normalizer)
+
+
+def mined(
+    student_logits: Tensor,
+    student_ids: Tensor,
+    student_chunks: Tensor,
+    teacher_logits: Tensor,
+    teacher_chunks: Tensor,
+    num_chunks: int,
+    vocab_map: Tensor,
+    *,
+    mask: Tensor | None = None,
+    unmatched: str = "label",
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    r"""Divergence from teacher logits carried over to the student's vocabulary by edit distance.
+
+    A student token that is alone in its chunk, on a side as on the other, has a teacher: the row of
+    the teacher's logits that scores the chunk's token, its entry for the student's token v being
+    that of token ``vocab_map[v]`` (:math:`-\infty` where that is -1). All other tokens have the
+    one-hot distribution of the token itself, or none. The loss of a row is
+    :func:`fastkd.softmax_divergence` of the two.
+
+    Teacher rows are gathered some at a time; what is stored of all rows is the student's gradient.
+
+    Args:
+        student_logits: ``[B, T_S, vocab_S]``, all rows: row t scores token t + 1.
+        student_ids: ``[B, T_S]``.
+        student_chunks: ``[B, T_S]``, of :func:`fastkd.align_batch`; -1 for none.
+        teacher_logits: ``[B, T_T, vocab_T]``, all rows; takes no gradient.
+        teacher_chunks: ``[B, T_T]``.
+        num_chunks: how many chunks a text may have.
+        vocab_map: int64, a teacher id or -1 for each student id, of
+            :func:`fastkd.recipes.edit_distance_map`. Columns of the student behind its end have
+            probability 0.
+        mask: bool ``[B, T_S]``, False for tokens that are not to be learned (padding, a prompt).
+            The first token of a row never is.
+        unmatched: ``"label"`` or ``"drop"``: what becomes of tokens without a teacher row.
+        divergence, beta, temperature, teacher_temperature: see :func:`fastkd.softmax_divergence`.
+            ``"reverse_kl"`` is infinite for a one-hot target and needs ``unmatched="drop"``.
+        reduction: over the tokens that are left: ``"mean"``, ``"sum"``, ``"batchmean"`` (over B),
+            ``"elementmean"`` (over B x T_S), or ``"none"``: ``[B, T_S]``, by token.
+        normalizer: replaces the denominator.
+
+    Returns:
+        float32 (float64 if a side is).
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument has the wrong value or type.
+
+    Sources: Fu et al. 2023 (arXiv 2301.12726) and FuseLLM (arXiv 2401.10491), recalled, not
+    verified; one-hot targets as the code of arXiv 2503.20083 has them.
+
+    >>> import torch, fastkd
+    >>> student, teacher = torch.zeros(1, 2, 3), torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])
+    >>> ids, chunks = torch.tensor([[0, 1]]), torch.tensor([[0, 1]])
+    >>> vocab_map = torch.tensor([1, 0, -1])
+    >>> loss = fastkd.recipes.mined(student, ids, chunks, teacher, chunks, 2, vocab_map)
+    >>> round(loss.item(), 4)  # KL of (1/2, 1/2, 0) and (1/3, 1/3, 1/3)
+    0.4055
+    """
+    tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_tensors("mined", tensors)
+    for name, logits in tensors.items():
+        check_batch("mined", name, logits, student_logits)
+    check_no_gradient("mined", teacher_logits=teacher_logits, normalizer=normalizer)
+    check_integers("mined", "student_ids", student_ids, student_logits.shape[:-1])
+    check_mask("mined", "mask", mask, student_logits.shape[:-1])
+    width = student_logits.size(-1)
+    if not isinstance(vocab_map, Tensor) or vocab_map.dim() != 1 or vocab_map.numel() > width:
+        got = list(vocab_map.shape) if isinstance(vocab_map, Tensor) else type(vocab_map).__name__
+        raise ValueError(f"mined: vocab_map must be a tensor [at most {width}], got {got}")
+    check_range("mined", "vocab_map", vocab_map, -1, teacher_logits.size(-1))
+    check_range("mined", "student_ids", student_ids, 0, width)
+    if unmatched not in ("label", "drop"):
+        raise ValueError(f"mined: unmatched must be label or drop, got {unmatched!r}")
+    if divergence == "reverse_kl" and unmatched == "label":
+        raise ValueError(
+            "mined: divergence reverse_kl is infinite for a one-hot target; pass unmatched='drop', "
+            "got 'label'"
+        )
+    _, count = chunk_ends("mined", "student_chunks", student_logits, student_chunks, num_chunks)
+    other, others = chunk_ends(
+        "mined", "teacher_chunks", teacher_logits, teacher_chunks, num_chunks
+    )
+    # Nothing scores the teacher's first token.
+    single = F.pad((count == 1) & (others == 1) & (other > 0), (0, 1))
+    at = chunk_slots(student_chunks, num_chunks)
+    matched, scorer = single.gather(1, at), F.pad(other - 1, (0, 1)).gather(1, at)
+    kept = torch.arange(at.size(1), device=at.device).expand_as(at) > 0
+    kept = kept if mask is None else kept & mask
+    kept = kept & matched if unmatched == "drop" else kept
+    texts, tokens = kept.nonzero(as_tuple=True)
+    rows = texts * student_logits.size(1) + tokens - 1
+    has_teacher, labels = matched[texts, tokens], student_ids[texts, tokens]
+    teacher_rows = texts * teacher_logits.size(1) + scorer[texts, tokens]
+    teacher_rows = torch.where(has_teacher, teacher_rows, 0)
+    flat = teacher_logits.flatten(0, 1)
+    columns = F.pad(vocab_map.to(flat.device), (0, width - vocab_map.numel()), value=-1)
+    known = (columns >= 0) & (columns < flat.size(-1))
+    columns = torch.where(known, columns, 0)
+
+    def loss(block: slice, logits: Tensor) -> Tensor:
+        taught, label = has_teacher[block].unsqueeze(-1), labels[block].unsqueeze(-1)
+        target = torch.where(torch.arange(width, device=label.device) == label, 0, -math.inf)
+        mapped = flat[teacher_rows[block]][:, columns].masked_fill(~known, -math.inf)
+        return softmax_divergence(
+            logits,
+            torch.where(taught, mapped, target.to(mapped.dtype)),
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            reduction="none",
+        )
+
+    values = by_blocks(loss, [student_logits.flatten(0, 1)], [rows], width)
+    return reduced("mined", placed(values, kept), kept, reduction, normalizer)
