@@ -1,4 +1,4 @@
-"""Modules: one for each loss."""
+"""Modules: one for each loss, and those of gated routing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,13 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._acm_modules import ACM, ACMGate
 from fastkd.alm_loss import alm_loss
 from fastkd.clipped_divergence import clipped_divergence
 from fastkd.kl_div import kl_div
 from fastkd.softmax_divergence import softmax_divergence
 from fastkd.topk_divergence import topk_divergence
 
-__all__ = ["AlmLoss", "ClippedDivergence", "KLDivLoss", "SoftmaxDivergence", "TopkDivergence"]
+__all__ = [
+    "ACM",
+    "ACMGate",
+    "AlmLoss",
+    "ClippedDivergence",
+    "KLDivLoss",
+    "SoftmaxDivergence",
+    "TopkDivergence",
+]
 
 
 class KLDivLoss(torch.nn.KLDivLoss):

@@ -12,12 +12,17 @@ from fastkd.reference.chunk_log_likelihood import (
     chunk_log_likelihood_op,
 )
 from fastkd.reference.clipped_divergence import clipped_divergence, clipped_divergence_op
+from fastkd.reference.gated_routing import acm, acm_oracle, acm_prefix_loss, acm_soft
 from fastkd.reference.softmax_divergence import kl_div, softmax_divergence, softmax_divergence_op
 from fastkd.reference.token_stats import token_stats
 from fastkd.reference.topk_divergence import teacher_topk, topk_divergence, topk_divergence_op
 
 __all__ = [
     "LARGEST_LOG_RATIO",
+    "acm",
+    "acm_oracle",
+    "acm_prefix_loss",
+    "acm_soft",
     "alm_loss",
     "byte_log_probs",
     "byte_log_probs_op",

@@ -1,0 +1,85 @@
+"""Arguments of gated routing: what is checked before learners run."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd._learners import ACTIVATIONS
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_float(function: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in _DTYPES:
+        raise TypeError(
+            f"{function}: {name} must be float32, bfloat16, float16 or float64, got "
+            f"{str(value.dtype).removeprefix('torch.')}"
+        )
+
+
+def check_shape(function: str, name: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if value.shape != shape:
+        raise ValueError(
+            f"{function}: {name} must have shape {list(shape)}, got {list(value.shape)}"
+        )
+    if value.device != x.device:
+        raise ValueError(f"{function}: {name} must be on {x.device} as x is, got {value.device}")
+
+
+def check_learners(
+    function: str,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    activation: str,
+    bias: Tensor | None = None,
+) -> torch.dtype:
+    """The dtype that all promote to."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{function}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}"
+        )
+    named = {"x": x, "w1": w1, "b1": b1, "w2": w2}
+    if bias is not None:
+        named["bias"] = bias
+    for name, value in named.items():
+        check_float(function, name, value)
+    for name, value, words in (("w1", w1, "[N, D, b]"), ("w2", w2, "[N, b, D_out]")):
+        if value.dim() != 3:
+            raise ValueError(f"{function}: {name} must have shape {words}, got {list(value.shape)}")
+    learners, inputs, width = w1.shape
+    if learners == 0:
+        raise ValueError(f"{function}: w1 must hold at least one learner, got {list(w1.shape)}")
+    if x.dim() == 0 or x.size(-1) != inputs:
+        raise ValueError(f"{function}: x must have shape [..., D = {inputs}], got {list(x.shape)}")
+    check_shape(function, "w1", w1, w1.shape, x)
+    check_shape(function, "b1", b1, (learners, width), x)
+    check_shape(function, "w2", w2, (learners, width, w2.size(2)), x)
+    dtype = x.dtype
+    for value in named.values():
+        if value.dtype != dtype:
+            dtype = torch.promote_types(dtype, value.dtype)
+    return dtype
+
+
+def check_target(
+    function: str, x: Tensor, w2: Tensor, target: Tensor, dtype: torch.dtype
+) -> torch.dtype:
+    check_float(function, "target", target)
+    check_shape(function, "target", target, (*x.shape[:-1], w2.size(2)), x)
+    return torch.promote_types(dtype, target.dtype)
+
+
+def check_choices(choices: Any, x: Tensor) -> None:
+    if not isinstance(choices, Tensor):
+        raise TypeError(f"acm: choices must be a tensor, got {type(choices).__name__}")
+    dtype = choices.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise TypeError(
+            f"acm: choices must have an integer dtype, got {str(dtype).removeprefix('torch.')}"
+        )
+    check_shape("acm", "choices", choices, x.shape[:-1], x)

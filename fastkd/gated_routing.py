@@ -1,0 +1,419 @@
+"""Gated routing (adaptive computation modules): each row runs as many learners as it chooses."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import _learners, reference
+from fastkd._gradient import differentiable_gradients
+from fastkd._learner_arguments import (
+    check_choices,
+    check_float,
+    check_learners,
+    check_shape,
+    check_target,
+)
+from fastkd._learners import traced
+from fastkd._library import transforms_active
+
+_RULES = ("paper", "code")
+
+
+def acm(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    choices: Tensor,
+    *,
+    activation: str = "gelu",
+    bias: Tensor | None = None,
+) -> Tensor:
+    r"""Run as many learners on each row as it chooses, and no others.
+
+    .. math:: y = \sum_{n \le k} \mathrm{act}(x W^1_n + b^1_n) W^2_n \;[+\, \text{bias}], \qquad
+              k \in \{0, \dots, N\}
+
+    Rows are sorted by choice (once, stable), so that the rows that run learner n are the first
+    ones: N pairs of matrix products with ever fewer rows. A row's result does not depend on the
+    choices of its batch mates beyond the rounding of products of another size. Backward keeps the
+    pre-activations of the learners that ran, and runs over these alone.
+
+    The products are torch's own. The lengths of the prefixes are needed on the host: on a GPU each
+    pass waits for it once. Outside the CPU choices are not checked but a row with a choice out of
+    range is NaN and takes no gradient. Under torch.compile each pass is one op of the graph, and
+    room for the pre-activations of all learners is set aside. Second derivatives and torch.func
+    transforms go through :func:`fastkd.reference.acm`, which runs every learner on every row.
+
+    Args:
+        x: ``[..., D]`` float32, bfloat16, float16 or float64, any strides.
+        w1: ``[N, D, b]``, N at least 1.
+        b1: ``[N, b]``.
+        w2: ``[N, b, D_out]``.
+        choices: ``[...]``, any integer dtype.
+        activation: ``"gelu"`` (erf), ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"identity"``.
+        bias: ``[D_out]``, for every row (also those that choose 0), or ``[N + 1, D_out]``, one for
+            each choice.
+
+    Returns:
+        ``[..., D_out]`` in the dtype that x, the weights and the bias promote to, which is also
+        what the products take; 16-bit products are added up in float32. Autocast changes nothing.
+
+    Raises:
+        IndexError: a choice out of range (CPU).
+        ValueError, TypeError: an argument has the wrong shape or type.
+
+    Source: Wójcik et al. 2023 (arXiv 2312.10193). Their released code runs one learner less on
+    tokens with the largest choice of the batch; this does not.
+
+    >>> import torch, fastkd
+    >>> w1, b1, w2 = torch.ones(2, 1, 1), torch.zeros(2, 1), torch.tensor([[[1.0]], [[10.0]]])
+    >>> x = torch.full((3, 1), 2.0)
+    >>> fastkd.acm(x, w1, b1, w2, torch.tensor([0, 1, 2]), activation="identity").tolist()
+    [[0.0], [2.0], [22.0]]
+    """
+    dtype = check_learners("acm", x, w1, b1, w2, activation, bias)
+    check_choices(choices, x)
+    learners = w1.size(0)
+    if bias is not None and bias.shape not in ((w2.size(2),), (learners + 1, w2.size(2))):
+        raise ValueError(
+            f"acm: bias must have shape [{w2.size(2)}] or [{learners + 1}, {w2.size(2)}], got "
+            f"{list(bias.shape)}"
+        )
+    if transforms_active():
+        return reference.acm(x, w1, b1, w2, choices, activation=activation, bias=bias)
+    choices = choices.long()
+    operands = (_rows(x).to(dtype), w1.to(dtype), b1.to(dtype), w2.to(dtype))
+    flat = choices.reshape(-1)
+    if _requires_grad(*operands):
+        out = _Acm.apply(*operands, flat, activation)
+    else:
+        out, _ = _learners.forward(*operands, flat, None, activation, False, False)
+    out = out.view(*x.shape[:-1], w2.size(2))
+    if bias is None:
+        return out
+    bias = bias.to(dtype)
+    return out + (bias if bias.dim() == 1 else bias[choices.clamp(0, learners)])
+
+
+def acm_soft(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    gates: Tensor,
+    *,
+    activation: str = "gelu",
+    straight_through: bool = False,
+) -> Tensor:
+    r"""Weigh learners by the probability that a gate runs them: what trains the gate.
+
+    .. math:: y = \sum_{n=1}^N G_n\, \mathrm{act}(x W^1_n + b^1_n) W^2_n, \qquad
+              G_n = \sum_{k \ge n} \text{gates}_k
+
+    One-hot gates give :func:`acm`'s value. Every learner runs on every row. The gradient of
+    :math:`G_n` is the product of the learner's output and the gradient, which comes from the
+    activations without that output being formed.
+
+    ``straight_through``: the value is ``acm(x, ..., gates.argmax(-1))``, computed as such, and the
+    gradient, of gates and of all others, that of the sum above; pre-activations come again in
+    backward instead of being kept. A row whose gates hold a NaN is NaN.
+
+    Args:
+        x: ``[..., D]`` float32, bfloat16, float16 or float64, any strides.
+        w1: ``[N, D, b]``.
+        b1: ``[N, b]``.
+        w2: ``[N, b, D_out]``.
+        gates: ``[..., N + 1]``, of :func:`acm_gate` or any other weights.
+        activation: as for :func:`acm`.
+        straight_through: see above.
+
+    Returns:
+        ``[..., D_out]`` in the dtype that x and the weights promote to.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape or type.
+
+    Source: Wójcik et al. 2023 (arXiv 2312.10193), whose gates get no gradient from the task.
+
+    >>> import torch, fastkd
+    >>> w1, b1, w2 = torch.ones(2, 1, 1), torch.zeros(2, 1), torch.tensor([[[1.0]], [[10.0]]])
+    >>> gates = torch.tensor([[0.25, 0.25, 0.5]], requires_grad=True)
+    >>> y = fastkd.acm_soft(torch.ones(1, 1), w1, b1, w2, gates, activation="identity")
+    >>> y.backward()
+    >>> y.item(), gates.grad.tolist()
+    (5.75, [[0.0, 1.0, 11.0]])
+    """
+    dtype = check_learners("acm_soft", x, w1, b1, w2, activation)
+    check_float("acm_soft", "gates", gates)
+    check_shape("acm_soft", "gates", gates, (*x.shape[:-1], w1.size(0) + 1), x)
+    if transforms_active():
+        return reference.acm_soft(
+            x, w1, b1, w2, gates, activation=activation, straight_through=straight_through
+        )
+    operands = (_rows(x).to(dtype), w1.to(dtype), b1.to(dtype), w2.to(dtype))
+    flat = _rows(gates).to(_learners.wide(dtype))
+    choices = flat.detach().argmax(-1) if straight_through else None
+    scale = flat.T[1:].flip(0).cumsum(0).flip(0)
+    if _requires_grad(*operands, scale):
+        out = _AcmSoft.apply(*operands, scale, choices, activation)
+    else:
+        weights = None if straight_through else scale
+        out, _ = _learners.forward(*operands, choices, weights, activation, False, False)
+    if straight_through:
+        out = out.masked_fill(flat.detach().isnan().any(-1, keepdim=True), torch.nan)
+    return out.view(*x.shape[:-1], w2.size(2))
+
+
+def acm_prefix_loss(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    target: Tensor,
+    *,
+    activation: str = "gelu",
+    detach: bool = False,
+) -> Tensor:
+    r"""Mean squared error of every prefix of learners: phase I, which trains the learners.
+
+    .. math:: L_k = \frac{1}{\text{rows} \cdot D_\text{out}} \sum_{\text{rows}}
+              \Bigl\lVert \sum_{n \le k} \mathrm{act}(x W^1_n + b^1_n) W^2_n - o \Bigr\rVert^2,
+              \qquad k = 0, \dots, N
+
+    Prefix 0 is zero: :math:`L_0` is the mean square of the target. Rows are walked in blocks, so
+    that no ``[rows, N + 1, D_out]`` tensor and no hidden layer of all rows is held: besides the
+    gradients about one ``[rows, D]`` at a time. The call computes gradients as for
+    ``losses.sum()``, or any multiple of it (``losses.mean()``, ``losses[1:].sum()``); backward
+    from other combinations walks the rows once more.
+
+    Args:
+        x: ``[..., D]`` float32, bfloat16, float16 or float64: the replaced module's input.
+        w1: ``[N, D, b]``.
+        b1: ``[N, b]``.
+        w2: ``[N, b, D_out]``.
+        target: ``[..., D_out]``: its output. Subtract an output bias from it first.
+        activation: as for :func:`acm`.
+        detach: learner k gets the gradient of prefix k's term alone, those before it are
+            constants there. (The released code has this switch, but never turns it on.)
+
+    Returns:
+        ``[N + 1]``, float32 (float64 if an input is); 0 without rows.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape or type.
+
+    Source: Wójcik et al. 2023 (arXiv 2312.10193).
+
+    >>> import torch, fastkd
+    >>> w1, b1, w2 = torch.ones(2, 1, 1), torch.zeros(2, 1), torch.tensor([[[1.0]], [[2.0]]])
+    >>> target = torch.full((1, 1), 3.0)
+    >>> fastkd.acm_prefix_loss(target / 3, w1, b1, w2, target, activation="identity").tolist()
+    [9.0, 4.0, 0.0]
+    """
+    dtype = check_learners("acm_prefix_loss", x, w1, b1, w2, activation)
+    dtype = check_target("acm_prefix_loss", x, w2, target, dtype)
+    if transforms_active():
+        return reference.acm_prefix_loss(
+            x, w1, b1, w2, target, activation=activation, detach=detach
+        )
+    operands = (
+        *(_rows(x).to(dtype), w1.to(dtype), b1.to(dtype), w2.to(dtype)),
+        _rows(target).to(dtype),
+    )
+    if _requires_grad(*operands):
+        return _AcmPrefixLoss.apply(*operands, activation, detach)
+    return _losses(_distances(operands, activation), target.numel())
+
+
+def acm_oracle(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    target: Tensor,
+    *,
+    activation: str = "gelu",
+    threshold: float = 1 / 1.2,
+    rule: str = "paper",
+) -> Tensor:
+    r"""How many learners each row needs: phase II's labels for the gate.
+
+    With :math:`d_n` the distance of prefix n from the target, another learner no longer helps
+    where it leaves at least :math:`\theta` of the distance, :math:`d_n \ge \theta d_{n-1}`.
+
+    ============  =================================================================================
+    ``"paper"``   the first such n of 2..N; N if there is none (every learner helps)
+    ``"code"``    the first n of 1..N with :math:`d_{n-1} / d_n < 1 / \theta`; N if there is none,
+                  and N also if that is n = 1: a row that not even learner 1 helps runs them all,
+                  as in the released code
+    ============  =================================================================================
+
+    No division is done: :math:`d_{n-1} = 0` stops the paper's rule at n. A row with a NaN gets N.
+
+    Args:
+        x: ``[..., D]`` float32, bfloat16, float16 or float64.
+        w1: ``[N, D, b]``.
+        b1: ``[N, b]``.
+        w2: ``[N, b, D_out]``.
+        target: ``[..., D_out]``: the replaced module's output.
+        activation: as for :func:`acm`.
+        threshold: :math:`\theta`, positive; the released code's error factor is its inverse, 1.2.
+        rule: ``"paper"`` or ``"code"``.
+
+    Returns:
+        int64 ``[...]``. No gradient.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong value, shape or type.
+
+    Source: Wójcik et al. 2023 (arXiv 2312.10193).
+
+    >>> import torch, fastkd
+    >>> w1, b1, w2 = torch.ones(3, 1, 1), torch.zeros(3, 1), torch.tensor([1, 1, 0.1]).view(3, 1, 1)
+    >>> x, target = torch.ones(1, 1), torch.full((1, 1), 3.0)  # distances 3, 2, 1, 0.9
+    >>> fastkd.acm_oracle(x, w1, b1, w2, target, activation="identity").tolist()
+    [3]
+    """
+    dtype = check_learners("acm_oracle", x, w1, b1, w2, activation)
+    dtype = check_target("acm_oracle", x, w2, target, dtype)
+    if rule not in _RULES:
+        raise ValueError(f"acm_oracle: rule must be one of {', '.join(_RULES)}; got {rule!r}")
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"acm_oracle: threshold must be positive and finite, got {threshold}")
+    learners = w1.size(0)
+    with torch.no_grad():
+        operands = [v.detach().to(dtype) for v in (_rows(x), w1, b1, w2, _rows(target))]
+        distances = _distances(operands, activation)
+        before, after = threshold * distances[:-1], distances[1:]
+        stops = after >= before if rule == "paper" else after > before
+        if rule == "paper":
+            stops[0] = False
+        first = (stops.long().cumsum(0) == 0).sum(0) + 1
+        label = torch.where((first == 1) | (first > learners), learners, first)
+    return label.view(x.shape[:-1])
+
+
+class _Acm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, choices: Tensor, activation: str
+    ) -> Tensor:
+        operands = (x, w1, b1, w2)
+        out, kept = _learners.forward(*operands, choices, None, activation, True, traced(x))
+        ctx.save_for_backward(*operands, choices, kept)
+        ctx.activation = activation
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *operands, choices, kept = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:4])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            x, w1, b1, w2 = operands
+            out = reference.acm(x, w1, b1, w2, choices, activation=ctx.activation)
+            return *differentiable_gradients(out, operands, needs, grads[0]), None, None
+        found = _learners.backward(
+            grads[0], *operands, choices, None, kept, ctx.activation, [*needs, False]
+        )
+        return *_needed(found, needs), None, None
+
+
+class _AcmSoft(torch.autograd.Function):
+    """With choices: their value, and the gradient of the weighted sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        scale: Tensor,
+        choices: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        operands = (x, w1, b1, w2)
+        hard = choices is not None
+        weights = None if hard else scale
+        out, kept = _learners.forward(*operands, choices, weights, activation, not hard, traced(x))
+        ctx.save_for_backward(*operands, scale, None if hard else kept)
+        ctx.activation = activation
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *operands, scale, kept = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:5])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            steps = torch.cat([scale, scale.new_zeros((1, scale.size(1)))])
+            gates = torch.cat([scale.new_zeros((1, scale.size(1))), steps[:-1] - steps[1:]])
+            x, w1, b1, w2 = operands
+            out = reference.acm_soft(x, w1, b1, w2, gates.T, activation=ctx.activation)
+            inputs = (*operands, scale)
+            return *differentiable_gradients(out, inputs, needs, grads[0]), None, None
+        found = _learners.backward(grads[0], *operands, None, scale, kept, ctx.activation, needs)
+        return *_needed(found, needs), None, None
+
+
+class _AcmPrefixLoss(torch.autograd.Function):
+    """Gradients of the sum of losses come with them; backward multiplies, or computes others."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        target: Tensor,
+        activation: str,
+        detach: bool,
+    ) -> Tensor:
+        operands = (x, w1, b1, w2, target)
+        needs = list(ctx.needs_input_grad[:5])
+        distances, *found = _learners.prefixes(*operands, None, activation, detach, needs)
+        ctx.save_for_backward(*operands, *found)
+        ctx.options = activation, detach
+        return _losses(distances, target.numel())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        operands, found = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
+        needs = list(ctx.needs_input_grad[:5])
+        activation, detach = ctx.options
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            losses = reference.acm_prefix_loss(*operands, activation=activation, detach=detach)
+            return *differentiable_gradients(losses, operands, needs, grads[0]), None, None
+        last_use = not (
+            traced(operands[0]) or torch._C._autograd._get_current_graph_task_keep_graph()
+        )
+        found = _learners.prefixes_backward(
+            grads[0], *operands, found, activation, detach, needs, last_use
+        )
+        return *_needed(found, needs), None, None
+
+
+def _needed(values: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(value if need else None for value, need in zip(values, needs, strict=False))[
+        : len(needs)
+    ]
+
+
+def _distances(operands: Any, activation: str) -> Tensor:
+    """[N + 1, rows]."""
+    return _learners.prefixes(*operands, None, activation, False, [False] * 5)[0]
+
+
+def _losses(distances: Tensor, count: int) -> Tensor:
+    return (distances.double().square().sum(-1) / max(count, 1)).to(distances.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.size(-1))
+
+
+def _requires_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

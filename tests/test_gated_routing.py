@@ -1,0 +1,434 @@
+"""acm, acm_soft against masks in float64, hostile rows; all four: derivatives, graphs, errors."""
+
+import pytest
+import torch
+from cases import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastkd
+from fastkd import _learners
+from fastkd._learners import ACTIVATIONS
+
+GRADIENT_ERROR = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    # Rounded: pre-activations, activations, each learner's product.
+    torch.bfloat16: 1.5e-2,
+    torch.float16: 2e-3,
+}
+
+
+def learners(n=4, d=12, b=7, out=10, dtype=torch.float32):
+    """w1, b1, w2."""
+    return (
+        (torch.randn(n, d, b, dtype=torch.float64) / d**0.5).to(dtype),
+        torch.randn(n, b, dtype=torch.float64).to(dtype),
+        (torch.randn(n, b, out, dtype=torch.float64) / b**0.5).to(dtype),
+    )
+
+
+def problem(rows=(3, 11), dtype=torch.float32, **sizes):
+    """x, w1, b1, w2 that require grad."""
+    weights = learners(dtype=dtype, **sizes)
+    x = torch.randn(*rows, weights[0].size(1), dtype=torch.float64).to(dtype)
+    return [v.requires_grad_() for v in (x, *weights)]
+
+
+def some_choices(rows=(3, 11), n=4):
+    return torch.randint(0, n + 1, rows)
+
+
+def exactly(tensors):
+    return [v.detach().double().requires_grad_(v.requires_grad) for v in tensors]
+
+
+def assert_same(found, exact, leaves, exact_leaves, error=None):
+    """Values, and gradients of all leaves from a random direction."""
+    dtype = found.dtype
+    limit = error or GRADIENT_ERROR[dtype]
+    assert found.shape == exact.shape
+    assert relative_error(found, exact) <= limit
+    direction = torch.randn(exact.shape, dtype=torch.float64).to(dtype)
+    found.backward(direction)
+    exact.backward(direction.double())
+    for mine, right in zip(leaves, exact_leaves, strict=True):
+        assert mine.grad.dtype == mine.dtype
+        assert mine.grad.shape == right.grad.shape
+        assert relative_error(mine.grad, right.grad) <= limit
+
+
+def check_acm(leaves, choices, activation="gelu", error=None):
+    exact_leaves = exactly(leaves)
+    with torch.no_grad():
+        plain = fastkd.acm(*leaves, choices, activation=activation)
+    found = fastkd.acm(*leaves, choices, activation=activation)
+    exact = fastkd.reference.acm(*exact_leaves, choices, activation=activation)
+    assert torch.equal(plain, found.detach())
+    assert_same(found, exact, leaves, exact_leaves, error)
+    return found
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", list(GRADIENT_ERROR))
+def test_acm(activation, dtype):
+    check_acm(problem(dtype=dtype), some_choices(), activation)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 9),
+    sizes=st.tuples(*[st.integers(1, 5)] * 4),
+    data=st.data(),
+    kind=st.sampled_from([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]),
+)
+def test_acm_on_any_shape(rows, sizes, data, kind):
+    n, d, b, out = sizes
+    choices = data.draw(st.lists(st.integers(0, n), min_size=rows, max_size=rows))
+    leaves = problem((rows,), torch.float64, n=n, d=d, b=b, out=out)
+    check_acm(leaves, torch.tensor(choices, dtype=kind), error=1e-11)
+
+
+@pytest.mark.parametrize("rows", [(), (0,), (0, 3), (1,), (2, 1, 3)])
+@pytest.mark.parametrize("choice", [0, 1, 4])
+def test_all_rows_choose_the_same(rows, choice):
+    found = check_acm(problem(rows), torch.full(rows, choice))
+    if choice == 0:
+        assert not found.any()
+
+
+def test_the_largest_choice_runs_its_last_learner():
+    """Choices [4, 2] ran 3 and 2 learners in the released code, and [1] none."""
+    leaves = problem((2,))
+    for choices in ([4, 2], [1, 0], [1, 1]):
+        found = check_acm(leaves, torch.tensor(choices))
+        for row, choice in enumerate(choices):
+            x, w1, b1, w2 = (v.detach() for v in leaves)
+            parts = torch.nn.functional.gelu(x[row] @ w1 + b1).unsqueeze(1) @ w2
+            torch.testing.assert_close(found[row].detach(), parts[:choice].sum((0, 1)))
+        for leaf in leaves:
+            leaf.grad = None
+
+
+def test_batch_mates_do_not_matter():
+    x, *weights = (v.detach() for v in problem((40,)))
+    choices = some_choices((40,))
+    together = fastkd.acm(x, *weights, choices)
+    alone = torch.cat([fastkd.acm(x[i : i + 1], *weights, choices[i : i + 1]) for i in range(40)])
+    torch.testing.assert_close(together, alone)
+    order = torch.randperm(40)
+    torch.testing.assert_close(together[order], fastkd.acm(x[order], *weights, choices[order]))
+
+
+def test_rows_that_are_not_run_are_not_read():
+    leaves = problem((6,))
+    choices = torch.tensor([2, 0, 4, 0, 1, 0])
+    with torch.no_grad():
+        leaves[0][choices == 0] = torch.nan
+        leaves[1][3] = torch.nan  # learner 4 is for row 2 alone
+    out = fastkd.acm(*leaves, choices)
+    assert out.isnan().any(-1).tolist() == [False, False, True, False, False, False]
+    out[choices < 4].sum().backward()
+    assert leaves[0].grad.isfinite().all(-1).tolist() == [True, True, False, True, True, True]
+    for weight in leaves[1:]:
+        assert weight.grad[:3].isfinite().all()
+    spoiled = leaves[0].detach().clone()
+    spoiled[2] = torch.inf
+    found = fastkd.acm(spoiled, *leaves[1:], torch.tensor([2, 0, 1, 0, 1, 0]))
+    assert found.isfinite().all(-1).tolist() == [True, True, False, True, True, True]
+
+
+def test_layouts():
+    x, w1, _, w2 = problem((8, 4))
+    choices = some_choices((4, 8))
+    leaves = [
+        x.detach().transpose(0, 1).requires_grad_(),
+        w1.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
+        torch.randn(4, 14)[:, ::2].requires_grad_(),
+        w2.detach().flip(0).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(),
+    ]
+    check_acm(leaves, choices)
+    check_acm(problem((4, 8)), some_choices((8, 4)).T)
+    x, *weights = problem((4, 8))
+    fastkd.acm(x, *weights, choices).sum().backward()  # a gradient without strides
+    exact = exactly([x, *weights])
+    fastkd.reference.acm(*exact, choices).sum().backward()
+    assert relative_error(weights[0].grad, exact[1].grad) < 2e-6
+
+
+def test_only_what_needs_a_gradient():
+    for wanted in range(4):
+        leaves = problem()
+        for i, leaf in enumerate(leaves):
+            leaf.requires_grad_(i == wanted)
+        exact, choices = exactly(leaves), some_choices()
+        fastkd.acm(*leaves, choices).sum().backward()
+        fastkd.reference.acm(*exact, choices).sum().backward()
+        assert relative_error(leaves[wanted].grad, exact[wanted].grad) < 2e-6
+
+
+@pytest.mark.parametrize("shape", [(10,), (5, 10)])
+def test_bias(shape):
+    leaves, choices = problem(), some_choices()
+    bias = torch.randn(shape, requires_grad=True)
+    exact = exactly([*leaves, bias])
+    found = fastkd.acm(*leaves, choices, bias=bias)
+    right = fastkd.reference.acm(*exact[:4], choices, bias=exact[4])
+    assert_same(found, right, [*leaves, bias], exact)
+    assert fastkd.acm(*problem((0,)), torch.zeros(0).long(), bias=bias).shape == (0, 10)
+
+
+def test_mixed_dtypes_and_autocast():
+    x, *weights = problem()
+    half = x.detach().bfloat16().requires_grad_()
+    choices = some_choices()
+    found = fastkd.acm(half, *weights, choices)
+    assert found.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        same = fastkd.acm(half, *weights, choices)
+        soft = fastkd.acm_soft(half, *weights, torch.rand(3, 11, 5))
+        loss = fastkd.acm_prefix_loss(half, *weights, torch.randn(3, 11, 10))
+        (same.sum() + soft.sum() + loss.sum()).backward()
+    assert torch.equal(found, same)
+    assert {v.dtype for v in (soft, loss)} == {torch.float32}
+    assert half.grad.dtype == torch.bfloat16
+    assert weights[0].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(activation):
+    leaves = problem((5,), torch.float64, n=2, d=3, b=2, out=2)
+    choices = torch.tensor([2, 0, 1, 2, 1])
+    gates = torch.rand(5, 3, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    runs = {
+        "acm": (lambda *a: fastkd.acm(*a, choices, activation=activation), leaves),
+        "soft": (lambda *a: fastkd.acm_soft(*a, activation=activation), [*leaves, gates]),
+        "prefix": (
+            lambda *a: fastkd.acm_prefix_loss(*a, activation=activation),
+            [*leaves, target],
+        ),
+    }
+    for run, inputs in runs.values():
+        assert torch.autograd.gradcheck(run, inputs)
+        assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_second_derivatives_of_detached_and_straight_through():
+    leaves = problem((5,), torch.float64, n=2, d=3, b=2, out=2)
+    extras = (torch.rand(5, 3).double().requires_grad_(), torch.randn(5, 2).double())
+    for name, extra, options in (
+        ("acm_soft", extras[0], {"straight_through": True}),
+        ("acm_prefix_loss", extras[1], {"detach": True}),
+    ):
+        second = []
+        for module in (fastkd, fastkd.reference):
+            out = getattr(module, name)(*leaves, extra, **options)
+            first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+            second.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+        for mine, right in zip(*second, strict=True):
+            assert relative_error(mine, right) < 1e-11
+
+
+def test_function_transforms():
+    leaves = [v.detach() for v in problem((5,), torch.float64)]
+    choices, gates = some_choices((5,)), torch.rand(5, 5).double()
+    x, *weights = leaves
+    single = torch.func.vmap(lambda row, k: fastkd.acm(row, *weights, k))(x, choices)
+    torch.testing.assert_close(single, fastkd.acm(*leaves, choices))
+    gradient = torch.func.grad(lambda x: fastkd.acm(x, *weights, choices).square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    fastkd.acm(leaf, *weights, choices).square().sum().backward()
+    torch.testing.assert_close(gradient, leaf.grad)
+    losses = torch.func.jacrev(lambda x: fastkd.acm_prefix_loss(x, *weights, x[:, :10]))(x)
+    assert losses.shape == (5, 5, 12)
+    soft = torch.func.vmap(lambda row, g: fastkd.acm_soft(row, *weights, g))(x, gates)
+    torch.testing.assert_close(soft, fastkd.acm_soft(*leaves, gates))
+
+
+@pytest.mark.parametrize("dtype", list(GRADIENT_ERROR))
+def test_soft(dtype):
+    leaves = problem(dtype=dtype)
+    gates = torch.randn(3, 11, 5, dtype=torch.float64).softmax(-1).to(dtype).requires_grad_()
+    exact = exactly([*leaves, gates])
+    for activation in ACTIVATIONS:
+        for leaf in (*leaves, gates, *exact):
+            leaf.grad = None
+        found = fastkd.acm_soft(*leaves, gates, activation=activation)
+        right = fastkd.reference.acm_soft(*exact, activation=activation)
+        assert_same(found, right, [*leaves, gates], exact)
+        assert not gates.grad[..., 0].any()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "identity"])
+def test_straight_through(activation):
+    leaves = problem()
+    gates = torch.randn(3, 11, 5).softmax(-1).requires_grad_()
+    hard = fastkd.acm_soft(*leaves, gates, activation=activation, straight_through=True)
+    assert torch.equal(hard, fastkd.acm(*leaves, gates.argmax(-1), activation=activation))
+    exact = exactly([*leaves, gates])
+    right = fastkd.reference.acm_soft(*exact, activation=activation, straight_through=True)
+    assert_same(hard, right, [*leaves, gates], exact)
+    with torch.no_grad():
+        again = fastkd.acm_soft(*leaves, gates, activation=activation, straight_through=True)
+    assert torch.equal(hard.detach(), again)
+    direction = torch.randn(3, 11, 10)
+    first, second = (
+        torch.autograd.grad(
+            fastkd.acm_soft(*leaves, gates, straight_through=straight), [*leaves, gates], direction
+        )
+        for straight in (False, True)
+    )
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_one_hot_gates_are_choices():
+    leaves, choices = [v.detach() for v in problem()], some_choices()
+    gates = torch.nn.functional.one_hot(choices, 5).float()
+    hard = fastkd.acm(*leaves, choices)
+    torch.testing.assert_close(fastkd.acm_soft(*leaves, gates), hard)
+    gates[1, 2, 0] = torch.nan
+    found = fastkd.acm_soft(*leaves, gates, straight_through=True)
+    assert found[1, 2].isnan().all()
+    assert found.isnan().any(-1).sum() == 1
+
+
+def test_routing_keeps_only_what_ran():
+    """Saved for backward: the pre-activations of the learners that ran, and no gathered input."""
+    leaves = problem((64,), n=4, d=8, b=16, out=8)
+    choices = torch.arange(64) % 3
+    out = fastkd.acm(*leaves, choices)
+    inputs = {v.untyped_storage().data_ptr() for v in (*leaves, choices)}
+    node = out.grad_fn
+    while node.name() != "_AcmBackward":
+        node = node.next_functions[0][0]
+    kept = [v for v in node.saved_tensors if v.untyped_storage().data_ptr() not in inputs]
+    assert [list(v.shape) for v in kept] == [[int(choices.sum()), 16]]
+
+
+def test_compile_fullgraph():
+    leaves, choices = problem(), some_choices()
+    gates = torch.randn(3, 11, 5).softmax(-1).requires_grad_()
+    target = torch.randn(3, 11, 10)
+    everything = [*leaves, gates]
+
+    def run(x, w1, b1, w2, gates):
+        hard = fastkd.acm(x, w1, b1, w2, choices)
+        soft = fastkd.acm_soft(x, w1, b1, w2, gates)
+        straight = fastkd.acm_soft(x, w1, b1, w2, gates, straight_through=True)
+        losses = fastkd.acm_prefix_loss(x, w1, b1, w2, target)
+        uneven = fastkd.acm_prefix_loss(x, w1, b1, w2, target, detach=True)[1]
+        return (hard.square() + soft + straight.square()).sum() + losses.sum() + uneven
+
+    plain = run(*everything)
+    expected = torch.autograd.grad(plain, everything)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    found = compiled(*everything)
+    torch.testing.assert_close(found, plain)
+    for mine, right in zip(torch.autograd.grad(found, everything), expected, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+    run = torch.compile(fastkd.acm, fullgraph=True)
+    hard = fastkd.acm(*leaves, choices)
+    torch.testing.assert_close(run(*leaves, choices), hard)
+    first, second = (
+        torch.autograd.grad(out.square().sum(), leaves) for out in (run(*leaves, choices), hard)
+    )
+    for mine, right in zip(first, second, strict=True):
+        torch.testing.assert_close(mine, right)
+    labels = torch.compile(fastkd.acm_oracle, fullgraph=True, backend="aot_eager")(*leaves, target)
+    assert torch.equal(labels, fastkd.acm_oracle(*leaves, target))
+    with torch.no_grad(), pytest.raises(IndexError, match=r"acm: choices must lie in \[0, N = 4\]"):
+        run(*leaves, choices + 4)
+
+
+def test_opcheck():
+    x, *weights = (v.detach() for v in problem((6,)))
+    choices, target = some_choices((6,)), torch.randn(6, 10)
+    scale = torch.rand(4, 6)
+    grad = torch.randn(6, 10)
+    check = torch.library.opcheck
+    for args in ((choices, None), (None, scale), (None, None)):
+        # Where some learners do not run, the room for their pre-activations is left as it is.
+        check(_learners.forward.op, (x, *weights, *args, "gelu", args[0] is None, True))
+        _, kept = _learners.forward.kernel(x, *weights, *args, "gelu", True, True)
+        needs = [True, True, False, True, args[1] is not None]
+        for pre in (kept, None):
+            check(_learners.backward.op, (grad, x, *weights, *args, pre, "gelu", needs))
+    needs = [True, True, False, True, True]
+    arguments = (x, *weights, target, torch.rand(5), "gelu", False, needs)
+    check(_learners.prefixes.op, arguments)
+    _, *found = _learners.prefixes.kernel(*arguments)
+    check(
+        _learners.prefixes_backward.op,
+        (torch.rand(5), x, *weights, target, found, "gelu", False, needs, False),
+    )
+
+
+def test_meta():
+    leaves = [v.detach().to("meta") for v in problem()]
+    assert fastkd.acm(*leaves, some_choices().to("meta")).shape == (3, 11, 10)
+    assert fastkd.acm_prefix_loss(*leaves, torch.randn(3, 11, 10, device="meta")).shape == (5,)
+
+
+ERRORS = [
+    (
+        "acm",
+        {"choices": torch.tensor([0, 5])},
+        IndexError,
+        r"choices must lie in \[0, N = 4\], got 5",
+    ),
+    ("acm", {"choices": torch.tensor([-1, 2])}, IndexError, "got -1"),
+    (
+        "acm",
+        {"choices": torch.ones(2)},
+        TypeError,
+        "choices must have an integer dtype, got float32",
+    ),
+    ("acm", {"choices": torch.ones(2).bool()}, TypeError, "integer dtype, got bool"),
+    ("acm", {"choices": [1, 2]}, TypeError, "choices must be a tensor, got list"),
+    (
+        "acm",
+        {"choices": torch.ones(3).long()},
+        ValueError,
+        r"choices must have shape \[2\], got \[3\]",
+    ),
+    ("acm", {"bias": torch.ones(4)}, ValueError, r"bias must have shape \[10\] or \[5, 10\]"),
+    ("acm", {"activation": "tanh"}, ValueError, "activation must be one of gelu, .*got 'tanh'"),
+    (
+        "acm",
+        {"x": torch.ones(2, 11)},
+        ValueError,
+        r"x must have shape \[..., D = 12\], got \[2, 11\]",
+    ),
+    ("acm", {"x": torch.ones(2, 12).long()}, TypeError, "x must be float32, .*got int64"),
+    ("acm", {"w1": torch.ones(12, 7)}, ValueError, r"w1 must have shape \[N, D, b\]"),
+    ("acm", {"w1": torch.ones(0, 12, 7)}, ValueError, "w1 must hold at least one learner"),
+    ("acm", {"b1": torch.ones(4)}, ValueError, r"b1 must have shape \[4, 7\], got \[4\]"),
+    ("acm", {"w2": torch.ones(3, 7, 10)}, ValueError, r"w2 must have shape \[4, 7, 10\]"),
+    ("acm", {"w2": None}, TypeError, "w2 must be a tensor, got NoneType"),
+    ("acm_soft", {"gates": torch.ones(2, 4)}, ValueError, r"gates must have shape \[2, 5\]"),
+    ("acm_soft", {"gates": torch.ones(2, 5).long()}, TypeError, "gates must be float32"),
+    (
+        "acm_prefix_loss",
+        {"target": torch.ones(2, 9)},
+        ValueError,
+        r"target must have shape \[2, 10\]",
+    ),
+    ("acm_prefix_loss", {"target": 0.0}, TypeError, "target must be a tensor, got float"),
+    ("acm_oracle", {"threshold": 0.0}, ValueError, "threshold must be positive"),
+    ("acm_oracle", {"rule": "best"}, ValueError, "rule must be one of paper, code; got 'best'"),
+    ("acm_oracle", {"target": torch.ones(3, 10)}, ValueError, "target must have shape"),
+]
+
+
+@pytest.mark.parametrize(("function", "change", "error", "message"), ERRORS)
+def test_errors(function, change, error, message):
+    w1, b1, w2 = learners()
+    arguments = {"x": torch.ones(2, 12), "w1": w1, "b1": b1, "w2": w2}
+    arguments |= {
+        "acm": {"choices": torch.tensor([0, 4])},
+        "acm_soft": {"gates": torch.ones(2, 5)},
+    }.get(function, {"target": torch.ones(2, 10)})
+    with pytest.raises(error, match=f"{function}: .*{message}"):
+        getattr(fastkd, function)(**{**arguments, **change})
