@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOME, ALL = ["75", "90"], ["75", "80", "86", "89", "90", "100", "120"]
 ROW_THREADS, BLOCKS, REGISTERS = 192, 2, 65536
-KERNELS = 7 + 5  # softmax_divergence's, the others', each for four kinds of source
+KERNELS = 7 + 9  # softmax_divergence's, the others', each for four kinds of source
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
@@ -78,7 +78,11 @@ def test_every_kernel_is_there(functions, architectures):
         assert len(mine) == 4, divergence  # three dtypes in packs; any other
     compiled = {architecture for name, architecture, *_ in functions if name in names}
     assert compiled - {""} == set(architectures)
-    for kernel in ("topk_divergence", "teacher_topk", "token_stats", "clipped_divergence"):
+    for kernel in (
+        *("topk_divergence", "teacher_topk", "token_stats", "clipped_divergence"),
+        *("chunk_log_likelihood", "chunk_gradient"),
+        *("byte_log_probs", "byte_log_probs_backward"),
+    ):
         found = {name for name, *_ in functions if f"{kernel}_kernel" in name}
         assert len(found) == (8 if kernel == "token_stats" else 4), kernel  # of a pair, or of one
     assert any("kl_div_kernel" in name for name, *_ in functions)
@@ -140,5 +144,6 @@ def test_row_loops_move_16_bytes_at_a_time(build):
     for kernel in packed:
         name = kernel.split("\n", 1)[0]
         assert re.search(r"LDG\.E[.\w]*\.128", kernel), name
-        if "token_stats" not in name and "teacher_topk" not in name:  # those write no rows
+        no_rows = "token_stats|teacher_topk|chunk_log_likelihood_kernel|byte_log_probs_kernel"
+        if not re.search(no_rows, name):
             assert re.search(r"STG\.E[.\w]*\.128", kernel), name

@@ -1,0 +1,423 @@
+// byte_log_probs on CUDA: arguments and launches, and the gradient.
+#include <torch/csrc/stable/library.h>
+
+#include "../tensor/byte_log_probs_entry.h"
+#include "byte_log_probs.cuh"
+#include "launch.h"
+#include "register.h"
+
+namespace fastkd::cuda {
+namespace {
+
+// Blocks s, s + slices, ... have slice s; each takes every so many rows.
+struct Turns {
+  int slice;
+  int64_t first, step;
+  __device__ explicit Turns(const ByteArguments& a)
+      : slice(int(blockIdx.x % unsigned(a.slices))),
+        first(blockIdx.x / unsigned(a.slices)),
+        step(gridDim.x / unsigned(a.slices)) {}
+};
+
+// A row of another prefix, by one block.
+__device__ void gather_row(const ByteArguments& a, int64_t row, int64_t prefix, const Team& team, double* found) {
+  const int columns = a.columns, lane = team.thread % kWarp;
+  // Each log-sum-exp takes the place of its segment.
+  Segment* const segments = reinterpret_cast<Segment*>(found);
+  for (int c = team.thread; c < columns; c += team.threads) shared_store(segments + c, segment_of(a, prefix, c));
+  team.sync();
+#pragma unroll 1
+  for (int c = team.thread / kWarp; c < columns; c += team.threads / kWarp) {
+    const Segment segment = shared_load(segments + c);
+    const double lse = segment.begin < segment.end ? gathered_lse(a, row, segment) : -INFINITY;
+    __syncwarp();
+    if (lane == 0) shared_store(found + c, lse);
+  }
+  team.sync();
+  double top = -INFINITY, total = 0;
+  for (int c = team.thread; c < columns; c += team.threads) top = at_least(top, shared_load(found + c));
+  top = team.block_sum(top, [](double& x, double next) { x = at_least(x, next); }, /*everywhere=*/true);
+  for (int c = team.thread; c < columns; c += team.threads) total += ::exp(shared_load(found + c) - top);
+  total = team.block_sum(total, [](double& x, double next) { x += next; }, /*everywhere=*/true);
+  const double all = top + ::log(total) + (top - top);
+  for (int c = team.thread; c < columns; c += team.threads) write_column(a, row, c, shared_load(found + c), all);
+  if (team.leads()) global_store(a.sums + row * (columns + 1) + columns, all);
+}
+
+__device__ void lose_row(const ByteArguments& a, int64_t row, const Team& team) {
+  for (int c = team.thread; c < a.columns; c += team.threads) write_column(a, row, c, NAN, NAN);
+  if (team.leads()) global_store(a.sums + row * (a.columns + 1) + a.columns, double(NAN));
+}
+
+template <class Source>
+__global__ void __launch_bounds__(kRowThreads, 2) byte_log_probs_kernel(const ByteArguments a) {
+  const Turns turns(a);
+  const Team team(shared_memory(), 1);
+  ByteWorker<Source> worker(a, team, turns.slice, shared_memory());
+  for (int64_t row = turns.first; row < a.rows; row += turns.step) {
+    const int64_t prefix = a.prefix_of(row);
+    if (prefix == a.whole) {
+      worker.run(row);
+    } else if (row % a.slices != turns.slice) {
+      continue;
+    } else if (prefix == a.kNoPrefix) {
+      lose_row(a, row, team);
+    } else {
+      gather_row(a, row, prefix, team, worker.found);
+    }
+    team.sync();  // before the next row takes over the shared memory
+  }
+  if (a.slices > 1 && a.partials == nullptr) cluster_sync();  // others may still read this block's sums
+}
+
+// Rows whose slices' sums went through global memory.
+__global__ void __launch_bounds__(kRowThreads, 2) byte_merge_kernel(const ByteArguments a) {
+  const Team team(shared_memory(), 1);
+  double* const found = reinterpret_cast<double*>(shared_memory() + Team::kSharedBytes);
+  float* const factors = reinterpret_cast<float*>(found + a.columns);
+  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+    if (a.prefix_of(row) != a.whole) continue;
+    const float* const from = a.partials + row * a.slices * (a.columns + 1);
+    finish_whole(
+        a, row, team, found, factors,
+        [&](int s, int c) { return global_load(from + int64_t(s) * (a.columns + 1) + c); }, 0, a.columns);
+    team.sync();
+  }
+}
+
+// A block's shared memory for the gradient: [slots of the reductions][log-sum-exps, later segments][factors][origins]
+// [columns of the slice's ids].
+struct GradientLayout {
+  int64_t logs, factors, origins, table, bytes;
+  __host__ __device__ GradientLayout(int64_t columns, int64_t slice)
+      : logs(Team::kSharedBytes),
+        factors(logs + (columns + 1) * 8),
+        origins(factors + columns * 4),
+        table((origins + columns * 4 + 15) / 16 * 16),
+        bytes(table + slice * 2) {}
+};
+
+// What a row's columns ask for.
+struct Upstream {
+  double all, least;  // of the factors, the sum; of the columns' log-sum-exps, the least
+  bool any;
+};
+
+// One read and one write of a row: of an id v in column c, factor[c] 2^((logit[v] - origin[c]) log2(e)).
+template <class Source>
+struct GradientWorker {
+  using Slice = ByteSlice<Source>;
+  using Item = typename Slice::Item;
+  using Raw = typename Slice::Raw;
+  static constexpr int kSize = Slice::kSize;
+  struct alignas(2 * kSize) Columns {
+    int16_t item[kSize];
+  };
+
+  const ByteArguments& a;
+  const Team& team;
+  const int first, count;
+  double* logs;
+  float *factors, *origins;
+  int16_t* table;
+  bool loaded = false;
+
+  __device__ GradientWorker(const ByteArguments& arguments, const Team& t, int slice, unsigned char* shared)
+      : a(arguments), team(t), first(slice * a.slice), count(a.ids - first < a.slice ? a.ids - first : a.slice) {
+    const GradientLayout layout(a.columns, a.slice);
+    logs = reinterpret_cast<double*>(shared + layout.logs);
+    factors = reinterpret_cast<float*>(shared + layout.factors);
+    origins = reinterpret_cast<float*>(shared + layout.origins);
+    table = reinterpret_cast<int16_t*>(shared + layout.table);
+  }
+
+  __device__ void run(int64_t row) {
+    const Slice slice(a, row, first, count);
+    const int64_t prefix = a.prefix_of(row);
+    const bool gathers = prefix != a.kNoPrefix && prefix != a.whole;
+    const Upstream upstream = read_upstream(row);
+    const double lse = shared_load(logs + a.columns);
+    if (!upstream.any || gathers) {
+      for (int i = team.thread; i < slice.packs(); i += team.threads) slice.store(i, Raw{});
+      if (upstream.any) gather(row, prefix, lse, upstream.all);
+    } else {
+      const bool apart = upstream.least - lse < -60;
+      load_table();
+      prepare(lse, upstream.all, apart);
+      write(row, slice, float(lse), apart);
+    }
+    if (first + count == a.ids) zero_columns(a.gradient, row, a.ids, a.width, team);
+  }
+
+ private:
+  __device__ Upstream read_upstream(int64_t row) const {
+    Upstream mine{0, INFINITY, false};
+    for (int c = team.thread; c <= a.columns; c += team.threads) {
+      const double log = global_load(a.sums + row * (a.columns + 1) + c);
+      shared_store(logs + c, log);
+      if (c == a.columns) break;
+      // What is impossible takes no gradient.
+      const float g = log == -INFINITY ? 0 : global_load(a.grad_output + row * a.columns + c);
+      shared_store(factors + c, g);
+      mine.all += g;
+      mine.least = log > -INFINITY && log < mine.least ? log : mine.least;
+      mine.any = mine.any || g != 0;
+    }
+    const auto merge = [](Upstream& all, Upstream next) {
+      all = {all.all + next.all, at_most(all.least, next.least), all.any || next.any};
+    };
+    return team.block_sum(mine, merge, /*everywhere=*/true);
+  }
+
+  // Exponents are relative to the row's sum or, where a column's share of it is tiny, to the column's own.
+  __device__ void prepare(double lse, double all, bool apart) const {
+    for (int c = team.thread; c < a.columns; c += team.threads) {
+      const double log = shared_load(logs + c);
+      const bool dead = log == -INFINITY;
+      const float origin = float(!apart ? lse : dead ? 0 : log);
+      const double factor = shared_load(factors + c) - all * ::exp(log - lse);
+      shared_store(origins + c, origin);
+      shared_store(factors + c, float(dead ? 0 : factor * ::exp(double(origin) - log)));
+    }
+    team.sync();
+  }
+
+  __device__ void load_table() {
+    if (loaded) return;
+    loaded = true;
+    const PackedRow<int16_t> columns(const_cast<int16_t*>(a.column_of + first), count);
+    for (int pack = team.thread; pack < columns.packs(); pack += team.threads) {
+      const Packed<int16_t> found = columns.template load<false>(pack, 0);
+#pragma unroll
+      for (int j = 0; j < Packed<int16_t>::kSize; ++j) {
+        const int place = columns.column(pack) + j, c = found.item[j];
+        if (place >= 0 && place < count)
+          shared_store(table + place, int16_t(unsigned(c) < unsigned(a.columns) ? c : 0));
+      }
+    }
+    for (int place = count + team.thread; place < (count + 7) / 8 * 8; place += team.threads)
+      shared_store(table + place, int16_t(0));
+  }
+
+  __device__ __forceinline__ Columns columns_at(const Slice& slice, int place) const {
+    if (slice.lead == 0) return shared_load(reinterpret_cast<const Columns*>(table + place));
+    Columns out;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      const bool inside = place + j >= 0 && place + j < count;
+      out.item[j] = inside ? shared_load(table + place + j) : int16_t(0);
+    }
+    return out;
+  }
+
+  __device__ void write(int64_t row, const Slice& slice, float lse, bool apart) const {
+    const char* const valid = a.valid ? a.valid.at(row) : nullptr;
+    const int packs = slice.packs(), threads = team.threads;
+    if (team.thread >= packs) return;
+    Raw next = slice.fetch(team.thread);
+#pragma unroll 1
+    for (int pack = team.thread; pack < packs; pack += threads) {
+      Raw raw = next;
+      if (pack + threads < packs) next = slice.fetch(pack + threads);
+      drop_invalid(a, slice, valid, first, count, pack, raw);
+      const Columns columns = columns_at(slice, slice.place(pack));
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const int c = columns.item[j];
+        const float origin = apart ? shared_load(origins + c) : lse, x = to_float(raw.item[j]);
+        raw.item[j] = element<Item>(shared_load(factors + c) * exp2_normal((x - origin) * float(kLog2E)));
+      }
+      slice.store(pack, raw);
+    }
+  }
+
+  // Of another prefix's row only its ids, over zeros.
+  __device__ void gather(int64_t row, int64_t prefix, double lse, double all) const {
+    prepare(lse, all, /*apart=*/true);
+    Segment* const segments = reinterpret_cast<Segment*>(logs);
+    for (int c = team.thread; c < a.columns; c += team.threads) shared_store(segments + c, segment_of(a, prefix, c));
+    team.sync();
+    const char* const valid = a.valid ? a.valid.at(row) : nullptr;
+#pragma unroll 1
+    for (int c = team.thread / kWarp; c < a.columns; c += team.threads / kWarp) {
+      const float factor = shared_load(factors + c), origin = shared_load(origins + c);
+      const Segment segment = shared_load(segments + c);
+      if (factor == 0) continue;
+      for (int i = segment.begin + team.thread % kWarp; i < segment.end; i += kWarp) {
+        const int id = global_load(a.order + i);
+        if (id < first || id >= first + count || !a.counts(valid, id)) continue;
+        const float x = a.logits.float_at(a.logits.at(row, id));
+        a.gradient.put(a.gradient.at(row, id), factor * exp2_of((x - origin) * float(kLog2E)));
+      }
+    }
+  }
+};
+
+template <class Source>
+__global__ void __launch_bounds__(kRowThreads, 2) byte_log_probs_backward_kernel(const ByteArguments a) {
+  const Turns turns(a);
+  const Team team(shared_memory(), 1);
+  GradientWorker<Source> worker(a, team, turns.slice, shared_memory());
+  for (int64_t row = turns.first; row < a.rows; row += turns.step) {
+    worker.run(row);
+    team.sync();
+  }
+}
+
+// How many blocks the device runs at a time, 0 where no such cluster can be: as many are launched, since each first
+// lists its slice. Under the emulator two teams, so that each has several rows.
+template <class Kernel>
+int64_t blocks_at_a_time(Kernel kernel, int threads, int64_t shared_bytes, int cluster) {
+#ifdef FASTKD_SIMT
+  (void)kernel, (void)threads, (void)shared_bytes;
+  return 2 * cluster;
+#else
+  const auto ask = [](cudaError_t error) { check(error, kByteLogProbs, "a query of the device"); };
+  int device = 0, processors = 0, most = 0, count = 0;
+  ask(cudaGetDevice(&device));
+  ask(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  ask(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  if (shared_bytes > 48 << 10) ask(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  if (cluster == 1) {
+    ask(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, size_t(shared_bytes)));
+    return int64_t(count > 0 ? count : 1) * processors;
+  }
+  if (cluster > 8) ask(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(cluster));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) return int64_t(count) * cluster;
+  (void)cudaGetLastError();  // it would be taken for the next launch's
+  return 0;
+#endif
+}
+
+int64_t teams_for(const ByteArguments& a, int64_t blocks) {
+  const int64_t teams = blocks > a.slices ? blocks / a.slices : 1;
+  return a.rows < teams ? a.rows : teams;
+}
+
+int slice_size(int64_t ids, int64_t slices) { return slices == 0 ? 0 : int((ids + slices * 8 - 1) / (slices * 8) * 8); }
+
+constexpr int kMostIds = 65528;    // of a slice: places are 16 bits
+constexpr int kMostSlices = 4096;  // whose sums go through global memory: each has a factor in shared memory
+
+// The fewest equal slices for which two blocks share a multiprocessor, or one where columns would be too many beside
+// their ids.
+void cut(ByteArguments& a, int capability, int64_t overhead, int bytes_an_id) {
+  int64_t most = (half_limit(capability) - overhead) / bytes_an_id;
+  if (most < 32 * a.columns) most = (shared_limit(capability) - overhead) / bytes_an_id;
+  most = (most < kMostIds ? most : kMostIds) / 8 * 8;
+  a.slice = slice_size(a.ids, (a.ids + most - 1) / most);
+  a.slices = a.ids > a.slice ? int((a.ids + a.slice - 1) / a.slice) : 1;
+}
+
+template <class Source>
+void launch_sums(const Device& device, ByteArguments a, const Tensor& like) {
+  constexpr int item = int(sizeof(typename ByteSlice<Source>::Item));
+  const auto kernel = byte_log_probs_kernel<Source>;
+  const auto bytes = [&] { return ByteLayout(a.columns, a.slice, item).bytes; };
+  a.slices = 1;
+  a.slice = 0;
+  if (a.whole == a.kNeverWhole) {
+    const int64_t blocks = blocks_at_a_time(kernel, kRowThreads, bytes(), 1);
+    return device.launch(kernel, teams_for(a, blocks), kRowThreads, bytes(), 1, a);
+  }
+  // An id has a logit and a place in the list.
+  const int64_t overhead = bytes() + 128 + a.columns * 8;
+  const RowLaunch launch = row_launch(device.capability(), item + 2, a.ids, overhead, /*packed=*/true, /*tensors=*/1);
+  int64_t blocks = 0;
+  a.slices = launch.cluster;
+  a.slice = slice_size(a.ids, a.slices);
+  if (launch.resident && a.slice <= kMostIds) {
+    blocks = blocks_at_a_time(kernel, launch.threads, bytes(), launch.cluster);
+  }
+  if (blocks > 0) {
+    return device.launch(kernel, teams_for(a, blocks) * a.slices, launch.threads, bytes(), launch.cluster, a);
+  }
+  cut(a, device.capability(), overhead, item + 2);
+  FASTKD_CHECK_VALUE(a.slices <= kMostSlices, kByteLogProbs, "vocab on this device may have at most ",
+                     int64_t(kMostSlices) * a.slice, " ids, got ", a.ids);
+  const int64_t merge_bytes = Team::kSharedBytes + a.columns * 8 + a.slices * 4;
+  const Tensor partials = torch::stable::new_empty(like, {a.rows, a.slices, a.columns + 1}, ScalarType::Float);
+  a.partials = static_cast<float*>(partials.data_ptr());
+  blocks = blocks_at_a_time(kernel, kRowThreads, bytes(), 1);
+  device.launch(kernel, teams_for(a, blocks) * a.slices, kRowThreads, bytes(), 1, a);
+  device.launch(byte_merge_kernel, teams_of(a.rows, 1), kRowThreads, merge_bytes, 1, a);
+}
+
+template <class Source>
+void launch_gradient(const Device& device, ByteArguments a) {
+  const auto kernel = byte_log_probs_backward_kernel<Source>;
+  cut(a, device.capability(), GradientLayout(a.columns, 0).bytes, 2);
+  const int64_t shared_bytes = GradientLayout(a.columns, a.slice).bytes;
+  const int64_t blocks = blocks_at_a_time(kernel, kRowThreads, shared_bytes, 1);
+  device.launch(kernel, teams_for(a, blocks) * a.slices, kRowThreads, shared_bytes, 1, a);
+}
+
+ByteArguments arguments_of(const ByteProblem& problem) {
+  FASTKD_CHECK_TYPE(!problem.float64, kByteLogProbs, "float64 logits are supported on the CPU only");
+  FASTKD_CHECK_VALUE(problem.vocab < kMaxColumns, kByteLogProbs,
+                     "a vocabulary on CUDA must have fewer than 2^31 - 1024 columns, got ", problem.vocab);
+  const auto rows_of = [&](const Tensor& x) { return device_rows(x, problem.leading, kByteLogProbs); };
+  ByteArguments a{};
+  a.rows = problem.rows;
+  a.prefixes = problem.prefixes;
+  a.whole = problem.ids > 0 && problem.whole >= 0 && problem.whole < problem.prefixes ? problem.whole : a.kNeverWhole;
+  a.ids = int(problem.ids);
+  a.columns = int(problem.columns);
+  a.width = int(problem.vocab);
+  a.order = problem.order;
+  a.segments = problem.segments;
+  a.column_of = problem.column_of;
+  a.logits = rows_of(problem.student_tensor);
+  if (problem.prefix_tensor != nullptr) a.prefix = rows_of(*problem.prefix_tensor);
+  if (problem.valid_tensor != nullptr) a.valid = rows_of(*problem.valid_tensor);
+  return a;
+}
+
+SourceKind kind_of(const ByteArguments& a) {
+  RowArguments like{};
+  like.student = a.logits;
+  like.student_gradient = a.gradient;
+  return source_kind(like);
+}
+
+struct Cuda {
+  static constexpr bool kValuesChecked = false;
+
+  static void solve(const ByteProblem& problem, Tensor& out, Tensor& sums) {
+    ByteArguments a = arguments_of(problem);
+    const Device device(problem.student_tensor, kByteLogProbs);
+    a.out = static_cast<float*>(out.data_ptr());
+    a.sums = static_cast<double*>(sums.data_ptr());
+    with_source(kind_of(a), [&](auto source, int) {
+      launch_sums<typename decltype(source)::Type>(device, a, problem.student_tensor);
+    });
+  }
+
+  static void differentiate(const ByteProblem& problem, const Tensor& gradient, const Tensor& sums,
+                            const Tensor& grad_output) {
+    ByteArguments a = arguments_of(problem);
+    const Device device(problem.student_tensor, kByteLogProbs);
+    a.gradient = device_rows(gradient, problem.leading, kByteLogProbs);
+    a.sums = static_cast<double*>(sums.data_ptr());
+    a.grad_output = static_cast<const float*>(grad_output.data_ptr());
+    with_source(kind_of(a), [&](auto source, int) { launch_gradient<typename decltype(source)::Type>(device, a); });
+  }
+};
+
+}  // namespace
+
+FASTKD_IMPL(m) {
+  m.impl("_byte_log_probs", TORCH_BOX(&byte_log_probs<Cuda>));
+  m.impl("_byte_log_probs_backward", TORCH_BOX(&byte_log_probs_backward<Cuda>));
+}
+
+}  // namespace fastkd::cuda
