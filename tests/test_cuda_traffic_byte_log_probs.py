@@ -209,22 +209,23 @@ def assert_right(scores, vocab, **options):
     assert (mine.double() - right).norm() <= allowed_error(right, scores.dtype)
 
 
-@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("layout", ["lines", "off lines, masked", "strided"])
 @pytest.mark.parametrize("capability", [75, 80, 90])
-def test_long_rows(capability, dtype):
-    """Rows of several prefixes, with a mask, in packs on and off 16-byte lines or strided."""
+def test_long_rows(capability, layout):
+    """Rows of two prefixes: the empty one, of which one team has two, and another."""
     emulator.configure(capability)
-    vocab = vocabulary(QWEN)
-    prefixes = [b"", b" ", b"", b"", b"\x07"]
-    full = logits((5, QWEN + 3), dtype)
-    valid = torch.rand(5, 1) + torch.rand(QWEN + 3) < 1.5
-    assert_right(full[:, :QWEN].contiguous(), vocab, prefix=prefixes)
-    assert_right(full, vocab, prefix=prefixes, valid=valid)
-    assert_right(full.t().contiguous().t(), vocab, prefix=prefixes)
+    vocab, prefixes = vocabulary(QWEN), [b"", b" ", b""]
+    if layout == "lines":
+        assert_right(logits((3, QWEN)), vocab, prefix=prefixes)
+    elif layout == "strided":
+        assert_right(logits((QWEN, 3)).t(), vocab, prefix=prefixes)
+    else:
+        valid = torch.rand(3, 1) + torch.rand(QWEN + 3) < 1.5
+        assert_right(logits((3, QWEN + 3)).bfloat16(), vocab, prefix=prefixes, valid=valid)
 
 
 @pytest.mark.parametrize("capability", [75, 86, 90])
-@pytest.mark.parametrize("size", [2000, 60_000])
+@pytest.mark.parametrize("size", [2000, 20_000])
 def test_many_classes(capability, size):
     """As many columns as there may be."""
     emulator.configure(capability)
@@ -232,8 +233,7 @@ def test_many_classes(capability, size):
     classes = {f"class {i}": [2 * i] for i in range(1024 - 257)}
     vocab = fastkd.ByteVocab(tokens, special=classes)
     assert vocab.num_columns == 1024
-    assert_right(logits((3, size)), vocab)
-    assert_right(logits((3, size)), vocab, prefix=[b"", b"\x07", b"\x08"])
+    assert_right(logits((2, size)), vocab, prefix=[b"", b"\x07"])
 
 
 @pytest.mark.parametrize("capability", [75, 80, 90])
