@@ -1,8 +1,8 @@
 """fastkd.acm and acm_prefix_loss beside one dense GEMM pair and plain PyTorch.
 
-Rows choose how many of N learners run on them, f of all on average; the dense pair is as wide as all
-learners together, so that f times its time is what there is to reach. `--quick` takes a second a
-case. Every contestant but the dense pair must give the value and gradients of the definition.
+Rows choose how many of N learners run on them, f of all on average; the dense pair is as wide as
+all learners together, so that f times its time is what there is to reach. `--quick` takes a second
+a case. Every contestant but the dense pair must give the value and gradients of the definition.
 """
 
 import argparse

@@ -39,6 +39,8 @@ _DIFFERENTIATE_: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 ACTIVATIONS = tuple(_ACTIVATE)
 
+#: So few rows, if they choose the same, take two products in all.
+_FEW_ROWS = 4
 #: Rows of a block of the prefix losses: enough for the products, few enough for the memory.
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 512
 
@@ -162,9 +164,17 @@ def _acm(
     order, counts = _sorted(choices, rows, learners)
     chosen = counts[0]
     inputs = _gathered(x, order)[:chosen]
-    total = x.new_empty((chosen, w2.size(2)), dtype=wide(x.dtype))
-    hidden = x.new_empty((chosen, width))
     kept = x.new_empty((rows * learners if padded else sum(counts), width) if keep else (0, width))
+    running = sum(count > 0 for count in counts)
+    few = 0 < chosen <= _FEW_ROWS and counts[running - 1] == chosen and w2.is_contiguous()
+    if few:
+        pre = kept[: running * chosen] if keep else x.new_empty((running * chosen, width))
+        some = (w1[:running], b1[:running], w2[:running])
+        total = _all_at_once(inputs, *some, scale, activation, pre.view(running, chosen, width))
+        counts = []
+    else:
+        total = x.new_empty((chosen, w2.size(2)), dtype=wide(x.dtype))
+    hidden = x.new_empty((0 if few else chosen, width))
     activate, start = _ACTIVATE[activation], 0
     for n, count in enumerate(counts):
         if count == 0:
@@ -180,6 +190,25 @@ def _acm(
     if choices is not None and choices.device.type != "cpu":
         out.masked_fill_(_out_of_range(choices, learners).unsqueeze(-1), torch.nan)
     return out, kept
+
+
+def _all_at_once(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    scale: Tensor | None,
+    activation: str,
+    pre: Tensor,
+) -> Tensor:
+    """Every learner on every row: calls and the weights' bytes are what few rows cost."""
+    learners, rows, width = pre.shape
+    torch.baddbmm(b1.unsqueeze(1), x.expand(learners, -1, -1), w1, out=pre)
+    active = _ACTIVATE[activation](pre, torch.empty_like(pre))
+    if scale is not None:
+        active = active * scale.to(active.dtype).unsqueeze(-1)
+    hidden = active.transpose(0, 1).reshape(rows, learners * width)
+    return hidden @ w2.view(learners * width, -1)
 
 
 class _Gradients:
@@ -198,10 +227,16 @@ class _Gradients:
         self.activation, self.needs = activation, needs
         shapes = (w1.shape, (w1.size(0), w1.size(2)), w2.shape)
         self.w1, self.b1, self.w2 = (
-            w1.new_zeros(shape if need else 0, dtype=dtype)
+            w1.new_empty(shape if need else 0, dtype=dtype)
             for shape, need in zip(shapes, needs[1:4], strict=True)
         )
         self.hidden, self.inner = (w1.new_empty((most_rows, w1.size(2))) for _ in range(2))
+
+    def clear(self, n: int) -> None:
+        """Learner n runs on no row."""
+        for total, need in zip((self.w1, self.b1, self.w2), self.needs[1:4], strict=True):
+            if need:
+                total[n].zero_()
 
     def add(
         self,
@@ -236,7 +271,8 @@ class _Gradients:
         if need_w1:
             _add_product(self.w1[n], x.T, inner, fresh)
         if need_b1:
-            self.b1[n].add_(inner.sum(0, dtype=self.b1.dtype))
+            total = inner.sum(0, dtype=self.b1.dtype)
+            self.b1[n].copy_(total) if fresh else self.b1[n].add_(total)
         if need_x:
             _add_product(of_x, inner, w1[n].T, fresh_x)
 
@@ -276,7 +312,8 @@ def _acm_backward(
     start = 0
     for n, count in enumerate(counts):
         if count == 0:
-            break
+            gradients.clear(n)
+            continue
         if kept is not None:
             pre = kept[start : start + count]
         else:
@@ -350,6 +387,8 @@ def _acm_prefixes(
         value.new_empty(value.shape if need else (0, 0), dtype=dtype)
         for value, need in ((x, needs[0]), (target, needs[4]))
     )
+    for n in range(learners if rows == 0 else 0):
+        gradients.clear(n)
     for start in range(0, rows, block):
         stop = min(start + block, rows)
         inputs, residual = x[start:stop], residuals[:, : stop - start]

@@ -44,7 +44,7 @@ def acm_gate(
         hard: see above.
         min_choice: choices below it have probability 0 and a zero gradient; their logits are not
             looked at.
-        generator: of the logits' device; None: the default one.
+        generator: of the logits' device; None: the default one, which torch.compile needs.
 
     Returns:
         ``[..., N + 1]`` in the dtype of the logits, computed in float32 or better.

@@ -41,11 +41,12 @@ def acm(
     choices of its batch mates beyond the rounding of products of another size. Backward keeps the
     pre-activations of the learners that ran, and runs over these alone.
 
-    The products are torch's own. The lengths of the prefixes are needed on the host: on a GPU each
-    pass waits for it once. Outside the CPU choices are not checked but a row with a choice out of
-    range is NaN and takes no gradient. Under torch.compile each pass is one op of the graph, and
-    room for the pre-activations of all learners is set aside. Second derivatives and torch.func
-    transforms go through :func:`fastkd.reference.acm`, which runs every learner on every row.
+    The products are torch's own, and their last bits may depend on the number of threads as those
+    do. The lengths of the prefixes are needed on the host: on a GPU each pass waits for it once.
+    Outside the CPU choices are not checked, but a row whose choice is out of range is NaN and takes
+    no gradient. Under torch.compile each pass is one op of the graph, and room for the
+    pre-activations of all learners is set aside. Second derivatives and torch.func transforms go
+    through :func:`fastkd.reference.acm`, which runs every learner on every row.
 
     Args:
         x: ``[..., D]`` float32, bfloat16, float16 or float64, any strides.
@@ -119,7 +120,8 @@ def acm_soft(
 
     ``straight_through``: the value is ``acm(x, ..., gates.argmax(-1))``, computed as such, and the
     gradient, of gates and of all others, that of the sum above; pre-activations come again in
-    backward instead of being kept. A row whose gates hold a NaN is NaN.
+    backward instead of being kept. A row whose gates hold a NaN is NaN. On a GPU the call waits for
+    the lengths of prefixes, as :func:`acm` does; without ``straight_through`` nothing waits.
 
     Args:
         x: ``[..., D]`` float32, bfloat16, float16 or float64, any strides.
@@ -187,7 +189,8 @@ def acm_prefix_loss(
     that no ``[rows, N + 1, D_out]`` tensor and no hidden layer of all rows is held: besides the
     gradients about one ``[rows, D]`` at a time. The call computes gradients as for
     ``losses.sum()``, or any multiple of it (``losses.mean()``, ``losses[1:].sum()``); backward
-    from other combinations walks the rows once more.
+    from other combinations walks the rows once more (which of the two, the host decides: on a GPU
+    backward waits for the factors).
 
     Args:
         x: ``[..., D]`` float32, bfloat16, float16 or float64: the replaced module's input.

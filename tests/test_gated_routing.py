@@ -189,7 +189,9 @@ def test_mixed_dtypes_and_autocast():
         soft = fastkd.acm_soft(half, *weights, torch.rand(3, 11, 5))
         loss = fastkd.acm_prefix_loss(half, *weights, torch.randn(3, 11, 10))
         (same.sum() + soft.sum() + loss.sum()).backward()
+        mapped = torch.func.vmap(lambda row, k: fastkd.acm(row, *weights, k))(x, choices)
     assert torch.equal(found, same)
+    torch.testing.assert_close(mapped, fastkd.acm(x, *weights, choices))
     assert {v.dtype for v in (soft, loss)} == {torch.float32}
     assert half.grad.dtype == torch.bfloat16
     assert weights[0].grad.dtype == torch.float32

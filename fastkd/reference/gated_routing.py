@@ -1,6 +1,8 @@
 """acm, acm_soft, acm_prefix_loss, acm_oracle: every learner on every row, then masks."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,17 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "identity": lambda x: x,
 }
+
+
+def _as_they_are(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Autocast casts no operand."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *others: Any, **options: Any) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *others, **options)
+
+    return run
 
 
 def _promoted(*tensors: Tensor | None) -> tuple[torch.dtype, list[Tensor]]:
@@ -30,6 +43,7 @@ def _learner(n: int, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, activation: 
     return _ACTIVATIONS[activation](x @ w1[n] + b1[n]) @ w2[n]
 
 
+@_as_they_are
 def acm(
     x: Tensor,
     w1: Tensor,
@@ -55,6 +69,7 @@ def acm(
     return torch.where(valid.unsqueeze(-1), out, torch.nan).to(dtype)
 
 
+@_as_they_are
 def acm_soft(
     x: Tensor,
     w1: Tensor,
@@ -80,6 +95,7 @@ def acm_soft(
     return (hard.detach() + (soft - soft.detach())).to(dtype)
 
 
+@_as_they_are
 def acm_prefix_loss(
     x: Tensor,
     w1: Tensor,
@@ -101,6 +117,7 @@ def acm_prefix_loss(
     return torch.stack(losses) / max(target.numel(), 1)
 
 
+@_as_they_are
 def acm_oracle(
     x: Tensor,
     w1: Tensor,
