@@ -10,6 +10,11 @@ from typing import Any
 import torch
 
 import fastkd
+from benchmarks.byte_level import (
+    alm_loss_case,
+    byte_log_probs_case,
+    chunk_log_likelihood_case,
+)
 from benchmarks.cases import kl_div_case, softmax_divergence_case
 from benchmarks.command import budget_of, finish, run_cases
 from benchmarks.compressed import (
@@ -39,6 +44,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "token_stats": token_stats_case,
     "topk_divergence": topk_divergence_case,
     "clipped_divergence": clipped_divergence_case,
+    "chunk_log_likelihood": chunk_log_likelihood_case,
+    "chunk_log_likelihood, forward": partial(chunk_log_likelihood_case, gradient=False),
+    "byte_log_probs": byte_log_probs_case,
+    "byte_log_probs, forward": partial(byte_log_probs_case, gradient=False),
+    "alm_loss": alm_loss_case,
 }
 ALL = tuple(CASES)
 #: What a step may hold beyond its gradient: vectors over rows, allocator and page granularity.
@@ -69,10 +79,11 @@ class Goal:
 
 
 def run(options: argparse.Namespace, device: torch.device, names: tuple[str, ...]) -> int:
-    """Run the named cases, then print their goals with verdicts."""
+    """Run the named cases and their variants (`name, variant`), then print goals with verdicts."""
     from rich.console import Console
     from rich.table import Table
 
+    names = tuple(name for name in CASES if {name, name.partition(", ")[0]} & set(names))
     found = run_cases(
         [CASES[name] for name in names], device, budget_of(options), options.fresh_memory
     )
@@ -125,6 +136,16 @@ def _goals(name: str, results: dict[str, CaseResult]) -> list[Goal]:
         return [Goal(f"{title}: over one read and one write", 2, roof, "x")]
     if name == "clipped_divergence":
         return [Goal(f"{title}: over two reads and one write", 3, roof, "x")]
+    if name == "chunk_log_likelihood":
+        return [Goal(f"{title}: over two reads and one write", 1.8, roof, "x")]
+    if name == "chunk_log_likelihood, forward":
+        return [Goal(f"{title}: over one read", 2, roof, "x")]
+    if name == "byte_log_probs":
+        return []
+    if name == "byte_log_probs, forward":
+        return [Goal(f"{title}: over one read", 4, roof, "x"), faster("eager", 5)]
+    if name == "alm_loss":
+        return [Goal(f"{title}: over three reads and one write", 2, roof, "x")]
     if name == "long row":
         large = results["float32"]
         share = result.case.shape.bytes / large.case.shape.bytes

@@ -207,6 +207,12 @@ def roofs(first: Tensor, second: Tensor, traffic: Traffic) -> dict[str, Step]:
         return {"torch.add": lambda: torch.add(a, b, out=c)}
     if (traffic.reads, traffic.writes) == (2, 0):
         return {"torch.dot": lambda: torch.dot(a, b), "2 norms": lambda: (norm(a), norm(b))}
+    if (traffic.reads, traffic.writes) == (3, 1):
+        c, d = torch.empty_like(a), torch.ones_like(a)
+        return {
+            "torch.addcmul": lambda: torch.addcmul(a, b, d, out=c),
+            "torch.add, norm": lambda: (torch.add(a, b, out=c), norm(d)),
+        }
     raise ValueError(f"no plain kernel is known that moves {traffic}")
 
 

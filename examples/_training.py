@@ -63,11 +63,15 @@ class Distillation:
             logits = self.student(windows.ids)
         value = loss(logits, teacher_logits, windows.labels, windows.mask)
         value.backward()
+        self.update()
+        return value.item()
+
+    def update(self) -> None:
+        """Move the parameters along the gradients that are there, and forget these."""
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
-        return value.item()
 
     @torch.no_grad()
     def logits(self, windows: Windows, *, batch: int) -> Iterator[Tensor]:

@@ -260,6 +260,7 @@ def test_uld_of_paired_rows(widths):
         recipes.uld(s, t, mask=mask, temperature=2.0, teacher_temperature=0.5), losses[mask].mean()
     )
     assert recipes.uld(s, s) == 0
+    torch.testing.assert_close(recipes.uld(s[0, 0], t[0, 0]), plain_uld(s[0, 0], t[0, 0]))
 
 
 def test_uld_of_chunks():
@@ -352,8 +353,10 @@ def test_mined(unmatched, divergence):
     )
 
 
-def test_mined_is_cross_entropy_without_matches():
+@pytest.mark.parametrize("length", [0, 8])
+def test_mined_is_cross_entropy_without_matches(length):
     s, ids, chunks, t, _, t_chunks = sides()
+    t, t_chunks = t[:, :length], t_chunks[:, :length]
     loss = recipes.mined(s, ids, chunks.fill_(-1), t, t_chunks, CHUNKS, torch.arange(40))
     torch.testing.assert_close(loss, F.cross_entropy(s[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
 
@@ -478,7 +481,7 @@ def errors():
     yield *mined, {6: vocab_map + 21}, {}, IndexError, r"mined: vocab_map must lie in \[-1, 60\)"
     yield *mined, {1: ids - 40}, {}, IndexError, r"mined: student_ids must lie in \[0, 40\)"
     yield *mined, {}, {"unmatched": "no"}, ValueError, "mined: unmatched must be label or drop"
-    yield *mined, {}, {"divergence": "reverse_kl"}, ValueError, "mined: divergence reverse_kl is"
+    yield *mined, {}, {"divergence": "reverse_kl"}, ValueError, "mined: unmatched must be drop"
     yield *mined, {3: leaf}, {}, ValueError, "mined: teacher_logits takes no gradient"
     yield *mined, {}, {"mask": ids > 0, "beta": 2.0}, ValueError, "softmax_divergence: beta"
 

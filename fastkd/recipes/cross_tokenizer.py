@@ -299,7 +299,7 @@ def uld(
         teacher_temperature = temperature
     tau_teacher = positive("uld", "teacher_temperature", teacher_temperature)
     given = [x is not None for x in (student_chunks, teacher_chunks, num_chunks)]
-    student, teacher = (x.flatten(0, -2) for x in (student_logits, teacher_logits))
+    student, teacher = (x.reshape(-1, x.size(-1)) for x in (student_logits, teacher_logits))
     if student_chunks is not None and teacher_chunks is not None and num_chunks is not None:
         for name, logits in tensors.items():
             check_batch("uld", name, logits, student_logits)
@@ -425,8 +425,8 @@ def mined(
         raise ValueError(f"mined: unmatched must be label or drop, got {unmatched!r}")
     if divergence == "reverse_kl" and unmatched == "label":
         raise ValueError(
-            "mined: divergence reverse_kl is infinite for a one-hot target; pass unmatched='drop', "
-            "got 'label'"
+            "mined: unmatched must be drop with divergence reverse_kl, which is infinite for a "
+            f"one-hot target; got {unmatched!r}"
         )
     _, count = chunk_ends("mined", "student_chunks", student_logits, student_chunks, num_chunks)
     other, others = chunk_ends(
@@ -443,19 +443,20 @@ def mined(
     rows = texts * student_logits.size(1) + tokens - 1
     has_teacher, labels = matched[texts, tokens], student_ids[texts, tokens]
     teacher_rows = texts * teacher_logits.size(1) + scorer[texts, tokens]
-    teacher_rows = torch.where(has_teacher, teacher_rows, 0)
     flat = teacher_logits.flatten(0, 1)
     columns = F.pad(vocab_map.to(flat.device), (0, width - vocab_map.numel()), value=-1)
     known = (columns >= 0) & (columns < flat.size(-1))
     columns = torch.where(known, columns, 0)
 
     def loss(block: slice, logits: Tensor) -> Tensor:
-        taught, label = has_teacher[block].unsqueeze(-1), labels[block].unsqueeze(-1)
-        target = torch.where(torch.arange(width, device=label.device) == label, 0, -math.inf)
-        mapped = flat[teacher_rows[block]][:, columns].masked_fill(~known, -math.inf)
+        taught, label = has_teacher[block], labels[block].unsqueeze(-1)
+        one_hot = torch.arange(width, device=label.device) == label
+        target = torch.where(one_hot, 0, -math.inf).to(flat.dtype)
+        mapped = flat[teacher_rows[block][taught]][:, columns]
+        target[taught] = mapped.masked_fill(~known, -math.inf)
         return softmax_divergence(
             logits,
-            torch.where(taught, mapped, target.to(mapped.dtype)),
+            target,
             divergence=divergence,
             beta=beta,
             temperature=temperature,

@@ -132,8 +132,8 @@ def _nearest(rest: list[bytes], ids: dict[bytes, int]) -> Iterator[tuple[bytes, 
                     best |= _best(students, teachers, numbers, pairs, limit)
                     pairs, size = [], 0
             best |= _best(students, teachers, numbers, pairs, limit)
-            for student, number in best.items():
-                yield rest[student], number
+            for place, number in best.items():
+                yield rest[place], number
             open_ = np.array([student for student in open_ if student not in best])
             limit += 1 + limit // 4
 

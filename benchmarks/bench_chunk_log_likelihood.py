@@ -1,0 +1,17 @@
+"""fastkd.chunk_log_likelihood beside log_softmax, gather, logsumexp, index_add; eager, compiled.
+
+Forward alone against one read, with backward against two reads and one write. `--quick` is one
+small shape, `--headline` what must be reached; without options it walks each axis.
+"""
+
+import sys
+
+from benchmarks.byte_level import chunk_log_likelihood_case, walk_both
+from benchmarks.shapes import ROWS, VOCABULARIES
+
+AXES = {"dtype": ("float32", "bfloat16"), "vocab": VOCABULARIES, "rows": ROWS}
+
+if __name__ == "__main__":
+    sys.exit(
+        walk_both(__doc__.splitlines()[0], "chunk_log_likelihood", chunk_log_likelihood_case, AXES)
+    )
