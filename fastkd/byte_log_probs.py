@@ -96,7 +96,10 @@ def op_arguments(
             ) from None
     order, columns = _tables(vocab, str(logits.device))
     if isinstance(prefix, bytes):
-        segments, whole = _segments(vocab, prefix, str(logits.device)), 0 if prefix == b"" else -1
+        (segments,), whole = (
+            _segments(vocab, prefix, str(logits.device)),
+            0 if prefix == b"" else -1,
+        )
         index = None
     else:
         segments, index, whole = _segments_of_rows(
@@ -123,9 +126,10 @@ def _tables(vocab: ByteVocab, device: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.compiler.assume_constant_result
-def _segments(vocab: ByteVocab, prefix: bytes, device: str) -> Tensor:
-    def make() -> Tensor:
-        return torch.tensor(vocab.segments(prefix)[None], device=device)
+def _segments(vocab: ByteVocab, prefix: bytes, device: str) -> tuple[Tensor]:
+    # A tuple: the compiler takes two constant tensors of one function for the same.
+    def make() -> tuple[Tensor]:
+        return (torch.tensor(vocab.segments(prefix)[None], device=device),)
 
     return _cached(vocab, device + "-whole", make) if prefix == b"" else make()
 

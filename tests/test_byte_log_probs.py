@@ -238,6 +238,7 @@ def test_tables_of_another_vocabulary(backend):
 @pytest.mark.only("cpu", "cuda")
 @pytest.mark.parametrize("prefix", [b"", b"a", [b"a", b"", b"b", b"a"]])
 def test_compile_fullgraph(backend, prefix):
+    torch._dynamo.reset()
     vocab, scores = vocabulary(60), logits((4, 60))
 
     def run(x):
@@ -247,3 +248,17 @@ def test_compile_fullgraph(backend, prefix):
     run(plain).backward()
     torch.compile(run, fullgraph=True)(compiled).backward()
     torch.testing.assert_close(compiled.grad, plain.grad)
+
+
+@pytest.mark.only("cpu")
+def test_compile_with_two_prefixes(backend):
+    torch._dynamo.reset()
+    vocab, other, scores = vocabulary(60), vocabulary(55, seed=1), logits((4, 60))
+
+    def run(x):
+        found = [fastkd.byte_log_probs(x, vocab, prefix=prefix) for prefix in (b"a", b"b", b"")]
+        return torch.cat([*found, fastkd.byte_log_probs(x, other, prefix=b"a")], -1)
+
+    torch.testing.assert_close(
+        torch.compile(run, fullgraph=True)(scores), run(scores), equal_nan=True
+    )

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fastkd._gradient import differentiable_gradients, scaled
 
-#: Entries of the widest table of a block: 32 MB of float32.
-_ENTRIES = 1 << 23
+#: Entries of the widest table of a block: 16 MB of float32.
+_ENTRIES = 1 << 22
 
 #: Gets which of the rows it is asked for, and these rows of the inputs; returns a value for each.
 RowLoss = Callable[..., Tensor]
