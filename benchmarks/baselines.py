@@ -88,12 +88,28 @@ def kl_div_contestants(*, peers: bool = True) -> list[Contestant]:
 TEMPERATURE = 1.0
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()) / TEMPERATURE
+def beside_eager(ours: Loss, eager: Loss, peers: bool, copies: float) -> list[Contestant]:
+    """Ours and, as `peers`, the same in PyTorch, eager and compiled."""
+    found = [Contestant(OURS, ours, release=fastkd.release_memory)]
+    if peers:
+        found += [
+            Contestant("eager", eager, copies=copies),
+            Contestant("torch.compile", torch.compile(eager, dynamic=False), copies=copies),
+        ]
+    return found
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In float32 at least, as careful code computes losses."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _scaled(logits: Tensor) -> Tensor:
+    return wide(logits) / TEMPERATURE
 
 
 def _log_probs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    return F.log_softmax(_wide(student), dim=-1), F.log_softmax(_wide(teacher), dim=-1)
+    return F.log_softmax(_scaled(student), dim=-1), F.log_softmax(_scaled(teacher), dim=-1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -105,7 +121,7 @@ def _mix(first: Tensor, second: Tensor, share: float) -> Tensor:
 
 
 def _forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    log_q, p = F.log_softmax(_wide(student), dim=-1), F.softmax(_wide(teacher), dim=-1)
+    log_q, p = F.log_softmax(_scaled(student), dim=-1), F.softmax(_scaled(teacher), dim=-1)
     return F.kl_div(log_q, p, reduction="batchmean")
 
 
@@ -131,12 +147,12 @@ def _skew_reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _tvd(student: Tensor, teacher: Tensor) -> Tensor:
-    q, p = F.softmax(_wide(student), dim=-1), F.softmax(_wide(teacher), dim=-1)
+    q, p = F.softmax(_scaled(student), dim=-1), F.softmax(_scaled(teacher), dim=-1)
     return 0.5 * (p - q).abs().sum(dim=-1).mean()
 
 
 def _cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
-    return F.cross_entropy(_wide(student), F.softmax(_wide(teacher), dim=-1))
+    return F.cross_entropy(_scaled(student), F.softmax(_scaled(teacher), dim=-1))
 
 
 _EAGER: dict[str, Loss] = {

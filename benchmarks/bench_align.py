@@ -5,7 +5,6 @@
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -23,7 +22,7 @@ import fastkd
 from benchmarks.command import RESULTS
 from benchmarks.harness import OURS, SHARED_CORES
 from benchmarks.measure import Timing, cpu_seconds_of_others, time_interleaved
-from benchmarks.report import machine_facts, milliseconds
+from benchmarks.report import finish_table, milliseconds, require_extra
 from tests import vocabularies
 
 LOOP = "plain Python loop"
@@ -210,11 +209,9 @@ def verdicts(case: Case, timings: dict[str, Timing]) -> list[Verdict]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, show and save; the exit status is 1 if a goal was missed on an idle machine."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError as error:
-        raise SystemExit(f"benchmarks need {error.name}: pip install fastkd[bench]") from None
+    require_extra()
+    from rich.table import Table
+
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--quick", action="store_true", help="a second a case")
     options.add_argument("--budget", type=float, help="seconds of timing a case, default: 10")
@@ -256,20 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "goals": [asdict(goal) for goal in goals],
             }
         )
-    console = Console(width=None if sys.stdout.isatty() else 132)
-    console.print(table)
-    facts = machine_facts(torch.device("cpu"))
-    console.print("  ".join(f"{k}: {v}" for k, v in facts.items()), style="dim", highlight=False)
-    if busy:
-        console.print(
-            f"!!! Other processes kept cores busy during: {', '.join(busy)}. These do not count: "
-            "run again on an idle machine.",
-            style="bold red",
-        )
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    path = chosen.output / "align.json"
-    path.write_text(json.dumps({"machine": facts, "cases": kept}, indent=2) + "\n")
-    console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    finish_table(table, kept, busy, chosen.output / "align.json")
     return int(missed)
 
 

@@ -6,10 +6,13 @@ small shape, `--headline` what must be reached; without options it walks each ax
 
 import sys
 
-from benchmarks.byte_level import byte_log_probs_case, walk_both
+from benchmarks.byte_level import byte_log_probs_case
+from benchmarks.command import walk
 from benchmarks.shapes import ROWS, VOCABULARIES
 
 AXES = {"dtype": ("float32", "bfloat16"), "vocab": VOCABULARIES, "rows": ROWS}
+VARIANTS = ({"gradient": False}, {"gradient": True})
 
 if __name__ == "__main__":
-    sys.exit(walk_both(__doc__.splitlines()[0], "byte_log_probs", byte_log_probs_case, AXES))
+    title = __doc__.splitlines()[0]
+    sys.exit(walk(title, "byte_log_probs", byte_log_probs_case, AXES, variants=VARIANTS))

@@ -6,12 +6,15 @@ small shape, `--headline` what must be reached; without options it walks each ax
 
 import sys
 
-from benchmarks.byte_level import chunk_log_likelihood_case, walk_both
+from benchmarks.byte_level import chunk_log_likelihood_case
+from benchmarks.command import walk
 from benchmarks.shapes import ROWS, VOCABULARIES
 
 AXES = {"dtype": ("float32", "bfloat16"), "vocab": VOCABULARIES, "rows": ROWS}
+VARIANTS = ({"gradient": False}, {"gradient": True})
 
 if __name__ == "__main__":
+    title = __doc__.splitlines()[0]
     sys.exit(
-        walk_both(__doc__.splitlines()[0], "chunk_log_likelihood", chunk_log_likelihood_case, AXES)
+        walk(title, "chunk_log_likelihood", chunk_log_likelihood_case, AXES, variants=VARIANTS)
     )

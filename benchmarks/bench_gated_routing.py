@@ -6,7 +6,6 @@ a case. Every contestant but the dense pair must give the value and gradients of
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ import fastkd
 from benchmarks.command import RESULTS
 from benchmarks.harness import OURS, SHARED_CORES, TOLERANCES
 from benchmarks.measure import Memory, Timing, cpu_seconds_of_others, memory_of, time_interleaved
-from benchmarks.report import machine_facts, milliseconds
+from benchmarks.report import finish_table, milliseconds, require_extra
 from fastkd import _learners
 
 ROWS, WIDTH, LEARNERS, HIDDEN = 4096, 768, 4, 768
@@ -254,11 +253,9 @@ def measure(case: Case, budget: float) -> Outcome:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, show and save; the exit status is 1 if a goal was missed on an idle machine."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError as error:
-        raise SystemExit(f"benchmarks need {error.name}: pip install fastkd[bench]") from None
+    require_extra()
+    from rich.table import Table
+
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--quick", action="store_true", help="a second a case")
     options.add_argument("--budget", type=float, help="seconds of timing a case, default: 10")
@@ -307,20 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "reached": reached,
             }
         )
-    console = Console(width=None if sys.stdout.isatty() else 132)
-    console.print(table)
-    facts = machine_facts(torch.device("cpu"))
-    console.print("  ".join(f"{k}: {v}" for k, v in facts.items()), style="dim", highlight=False)
-    if busy:
-        console.print(
-            f"!!! Other processes kept cores busy during: {', '.join(busy)}. These do not count: "
-            "run again on an idle machine.",
-            style="bold red",
-        )
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    path = chosen.output / "gated_routing.json"
-    path.write_text(json.dumps({"machine": facts, "cases": kept}, indent=2) + "\n")
-    console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    finish_table(table, kept, busy, chosen.output / "gated_routing.json")
     return int(missed)
 
 

@@ -6,8 +6,7 @@ made up with the first bytes of real ones: a third of its tokens begins with a s
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
+from benchmarks.baselines import beside_eager, wide
 from benchmarks.cases import MIDDLE_ROWS, MIDDLE_VOCAB
-from benchmarks.command import budget_of, device_of, finish, parser, run_cases, settings_of
-from benchmarks.harness import DISTINCT_ROWS, OURS, Case, Contestant, Loss
+from benchmarks.harness import DISTINCT_ROWS, Case
 from benchmarks.shapes import DTYPES, Shape, correlated_logits
 
 TOKENS_A_CHUNK, SPECIAL_IDS = 2, 17
@@ -71,20 +70,6 @@ class Texts:
         return (losses / self.length).repeat_interleave(self.length)
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _contestants(ours: Loss, eager: Loss, peers: bool, copies: float) -> list[Contestant]:
-    found = [Contestant(OURS, ours, release=fastkd.release_memory)]
-    if peers:
-        found += [
-            Contestant("eager", eager, copies=copies),
-            Contestant("torch.compile", torch.compile(eager, dynamic=False), copies=copies),
-        ]
-    return found
-
-
 def chunk_log_likelihood_case(
     dtype: str = "float32",
     vocab: int = MIDDLE_VOCAB,
@@ -116,7 +101,7 @@ def chunk_log_likelihood_case(
 
     reads = 2 if gradient else 1  # forward, and again for the gradient
     shape = Shape(rows, vocab, DTYPES[dtype])
-    contestants = _contestants(ours, eager, peers, 6)
+    contestants = beside_eager(ours, eager, peers, 6)
     name = "chunk_log_likelihood"
     return Case(name, shape, correlated_logits, exact, contestants, gradient, reads)
 
@@ -124,7 +109,7 @@ def chunk_log_likelihood_case(
 def eager_chunks(texts: Texts, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Likelihoods of chunks, and the boundary's after each, 0 at a text's end: ``[texts, C]``."""
     ids, chunks, boundary = texts.of(logits)
-    log_q = F.log_softmax(_wide(texts.cut(logits)), dim=-1)
+    log_q = F.log_softmax(wide(texts.cut(logits)), dim=-1)
     label = log_q.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     places = chunks + texts.num_chunks * torch.arange(ids.size(0), device=ids.device).unsqueeze(1)
     likelihood = label.new_zeros(ids.size(0) * texts.num_chunks)
@@ -166,7 +151,7 @@ def alm_loss_case(
         return -(a.exp() * b - torch.expm1(a) * torch.log1p(-b.exp())).sum() / student.size(0)
 
     shape = Shape(rows, vocab, DTYPES[dtype])
-    contestants = _contestants(ours, eager, peers, 10)
+    contestants = beside_eager(ours, eager, peers, 10)
     # The student's logits are read again for the gradient.
     return Case("alm_loss", shape, correlated_logits, exact, contestants, True, reads=3)
 
@@ -198,36 +183,12 @@ def byte_log_probs_case(
         return -fastkd.byte_log_probs(student, made).gather(-1, target(student)).mean()
 
     def eager(student: Tensor, teacher: Tensor) -> Tensor:
-        q = F.softmax(_wide(student), dim=-1)
+        q = F.softmax(wide(student), dim=-1)
         found = q.new_zeros(q.size(0), made.num_columns).index_add(1, columns(q.device), q)
         return -found.log().gather(-1, target(student)).mean()
 
     columns(torch.device("cpu"))
     reads = 2 if gradient else 1  # forward, and again for the gradient
     shape = Shape(rows, vocab, DTYPES[dtype])
-    contestants = _contestants(ours, eager, peers, 5)
+    contestants = beside_eager(ours, eager, peers, 5)
     return Case("byte_log_probs", shape, correlated_logits, exact, contestants, gradient, reads)
-
-
-def walk_both(
-    description: str,
-    stem: str,
-    make_case: Callable[..., Case],
-    axes: Mapping[str, Sequence[Any]],
-    arguments: list[str] | None = None,
-) -> int:
-    """Run a benchmark over its axes, forward alone and with backward; return the exit status."""
-    from benchmarks import headline
-
-    middle = {"dtype": "float32", "vocab": MIDDLE_VOCAB, "rows": MIDDLE_ROWS}
-    options = parser(description, middle).parse_args(arguments)
-    device = device_of(options)
-    if options.headline:
-        return headline.run(options, device, (stem,))
-    makers = [
-        partial(make_case, **setting, gradient=gradient, peers=not options.only_fastkd)
-        for setting in settings_of(options, middle, axes)
-        for gradient in (False, True)
-    ]
-    results = run_cases(makers, device, budget_of(options), options.fresh_memory)
-    return finish(results, options, stem)

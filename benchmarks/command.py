@@ -133,8 +133,13 @@ def walk(
     make_case: Callable[..., Case],
     axes: Mapping[str, Sequence[Any]],
     arguments: list[str] | None = None,
+    *,
+    variants: Sequence[Mapping[str, Any]] = ({},),
 ) -> int:
-    """Run a benchmark of one case maker over dtype, vocabulary and rows; return the exit status."""
+    """Run a benchmark of one case maker over dtype, vocabulary and rows; return the exit status.
+
+    At each setting every one of `variants`, further arguments of the maker.
+    """
     from benchmarks import headline
     from benchmarks.cases import MIDDLE_ROWS, MIDDLE_VOCAB
 
@@ -144,8 +149,9 @@ def walk(
     if options.headline:
         return headline.run(options, device, (stem,))
     makers = [
-        partial(make_case, **setting, peers=not options.only_fastkd)
+        partial(make_case, **setting, **variant, peers=not options.only_fastkd)
         for setting in settings_of(options, middle, axes)
+        for variant in variants
     ]
     results = run_cases(makers, device, budget_of(options), options.fresh_memory)
     return finish(results, options, stem)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
+from benchmarks.baselines import beside_eager, wide
 from benchmarks.cases import MIDDLE_ROWS, MIDDLE_VOCAB
-from benchmarks.harness import OURS, Case, Contestant, Loss
+from benchmarks.harness import Case, Contestant, Loss
 from benchmarks.shapes import DTYPES, Shape, correlated_logits
 
 K = 64
@@ -37,20 +38,6 @@ class Stored:
         return found[1]
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _contestants(ours: Loss, eager: Loss, peers: bool, copies: float) -> list[Contestant]:
-    found = [Contestant(OURS, ours, release=fastkd.release_memory)]
-    if peers:
-        found += [
-            Contestant("eager", eager, copies=copies),
-            Contestant("torch.compile", torch.compile(eager, dynamic=False), copies=copies),
-        ]
-    return found
-
-
 def _case(
     name: str,
     exact: Callable[[Tensor, Tensor], Tensor],
@@ -62,7 +49,7 @@ def _case(
     gradient: bool,
 ) -> Case:
     shape = Shape(setting["rows"], setting["vocab"], DTYPES[setting["dtype"]])
-    contestants = _contestants(ours, eager, setting["peers"], 7)
+    contestants = beside_eager(ours, eager, setting["peers"], 7)
     return Case(name, shape, correlated_logits, exact, contestants, gradient, reads)
 
 
@@ -100,7 +87,7 @@ def topk_divergence_case(
 
 
 def _eager_topk(student: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    log_q = F.log_softmax(_wide(student), dim=-1).gather(-1, indices.long())
+    log_q = F.log_softmax(wide(student), dim=-1).gather(-1, indices.long())
     rest = torch.log1p(-log_q.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
     teacher_rest = torch.log1p(-values.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
     log_q, log_p = torch.cat([log_q, rest], -1), torch.cat([values, teacher_rest], -1)
@@ -128,7 +115,7 @@ def clipped_divergence_case(
         )
 
     def eager(student: Tensor, teacher: Tensor) -> Tensor:
-        log_q, log_p = (F.log_softmax(_wide(x), dim=-1) for x in (student, teacher))
+        log_q, log_p = (F.log_softmax(wide(x), dim=-1) for x in (student, teacher))
         p = log_p.exp()
         inside = (p >= LOWER) & (p <= UPPER)
         loss = torch.where(inside, p * (log_p - log_q), 0.0).sum(-1)
@@ -158,7 +145,7 @@ def teacher_topk_case(
         return total(*fastkd.teacher_topk(student, K)).mean()
 
     def eager(student: Tensor, teacher: Tensor) -> Tensor:
-        return total(*F.log_softmax(_wide(student), dim=-1).topk(K)).mean()
+        return total(*F.log_softmax(wide(student), dim=-1).topk(K)).mean()
 
     setting = {"dtype": dtype, "vocab": vocab, "rows": rows, "peers": peers}
     return _case("teacher_topk", exact, ours, eager, setting, reads=1, gradient=False)
@@ -190,12 +177,12 @@ def token_stats_case(
     def eager(student: Tensor, teacher: Tensor) -> Tensor:
         at = (labels(student) % 8).unsqueeze(-1)
         fields = []
-        logs = [F.log_softmax(_wide(x), dim=-1) for x in (student, teacher)]
+        logs = [F.log_softmax(wide(x), dim=-1) for x in (student, teacher)]
         for logits, log_p in zip((student, teacher), logs, strict=True):
             p = log_p.exp()
             top, argmax = p.max(-1)
             entropy, label = -(p * log_p).sum(-1), log_p.gather(-1, at).squeeze(-1)
-            fields += [torch.logsumexp(_wide(logits), -1), entropy, argmax, top, label]
+            fields += [torch.logsumexp(wide(logits), -1), entropy, argmax, top, label]
         q, p = (x.exp() for x in logs)
         fields += [(p * (logs[1] - logs[0])).sum(-1), (q * (logs[0] - logs[1])).sum(-1)]
         return total((*fields, 0.5 * (p - q).abs().sum(-1))).mean()

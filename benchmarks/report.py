@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,3 +179,24 @@ def save(
     data.write_text(json.dumps(content, indent=2) + "\n")
     draw(results, facts, picture)
     return [data, picture]
+
+
+def finish_table(
+    table: "Table", cases: list[dict[str, Any]], busy: list[str], output: Path
+) -> None:
+    """Print a CPU benchmark's own table and the machine, and write both; `busy` cases are void."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    console.print(table)
+    facts = machine_facts(torch.device("cpu"))
+    console.print("  ".join(f"{k}: {v}" for k, v in facts.items()), style="dim", highlight=False)
+    if busy:
+        console.print(
+            f"!!! Other processes kept cores busy during: {', '.join(busy)}. These do not count: "
+            "run again on an idle machine.",
+            style="bold red",
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"machine": facts, "cases": cases}, indent=2) + "\n")
+    console.print(f"written: {output}", highlight=False, soft_wrap=True)
