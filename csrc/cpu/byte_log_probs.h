@@ -92,8 +92,7 @@ void sum_slice(const ByteRow& row, int64_t slice, double& origin_out, double* ou
   Origin<Real> origin;
   RowSlices{row.ids, none, nullptr}.for_blocks(slice, [&](int64_t begin, int64_t count) {
     alignas(64) Real buffer[kBlock], e[kBlock];
-    const int64_t ahead = begin + kBlock;
-    if (ahead < row.ids) prefetch(row.logits, ahead, row.ids - ahead < kBlock ? row.ids - ahead : kBlock);
+    prefetch_next(row.logits, begin, row.ids);
     const Real* u = load_valid(row, begin, count, buffer);
     const bool first = origin.logit == Real(-INFINITY);
     const double step = origin.follow(largest(u, count), scale);
@@ -192,8 +191,7 @@ void whole_gradient(const ByteRow& row, const SliceRunner& runner, double lse_of
   slices.for_slices([&](int64_t slice) {
     slices.for_blocks(slice, [&](int64_t begin, int64_t count) {
       alignas(64) Real in_buffer[kBlock], out_buffer[kBlock];
-      const int64_t ahead = begin + kBlock;
-      if (ahead < row.ids) prefetch(row.logits, ahead, row.ids - ahead < kBlock ? row.ids - ahead : kBlock);
+      prefetch_next(row.logits, begin, row.ids);
       const Real* u = load_valid(row, begin, count, in_buffer);
       Real* out = destination(gradient, begin, out_buffer);
       if (apart) {

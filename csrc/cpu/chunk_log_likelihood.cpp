@@ -66,15 +66,13 @@ struct Cpu {
       const bool possible = ended >= 0 && sums.boundary > -INFINITY;
       const double of_boundary = possible ? number(*boundary_gradient, text + ended) : 0;
       const Row out = gradients.row(index);
-      if (of_label == 0 && of_boundary == 0) return fill_zero_row(out, problem.vocab);
+      if (of_label == 0 && of_boundary == 0) return portable::fill_zero(out, 0, problem.vocab);
       const double factor = 1 / problem.options.temperature;
       kernel(row_of(problem, index, of_boundary != 0), runner, sums,
              {-(of_label + of_boundary) * factor, of_boundary * factor, of_label * factor},
              scored ? problem.ids.integer(index) : -1, out);
     });
   }
-
-  static void fill_zero_row(const Row& row, int64_t vocab) { portable::fill_zero(row, 0, vocab); }
 };
 
 }  // namespace

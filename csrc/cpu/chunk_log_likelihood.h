@@ -107,8 +107,7 @@ ChunkRowSums chunk_sums(const ChunkRow& row, const SliceRunner& runner, char* pa
         ChunkPartial all{};
         slices.for_blocks(slice, [&](int64_t begin, int64_t count) {
           alignas(64) Real buffer[kBlock];
-          const int64_t ahead = begin + kBlock;
-          if (ahead < row.vocab) prefetch(row.logits, ahead, row.vocab - ahead < kBlock ? row.vocab - ahead : kBlock);
+          prefetch_next(row.logits, begin, row.vocab);
           const Real* u = load(row.logits, begin, count, buffer);
           if (const double step = origin.follow(largest(u, count), scale)) {
             const double factor = ::exp2(-step * scale);
@@ -171,8 +170,7 @@ void chunk_gradient(const ChunkRow& row, const SliceRunner& runner, const ChunkR
   slices.for_slices([&](int64_t slice) {
     slices.for_blocks(slice, [&](int64_t begin, int64_t count) {
       alignas(64) Real in_buffer[kBlock], out_buffer[kBlock];
-      const int64_t ahead = begin + kBlock;
-      if (ahead < row.vocab) prefetch(row.logits, ahead, row.vocab - ahead < kBlock ? row.vocab - ahead : kBlock);
+      prefetch_next(row.logits, begin, row.vocab);
       const Real* u = load(row.logits, begin, count, in_buffer);
       Real* out = destination(gradient, begin, out_buffer);
       if (apart) {

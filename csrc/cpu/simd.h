@@ -76,6 +76,12 @@ FASTKD_INLINE void prefetch(const Row& row, int64_t begin, int64_t count) {
   for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(first + i, 0, 3);
 }
 
+// The block after the one that begins there, of columns up to `end`.
+FASTKD_INLINE void prefetch_next(const Row& row, int64_t begin, int64_t end) {
+  const int64_t ahead = begin + kBlock;
+  if (ahead < end) prefetch(row, ahead, end - ahead < kBlock ? end - ahead : kBlock);
+}
+
 // Elements [begin, begin + count) of the row as Real: in place where they lie so already, else in `buffer`.
 template <class Real>
 const Real* load(const Row& row, int64_t begin, int64_t count, Real* buffer) {

@@ -63,8 +63,8 @@ SoftmaxSum scan_slice(const Row& row, int64_t vocab, int64_t slice, double tempe
   double all = 0;
   RowSlices{vocab, none, nullptr}.for_blocks(slice, [&](int64_t begin, int64_t count) {
     alignas(64) Real buffer[kBlock];
-    const int64_t ahead = begin + kBlock, block = begin / kBlock;
-    if (ahead < vocab) prefetch(row, ahead, vocab - ahead < kBlock ? vocab - ahead : kBlock);
+    const int64_t block = begin / kBlock;
+    prefetch_next(row, begin, vocab);
     const Real* u = load(row, begin, count, buffer);
     tops[block] = class_maxima(u, count, classes + block * kClasses);
     if (const double step = origin.follow(tops[block], scale)) all *= ::exp2(-step * scale);

@@ -55,11 +55,6 @@ struct StatsPasses : RowSlices {
         kept_w(kept_u + aligned(r.vocab * sizeof(Real)) / sizeof(Real)),
         scale(Real(kLog2E / r.temperature)) {}
 
-  void ask_ahead(const Row& from, int64_t begin) const {
-    const int64_t ahead = begin + kBlock;
-    if (from && ahead < vocab) prefetch(from, ahead, vocab - ahead < kBlock ? vocab - ahead : kBlock);
-  }
-
   // The first column of the largest, where the block has one larger than `best`.
   static void seek(const Real* u, Real top, int64_t begin, int64_t count, Best<Real>& best) {
     if (!(top > best.logit)) return;
@@ -79,8 +74,8 @@ struct StatsPasses : RowSlices {
           Found best{{Real(-INFINITY), slice * kSlice}, {Real(-INFINITY), slice * kSlice}};
           for_blocks(slice, [&](int64_t begin, int64_t count) {
             alignas(64) Real u_buffer[kBlock], w_buffer[kBlock];
-            ask_ahead(row.student, begin);
-            ask_ahead(row.teacher, begin);
+            prefetch_next(row.student, begin, vocab);
+            if (row.teacher) prefetch_next(row.teacher, begin, vocab);
             const Real* u = load(row.student, begin, count, u_buffer);
             const Real u_top = largest(u, count);
             const double u_step = moved(u_origin, u_top);

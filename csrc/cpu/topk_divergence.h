@@ -74,8 +74,7 @@ struct TopkPasses : RowSlices {
     int64_t next = support_from(slice * kSlice);
     for_blocks(slice, [&](int64_t begin, int64_t count) {
       alignas(64) Real buffer[kBlock];
-      const int64_t ahead = begin + kBlock;
-      if (ahead < vocab) prefetch(row.student, ahead, vocab - ahead < kBlock ? vocab - ahead : kBlock);
+      prefetch_next(row.student, begin, vocab);
       const Real* u = load(row.student, begin, count, buffer);
       if (next < row.count && row.support[next] < begin + count) {
         if (u != buffer) __builtin_memcpy(buffer, u, count * sizeof(Real));

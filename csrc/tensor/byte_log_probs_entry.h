@@ -26,8 +26,7 @@ struct ByteProblem : RowProblem {
   ByteProblem(const Tensor& logits, const Tensor& order_tensor, const Tensor& column_tensor,
               const Tensor& segment_tensor, const std::optional<Tensor>& prefix_of_row, int64_t whole_prefix,
               const std::optional<Tensor>& valid_ids, bool check_values)
-      : RowProblem(kByteLogProbs, logits, plain_options(1, none(), none(), -1), check_values, "logits"),
-        whole(whole_prefix) {
+      : RowProblem(kByteLogProbs, logits, plain_options(1), check_values, "logits"), whole(whole_prefix) {
     check_table(order_tensor, ScalarType::Int, 1, "order");
     check_table(column_tensor, ScalarType::Short, 1, "columns");
     check_table(segment_tensor, ScalarType::Int, 3, "segments");
@@ -63,11 +62,6 @@ struct ByteProblem : RowProblem {
   int64_t prefix_of(int64_t row) const { return prefix ? prefix.integer(row) : 0; }
 
  private:
-  static const std::optional<Tensor>& none() {
-    static const std::optional<Tensor> nothing;
-    return nothing;
-  }
-
   void check_table(const Tensor& x, ScalarType type, int64_t dimensions, const char* argument) const {
     check_device(x, argument);
     FASTKD_CHECK_VALUE(x.scalar_type() == type && x.dim() == dimensions && x.is_contiguous(), function, argument,
@@ -120,13 +114,8 @@ void byte_log_probs_backward(const Tensor& gradient, const Tensor& logits, const
   const ByteProblem problem(logits, order, columns, segments, prefix, whole, valid, Backend::kValuesChecked);
   check_gradient(problem, std::optional<Tensor>(gradient));
   const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
-  const auto check = [&](const Tensor& x, ScalarType wanted, int64_t count, const char* argument) {
-    problem.check_device(x, argument);
-    FASTKD_CHECK_VALUE(x.scalar_type() == wanted && x.numel() == count && x.is_contiguous(), kByteLogProbs, argument,
-                       " must be contiguous with ", count, " entries, got shape ", shape_of(x));
-  };
-  check(sums, ScalarType::Double, problem.rows * (problem.columns + 1), "sums");
-  check(grad_output, type, problem.rows * problem.columns, "grad_output");
+  problem.check_kept(sums, ScalarType::Double, problem.rows * (problem.columns + 1), "sums");
+  problem.check_kept(grad_output, type, problem.rows * problem.columns, "grad_output");
   if (problem.rows > 0) Backend::differentiate(problem, gradient, sums, grad_output);
 }
 

@@ -19,7 +19,7 @@ struct ChunkProblem : RowProblem {
 
   ChunkProblem(const Tensor& logits, const Tensor& token_ids, const Tensor& chunks_of_tokens, int64_t num_chunks,
                const std::optional<Tensor>& boundary_set, double temperature, bool check_values)
-      : RowProblem(kChunkLogLikelihood, logits, plain_options(temperature, none(), none(), -1), check_values, "logits"),
+      : RowProblem(kChunkLogLikelihood, logits, plain_options(temperature), check_values, "logits"),
         chunks(num_chunks),
         ids_tensor(&token_ids),
         chunk_ids_tensor(&chunks_of_tokens) {
@@ -54,11 +54,6 @@ struct ChunkProblem : RowProblem {
   }
 
  private:
-  static const std::optional<Tensor>& none() {
-    static const std::optional<Tensor> nothing;
-    return nothing;
-  }
-
   void check_chunks() const {
     int64_t last = -1;  // of this text
     for (int64_t row = 0; row < rows; ++row) {
@@ -112,17 +107,12 @@ void chunk_log_likelihood_backward(const Tensor& gradient, const Tensor& logits,
                                    const std::optional<Tensor>& boundary_gradient) {
   const ChunkProblem problem(logits, token_ids, chunk_ids, num_chunks, boundary, temperature, Backend::kValuesChecked);
   check_gradient(problem, std::optional<Tensor>(gradient));
-  const auto check = [&](const Tensor& x, ScalarType type, int64_t count, const char* argument) {
-    problem.check_device(x, argument);
-    FASTKD_CHECK_VALUE(x.scalar_type() == type && x.numel() == count && x.is_contiguous(), kChunkLogLikelihood,
-                       argument, " must be contiguous with ", count, " entries, got shape ", shape_of(x));
-  };
   const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
-  check(numbers, ScalarType::Double, 2 * problem.rows, "numbers");
-  check(likelihood_gradient, type, problem.batch * num_chunks, "likelihood_gradient");
+  problem.check_kept(numbers, ScalarType::Double, 2 * problem.rows, "numbers");
+  problem.check_kept(likelihood_gradient, type, problem.batch * num_chunks, "likelihood_gradient");
   if (boundary) {
     FASTKD_CHECK_VALUE(boundary_gradient, kChunkLogLikelihood, "boundary_gradient must come with boundary");
-    check(*boundary_gradient, type, problem.batch * num_chunks, "boundary_gradient");
+    problem.check_kept(*boundary_gradient, type, problem.batch * num_chunks, "boundary_gradient");
   }
   if (problem.rows > 0) {
     Backend::differentiate(problem, gradient, numbers, likelihood_gradient, boundary ? &*boundary_gradient : nullptr);

@@ -28,6 +28,10 @@ inline RowOptions plain_options(double temperature, const std::optional<Tensor>&
   static const std::string reduction = "none";
   return {temperature, temperatures, none, none, labels, 0, -100, vocab_size, false, reduction, 1, none};
 }
+inline RowOptions plain_options(double temperature) {
+  static const std::optional<Tensor> none;
+  return plain_options(temperature, none, none, -1);
+}
 
 // Those arguments, checked, as rows. What depends on values (of temperatures, labels) is checked where they can be read
 // without waiting for a device.
@@ -78,6 +82,13 @@ struct RowProblem {
     FASTKD_CHECK_VALUE(
         x.is_cpu() == student_tensor.is_cpu() && x.get_device_index() == student_tensor.get_device_index(), function,
         argument, " must be on the device of student_logits");
+  }
+
+  // What a forward call left for its backward, and gradients of what it returned.
+  void check_kept(const Tensor& x, ScalarType type, int64_t count, const char* argument) const {
+    check_device(x, argument);
+    FASTKD_CHECK_VALUE(x.scalar_type() == type && x.numel() == count && x.is_contiguous(), function, argument,
+                       " must be contiguous with ", count, " entries, got shape ", shape_of(x));
   }
 
   void check_logits(const Tensor& x, const char* argument) const {
