@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import _library  # noqa: F401  (the namespace of the ops)
+from fastkd import _routed
 
 _aten = torch.ops.aten
 
@@ -98,22 +98,11 @@ def _sorted(choices: Tensor | None, rows: int, learners: int) -> tuple[Tensor | 
     """
     if choices is None:
         return None, [rows] * learners
-    if rows == 0:
-        return None, [0] * learners
-    if choices.device.type == "cpu":
-        low, high = (int(x) for x in choices.aminmax())
-        if low < 0 or high > learners:
-            raise IndexError(
-                f"acm: choices must lie in [0, N = {learners}], got {low if low < 0 else high}"
-            )
-        if low == high:
-            return None, [rows] * low + [0] * (learners - low)
-    else:
-        choices = choices.masked_fill(_out_of_range(choices, learners), 0)
-    order = choices.argsort(descending=True, stable=True)
-    exactly = choices.bincount(minlength=learners + 1).tolist()
-    counts = [sum(exactly[n:]) for n in range(1, learners + 1)]
-    return order[: counts[0]], counts
+    order, device_counts = _routed.route(choices, learners)
+    counts = device_counts[:learners].tolist()
+    if all(count in (0, rows) for count in counts):
+        return None, counts
+    return order[: counts[0]].long(), counts
 
 
 def _out_of_range(choices: Tensor, learners: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import _learners, reference
+from fastkd import _learners, _routed, reference
 from fastkd._gradient import differentiable_gradients
 from fastkd._learner_arguments import (
     check_choices,
@@ -85,9 +85,16 @@ def acm(
         )
     if transforms_active():
         return reference.acm(x, w1, b1, w2, choices, activation=activation, bias=bias)
-    choices = choices.long()
     operands = (_rows(x).to(dtype), w1.to(dtype), b1.to(dtype), w2.to(dtype))
     flat = choices.reshape(-1)
+    if _routed.has_kernels(x, dtype):
+        bias = None if bias is None else bias.to(dtype)
+        if _requires_grad(*operands) or (bias is not None and _requires_grad(bias)):
+            out = _AcmRouted.apply(*operands, bias, flat, activation)
+        else:
+            out = _routed_value(operands, bias, flat, activation)
+        return out.view(*x.shape[:-1], w2.size(2))
+    flat = flat.long()
     if _requires_grad(*operands):
         out = _Acm.apply(*operands, flat, activation)
     else:
@@ -96,7 +103,7 @@ def acm(
     if bias is None:
         return out
     bias = bias.to(dtype)
-    return out + (bias if bias.dim() == 1 else bias[choices.clamp(0, learners)])
+    return out + (bias if bias.dim() == 1 else bias[choices.long().clamp(0, learners)])
 
 
 def acm_soft(
@@ -162,8 +169,7 @@ def acm_soft(
     if _requires_grad(*operands, scale):
         out = _AcmSoft.apply(*operands, scale, choices, activation)
     else:
-        weights = None if straight_through else scale
-        out, _ = _learners.forward(*operands, choices, weights, activation, False, False)
+        out = _soft_value(operands, scale, choices, activation)
     if straight_through:
         out = out.masked_fill(flat.detach().isnan().any(-1, keepdim=True), torch.nan)
     return out.view(*x.shape[:-1], w2.size(2))
@@ -299,6 +305,69 @@ def acm_oracle(
     return label.view(x.shape[:-1])
 
 
+class _AcmRouted(torch.autograd.Function):
+    """By the kernels, from one routing for both directions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        bias: Tensor | None,
+        choices: Tensor,
+        activation: str,
+    ) -> Tensor:
+        operands = (x, w1, b1, w2)
+        order, counts = _routed.route(choices, w1.size(0))
+        keep = any(ctx.needs_input_grad[:4])
+        out, kept = _routed.forward(operands, bias, order, counts, activation, keep)
+        ctx.save_for_backward(*operands, bias, choices, order, counts, kept)
+        ctx.activation = activation
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *operands, bias, choices, order, counts, kept = ctx.saved_tensors
+        needs, (grad,) = list(ctx.needs_input_grad[:4]), grads
+        choices = choices.long().clamp(0, operands[1].size(0))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            out = reference.acm(*operands, choices, activation=ctx.activation, bias=bias)
+            inputs = operands if bias is None else [*operands, bias]
+            all_needs = [*needs, ctx.needs_input_grad[4]][: len(inputs)]
+            again = tuple(differentiable_gradients(out, inputs, all_needs, grad))
+            return *again, *[None] * (7 - len(again))
+        of_bias = None
+        if bias is not None and ctx.needs_input_grad[4]:
+            of_bias = grad.sum(0)
+            if bias.dim() == 2:
+                sums = torch.zeros_like(bias, dtype=_learners.wide(bias.dtype))
+                of_bias = sums.index_add_(0, choices, grad.to(sums.dtype)).to(bias.dtype)
+        if not any(needs):
+            return None, None, None, None, of_bias, None, None
+        routing = (order, counts, kept, ctx.activation)
+        found = _routed.backward(grad, tuple(operands), *routing, needs)
+        return *_needed(found, needs), of_bias, None, None
+
+
+def _routed_value(
+    operands: tuple[Tensor, ...], bias: Tensor | None, choices: Tensor, activation: str
+) -> Tensor:
+    order, counts = _routed.route(choices, operands[1].size(0))
+    return _routed.forward(operands, bias, order, counts, activation, False)[0]
+
+
+def _soft_value(
+    operands: tuple[Tensor, ...], scale: Tensor, choices: Tensor | None, activation: str
+) -> Tensor:
+    """Of choices if they are given, else of the weights of learners."""
+    if choices is not None and _routed.has_kernels(operands[0], operands[0].dtype):
+        return _routed_value(operands, None, choices, activation)
+    weights = scale if choices is None else None
+    return _learners.forward(*operands, choices, weights, activation, False, False)[0]
+
+
 class _Acm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -339,10 +408,13 @@ class _AcmSoft(torch.autograd.Function):
         activation: str,
     ) -> Tensor:
         operands = (x, w1, b1, w2)
-        hard = choices is not None
-        weights = None if hard else scale
-        out, kept = _learners.forward(*operands, choices, weights, activation, not hard, traced(x))
-        ctx.save_for_backward(*operands, scale, None if hard else kept)
+        kept = None
+        if choices is None:
+            arguments = (*operands, None, scale, activation, True, traced(x))
+            out, kept = _learners.forward(*arguments)
+        else:
+            out = _soft_value(operands, scale, choices, activation)
+        ctx.save_for_backward(*operands, scale, kept)
         ctx.activation = activation
         return out
 

@@ -115,9 +115,41 @@ def test_batch_mates_do_not_matter():
     choices = some_choices((40,))
     together = fastkd.acm(x, *weights, choices)
     alone = torch.cat([fastkd.acm(x[i : i + 1], *weights, choices[i : i + 1]) for i in range(40)])
-    torch.testing.assert_close(together, alone)
+    assert torch.equal(together, alone)
     order = torch.randperm(40)
-    torch.testing.assert_close(together[order], fastkd.acm(x[order], *weights, choices[order]))
+    assert torch.equal(together[order], fastkd.acm(x[order], *weights, choices[order]))
+    wide = [v.double() for v in (x, *weights)]
+    torch.testing.assert_close(fastkd.acm(*wide, choices).float(), together)
+
+
+def test_few_rows_and_many_have_the_same_bits():
+    """Threads share out columns, or rows; sizes that no tile divides."""
+    leaves = problem((701,), n=3, d=70, b=61, out=50)
+    choices = some_choices((701,), 3)
+    many = fastkd.acm(*leaves, choices)
+    direction = torch.randn(701, 50)
+    gradients = torch.autograd.grad(many, leaves, direction)
+    few = fastkd.acm(leaves[0][:31], *leaves[1:], choices[:31])
+    assert torch.equal(many[:31], few)
+    (of_x,) = torch.autograd.grad(few, leaves[0], direction[:31])
+    assert torch.equal(gradients[0][:31], of_x[:31])
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    threads, results = torch.get_num_threads(), []
+    for rows in (17, 900):
+        leaves = problem((rows,), n=3, d=40, b=61, out=50)
+        choices, direction = some_choices((rows,), 3), torch.randn(rows, 50)
+        try:
+            for number in (1, 3):
+                torch.set_num_threads(number)
+                out = fastkd.acm(*leaves, choices)
+                results.append([out, torch.autograd.grad(out, leaves[0], direction)[0]])
+        finally:
+            torch.set_num_threads(threads)
+    for one, several in (results[:2], results[2:]):
+        for a, b in zip(one, several, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_rows_that_are_not_run_are_not_read():
@@ -296,17 +328,24 @@ def test_one_hot_gates_are_choices():
     assert found.isnan().any(-1).sum() == 1
 
 
-def test_routing_keeps_only_what_ran():
-    """Saved for backward: the pre-activations of the learners that ran, and no gathered input."""
-    leaves = problem((64,), n=4, d=8, b=16, out=8)
-    choices = torch.arange(64) % 3
+def saved_by_acm(leaves, choices, name):
+    """Shapes of what backward keeps besides the arguments."""
     out = fastkd.acm(*leaves, choices)
     inputs = {v.untyped_storage().data_ptr() for v in (*leaves, choices)}
     node = out.grad_fn
-    while node.name() != "_AcmBackward":
+    while node.name() != name:
         node = node.next_functions[0][0]
-    kept = [v for v in node.saved_tensors if v.untyped_storage().data_ptr() not in inputs]
-    assert [list(v.shape) for v in kept] == [[int(choices.sum()), 16]]
+    saved = [v for v in node.saved_tensors if v is not None]
+    return [list(v.shape) for v in saved if v.untyped_storage().data_ptr() not in inputs]
+
+
+def test_backward_keeps_no_gathered_rows():
+    """Pre-activations, and the routing."""
+    choices = torch.arange(64) % 3
+    leaves = problem((64,), n=4, d=8, b=16, out=8)
+    assert saved_by_acm(leaves, choices, "_AcmRoutedBackward") == [[64], [5], [4, 64, 16]]
+    leaves = problem((64,), torch.bfloat16, n=4, d=8, b=16, out=8)
+    assert saved_by_acm(leaves, choices, "_AcmBackward") == [[int(choices.sum()), 16]]
 
 
 def test_compile_fullgraph():
@@ -340,7 +379,7 @@ def test_compile_fullgraph():
         torch.testing.assert_close(mine, right)
     labels = torch.compile(fastkd.acm_oracle, fullgraph=True, backend="aot_eager")(*leaves, target)
     assert torch.equal(labels, fastkd.acm_oracle(*leaves, target))
-    with torch.no_grad(), pytest.raises(IndexError, match=r"acm: choices must lie in \[0, N = 4\]"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"choices must lie in \[0, N = 4\]"):
         run(*leaves, choices + 4)
 
 

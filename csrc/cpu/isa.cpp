@@ -32,6 +32,7 @@ constexpr Kernels make_kernels() {
   out.chunk_sum_double = chunk_sums<double>;
   out.chunk_gradient_float = chunk_gradient<float>;
   out.chunk_gradient_double = chunk_gradient<double>;
+  out.gated_routing = gated_routing_kernels();
   out.scale_row_float = scale_row<float>;
   out.scale_row_double = scale_row<double>;
   return out;

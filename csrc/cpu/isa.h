@@ -3,6 +3,7 @@
 #include "byte_log_probs.h"
 #include "chunk_log_likelihood.h"
 #include "clipped_divergence.h"
+#include "gated_routing.h"
 #include "kl_div.h"
 #include "scale_rows.h"
 #include "softmax_divergence.h"
@@ -25,6 +26,7 @@ struct Kernels {
   ByteGradientKernel byte_gradient_float, byte_gradient_double;
   ChunkSumKernel chunk_sum_float, chunk_sum_double;
   ChunkGradientKernel chunk_gradient_float, chunk_gradient_double;
+  GatedRoutingKernels gated_routing;
   ScaleRowKernel scale_row_float, scale_row_double;
 };
 

@@ -16,16 +16,23 @@ namespace fastkd {
 // From here on a gradient is written past the caches: it would push out what is still to be read.
 inline constexpr int64_t kStreamedBytes = int64_t(32) << 20;
 
+// Of memory that nobody has written yet.
+inline void ask_for_huge_pages(const torch::stable::Tensor& fresh) {
+#ifdef MADV_HUGEPAGE
+  if (!fresh.is_cpu()) return;
+  constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(fresh.data_ptr());
+  const uintptr_t begin = (first + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (first + uintptr_t(fresh.numel() * element_size(fresh.scalar_type()))) / kHugePage * kHugePage;
+  if (end > begin && end - begin >= 8 * kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)fresh;
+#endif
+}
+
 inline torch::stable::Tensor gradient_like(const torch::stable::Tensor& like) {
   torch::stable::Tensor out = torch::stable::empty_like(like);
-#ifdef MADV_HUGEPAGE
-  if (!out.is_cpu()) return out;
-  constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(out.data_ptr());
-  const uintptr_t begin = (first + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (first + uintptr_t(out.numel() * element_size(out.scalar_type()))) / kHugePage * kHugePage;
-  if (end > begin && end - begin >= 8 * kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+  ask_for_huge_pages(out);
   return out;
 }
 

@@ -1,0 +1,236 @@
+// Gated routing on the CPU: from tensors to what each thread does.
+//
+// Many rows are shared out, so that each thread has as many learners' rows as the others; few rows make the weights the
+// cost, and the threads share out columns. The choice changes no bit of the result.
+#include "gated_routing.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "../tensor/gated_routing_entry.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace fastkd {
+namespace {
+
+// Rows a thread must have before it is worth reading all weights for them.
+constexpr int64_t kRowsForAll = 84;
+// Boundaries between threads, in rows: whole tiles.
+constexpr int64_t kRowStep = 28;
+
+float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
+
+// Memory for rows of all learners, as [learners, rows, stride].
+SortedRows sorted_rows(const Tensor& like, int64_t learners, int64_t rows, int64_t width, Tensor& memory) {
+  memory = torch::stable::new_empty(like, {learners, rows, padded(width)});
+  return {floats(memory), 0, rows, padded(width)};
+}
+
+// As many rows as an L2 cache of 2 MiB holds beside a panel; where caches are smaller, they come from the L3 in
+// sequence.
+int64_t rows_of_block(int64_t inputs, int64_t width) {
+  const int64_t rows = (int64_t(3) << 17) / (padded(inputs) + padded(width)) / kRowStep * kRowStep;
+  return rows < 2 * kRowStep ? 2 * kRowStep : rows > 12 * kRowStep ? 12 * kRowStep : rows;
+}
+
+// Calls run(begin, end, scratch) on every thread's part of [first, last), as equal in cost_before as may be.
+template <class CostBefore, class Run>
+void share_out(int64_t first, int64_t last, int64_t step, int64_t scratch, const CostBefore& cost_before,
+               const Run& run) {
+  if (first >= last) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  const double start = cost_before(first), all = cost_before(last) - start;
+  const auto boundary = [&](int64_t thread) {
+    int64_t low = 0, high = (last - first + step - 1) / step;
+    while (low < high && thread < threads) {
+      const int64_t middle = (low + high) / 2;
+      if ((cost_before(first + middle * step) - start) * threads < all * thread) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return first + high * step < last ? first + high * step : last;
+  };
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
+    for (int64_t thread = from; thread < to; ++thread) {
+      const int64_t begin = boundary(thread), end = boundary(thread + 1);
+      if (begin < end) run(begin, end, Scratch::of_thread(scratch));
+    }
+  });
+}
+
+bool share_rows(const Learners& l) {
+  return l.counts[0] >= torch::stable::get_num_threads() * kRowsForAll || l.counts[0] == 0;
+}
+
+// A pass over the sorted rows [first, last): each thread has some of them.
+void pass_by_rows(Learners& l, int64_t first, int64_t last) {
+  const GatedRoutingKernels& kernel = kernels().gated_routing;
+  l.block = rows_of_block(l.inputs, l.width);
+  // A row's own cost beside its learners': it is copied.
+  const auto cost_before = [&](int64_t row) {
+    double all = row / 8.0;
+    for (int64_t n = 0; n < l.learners; ++n) all += row < l.counts[n] ? row : l.counts[n];
+    return all;
+  };
+  share_out(first, last, kRowStep, kernel.scratch(l), cost_before,
+            [&](int64_t begin, int64_t end, char* scratch) { kernel.rows(l, begin, end, scratch); });
+}
+
+// A pass over all rows: each thread has some of the columns, of each product in turn.
+void pass_by_columns(Learners& l, int64_t rows, const Tensor& like) {
+  const GatedRoutingKernels& kernel = kernels().gated_routing;
+  const int64_t chosen = l.counts[0];
+  const auto panels = [&](int64_t columns) { return (columns + kernel.tile_columns - 1) / kernel.tile_columns; };
+  const auto cost_before = [&](int64_t panel) { return double(panel); };
+  Tensor gathered, hidden;
+  l.gathered = sorted_rows(like, 1, chosen, l.inputs, gathered);
+  if (!l.backward) l.hidden = sorted_rows(like, l.learners, chosen, l.width, hidden);
+  for (int64_t i = 0; i < chosen; ++i) {
+    __builtin_memcpy(l.gathered.at(0, i), l.in + l.order[i] * l.inputs, sizeof(float) * l.inputs);
+  }
+  l.block = chosen;
+  int64_t running = l.learners;
+  while (l.counts[running - 1] == 0) --running;
+  share_out(0, running * panels(l.width), 1, kernel.scratch(l), cost_before,
+            [&](int64_t begin, int64_t end, char* scratch) { kernel.first(l, begin, end, scratch); });
+  if (l.out == nullptr) return;
+  share_out(0, panels(l.outputs), 1, kernel.scratch(l), cost_before,
+            [&](int64_t begin, int64_t end, char* scratch) { kernel.second(l, begin, end, scratch); });
+  l.gathered = {};
+  pass_by_rows(l, chosen, rows);  // those that run nothing
+}
+
+Learners learners_of(const AcmOperands& operands, bool backward, const Tensor& in) {
+  const AcmSizes& sizes = operands.sizes;
+  Learners l{};
+  l.learners = sizes.learners;
+  l.inputs = backward ? sizes.outputs : sizes.inputs;
+  l.width = sizes.width;
+  l.outputs = backward ? sizes.inputs : sizes.outputs;
+  l.activation = operands.activation;
+  l.backward = backward;
+  l.in = floats(in);
+  l.w1 = floats(operands.w1);
+  l.b1 = floats(operands.b1);
+  l.w2 = floats(operands.w2);
+  l.order = static_cast<const int32_t*>(operands.order.data_ptr());
+  l.counts = static_cast<const int32_t*>(operands.counts.data_ptr());
+  return l;
+}
+
+struct Cpu {
+  static void solve(const AcmRouteCall& call) {
+    const int64_t rows = call.choices.numel(), learners = call.learners;
+    const Rows choices(call.choices, 1);
+    int32_t* const order = static_cast<int32_t*>(call.order.data_ptr());
+    int32_t* const counts = static_cast<int32_t*>(call.counts.data_ptr());
+    // of_choice[k]: rows that choose k; then where the next of them goes.
+    std::vector<int32_t> of_choice(learners + 1, 0);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t choice = choices.integer(row);
+      FASTKD_CHECK_INDEX(choice >= 0 && choice <= learners, kAcm, "choices must lie in [0, N = ", learners, "], got ",
+                         choice);
+      ++of_choice[choice];
+    }
+    int32_t before = 0;
+    for (int64_t choice = learners; choice >= 0; --choice) {
+      const int32_t here = of_choice[choice];
+      of_choice[choice] = before;
+      before += here;
+      if (choice > 0) counts[choice - 1] = before;
+    }
+    counts[learners] = before;
+    for (int64_t row = 0; row < rows; ++row) order[of_choice[choices.integer(row)]++] = int32_t(row);
+  }
+
+  static void solve(const AcmRowsCall& call) {
+    check(call.operands);
+    const AcmSizes& sizes = call.operands.sizes;
+    Learners l = learners_of(call.operands, false, call.operands.x);
+    l.out = floats(call.out);
+    if (call.bias) {
+      l.bias = floats(*call.bias);
+      l.bias_stride = call.bias->dim() == 1 ? 0 : sizes.outputs;
+    }
+    if (call.kept) l.kept = {floats(*call.kept), 0, sizes.rows, sizes.width};
+    share_rows(l) ? pass_by_rows(l, 0, sizes.rows) : pass_by_columns(l, sizes.rows, call.out);
+  }
+
+  static void solve(const AcmGradientCall& call) {
+    check(call.operands);
+    const AcmSizes& sizes = call.operands.sizes;
+    Learners l = learners_of(call.operands, true, call.grad);
+    const int64_t chosen = l.counts[0], rows = call.x ? sizes.rows : chosen;
+    l.kept = {floats(call.kept), 0, sizes.rows, sizes.width};
+    l.out = call.x ? floats(*call.x) : nullptr;
+    const bool by_rows = share_rows(l);
+    // By rows, part after part: each part's hidden rows are still in a cache when the weights' turn comes.
+    const int64_t part = by_rows ? torch::stable::get_num_threads() * 2 * rows_of_block(l.inputs, l.width) : chosen;
+    Tensor hidden, inner;
+    if (call.w2) l.hidden = sorted_rows(call.grad, sizes.learners, part < chosen ? part : chosen, sizes.width, hidden);
+    l.inner = sorted_rows(call.grad, sizes.learners, part < chosen ? part : chosen, sizes.width, inner);
+    int64_t first = 0;
+    do {
+      const int64_t last = first + part < chosen ? first + part : chosen;
+      l.hidden.first = l.inner.first = first;
+      by_rows ? pass_by_rows(l, first, last) : pass_by_columns(l, last, call.grad);
+      weights(call, l, first, last);
+      first = last;
+    } while (first < chosen);
+    pass_by_rows(l, chosen, rows);
+  }
+
+ private:
+  static void check(const AcmOperands& operands) {
+    FASTKD_CHECK_TYPE(operands.x.scalar_type() == ScalarType::Float, kAcm, "x must be float32, got ",
+                      torch::headeronly::toString(operands.x.scalar_type()));
+  }
+
+  static void weights(const AcmGradientCall& call, const Learners& l, int64_t first, int64_t last) {
+    const GatedRoutingKernels& kernel = kernels().gated_routing;
+    const AcmSizes& sizes = call.operands.sizes;
+    const auto of = [](const std::optional<Tensor>& gradient) { return gradient ? floats(*gradient) : nullptr; };
+    const WeightGradients g{first,
+                            last,
+                            sizes.learners,
+                            sizes.inputs,
+                            sizes.width,
+                            sizes.outputs,
+                            floats(call.operands.x),
+                            floats(call.grad),
+                            l.order,
+                            l.counts,
+                            l.hidden,
+                            l.inner,
+                            of(call.w1),
+                            of(call.b1),
+                            of(call.w2)};
+    const auto panels = [&](bool wanted, int64_t columns) {
+      return wanted ? (columns + kernel.tile_columns - 1) / kernel.tile_columns : 0;
+    };
+    const int64_t all = panels(call.w1 || call.b1, sizes.width) + panels(call.w2.has_value(), sizes.outputs);
+    const auto cost_before = [&](int64_t panel) {
+      double sum = 0;
+      for (int64_t n = 0; n < sizes.learners && n * all < panel; ++n) {
+        const int64_t rows = (l.counts[n] < last ? l.counts[n] : last) - first;
+        // A gradient that gets nothing from these rows is written all the same, once.
+        sum += ((rows > 0 ? rows : 0) + 8.0) * (panel - n * all < all ? panel - n * all : all);
+      }
+      return sum;
+    };
+    share_out(0, sizes.learners * all, 1, kernel.weights_scratch(g), cost_before,
+              [&](int64_t begin, int64_t end, char* scratch) { kernel.weights(g, begin, end, scratch); });
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("_acm_route", TORCH_BOX(&acm_route<Cpu>));
+  m.impl("_acm_rows", TORCH_BOX(&acm_rows<Cpu>));
+  m.impl("_acm_rows_backward", TORCH_BOX(&acm_rows_backward<Cpu>));
+}
+
+}  // namespace fastkd

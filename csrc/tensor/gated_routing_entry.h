@@ -1,0 +1,139 @@
+// The ops of gated routing: checks and allocation for a backend, which solves the call.
+//
+// Rows are sorted by falling choice. order[i] is the i-th of them, and counts[n] of them run learner n, n = 0..N-1; so
+// the rows of learner n are order[0..counts[n]). counts[N] rows have a choice in 0..N: the others, if any, are last,
+// their results NaN and their gradients 0. Nothing here looks at the numbers: they stay on their device.
+#pragma once
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "../math/activation.h"
+#include "allocate.h"
+#include "rows.h"
+
+namespace fastkd {
+
+inline constexpr const char kAcm[] = "acm";
+inline constexpr int64_t kMostLearners = 1023;
+
+struct AcmSizes {
+  int64_t rows, learners, inputs, width, outputs;
+};
+
+// x [rows, inputs], w1 [learners, inputs, width], b1 [learners, width], w2 [learners, width, outputs], all contiguous
+// and of one dtype; order [rows] and counts [learners + 1] int32.
+struct AcmOperands {
+  const Tensor &x, &w1, &b1, &w2, &order, &counts;
+  Activation activation;
+  AcmSizes sizes;
+};
+
+struct AcmRouteCall {
+  const Tensor& choices;  // [rows] int32 or int64, contiguous
+  int64_t learners;
+  Tensor order, counts;
+};
+
+struct AcmRowsCall {
+  AcmOperands operands;
+  std::optional<Tensor> bias;  // [outputs], or one for each choice [learners + 1, outputs]
+  Tensor out;                  // [rows, outputs]
+  std::optional<Tensor> kept;  // pre-activations [learners, rows, width], in sorted order; only counts[n] rows of each
+};
+
+// What is not there is not wanted.
+struct AcmGradientCall {
+  AcmOperands operands;
+  const Tensor &grad, &kept;
+  std::optional<Tensor> x, w1, b1, w2;
+};
+
+inline void check_acm(const Tensor& x, const char* argument, const Tensor& like, std::initializer_list<int64_t> shape,
+                      std::optional<ScalarType> type = {}) {
+  const ScalarType expected = type ? *type : like.scalar_type();
+  FASTKD_CHECK_TYPE(x.scalar_type() == expected, kAcm, argument, " must be ", torch::headeronly::toString(expected),
+                    ", got ", torch::headeronly::toString(x.scalar_type()));
+  bool same = x.dim() == int64_t(shape.size());
+  int64_t i = 0;
+  for (const int64_t size : shape) same = same && x.size(i++) == size;
+  FASTKD_CHECK_VALUE(
+      same && x.is_contiguous() && x.is_cpu() == like.is_cpu() && x.get_device_index() == like.get_device_index(), kAcm,
+      argument, " must be contiguous, on x's device and of the shape the others ask for, got ", shape_of(x));
+}
+
+inline AcmOperands acm_operands(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                                const Tensor& order, const Tensor& counts, const std::string& activation) {
+  FASTKD_CHECK_VALUE(x.dim() == 2 && w1.dim() == 3 && w2.dim() == 3 && w1.size(0) > 0, kAcm,
+                     "x must be [rows, D], w1 [N, D, b], w2 [N, b, D_out], got ", shape_of(x), ", ", shape_of(w1), ", ",
+                     shape_of(w2));
+  FASTKD_CHECK_TYPE(is_float(x.scalar_type()), kAcm, "x must be float32, float64, bfloat16 or float16, got ",
+                    torch::headeronly::toString(x.scalar_type()));
+  const AcmSizes sizes{x.size(0), w1.size(0), x.size(1), w1.size(2), w2.size(2)};
+  FASTKD_CHECK_VALUE(sizes.learners <= kMostLearners, kAcm, "w1 must have at most ", kMostLearners, " learners, got ",
+                     sizes.learners);
+  FASTKD_CHECK_VALUE(sizes.rows < (int64_t(1) << 31), kAcm, "x must have fewer than 2^31 rows, got ", sizes.rows);
+  check_acm(x, "x", x, {sizes.rows, sizes.inputs});
+  check_acm(w1, "w1", x, {sizes.learners, sizes.inputs, sizes.width});
+  check_acm(b1, "b1", x, {sizes.learners, sizes.width});
+  check_acm(w2, "w2", x, {sizes.learners, sizes.width, sizes.outputs});
+  check_acm(order, "order", x, {sizes.rows}, ScalarType::Int);
+  check_acm(counts, "counts", x, {sizes.learners + 1}, ScalarType::Int);
+  return {x, w1, b1, w2, order, counts, find_activation(activation), sizes};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> acm_route(const Tensor& choices, int64_t learners) {
+  FASTKD_CHECK_TYPE(choices.scalar_type() == ScalarType::Long || choices.scalar_type() == ScalarType::Int, kAcm,
+                    "choices must be int32 or int64, got ", torch::headeronly::toString(choices.scalar_type()));
+  FASTKD_CHECK_VALUE(choices.dim() == 1 && choices.is_contiguous() && choices.numel() < (int64_t(1) << 31), kAcm,
+                     "choices must be contiguous, of one dimension and fewer than 2^31, got ", shape_of(choices));
+  FASTKD_CHECK_VALUE(learners > 0 && learners <= kMostLearners, kAcm, "w1 must have 1 to ", kMostLearners,
+                     " learners, got ", learners);
+  const AcmRouteCall call{choices, learners, torch::stable::new_empty(choices, {choices.numel()}, ScalarType::Int),
+                          torch::stable::new_empty(choices, {learners + 1}, ScalarType::Int)};
+  Backend::solve(call);
+  return {call.order, call.counts};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> acm_rows(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                                    const std::optional<Tensor>& bias, const Tensor& order, const Tensor& counts,
+                                    const std::string& activation, bool keep) {
+  AcmRowsCall call{acm_operands(x, w1, b1, w2, order, counts, activation), bias, {}, {}};
+  const AcmSizes& sizes = call.operands.sizes;
+  if (bias && bias->dim() == 1) {
+    check_acm(*bias, "bias", x, {sizes.outputs});
+  } else if (bias) {
+    check_acm(*bias, "bias", x, {sizes.learners + 1, sizes.outputs});
+  }
+  call.out = torch::stable::new_empty(x, {sizes.rows, sizes.outputs});
+  Tensor kept = torch::stable::new_empty(x, {keep ? sizes.learners : 0, sizes.rows, sizes.width});
+  ask_for_huge_pages(kept);
+  if (keep) call.kept = kept;
+  Backend::solve(call);
+  return {call.out, kept};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> acm_rows_backward(const Tensor& grad, const Tensor& x, const Tensor& w1,
+                                                             const Tensor& b1, const Tensor& w2, const Tensor& order,
+                                                             const Tensor& counts, const Tensor& kept,
+                                                             const std::string& activation, bool x_gradient,
+                                                             bool w1_gradient, bool b1_gradient, bool w2_gradient) {
+  AcmGradientCall call{acm_operands(x, w1, b1, w2, order, counts, activation), grad, kept, {}, {}, {}, {}};
+  const AcmSizes& sizes = call.operands.sizes;
+  check_acm(grad, "grad", x, {sizes.rows, sizes.outputs});
+  check_acm(kept, "kept", x, {sizes.learners, sizes.rows, sizes.width});
+  if (x_gradient) call.x = gradient_like(x);
+  if (w1_gradient) call.w1 = gradient_like(w1);
+  if (b1_gradient) call.b1 = gradient_like(b1);
+  if (w2_gradient) call.w2 = gradient_like(w2);
+  Backend::solve(call);
+  const auto found = [&](const std::optional<Tensor>& gradient) {
+    return gradient ? *gradient : torch::stable::new_empty(x, {0});
+  };
+  return {found(call.x), found(call.w1), found(call.b1), found(call.w2)};
+}
+
+}  // namespace fastkd

@@ -1,0 +1,100 @@
+"""Rows through the learners they choose, where a backend has kernels for that."""
+
+import torch
+from torch import Tensor
+
+from fastkd._library import CUDA_ARCHITECTURES, raise_as_python
+
+#: What the kernels take; other dtypes go through torch's products.
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32,)}
+if CUDA_ARCHITECTURES:
+    DTYPES["cuda"] = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def has_kernels(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products of this dtype on x's device are fastkd's own."""
+    return dtype in DTYPES.get(x.device.type, ())
+
+
+def route(choices: Tensor, learners: int) -> tuple[Tensor, Tensor]:
+    """Rows by falling choice, and how many run each learner; see gated_routing_entry.h."""
+    flat = choices.reshape(-1)
+    if flat.dtype not in (torch.int64, torch.int32):
+        flat = flat.int()
+    try:
+        return torch.ops.fastkd._acm_route(flat.contiguous(), learners)
+    except RuntimeError as error:
+        raise_as_python(error)
+
+
+def forward(
+    operands: tuple[Tensor, ...],
+    bias: Tensor | None,
+    order: Tensor,
+    counts: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Outputs ``[rows, D_out]`` and, if kept, pre-activations ``[N, rows, b]`` in sorted order."""
+    bias = None if bias is None else bias.contiguous()
+    operands = tuple(value.contiguous() for value in operands)
+    return torch.ops.fastkd._acm_rows(*operands, bias, order, counts, activation, keep)
+
+
+def backward(
+    grad: Tensor,
+    operands: tuple[Tensor, ...],
+    order: Tensor,
+    counts: Tensor,
+    kept: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, w1, b1 and w2; empty where not needed."""
+    operands = tuple(value.contiguous() for value in operands)
+    return torch.ops.fastkd._acm_rows_backward(
+        grad.contiguous(), *operands, order, counts, kept, activation, *needs
+    )
+
+
+@torch.library.register_fake("fastkd::_acm_route")
+def _(choices: Tensor, learners: int) -> tuple[Tensor, Tensor]:
+    return (
+        choices.new_empty(choices.shape, dtype=torch.int32),
+        choices.new_empty(learners + 1, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("fastkd::_acm_rows")
+def _(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    bias: Tensor | None,
+    order: Tensor,
+    counts: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    kept = x.new_empty((w1.size(0) if keep else 0, x.size(0), w1.size(2)))
+    return x.new_empty((x.size(0), w2.size(2))), kept
+
+
+@torch.library.register_fake("fastkd::_acm_rows_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    kept: Tensor,
+    activation: str,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    return tuple(
+        value.new_empty(value.shape if need else 0)
+        for value, need in zip((x, w1, b1, w2), needs, strict=True)
+    )
