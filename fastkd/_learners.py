@@ -1,4 +1,6 @@
-"""Learners over rows: the passes that gated routing is made of, in torch's own matrix products.
+"""Learners over rows in torch's own matrix products: passes of gated routing.
+
+For what has no kernels (see _routed): soft gates, prefix losses, and other dtypes' choices.
 
 Rows are sorted by falling choice, so that the rows which run learner n are the first counts[n]: one
 gather, N pairs of products with ever fewer rows into memory allocated once, one scatter. Prefix

@@ -37,20 +37,22 @@ def acm(
               k \in \{0, \dots, N\}
 
     Rows are sorted by choice (once, stable), so that the rows that run learner n are the first
-    ones: N pairs of matrix products with ever fewer rows. A row's result does not depend on the
-    choices of its batch mates beyond the rounding of products of another size. Backward keeps the
-    pre-activations of the learners that ran, and runs over these alone.
+    ones: N pairs of matrix products with ever fewer rows. Backward keeps the pre-activations of the
+    learners that ran, and runs over these alone; room is set aside for those of all learners.
 
-    The products are torch's own, and their last bits may depend on the number of threads as those
-    do. The lengths of the prefixes are needed on the host: on a GPU each pass waits for it once.
+    float32 on the CPU, and float32, bfloat16 and float16 on a GPU, run in kernels of fastkd's own:
+    the gather is a product's load, bias and activation its end, each row of the result is written
+    in its place. A row has the same bits in any company and with any number of threads, and nothing
+    waits for a GPU. Other dtypes go through torch's products over the same prefixes: last bits may
+    depend on batch mates and threads, and a GPU is waited for once a pass.
+
     Outside the CPU choices are not checked, but a row whose choice is out of range is NaN and takes
-    no gradient. Under torch.compile each pass is one op of the graph, and room for the
-    pre-activations of all learners is set aside. Second derivatives and torch.func transforms go
-    through :func:`fastkd.reference.acm`, which runs every learner on every row.
+    no gradient. Second derivatives and torch.func transforms go through
+    :func:`fastkd.reference.acm`, which runs every learner on every row.
 
     Args:
         x: ``[..., D]`` float32, bfloat16, float16 or float64, any strides.
-        w1: ``[N, D, b]``, N at least 1.
+        w1: ``[N, D, b]``, N from 1 to 1,023.
         b1: ``[N, b]``.
         w2: ``[N, b, D_out]``.
         choices: ``[...]``, any integer dtype.
@@ -127,8 +129,7 @@ def acm_soft(
 
     ``straight_through``: the value is ``acm(x, ..., gates.argmax(-1))``, computed as such, and the
     gradient, of gates and of all others, that of the sum above; pre-activations come again in
-    backward instead of being kept. A row whose gates hold a NaN is NaN. On a GPU the call waits for
-    the lengths of prefixes, as :func:`acm` does; without ``straight_through`` nothing waits.
+    backward instead of being kept. A row whose gates hold a NaN is NaN.
 
     Args:
         x: ``[..., D]`` float32, bfloat16, float16 or float64, any strides.

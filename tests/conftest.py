@@ -6,6 +6,7 @@ import stores
 import torch
 
 import fastkd
+from fastkd import _routed
 from fastkd._library import usable_instruction_sets
 
 CPU = [f"cpu-{name}" for name in usable_instruction_sets()]  # best first
@@ -64,6 +65,8 @@ def backend(request, monkeypatch):
     if kind == "simt":
         emulator.configure(int(which), request.config.getoption("--schedule"))
         monkeypatch.setattr(torch.ops, "fastkd", torch.ops.fastkd_simt)
+        half = (torch.bfloat16, torch.float16)
+        monkeypatch.setitem(_routed.DTYPES, "cpu", (torch.float32, *half))
         yield torch.device("cpu")
         return
     chosen = fastkd.cpu_capability()

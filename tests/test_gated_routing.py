@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastkd
-from fastkd import _learners
+from fastkd import _learners, _routed
 from fastkd._learners import ACTIVATIONS
 
 GRADIENT_ERROR = {
@@ -71,7 +71,7 @@ def check_acm(leaves, choices, activation="gelu", error=None):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", list(GRADIENT_ERROR))
-def test_acm(activation, dtype):
+def test_acm(backend, activation, dtype):
     check_acm(problem(dtype=dtype), some_choices(), activation)
 
 
@@ -91,7 +91,7 @@ def test_acm_on_any_shape(rows, sizes, data, kind):
 
 @pytest.mark.parametrize("rows", [(), (0,), (0, 3), (1,), (2, 1, 3)])
 @pytest.mark.parametrize("choice", [0, 1, 4])
-def test_all_rows_choose_the_same(rows, choice):
+def test_all_rows_choose_the_same(backend, rows, choice):
     found = check_acm(problem(rows), torch.full(rows, choice))
     if choice == 0:
         assert not found.any()
@@ -122,7 +122,8 @@ def test_batch_mates_do_not_matter():
     torch.testing.assert_close(fastkd.acm(*wide, choices).float(), together)
 
 
-def test_few_rows_and_many_have_the_same_bits():
+@pytest.mark.only("cpu")
+def test_few_rows_and_many_have_the_same_bits(backend):
     """Threads share out columns, or rows; sizes that no tile divides."""
     leaves = problem((701,), n=3, d=70, b=61, out=50)
     choices = some_choices((701,), 3)
@@ -170,7 +171,7 @@ def test_rows_that_are_not_run_are_not_read():
     assert found.isfinite().all(-1).tolist() == [True, True, False, True, True, True]
 
 
-def test_layouts():
+def test_layouts(backend):
     x, w1, _, w2 = problem((8, 4))
     choices = some_choices((4, 8))
     leaves = [
@@ -188,7 +189,7 @@ def test_layouts():
     assert relative_error(weights[0].grad, exact[1].grad) < 2e-6
 
 
-def test_only_what_needs_a_gradient():
+def test_only_what_needs_a_gradient(backend):
     for wanted in range(4):
         leaves = problem()
         for i, leaf in enumerate(leaves):
@@ -200,7 +201,7 @@ def test_only_what_needs_a_gradient():
 
 
 @pytest.mark.parametrize("shape", [(10,), (5, 10)])
-def test_bias(shape):
+def test_bias(backend, shape):
     leaves, choices = problem(), some_choices()
     bias = torch.randn(shape, requires_grad=True)
     exact = exactly([*leaves, bias])
@@ -381,6 +382,18 @@ def test_compile_fullgraph():
     assert torch.equal(labels, fastkd.acm_oracle(*leaves, target))
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"choices must lie in \[0, N = 4\]"):
         run(*leaves, choices + 4)
+
+
+def test_opcheck_of_the_kernels(backend):
+    x, *weights = (v.detach() for v in problem((6,)))
+    check, ops = torch.library.opcheck, torch.ops.fastkd
+    check(ops._acm_route.default, (some_choices((6,)), 4))
+    routing = _routed.route(torch.full((6,), 4), 4)  # all room for pre-activations is used
+    check(ops._acm_rows.default, (x, *weights, torch.randn(5, 10), *routing, "gelu", True))
+    _, kept = ops._acm_rows(x, *weights, None, *routing, "gelu", True)
+    needs = (True, False, True, True)
+    arguments = (torch.randn(6, 10), x, *weights, *routing, kept, "gelu", *needs)
+    check(ops._acm_rows_backward.default, arguments)
 
 
 def test_opcheck():

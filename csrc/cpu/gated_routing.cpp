@@ -79,14 +79,17 @@ void pass_by_rows(Learners& l, int64_t first, int64_t last) {
 }
 
 // A pass over all rows: each thread has some of the columns, of each product in turn.
-void pass_by_columns(Learners& l, int64_t rows, const Tensor& like) {
+void pass_by_columns(Learners& l, int64_t rows) {
   const GatedRoutingKernels& kernel = kernels().gated_routing;
   const int64_t chosen = l.counts[0];
   const auto panels = [&](int64_t columns) { return (columns + kernel.tile_columns - 1) / kernel.tile_columns; };
   const auto cost_before = [&](int64_t panel) { return double(panel); };
-  Tensor gathered, hidden;
-  l.gathered = sorted_rows(like, 1, chosen, l.inputs, gathered);
-  if (!l.backward) l.hidden = sorted_rows(like, l.learners, chosen, l.width, hidden);
+  thread_local Scratch scratch;
+  const int64_t of_gathered = chosen * padded(l.inputs), of_hidden = l.learners * chosen * padded(l.width);
+  float* const memory =
+      reinterpret_cast<float*>(scratch.at_least((of_gathered + (l.backward ? 0 : of_hidden)) * int64_t(sizeof(float))));
+  l.gathered = {memory, 0, chosen, padded(l.inputs)};
+  if (!l.backward) l.hidden = {memory + of_gathered, 0, chosen, padded(l.width)};
   for (int64_t i = 0; i < chosen; ++i) {
     __builtin_memcpy(l.gathered.at(0, i), l.in + l.order[i] * l.inputs, sizeof(float) * l.inputs);
   }
@@ -155,7 +158,7 @@ struct Cpu {
       l.bias_stride = call.bias->dim() == 1 ? 0 : sizes.outputs;
     }
     if (call.kept) l.kept = {floats(*call.kept), 0, sizes.rows, sizes.width};
-    share_rows(l) ? pass_by_rows(l, 0, sizes.rows) : pass_by_columns(l, sizes.rows, call.out);
+    share_rows(l) ? pass_by_rows(l, 0, sizes.rows) : pass_by_columns(l, sizes.rows);
   }
 
   static void solve(const AcmGradientCall& call) {
@@ -175,7 +178,7 @@ struct Cpu {
     do {
       const int64_t last = first + part < chosen ? first + part : chosen;
       l.hidden.first = l.inner.first = first;
-      by_rows ? pass_by_rows(l, first, last) : pass_by_columns(l, last, call.grad);
+      by_rows ? pass_by_rows(l, first, last) : pass_by_columns(l, last);
       weights(call, l, first, last);
       first = last;
     } while (first < chosen);

@@ -72,9 +72,10 @@ FASTKD_INLINE int64_t panels_of(int64_t columns) { return (columns + kTileColumn
 
 FASTKD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-FASTKD_INLINE Panel panel_of(const float* data, int64_t stride, bool transposed, int64_t index, int64_t columns) {
+FASTKD_INLINE Panel panel_of(const float* data, int64_t stride, bool transposed, int64_t index, int64_t columns,
+                             int64_t panels = 1) {
   const int64_t column = index * kTileColumns;
-  return {data, stride, nullptr, transposed, column, smaller(columns - column, kTileColumns)};
+  return {data, stride, nullptr, transposed, column, smaller(columns - column, panels * kTileColumns)};
 }
 
 template <class Body>
@@ -146,8 +147,13 @@ class Block {
     }
   }
 
-  // One panel of what learner n makes of the inputs.
-  void first_product(int64_t n, int64_t index) {
+  // How many panels to take at once, of those up to `end`.
+  int64_t panels_at_once(int64_t index, int64_t end) const {
+    return !l_.backward && size_ <= kFewRows ? smaller(end - index, kWidePanels) : 1;
+  }
+
+  // Panels of what learner n makes of the inputs.
+  void first_product(int64_t n, int64_t index, int64_t panels) {
     const int64_t rows = running(n), slab = n * l_.inputs * l_.width;
     const SortedRows activations = hidden(), pre = l_.kept.data ? l_.kept : activations;
     const SortedRows& target = l_.backward ? l_.inner : pre;
@@ -169,7 +175,7 @@ class Block {
         }
       });
     }
-    const Panel panel = panel_of(l_.w1 + slab, l_.width, false, index, l_.width);
+    const Panel panel = panel_of(l_.w1 + slab, l_.width, false, index, l_.width, panels);
     for (int64_t i = 0; i < rows; ++i) starts_[i] = l_.b1 + n * l_.width;
     multiply_panel(inputs(), rows, panel, l_.inputs, packed_, starts_, targets_);
     with_activation(l_.activation, [&](auto kind) {
@@ -180,12 +186,12 @@ class Block {
     });
   }
 
-  // Adds one panel of learner n's result.
-  void second_product(int64_t n, int64_t index) {
+  // Adds panels of learner n's result.
+  void second_product(int64_t n, int64_t index, int64_t panels) {
     const int64_t rows = running(n), slab = n * l_.width * l_.outputs;
     const SortedRows from = l_.backward ? l_.inner : hidden();
     const Panel panel = l_.backward ? panel_of(l_.w1 + slab, l_.width, true, index, l_.outputs)
-                                    : panel_of(l_.w2 + slab, l_.outputs, false, index, l_.outputs);
+                                    : panel_of(l_.w2 + slab, l_.outputs, false, index, l_.outputs, panels);
     ConstRowPointers start = n > 0 ? results_ : nullptr;
     if (n == 0 && l_.bias) {
       int64_t choice = l_.learners;
@@ -241,8 +247,8 @@ inline void learner_rows(const Learners& l, int64_t begin, int64_t end, char* sc
     block.begin(first, smaller(end - first, l.block));
     block.gather();
     for (int64_t n = 0; n < l.learners && block.running(n) > 0; ++n) {
-      for (int64_t panel = 0; panel < panels_of(l.width); ++panel) block.first_product(n, panel);
-      for (int64_t panel = 0; l.out && panel < panels_of(l.outputs); ++panel) block.second_product(n, panel);
+      for (int64_t panel = 0; panel < panels_of(l.width); ++panel) block.first_product(n, panel, 1);
+      for (int64_t panel = 0; l.out && panel < panels_of(l.outputs); ++panel) block.second_product(n, panel, 1);
     }
   }
 }
@@ -251,14 +257,19 @@ inline void learner_first(const Learners& l, int64_t begin, int64_t end, char* s
   Block block(l, scratch);
   block.begin(0, l.counts[0]);
   const int64_t panels = panels_of(l.width);
-  for (int64_t i = begin; i < end; ++i) block.first_product(i / panels, i % panels);
+  for (int64_t i = begin, step; i < end; i += step) {
+    const int64_t n = i / panels, index = i - n * panels;
+    step = block.panels_at_once(index, smaller(end - n * panels, panels));
+    block.first_product(n, index, step);
+  }
 }
 
 inline void learner_second(const Learners& l, int64_t begin, int64_t end, char* scratch) {
   Block block(l, scratch);
   block.begin(0, l.counts[0]);
-  for (int64_t panel = begin; panel < end; ++panel) {
-    for (int64_t n = 0; n < l.learners && block.running(n) > 0; ++n) block.second_product(n, panel);
+  for (int64_t index = begin, step; index < end; index += step) {
+    step = block.panels_at_once(index, end);
+    for (int64_t n = 0; n < l.learners && block.running(n) > 0; ++n) block.second_product(n, index, step);
   }
 }
 
