@@ -11,6 +11,26 @@ if CUDA_ARCHITECTURES:
     DTYPES["cuda"] = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _multiplied_by_cpu(dtype: str) -> bool:
+    try:
+        return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported")())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+#: Which 16-bit products torch has vectorised on this processor; elsewhere it takes them one by one.
+CPU_PRODUCTS = {
+    torch.bfloat16: _multiplied_by_cpu("bf16"),
+    torch.float16: _multiplied_by_cpu("fp16"),
+}
+
+
+def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What operands that promote to a dtype are multiplied in on x's device."""
+    one_by_one = x.device.type == "cpu" and not CPU_PRODUCTS.get(dtype, True)
+    return torch.float32 if one_by_one and not has_kernels(x, dtype) else dtype
+
+
 def has_kernels(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether products of this dtype on x's device are fastkd's own."""
     return dtype in DTYPES.get(x.device.type, ())

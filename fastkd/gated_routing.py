@@ -62,7 +62,8 @@ def acm(
 
     Returns:
         ``[..., D_out]`` in the dtype that x, the weights and the bias promote to, which is also
-        what the products take; 16-bit products are added up in float32. Autocast changes nothing.
+        what the products take; 16-bit products are added up in float32, and taken in float32 on
+        processors that have none of their own. Autocast changes nothing.
 
     Raises:
         IndexError: a choice out of range (CPU).
@@ -87,15 +88,15 @@ def acm(
         )
     if transforms_active():
         return reference.acm(x, w1, b1, w2, choices, activation=activation, bias=bias)
-    operands = (_rows(x).to(dtype), w1.to(dtype), b1.to(dtype), w2.to(dtype))
-    flat = choices.reshape(-1)
-    if _routed.has_kernels(x, dtype):
-        bias = None if bias is None else bias.to(dtype)
+    inside = _routed.product_dtype(x, dtype)
+    operands = (_rows(x).to(inside), w1.to(inside), b1.to(inside), w2.to(inside))
+    flat, bias = choices.reshape(-1), None if bias is None else bias.to(inside)
+    if _routed.has_kernels(x, inside):
         if _requires_grad(*operands) or (bias is not None and _requires_grad(bias)):
             out = _AcmRouted.apply(*operands, bias, flat, activation)
         else:
             out = _routed_value(operands, bias, flat, activation)
-        return out.view(*x.shape[:-1], w2.size(2))
+        return out.view(*x.shape[:-1], w2.size(2)).to(dtype)
     flat = flat.long()
     if _requires_grad(*operands):
         out = _Acm.apply(*operands, flat, activation)
@@ -104,7 +105,6 @@ def acm(
     out = out.view(*x.shape[:-1], w2.size(2))
     if bias is None:
         return out
-    bias = bias.to(dtype)
     return out + (bias if bias.dim() == 1 else bias[choices.long().clamp(0, learners)])
 
 
@@ -163,8 +163,9 @@ def acm_soft(
         return reference.acm_soft(
             x, w1, b1, w2, gates, activation=activation, straight_through=straight_through
         )
-    operands = (_rows(x).to(dtype), w1.to(dtype), b1.to(dtype), w2.to(dtype))
-    flat = _rows(gates).to(_learners.wide(dtype))
+    inside = _routed.product_dtype(x, dtype)
+    operands = (_rows(x).to(inside), w1.to(inside), b1.to(inside), w2.to(inside))
+    flat = _rows(gates).to(_learners.wide(inside))
     choices = flat.detach().argmax(-1) if straight_through else None
     scale = flat.T[1:].flip(0).cumsum(0).flip(0)
     if _requires_grad(*operands, scale):
@@ -173,7 +174,7 @@ def acm_soft(
         out = _soft_value(operands, scale, choices, activation)
     if straight_through:
         out = out.masked_fill(flat.detach().isnan().any(-1, keepdim=True), torch.nan)
-    return out.view(*x.shape[:-1], w2.size(2))
+    return out.view(*x.shape[:-1], w2.size(2)).to(dtype)
 
 
 def acm_prefix_loss(
@@ -224,7 +225,7 @@ def acm_prefix_loss(
     [9.0, 4.0, 0.0]
     """
     dtype = check_learners("acm_prefix_loss", x, w1, b1, w2, activation)
-    dtype = check_target("acm_prefix_loss", x, w2, target, dtype)
+    dtype = _routed.product_dtype(x, check_target("acm_prefix_loss", x, w2, target, dtype))
     if transforms_active():
         return reference.acm_prefix_loss(
             x, w1, b1, w2, target, activation=activation, detach=detach
@@ -288,7 +289,7 @@ def acm_oracle(
     [3]
     """
     dtype = check_learners("acm_oracle", x, w1, b1, w2, activation)
-    dtype = check_target("acm_oracle", x, w2, target, dtype)
+    dtype = _routed.product_dtype(x, check_target("acm_oracle", x, w2, target, dtype))
     if rule not in _RULES:
         raise ValueError(f"acm_oracle: rule must be one of {', '.join(_RULES)}; got {rule!r}")
     if not 0 < threshold < math.inf:

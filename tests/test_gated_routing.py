@@ -75,6 +75,20 @@ def test_acm(backend, activation, dtype):
     check_acm(problem(dtype=dtype), some_choices(), activation)
 
 
+def test_processors_without_products_of_16_bits(monkeypatch):
+    """There float32 takes their place, and results are the better for it."""
+    monkeypatch.setattr(_routed, "CPU_PRODUCTS", {torch.bfloat16: False, torch.float16: False})
+    for dtype, error in ((torch.bfloat16, 6e-3), (torch.float16, 1e-3)):
+        check_acm(problem(dtype=dtype), some_choices(), error=error)
+        leaves = problem(dtype=dtype)
+        gates = torch.randn(3, 11, 5).softmax(-1).to(dtype).requires_grad_()
+        exact = exactly([*leaves, gates])
+        found = fastkd.acm_soft(*leaves, gates)
+        assert_same(found, fastkd.reference.acm_soft(*exact), [*leaves, gates], exact, error)
+        losses = fastkd.acm_prefix_loss(*leaves, torch.ones(3, 11, 10, dtype=dtype))
+        assert losses.dtype == torch.float32
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(0, 9),
