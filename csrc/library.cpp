@@ -78,7 +78,7 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
   // -> out, and the pre-activations if kept.
   m.def(
       "_acm_rows(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor? bias, Tensor order, Tensor counts, str activation, "
-      "bool keep) -> (Tensor, Tensor)");
+      "bool keep, bool packed=False) -> (Tensor, Tensor)");
   // -> gradients of x, w1, b1 and w2, empty where not asked for.
   m.def(
       "_acm_rows_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor order, Tensor counts, "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _routed
+from fastkd._routed import traced
 
 _aten = torch.ops.aten
 
@@ -50,12 +51,6 @@ _SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 512
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums over learners are kept in."""
     return dtype if dtype == torch.float64 else torch.float32
-
-
-def traced(x: Tensor) -> bool:
-    """Whether there are no numbers to look at: while compiling, and for fake and meta tensors."""
-    plain = type(x) in (Tensor, torch.nn.Parameter)
-    return torch.compiler.is_compiling() or not plain or x.is_meta
 
 
 class _Pass:

@@ -31,6 +31,12 @@ def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if one_by_one and not has_kernels(x, dtype) else dtype
 
 
+def traced(x: Tensor) -> bool:
+    """Whether there are no numbers to look at: while compiling, and for fake and meta tensors."""
+    plain = type(x) in (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or not plain or x.is_meta
+
+
 def has_kernels(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether products of this dtype on x's device are fastkd's own."""
     return dtype in DTYPES.get(x.device.type, ())
@@ -55,10 +61,14 @@ def forward(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs ``[rows, D_out]`` and, if kept, pre-activations ``[N, rows, b]`` in sorted order."""
+    """Outputs ``[rows, D_out]`` and, if kept, pre-activations in sorted order.
+
+    ``[N, rows, b]``, or packed where the host may know how many there are.
+    """
     bias = None if bias is None else bias.contiguous()
     operands = tuple(value.contiguous() for value in operands)
-    return torch.ops.fastkd._acm_rows(*operands, bias, order, counts, activation, keep)
+    packed = not traced(order)
+    return torch.ops.fastkd._acm_rows(*operands, bias, order, counts, activation, keep, packed)
 
 
 def backward(
@@ -96,6 +106,7 @@ def _(
     counts: Tensor,
     activation: str,
     keep: bool,
+    packed: bool,
 ) -> tuple[Tensor, Tensor]:
     kept = x.new_empty((w1.size(0) if keep else 0, x.size(0), w1.size(2)))
     return x.new_empty((x.size(0), w2.size(2))), kept

@@ -15,8 +15,8 @@ from fastkd._learner_arguments import (
     check_shape,
     check_target,
 )
-from fastkd._learners import traced
 from fastkd._library import transforms_active
+from fastkd._routed import traced
 
 _RULES = ("paper", "code")
 

@@ -23,7 +23,7 @@ float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 // Memory for rows of all learners, as [learners, rows, stride].
 SortedRows sorted_rows(const Tensor& like, int64_t learners, int64_t rows, int64_t width, Tensor& memory) {
   memory = torch::stable::new_empty(like, {learners, rows, padded(width)});
-  return {floats(memory), 0, rows, padded(width)};
+  return {floats(memory), 0, rows, padded(width), nullptr};
 }
 
 // As many rows as an L2 cache of 2 MiB holds beside a panel; where caches are smaller, they come from the L3 in
@@ -88,8 +88,8 @@ void pass_by_columns(Learners& l, int64_t rows) {
   const int64_t of_gathered = chosen * padded(l.inputs), of_hidden = l.learners * chosen * padded(l.width);
   float* const memory =
       reinterpret_cast<float*>(scratch.at_least((of_gathered + (l.backward ? 0 : of_hidden)) * int64_t(sizeof(float))));
-  l.gathered = {memory, 0, chosen, padded(l.inputs)};
-  if (!l.backward) l.hidden = {memory + of_gathered, 0, chosen, padded(l.width)};
+  l.gathered = {memory, 0, chosen, padded(l.inputs), nullptr};
+  if (!l.backward) l.hidden = {memory + of_gathered, 0, chosen, padded(l.width), nullptr};
   for (int64_t i = 0; i < chosen; ++i) {
     __builtin_memcpy(l.gathered.at(0, i), l.in + l.order[i] * l.inputs, sizeof(float) * l.inputs);
   }
@@ -103,6 +103,18 @@ void pass_by_columns(Learners& l, int64_t rows) {
             [&](int64_t begin, int64_t end, char* scratch) { kernel.second(l, begin, end, scratch); });
   l.gathered = {};
   pass_by_rows(l, chosen, rows);  // those that run nothing
+}
+
+SortedRows kept_rows(const Tensor& kept, const AcmOperands& operands, std::vector<int64_t>& starts) {
+  const AcmSizes& sizes = operands.sizes;
+  SortedRows rows{floats(kept), 0, sizes.rows, sizes.width, nullptr};
+  if (kept.size(0) == sizes.learners && kept.size(1) == sizes.rows) return rows;
+  starts.assign(sizes.learners, 0);
+  for (int64_t n = 1; n < sizes.learners; ++n) {
+    starts[n] = starts[n - 1] + static_cast<const int32_t*>(operands.counts.data_ptr())[n - 1];
+  }
+  rows.starts = starts.data();
+  return rows;
 }
 
 Learners learners_of(const AcmOperands& operands, bool backward, const Tensor& in) {
@@ -157,7 +169,8 @@ struct Cpu {
       l.bias = floats(*call.bias);
       l.bias_stride = call.bias->dim() == 1 ? 0 : sizes.outputs;
     }
-    if (call.kept) l.kept = {floats(*call.kept), 0, sizes.rows, sizes.width};
+    std::vector<int64_t> starts;
+    if (call.kept) l.kept = kept_rows(*call.kept, call.operands, starts);
     share_rows(l) ? pass_by_rows(l, 0, sizes.rows) : pass_by_columns(l, sizes.rows);
   }
 
@@ -166,7 +179,8 @@ struct Cpu {
     const AcmSizes& sizes = call.operands.sizes;
     Learners l = learners_of(call.operands, true, call.grad);
     const int64_t chosen = l.counts[0], rows = call.x ? sizes.rows : chosen;
-    l.kept = {floats(call.kept), 0, sizes.rows, sizes.width};
+    std::vector<int64_t> starts;
+    l.kept = kept_rows(call.kept, call.operands, starts);
     l.out = call.x ? floats(*call.x) : nullptr;
     const bool by_rows = share_rows(l);
     // By rows, part after part: each part's hidden rows are still in a cache when the weights' turn comes.
@@ -232,8 +246,8 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("_acm_route", TORCH_BOX(&acm_route<Cpu>));
-  m.impl("_acm_rows", TORCH_BOX(&acm_rows<Cpu>));
-  m.impl("_acm_rows_backward", TORCH_BOX(&acm_rows_backward<Cpu>));
+  m.impl("_acm_rows", TORCH_BOX((&acm_rows<Cpu, true>)));
+  m.impl("_acm_rows_backward", TORCH_BOX((&acm_rows_backward<Cpu, true>)));
 }
 
 }  // namespace fastkd

@@ -11,11 +11,14 @@
 namespace fastkd {
 
 // The sorted rows from `first` on, in memory of their own, `stride` floats apart; of a learner, `rows` after those of
-// the one before. rows 0: one block of one learner at a time.
+// the one before, or after `starts[learner]` of all. rows 0: one block of one learner at a time.
 struct SortedRows {
   float* data = nullptr;
   int64_t first = 0, rows = 0, stride = 0;
-  float* at(int64_t learner, int64_t row) const { return data + (learner * rows + row - first) * stride; }
+  const int64_t* starts = nullptr;
+  float* at(int64_t learner, int64_t row) const {
+    return data + ((starts ? starts[learner] : learner * rows) + row - first) * stride;
+  }
 };
 
 // What the threads of a pass share.
@@ -208,7 +211,7 @@ class Block {
   // A thread's own room serves one learner of one block at a time.
   SortedRows hidden() const {
     if (l_.backward || l_.gathered.data) return l_.hidden;
-    return {rows_ + l_.block * padded(l_.inputs), 0, 0, padded(l_.width)};
+    return {rows_ + l_.block * padded(l_.inputs), 0, 0, padded(l_.width), nullptr};
   }
   float* row(const SortedRows& rows, int64_t n, int64_t i) const {
     return rows.rows == 0 ? rows.data + i * rows.stride : rows.at(n, first_ + i);

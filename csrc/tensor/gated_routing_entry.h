@@ -39,7 +39,9 @@ struct AcmRowsCall {
   AcmOperands operands;
   std::optional<Tensor> bias;  // [outputs], or one for each choice [learners + 1, outputs]
   Tensor out;                  // [rows, outputs]
-  std::optional<Tensor> kept;  // pre-activations [learners, rows, width], in sorted order; only counts[n] rows of each
+  // Pre-activations [learners, rows, width], in sorted order: only counts[n] rows of each. Or the backend knows the
+  // numbers and packs them, [1, all counts[n], width].
+  std::optional<Tensor> kept;
 };
 
 // What is not there is not wanted.
@@ -96,10 +98,17 @@ std::tuple<Tensor, Tensor> acm_route(const Tensor& choices, int64_t learners) {
   return {call.order, call.counts};
 }
 
-template <class Backend>
+// Rows of all learners together; for a backend whose numbers the host can read.
+inline int64_t all_counts(const Tensor& counts, int64_t learners) {
+  int64_t all = 0;
+  for (int64_t n = 0; n < learners; ++n) all += static_cast<const int32_t*>(counts.data_ptr())[n];
+  return all;
+}
+
+template <class Backend, bool kPacks = false>
 std::tuple<Tensor, Tensor> acm_rows(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
                                     const std::optional<Tensor>& bias, const Tensor& order, const Tensor& counts,
-                                    const std::string& activation, bool keep) {
+                                    const std::string& activation, bool keep, bool packed) {
   AcmRowsCall call{acm_operands(x, w1, b1, w2, order, counts, activation), bias, {}, {}};
   const AcmSizes& sizes = call.operands.sizes;
   if (bias && bias->dim() == 1) {
@@ -108,14 +117,16 @@ std::tuple<Tensor, Tensor> acm_rows(const Tensor& x, const Tensor& w1, const Ten
     check_acm(*bias, "bias", x, {sizes.learners + 1, sizes.outputs});
   }
   call.out = torch::stable::new_empty(x, {sizes.rows, sizes.outputs});
-  Tensor kept = torch::stable::new_empty(x, {keep ? sizes.learners : 0, sizes.rows, sizes.width});
+  Tensor kept = keep && packed && kPacks
+                    ? torch::stable::new_empty(x, {1, all_counts(counts, sizes.learners), sizes.width})
+                    : torch::stable::new_empty(x, {keep ? sizes.learners : 0, sizes.rows, sizes.width});
   ask_for_huge_pages(kept);
   if (keep) call.kept = kept;
   Backend::solve(call);
   return {call.out, kept};
 }
 
-template <class Backend>
+template <class Backend, bool kPacks = false>
 std::tuple<Tensor, Tensor, Tensor, Tensor> acm_rows_backward(const Tensor& grad, const Tensor& x, const Tensor& w1,
                                                              const Tensor& b1, const Tensor& w2, const Tensor& order,
                                                              const Tensor& counts, const Tensor& kept,
@@ -124,7 +135,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> acm_rows_backward(const Tensor& grad,
   AcmGradientCall call{acm_operands(x, w1, b1, w2, order, counts, activation), grad, kept, {}, {}, {}, {}};
   const AcmSizes& sizes = call.operands.sizes;
   check_acm(grad, "grad", x, {sizes.rows, sizes.outputs});
-  check_acm(kept, "kept", x, {sizes.learners, sizes.rows, sizes.width});
+  if (kPacks && kept.dim() == 3 && (kept.size(0) != sizes.learners || kept.size(1) != sizes.rows)) {
+    check_acm(kept, "kept", x, {1, all_counts(counts, sizes.learners), sizes.width});
+  } else {
+    check_acm(kept, "kept", x, {sizes.learners, sizes.rows, sizes.width});
+  }
   if (x_gradient) call.x = gradient_like(x);
   if (w1_gradient) call.w1 = gradient_like(w1);
   if (b1_gradient) call.b1 = gradient_like(b1);
