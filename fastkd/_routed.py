@@ -106,7 +106,7 @@ def _(
     counts: Tensor,
     activation: str,
     keep: bool,
-    packed: bool,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     kept = x.new_empty((w1.size(0) if keep else 0, x.size(0), w1.size(2)))
     return x.new_empty((x.size(0), w2.size(2))), kept

@@ -183,8 +183,8 @@ struct Cpu {
     l.kept = kept_rows(call.kept, call.operands, starts);
     l.out = call.x ? floats(*call.x) : nullptr;
     const bool by_rows = share_rows(l);
-    // By rows, part after part: each part's hidden rows are still in a cache when the weights' turn comes.
-    const int64_t part = by_rows ? torch::stable::get_num_threads() * 2 * rows_of_block(l.inputs, l.width) : chosen;
+    // By rows, a block a thread at a time: its hidden rows are still in a cache when the weights' turn comes.
+    const int64_t part = by_rows ? torch::stable::get_num_threads() * rows_of_block(l.inputs, l.width) : chosen;
     Tensor hidden, inner;
     if (call.w2) l.hidden = sorted_rows(call.grad, sizes.learners, part < chosen ? part : chosen, sizes.width, hidden);
     l.inner = sorted_rows(call.grad, sizes.learners, part < chosen ? part : chosen, sizes.width, inner);

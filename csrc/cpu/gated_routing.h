@@ -52,7 +52,7 @@ struct WeightGradients {
 constexpr int64_t padded(int64_t width) { return (width + 15) / 16 * 16 + 16; }
 
 // Rows whose outer products are added up before they go to a gradient.
-inline constexpr int64_t kChunkRows = 256;
+inline constexpr int64_t kChunkRows = 224;
 
 struct GatedRoutingKernels {
   int64_t tile_columns;
