@@ -152,7 +152,7 @@ class Block {
 
   // How many panels to take at once, of those up to `end`.
   int64_t panels_at_once(int64_t index, int64_t end) const {
-    return !l_.backward && size_ <= kFewRows ? smaller(end - index, kWidePanels) : 1;
+    return few() ? smaller(end - index, kPackedFloats / (kFewRows * kTileColumns)) : 1;
   }
 
   // Panels of what learner n makes of the inputs.
@@ -180,7 +180,7 @@ class Block {
     }
     const Panel panel = panel_of(l_.w1 + slab, l_.width, false, index, l_.width, panels);
     for (int64_t i = 0; i < rows; ++i) starts_[i] = l_.b1 + n * l_.width;
-    multiply_panel(inputs(), rows, panel, l_.inputs, packed_, starts_, targets_);
+    multiply(inputs(), rows, panel, l_.inputs, starts_, targets_);
     with_activation(l_.activation, [&](auto kind) {
       for (int64_t i = 0; i < rows; ++i) {
         activate<Activation(decltype(kind)::value)>(targets_[i] + panel.column, row(activations, n, i) + panel.column,
@@ -204,10 +204,25 @@ class Block {
       }
       start = starts_;
     }
-    multiply_panel(RowMajor{row(from, n, 0), from.stride}, rows, panel, l_.width, packed_, start, results_);
+    multiply(RowMajor{row(from, n, 0), from.stride}, rows, panel, l_.width, start, results_);
   }
 
  private:
+  bool few() const { return !l_.backward && l_.gathered.data && size_ <= kFewRows; }
+
+  void multiply(RowMajor a, int64_t rows, const Panel& panel, int64_t depth, ConstRowPointers start,
+                RowPointers out) const {
+    if (!few()) return multiply_panel(a, rows, panel, depth, packed_, start, out);
+    const auto multiply = [&](auto count) {
+      if constexpr (decltype(count)::value <= kFewRows) {
+        multiply_few<decltype(count)::value>(a, panel, depth, packed_, start, out);
+      }
+    };
+    if (rows == 1) multiply(Count<1>());
+    if (rows == 2) multiply(Count<2>());
+    if (rows == 3) multiply(Count<3>());
+  }
+
   // A thread's own room serves one learner of one block at a time.
   SortedRows hidden() const {
     if (l_.backward || l_.gathered.data) return l_.hidden;

@@ -25,8 +25,8 @@ inline constexpr int kLanes = 4, kTileRows = 8, kTileVectors = 3, kDepth = 384;
 inline constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 3, kDepth = 384;
 #endif
 inline constexpr int kTileColumns = kLanes * kTileVectors;
-// So few rows take that many panels at once: B passes by once, and longer pieces of its rows touch fewer pages.
-inline constexpr int kFewRows = kTileRows > 12 ? 3 : 1, kWidePanels = 4;
+// So few rows take pieces of kWideVectors of a row of B, kShortDepth rows at a time.
+inline constexpr int kFewRows = kTileRows > 12 ? 3 : 1, kWideVectors = 4 * kTileVectors, kShortDepth = 16;
 inline constexpr int64_t kPackedFloats = int64_t(kDepth) * kTileColumns;
 // How far ahead of itself, in k, the first tile asks for B.
 inline constexpr int kAhead = 16;
@@ -52,25 +52,28 @@ struct TileMajor {
   }
 };
 
+// What a vector's lanes do with a * b + c.
+FASTKD_INLINE float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // C(i, j) at rows[i] + j.
 using RowPointers = float* const*;
 using ConstRowPointers = const float* const*;
 
-// Where a tile finds B.
-enum class Source {
-  kPacked,   // in `packed`
-  kCopied,   // at `b`, rows `stride` apart, from where it is copied to `packed`
-  kInPlace,  // there, and left there
-};
-
-// out(i, j) = start(i, j) + sum_k A(i, k) B(k, j), start being 0 where there is none; it may be `out`.
-template <int kRows, int kVectors, Source kSource, class A>
+// out(i, j) = start(i, j) + sum_k A(i, k) B(k, j), start being 0 where there is none; it may be `out`. kCopy: B is `b`
+// with `stride`, and is copied to `packed`; else it is `packed`.
+template <int kRows, bool kCopy, class A>
 __attribute__((noinline)) void multiply_tile(A a, const float* b, int64_t stride, float* packed, int64_t depth,
                                              ConstRowPointers start, RowPointers out, int64_t column) {
-  Vector sums[kRows][kVectors] = {};
+  Vector sums[kRows][kTileVectors] = {};
   // Pieces of far rows, which no prefetcher foresees: they come while k runs.
   for (int i = 0; start && i < kRows; ++i) {
-    for (int j = 0; j < kVectors * kLanes; j += 16) __builtin_prefetch(start[i] + column + j, 1, 3);
+    for (int j = 0; j < kTileColumns; j += 16) __builtin_prefetch(start[i] + column + j, 1, 3);
   }
   // Three rows a pointer: the others are one and two strides away, which addresses can say.
   constexpr int kPointers = (kRows + 2) / 3;
@@ -80,14 +83,12 @@ __attribute__((noinline)) void multiply_tile(A a, const float* b, int64_t stride
   }
 #pragma GCC unroll 1
   for (int64_t k = 0; k < depth; ++k) {
-    Vector of_b[kVectors];
-    const float* from = kSource == Source::kPacked ? packed : b;
-    for (int j = 0; j < kVectors; ++j) of_b[j] = *reinterpret_cast<const Vector*>(from + j * kLanes);
-    if constexpr (kSource == Source::kCopied) {
-      for (int j = 0; j < kVectors; ++j) *reinterpret_cast<Vector*>(packed + j * kLanes) = of_b[j];
-    }
-    if constexpr (kSource != Source::kPacked) {
-      for (int j = 0; j < kVectors * kLanes; j += 16) __builtin_prefetch(b + kAhead * stride + j, 0, 3);
+    Vector of_b[kTileVectors];
+    const float* from = kCopy ? b : packed;
+    for (int j = 0; j < kTileVectors; ++j) of_b[j] = *reinterpret_cast<const Vector*>(from + j * kLanes);
+    if constexpr (kCopy) {
+      for (int j = 0; j < kTileVectors; ++j) *reinterpret_cast<Vector*>(packed + j * kLanes) = of_b[j];
+      for (int j = 0; j < kTileColumns; j += 16) __builtin_prefetch(b + kAhead * stride + j, 0, 3);
       b += stride;
     }
     packed += kTileColumns;
@@ -98,7 +99,7 @@ __attribute__((noinline)) void multiply_tile(A a, const float* b, int64_t stride
       } else {
         x = a.data[i];
       }
-      for (int j = 0; j < kVectors; ++j) sums[i][j] += x * of_b[j];
+      for (int j = 0; j < kTileVectors; ++j) sums[i][j] += x * of_b[j];
     }
     if constexpr (__is_same(A, RowMajor)) {
       for (int p = 0; p < kPointers; ++p) ++rows[p];
@@ -107,7 +108,7 @@ __attribute__((noinline)) void multiply_tile(A a, const float* b, int64_t stride
     }
   }
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVectors; ++j) {
+    for (int j = 0; j < kTileVectors; ++j) {
       const int64_t at = column + j * kLanes;
       if (start) sums[i][j] += *reinterpret_cast<const Vector*>(start[i] + at);
       *reinterpret_cast<Vector*>(out[i] + at) = sums[i][j];
@@ -121,7 +122,7 @@ struct Panel {
   int64_t stride;
   ConstRowPointers rows;    // or at rows[k] + column
   bool transposed;          // or B(0, j) at data + j * stride
-  int64_t column, columns;  // of B and of C; at most kTileColumns, but for few rows
+  int64_t column, columns;  // of B and of C; at most kTileColumns, but for multiply_few
   bool copied_by_tile() const { return rows == nullptr && !transposed && columns == kTileColumns; }
 };
 
@@ -180,8 +181,7 @@ FASTKD_INLINE void multiply_rows(bool copy, A a, const Panel& panel, int64_t fir
                                  ConstRowPointers start, RowPointers out) {
   if (panel.columns == kTileColumns) {
     const float* b = copy ? panel.data + first * panel.stride + panel.column : nullptr;
-    const auto multiply = copy ? multiply_tile<kRows, kTileVectors, Source::kCopied, A>
-                               : multiply_tile<kRows, kTileVectors, Source::kPacked, A>;
+    const auto multiply = copy ? multiply_tile<kRows, true, A> : multiply_tile<kRows, false, A>;
     return multiply(a, b, panel.stride, packed, depth, start, out, panel.column);
   }
   // The tile is wider than what there is of C.
@@ -191,48 +191,70 @@ FASTKD_INLINE void multiply_rows(bool copy, A a, const Panel& panel, int64_t fir
     rows[i] = tile[i];
     if (start) __builtin_memcpy(tile[i], start[i] + panel.column, sizeof(float) * panel.columns);
   }
-  multiply_tile<kRows, kTileVectors, Source::kPacked>(a, nullptr, 0, packed, depth, start ? rows : nullptr, rows, 0);
+  multiply_tile<kRows, false>(a, nullptr, 0, packed, depth, start ? rows : nullptr, rows, 0);
   for (int i = 0; i < kRows; ++i) __builtin_memcpy(out[i] + panel.column, tile[i], sizeof(float) * panel.columns);
 }
 
-template <class A>
-void multiply_panel(A a, int64_t rows, Panel panel, int64_t depth, float* packed, ConstRowPointers start,
-                    RowPointers out);
-
-// The same for up to kFewRows rows and any number of columns.
-template <class A>
-void multiply_few(A a, int64_t rows, Panel panel, int64_t depth, float* packed, ConstRowPointers start,
-                  RowPointers out) {
-  const int64_t end = panel.column + panel.columns;
-  while (panel.column < end) {
-    const int64_t left = end - panel.column;
-    if (left < kWidePanels * kTileColumns) {
-      panel.columns = left < kTileColumns ? left : kTileColumns;
-      multiply_panel(a, rows, panel, depth, packed, start, out);
-      panel.column += panel.columns;
-      continue;
+// sums(i, j) += sum_k A(i, k) B(k, j) for vectors j, one after the other as a tile adds them.
+template <int kRows, int kVectors>
+FASTKD_INLINE void multiply_piece(RowMajor a, const float* b, int64_t stride, int64_t depth, float* sums,
+                                  int64_t columns) {
+  Vector all[kRows][kVectors];
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) all[i][j] = *reinterpret_cast<Vector*>(sums + i * columns + j * kLanes);
+  }
+  for (int64_t k = 0; k < depth; ++k, b += stride) {
+    for (int j = 0; j < kVectors * kLanes; j += 16) __builtin_prefetch(b + kShortDepth * stride + j, 0, 3);
+    for (int j = 0; j < kVectors; ++j) {
+      const Vector of_b = *reinterpret_cast<const Vector*>(b + j * kLanes);
+      for (int i = 0; i < kRows; ++i) all[i][j] += a.data[i * a.stride + k] * of_b;
     }
-    const auto multiply = [&](auto count) {
-      constexpr int kRows = decltype(count)::value;
-      if constexpr (kRows <= kFewRows) {
-        ConstRowPointers from = start;
-        for (int64_t k = 0; k < depth || k == 0; k += kDepth, from = out) {
-          multiply_tile<kRows, kWidePanels * kTileVectors, Source::kInPlace>(
-              a.at(0, k), panel.data + k * panel.stride + panel.column, panel.stride, packed,
-              depth - k < kDepth ? depth - k : kDepth, from, out, panel.column);
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) *reinterpret_cast<Vector*>(sums + i * columns + j * kLanes) = all[i][j];
+  }
+}
+
+// The panel's columns for kRows rows, of which B's bytes are the cost: B is read as nearly in sequence as the columns
+// allow, and a page of it is left but once. `sums` has room for whole vectors.
+template <int kRows>
+__attribute__((noinline)) void multiply_few(RowMajor a, const Panel& panel, int64_t depth, float* sums,
+                                            ConstRowPointers start, RowPointers out) {
+  const int64_t columns = (panel.columns + kLanes - 1) / kLanes * kLanes;
+  for (int64_t first = 0; first < depth || first == 0; first += kDepth, start = out) {
+    const int64_t end = depth - first < kDepth ? depth : first + kDepth;
+    __builtin_memset(sums, 0, sizeof(float) * kRows * columns);
+    for (int64_t k = first; k < end; k += kShortDepth) {
+      const int64_t part = end - k < kShortDepth ? end - k : kShortDepth;
+      const float* const b = panel.data + k * panel.stride + panel.column;
+      int64_t j = 0;
+      for (; j + kWideVectors * kLanes <= panel.columns; j += kWideVectors * kLanes) {
+        multiply_piece<kRows, kWideVectors>(a.at(0, k), b + j, panel.stride, part, sums + j, columns);
+      }
+      for (; j + kLanes <= panel.columns; j += kLanes) {
+        multiply_piece<kRows, 1>(a.at(0, k), b + j, panel.stride, part, sums + j, columns);
+      }
+      for (; j < panel.columns; ++j) {
+        for (int i = 0; i < kRows; ++i) {
+          float& sum = sums[i * columns + j];
+          for (int64_t l = 0; l < part; ++l) sum = multiply_add(a.at(i, k).data[l], b[l * panel.stride + j], sum);
         }
       }
-    };
-    rows == 1 ? multiply(Count<1>()) : rows == 2 ? multiply(Count<2>()) : multiply(Count<3>());
-    panel.column += kWidePanels * kTileColumns;
+    }
+    for (int i = 0; i < kRows; ++i) {
+      const float* const from = start ? start[i] + panel.column : nullptr;
+      float* const to = out[i] + panel.column;
+      FASTKD_SIMD
+      for (int64_t j = 0; j < panel.columns; ++j)
+        to[j] = from ? sums[i * columns + j] + from[j] : sums[i * columns + j];
+    }
   }
 }
 
 // C(i, j) = start(i, j) + sum_k A(i, k) B(k, j) for `rows` rows and the panel's columns. `packed`: kPackedFloats.
 template <class A>
-void multiply_panel(A a, int64_t rows, Panel panel, int64_t depth, float* packed, ConstRowPointers start,
+void multiply_panel(A a, int64_t rows, const Panel& panel, int64_t depth, float* packed, ConstRowPointers start,
                     RowPointers out) {
-  if (panel.columns > kTileColumns) return multiply_few(a, rows, panel, depth, packed, start, out);
   int64_t first = 0;
   do {
     const int64_t part = depth - first < kDepth ? depth - first : kDepth;
