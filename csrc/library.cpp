@@ -75,6 +75,9 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
       "Tensor? prefix, int whole, Tensor? valid, Tensor sums, Tensor grad_output) -> ()");
   // Gated routing, as csrc/tensor/gated_routing_entry.h describes it. -> order and counts, int32.
   m.def("_acm_route(Tensor choices, int learners) -> (Tensor, Tensor)");
+  // Both in one, for the value alone.
+  m.def(
+      "_acm_value(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor? bias, Tensor choices, str activation) -> Tensor");
   // -> out, and the pre-activations if kept.
   m.def(
       "_acm_rows(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor? bias, Tensor order, Tensor counts, str activation, "

@@ -42,6 +42,19 @@ def has_kernels(x: Tensor, dtype: torch.dtype) -> bool:
     return dtype in DTYPES.get(x.device.type, ())
 
 
+def value(
+    operands: tuple[Tensor, ...], bias: Tensor | None, choices: Tensor, activation: str
+) -> Tensor | None:
+    """What acm gives, in one call, if the arguments lie as the kernels take them and are right."""
+    x = operands[0]
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not has_kernels(x, x.dtype):
+        return None
+    try:
+        return torch.ops.fastkd._acm_value(*operands, bias, choices, activation)
+    except RuntimeError:
+        return None
+
+
 def route(choices: Tensor, learners: int) -> tuple[Tensor, Tensor]:
     """Rows by falling choice, and how many run each learner; see gated_routing_entry.h."""
     flat = choices.reshape(-1)
@@ -93,6 +106,11 @@ def _(choices: Tensor, learners: int) -> tuple[Tensor, Tensor]:
         choices.new_empty(choices.shape, dtype=torch.int32),
         choices.new_empty(learners + 1, dtype=torch.int32),
     )
+
+
+@torch.library.register_fake("fastkd::_acm_value")
+def _(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w2.size(2)))
 
 
 @torch.library.register_fake("fastkd::_acm_rows")

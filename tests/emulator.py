@@ -21,7 +21,7 @@ FAKES = (
     *("_token_stats", "_clipped_divergence"),
     *("_chunk_log_likelihood", "_chunk_log_likelihood_backward"),
     *("_byte_log_probs", "_byte_log_probs_backward"),
-    *("_acm_route", "_acm_rows", "_acm_rows_backward"),
+    *("_acm_route", "_acm_value", "_acm_rows", "_acm_rows_backward"),
 )
 
 

@@ -138,7 +138,7 @@ Learners learners_of(const AcmOperands& operands, bool backward, const Tensor& i
 struct Cpu {
   static void solve(const AcmRouteCall& call) {
     const int64_t rows = call.choices.numel(), learners = call.learners;
-    const Rows choices(call.choices, 1);
+    const Rows choices(call.choices, call.choices.dim());
     int32_t* const order = static_cast<int32_t*>(call.order.data_ptr());
     int32_t* const counts = static_cast<int32_t*>(call.counts.data_ptr());
     // of_choice[k]: rows that choose k; then where the next of them goes.
@@ -246,6 +246,7 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("_acm_route", TORCH_BOX(&acm_route<Cpu>));
+  m.impl("_acm_value", TORCH_BOX(&acm_value<Cpu>));
   m.impl("_acm_rows", TORCH_BOX((&acm_rows<Cpu, true>)));
   m.impl("_acm_rows_backward", TORCH_BOX((&acm_rows_backward<Cpu, true>)));
 }

@@ -213,14 +213,9 @@ class Block {
   void multiply(RowMajor a, int64_t rows, const Panel& panel, int64_t depth, ConstRowPointers start,
                 RowPointers out) const {
     if (!few()) return multiply_panel(a, rows, panel, depth, packed_, start, out);
-    const auto multiply = [&](auto count) {
-      if constexpr (decltype(count)::value <= kFewRows) {
-        multiply_few<decltype(count)::value>(a, panel, depth, packed_, start, out);
-      }
-    };
-    if (rows == 1) multiply(Count<1>());
-    if (rows == 2) multiply(Count<2>());
-    if (rows == 3) multiply(Count<3>());
+    if (rows == 1) multiply_few<1>(a, panel, depth, packed_, start, out);
+    if (rows == 2) multiply_few<2>(a, panel, depth, packed_, start, out);
+    if (rows == 3) multiply_few<3>(a, panel, depth, packed_, start, out);
   }
 
   // A thread's own room serves one learner of one block at a time.

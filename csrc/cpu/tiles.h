@@ -25,8 +25,8 @@ inline constexpr int kLanes = 4, kTileRows = 8, kTileVectors = 3, kDepth = 384;
 inline constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 3, kDepth = 384;
 #endif
 inline constexpr int kTileColumns = kLanes * kTileVectors;
-// So few rows take pieces of kWideVectors of a row of B, kShortDepth rows at a time.
-inline constexpr int kFewRows = kTileRows > 12 ? 3 : 1, kWideVectors = 4 * kTileVectors, kShortDepth = 16;
+// So few rows are multiplied by kShortDepth rows of B at a time, in pieces of up to kWideVectors.
+inline constexpr int kFewRows = 3, kWideVectors = 4 * kTileVectors, kShortDepth = 16;
 inline constexpr int64_t kPackedFloats = int64_t(kDepth) * kTileColumns;
 // How far ahead of itself, in k, the first tile asks for B.
 inline constexpr int kAhead = 16;
@@ -220,6 +220,7 @@ FASTKD_INLINE void multiply_piece(RowMajor a, const float* b, int64_t stride, in
 template <int kRows>
 __attribute__((noinline)) void multiply_few(RowMajor a, const Panel& panel, int64_t depth, float* sums,
                                             ConstRowPointers start, RowPointers out) {
+  constexpr int kFit = kTileRows * kTileVectors / kRows, kVectors = kFit < kWideVectors ? kFit : kWideVectors;
   const int64_t columns = (panel.columns + kLanes - 1) / kLanes * kLanes;
   for (int64_t first = 0; first < depth || first == 0; first += kDepth, start = out) {
     const int64_t end = depth - first < kDepth ? depth : first + kDepth;
@@ -228,8 +229,8 @@ __attribute__((noinline)) void multiply_few(RowMajor a, const Panel& panel, int6
       const int64_t part = end - k < kShortDepth ? end - k : kShortDepth;
       const float* const b = panel.data + k * panel.stride + panel.column;
       int64_t j = 0;
-      for (; j + kWideVectors * kLanes <= panel.columns; j += kWideVectors * kLanes) {
-        multiply_piece<kRows, kWideVectors>(a.at(0, k), b + j, panel.stride, part, sums + j, columns);
+      for (; j + kVectors * kLanes <= panel.columns; j += kVectors * kLanes) {
+        multiply_piece<kRows, kVectors>(a.at(0, k), b + j, panel.stride, part, sums + j, columns);
       }
       for (; j + kLanes <= panel.columns; j += kLanes) {
         multiply_piece<kRows, 1>(a.at(0, k), b + j, panel.stride, part, sums + j, columns);

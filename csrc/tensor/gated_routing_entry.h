@@ -21,7 +21,7 @@ struct AcmSizes {
   int64_t rows, learners, inputs, width, outputs;
 };
 
-// x [rows, inputs], w1 [learners, inputs, width], b1 [learners, width], w2 [learners, width, outputs], all contiguous
+// x [..., inputs], w1 [learners, inputs, width], b1 [learners, width], w2 [learners, width, outputs], all contiguous
 // and of one dtype; order [rows] and counts [learners + 1] int32.
 struct AcmOperands {
   const Tensor &x, &w1, &b1, &w2, &order, &counts;
@@ -30,7 +30,7 @@ struct AcmOperands {
 };
 
 struct AcmRouteCall {
-  const Tensor& choices;  // [rows] int32 or int64, contiguous
+  const Tensor& choices;  // of any shape, int32 or int64, contiguous
   int64_t learners;
   Tensor order, counts;
 };
@@ -38,7 +38,7 @@ struct AcmRouteCall {
 struct AcmRowsCall {
   AcmOperands operands;
   std::optional<Tensor> bias;  // [outputs], or one for each choice [learners + 1, outputs]
-  Tensor out;                  // [rows, outputs]
+  Tensor out;                  // [..., outputs]
   // Pre-activations [learners, rows, width], in sorted order: only counts[n] rows of each. Or the backend knows the
   // numbers and packs them, [1, all counts[n], width].
   std::optional<Tensor> kept;
@@ -51,7 +51,15 @@ struct AcmGradientCall {
   std::optional<Tensor> x, w1, b1, w2;
 };
 
-inline void check_acm(const Tensor& x, const char* argument, const Tensor& like, std::initializer_list<int64_t> shape,
+// x's sizes but for the last.
+inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
+  sizes.push_back(last);
+  return sizes;
+}
+
+inline void check_acm(const Tensor& x, const char* argument, const Tensor& like, const std::vector<int64_t>& shape,
                       std::optional<ScalarType> type = {}) {
   const ScalarType expected = type ? *type : like.scalar_type();
   FASTKD_CHECK_TYPE(x.scalar_type() == expected, kAcm, argument, " must be ", torch::headeronly::toString(expected),
@@ -66,16 +74,17 @@ inline void check_acm(const Tensor& x, const char* argument, const Tensor& like,
 
 inline AcmOperands acm_operands(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
                                 const Tensor& order, const Tensor& counts, const std::string& activation) {
-  FASTKD_CHECK_VALUE(x.dim() == 2 && w1.dim() == 3 && w2.dim() == 3 && w1.size(0) > 0, kAcm,
-                     "x must be [rows, D], w1 [N, D, b], w2 [N, b, D_out], got ", shape_of(x), ", ", shape_of(w1), ", ",
+  FASTKD_CHECK_VALUE(x.dim() > 0 && w1.dim() == 3 && w2.dim() == 3 && w1.size(0) > 0, kAcm,
+                     "x must be [..., D], w1 [N, D, b], w2 [N, b, D_out], got ", shape_of(x), ", ", shape_of(w1), ", ",
                      shape_of(w2));
   FASTKD_CHECK_TYPE(is_float(x.scalar_type()), kAcm, "x must be float32, float64, bfloat16 or float16, got ",
                     torch::headeronly::toString(x.scalar_type()));
-  const AcmSizes sizes{x.size(0), w1.size(0), x.size(1), w1.size(2), w2.size(2)};
+  AcmSizes sizes{1, w1.size(0), x.size(x.dim() - 1), w1.size(2), w2.size(2)};
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.rows *= x.size(i);
   FASTKD_CHECK_VALUE(sizes.learners <= kMostLearners, kAcm, "w1 must have at most ", kMostLearners, " learners, got ",
                      sizes.learners);
   FASTKD_CHECK_VALUE(sizes.rows < (int64_t(1) << 31), kAcm, "x must have fewer than 2^31 rows, got ", sizes.rows);
-  check_acm(x, "x", x, {sizes.rows, sizes.inputs});
+  FASTKD_CHECK_VALUE(x.is_contiguous(), kAcm, "x must be contiguous");
   check_acm(w1, "w1", x, {sizes.learners, sizes.inputs, sizes.width});
   check_acm(b1, "b1", x, {sizes.learners, sizes.width});
   check_acm(w2, "w2", x, {sizes.learners, sizes.width, sizes.outputs});
@@ -88,8 +97,8 @@ template <class Backend>
 std::tuple<Tensor, Tensor> acm_route(const Tensor& choices, int64_t learners) {
   FASTKD_CHECK_TYPE(choices.scalar_type() == ScalarType::Long || choices.scalar_type() == ScalarType::Int, kAcm,
                     "choices must be int32 or int64, got ", torch::headeronly::toString(choices.scalar_type()));
-  FASTKD_CHECK_VALUE(choices.dim() == 1 && choices.is_contiguous() && choices.numel() < (int64_t(1) << 31), kAcm,
-                     "choices must be contiguous, of one dimension and fewer than 2^31, got ", shape_of(choices));
+  FASTKD_CHECK_VALUE(choices.is_contiguous() && choices.numel() < (int64_t(1) << 31), kAcm,
+                     "choices must be contiguous and fewer than 2^31, got ", shape_of(choices));
   FASTKD_CHECK_VALUE(learners > 0 && learners <= kMostLearners, kAcm, "w1 must have 1 to ", kMostLearners,
                      " learners, got ", learners);
   const AcmRouteCall call{choices, learners, torch::stable::new_empty(choices, {choices.numel()}, ScalarType::Int),
@@ -116,7 +125,7 @@ std::tuple<Tensor, Tensor> acm_rows(const Tensor& x, const Tensor& w1, const Ten
   } else if (bias) {
     check_acm(*bias, "bias", x, {sizes.learners + 1, sizes.outputs});
   }
-  call.out = torch::stable::new_empty(x, {sizes.rows, sizes.outputs});
+  call.out = torch::stable::new_empty(x, with_last(x, sizes.outputs));
   Tensor kept = keep && packed && kPacks
                     ? torch::stable::new_empty(x, {1, all_counts(counts, sizes.learners), sizes.width})
                     : torch::stable::new_empty(x, {keep ? sizes.learners : 0, sizes.rows, sizes.width});
@@ -134,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> acm_rows_backward(const Tensor& grad,
                                                              bool w1_gradient, bool b1_gradient, bool w2_gradient) {
   AcmGradientCall call{acm_operands(x, w1, b1, w2, order, counts, activation), grad, kept, {}, {}, {}, {}};
   const AcmSizes& sizes = call.operands.sizes;
-  check_acm(grad, "grad", x, {sizes.rows, sizes.outputs});
+  check_acm(grad, "grad", x, with_last(x, sizes.outputs));
   if (kPacks && kept.dim() == 3 && (kept.size(0) != sizes.learners || kept.size(1) != sizes.rows)) {
     check_acm(kept, "kept", x, {1, all_counts(counts, sizes.learners), sizes.width});
   } else {
@@ -149,6 +158,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> acm_rows_backward(const Tensor& grad,
     return gradient ? *gradient : torch::stable::new_empty(x, {0});
   };
   return {found(call.x), found(call.w1), found(call.b1), found(call.w2)};
+}
+
+// The value alone, in one call: for a few rows several calls cost as much as the products.
+template <class Backend>
+Tensor acm_value(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                 const std::optional<Tensor>& bias, const Tensor& choices, const std::string& activation) {
+  FASTKD_CHECK_VALUE(choices.dim() + 1 == x.dim() && same_leading(x, choices, choices.dim()) && w1.dim() == 3, kAcm,
+                     "choices must have x's leading sizes, got ", shape_of(choices), " for ", shape_of(x));
+  const auto [order, counts] = acm_route<Backend>(choices, w1.size(0));
+  return std::get<0>(acm_rows<Backend>(x, w1, b1, w2, bias, order, counts, activation, false, false));
 }
 
 }  // namespace fastkd
