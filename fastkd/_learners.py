@@ -45,7 +45,7 @@ ACTIVATIONS = tuple(_ACTIVATE)
 #: So few rows, if they choose the same, take two products in all.
 _FEW_ROWS = 4
 #: Rows of a block of the prefix losses: enough for the products, few enough for the memory.
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 512
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 1024
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -321,14 +321,14 @@ def _acm_backward(
 
 
 def _rows_of_block(x: Tensor, w1: Tensor, w2: Tensor) -> int:
-    """As many as keep a block's memory below that of x or of the target."""
+    """As many as keep a block's memory below twice that of x or of the target."""
     learners, inputs, width = w1.shape
     outputs = w2.size(2)
     a_row = (learners + 1) * outputs + (learners + 3) * width
     return min(
         max(x.size(0), 1),
         _LARGEST_BLOCK,
-        max(_SMALLEST_BLOCK, x.size(0) * max(inputs, outputs) // max(a_row, 1)),
+        max(_SMALLEST_BLOCK, 2 * x.size(0) * max(inputs, outputs) // max(a_row, 1)),
     )
 
 

@@ -199,7 +199,7 @@ def acm_prefix_loss(
 
     Prefix 0 is zero: :math:`L_0` is the mean square of the target. Rows are walked in blocks, so
     that no ``[rows, N + 1, D_out]`` tensor and no hidden layer of all rows is held: besides the
-    gradients about one ``[rows, D]`` at a time. The call computes gradients as for
+    gradients about two ``[rows, D]`` at a time. The call computes gradients as for
     ``losses.sum()``, or any multiple of it (``losses.mean()``, ``losses[1:].sum()``); backward
     from other combinations walks the rows once more (which of the two, the host decides: on a GPU
     backward waits for the factors).
