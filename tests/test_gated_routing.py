@@ -138,16 +138,23 @@ def test_batch_mates_do_not_matter():
 
 @pytest.mark.only("cpu")
 def test_few_rows_and_many_have_the_same_bits(backend):
-    """Threads share out columns, or rows; sizes that no tile divides."""
-    leaves = problem((701,), n=3, d=70, b=61, out=50)
+    """Threads share out columns, or rows; sizes that no tile divides, more than a panel is deep."""
+    leaves = problem((701,), n=3, d=801, b=155, out=141)
     choices = some_choices((701,), 3)
     many = fastkd.acm(*leaves, choices)
-    direction = torch.randn(701, 50)
+    direction = torch.randn(701, 141)
     gradients = torch.autograd.grad(many, leaves, direction)
-    few = fastkd.acm(leaves[0][:31], *leaves[1:], choices[:31])
-    assert torch.equal(many[:31], few)
-    (of_x,) = torch.autograd.grad(few, leaves[0], direction[:31])
-    assert torch.equal(gradients[0][:31], of_x[:31])
+    for rows in (1, 2, 3, 31):
+        few = fastkd.acm(leaves[0][:rows], *leaves[1:], choices[:rows])
+        assert torch.equal(many[:rows], few)
+        (of_x,) = torch.autograd.grad(few, leaves[0], direction[:rows])
+        assert torch.equal(gradients[0][:rows], of_x[:rows])
+    exact = exactly(leaves)
+    right = fastkd.reference.acm(*exact, choices)
+    assert relative_error(many, right) < 2e-6
+    right.backward(direction.double())
+    for mine, leaf in zip(gradients, exact, strict=True):
+        assert relative_error(mine, leaf.grad) < 2e-6
 
 
 def test_any_number_of_threads_gives_the_same_bits():
