@@ -59,7 +59,7 @@ def route(choices: Tensor, learners: int) -> tuple[Tensor, Tensor]:
     """Rows by falling choice, and how many run each learner; see gated_routing_entry.h."""
     flat = choices.reshape(-1)
     if flat.dtype not in (torch.int64, torch.int32):
-        flat = flat.int()
+        flat = flat.long()
     try:
         return torch.ops.fastkd._acm_route(flat.contiguous(), learners)
     except RuntimeError as error:

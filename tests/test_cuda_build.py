@@ -86,6 +86,11 @@ def test_every_kernel_is_there(functions, architectures):
         found = {name for name, *_ in functions if f"{kernel}_kernel" in name}
         assert len(found) == (8 if kernel == "token_stats" else 4), kernel  # of a pair, or of one
     assert any("kl_div_kernel" in name for name, *_ in functions)
+    # Gated routing's: three dtypes, for sm_75 and for what came later, empty where not meant.
+    for kernel, tiles in (("learner", 3), ("sum", 3), ("weight", 2)):
+        found = {name for name, *_ in functions if re.search(rf"\d{kernel}_kernelI", name)}
+        assert len(found) == 3 * 2 * tiles, kernel
+    assert len({name for name, *_ in functions if "acm_route_kernel" in name}) == 2
 
 
 def test_no_warnings(build):

@@ -10,6 +10,7 @@ import pytest
 
 SOURCES = Path(__file__).parent / "simt"
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-O1", "-g", "-pthread"]
+FLAGS += ["-Wno-unknown-pragmas", "-DFASTKD_SIMT", f"-I{SOURCES}"]
 BUILDS = {
     "plain": [],
     "sanitized": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
@@ -23,6 +24,8 @@ CORRECT = [
     "atomics",
     "early_exit",
     "warp_operations",
+    "asynchronous_copies",
+    "matrix_fragments",
     "os_threads",
     "with_barrier",
     "syncwarp_orders",
@@ -58,6 +61,20 @@ FAULTS = {
     "rank_out_of_range": r"in_peer: rank 2 in a cluster of 2",
     "not_shared": r"in_peer: the pointer is not in the block's shared memory",
     "odd_width": r"an access to global memory of 12 bytes",
+    "copy_not_waited_for": r"shared read at offset \d+, which a copy not yet waited for is to",
+    "copy_of_another_group": r"shared read at offset \d+, which a copy not yet waited for is to",
+    "copy_without_barrier": (
+        r"(race: it reads shared offset \d+, written by block 0"
+        r"|shared read at offset \d+, which (was never written|a copy not yet waited for))"
+    ),
+    "copy_over_what_is_read": (
+        r"(race: it (writes|reads) shared offset \d+, (read|written) by"
+        r"|shared read at offset \d+, which a copy not yet waited for)"
+    ),
+    "copy_left_behind": r"exits with 1 asynchronous copies not waited for",
+    "copy_off_a_line": r"an asynchronous copy off a 16-byte boundary",
+    "mixed_work": r"mask ffffffff meets a different one of lane \d+",
+    "work_of_a_part": r"an operation of a whole warp in a warp of fewer lanes",
 }
 
 GOOD, VALUE, CONFIGURATION = "no error", "invalid argument", "invalid configuration argument"

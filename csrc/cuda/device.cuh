@@ -34,6 +34,17 @@ __device__ __forceinline__ void shared_store(T* to, const T& value) {
   *to = value;
 }
 
+// The thread's number, read anew: what follows from it is reckoned again rather than kept in registers.
+__device__ __forceinline__ int thread_again() {
+#ifdef FASTKD_SIMT
+  return int(threadIdx.x);
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#endif
+}
+
 // Bits set by several threads between two barriers; the place was zeroed before them.
 __device__ __forceinline__ void shared_or(unsigned* to, unsigned bits) { atomicOr(to, bits); }
 // The same with a sum; -> what it was before.
@@ -57,10 +68,33 @@ __device__ __forceinline__ uint4 global_load16(const void* from) {
   FASTKD_TWIN(, simt::count_read(16, 16));
   return FASTKD_TWIN(kStream ? __ldcs(p) : *p, *p);
 }
+template <bool kStream = true>
 __device__ __forceinline__ void global_store16(void* to, const uint4& value) {
   uint4* p = static_cast<uint4*>(to);
   FASTKD_TWIN(, simt::count_write(16, 16));
-  FASTKD_TWIN(__stcs(p, value), *p = value);
+#ifndef FASTKD_SIMT
+  if constexpr (kStream) return __stcs(p, value);
+#endif
+  *p = value;
+}
+
+// 16 bytes from global to shared memory past the registers (sm_80 and later), or zeros. They come in groups. A thread
+// that has waited for a group sees its own copies; others do after the next barrier.
+__device__ __forceinline__ void async_copy16(void* to, const void* from, bool there) {
+#ifdef FASTKD_SIMT
+  simt::async_copy(to, from, there);
+#else
+  const unsigned place = unsigned(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(there ? 16 : 0) : "memory");
+#endif
+}
+__device__ __forceinline__ void async_commit() {
+  FASTKD_TWIN(asm volatile("cp.async.commit_group;" :: : "memory"), simt::async_commit());
+}
+// For all groups but the latest so many.
+template <int kLatest>
+__device__ __forceinline__ void async_wait() {
+  FASTKD_TWIN(asm volatile("cp.async.wait_group %0;" ::"n"(kLatest) : "memory"), simt::async_wait(kLatest));
 }
 
 // Thread-block clusters exist from sm_90 on. Elsewhere a block is its own cluster, and those kernels are never launched

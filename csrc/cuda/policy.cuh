@@ -73,4 +73,42 @@ constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, 
 inline constexpr int kFlatThreads = 256;
 inline constexpr int kFlatBlocks = 2048;
 
+// Tiles of a product C = A B. In 64 bytes along k 16-bit elements feed two steps of the tensor cores, and a stage of a
+// 128 x 128 tile takes 16 KiB: with three of them two blocks share even a multiprocessor of 100 KiB.
+inline constexpr int kTileColumns = 128;
+inline constexpr int kTileDepthBytes = 64;
+inline constexpr int kManyRows = 128;
+inline constexpr int kFewRows = 16;  // the least that tensor cores take
+
+// level: 75, or 80 and later, where copies pass the registers by.
+constexpr int tile_threads(int rows) { return rows == kManyRows ? 256 : 128; }
+constexpr int tile_stages(int level, int rows) { return level < 80 ? 2 : rows == kManyRows ? 3 : 4; }
+// A multiprocessor's blocks: 128 registers a thread, or 255 for the operands of multiply-adds, or of the next tile.
+constexpr int tile_blocks(int level, int rows, int element_size) {
+  return level < 80 || (rows == kManyRows && element_size == 4) ? 1 : 512 / tile_threads(rows);
+}
+
+// Few rows are a matter of the weights' bytes: a small tile keeps more of them on their way. Float32 has no tensor
+// cores to waste on absent rows, and rather reads the weights up to four times, mostly from the L2.
+constexpr bool few_rows(int64_t rows, int element_size) { return rows <= (element_size == 4 ? 4 : 1) * kFewRows; }
+
+// Parts of k, each a block's, that leave no multiprocessor of the largest devices without two blocks. Of a part's tiles
+// the first must come before the tensor cores start: four at least. Not of the device at hand, so that results are not.
+constexpr int depth_splits(int64_t tiles, int64_t depth_tiles) {
+  constexpr int64_t kBlocks = 264, kMost = 16;
+  if (tiles == 0) return 1;
+  int64_t splits = kBlocks / tiles < depth_tiles / 4 ? kBlocks / tiles : depth_tiles / 4;
+  splits = splits < kMost ? splits : kMost;
+  return splits > 1 ? int(splits) : 1;
+}
+
+// The block that sorts choices: each warp counts its own in shared memory, as many as 32 KiB of counters let be there
+// and as the rows are worth.
+inline constexpr int kRouteThreads = 1024;
+constexpr int route_threads(int64_t rows, int64_t bins) {
+  int threads = kRouteThreads;
+  while (threads > 128 && (threads / 32 * bins * 4 > 32 << 10 || threads >= 2 * rows)) threads /= 2;
+  return threads;
+}
+
 }  // namespace fastkd::cuda

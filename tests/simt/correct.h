@@ -3,7 +3,7 @@
 
 #include <thread>
 
-#include "simt.h"
+#include "../../csrc/cuda/mma.cuh"
 
 struct SimtTraffic {
   unsigned long long read, written, read_16, written_16, launches, largest_cluster, largest_shared_memory;
@@ -200,6 +200,97 @@ void warp_operations() {
     const int lane = i % 32, sum = value(lane) + value(lane < 31 ? lane + 1 : 31);
     expect(out[i] == sum * 4 + (lane < 16 ? 2 : 1), "votes");
   }
+}
+
+// Three stages of 16 bytes a thread; each thread reads its neighbour's.
+__global__ void copy_in_stages(const uint4* x, uint4* y, unsigned stages) {
+  uint4* s = reinterpret_cast<uint4*>(simt::shared_memory());
+  const unsigned t = threadIdx.x, other = (t + 37) % kThreads;
+  const auto issue = [&](unsigned stage) {
+    if (stage < stages) simt::async_copy(s + stage % 3 * kThreads + t, x + stage * kThreads + t, stage % 5 != 4);
+    simt::async_commit();
+  };
+  issue(0);
+  issue(1);
+  for (unsigned stage = 0; stage < stages; ++stage) {
+    simt::async_wait(1);
+    __syncthreads();
+    issue(stage + 2);
+    y[stage * kThreads + other] = load(s + stage % 3 * kThreads + other);
+  }
+  simt::async_wait(0);
+}
+
+void asynchronous_copies() {
+  constexpr unsigned kStages = 7;
+  std::vector<uint4> x(kStages * kThreads), y(x.size());
+  for (unsigned i = 0; i < x.size(); ++i) x[i] = {i, i + 1, i + 2, i + 3};
+  run({1, kThreads, 3 * kThreads * sizeof(uint4)}, copy_in_stages, x.data(), y.data(), kStages);
+  for (unsigned i = 0; i < x.size(); ++i) expect(y[i].w == (i / kThreads == 4 ? 0 : i + 3), "copy_in_stages");
+}
+
+// Four matrices in shared memory, one below the other, as they are and transposed.
+__global__ void load_fragments(unsigned* out) {
+  uint16_t* s = reinterpret_cast<uint16_t*>(simt::shared_memory());
+  for (unsigned i = threadIdx.x; i < 4 * 64; i += 32) store(s + i, uint16_t(i));
+  __syncthreads();
+  unsigned plain[4], transposed[4];
+  fastkd::cuda::load_matrices<false>(plain, s + threadIdx.x * 8);
+  fastkd::cuda::load_matrices<true>(transposed, s + threadIdx.x * 8);
+  for (int i = 0; i < 4; ++i) {
+    out[threadIdx.x * 8 + i] = plain[i];
+    out[threadIdx.x * 8 + 4 + i] = transposed[i];
+  }
+}
+
+// A and B by the lanes that the PTX manual names, small whole numbers.
+template <class T>
+__global__ void multiply_matrices(float* out) {
+  const int g = int(threadIdx.x) / 4, t = int(threadIdx.x) % 4;
+  const auto pair = [](int first, int second) {
+    T items[2];
+    fastkd::portable::from_float(float(first), items[0]);
+    fastkd::portable::from_float(float(second), items[1]);
+    unsigned word;
+    std::memcpy(&word, items, sizeof(word));
+    return word;
+  };
+  const auto a = [&](int row, int column) { return pair(row - column, row - column - 1); };
+  const auto b = [&](int row, int column) { return pair(row + 2 * column, row + 1 + 2 * column); };
+  const unsigned fragment[4] = {a(g, 2 * t), a(g + 8, 2 * t), a(g, 2 * t + 8), a(g + 8, 2 * t + 8)};
+  float c01[2] = {1, 2}, c23[2] = {3, 4};
+  fastkd::cuda::multiply_add<T>(c01, c23, fragment, b(2 * t, g), b(2 * t + 8, g));
+  for (int i = 0; i < 2; ++i) {
+    out[g * 8 + 2 * t + i] = c01[i] - float(1 + i);
+    out[(g + 8) * 8 + 2 * t + i] = c23[i] - float(3 + i);
+  }
+}
+
+template <class T>
+void product_of_matrices() {
+  std::vector<float> out(16 * 8);
+  run({1, 32, 0}, multiply_matrices<T>, out.data());
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 8; ++j) {
+      int sum = 0;
+      for (int k = 0; k < 16; ++k) sum += (i - k) * (k + 2 * j);
+      expect(out[i * 8 + j] == float(sum), "multiply_matrices");
+    }
+  }
+}
+
+void matrix_fragments() {
+  std::vector<unsigned> found(32 * 8);
+  run({1, 32, 4 * 64 * sizeof(uint16_t)}, load_fragments, found.data());
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned g = lane / 4, t = lane % 4 * 2, plain = i * 64 + g * 8 + t, transposed = i * 64 + t * 8 + g;
+      expect(found[lane * 8 + i] == (plain | (plain + 1) << 16), "load_fragments");
+      expect(found[lane * 8 + 4 + i] == (transposed | (transposed + 8) << 16), "load_fragments");
+    }
+  }
+  product_of_matrices<fastkd::portable::BFloat16>();
+  product_of_matrices<fastkd::portable::Float16>();
 }
 
 template <class T>

@@ -92,6 +92,35 @@ __global__ void mixed_operations() {
 }
 __global__ void overlapping_masks() { __syncwarp(threadIdx.x % 32 < 16 ? 0x1ffffu : 0xffff8000u); }
 
+enum class Copy { kUnwaited, kOtherGroup, kNoBarrier, kOverwrite, kLeft, kOffLine };
+
+template <Copy kFault>
+__global__ void careless_copy() {
+  alignas(16) static const unsigned char source[32] = {};
+  unsigned char* const mine = simt::shared_memory() + threadIdx.x * 16;
+  if (kFault == Copy::kOverwrite) {
+    store(mine, (unsigned char)(1));
+    __syncthreads();
+    load(simt::shared_memory() + (threadIdx.x + 37) % kThreads * 16);
+  }
+  simt::async_copy(mine, source + (kFault == Copy::kOffLine ? 8 : 0), true);
+  if (kFault != Copy::kUnwaited) simt::async_commit();
+  if (kFault == Copy::kLeft) return;
+  simt::async_wait(kFault == Copy::kOtherGroup ? 1 : 0);
+  if (kFault != Copy::kNoBarrier) __syncthreads();
+  load(simt::shared_memory() + (threadIdx.x + 37) % kThreads * 16);
+}
+
+__global__ void mixed_work() {
+  int in = 0, out;
+  simt::warp_work(
+      threadIdx.x % 2 ? [](const void* const*, void* const*) {} : [](const void* const*, void* const*) {}, in, out);
+}
+__global__ void work_of_a_part() {
+  int in = 0, out;
+  simt::warp_work([](const void* const*, void* const*) {}, in, out);
+}
+
 __global__ void read_at(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x + 1]; }
 void past_global() {
   std::vector<float> x(kThreads), y(kThreads);
@@ -166,7 +195,7 @@ void benchmark() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Launch pair{2, kThreads, kThreads * sizeof(float), 2};
+  const Launch pair{2, kThreads, kThreads * sizeof(float), 2}, copies{1, kThreads, kThreads * 16};
   const std::map<std::string, void (*)()> simple = {
       {"block_reduction", block_reduction},
       {"cluster_exchange", cluster_exchange},
@@ -174,6 +203,8 @@ int main(int argc, char** argv) {
       {"atomics", atomics},
       {"early_exit", early_exit},
       {"warp_operations", warp_operations},
+      {"asynchronous_copies", asynchronous_copies},
+      {"matrix_fragments", matrix_fragments},
       {"os_threads", os_threads},
       {"with_barrier", with_barrier},
       {"syncwarp_orders", syncwarp_orders},
@@ -208,6 +239,14 @@ int main(int argc, char** argv) {
       {"peer_exits_late", {pair, peer_exits_late}},
       {"rank_out_of_range", {pair, rank_out_of_range}},
       {"odd_width", {{}, odd_width}},
+      {"copy_not_waited_for", {copies, careless_copy<Copy::kUnwaited>}},
+      {"copy_of_another_group", {copies, careless_copy<Copy::kOtherGroup>}},
+      {"copy_without_barrier", {copies, careless_copy<Copy::kNoBarrier>}},
+      {"copy_over_what_is_read", {copies, careless_copy<Copy::kOverwrite>}},
+      {"copy_left_behind", {copies, careless_copy<Copy::kLeft>}},
+      {"copy_off_a_line", {copies, careless_copy<Copy::kOffLine>}},
+      {"mixed_work", {{}, mixed_work}},
+      {"work_of_a_part", {{1, 33}, work_of_a_part}},
   };
   const std::string name = argc > 1 ? argv[1] : "";
   simt_configure(argc > 3 ? std::atoi(argv[3]) : 90, argc > 2 ? unsigned(std::atoi(argv[2])) : 0);

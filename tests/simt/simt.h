@@ -42,10 +42,16 @@ inline void complete(Machine& m, Warp& warp, unsigned lanes) {
   if (me.operation == Operation::kSync) ++m.clock;
   for (unsigned left = lanes; left; left &= left - 1) {
     const Thread& t = warp.lanes[__builtin_ctz(left)];
-    if (t.operation != me.operation || t.bytes != me.bytes) {
+    if (t.operation != me.operation || t.bytes != me.bytes || (t.operation == Operation::kWork && t.work != me.work)) {
       fail("warp operation with mask %08x meets a different one of lane %u", me.mask, t.lane);
     }
     if (t.operation == Operation::kBallot) ballot |= unsigned(*static_cast<const bool*>(t.in)) << t.lane;
+  }
+  if (me.operation == Operation::kWork) {
+    const void* in[32];
+    void* out[32];
+    for (int lane = 0; lane < 32; ++lane) in[lane] = warp.lanes[lane].in, out[lane] = warp.lanes[lane].out;
+    me.work(in, out);
   }
   for (unsigned left = lanes; left; left &= left - 1) {
     Thread& t = warp.lanes[__builtin_ctz(left)];
@@ -101,6 +107,14 @@ inline unsigned ballot(unsigned mask, bool predicate) {
   return result;
 }
 
+// For instructions that hand a warp's registers around in a pattern of their own.
+template <class In, class Out>
+void warp_work(WarpWork work, const In& in, Out& out) {
+  if (current->warp->launched != ~0u) fail("an operation of a whole warp in a warp of fewer lanes");
+  current->work = work;
+  warp_operation(Operation::kWork, ~0u, &in, &out, sizeof(In));
+}
+
 inline unsigned char* shared_memory() { return current->block->shared.get(); }
 inline unsigned cluster_rank() { return current->block->rank; }
 inline unsigned cluster_size() { return current->block->machine->shape.cluster; }
@@ -136,6 +150,16 @@ inline void record(Access& a, unsigned bytes, uint64_t now) {
   a.thread = current->id;
 }
 
+inline bool is_coming(const Block& block, size_t at) {
+  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+  return std::any_of(block.threads, block.threads + threads, [&](const Thread& t) {
+    return std::any_of(t.copies.begin(), t.copies.end(), [&](const AsyncCopy& copy) {
+      const size_t begin = size_t(copy.to - block.shared.get());
+      return at >= begin && at < begin + sizeof(copy.bytes);
+    });
+  });
+}
+
 inline void shared_access(const void* p, size_t bytes, bool write) {
   Thread& me = *current;
   Machine& m = *me.block->machine;
@@ -156,7 +180,10 @@ inline void shared_access(const void* p, size_t bytes, bool write) {
     const unsigned touched = ((1u << (stop - at)) - 1) << at % 4;
     Word& word = block->words[at / 4];
     const unsigned written = word.write.time < m.start ? 0 : word.write.written;
-    if (!write && (touched & ~written)) fail("shared read at offset %zu, which was never written", at);
+    if (!write && (touched & ~written)) {
+      fail("shared read at offset %zu, which %s", at,
+           is_coming(*block, at) ? "a copy not yet waited for is to write" : "was never written");
+    }
     check_race(word.write, touched, write ? "writes" : "reads", "written", at);
     if (write) {
       check_race(word.read, touched, "writes", "read", at);
@@ -179,6 +206,34 @@ inline void count(unsigned long long* by_width, size_t bytes, int width) {
 }
 inline void count_read(size_t bytes, int width) { count(current->block->machine->traffic.read, bytes, width); }
 inline void count_write(size_t bytes, int width) { count(current->block->machine->traffic.written, bytes, width); }
+
+// An asynchronous copy of 16 bytes, or of zeros: what the place held is gone at once, and what it is to hold is there
+// when the thread has waited for its group. As a write it happens at both times.
+inline void async_copy(void* to, const void* from, bool there) {
+  Thread& me = *current;
+  if (uintptr_t(to) % 16 || (there && uintptr_t(from) % 16)) fail("an asynchronous copy off a 16-byte boundary");
+  AsyncCopy copy{static_cast<unsigned char*>(to), me.groups, {}};
+  shared_write(to, sizeof(copy.bytes));
+  Word* words = &me.block->words[size_t(copy.to - me.block->shared.get()) / 4];
+  for (int i = 0; i < 4; ++i) words[i].write.written = 0;
+  std::memset(to, 0xFF, sizeof(copy.bytes));
+  if (there) {
+    count_read(sizeof(copy.bytes), sizeof(copy.bytes));
+    std::memcpy(copy.bytes, from, sizeof(copy.bytes));
+  }
+  me.copies.push_back(copy);
+}
+inline void async_commit() { ++current->groups; }
+// All groups but the latest so many.
+inline void async_wait(unsigned latest) {
+  Thread& me = *current;
+  auto copy = me.copies.begin();
+  for (; copy != me.copies.end() && copy->group + latest < me.groups; ++copy) {
+    std::memcpy(copy->to, copy->bytes, sizeof(copy->bytes));
+    shared_write(copy->to, sizeof(copy->bytes));
+  }
+  me.copies.erase(me.copies.begin(), copy);
+}
 
 // Of the last launch from this OS thread.
 inline Traffic launch_traffic() { return machine().traffic; }

@@ -103,6 +103,8 @@ inline void prepare_context(Context& context, unsigned char* stack, unsigned num
   makecontext(&context.registers, entry, 0);
 #endif
 #ifdef SIMT_ASAN
+  // The frames in which the last fiber here ended never returned.
+  __asan_unpoison_memory_region(stack + size - 4096, 4096);
   context.fake_stack = nullptr;
   context.bottom = stack;
   context.size = size;

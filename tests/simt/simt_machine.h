@@ -40,7 +40,10 @@ inline thread_local dim3 gridDim [[gnu::tls_model("initial-exec")]];
 namespace simt {
 
 enum class State : unsigned char { kReady, kBlock, kWarp, kCluster, kDone };
-enum class Operation : unsigned char { kSync, kShuffle, kBallot };
+enum class Operation : unsigned char { kSync, kShuffle, kBallot, kWork };
+
+// What one operation of a whole warp does, given every lane's operands and places for its results.
+using WarpWork = void (*)(const void* const* in, void* const* out);
 
 struct Thread;
 struct Machine;
@@ -60,6 +63,13 @@ struct Warp {
 
 struct FreeShared {
   void operator()(unsigned char* p) const { ::operator delete(p, std::align_val_t(1024)); }
+};
+
+// 16 bytes on their way to shared memory.
+struct AsyncCopy {
+  unsigned char* to;
+  uint64_t group;
+  unsigned char bytes[16];
 };
 
 struct Block {
@@ -82,6 +92,9 @@ struct Thread {
   size_t bytes;
   const void* in;
   void* out;
+  WarpWork work;
+  std::vector<AsyncCopy> copies;
+  uint64_t groups;  // of copies, committed
   Block* block;
   Warp* warp;
   uint64_t warp_time;
@@ -254,6 +267,8 @@ struct Machine {
     for (Thread& t : threads) {
       t.warp_time = 0;
       t.started = false;
+      t.copies.clear();
+      t.groups = 0;
       prepare_context(t.context, stacks[t.id], t.id, &enter);
       wake(t);
     }
@@ -380,6 +395,7 @@ inline void Machine::enter() {
   start_context(m.scheduler);
   me.started = true;
   m.call(m.closure);
+  if (!me.copies.empty()) fail("exits with %zu asynchronous copies not waited for", me.copies.size());
   for (unsigned left = warp.waiting; left; left &= left - 1) {
     const Thread& other = warp.lanes[__builtin_ctz(left)];
     if (other.mask >> me.lane & 1) {

@@ -1,0 +1,154 @@
+// Where the operands of gated routing's products lie: Lines for a Loader (tiles.cuh).
+#pragma once
+#include "tiles.cuh"
+
+namespace fastkd::cuda {
+
+struct Routes {
+  const int *order, *counts;
+  int64_t rows;
+  int learners;
+
+  __device__ __forceinline__ int count(int learner) const { return global_load(counts + learner); }
+
+  // How many learners row i runs; -1 where its choice is out of range.
+  __device__ __forceinline__ int choice(int64_t i) const {
+    if (i >= count(learners)) return -1;
+    int low = 0, high = learners;  // counts[n] > i for n < low, not for n >= high
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      const bool above = i < count(middle);
+      low = above ? middle + 1 : low;
+      high = above ? high : middle;
+    }
+    return low;
+  }
+};
+
+// A tensor [learners,] lines, columns. whole: its lines begin and end on 16-byte lines.
+template <class T>
+struct Lines {
+  T* data;
+  int columns;
+  bool whole;
+};
+
+// Parts of k, [parts] of what the kernel's result is; null: there is one part.
+struct Parts {
+  float* sums;
+  int count;
+};
+
+// The tiles of k that are a part's.
+struct Share {
+  int begin, end;
+  __device__ __forceinline__ Share(int64_t tiles, int part, int parts)
+      : begin(int(tiles * part / parts)), end(int(tiles * (part + 1) / parts)) {}
+};
+
+// Tells a block's number apart, the last to change first.
+struct BlockNumber {
+  unsigned rest = blockIdx.x;
+  __device__ __forceinline__ int next(int count) {
+    const int found = int(rest % unsigned(count));
+    rest /= unsigned(count);
+    return found;
+  }
+};
+
+constexpr __host__ __device__ int64_t tiles_of(int64_t size, int tile) { return (size + tile - 1) / tile; }
+
+// The rows of a tile, in shared memory: which of the batch they are, and how many learners they run.
+struct TileRows {
+  int *sources, *choices;
+  __device__ __forceinline__ TileRows(unsigned char* shared, int rows)
+      : sources(reinterpret_cast<int*>(shared)), choices(sources + rows) {}
+};
+
+// A along k: rows gathered from the batch, or sorted ones of scratch, from `first` on.
+template <class T, int kSlots>
+struct GatheredRows {
+  Lines<const T> from;
+  TileRows rows;
+  int source[kSlots];
+
+  __device__ __forceinline__ void prepare(int slot, int line) { source[slot] = shared_load(rows.sources + line); }
+  __device__ __forceinline__ const T* at(int slot, int, const Place& place, int* left) const {
+    *left = source[slot] >= 0 ? from.columns - place.k : 0;
+    return from.data + int64_t(source[slot]) * from.columns + place.k;
+  }
+};
+template <class T>
+struct SortedRows {
+  Lines<const T> from;
+  TileRows rows;
+  unsigned first;
+  int64_t all;
+
+  __device__ __forceinline__ void prepare(int, int) {}
+  __device__ __forceinline__ const T* at(int, int line, const Place& place, int* left) const {
+    *left = place.learner < shared_load(rows.choices + line) ? from.columns - place.k : 0;
+    return from.data + (place.learner * all + (first + unsigned(line))) * from.columns + place.k;
+  }
+};
+
+// B of the weights: across k, or along it.
+template <class T>
+struct WeightsAcross {
+  Lines<const T> from;
+  int depth, column;
+
+  __device__ __forceinline__ void prepare(int, int) {}
+  __device__ __forceinline__ const T* at(int, int line, const Place& place, int* left) const {
+    *left = line < depth - place.k ? from.columns - column : 0;
+    return from.data + (int64_t(place.learner) * depth + place.k + line) * from.columns + column;
+  }
+};
+template <class T>
+struct WeightsAlong {
+  Lines<const T> from;
+  int lines, column;
+
+  __device__ __forceinline__ void prepare(int, int) {}
+  __device__ __forceinline__ const T* at(int, int line, const Place& place, int* left) const {
+    *left = line < lines - column ? from.columns - place.k : 0;
+    return from.data + (int64_t(place.learner) * lines + column + line) * from.columns + place.k;
+  }
+};
+
+// Rows as lines across k, of a learner that has `count` of them: gathered from row `first` on, or sorted ones of
+// scratch.
+template <class T, int kSlots, int kDepth>
+struct GatheredAcross {
+  Lines<const T> from;
+  const int* order;
+  int count, column, first;
+  int next[kSlots];  // asked for a tile ahead
+
+  __device__ __forceinline__ void prepare(int slot, int line) { next[slot] = source(first, line); }
+  __device__ __forceinline__ const T* at(int slot, int line, const Place& place, int* left) {
+    *left = line < count - place.k ? from.columns - column : 0;
+    const T* const found = from.data + int64_t(next[slot]) * from.columns + column;
+    next[slot] = count - place.k > kDepth ? source(place.k + kDepth, line) : 0;
+    return found;
+  }
+
+ private:
+  __device__ __forceinline__ int source(int k, int line) const {
+    return line < count - k ? global_load(order + k + line) : 0;
+  }
+};
+template <class T>
+struct SortedAcross {
+  Lines<const T> from;
+  int count, column;
+  int64_t first;  // of all learners' rows
+
+  __device__ __forceinline__ void prepare(int, int) {}
+  __device__ __forceinline__ const T* at(int, int line, const Place& place, int* left) const {
+    *left = line < count - place.k ? from.columns - column : 0;
+    return from.data + (first + place.k + line) * from.columns + column;
+  }
+};
+
+}  // namespace fastkd::cuda
