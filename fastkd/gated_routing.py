@@ -42,9 +42,9 @@ def acm(
 
     float32 on the CPU, and float32, bfloat16 and float16 on a GPU, run in kernels of fastkd's own:
     the gather is a product's load, bias and activation its end, each row of the result is written
-    in its place. A row has the same bits in any company and with any number of threads, and nothing
-    waits for a GPU. Other dtypes go through torch's products over the same prefixes: last bits may
-    depend on batch mates and threads, and a GPU is waited for once a pass.
+    in its place. On the CPU a row has the same bits in any company and with any number of threads;
+    a GPU is not waited for. Other dtypes go through torch's products over the same prefixes: last
+    bits may depend on batch mates and threads, and a GPU is waited for once a pass.
 
     Outside the CPU choices are not checked, but a row whose choice is out of range is NaN and takes
     no gradient. Second derivatives and torch.func transforms go through
