@@ -16,7 +16,7 @@ namespace {
 // Rows a thread must have before it is worth reading all weights for them.
 constexpr int64_t kRowsForAll = 84;
 // Boundaries between threads, in rows: whole tiles.
-constexpr int64_t kRowStep = 28;
+constexpr int64_t kRowStep = 14;
 
 float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
@@ -30,7 +30,7 @@ SortedRows sorted_rows(const Tensor& like, int64_t learners, int64_t rows, int64
 // sequence.
 int64_t rows_of_block(int64_t inputs, int64_t width) {
   const int64_t rows = (int64_t(3) << 17) / (padded(inputs) + padded(width)) / kRowStep * kRowStep;
-  return rows < 2 * kRowStep ? 2 * kRowStep : rows > 12 * kRowStep ? 12 * kRowStep : rows;
+  return rows < 2 * kRowStep ? 2 * kRowStep : rows > 16 * kRowStep ? 16 * kRowStep : rows;
 }
 
 // Calls run(begin, end, scratch) on every thread's part of [first, last), as equal in cost_before as may be.
