@@ -64,7 +64,10 @@ def check_acm(leaves, choices, activation="gelu", error=None):
         plain = fastkd.acm(*leaves, choices, activation=activation)
     found = fastkd.acm(*leaves, choices, activation=activation)
     exact = fastkd.reference.acm(*exact_leaves, choices, activation=activation)
-    assert torch.equal(plain, found.detach())
+    if _routed.has_kernels(leaves[0], found.dtype):
+        assert torch.equal(plain, found.detach())
+    else:  # torch's products: on some processors their last bits depend on where operands lie
+        torch.testing.assert_close(plain, found.detach())
     assert_same(found, exact, leaves, exact_leaves, error)
     return found
 
