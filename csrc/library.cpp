@@ -103,6 +103,8 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
       "_kl_div_backward(Tensor grad_output, Tensor input, Tensor target, bool log_target, float scale, "
       "bool input_gradient, bool target_gradient) -> (Tensor, Tensor)");
   m.def("_cpu_capability(str? use) -> str");
+  // Gives back what CPU kernels keep for their next call.
+  m.def("_release_memory() -> ()");
   // The CUDA architectures compiled in, "" if none.
   m.def("_cuda_architectures() -> str");
 }

@@ -61,6 +61,7 @@ class GradientMemory:
     def release(self) -> None:
         """Give the kept memory back to the system."""
         self._kept.clear()
+        torch.ops.fastkd._release_memory()
 
 
 memory = GradientMemory()
@@ -76,7 +77,8 @@ def release_memory() -> None:
     """Give back the memory of the last large CPU gradient, which is kept for the next step.
 
     Call it after training, or before a phase that needs all memory. At most one gradient's memory
-    is kept, and none below 128 KiB.
+    is kept, and none below 128 KiB; and what the backward pass of :func:`fastkd.acm` works in, the
+    largest so far: about the weights' size and a few hundred hidden rows of each learner.
 
     >>> import fastkd
     >>> fastkd.release_memory()

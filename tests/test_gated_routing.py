@@ -147,7 +147,7 @@ def test_few_rows_and_many_have_the_same_bits(backend):
     many = fastkd.acm(*leaves, choices)
     direction = torch.randn(701, 141)
     gradients = torch.autograd.grad(many, leaves, direction)
-    for rows in (1, 2, 3, 31):
+    for rows in (1, 2, 3, 8, 12, 13, 24, 25, 31):
         few = fastkd.acm(leaves[0][:rows], *leaves[1:], choices[:rows])
         assert torch.equal(many[:rows], few)
         (of_x,) = torch.autograd.grad(few, leaves[0], direction[:rows])
@@ -160,21 +160,27 @@ def test_few_rows_and_many_have_the_same_bits(backend):
         assert relative_error(mine, leaf.grad) < 2e-6
 
 
-def test_any_number_of_threads_gives_the_same_bits():
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [
+        (17, {"n": 3, "d": 40, "b": 61, "out": 50}),
+        (900, {"n": 3, "d": 40, "b": 61, "out": 50}),
+        (800, {"n": 2, "d": 30, "b": 700, "out": 1500}),  # blocks of fewer rows than a chunk
+    ],
+)
+def test_any_number_of_threads_gives_the_same_bits(rows, sizes):
     threads, results = torch.get_num_threads(), []
-    for rows in (17, 900):
-        leaves = problem((rows,), n=3, d=40, b=61, out=50)
-        choices, direction = some_choices((rows,), 3), torch.randn(rows, 50)
-        try:
-            for number in (1, 3):
-                torch.set_num_threads(number)
-                out = fastkd.acm(*leaves, choices)
-                results.append([out, torch.autograd.grad(out, leaves[0], direction)[0]])
-        finally:
-            torch.set_num_threads(threads)
-    for one, several in (results[:2], results[2:]):
-        for a, b in zip(one, several, strict=True):
-            assert torch.equal(a, b)
+    leaves = problem((rows,), **sizes)
+    choices, direction = some_choices((rows,), sizes["n"]), torch.randn(rows, sizes["out"])
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            out = fastkd.acm(*leaves, choices)
+            results.append([out, *torch.autograd.grad(out, leaves, direction)])
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
 
 
 def test_rows_that_are_not_run_are_not_read():

@@ -20,10 +20,9 @@ constexpr int64_t kRowStep = 14;
 
 float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
-// Memory for rows of all learners, as [learners, rows, stride].
-SortedRows sorted_rows(const Tensor& like, int64_t learners, int64_t rows, int64_t width, Tensor& memory) {
-  memory = torch::stable::new_empty(like, {learners, rows, padded(width)});
-  return {floats(memory), 0, rows, padded(width), nullptr};
+int64_t panels_of(int64_t columns) {
+  const int64_t at_once = kernels().gated_routing.tile_columns;
+  return (columns + at_once - 1) / at_once;
 }
 
 // As many rows as an L2 cache of 2 MiB holds beside a panel; where caches are smaller, they come from the L3 in
@@ -68,21 +67,31 @@ bool share_rows(const Learners& l) {
 void pass_by_rows(Learners& l, int64_t first, int64_t last) {
   const GatedRoutingKernels& kernel = kernels().gated_routing;
   l.block = rows_of_block(l.inputs, l.width);
-  // A row's own cost beside its learners': it is copied.
+  // A row's own cost beside its learners': it is copied. A block's: the learners' weights come from far.
   const auto cost_before = [&](int64_t row) {
     double all = row / 8.0;
-    for (int64_t n = 0; n < l.learners; ++n) all += row < l.counts[n] ? row : l.counts[n];
+    for (int64_t n = 0; n < l.learners; ++n) {
+      const int64_t rows = row < l.counts[n] ? row : l.counts[n];
+      all += rows + 16.0 * ((rows + l.block - 1) / l.block);
+    }
     return all;
   };
   share_out(first, last, kRowStep, kernel.scratch(l), cost_before,
             [&](int64_t begin, int64_t end, char* scratch) { kernel.rows(l, begin, end, scratch); });
 }
 
+// Transposes the weights of the learners that run, once for all blocks of rows.
+void pack_weights(const Learners& l) {
+  const int64_t panels = panels_of(l.width) + (l.out ? panels_of(l.outputs) : 0);
+  share_out(
+      0, l.running() * panels, 1, 0, [](int64_t panel) { return double(panel); },
+      [&](int64_t begin, int64_t end, char*) { kernels().gated_routing.pack(l, begin, end); });
+}
+
 // A pass over all rows: each thread has some of the columns, of each product in turn.
 void pass_by_columns(Learners& l, int64_t rows) {
   const GatedRoutingKernels& kernel = kernels().gated_routing;
   const int64_t chosen = l.counts[0];
-  const auto panels = [&](int64_t columns) { return (columns + kernel.tile_columns - 1) / kernel.tile_columns; };
   const auto cost_before = [&](int64_t panel) { return double(panel); };
   thread_local Scratch scratch;
   const int64_t of_gathered = chosen * padded(l.inputs), of_hidden = l.learners * chosen * padded(l.width);
@@ -94,12 +103,10 @@ void pass_by_columns(Learners& l, int64_t rows) {
     __builtin_memcpy(l.gathered.at(0, i), l.in + l.order[i] * l.inputs, sizeof(float) * l.inputs);
   }
   l.block = chosen;
-  int64_t running = l.learners;
-  while (l.counts[running - 1] == 0) --running;
-  share_out(0, running * panels(l.width), 1, kernel.scratch(l), cost_before,
+  share_out(0, l.running() * panels_of(l.width), 1, kernel.scratch(l), cost_before,
             [&](int64_t begin, int64_t end, char* scratch) { kernel.first(l, begin, end, scratch); });
   if (l.out == nullptr) return;
-  share_out(0, panels(l.outputs), 1, kernel.scratch(l), cost_before,
+  share_out(0, panels_of(l.outputs), 1, kernel.scratch(l), cost_before,
             [&](int64_t begin, int64_t end, char* scratch) { kernel.second(l, begin, end, scratch); });
   l.gathered = {};
   pass_by_rows(l, chosen, rows);  // those that run nothing
@@ -183,11 +190,21 @@ struct Cpu {
     l.kept = kept_rows(call.kept, call.operands, starts);
     l.out = call.x ? floats(*call.x) : nullptr;
     const bool by_rows = share_rows(l);
-    // By rows, a block a thread at a time: its hidden rows are still in a cache when the weights' turn comes.
-    const int64_t part = by_rows ? torch::stable::get_num_threads() * rows_of_block(l.inputs, l.width) : chosen;
-    Tensor hidden, inner;
-    if (call.w2) l.hidden = sorted_rows(call.grad, sizes.learners, part < chosen ? part : chosen, sizes.width, hidden);
-    l.inner = sorted_rows(call.grad, sizes.learners, part < chosen ? part : chosen, sizes.width, inner);
+    // By rows, two blocks a thread at a time: their hidden rows are still in a cache when the weights' turn comes.
+    // Whole chunks, so that sums over rows are the same for any number of threads.
+    const int64_t blocks = 2 * torch::stable::get_num_threads() * rows_of_block(l.inputs, l.width);
+    const int64_t part = by_rows ? (blocks + kChunkRows - 1) / kChunkRows * kChunkRows : chosen;
+    const int64_t held = part < chosen ? part : chosen, stride = padded(sizes.width);
+    const int64_t of_rows = sizes.learners * held * stride,
+                  of_packed = by_rows ? kernels().gated_routing.packed_floats(l) : 0;
+    const WorkingMemory memory((of_packed + (call.w2 ? 2 : 1) * of_rows) * int64_t(sizeof(float)));
+    float* data = reinterpret_cast<float*>(memory.data());
+    l.inner = {data, 0, held, stride, nullptr};
+    if (call.w2) l.hidden = {data += of_rows, 0, held, stride, nullptr};
+    if (by_rows) {
+      l.packed = data + of_rows;
+      pack_weights(l);
+    }
     int64_t first = 0;
     do {
       const int64_t last = first + part < chosen ? first + part : chosen;
@@ -224,16 +241,14 @@ struct Cpu {
                             of(call.w1),
                             of(call.b1),
                             of(call.w2)};
-    const auto panels = [&](bool wanted, int64_t columns) {
-      return wanted ? (columns + kernel.tile_columns - 1) / kernel.tile_columns : 0;
-    };
-    const int64_t all = panels(call.w1 || call.b1, sizes.width) + panels(call.w2.has_value(), sizes.outputs);
+    const int64_t all = (call.w1 || call.b1 ? panels_of(sizes.width) : 0) + (call.w2 ? panels_of(sizes.outputs) : 0);
     const auto cost_before = [&](int64_t panel) {
       double sum = 0;
       for (int64_t n = 0; n < sizes.learners && n * all < panel; ++n) {
         const int64_t rows = (l.counts[n] < last ? l.counts[n] : last) - first;
-        // A gradient that gets nothing from these rows is written all the same, once.
-        sum += ((rows > 0 ? rows : 0) + 8.0) * (panel - n * all < all ? panel - n * all : all);
+        // A gradient that gets nothing from any rows is written all the same, once.
+        const double cost = rows > 0 ? rows + 8.0 : first == 0 ? 8.0 : 0.0;
+        sum += cost * (panel - n * all < all ? panel - n * all : all);
       }
       return sum;
     };
@@ -249,6 +264,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("_acm_value", TORCH_BOX(&acm_value<Cpu>));
   m.impl("_acm_rows", TORCH_BOX((&acm_rows<Cpu, true>)));
   m.impl("_acm_rows_backward", TORCH_BOX((&acm_rows_backward<Cpu, true>)));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
+  m.impl("_release_memory", TORCH_BOX(&WorkingMemory::release));
 }
 
 }  // namespace fastkd

@@ -32,10 +32,18 @@ struct Learners {
   int64_t bias_stride;  // between choices
   float* out;           // null: only the first product is wanted
   int64_t block;        // rows at a time
+  float* packed;        // backward: null, or all panels of w2^T and w1^T, see PackedWeights
   SortedRows gathered;  // `in`, where the threads share out columns
   SortedRows kept;      // pre-activations: written forward, if there, and read backward
   SortedRows hidden;    // activations: backward if wanted, forward where the threads share out columns
   SortedRows inner;     // gradients of pre-activations
+
+  // How many learners have a row.
+  int64_t running() const {
+    int64_t n = 0;
+    while (n < learners && counts[n] > 0) ++n;
+    return n;
+  }
 };
 
 // What the sorted rows [first, last) give to the gradients of weights; null: not wanted. x and grad are not sorted.
@@ -62,6 +70,9 @@ struct GatedRoutingKernels {
   // Panels [begin, end) of the first product, learner after learner, and of the second.
   void (*first)(const Learners&, int64_t begin, int64_t end, char* scratch);
   void (*second)(const Learners&, int64_t begin, int64_t end, char* scratch);
+  int64_t (*packed_floats)(const Learners&);
+  // Fills panels [begin, end) of `packed`, learner after learner.
+  void (*pack)(const Learners&, int64_t begin, int64_t end);
   int64_t (*weights_scratch)(const WeightGradients&);
   // Panels [begin, end) of w1's gradient and then w2's, learner after learner.
   void (*weights)(const WeightGradients&, int64_t begin, int64_t end, char* scratch);
@@ -76,10 +87,32 @@ FASTKD_INLINE int64_t panels_of(int64_t columns) { return (columns + kTileColumn
 FASTKD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 FASTKD_INLINE Panel panel_of(const float* data, int64_t stride, bool transposed, int64_t index, int64_t columns,
-                             int64_t panels = 1) {
+                             int64_t panels = 1, float* packed = nullptr) {
   const int64_t column = index * kTileColumns;
-  return {data, stride, nullptr, transposed, column, smaller(columns - column, panels * kTileColumns)};
+  return {data, stride, nullptr, transposed, column, smaller(columns - column, panels * kTileColumns), packed};
 }
+
+// What backward multiplies by: of a learner the panels of w2^T, then those of w1^T if x's gradient is wanted. They are
+// transposed once, where many blocks of rows read them.
+struct PackedWeights {
+  const Learners& l;
+  int64_t first_panels() const { return panels_of(l.width); }
+  int64_t second_panels() const { return l.out ? panels_of(l.outputs) : 0; }
+  int64_t floats_of_learner() const { return kTileColumns * (first_panels() * l.inputs + second_panels() * l.width); }
+  Panel first(int64_t n, int64_t index) const {
+    return panel_of(l.w2 + n * l.inputs * l.width, l.inputs, true, index, l.width, 1,
+                    at(n, index * kTileColumns * l.inputs));
+  }
+  Panel second(int64_t n, int64_t index) const {
+    return panel_of(l.w1 + n * l.width * l.outputs, l.width, true, index, l.outputs, 1,
+                    at(n, kTileColumns * (first_panels() * l.inputs + index * l.width)));
+  }
+
+ private:
+  float* at(int64_t n, int64_t offset) const {
+    return l.packed ? l.packed + n * floats_of_learner() + offset : nullptr;
+  }
+};
 
 template <class Body>
 FASTKD_INLINE void with_activation(Activation kind, const Body& body) {
@@ -152,17 +185,17 @@ class Block {
 
   // How many panels to take at once, of those up to `end`.
   int64_t panels_at_once(int64_t index, int64_t end) const {
-    return few() ? smaller(end - index, kPackedFloats / (kFewRows * kTileColumns)) : 1;
+    return few() ? smaller(end - index, kPackedFloats / (size_ * kTileColumns)) : 1;
   }
 
   // Panels of what learner n makes of the inputs.
   void first_product(int64_t n, int64_t index, int64_t panels) {
-    const int64_t rows = running(n), slab = n * l_.inputs * l_.width;
+    const int64_t rows = running(n);
     const SortedRows activations = hidden(), pre = l_.kept.data ? l_.kept : activations;
     const SortedRows& target = l_.backward ? l_.inner : pre;
     for (int64_t i = 0; i < rows; ++i) targets_[i] = row(target, n, i);
     if (l_.backward) {
-      const Panel panel = panel_of(l_.w2 + slab, l_.inputs, true, index, l_.width);
+      const Panel panel = PackedWeights{l_}.first(n, index);
       // Pieces of far rows, which no prefetcher foresees.
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < panel.columns; j += 16) {
@@ -178,7 +211,7 @@ class Block {
         }
       });
     }
-    const Panel panel = panel_of(l_.w1 + slab, l_.width, false, index, l_.width, panels);
+    const Panel panel = panel_of(l_.w1 + n * l_.inputs * l_.width, l_.width, false, index, l_.width, panels);
     for (int64_t i = 0; i < rows; ++i) starts_[i] = l_.b1 + n * l_.width;
     multiply(inputs(), rows, panel, l_.inputs, starts_, targets_);
     with_activation(l_.activation, [&](auto kind) {
@@ -191,10 +224,11 @@ class Block {
 
   // Adds panels of learner n's result.
   void second_product(int64_t n, int64_t index, int64_t panels) {
-    const int64_t rows = running(n), slab = n * l_.width * l_.outputs;
+    const int64_t rows = running(n);
     const SortedRows from = l_.backward ? l_.inner : hidden();
-    const Panel panel = l_.backward ? panel_of(l_.w1 + slab, l_.width, true, index, l_.outputs)
-                                    : panel_of(l_.w2 + slab, l_.outputs, false, index, l_.outputs, panels);
+    const float* const w2 = l_.w2 + n * l_.width * l_.outputs;
+    const Panel panel =
+        l_.backward ? PackedWeights{l_}.second(n, index) : panel_of(w2, l_.outputs, false, index, l_.outputs, panels);
     ConstRowPointers start = n > 0 ? results_ : nullptr;
     if (n == 0 && l_.bias) {
       int64_t choice = l_.learners;
@@ -213,9 +247,7 @@ class Block {
   void multiply(RowMajor a, int64_t rows, const Panel& panel, int64_t depth, ConstRowPointers start,
                 RowPointers out) const {
     if (!few()) return multiply_panel(a, rows, panel, depth, packed_, start, out);
-    if (rows == 1) multiply_few<1>(a, panel, depth, packed_, start, out);
-    if (rows == 2) multiply_few<2>(a, panel, depth, packed_, start, out);
-    if (rows == 3) multiply_few<3>(a, panel, depth, packed_, start, out);
+    multiply_few(a, rows, panel, depth, packed_, start, out);
   }
 
   // A thread's own room serves one learner of one block at a time.
@@ -283,6 +315,19 @@ inline void learner_second(const Learners& l, int64_t begin, int64_t end, char* 
   for (int64_t index = begin, step; index < end; index += step) {
     step = block.panels_at_once(index, end);
     for (int64_t n = 0; n < l.learners && block.running(n) > 0; ++n) block.second_product(n, index, step);
+  }
+}
+
+inline int64_t packed_floats(const Learners& l) { return l.running() * PackedWeights{l}.floats_of_learner(); }
+
+inline void pack_weights(const Learners& l, int64_t begin, int64_t end) {
+  const PackedWeights weights{l};
+  const int64_t of_first = weights.first_panels(), all = of_first + weights.second_panels();
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / all, index = i - n * all;
+    const bool second = index >= of_first;
+    const Panel panel = second ? weights.second(n, index - of_first) : weights.first(n, index);
+    pack(panel, 0, second ? l.width : l.inputs, panel.packed);
   }
 }
 
@@ -390,8 +435,8 @@ inline void learner_weights(const WeightGradients& g, int64_t begin, int64_t end
 }
 
 constexpr GatedRoutingKernels gated_routing_kernels() {
-  return {kTileColumns,   learners_scratch, learner_rows,   learner_first,
-          learner_second, weights_scratch,  learner_weights};
+  return {kTileColumns,  learners_scratch, learner_rows,    learner_first,  learner_second,
+          packed_floats, pack_weights,     weights_scratch, learner_weights};
 }
 
 }  // namespace fastkd::FASTKD_ISA

@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
+#include <mutex>
 #include <new>
+#include <utility>
 
 #include "row_slices.h"
 
@@ -32,7 +34,14 @@ inline const SliceRunner& all_threads() {
 // its arithmetic.
 class Scratch {
  public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
   ~Scratch() { std::free(data_); }
+  void swap(Scratch& other) {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+  }
+  int64_t size() const { return size_; }
   // Aligned to 64; what was in it is lost.
   char* at_least(int64_t bytes) {
     if (bytes > size_) {
@@ -54,6 +63,36 @@ class Scratch {
  private:
   char* data_ = nullptr;
   int64_t size_ = 0;
+};
+
+// Memory that a call works in, so much that the system would take it back and give it out anew page by page, zeroed.
+// The largest is kept for the next call, of any thread, until release().
+class WorkingMemory {
+ public:
+  explicit WorkingMemory(int64_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      memory_.swap(kept);
+    }
+    data_ = memory_.at_least(bytes);
+  }
+  WorkingMemory(const WorkingMemory&) = delete;
+  ~WorkingMemory() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (memory_.size() > kept.size()) memory_.swap(kept);
+  }
+  char* data() const { return data_; }
+  static void release() {
+    Scratch released;
+    const std::lock_guard<std::mutex> lock(mutex);
+    released.swap(kept);
+  }
+
+ private:
+  static inline std::mutex mutex;
+  static inline Scratch kept;
+  Scratch memory_;
+  char* data_;
 };
 
 // Calls run_row(row, slice runner, scratch) for every row.

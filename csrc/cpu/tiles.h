@@ -15,18 +15,19 @@ namespace fastkd::FASTKD_ISA {
 
 // Sums must leave room for a panel's vectors and an element of A among the 32 registers, or 16. kDepth: so many k at a
 // time, for the panel's part of B to stay in the L2 cache (L1, where a tile of fewer rows asks for it more often).
+// Up to kFewRows rows are multiplied without panels.
 #if defined(__AVX512F__)
-inline constexpr int kLanes = 16, kTileRows = 14, kTileVectors = 2, kDepth = 768;
+inline constexpr int kLanes = 16, kTileRows = 14, kTileVectors = 2, kDepth = 768, kFewRows = 12;
 #elif defined(__AVX__)
-inline constexpr int kLanes = 8, kTileRows = 4, kTileVectors = 3, kDepth = 384;
+inline constexpr int kLanes = 8, kTileRows = 4, kTileVectors = 3, kDepth = 384, kFewRows = 24;
 #elif defined(__aarch64__)
-inline constexpr int kLanes = 4, kTileRows = 8, kTileVectors = 3, kDepth = 384;
+inline constexpr int kLanes = 4, kTileRows = 8, kTileVectors = 3, kDepth = 384, kFewRows = 12;
 #else
-inline constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 3, kDepth = 384;
+inline constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 3, kDepth = 384, kFewRows = 24;
 #endif
 inline constexpr int kTileColumns = kLanes * kTileVectors;
-// So few rows are multiplied by kShortDepth rows of B at a time, in pieces of up to kWideVectors.
-inline constexpr int kFewRows = 3, kWideVectors = 4 * kTileVectors, kShortDepth = 16;
+// As wide as a piece of few rows may be: the fewer rows, the wider.
+inline constexpr int kWideVectors = 4 * kTileVectors;
 inline constexpr int64_t kPackedFloats = int64_t(kDepth) * kTileColumns;
 // How far ahead of itself, in k, the first tile asks for B.
 inline constexpr int kAhead = 16;
@@ -123,7 +124,8 @@ struct Panel {
   ConstRowPointers rows;    // or at rows[k] + column
   bool transposed;          // or B(0, j) at data + j * stride
   int64_t column, columns;  // of B and of C; at most kTileColumns, but for multiply_few
-  bool copied_by_tile() const { return rows == nullptr && !transposed && columns == kTileColumns; }
+  float* packed;            // null, or all of it as pack() leaves it, to be read
+  bool copied_by_tile() const { return packed == nullptr && rows == nullptr && !transposed && columns == kTileColumns; }
 };
 
 // Interleaves the lower halves of two vectors, or the upper ones.
@@ -197,17 +199,18 @@ FASTKD_INLINE void multiply_rows(bool copy, A a, const Panel& panel, int64_t fir
 
 // sums(i, j) += sum_k A(i, k) B(k, j) for vectors j, one after the other as a tile adds them.
 template <int kRows, int kVectors>
-FASTKD_INLINE void multiply_piece(RowMajor a, const float* b, int64_t stride, int64_t depth, float* sums,
+FASTKD_INLINE void multiply_piece(RowMajor a, const float* b, int64_t stride, int64_t depth, int64_t ahead, float* sums,
                                   int64_t columns) {
   Vector all[kRows][kVectors];
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kVectors; ++j) all[i][j] = *reinterpret_cast<Vector*>(sums + i * columns + j * kLanes);
   }
   for (int64_t k = 0; k < depth; ++k, b += stride) {
-    for (int j = 0; j < kVectors * kLanes; j += 16) __builtin_prefetch(b + kShortDepth * stride + j, 0, 3);
-    for (int j = 0; j < kVectors; ++j) {
-      const Vector of_b = *reinterpret_cast<const Vector*>(b + j * kLanes);
-      for (int i = 0; i < kRows; ++i) all[i][j] += a.data[i * a.stride + k] * of_b;
+    for (int j = 0; j < kVectors * kLanes; j += 16) __builtin_prefetch(b + ahead + j, 0, 3);
+    Vector of_b[kVectors];
+    for (int j = 0; j < kVectors; ++j) of_b[j] = *reinterpret_cast<const Vector*>(b + j * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kVectors; ++j) all[i][j] += a.data[i * a.stride + k] * of_b[j];
     }
   }
   for (int i = 0; i < kRows; ++i) {
@@ -215,34 +218,53 @@ FASTKD_INLINE void multiply_piece(RowMajor a, const float* b, int64_t stride, in
   }
 }
 
-// The panel's columns for kRows rows, of which B's bytes are the cost: B is read as nearly in sequence as the columns
-// allow, and a page of it is left but once. `sums` has room for whole vectors.
+// The same for `width` columns; the sums of a row are `columns` apart.
 template <int kRows>
-__attribute__((noinline)) void multiply_few(RowMajor a, const Panel& panel, int64_t depth, float* sums,
-                                            ConstRowPointers start, RowPointers out) {
-  constexpr int kFit = kTileRows * kTileVectors / kRows, kVectors = kFit < kWideVectors ? kFit : kWideVectors;
-  const int64_t columns = (panel.columns + kLanes - 1) / kLanes * kLanes;
+__attribute__((noinline)) void multiply_strip(RowMajor a, const float* b, int64_t stride, int64_t depth, int64_t ahead,
+                                              float* sums, int64_t columns, int64_t width) {
+  constexpr int kSums = kTileRows * kTileVectors / 12 * 12;
+  constexpr int kVectors = kSums / kRows < kWideVectors ? kSums / kRows : kWideVectors;
+  int64_t j = 0;
+  for (; j + kVectors * kLanes <= width; j += kVectors * kLanes) {
+    multiply_piece<kRows, kVectors>(a, b + j, stride, depth, ahead, sums + j, columns);
+  }
+  for (; j + kLanes <= width; j += kLanes) {
+    multiply_piece<kRows, 1>(a, b + j, stride, depth, ahead, sums + j, columns);
+  }
+  for (; j < width; ++j) {
+    for (int i = 0; i < kRows; ++i) {
+      float& sum = sums[i * columns + j];
+      for (int64_t k = 0; k < depth; ++k) sum = multiply_add(a.at(i, k).data[0], b[k * stride + j], sum);
+    }
+  }
+}
+
+// The panel's columns for so few rows that B's bytes are the cost: some rows of B at a time, so that B is read as
+// nearly in sequence as the columns allow, and a page of it is left but once. `sums` has room for whole vectors.
+inline void multiply_few(RowMajor a, int64_t rows, const Panel& panel, int64_t depth, float* sums,
+                         ConstRowPointers start, RowPointers out) {
+  const int64_t columns = (panel.columns + kLanes - 1) / kLanes * kLanes, step = rows < 8 ? 8 : 16;
   for (int64_t first = 0; first < depth || first == 0; first += kDepth, start = out) {
     const int64_t end = depth - first < kDepth ? depth : first + kDepth;
-    __builtin_memset(sums, 0, sizeof(float) * kRows * columns);
-    for (int64_t k = first; k < end; k += kShortDepth) {
-      const int64_t part = end - k < kShortDepth ? end - k : kShortDepth;
+    __builtin_memset(sums, 0, sizeof(float) * rows * columns);
+    for (int64_t k = first; k < end; k += step) {
+      const int64_t part = end - k < step ? end - k : step;
       const float* const b = panel.data + k * panel.stride + panel.column;
-      int64_t j = 0;
-      for (; j + kVectors * kLanes <= panel.columns; j += kVectors * kLanes) {
-        multiply_piece<kRows, kVectors>(a.at(0, k), b + j, panel.stride, part, sums + j, columns);
-      }
-      for (; j + kLanes <= panel.columns; j += kLanes) {
-        multiply_piece<kRows, 1>(a.at(0, k), b + j, panel.stride, part, sums + j, columns);
-      }
-      for (; j < panel.columns; ++j) {
-        for (int i = 0; i < kRows; ++i) {
-          float& sum = sums[i * columns + j];
-          for (int64_t l = 0; l < part; ++l) sum = multiply_add(a.at(i, k).data[l], b[l * panel.stride + j], sum);
+      int64_t row = 0;
+      const auto multiply = [&](auto count) {
+        constexpr int kRows = decltype(count)::value;
+        for (; row + kRows <= rows; row += kRows) {
+          multiply_strip<kRows>(a.at(row, k), b, panel.stride, part, row == 0 ? step * panel.stride : 0,
+                                sums + row * columns, columns, panel.columns);
         }
-      }
+      };
+      if constexpr (kTileRows >= 8) multiply(Count<8>());
+      multiply(Count<4>());
+      multiply(Count<3>());
+      multiply(Count<2>());
+      multiply(Count<1>());
     }
-    for (int i = 0; i < kRows; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       const float* const from = start ? start[i] + panel.column : nullptr;
       float* const to = out[i] + panel.column;
       FASTKD_SIMD
@@ -252,15 +274,16 @@ __attribute__((noinline)) void multiply_few(RowMajor a, const Panel& panel, int6
   }
 }
 
-// C(i, j) = start(i, j) + sum_k A(i, k) B(k, j) for `rows` rows and the panel's columns. `packed`: kPackedFloats.
+// C(i, j) = start(i, j) + sum_k A(i, k) B(k, j) for `rows` rows and the panel's columns. `room`: kPackedFloats.
 template <class A>
-void multiply_panel(A a, int64_t rows, const Panel& panel, int64_t depth, float* packed, ConstRowPointers start,
+void multiply_panel(A a, int64_t rows, const Panel& panel, int64_t depth, float* room, ConstRowPointers start,
                     RowPointers out) {
   int64_t first = 0;
   do {
     const int64_t part = depth - first < kDepth ? depth - first : kDepth;
     bool copy = panel.copied_by_tile();
-    if (!copy) pack(panel, first, part, packed);
+    float* const packed = panel.packed ? panel.packed + first * kTileColumns : room;
+    if (!copy && panel.packed == nullptr) pack(panel, first, part, packed);
     int64_t row = 0;
     const auto multiply = [&](auto count) {
       constexpr int kRows = decltype(count)::value;
