@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkd import _library  # noqa: F401  (registers the ops)
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
+_release_memory_of_kernels = torch.ops.fastkd._release_memory
 
 
 def _plain_cpu(tensor: Tensor) -> bool:
@@ -61,7 +62,7 @@ class GradientMemory:
     def release(self) -> None:
         """Give the kept memory back to the system."""
         self._kept.clear()
-        torch.ops.fastkd._release_memory()
+        _release_memory_of_kernels()
 
 
 memory = GradientMemory()

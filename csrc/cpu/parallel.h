@@ -8,6 +8,7 @@
 #include <new>
 #include <utility>
 
+#include "../tensor/allocate.h"
 #include "row_slices.h"
 
 namespace fastkd {
@@ -48,6 +49,7 @@ class Scratch {
       std::free(data_);
       size_ = (bytes + 63) / 64 * 64;
       data_ = static_cast<char*>(std::aligned_alloc(64, size_));
+      ask_for_huge_pages(data_, size_);
       if (data_ == nullptr) {
         size_ = 0;
         throw std::bad_alloc();

@@ -67,7 +67,8 @@ using RowPointers = float* const*;
 using ConstRowPointers = const float* const*;
 
 // out(i, j) = start(i, j) + sum_k A(i, k) B(k, j), start being 0 where there is none; it may be `out`. kCopy: B is `b`
-// with `stride`, and is copied to `packed`; else it is `packed`.
+// with `stride`, and is copied to `packed`; else it is `packed`, and `b` what soon will be: for each kAhead k a row of
+// it is asked for.
 template <int kRows, bool kCopy, class A>
 __attribute__((noinline)) void multiply_tile(A a, const float* b, int64_t stride, float* packed, int64_t depth,
                                              ConstRowPointers start, RowPointers out, int64_t column) {
@@ -82,30 +83,37 @@ __attribute__((noinline)) void multiply_tile(A a, const float* b, int64_t stride
   if constexpr (__is_same(A, RowMajor)) {
     for (int p = 0; p < kPointers; ++p) rows[p] = a.data + 3 * p * a.stride;
   }
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector of_b[kTileVectors];
-    const float* from = kCopy ? b : packed;
-    for (int j = 0; j < kTileVectors; ++j) of_b[j] = *reinterpret_cast<const Vector*>(from + j * kLanes);
-    if constexpr (kCopy) {
-      for (int j = 0; j < kTileVectors; ++j) *reinterpret_cast<Vector*>(packed + j * kLanes) = of_b[j];
-      for (int j = 0; j < kTileColumns; j += 16) __builtin_prefetch(b + kAhead * stride + j, 0, 3);
+  for (int64_t first = 0; first < depth; first += kAhead) {
+    if (!kCopy) {
+      for (int j = 0; j < kTileColumns; j += 16) __builtin_prefetch(b + j, 0, 2);
       b += stride;
     }
-    packed += kTileColumns;
-    for (int i = 0; i < kRows; ++i) {
-      float x;
-      if constexpr (__is_same(A, RowMajor)) {
-        x = rows[i / 3][i % 3 * a.stride];
-      } else {
-        x = a.data[i];
+    const int64_t end = depth - first < kAhead ? depth : first + kAhead;
+#pragma GCC unroll 1
+    for (int64_t k = first; k < end; ++k) {
+      Vector of_b[kTileVectors];
+      const float* from = kCopy ? b : packed;
+      for (int j = 0; j < kTileVectors; ++j) of_b[j] = *reinterpret_cast<const Vector*>(from + j * kLanes);
+      if constexpr (kCopy) {
+        for (int j = 0; j < kTileVectors; ++j) *reinterpret_cast<Vector*>(packed + j * kLanes) = of_b[j];
+        for (int j = 0; j < kTileColumns; j += 16) __builtin_prefetch(b + kAhead * stride + j, 0, 3);
+        b += stride;
       }
-      for (int j = 0; j < kTileVectors; ++j) sums[i][j] += x * of_b[j];
-    }
-    if constexpr (__is_same(A, RowMajor)) {
-      for (int p = 0; p < kPointers; ++p) ++rows[p];
-    } else {
-      a.data += kTileRows;
+      packed += kTileColumns;
+      for (int i = 0; i < kRows; ++i) {
+        float x;
+        if constexpr (__is_same(A, RowMajor)) {
+          x = rows[i / 3][i % 3 * a.stride];
+        } else {
+          x = a.data[i];
+        }
+        for (int j = 0; j < kTileVectors; ++j) sums[i][j] += x * of_b[j];
+      }
+      if constexpr (__is_same(A, RowMajor)) {
+        for (int p = 0; p < kPointers; ++p) ++rows[p];
+      } else {
+        a.data += kTileRows;
+      }
     }
   }
   for (int i = 0; i < kRows; ++i) {
@@ -178,13 +186,13 @@ inline void pack(const Panel& panel, int64_t first, int64_t depth, float* packed
   }
 }
 
+// `b` and `stride`: what a tile copies, or asks for.
 template <int kRows, class A>
-FASTKD_INLINE void multiply_rows(bool copy, A a, const Panel& panel, int64_t first, int64_t depth, float* packed,
-                                 ConstRowPointers start, RowPointers out) {
+FASTKD_INLINE void multiply_rows(bool copy, A a, const Panel& panel, const float* b, int64_t stride, int64_t depth,
+                                 float* packed, ConstRowPointers start, RowPointers out) {
   if (panel.columns == kTileColumns) {
-    const float* b = copy ? panel.data + first * panel.stride + panel.column : nullptr;
     const auto multiply = copy ? multiply_tile<kRows, true, A> : multiply_tile<kRows, false, A>;
-    return multiply(a, b, panel.stride, packed, depth, start, out, panel.column);
+    return multiply(a, b, stride, packed, depth, start, out, panel.column);
   }
   // The tile is wider than what there is of C.
   float tile[kRows][kTileColumns] = {};
@@ -193,7 +201,7 @@ FASTKD_INLINE void multiply_rows(bool copy, A a, const Panel& panel, int64_t fir
     rows[i] = tile[i];
     if (start) __builtin_memcpy(tile[i], start[i] + panel.column, sizeof(float) * panel.columns);
   }
-  multiply_tile<kRows, false>(a, nullptr, 0, packed, depth, start ? rows : nullptr, rows, 0);
+  multiply_tile<kRows, false>(a, packed, 0, packed, depth, start ? rows : nullptr, rows, 0);
   for (int i = 0; i < kRows; ++i) __builtin_memcpy(out[i] + panel.column, tile[i], sizeof(float) * panel.columns);
 }
 
@@ -281,15 +289,26 @@ void multiply_panel(A a, int64_t rows, const Panel& panel, int64_t depth, float*
   int64_t first = 0;
   do {
     const int64_t part = depth - first < kDepth ? depth - first : kDepth;
-    bool copy = panel.copied_by_tile();
+    const bool in_place = panel.copied_by_tile();
     float* const packed = panel.packed ? panel.packed + first * kTileColumns : room;
-    if (!copy && panel.packed == nullptr) pack(panel, first, part, packed);
-    int64_t row = 0;
+    if (!in_place && panel.packed == nullptr) pack(panel, first, part, packed);
+    const float* const b = in_place ? panel.data + first * panel.stride + panel.column : packed;
+    // The tiles ask for the panel beside this one, or the part of packed ones behind this one, some rows each.
+    const float* next = in_place ? b + kTileColumns : packed + part * kTileColumns;
+    const int64_t stride = in_place ? panel.stride : kTileColumns;
+    int64_t row = 0, left = in_place || panel.packed ? part : 0;
     const auto multiply = [&](auto count) {
       constexpr int kRows = decltype(count)::value;
-      for (; row + kRows <= rows; row += kRows, copy = false) {
-        multiply_rows<kRows>(copy, a.at(row, first), panel, first, part, packed, start ? start + row : nullptr,
-                             out + row);
+      for (; row + kRows <= rows; row += kRows) {
+        const bool copy = in_place && row == 0, asks = copy || left > 0;
+        multiply_rows<kRows>(copy, a.at(row, first), panel,
+                             copy   ? b
+                             : asks ? next
+                                    : packed,
+                             asks ? stride : 0, part, packed, start ? start + row : nullptr, out + row);
+        if (copy) continue;
+        next += part / kAhead * stride;
+        left -= part / kAhead;
       }
     };
     multiply(Count<kTileRows>());

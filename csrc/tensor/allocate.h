@@ -17,17 +17,20 @@ namespace fastkd {
 inline constexpr int64_t kStreamedBytes = int64_t(32) << 20;
 
 // Of memory that nobody has written yet.
-inline void ask_for_huge_pages(const torch::stable::Tensor& fresh) {
+inline void ask_for_huge_pages(const void* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-  if (!fresh.is_cpu()) return;
   constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(fresh.data_ptr());
+  const uintptr_t first = reinterpret_cast<uintptr_t>(data);
   const uintptr_t begin = (first + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (first + uintptr_t(fresh.numel() * element_size(fresh.scalar_type()))) / kHugePage * kHugePage;
+  const uintptr_t end = (first + uintptr_t(bytes)) / kHugePage * kHugePage;
   if (end > begin && end - begin >= 8 * kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
-  (void)fresh;
+  (void)data, (void)bytes;
 #endif
+}
+
+inline void ask_for_huge_pages(const torch::stable::Tensor& fresh) {
+  if (fresh.is_cpu()) ask_for_huge_pages(fresh.data_ptr(), fresh.numel() * element_size(fresh.scalar_type()));
 }
 
 inline torch::stable::Tensor gradient_like(const torch::stable::Tensor& like) {
