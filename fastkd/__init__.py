@@ -4,6 +4,7 @@ from fastkd import nn, recipes, reference
 from fastkd._gradient import release_memory
 from fastkd._library import cpu_capability
 from fastkd.acm_gate import AcmRegularizers, acm_gate, acm_regularizers
+from fastkd.acm_prefix_loss import acm_oracle, acm_prefix_loss
 from fastkd.acmize import (
     AcmCall,
     acm_calls,
@@ -21,7 +22,7 @@ from fastkd.byte_stream import ByteStream
 from fastkd.byte_vocab import ByteVocab
 from fastkd.chunk_log_likelihood import ChunkLogLikelihood, chunk_log_likelihood
 from fastkd.clipped_divergence import clipped_divergence
-from fastkd.gated_routing import acm, acm_oracle, acm_prefix_loss, acm_soft
+from fastkd.gated_routing import acm, acm_soft
 from fastkd.kl_div import kl_div
 from fastkd.softmax_divergence import softmax_divergence
 from fastkd.teacher_store import TeacherStore

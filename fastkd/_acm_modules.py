@@ -6,9 +6,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd._learner_arguments import check_count, check_integer, check_positive
+from fastkd._learners import ACTIVATIONS
 from fastkd.acm_gate import acm_gate
 from fastkd.gated_routing import acm, acm_soft
 
@@ -49,6 +50,8 @@ def mlp_sizes(module: nn.Module) -> tuple[int, int, int] | None:
     """
     if isinstance(module, SplitMLP):
         return _chained(module[0].dense, module[1])
+    if next(module.parameters(recurse=False), None) is not None:
+        return None
     children = [child for child in module.children() if next(child.parameters(), None) is not None]
     sizes = [projection_sizes(child) for child in children]
     if len(sizes) < 2 or not all(sizes):
@@ -75,6 +78,11 @@ def _chained(first: Any, last: Any) -> tuple[int, int, int] | None:
     if inner is None or outer is None or inner[1] != outer[0]:
         return None
     return *inner, outer[1]
+
+
+def _one_hot(choices: Tensor, learners: int, dtype: torch.dtype) -> Tensor:
+    steps = torch.arange(learners + 1, device=choices.device)
+    return (choices.unsqueeze(-1) == steps).to(dtype)
 
 
 class ACMGate(nn.Module):
@@ -117,9 +125,13 @@ class ACMGate(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, number in (("num_learners", num_learners), ("depth", depth)):
-            if number < 1:
-                raise ValueError(f"ACMGate: {name} must be at least 1, got {number}")
+        for name, number in (
+            *(("in_features", in_features), ("num_learners", num_learners)),
+            *(("depth", depth), ("hidden", hidden)),
+        ):
+            check_count("ACMGate", name, number)
+        check_positive("ACMGate", "temperature", temperature)
+        check_integer("ACMGate", "min_choice", min_choice)
         if not 0 <= min_choice <= num_learners:
             raise ValueError(
                 f"ACMGate: min_choice must lie in [0, N = {num_learners}], got {min_choice}"
@@ -140,10 +152,11 @@ class ACMGate(nn.Module):
         return self.layers(x)
 
     def choices(self, x: Tensor) -> Tensor:
-        """int64 ``[...]``, what evaluation runs."""
+        """int64 ``[...]``, what evaluation runs; every learner where a logit is NaN."""
         logits = self.logits(x)[..., self.min_choice :].float()
         steps = torch.arange(logits.size(-1), device=logits.device)
-        return (logits - self.price.float() * steps).argmax(-1) + self.min_choice
+        best = (logits - self.price.float() * steps).argmax(-1) + self.min_choice
+        return torch.where(logits.isnan().any(-1), self.num_learners, best)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One-hot ``[..., N + 1]``: drawn in training, of :meth:`choices` in evaluation."""
@@ -154,7 +167,7 @@ class ACMGate(nn.Module):
                 min_choice=self.min_choice,
                 generator=generator,
             )
-        return F.one_hot(self.choices(x), self.num_learners + 1).to(x.dtype)
+        return _one_hot(self.choices(x), self.num_learners, x.dtype)
 
     def extra_repr(self) -> str:
         """What is not seen in the layers."""
@@ -212,8 +225,11 @@ class ACM(nn.Module):
             *(("in_features", in_features), ("out_features", out_features)),
             *(("num_learners", num_learners), ("width", width)),
         ):
-            if number < 1:
-                raise ValueError(f"ACM: {name} must be at least 1, got {number}")
+            check_count("ACM", name, number)
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"ACM: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}"
+            )
         self.activation = activation
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.w1 = nn.Parameter(torch.empty(num_learners, in_features, width, **place))
@@ -252,6 +268,7 @@ class ACM(nn.Module):
             raise TypeError(
                 f"ACM.from_linear: linear must be an nn.Linear, got {type(linear).__name__}"
             )
+        check_count("ACM.from_linear", "num_learners", num_learners)
         inputs, outputs = sizes
         width = round((inputs + 1) * outputs / (num_learners * (inputs + outputs + 1)))
         defaults = {"activation": "identity", "min_choice": 1, "width": max(width, 1)}
@@ -277,6 +294,7 @@ class ACM(nn.Module):
                 "ACM.from_mlp: mlp must be a Sequential(Linear, activation, Linear) or hold two "
                 f"projections under known names, got {type(mlp).__name__}"
             )
+        check_count("ACM.from_mlp", "num_learners", num_learners)
         inputs, hidden, outputs = sizes
         width = max(round(hidden / num_learners), 1)
         return cls._like(mlp, inputs, outputs, num_learners, {"width": width} | options)
@@ -329,7 +347,7 @@ class ACM(nn.Module):
             return out if bias is None else out + bias, gates
         if choices is None and self.gate is not None:
             choices = self.gate.choices(x)
-            gates = F.one_hot(choices, self.num_learners + 1).to(x.dtype)
+            gates = _one_hot(choices, self.num_learners, x.dtype)
         elif choices is None:
             choices = torch.full(x.shape[:-1], self.num_learners, device=x.device)
         return acm(*operands, choices, activation=self.activation, bias=bias), gates

@@ -1,5 +1,7 @@
-"""Arguments of gated routing: what is checked before learners run."""
+"""Arguments of gated routing: what is checked before learners run, and how they are laid out."""
 
+import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -83,3 +85,38 @@ def check_choices(choices: Any, x: Tensor) -> None:
             f"acm: choices must have an integer dtype, got {str(dtype).removeprefix('torch.')}"
         )
     check_shape("acm", "choices", choices, x.shape[:-1], x)
+
+
+def check_positive(function: str, name: str, value: Any) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{function}: {name} must be positive and finite, got {value}")
+
+
+def check_integer(function: str, name: str, value: Any) -> None:
+    if not isinstance(value, Integral):
+        raise TypeError(f"{function}: {name} must be an integer, got {type(value).__name__}")
+
+
+def check_count(function: str, name: str, value: Any) -> None:
+    check_integer(function, name, value)
+    if value < 1:
+        raise ValueError(f"{function}: {name} must be at least 1, got {value}")
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """``[rows, D]``."""
+    return x.reshape(x.shape[:-1].numel(), x.size(-1))
+
+
+def requires_grad(*tensors: Tensor) -> bool:
+    """Whether autograd is to know of a function of these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def needed(values: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None, ...]:
+    """None in the place of gradients that nobody asks for, as autograd wants it."""
+    return tuple(value if need else None for value, need in zip(values, needs, strict=False))[
+        : len(needs)
+    ]

@@ -417,6 +417,18 @@ def _acm_prefixes(
     )
 
 
+def prefix_unit(target: Tensor, learners: int) -> Tensor | None:
+    """Factors of the prefixes' terms that keep what float16 products take around 1; None: all 1.
+
+    Residuals are about as large as the target, and up to N of them are added up.
+    """
+    if target.dtype != torch.float16 or target.numel() == 0:
+        return None
+    largest = target.detach().abs().amax().float()
+    unit = torch.where(largest > 0, 1 / (learners * largest), 1)
+    return unit.expand(learners + 1)
+
+
 def _fake_prefixes_backward(
     grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, target: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
@@ -447,14 +459,17 @@ def _acm_prefixes_backward(
     factors = grad.to(wide(x.dtype)) * (2 / max(target.numel(), 1))
     # Prefix 0 is the target alone: no learner depends on its factor.
     counted = factors[0 if needs[4] else 1 :].tolist()
+    unit = prefix_unit(target, w1.size(0))
     if any(factor != counted[0] for factor in counted):
         # A product of float16 takes numbers around 1; what is small is multiplied at the end.
-        top = factors.abs().amax()
-        others = (factors / top, activation, detach, needs)
-        _, *found = _acm_prefixes.kernel(x, w1, b1, w2, target, *others)
+        top = factors[-len(counted) :].abs().amax()
+        shares = factors / top if unit is None else factors / top * unit
+        _, *found = _acm_prefixes.kernel(x, w1, b1, w2, target, shares, activation, detach, needs)
         last_use = True
     else:
         top = factors[-1]
+    if unit is not None:
+        top = top / unit[0]
     inputs = (x, w1, b1, w2, target)
     of_x, of_w1, of_b1, of_w2, of_target = (
         (gradient.mul_(top) if last_use else gradient * top).to(value.dtype)

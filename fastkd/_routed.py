@@ -31,10 +31,12 @@ def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if one_by_one and not has_kernels(x, dtype) else dtype
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def traced(x: Tensor) -> bool:
     """Whether there are no numbers to look at: while compiling, and for fake and meta tensors."""
-    plain = type(x) in (Tensor, torch.nn.Parameter)
-    return torch.compiler.is_compiling() or not plain or x.is_meta
+    return torch.compiler.is_compiling() or type(x) not in _PLAIN or x.is_meta
 
 
 def has_kernels(x: Tensor, dtype: torch.dtype) -> bool:
@@ -49,6 +51,9 @@ def value(
     x = operands[0]
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not has_kernels(x, x.dtype):
         return None
+    for other in (*operands, choices) if bias is None else (*operands, bias, choices):
+        if type(other) not in _PLAIN or other.device != x.device:
+            return None
     try:
         return torch.ops.fastkd._acm_value(*operands, bias, choices, activation)
     except RuntimeError:

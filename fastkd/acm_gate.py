@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastkd._learner_arguments import check_integer, check_positive
 
 
 class AcmRegularizers(NamedTuple):
@@ -39,7 +42,7 @@ def acm_gate(
 
     Args:
         logits: ``[..., N + 1]`` float32, bfloat16, float16 or float64. ``-inf`` is never chosen. A
-            row with a NaN, or without a finite logit among the choices allowed, is NaN.
+            row with a NaN or ``+inf``, or without a finite logit among the choices allowed, is NaN.
         temperature: :math:`\tau`, positive.
         hard: see above.
         min_choice: choices below it have probability 0 and a zero gradient; their logits are not
@@ -61,9 +64,9 @@ def acm_gate(
     [[0.0, 1.0, 0.0]]
     """
     _check_gate("acm_gate", "logits", logits)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"acm_gate: temperature must be positive and finite, got {temperature}")
+    check_positive("acm_gate", "temperature", temperature)
     choices = logits.size(-1)
+    check_integer("acm_gate", "min_choice", min_choice)
     if not 0 <= min_choice < choices:
         raise ValueError(
             f"acm_gate: min_choice must lie in [0, {choices}), the choices of logits with shape "
@@ -86,7 +89,7 @@ def acm_gate(
 
 
 def acm_regularizers(
-    gates: Sequence[Tensor], costs: Sequence[float] | Tensor, target: float
+    gates: Sequence[Tensor] | Tensor, costs: Sequence[float] | Tensor, target: float
 ) -> AcmRegularizers:
     r"""Hold gates to a budget, and keep them from choosing the same everywhere.
 
@@ -106,8 +109,10 @@ def acm_regularizers(
 
     Args:
         gates: one tensor a layer, ``[B, ..., N_l + 1]``: B sequences (the same in all layers), then
-            tokens in any number of dimensions (none: one token a sequence).
-        costs: one number a layer, :math:`c_l`: multiply-adds of a learner for one token.
+            tokens in any number of dimensions (none: one token a sequence). Or one tensor
+            ``[layers, B, T, ..., N + 1]``.
+        costs: one number a layer, :math:`c_l`: multiply-adds of a learner for one token. A tensor
+            ``[layers]`` is not looked at: nothing waits for its device.
         target: share of the cost of all learners, 0.25 to 0.75 in the paper.
 
     Returns:
@@ -124,6 +129,8 @@ def acm_regularizers(
     >>> [round(x.item(), 4) for x in found]  # 5 of 8 learners ran
     [0.125, -0.3155, -0.5]
     """
+    if isinstance(gates, Tensor) and gates.dim() > 3:
+        gates = gates.unbind()
     if not isinstance(gates, Sequence) or not gates:
         raise TypeError(
             "acm_regularizers: gates must be a sequence of tensors, one a layer, got "
@@ -137,12 +144,16 @@ def acm_regularizers(
                 f"acm_regularizers: {name} must have shape [{gates[0].size(0)}, ..., N + 1] with "
                 f"N at least 1, got {list(gate.shape)}"
             )
-    costs = costs.tolist() if isinstance(costs, Tensor) else [float(cost) for cost in costs]
-    if len(costs) != len(gates) or not all(0 < cost < math.inf for cost in costs):
-        raise ValueError(
-            f"acm_regularizers: costs must be {len(gates)} positive numbers, one a layer, got "
-            f"{costs}"
-        )
+        if gate.device != gates[0].device:
+            raise ValueError(
+                f"acm_regularizers: {name} must be on {gates[0].device} as gates[0] is, got "
+                f"{gate.device}"
+            )
+    costs = _costs(costs, gates)
+    if not isinstance(target, Real):
+        raise TypeError(f"acm_regularizers: target must be a number, got {type(target).__name__}")
+    if not math.isfinite(target):
+        raise ValueError(f"acm_regularizers: target must be finite, got {target}")
     double = any(gate.dtype == torch.float64 for gate in gates)
     used, shares, entropies = [], [], []
     for gate in gates:
@@ -158,13 +169,33 @@ def acm_regularizers(
         histogram = histogram / torch.where(total == 0, 1, total)
         log = torch.where(histogram == 0, 1, histogram).log()
         entropies.append(_mean(-(histogram * log).sum(-1)) / math.log(choices))
-    whole = sum(cost * (gate.size(-1) - 1) for cost, gate in zip(costs, gates, strict=True))
+    whole: Any = sum(cost * (gate.size(-1) - 1) for cost, gate in zip(costs, gates, strict=True))
     spent = torch.stack([cost * mean for cost, mean in zip(costs, used, strict=True)]).sum() / whole
     share = torch.stack(shares).mean(0)
     differences = share.unsqueeze(0) - share.unsqueeze(1)
     return AcmRegularizers(
         (spent - target).abs(), -torch.stack(entropies).mean(), -2 * _mean(differences.abs())
     )
+
+
+def _costs(costs: Sequence[float] | Tensor, gates: Sequence[Tensor]) -> list[Any]:
+    """One a layer."""
+    if isinstance(costs, Tensor) and costs.shape == (len(gates),):
+        wide = torch.promote_types(costs.dtype, torch.float32)
+        return list(costs.detach().to(gates[0].device, wide).unbind())
+    if not isinstance(costs, (Sequence, Tensor)):
+        raise TypeError(
+            f"acm_regularizers: costs must be a sequence or a tensor, got {type(costs).__name__}"
+        )
+    got = list(costs.shape) if isinstance(costs, Tensor) else list(costs)
+    fits = not isinstance(costs, Tensor) and len(got) == len(gates)
+    if not fits or not all(isinstance(cost, Real) and 0 < cost < math.inf for cost in got):
+        what = "shape " if isinstance(costs, Tensor) else ""
+        raise ValueError(
+            f"acm_regularizers: costs must be {len(gates)} positive numbers, one a layer, got "
+            f"{what}{got}"
+        )
+    return got
 
 
 def _mean(values: Tensor) -> Tensor:

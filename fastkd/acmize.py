@@ -1,6 +1,6 @@
 """Adaptive computation modules in place of the Linears and MLPs of a model, and their training."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._acm_modules import ACM, ACMGate, SplitMLP, mlp_sizes, projection_sizes
+from fastkd._learner_arguments import check_count
 from fastkd.acm_gate import AcmRegularizers, acm_regularizers
-from fastkd.gated_routing import acm_oracle, acm_prefix_loss
+from fastkd.acm_prefix_loss import acm_oracle, acm_prefix_loss
 
 _KINDS = ("mlp", "linear")
 #: Not looked into.
@@ -111,9 +112,15 @@ def acmize(
       )
     )
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"acmize: model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(kinds, str) or not isinstance(kinds, Iterable):
+        raise TypeError(f"acmize: kinds must be a sequence of names, got {kinds!r}")
+    kinds = tuple(kinds)
     for kind in kinds:
         if kind not in _KINDS:
             raise ValueError(f"acmize: kinds must be of {', '.join(_KINDS)}; got {kind!r}")
+    check_count("acmize", "num_learners", num_learners)
     made: dict[nn.Module, ACM] = {}
 
     def replacement(name: str, module: nn.Module) -> ACM | None:
@@ -130,9 +137,8 @@ def acmize(
             if min_choice is not None:
                 options["min_choice"] = min_choice
             make = ACM.from_mlp if is_mlp else ACM.from_linear
-            made[module] = make(module, num_learners, **options)
+            made[module] = make(module, num_learners, **options).train(module.training)
             made[module].original = module if keep_original else None
-            made[module].train(module.training)
         return made[module]
 
     passed_over: set[nn.Module] = set()
@@ -143,7 +149,8 @@ def acmize(
             passed_over.update(split)
             new = replacement(f"{prefix}intermediate", split)
             if new is not None:
-                parent.intermediate, parent.output.dense = new, nn.Identity()  # type: ignore
+                behind = nn.Identity().train(split.training)
+                parent.intermediate, parent.output.dense = new, behind  # type: ignore
         for name, child in list(parent._modules.items()):
             if child is None or child in passed_over or isinstance(child, _WHOLE):
                 continue
@@ -174,6 +181,7 @@ def _split_mlp(module: nn.Module) -> SplitMLP | None:
     ):
         return None
     split = SplitMLP(first, last)
+    split.training = first.training
     return None if mlp_sizes(split) is None else split
 
 
@@ -197,7 +205,8 @@ def acm_calls(model: nn.Module, *, originals: bool = False) -> Iterator[list[Acm
             inputs and outputs phases I and II need.
 
     Returns:
-        A context that gives a list of :class:`AcmCall`, empty at first. It belongs to one thread.
+        A context that gives a list of :class:`AcmCall`, empty at first. It belongs to one thread. A
+        context within it takes the calls until it ends.
 
     Raises:
         ValueError: the model has no ACM, or an original that is asked for was dropped.
@@ -233,13 +242,14 @@ def acm_calls(model: nn.Module, *, originals: bool = False) -> Iterator[list[Acm
     for name, module in layers.items():
         if originals and module.original is None:
             raise ValueError(f"acm_calls: {name or 'the model'} has dropped its original")
+    before = {module: module._watch for module in layers.values()}
     try:
         for name, module in layers.items():
             module._watch = watch(name)
         yield calls
     finally:
-        for module in layers.values():
-            module._watch = None
+        for module, outer in before.items():
+            module._watch = outer
 
 
 def acm_phase1_loss(calls: Sequence[AcmCall], *, detach: bool = False) -> Tensor:
@@ -420,7 +430,9 @@ def acm_set_budget(
                         rows = call.gates.shape[:-1].numel()
                         whole += call.module.cost * call.module.num_learners * rows
                 calls.clear()
-        return used / max(whole, 1.0)
+        if whole == 0:
+            raise ValueError("acm_set_budget: batches hold no rows that a gate sees")
+        return used / whole
 
     try:
         low, high, found = 0.0, 1.0, share(0.0)
@@ -452,7 +464,7 @@ def acm_set_budget(
 
 
 def _run(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, (tuple, list)):
         model(*batch)

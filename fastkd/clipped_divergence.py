@@ -227,11 +227,8 @@ class _ClippedDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         needs = ctx.needs_input_grad[:4]
-        gradients, pending, inputs = (
-            ctx.saved_tensors[:4],
-            ctx.saved_tensors[4],
-            ctx.saved_tensors[5:],
-        )
+        saved = ctx.saved_tensors  # once: a checkpoint gives them once
+        gradients, pending, inputs = saved[:4], saved[4], saved[5:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             loss = reference.clipped_divergence_op(*inputs, *ctx.arguments)
             return *differentiable_gradients(loss, inputs, needs, grad_output), None

@@ -1,6 +1,5 @@
 """Gated routing (adaptive computation modules): each row runs as many learners as it chooses."""
 
-import math
 from typing import Any
 
 import torch
@@ -13,12 +12,12 @@ from fastkd._learner_arguments import (
     check_float,
     check_learners,
     check_shape,
-    check_target,
+    flat_rows,
+    needed,
+    requires_grad,
 )
 from fastkd._library import transforms_active
 from fastkd._routed import traced
-
-_RULES = ("paper", "code")
 
 
 def acm(
@@ -38,7 +37,8 @@ def acm(
 
     Rows are sorted by choice (once, stable), so that the rows that run learner n are the first
     ones: N pairs of matrix products with ever fewer rows. Backward keeps the pre-activations of the
-    learners that ran, and runs over these alone; room is set aside for those of all learners.
+    learners that ran, and runs over these alone; on a GPU, and while compiling, room is set aside
+    for those of all learners.
 
     float32 on the CPU, and float32, bfloat16 and float16 on a GPU, run in kernels of fastkd's own:
     the gather is a product's load, bias and activation its end, each row of the result is written
@@ -90,19 +90,21 @@ def acm(
             f"acm: bias must have shape [{w2.size(2)}] or [{learners + 1}, {w2.size(2)}], got "
             f"{list(bias.shape)}"
         )
+    if bias is not None:
+        check_shape("acm", "bias", bias, bias.shape, x)  # and device
     if transforms_active():
         return reference.acm(x, w1, b1, w2, choices, activation=activation, bias=bias)
     inside = _routed.product_dtype(x, dtype)
-    operands = (_rows(x).to(inside), w1.to(inside), b1.to(inside), w2.to(inside))
+    operands = (flat_rows(x).to(inside), w1.to(inside), b1.to(inside), w2.to(inside))
     flat, bias = choices.reshape(-1), None if bias is None else bias.to(inside)
     if _routed.has_kernels(x, inside):
-        if _requires_grad(*operands) or (bias is not None and _requires_grad(bias)):
+        if requires_grad(*operands) or (bias is not None and requires_grad(bias)):
             out = _AcmRouted.apply(*operands, bias, flat, activation)
         else:
             out = _routed_value(operands, bias, flat, activation)
         return out.view(*x.shape[:-1], w2.size(2)).to(dtype)
     flat = flat.long()
-    if _requires_grad(*operands):
+    if requires_grad(*operands):
         out = _Acm.apply(*operands, flat, activation)
     else:
         out, _ = _learners.forward(*operands, flat, None, activation, False, False)
@@ -127,7 +129,8 @@ def acm_soft(
     .. math:: y = \sum_{n=1}^N G_n\, \mathrm{act}(x W^1_n + b^1_n) W^2_n, \qquad
               G_n = \sum_{k \ge n} \text{gates}_k
 
-    One-hot gates give :func:`acm`'s value. Every learner runs on every row. The gradient of
+    One-hot gates give :func:`acm`'s value (where learners are finite: 0 times a NaN is one). Every
+    learner runs on every row. The gradient of
     :math:`G_n` is the product of the learner's output and the gradient, which comes from the
     activations without that output being formed.
 
@@ -168,147 +171,17 @@ def acm_soft(
             x, w1, b1, w2, gates, activation=activation, straight_through=straight_through
         )
     inside = _routed.product_dtype(x, dtype)
-    operands = (_rows(x).to(inside), w1.to(inside), b1.to(inside), w2.to(inside))
-    flat = _rows(gates).to(_learners.wide(inside))
+    operands = (flat_rows(x).to(inside), w1.to(inside), b1.to(inside), w2.to(inside))
+    flat = flat_rows(gates).to(_learners.wide(inside))
     choices = flat.detach().argmax(-1) if straight_through else None
     scale = flat.T[1:].flip(0).cumsum(0).flip(0)
-    if _requires_grad(*operands, scale):
+    if requires_grad(*operands, scale):
         out = _AcmSoft.apply(*operands, scale, choices, activation)
     else:
         out = _soft_value(operands, scale, choices, activation)
     if straight_through:
         out = out.masked_fill(flat.detach().isnan().any(-1, keepdim=True), torch.nan)
     return out.view(*x.shape[:-1], w2.size(2)).to(dtype)
-
-
-def acm_prefix_loss(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    target: Tensor,
-    *,
-    activation: str = "gelu",
-    detach: bool = False,
-) -> Tensor:
-    r"""Mean squared error of every prefix of learners: phase I, which trains the learners.
-
-    .. math:: L_k = \frac{1}{\text{rows} \cdot D_\text{out}} \sum_{\text{rows}}
-              \Bigl\lVert \sum_{n \le k} \mathrm{act}(x W^1_n + b^1_n) W^2_n - o \Bigr\rVert^2,
-              \qquad k = 0, \dots, N
-
-    Prefix 0 is zero: :math:`L_0` is the mean square of the target. Rows are walked in blocks, so
-    that no ``[rows, N + 1, D_out]`` tensor and no hidden layer of all rows is held: besides the
-    gradients about two ``[rows, D]`` at a time. The call computes gradients as for
-    ``losses.sum()``, or any multiple of it (``losses.mean()``, ``losses[1:].sum()``); backward
-    from other combinations walks the rows once more (which of the two, the host decides: on a GPU
-    backward waits for the factors).
-
-    Args:
-        x: ``[..., D]`` float32, bfloat16, float16 or float64: the replaced module's input.
-        w1: ``[N, D, b]``.
-        b1: ``[N, b]``.
-        w2: ``[N, b, D_out]``.
-        target: ``[..., D_out]``: its output. Subtract an output bias from it first.
-        activation: as for :func:`acm`.
-        detach: learner k gets the gradient of prefix k's term alone, those before it are
-            constants there. (The released code has this switch, but never turns it on.)
-
-    Returns:
-        ``[N + 1]``, float32 (float64 if an input is); 0 without rows.
-
-    Raises:
-        ValueError, TypeError: an argument has the wrong shape or type.
-
-    Source: Wójcik et al. 2023 (arXiv 2312.10193).
-
-    >>> import torch, fastkd
-    >>> w1, b1, w2 = torch.ones(2, 1, 1), torch.zeros(2, 1), torch.tensor([[[1.0]], [[2.0]]])
-    >>> target = torch.full((1, 1), 3.0)
-    >>> fastkd.acm_prefix_loss(target / 3, w1, b1, w2, target, activation="identity").tolist()
-    [9.0, 4.0, 0.0]
-    """
-    dtype = check_learners("acm_prefix_loss", x, w1, b1, w2, activation)
-    dtype = _routed.product_dtype(x, check_target("acm_prefix_loss", x, w2, target, dtype))
-    if transforms_active():
-        return reference.acm_prefix_loss(
-            x, w1, b1, w2, target, activation=activation, detach=detach
-        )
-    operands = (
-        *(_rows(x).to(dtype), w1.to(dtype), b1.to(dtype), w2.to(dtype)),
-        _rows(target).to(dtype),
-    )
-    if _requires_grad(*operands):
-        return _AcmPrefixLoss.apply(*operands, activation, detach)
-    return _losses(_distances(operands, activation), target.numel())
-
-
-def acm_oracle(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    target: Tensor,
-    *,
-    activation: str = "gelu",
-    threshold: float = 1 / 1.2,
-    rule: str = "paper",
-) -> Tensor:
-    r"""How many learners each row needs: phase II's labels for the gate.
-
-    With :math:`d_n` the distance of prefix n from the target, another learner no longer helps
-    where it leaves at least :math:`\theta` of the distance, :math:`d_n \ge \theta d_{n-1}`.
-
-    ============  =================================================================================
-    ``"paper"``   the first such n of 2..N; N if there is none (every learner helps)
-    ``"code"``    the first n of 1..N with :math:`d_{n-1} / d_n < 1 / \theta`; N if there is none,
-                  and N also if that is n = 1: a row that not even learner 1 helps runs them all,
-                  as in the released code
-    ============  =================================================================================
-
-    No division is done: :math:`d_{n-1} = 0` stops the paper's rule at n. A row with a NaN gets N.
-
-    Args:
-        x: ``[..., D]`` float32, bfloat16, float16 or float64.
-        w1: ``[N, D, b]``.
-        b1: ``[N, b]``.
-        w2: ``[N, b, D_out]``.
-        target: ``[..., D_out]``: the replaced module's output.
-        activation: as for :func:`acm`.
-        threshold: :math:`\theta`, positive; the released code's error factor is its inverse, 1.2.
-        rule: ``"paper"`` or ``"code"``.
-
-    Returns:
-        int64 ``[...]``. No gradient.
-
-    Raises:
-        ValueError, TypeError: an argument has the wrong value, shape or type.
-
-    Source: Wójcik et al. 2023 (arXiv 2312.10193).
-
-    >>> import torch, fastkd
-    >>> w1, b1, w2 = torch.ones(3, 1, 1), torch.zeros(3, 1), torch.tensor([1, 1, 0.1]).view(3, 1, 1)
-    >>> x, target = torch.ones(1, 1), torch.full((1, 1), 3.0)  # distances 3, 2, 1, 0.9
-    >>> fastkd.acm_oracle(x, w1, b1, w2, target, activation="identity").tolist()
-    [3]
-    """
-    dtype = check_learners("acm_oracle", x, w1, b1, w2, activation)
-    dtype = _routed.product_dtype(x, check_target("acm_oracle", x, w2, target, dtype))
-    if rule not in _RULES:
-        raise ValueError(f"acm_oracle: rule must be one of {', '.join(_RULES)}; got {rule!r}")
-    if not 0 < threshold < math.inf:
-        raise ValueError(f"acm_oracle: threshold must be positive and finite, got {threshold}")
-    learners = w1.size(0)
-    with torch.no_grad():
-        operands = [v.detach().to(dtype) for v in (_rows(x), w1, b1, w2, _rows(target))]
-        distances = _distances(operands, activation)
-        before, after = threshold * distances[:-1], distances[1:]
-        stops = after >= before if rule == "paper" else after > before
-        if rule == "paper":
-            stops[0] = False
-        first = (stops.long().cumsum(0) == 0).sum(0) + 1
-        label = torch.where((first == 1) | (first > learners), learners, first)
-    return label.view(x.shape[:-1])
 
 
 class _AcmRouted(torch.autograd.Function):
@@ -346,15 +219,23 @@ class _AcmRouted(torch.autograd.Function):
             return *again, *[None] * (7 - len(again))
         of_bias = None
         if bias is not None and ctx.needs_input_grad[4]:
-            of_bias = grad.sum(0)
-            if bias.dim() == 2:
-                sums = torch.zeros_like(bias, dtype=_learners.wide(bias.dtype))
-                of_bias = sums.index_add_(0, choices, grad.to(sums.dtype)).to(bias.dtype)
+            of_bias = _bias_gradient(grad, bias, choices)
         if not any(needs):
             return None, None, None, None, of_bias, None, None
         routing = (order, counts, kept, ctx.activation)
         found = _routed.backward(grad, tuple(operands), *routing, needs)
-        return *_needed(found, needs), of_bias, None, None
+        return *needed(found, needs), of_bias, None, None
+
+
+def _bias_gradient(grad: Tensor, bias: Tensor, choices: Tensor) -> Tensor:
+    # A sum to a single number would be split over the threads.
+    if bias.dim() == 1 and bias.numel() != 1:
+        return grad.sum(0)
+    index = choices if bias.dim() == 2 else torch.zeros_like(choices)
+    sums = torch.zeros_like(bias, dtype=_learners.wide(bias.dtype))
+    rows = sums if bias.dim() == 2 else sums.unsqueeze(0)
+    rows.index_add_(0, index, grad.to(sums.dtype))
+    return sums.to(bias.dtype)
 
 
 def _routed_value(
@@ -396,7 +277,7 @@ class _Acm(torch.autograd.Function):
         found = _learners.backward(
             grads[0], *operands, choices, None, kept, ctx.activation, [*needs, False]
         )
-        return *_needed(found, needs), None, None
+        return *needed(found, needs), None, None
 
 
 class _AcmSoft(torch.autograd.Function):
@@ -436,65 +317,4 @@ class _AcmSoft(torch.autograd.Function):
             inputs = (*operands, scale)
             return *differentiable_gradients(out, inputs, needs, grads[0]), None, None
         found = _learners.backward(grads[0], *operands, None, scale, kept, ctx.activation, needs)
-        return *_needed(found, needs), None, None
-
-
-class _AcmPrefixLoss(torch.autograd.Function):
-    """Gradients of the sum of losses come with them; backward multiplies, or computes others."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        target: Tensor,
-        activation: str,
-        detach: bool,
-    ) -> Tensor:
-        operands = (x, w1, b1, w2, target)
-        needs = list(ctx.needs_input_grad[:5])
-        distances, *found = _learners.prefixes(*operands, None, activation, detach, needs)
-        ctx.save_for_backward(*operands, *found)
-        ctx.options = activation, detach
-        return _losses(distances, target.numel())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        operands, found = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
-        needs = list(ctx.needs_input_grad[:5])
-        activation, detach = ctx.options
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            losses = reference.acm_prefix_loss(*operands, activation=activation, detach=detach)
-            return *differentiable_gradients(losses, operands, needs, grads[0]), None, None
-        last_use = not (
-            traced(operands[0]) or torch._C._autograd._get_current_graph_task_keep_graph()
-        )
-        found = _learners.prefixes_backward(
-            grads[0], *operands, found, activation, detach, needs, last_use
-        )
-        return *_needed(found, needs), None, None
-
-
-def _needed(values: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(value if need else None for value, need in zip(values, needs, strict=False))[
-        : len(needs)
-    ]
-
-
-def _distances(operands: Any, activation: str) -> Tensor:
-    """[N + 1, rows]."""
-    return _learners.prefixes(*operands, None, activation, False, [False] * 5)[0]
-
-
-def _losses(distances: Tensor, count: int) -> Tensor:
-    return (distances.double().square().sum(-1) / max(count, 1)).to(distances.dtype)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.size(-1))
-
-
-def _requires_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        return *needed(found, needs), None, None

@@ -154,6 +154,14 @@ def test_regularizers_by_formula(hard):
     )
 
 
+def test_regularizers_of_one_tensor_and_compiled():
+    gates, costs = torch.stack(layers_of_gates(layers=((6, 4),) * 3)), torch.tensor([3.0, 1.0, 2.0])
+    right = torch.stack(fastkd.acm_regularizers(list(gates), costs.tolist(), 0.4))
+    assert torch.equal(torch.stack(fastkd.acm_regularizers(gates, costs, 0.4)), right)
+    compiled = torch.compile(fastkd.acm_regularizers, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.stack(compiled(gates, costs, 0.4)), right)
+
+
 def test_regularizers_of_the_same_and_of_everything():
     same = torch.eye(5)[torch.full((4, 7), 2)].requires_grad_()
     found = fastkd.acm_regularizers([same], [1.0], 0.5)
@@ -199,6 +207,9 @@ def test_regularizers_of_other_shapes():
         ({"temperature": math.nan}, ValueError, "temperature must be positive"),
         ({"min_choice": 5}, ValueError, r"min_choice must lie in \[0, 5\).*got 5"),
         ({"min_choice": -1}, ValueError, "min_choice must lie in"),
+        ({"min_choice": 1.5}, TypeError, "min_choice must be an integer, got float"),
+        ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
+        ({"temperature": torch.ones(3)}, TypeError, "temperature must be a number, got Tensor"),
         ({"logits": torch.ones(2, 0)}, ValueError, "min_choice must lie in"),
     ],
 )
@@ -216,6 +227,16 @@ def test_gate_errors(change, error, message):
         ({"gates": [torch.ones(5)]}, ValueError, r"gates\[0\] must have shape"),
         ({"gates": [torch.ones(2, 3, 1)]}, ValueError, "N at least 1"),
         ({"costs": [1.0, 2.0]}, ValueError, "costs must be 1 positive numbers"),
+        ({"costs": torch.ones(1, 1)}, ValueError, r"costs must be 1 .*got shape \[1, 1\]"),
+        ({"costs": ["a"]}, ValueError, r"costs must be 1 positive numbers, .*got \['a'\]"),
+        ({"costs": 1.0}, TypeError, "costs must be a sequence or a tensor, got float"),
+        ({"target": None}, TypeError, "target must be a number, got NoneType"),
+        ({"target": math.nan}, ValueError, "target must be finite, got nan"),
+        (
+            {"gates": [torch.ones(2, 5), torch.ones(2, 5, device="meta")], "costs": [1.0, 1.0]},
+            ValueError,
+            r"gates\[1\] must be on cpu as gates\[0\] is, got meta",
+        ),
         ({"costs": [0.0]}, ValueError, r"costs must be 1 positive numbers, .*got \[0.0\]"),
     ],
 )

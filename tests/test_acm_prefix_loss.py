@@ -4,9 +4,10 @@ import pytest
 import torch
 from cases import relative_error
 from test_gated_routing import GRADIENT_ERROR, exactly, problem
+from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from fastkd import _learners
+from fastkd import _learners, _routed
 
 
 @pytest.mark.parametrize("dtype", list(GRADIENT_ERROR))
@@ -135,3 +136,48 @@ def test_oracle_by_hand():
     assert labels("code", 0.8) == [4, 2, 4, 4, 4]
     assert labels("code", 0.95) == [4, 2, 4, 4, 4]
     assert labels("code", 0.6) == [4, 2, 4, 4, 4]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant):
+    leaves, target = problem(), torch.randn(3, 11, 10)
+    run = lambda *operands: fastkd.acm_prefix_loss(*operands, target).sum()  # noqa: E731
+    right = torch.autograd.grad(run(*leaves), leaves)
+    checkpoint(run, *leaves, use_reentrant=reentrant).backward()
+    assert all(
+        torch.equal(leaf.grad, gradient) for leaf, gradient in zip(leaves, right, strict=True)
+    )
+
+
+@pytest.mark.parametrize("size", [2e4, 1e-3])
+@pytest.mark.parametrize("factors", [(1.0, 1.0, 1.0, 1.0, 1.0), (1.0, 2.0, 0.5, 1.0, 1.0)])
+def test_float16_products_of_far_and_near_targets(monkeypatch, size, factors):
+    """A sum of N residuals of 2e4 is no float16; products with residuals of 1e-3 lose digits."""
+    monkeypatch.setattr(_routed, "CPU_PRODUCTS", {torch.float16: True})
+    x, w1, b1, w2 = problem(dtype=torch.float16)
+    near = min(size, 1.0)
+    leaves = [x, w1, b1, (w2.detach() * near).requires_grad_()]
+    target = (size * (2 * torch.rand(3, 11, 10) - 1)).half()
+    exact, weigh = exactly(leaves), torch.tensor(factors) / (size * near)
+    (fastkd.acm_prefix_loss(*leaves, target) * weigh).sum().backward()
+    (fastkd.reference.acm_prefix_loss(*exact, target.double()) * weigh.double()).sum().backward()
+    for mine, truth in zip(leaves, exact, strict=True):
+        assert relative_error(mine.grad, truth.grad) < 3e-3
+
+
+def test_the_factor_of_prefix_0_is_not_the_learners():
+    leaves, target = problem(), torch.randn(3, 11, 10)
+    losses = fastkd.acm_prefix_loss(*leaves, target)
+    right = torch.autograd.grad(losses, leaves, torch.tensor([0.0, 1, 2, 1, 1]), retain_graph=True)
+    for factor in (torch.inf, torch.nan, 1e30):
+        others = torch.tensor([factor, 1, 2, 1, 1])
+        found = torch.autograd.grad(losses, leaves, others, retain_graph=True)
+        assert all(map(torch.equal, found, right))
+
+
+@pytest.mark.parametrize("rule", ["paper", "code"])
+def test_oracle_under_vmap(rule):
+    x, *weights = (v.detach() for v in problem((4, 9)))
+    target = torch.randn(4, 9, 10)
+    run = lambda a, b: fastkd.acm_oracle(a, *weights, b, rule=rule)  # noqa: E731
+    assert torch.equal(torch.func.vmap(run)(x, target), run(x, target))

@@ -1,7 +1,7 @@
 """nn.ACM, nn.ACMGate, acmize: sizes, what is found and replaced, the three phases, budgets."""
 
 import copy
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 
 import pytest
 import torch
@@ -402,3 +402,93 @@ def test_transformers():
         gradients = [m.gate.layers[0].weight.grad for m in layers.values()]
         assert all(g.isfinite().all() and g.any() for g in gradients)
         assert fastkd.acm_set_budget(model, 0.4, [batch]) <= 0.4
+
+
+class SplitLayer(nn.Module):
+    """An MLP in two halves, as BERT has it."""
+
+    def __init__(self, width=8, hidden=12):
+        super().__init__()
+        self.intermediate, self.output = nn.Module(), nn.Module()
+        self.intermediate.dense = nn.Linear(width, hidden)
+        self.intermediate.forward = lambda x: nn.functional.gelu(self.intermediate.dense(x))
+        self.output.dense = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.output.dense(self.intermediate(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_replacements_take_the_mode_of_what_they_replace(training):
+    for inner in (SplitLayer(), mlp(), Gated(8, 12)):
+        model = nn.Sequential(nn.LayerNorm(8), inner).train(training)
+        acmize(model)
+        assert {module.training for module in model.modules()} == {training}
+    x = torch.randn(50, 8)
+    if not training:
+        assert torch.equal(model(x), model(x))
+
+
+def test_rows_of_nan_stay_nan_in_evaluation():
+    acm, x = fastkd.nn.ACM(8, num_learners=3, width=4).eval(), torch.randn(5, 8)
+    right = acm(x)
+    x[2] = torch.nan
+    found = acm(x)
+    assert acm.gate.choices(x)[2] == 3
+    assert found[2].isnan().all()
+    assert torch.equal(found[[0, 1, 3, 4]], right[[0, 1, 3, 4]])
+
+
+def test_a_module_with_parameters_of_its_own_is_no_mlp():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 8)
+            self.scale = nn.Parameter(torch.ones(()))
+
+    with pytest.raises(ValueError, match="acmize: nothing of kinds mlp to replace in Sequential"):
+        acmize(nn.Sequential(Scaled()))
+
+
+def test_a_context_in_a_context():
+    model, x = acmize(mlp()), torch.randn(3, 8)
+    with acm_calls(model) as outer:
+        model(x)
+        with acm_calls(model, originals=True) as inner:
+            model(x)
+        fastkd.acm_set_budget(model, 0.5, [x])
+        model(x)
+    assert (len(outer), len(inner)) == (2, 1)
+    assert model._watch is None
+
+
+def test_budget_on_mappings_and_on_nothing():
+    """A tokenizer's output is a mapping and no dict."""
+    model, x = fastkd.nn.ACM(8, width=4), torch.randn(30, 8)
+    assert fastkd.acm_set_budget(model, 0.5, [UserDict(x=x)]) <= 0.5
+    with pytest.raises(ValueError, match="acm_set_budget: batches hold no rows"):
+        fastkd.acm_set_budget(model, 0.5, [x[:0]])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: acmize("a"), TypeError, "acmize: model must be an nn.Module, got str"),
+        (lambda: acmize(mlp(), num_learners=0), ValueError, "acmize: num_learners must be at"),
+        (lambda: acmize(mlp(), num_learners=1.5), TypeError, "acmize: num_learners must be an int"),
+        (lambda: acmize(mlp(), kinds="mlp"), TypeError, "acmize: kinds must be a sequence"),
+        (lambda: acmize(mlp(), kinds=None), TypeError, "acmize: kinds must be a sequence"),
+        (lambda: fastkd.nn.ACM.from_mlp(mlp(), 0), ValueError, "ACM.from_mlp: num_learners"),
+        (
+            lambda: fastkd.nn.ACM.from_linear(nn.Linear(3, 3), 0),
+            ValueError,
+            "ACM.from_linear: num_learners must be at least 1, got 0",
+        ),
+        (lambda: fastkd.nn.ACM(8, width=4, activation="tanh"), ValueError, "ACM: activation must"),
+        (lambda: fastkd.nn.ACMGate(8, 4, temperature=-1), ValueError, "ACMGate: temperature must"),
+        (lambda: fastkd.nn.ACMGate(8, 4, depth=2, hidden=0), ValueError, "ACMGate: hidden must be"),
+    ],
+)
+def test_wrong_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

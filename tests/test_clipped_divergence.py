@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from cases import LOSS_ERROR, allowed_error, cases, logits
+from torch.utils.checkpoint import checkpoint
 
 import fastkd
 
@@ -319,3 +320,14 @@ def test_compile_fullgraph(backend):
     torch.testing.assert_close(found, plain)
     for a, b in zip(torch.autograd.grad(found, inputs), right, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant):
+    student, teacher = (torch.randn(5, 40, requires_grad=True) for _ in range(2))
+    bounds = [torch.full((5,), p, requires_grad=True) for p in (0.01, 0.2)]
+    leaves = [student, teacher, *bounds]
+    run = lambda *inputs: fastkd.clipped_divergence(*inputs, softness=0.05)  # noqa: E731
+    right = torch.autograd.grad(run(*leaves), leaves)
+    checkpoint(run, *leaves, use_reentrant=reentrant).backward()
+    assert all(map(torch.equal, [leaf.grad for leaf in leaves], right))

@@ -1,5 +1,7 @@
 """acm, acm_soft against masks in float64, hostile rows; all four: derivatives, graphs, errors."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from cases import relative_error
@@ -181,6 +183,42 @@ def test_any_number_of_threads_gives_the_same_bits(rows, sizes):
         torch.set_num_threads(threads)
     for others in results[1:]:
         assert all(map(torch.equal, results[0], others))
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (3,)])
+def test_bias_gradients_have_the_same_bits_on_any_number_of_threads(shape):
+    threads, results = torch.get_num_threads(), []
+    bias = torch.zeros(shape, requires_grad=True)
+    leaves = problem((100_000,), d=1, b=1, out=shape[-1])
+    choices, direction = some_choices((100_000,)), torch.randn(100_000, shape[-1])
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            out = fastkd.acm(*leaves, choices, bias=bias)
+            results += torch.autograd.grad(out, bias, direction)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    exact = direction.double().sum(0) if len(shape) == 1 else None
+    if exact is not None:
+        assert relative_error(results[0], exact) < 1e-5
+
+
+def test_backward_in_several_threads_at_once():
+    """What backward works in is kept for the next call: each has its own."""
+    leaves, choices = problem((500,), n=3, d=70, b=90, out=50), some_choices((500,), 3)
+    direction = torch.randn(500, 50)
+
+    def gradients(_):
+        found = torch.autograd.grad(fastkd.acm(*leaves, choices), leaves, direction)
+        fastkd.release_memory()
+        return found
+
+    right = gradients(None)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(gradients, range(40)):
+            assert all(map(torch.equal, found, right))
 
 
 def test_rows_that_are_not_run_are_not_read():

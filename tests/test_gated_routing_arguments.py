@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
 
@@ -35,6 +36,12 @@ ERRORS = [
     ),
     ("acm", {"bias": torch.ones(4)}, ValueError, r"bias must have shape \[10\] or \[5, 10\]"),
     ("acm", {"activation": "tanh"}, ValueError, "activation must be one of gelu, .*got 'tanh'"),
+    *(
+        ("acm", {name: value.to("meta")}, ValueError, f"{name} must be on cpu as x is, got meta")
+        for name, value in zip(("w1", "b1", "w2"), learners(), strict=True)
+    ),
+    ("acm", {"choices": torch.tensor([0, 4], device="meta")}, ValueError, "choices must be on cpu"),
+    ("acm", {"bias": torch.ones(10, device="meta")}, ValueError, "bias must be on cpu as x is"),
     (
         "acm",
         {"x": torch.ones(2, 11)},
@@ -57,6 +64,7 @@ ERRORS = [
     ),
     ("acm_prefix_loss", {"target": 0.0}, TypeError, "target must be a tensor, got float"),
     ("acm_oracle", {"threshold": 0.0}, ValueError, "threshold must be positive"),
+    ("acm_oracle", {"threshold": "a"}, TypeError, "threshold must be a number, got str"),
     ("acm_oracle", {"rule": "best"}, ValueError, "rule must be one of paper, code; got 'best'"),
     ("acm_oracle", {"target": torch.ones(3, 10)}, ValueError, "target must have shape"),
 ]
@@ -74,3 +82,40 @@ def test_errors(function, change, error, message):
         getattr(fastkd, function)(**{**arguments, **change})
     with torch.no_grad(), pytest.raises(error, match=f"{function}: .*{message}"):
         getattr(fastkd, function)(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_fakes_are_told_the_same(grad):
+    """Without gradients acm is one op, whose checks are its own."""
+    with FakeTensorMode(), torch.set_grad_enabled(grad):
+        w1, b1, w2 = learners()
+        x, choices = torch.ones(2, 12), torch.ones(2).long()
+        assert fastkd.acm(x, w1, b1, w2, choices).shape == (2, 10)
+        assert fastkd.acm(x, w1.double(), b1, w2, choices).dtype == torch.float64
+        for wrong in (choices[:1], choices.float(), [1, 2]):
+            with pytest.raises((TypeError, ValueError), match="acm: choices must"):
+                fastkd.acm(x, w1, b1, w2, wrong)
+        with pytest.raises(ValueError, match="acm: activation must be"):
+            fastkd.acm(x, w1, b1, w2, choices, activation="tanh")
+
+
+@pytest.mark.parametrize(
+    ("order", "counts", "message"),
+    [
+        ([0, 2], [2, 1, 1, 1, 2], r"order must lie in \[0, rows = 2\), got 2"),
+        ([-1, 1], [2, 1, 1, 1, 2], "order must lie in .*got -1"),
+        ([0, 1], [3, 1, 1, 1, 2], "counts must fall from at most rows = 2, got 3 after 2"),
+        ([0, 1], [1, 2, 0, 0, 2], "counts must fall from at most rows = 2, got 2 after 1"),
+        ([0, 1], [1, -1, 0, 0, 2], "counts must fall .*got -1"),
+    ],
+)
+def test_routes_of_somebody_else_are_checked(order, counts, message):
+    operands = (torch.ones(2, 12), *learners())
+    routes = (torch.tensor(order, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match=f"acm: {message}"):
+        torch.ops.fastkd._acm_rows(*operands, None, *routes, "gelu", False)
+    kept = torch.zeros(4, 2, 7)
+    with pytest.raises(RuntimeError, match=f"acm: {message}"):
+        torch.ops.fastkd._acm_rows_backward(
+            torch.ones(2, 10), *operands, *routes, kept, "gelu", *[True] * 4
+        )

@@ -220,6 +220,17 @@ struct Cpu {
   static void check(const AcmOperands& operands) {
     FASTKD_CHECK_TYPE(operands.x.scalar_type() == ScalarType::Float, kAcm, "x must be float32, got ",
                       torch::headeronly::toString(operands.x.scalar_type()));
+    const int64_t rows = operands.sizes.rows;
+    const int32_t* const order = static_cast<const int32_t*>(operands.order.data_ptr());
+    const int32_t* const counts = static_cast<const int32_t*>(operands.counts.data_ptr());
+    for (int64_t i = 0; i < rows; ++i) {
+      FASTKD_CHECK_INDEX(order[i] >= 0 && order[i] < rows, kAcm, "order must lie in [0, rows = ", rows, "), got ",
+                         order[i]);
+    }
+    for (int64_t n = 0, most = rows; n < operands.sizes.learners; most = counts[n++]) {
+      FASTKD_CHECK_VALUE(counts[n] >= 0 && counts[n] <= most, kAcm, "counts must fall from at most rows = ", rows,
+                         ", got ", counts[n], " after ", most);
+    }
   }
 
   static void weights(const AcmGradientCall& call, const Learners& l, int64_t first, int64_t last) {

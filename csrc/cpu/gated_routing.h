@@ -177,7 +177,7 @@ class Block {
   }
 
   void gather() {
-    for (int64_t i = 0; i < running(0); ++i) {
+    for (int64_t i = 0; l_.inputs > 0 && i < running(0); ++i) {
       __builtin_memcpy(rows_ + i * padded(l_.inputs), l_.in + l_.order[first_ + i] * l_.inputs,
                        sizeof(float) * l_.inputs);
     }

@@ -300,12 +300,10 @@ void multiply_panel(A a, int64_t rows, const Panel& panel, int64_t depth, float*
     const auto multiply = [&](auto count) {
       constexpr int kRows = decltype(count)::value;
       for (; row + kRows <= rows; row += kRows) {
-        const bool copy = in_place && row == 0, asks = copy || left > 0;
-        multiply_rows<kRows>(copy, a.at(row, first), panel,
-                             copy   ? b
-                             : asks ? next
-                                    : packed,
-                             asks ? stride : 0, part, packed, start ? start + row : nullptr, out + row);
+        const bool copy = in_place && row == 0;
+        const float* const far = copy ? b : left > 0 ? next : packed;
+        multiply_rows<kRows>(copy, a.at(row, first), panel, far, far == packed ? 0 : stride, part, packed,
+                             start ? start + row : nullptr, out + row);
         if (copy) continue;
         next += part / kAhead * stride;
         left -= part / kAhead;

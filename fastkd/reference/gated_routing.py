@@ -129,20 +129,18 @@ def acm_oracle(
     threshold: float = 1 / 1.2,
     rule: str = "paper",
 ) -> Tensor:
-    """`fastkd.acm_oracle`, row by row."""
+    """`fastkd.acm_oracle` in plain PyTorch."""
     _, (x, w1, b1, w2, target) = _promoted(x, w1, b1, w2, target)
     learners = w1.size(0)
     prefix, distances = torch.zeros_like(target), []
     for n in range(learners + 1):
         if n:
             prefix = prefix + _learner(n - 1, x, w1, b1, w2, activation)
-        distances.append((prefix - target).norm(dim=-1).reshape(-1))
-    labels = []
-    for row in torch.stack(distances, -1).tolist():
-        if rule == "paper":
-            stops = [n for n in range(2, learners + 1) if row[n] >= threshold * row[n - 1]]
-        else:
-            stops = [n for n in range(1, learners + 1) if row[n] > threshold * row[n - 1]]
-            stops = [] if stops[:1] == [1] else stops
-        labels.append(stops[0] if stops else learners)
-    return torch.tensor(labels, dtype=torch.int64, device=x.device).reshape(x.shape[:-1])
+        distances.append((prefix - target).norm(dim=-1))
+    labels = torch.full_like(distances[0], learners, dtype=torch.int64)
+    # From the last learner down: the first that fits is written last.
+    for n in range(learners, 1 if rule == "paper" else 0, -1):
+        before, after = threshold * distances[n - 1], distances[n]
+        stops = after >= before if rule == "paper" else after > before
+        labels = torch.where(stops, n if n > 1 else learners, labels)
+    return labels
