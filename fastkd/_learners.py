@@ -418,15 +418,14 @@ def _acm_prefixes(
 
 
 def prefix_unit(target: Tensor, learners: int) -> Tensor | None:
-    """Factors of the prefixes' terms that keep what float16 products take around 1; None: all 1.
+    """Factors of the prefixes' terms that keep float16 products in range; None: all 1.
 
     Residuals are about as large as the target, and up to N of them are added up.
     """
     if target.dtype != torch.float16 or target.numel() == 0:
         return None
-    largest = target.detach().abs().amax().float()
-    unit = torch.where(largest > 0, 1 / (learners * largest), 1)
-    return unit.expand(learners + 1)
+    largest = target.detach().abs().amax().float().clamp_min(1)
+    return (1 / (learners * largest)).expand(learners + 1)
 
 
 def _fake_prefixes_backward(
