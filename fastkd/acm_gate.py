@@ -1,7 +1,7 @@
 """The gate of adaptive computation modules: a differentiable choice, and what keeps it useful."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._learner_arguments import check_integer, check_positive
+from fastkd._routed import traced
 
 
 class AcmRegularizers(NamedTuple):
@@ -112,7 +113,7 @@ def acm_regularizers(
             tokens in any number of dimensions (none: one token a sequence). Or one tensor
             ``[layers, B, T, ..., N + 1]``.
         costs: one number a layer, :math:`c_l`: multiply-adds of a learner for one token. A tensor
-            ``[layers]`` is not looked at: nothing waits for its device.
+            on a GPU is not looked at: nothing waits for it.
         target: share of the cost of all learners, 0.25 to 0.75 in the paper.
 
     Returns:
@@ -178,24 +179,23 @@ def acm_regularizers(
     )
 
 
-def _costs(costs: Sequence[float] | Tensor, gates: Sequence[Tensor]) -> list[Any]:
-    """One a layer."""
-    if isinstance(costs, Tensor) and costs.shape == (len(gates),):
-        wide = torch.promote_types(costs.dtype, torch.float32)
-        return list(costs.detach().to(gates[0].device, wide).unbind())
-    if not isinstance(costs, (Sequence, Tensor)):
-        raise TypeError(
-            f"acm_regularizers: costs must be a sequence or a tensor, got {type(costs).__name__}"
-        )
-    got = list(costs.shape) if isinstance(costs, Tensor) else list(costs)
-    fits = not isinstance(costs, Tensor) and len(got) == len(gates)
-    if not fits or not all(isinstance(cost, Real) and 0 < cost < math.inf for cost in got):
-        what = "shape " if isinstance(costs, Tensor) else ""
+def _costs(costs: Any, gates: Sequence[Tensor]) -> list[Any]:
+    """One a layer; numbers where they can be seen without waiting for them."""
+    if isinstance(costs, Tensor):
+        if costs.shape == (len(gates),) and (traced(costs) or costs.device.type != "cpu"):
+            wide = torch.promote_types(costs.dtype, torch.float32)
+            return list(costs.detach().to(gates[0].device, wide).unbind())
+        costs = costs.tolist()
+    if not isinstance(costs, Iterable):
+        raise TypeError(f"acm_regularizers: costs must be a sequence, got {type(costs).__name__}")
+    costs = list(costs)
+    right = all(isinstance(cost, Real) and 0 < float(cost) < math.inf for cost in costs)
+    if len(costs) != len(gates) or not right:
         raise ValueError(
             f"acm_regularizers: costs must be {len(gates)} positive numbers, one a layer, got "
-            f"{what}{got}"
+            f"{costs}"
         )
-    return got
+    return costs
 
 
 def _mean(values: Tensor) -> Tensor:

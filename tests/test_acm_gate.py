@@ -157,7 +157,8 @@ def test_regularizers_by_formula(hard):
 def test_regularizers_of_one_tensor_and_compiled():
     gates, costs = torch.stack(layers_of_gates(layers=((6, 4),) * 3)), torch.tensor([3.0, 1.0, 2.0])
     right = torch.stack(fastkd.acm_regularizers(list(gates), costs.tolist(), 0.4))
-    assert torch.equal(torch.stack(fastkd.acm_regularizers(gates, costs, 0.4)), right)
+    for same in (costs, costs.numpy(), tuple(costs.tolist())):
+        assert torch.equal(torch.stack(fastkd.acm_regularizers(gates, same, 0.4)), right)
     compiled = torch.compile(fastkd.acm_regularizers, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.stack(compiled(gates, costs, 0.4)), right)
 
@@ -227,9 +228,11 @@ def test_gate_errors(change, error, message):
         ({"gates": [torch.ones(5)]}, ValueError, r"gates\[0\] must have shape"),
         ({"gates": [torch.ones(2, 3, 1)]}, ValueError, "N at least 1"),
         ({"costs": [1.0, 2.0]}, ValueError, "costs must be 1 positive numbers"),
-        ({"costs": torch.ones(1, 1)}, ValueError, r"costs must be 1 .*got shape \[1, 1\]"),
+        ({"costs": torch.ones(1, 1)}, ValueError, r"costs must be 1 .*got \[\[1.0\]\]"),
+        ({"costs": torch.tensor([-1.0])}, ValueError, r"costs must be 1 .*got \[-1.0\]"),
+        ({"costs": torch.tensor(1.0)}, TypeError, "costs must be a sequence, got float"),
         ({"costs": ["a"]}, ValueError, r"costs must be 1 positive numbers, .*got \['a'\]"),
-        ({"costs": 1.0}, TypeError, "costs must be a sequence or a tensor, got float"),
+        ({"costs": 1.0}, TypeError, "costs must be a sequence, got float"),
         ({"target": None}, TypeError, "target must be a number, got NoneType"),
         ({"target": math.nan}, ValueError, "target must be finite, got nan"),
         (
