@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd._learner_arguments import check_count, check_integer, check_positive
+from fastkd._arguments import check_positive
+from fastkd._learner_arguments import check_count, check_integer
 from fastkd._learners import ACTIVATIONS
 from fastkd.acm_gate import acm_gate
 from fastkd.gated_routing import acm, acm_soft
@@ -81,6 +82,7 @@ def _chained(first: Any, last: Any) -> tuple[int, int, int] | None:
 
 
 def _one_hot(choices: Tensor, learners: int, dtype: torch.dtype) -> Tensor:
+    """F.one_hot, which looks at the numbers, has no rule under vmap."""
     steps = torch.arange(learners + 1, device=choices.device)
     return (choices.unsqueeze(-1) == steps).to(dtype)
 

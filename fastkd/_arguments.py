@@ -1,6 +1,8 @@
 """Arguments that the losses over rows of logits share: checks without kernels, and reductions."""
 
+import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -22,6 +24,19 @@ def check_tensors(function: str, tensors: Mapping[str, Any]) -> None:
             f"{function}: {name} is a CUDA tensor, but this fastkd has no CUDA kernels; build it "
             "where nvcc is found: `pip install --no-build-isolation .`"
         )
+
+
+def is_number(value: Any) -> bool:
+    """Also in a tensor that holds one."""
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
+
+
+def check_positive(function: str, name: str, value: Any) -> None:
+    """A number to divide by."""
+    if not is_number(value):
+        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{function}: {name} must be positive and finite, got {value}")
 
 
 def check_no_gradient(function: str, **values: Any) -> None:

@@ -1,7 +1,6 @@
 """Arguments of gated routing: what is checked before learners run, and how they are laid out."""
 
-import math
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -85,13 +84,6 @@ def check_choices(choices: Any, x: Tensor) -> None:
             f"acm: choices must have an integer dtype, got {str(dtype).removeprefix('torch.')}"
         )
     check_shape("acm", "choices", choices, x.shape[:-1], x)
-
-
-def check_positive(function: str, name: str, value: Any) -> None:
-    if not isinstance(value, Real):
-        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
-    if not 0 < float(value) < math.inf:
-        raise ValueError(f"{function}: {name} must be positive and finite, got {value}")
 
 
 def check_integer(function: str, name: str, value: Any) -> None:

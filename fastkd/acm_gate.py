@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._learner_arguments import check_integer, check_positive
+from fastkd._arguments import check_positive, is_number
+from fastkd._learner_arguments import check_integer
 from fastkd._routed import traced
 
 
@@ -151,9 +152,9 @@ def acm_regularizers(
                 f"{gate.device}"
             )
     costs = _costs(costs, gates)
-    if not isinstance(target, Real):
+    if not is_number(target):
         raise TypeError(f"acm_regularizers: target must be a number, got {type(target).__name__}")
-    if not math.isfinite(target):
+    if not isinstance(target, Tensor) and not math.isfinite(target):
         raise ValueError(f"acm_regularizers: target must be finite, got {target}")
     double = any(gate.dtype == torch.float64 for gate in gates)
     used, shares, entropies = [], [], []

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastkd import _learners, _routed, reference
+from fastkd._arguments import check_positive
 from fastkd._gradient import differentiable_gradients
 from fastkd._learner_arguments import (
     check_learners,
-    check_positive,
     check_target,
     flat_rows,
     needed,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd._arguments import check_no_gradient, reduction_of
+from fastkd._arguments import check_no_gradient, check_positive, reduction_of
 from fastkd.chunk_log_likelihood import chunk_log_likelihood
 
 #: Stands for the log-likelihood of what is impossible: e^-10,000 is 0 in float64.
@@ -111,8 +111,7 @@ def alm_loss(
             f"alm_loss: divergence must be one of {', '.join(_DIVERGENCES)}; got {divergence!r}"
         )
     for name, value in (("temperature", temperature), ("epsilon", epsilon)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"alm_loss: {name} must be positive and finite, got {value}")
+        check_positive("alm_loss", name, value)
     if (student_boundary is None) != (teacher_boundary is None) and debias:
         raise ValueError(
             "alm_loss: debias needs student_boundary and teacher_boundary, or neither, got one"

@@ -1,6 +1,5 @@
 """What the recipes share: chunks as places, checks of arguments, reductions."""
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -64,13 +63,6 @@ def check_number(function: str, num_chunks: int) -> None:
         )
     if num_chunks < 0:
         raise ValueError(f"{function}: num_chunks must not be negative, got {num_chunks}")
-
-
-def positive(function: str, name: str, value: float) -> float:
-    """The value, if it is one to divide logits by."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{function}: {name} must be positive and finite, got {value}")
-    return value
 
 
 def chunk_slots(chunks: Tensor, num_chunks: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._arguments import check_no_gradient, check_tensors
+from fastkd._arguments import check_no_gradient, check_positive, check_tensors
 from fastkd.alm_loss import alm_loss
 from fastkd.byte_vocab import ByteVocab
 from fastkd.recipes._chunks import (
@@ -21,7 +21,6 @@ from fastkd.recipes._chunks import (
     chunk_slots,
     first_token_chunks,
     placed,
-    positive,
     reduced,
     shifted,
     wide,
@@ -294,10 +293,11 @@ def uld(
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_tensors("uld", tensors)
     check_no_gradient("uld", teacher_logits=teacher_logits, normalizer=normalizer)
-    tau = positive("uld", "temperature", temperature)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    tau_teacher = positive("uld", "teacher_temperature", teacher_temperature)
+    tau, tau_teacher = temperature, teacher_temperature
+    if tau_teacher is None:
+        tau_teacher = tau
+    check_positive("uld", "temperature", tau)
+    check_positive("uld", "teacher_temperature", tau_teacher)
     given = [x is not None for x in (student_chunks, teacher_chunks, num_chunks)]
     student, teacher = (x.reshape(-1, x.size(-1)) for x in (student_logits, teacher_logits))
     if student_chunks is not None and teacher_chunks is not None and num_chunks is not None:
