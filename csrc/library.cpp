@@ -6,73 +6,30 @@
 #include <string>
 
 #include "tensor/allocate.h"
+#include "tensor/byte_log_probs_entry.h"
+#include "tensor/chunk_log_likelihood_entry.h"
+#include "tensor/clipped_divergence_entry.h"
+#include "tensor/softmax_divergence_entry.h"
+#include "tensor/teacher_topk_entry.h"
+#include "tensor/token_stats_entry.h"
+#include "tensor/topk_divergence_entry.h"
 
 #ifndef FASTKD_LIBRARY
 #define FASTKD_LIBRARY fastkd
 #endif
 #define FASTKD_OPS_IN(library, m) STABLE_TORCH_LIBRARY(library, m)
 
-// RowOptions in csrc/tensor/row_problem.h.
-#define FASTKD_ROW_OPTIONS                                                                                      \
-  "float temperature, Tensor? temperatures, Tensor? weight, Tensor? mask, Tensor? labels, float label_weight, " \
-  "int ignore_index, int vocab_size, bool square_temperature, str reduction, float denominator, Tensor? normalizer"
-
 FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
-  // -> loss (one a row for reduction "none", else a scalar), the student's and the teacher's gradient (empty where not
-  // asked for), and a factor still to be applied to them (empty: 1).
-  m.def(
-      "_softmax_divergence(Tensor student_logits, Tensor[] teacher_logits, str divergence, float beta, "
-      "float temperature, float teacher_temperature, Tensor? temperatures, Tensor? teacher_temperatures, "
-      "Tensor? weight, Tensor? mask, Tensor? teacher_weights, str teacher_mix, Tensor? labels, float label_weight, "
-      "int ignore_index, int vocab_size, bool square_temperature, str reduction, float denominator, "
-      "Tensor? normalizer, bool student_gradient, bool teacher_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
-  // The same with the student's gradient written into `gradient`, which may be student_logits itself.
-  m.def(
-      "_softmax_divergence_into(Tensor(a!) gradient, Tensor student_logits, Tensor[] teacher_logits, str divergence, "
-      "float beta, "
-      "float temperature, float teacher_temperature, Tensor? temperatures, Tensor? teacher_temperatures, "
-      "Tensor? weight, Tensor? mask, Tensor? teacher_weights, str teacher_mix, Tensor? labels, float label_weight, "
-      "int ignore_index, int vocab_size, bool square_temperature, str reduction, float denominator, "
-      "Tensor? normalizer, bool teacher_gradient) -> (Tensor, Tensor, Tensor)");
-  // -> loss, the gradient of teacher_log_probs (empty where not asked for) and a factor as above. The student's
-  // gradient goes into `gradient`, if there is one.
-  m.def(
-      "_topk_divergence(Tensor(a!)? gradient, Tensor student_logits, Tensor teacher_log_probs, Tensor teacher_indices, "
-      "str divergence, float beta, str tail, float stored_temperature, float teacher_temperature, "
-      "Tensor? teacher_temperatures, float min_log_prob, float max_token_loss, " FASTKD_ROW_OPTIONS
-      ", bool teacher_gradient) -> (Tensor, Tensor, Tensor)");
-  // -> log-probabilities (float32) and indices (int32), [..., k].
-  m.def(
-      "_teacher_topk(Tensor teacher_logits, int k, float temperature, Tensor? temperatures, int vocab_size) "
-      "-> (Tensor, Tensor)");
-  // -> [11, ...] numbers (of the student, of the teacher, of both) and [2, ...] argmaxes, as TokenStats names them.
-  m.def(
-      "_token_stats(Tensor student_logits, Tensor? teacher_logits, Tensor? labels, float temperature, "
-      "Tensor? temperatures, int vocab_size) -> (Tensor, Tensor)");
-  // -> loss, gradients of teacher_logits, lower and upper (empty where not asked for) and a factor as above. softness
-  // 0: hard edges.
-  m.def(
-      "_clipped_divergence(Tensor(a!)? gradient, Tensor student_logits, Tensor teacher_logits, Tensor lower, "
-      "Tensor upper, bool keep_label, str renormalize, str tail, float softness, bool quantile, "
-      "float teacher_temperature, Tensor? teacher_temperatures, " FASTKD_ROW_OPTIONS
-      ", bool teacher_gradient, bool bound_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // -> of each chunk the log-likelihood, the log-probability of the boundary set after it (empty without one) and the
-  // number of tokens; and two numbers of each row for the backward.
-  m.def(
-      "_chunk_log_likelihood(Tensor logits, Tensor token_ids, Tensor chunk_ids, int num_chunks, Tensor? boundary, "
-      "float temperature) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "_chunk_log_likelihood_backward(Tensor(a!) gradient, Tensor logits, Tensor token_ids, Tensor chunk_ids, "
-      "int num_chunks, Tensor? boundary, float temperature, Tensor numbers, Tensor likelihood_gradient, "
-      "Tensor? boundary_gradient) -> ()");
-  // -> [..., columns] log-probabilities, and sums for the backward. Tables as csrc/tensor/byte_log_probs_entry.h
-  // describes them.
-  m.def(
-      "_byte_log_probs(Tensor logits, Tensor order, Tensor columns, Tensor segments, Tensor? prefix, int whole, "
-      "Tensor? valid) -> (Tensor, Tensor)");
-  m.def(
-      "_byte_log_probs_backward(Tensor(a!) gradient, Tensor logits, Tensor order, Tensor columns, Tensor segments, "
-      "Tensor? prefix, int whole, Tensor? valid, Tensor sums, Tensor grad_output) -> ()");
+  using namespace fastkd;
+  define_loss<SoftmaxDivergence>(m);
+  define_loss<TopkDivergence>(m);
+  define_loss<ClippedDivergence>(m);
+  define_differentiable<ChunkLogLikelihood, ChunkLogLikelihoodBackward>(m);
+  define_differentiable<ByteLogProbs, ByteLogProbsBackward>(m);
+  define_op<TeacherTopk>(m);
+  define_op<TokenStats>(m);
+  // The names behind the integers of the ops above: "op.field=name,name;op.field=..."
+  m.def("_choices() -> str");
   // Gated routing, as csrc/tensor/gated_routing_entry.h describes it. -> order and counts, int32.
   m.def("_acm_route(Tensor choices, int learners) -> (Tensor, Tensor)");
   // Both in one, for the value alone.
@@ -115,10 +72,15 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
 
 namespace {
 std::string cuda_architectures() { return FASTKD_ARCHITECTURES; }
+std::string choices() {
+  using namespace fastkd;
+  return choices_of<SoftmaxDivergence>() + choices_of<TopkDivergence>() + choices_of<ClippedDivergence>();
+}
 }  // namespace
 
 #define FASTKD_OPS_IMPL_IN(library, m) STABLE_TORCH_LIBRARY_IMPL(library, CompositeExplicitAutograd, m)
 FASTKD_OPS_IMPL_IN(FASTKD_LIBRARY, m) {
   m.impl("_cuda_architectures", TORCH_BOX(&cuda_architectures));
+  m.impl("_choices", TORCH_BOX(&choices));
   m.impl("_gradient_like", TORCH_BOX(&fastkd::gradient_like));
 }

@@ -68,8 +68,7 @@ struct Cpu {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("_byte_log_probs", TORCH_BOX(&byte_log_probs<Cpu>));
-  m.impl("_byte_log_probs_backward", TORCH_BOX(&byte_log_probs_backward<Cpu>));
+  implement_differentiable<ByteLogProbs, ByteLogProbsBackward, Cpu>(m);
 }
 
 }  // namespace fastkd

@@ -78,8 +78,7 @@ struct Cpu {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("_chunk_log_likelihood", TORCH_BOX(&chunk_log_likelihood<Cpu>));
-  m.impl("_chunk_log_likelihood_backward", TORCH_BOX(&chunk_log_likelihood_backward<Cpu>));
+  implement_differentiable<ChunkLogLikelihood, ChunkLogLikelihoodBackward, Cpu>(m);
 }
 
 }  // namespace fastkd

@@ -80,6 +80,6 @@ struct Cpu {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("_clipped_divergence", TORCH_BOX(&clipped_divergence<Cpu>)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { implement_loss<ClippedDivergence, Cpu>(m); }
 
 }  // namespace fastkd

@@ -38,7 +38,7 @@ inline Rows gradient_rows(const Tensor* gradient, const RowProblem& problem) {
 template <class SolveRow, class SkipRow>
 std::tuple<Tensor, Tensor> solve_rows(const RowProblem& problem, std::initializer_list<const Tensor*> gradients,
                                       int64_t scratch_bytes, const SolveRow& solve_row, const SkipRow& skip_row) {
-  const bool reduced = problem.options.reduction != "none", wait = gradient_waits(problem, gradients);
+  const bool reduced = problem.options.reduced() != Reduction::kNone, wait = gradient_waits(problem, gradients);
   const double factor = reduced ? problem.factor() : 1;
   const double gradient_factor = wait && factor != 0 ? 1 : factor;
 
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> solve_rows(const RowProblem& problem, std::initialize
 
   const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
   const Tensor& student = problem.student_tensor;
-  Tensor loss = torch::stable::new_empty(student, loss_shape(student, problem.options.reduction), type);
+  Tensor loss = torch::stable::new_empty(student, loss_shape(problem), type);
   if (reduced) {
     double sum = 0;
     for (double row : losses) sum += row;

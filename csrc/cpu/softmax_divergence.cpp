@@ -13,7 +13,7 @@ struct Cpu {
 
   static std::tuple<Tensor, Tensor> solve(Problem& problem, const Tensor* student_gradient,
                                           const Tensor* teacher_gradient) {
-    const Options& own = problem.own;
+    const SoftmaxDivergenceArguments& own = problem.own;
     const SoftmaxDivergenceKernel& kernel =
         kernels()
             .softmax_divergence[find_divergence<portable::Divergences>(problem.function, own.divergence, own.beta)];
@@ -72,8 +72,7 @@ std::string cpu_capability(const std::optional<std::string>& use) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("_softmax_divergence", TORCH_BOX(&softmax_divergence<Cpu>));
-  m.impl("_softmax_divergence_into", TORCH_BOX(&softmax_divergence_into<Cpu>));
+  implement_loss<SoftmaxDivergence, Cpu>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {

@@ -109,6 +109,6 @@ struct Cpu {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("_teacher_topk", TORCH_BOX(&teacher_topk<Cpu>)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { implement_op<TeacherTopk, Cpu>(m); }
 
 }  // namespace fastkd

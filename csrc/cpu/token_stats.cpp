@@ -55,6 +55,6 @@ struct Cpu {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("_token_stats", TORCH_BOX(&token_stats<Cpu>)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { implement_op<TokenStats, Cpu>(m); }
 
 }  // namespace fastkd

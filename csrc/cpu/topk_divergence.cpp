@@ -156,6 +156,6 @@ struct Cpu {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("_topk_divergence", TORCH_BOX(&topk_divergence<Cpu>)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { implement_loss<TopkDivergence, Cpu>(m); }
 
 }  // namespace fastkd

@@ -416,8 +416,7 @@ struct Cuda {
 }  // namespace
 
 FASTKD_IMPL(m) {
-  m.impl("_byte_log_probs", TORCH_BOX(&byte_log_probs<Cuda>));
-  m.impl("_byte_log_probs_backward", TORCH_BOX(&byte_log_probs_backward<Cuda>));
+  implement_differentiable<ByteLogProbs, ByteLogProbsBackward, Cuda>(m);
 }
 
 }  // namespace fastkd::cuda

@@ -249,8 +249,7 @@ struct Cuda {
 }  // namespace
 
 FASTKD_IMPL(m) {
-  m.impl("_chunk_log_likelihood", TORCH_BOX(&chunk_log_likelihood<Cuda>));
-  m.impl("_chunk_log_likelihood_backward", TORCH_BOX(&chunk_log_likelihood_backward<Cuda>));
+  implement_differentiable<ChunkLogLikelihood, ChunkLogLikelihoodBackward, Cuda>(m);
 }
 
 }  // namespace fastkd::cuda

@@ -256,6 +256,6 @@ struct Cuda {
 
 }  // namespace
 
-FASTKD_IMPL(m) { m.impl("_clipped_divergence", TORCH_BOX(&clipped_divergence<Cuda>)); }
+FASTKD_IMPL(m) { implement_loss<ClippedDivergence, Cuda>(m); }
 
 }  // namespace fastkd::cuda

@@ -45,15 +45,12 @@ __global__ void __launch_bounds__(kFlatThreads) copy_kernel(const double* losses
 
 // Where the denominator is known without asking the device.
 double known_factor(const RowProblem& problem) {
-  const RowOptions& o = problem.options;
-  if (o.reduction == "none") return 1;
-  const double denominator = o.reduction == "mean" ? double(problem.rows) : o.denominator;
+  const double denominator = problem.known_denominator();
   return denominator == 0 ? 0 : 1 / denominator;
 }
 
 bool is_counted(const RowProblem& problem) {
-  const RowOptions& o = problem.options;
-  return o.reduction != "none" && (o.normalizer || (o.reduction == "mean" && (o.mask || o.labels)));
+  return problem.options.reduced() != Reduction::kNone && !problem.denominator_is_known();
 }
 
 Tensor losses_of(const RowProblem& problem) {
@@ -88,6 +85,8 @@ RowLosses::RowLosses(const Device& device, const RowProblem& problem, std::initi
   numbers.label_weight = o.label_weight;
   numbers.square_temperature = o.square_temperature;
   numbers.ignore_index = o.ignore_index;
+  numbers.shift = o.shift;
+  numbers.sequence = problem.sequence;
   numbers.losses = static_cast<double*>(losses_.data_ptr());
   double* const place = numbers.losses + problem.rows;
   if (counted_) {
@@ -102,11 +101,11 @@ RowLosses::RowLosses(const Device& device, const RowProblem& problem, std::initi
 std::tuple<Tensor, Tensor> RowLosses::finish() const {
   const Tensor& student = problem_.student_tensor;
   const Tensor loss =
-      torch::stable::new_empty(student, loss_shape(student, problem_.options.reduction), ScalarType::Float);
+      torch::stable::new_empty(student, loss_shape(problem_), ScalarType::Float);
   const Tensor pending = wait_ ? torch::stable::new_empty(student, std::vector<int64_t>{}, ScalarType::Float)
                                : torch::stable::new_empty(student, {0}, ScalarType::Float);
   const DeviceRows loss_rows = device_rows(loss, 0, problem_.function);
-  if (problem_.options.reduction != "none") {
+  if (problem_.options.reduced() != Reduction::kNone) {
     device_.launch(sum_kernel, 1, kReduceThreads, Team::kSharedBytes, 1, numbers.losses, problem_.rows,
                    counted_ ? numbers.losses + problem_.rows : nullptr, factor_, loss_rows,
                    wait_ ? device_rows(pending, 0, problem_.function) : DeviceRows());

@@ -18,14 +18,17 @@ struct RowNumbers {
   double temperature, label_weight;
   bool square_temperature;
   int64_t ignore_index;
+  int64_t shift, sequence;         // see RowOptions and RowProblem
   double gradient_factor;          // 1 / denominator,
   const double* gradient_factors;  // or where it stands once the rows are counted
   double* losses;                  // weighted, one a row
 
   __device__ bool counts(int64_t row) const {
-    return (!mask || mask.number(row) != 0) && (!labels || labels.integer(row) != ignore_index);
+    if (shift != 0 && row % sequence + shift >= sequence) return false;
+    const int64_t place = row + shift;
+    return (!mask || mask.number(place) != 0) && (!labels || labels.integer(place) != ignore_index);
   }
-  __device__ double row_weight(int64_t row) const { return !counts(row) ? 0 : weight ? weight.number(row) : 1; }
+  __device__ double row_weight(int64_t row) const { return !counts(row) ? 0 : weight ? weight.number(row + shift) : 1; }
 
   // Of the row's gradients; 0: the row is not read.
   __device__ double scale(int64_t row) const {
@@ -43,7 +46,7 @@ struct RowNumbers {
     task.has_label = bool(labels);
     task.label_weight = label_weight;
     if (!labels) return -1;
-    const int64_t label = labels.integer(row);
+    const int64_t label = labels.integer(row + shift);
     if (label >= 0 && label < vocab) return int(label);
     task.label_weight = NAN;
     return 0;

@@ -71,8 +71,7 @@ SourceKind source_kind(const RowArguments& a) {
 }
 
 FASTKD_IMPL(m) {
-  m.impl("_softmax_divergence", TORCH_BOX(&softmax_divergence<Cuda>));
-  m.impl("_softmax_divergence_into", TORCH_BOX(&softmax_divergence_into<Cuda>));
+  implement_loss<SoftmaxDivergence, Cuda>(m);
 }
 
 }  // namespace fastkd::cuda

@@ -306,6 +306,6 @@ struct Cuda {
 
 }  // namespace
 
-FASTKD_IMPL(m) { m.impl("_teacher_topk", TORCH_BOX(&teacher_topk<Cuda>)); }
+FASTKD_IMPL(m) { implement_op<TeacherTopk, Cuda>(m); }
 
 }  // namespace fastkd::cuda

@@ -55,6 +55,6 @@ struct Cuda {
 
 }  // namespace
 
-FASTKD_IMPL(m) { m.impl("_token_stats", TORCH_BOX(&token_stats<Cuda>)); }
+FASTKD_IMPL(m) { implement_op<TokenStats, Cuda>(m); }
 
 }  // namespace fastkd::cuda

@@ -54,6 +54,6 @@ struct Cuda {
 
 }  // namespace
 
-FASTKD_IMPL(m) { m.impl("_topk_divergence", TORCH_BOX(&topk_divergence<Cuda>)); }
+FASTKD_IMPL(m) { implement_loss<TopkDivergence, Cuda>(m); }
 
 }  // namespace fastkd::cuda

@@ -8,12 +8,28 @@
 
 #include <tuple>
 
+#include "loss_op.h"
 #include "row_problem.h"
 
 namespace fastkd {
 
 inline constexpr const char* kByteLogProbs = "byte_log_probs";
 inline constexpr int64_t kMaxColumns = 1024;
+
+struct ByteLogProbsArguments {
+  static constexpr const char* kName = kByteLogProbs;
+
+  Tensor logits, order, columns, segments;
+  std::optional<Tensor> prefix;
+  int64_t whole = 0;
+  std::optional<Tensor> valid;
+
+  template <class Visitor>
+  void fields(Visitor& v) {
+    v("logits", logits), v("order", order), v("columns", columns), v("segments", segments), v("prefix", prefix);
+    v("whole", whole), v("valid", valid);
+  }
+};
 
 struct ByteProblem : RowProblem {
   int64_t ids, columns, prefixes, whole;
@@ -23,10 +39,11 @@ struct ByteProblem : RowProblem {
   Rows prefix, valid;  // none: all are prefix 0; all ids count
   const Tensor *prefix_tensor = nullptr, *valid_tensor = nullptr;
 
-  ByteProblem(const Tensor& logits, const Tensor& order_tensor, const Tensor& column_tensor,
-              const Tensor& segment_tensor, const std::optional<Tensor>& prefix_of_row, int64_t whole_prefix,
-              const std::optional<Tensor>& valid_ids, bool check_values)
-      : RowProblem(kByteLogProbs, logits, plain_options(1), check_values, "logits"), whole(whole_prefix) {
+  ByteProblem(const ByteLogProbsArguments& own, bool check_values)
+      : RowProblem(kByteLogProbs, own.logits, plain_options(1), check_values, "logits"), whole(own.whole) {
+    const Tensor &logits = own.logits, &order_tensor = own.order, &column_tensor = own.columns;
+    const Tensor& segment_tensor = own.segments;
+    const std::optional<Tensor>&prefix_of_row = own.prefix, &valid_ids = own.valid;
     check_table(order_tensor, ScalarType::Int, 1, "order");
     check_table(column_tensor, ScalarType::Short, 1, "columns");
     check_table(segment_tensor, ScalarType::Int, 3, "segments");
@@ -90,33 +107,42 @@ struct ByteProblem : RowProblem {
   }
 };
 
-// -> [..., columns] log-probabilities; and for the backward [rows, columns + 1], the log-sum-exp of each column's ids,
-// and of all.
-template <class Backend>
-std::tuple<Tensor, Tensor> byte_log_probs(const Tensor& logits, const Tensor& order, const Tensor& columns,
-                                          const Tensor& segments, const std::optional<Tensor>& prefix, int64_t whole,
-                                          const std::optional<Tensor>& valid) {
-  const ByteProblem problem(logits, order, columns, segments, prefix, whole, valid, Backend::kValuesChecked);
-  std::vector<int64_t> shape = loss_shape(logits, "none");
-  shape.push_back(problem.columns);
-  const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor out = torch::stable::new_empty(logits, shape, type);
-  Tensor sums = torch::stable::new_empty(logits, {problem.rows, problem.columns + 1}, ScalarType::Double);
-  if (problem.rows > 0) Backend::solve(problem, out, sums);
-  return {out, sums};
-}
+struct ByteLogProbs : ByteLogProbsArguments {
+  static constexpr int kResults = 2;
 
-// Into `gradient`, which is like logits.
-template <class Backend>
-void byte_log_probs_backward(const Tensor& gradient, const Tensor& logits, const Tensor& order, const Tensor& columns,
-                             const Tensor& segments, const std::optional<Tensor>& prefix, int64_t whole,
-                             const std::optional<Tensor>& valid, const Tensor& sums, const Tensor& grad_output) {
-  const ByteProblem problem(logits, order, columns, segments, prefix, whole, valid, Backend::kValuesChecked);
-  check_gradient(problem, std::optional<Tensor>(gradient));
-  const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
-  problem.check_kept(sums, ScalarType::Double, problem.rows * (problem.columns + 1), "sums");
-  problem.check_kept(grad_output, type, problem.rows * problem.columns, "grad_output");
-  if (problem.rows > 0) Backend::differentiate(problem, gradient, sums, grad_output);
-}
+  // -> [..., columns] log-probabilities; and for the backward [rows, columns + 1], the log-sum-exp of each column's
+  // ids, and of all.
+  template <class Backend>
+  std::tuple<Tensor, Tensor> run() const {
+    const ByteProblem problem(*this, Backend::kValuesChecked);
+    std::vector<int64_t> shape = row_shape(logits);
+    shape.push_back(problem.columns);
+    const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
+    Tensor out = torch::stable::new_empty(logits, shape, type);
+    Tensor sums = torch::stable::new_empty(logits, {problem.rows, problem.columns + 1}, ScalarType::Double);
+    if (problem.rows > 0) Backend::solve(problem, out, sums);
+    return {out, sums};
+  }
+};
+
+struct ByteLogProbsBackward : ByteLogProbsArguments {
+  Tensor sums, grad_output;
+
+  template <class Visitor>
+  void fields(Visitor& v) {
+    v("sums", sums), v("grad_output", grad_output);
+    ByteLogProbsArguments::fields(v);
+  }
+
+  template <class Backend>
+  void run(const Tensor& gradient) const {
+    const ByteProblem problem(*this, Backend::kValuesChecked);
+    check_gradient(problem, gradient);
+    const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
+    problem.check_kept(sums, ScalarType::Double, problem.rows * (problem.columns + 1), "sums");
+    problem.check_kept(grad_output, type, problem.rows * problem.columns, "grad_output");
+    if (problem.rows > 0) Backend::differentiate(problem, gradient, sums, grad_output);
+  }
+};
 
 }  // namespace fastkd

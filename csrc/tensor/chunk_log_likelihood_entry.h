@@ -4,11 +4,27 @@
 
 #include <tuple>
 
+#include "loss_op.h"
 #include "row_problem.h"
 
 namespace fastkd {
 
 inline constexpr const char* kChunkLogLikelihood = "chunk_log_likelihood";
+
+struct ChunkLogLikelihoodArguments {
+  static constexpr const char* kName = kChunkLogLikelihood;
+
+  Tensor logits, token_ids, chunk_ids;
+  int64_t num_chunks = 0;
+  std::optional<Tensor> boundary;
+  double temperature = 1;
+
+  template <class Visitor>
+  void fields(Visitor& v) {
+    v("logits", logits), v("token_ids", token_ids), v("chunk_ids", chunk_ids), v("num_chunks", num_chunks);
+    v("boundary", boundary), v("temperature", temperature);
+  }
+};
 
 // Logits [..., T, vocab] that score token_ids [..., T]; chunk_ids [..., T] name a chunk in [0, chunks) or none, -1.
 struct ChunkProblem : RowProblem {
@@ -17,21 +33,21 @@ struct ChunkProblem : RowProblem {
   const Tensor *ids_tensor, *chunk_ids_tensor;
   const bool* boundary = nullptr;  // one a column
 
-  ChunkProblem(const Tensor& logits, const Tensor& token_ids, const Tensor& chunks_of_tokens, int64_t num_chunks,
-               const std::optional<Tensor>& boundary_set, double temperature, bool check_values)
-      : RowProblem(kChunkLogLikelihood, logits, plain_options(temperature), check_values, "logits"),
-        chunks(num_chunks),
-        ids_tensor(&token_ids),
-        chunk_ids_tensor(&chunks_of_tokens) {
+  ChunkProblem(const ChunkLogLikelihoodArguments& own, bool check_values)
+      : RowProblem(kChunkLogLikelihood, own.logits, plain_options(own.temperature), check_values, "logits"),
+        chunks(own.num_chunks),
+        ids_tensor(&own.token_ids),
+        chunk_ids_tensor(&own.chunk_ids) {
+    const Tensor& logits = own.logits;
+    const std::optional<Tensor>& boundary_set = own.boundary;
     FASTKD_CHECK_VALUE(leading >= 1, function, "logits must have at least two dimensions, [tokens, vocab], got shape ",
                        shape_of(logits));
     length = logits.size(leading - 1);
     for (int64_t i = 0; i + 1 < leading; ++i) batch *= logits.size(i);
     const auto is_integer = [](ScalarType x) { return x == ScalarType::Long || x == ScalarType::Int; };
-    ids = per_row(token_ids, "token_ids", is_integer, "int64 or int32");
-    chunk_ids = per_row(chunks_of_tokens, "chunk_ids", is_integer, "int64 or int32");
-    FASTKD_CHECK_VALUE(num_chunks >= 0 && num_chunks < INT32_MAX, function, "num_chunks must lie in [0, 2^31), got ",
-                       num_chunks);
+    ids = per_row(own.token_ids, "token_ids", is_integer, "int64 or int32");
+    chunk_ids = per_row(own.chunk_ids, "chunk_ids", is_integer, "int64 or int32");
+    FASTKD_CHECK_VALUE(chunks >= 0 && chunks < INT32_MAX, function, "num_chunks must lie in [0, 2^31), got ", chunks);
     if (boundary_set) {
       FASTKD_CHECK_TYPE(boundary_set->scalar_type() == ScalarType::Bool, function, "boundary must be bool, got ",
                         torch::headeronly::toString(boundary_set->scalar_type()));
@@ -80,43 +96,51 @@ struct ChunkOutput {
   Tensor log_likelihood, boundary_log_prob, token_count, numbers;
 };
 
-template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_log_likelihood(const Tensor& logits, const Tensor& token_ids,
-                                                                const Tensor& chunk_ids, int64_t num_chunks,
-                                                                const std::optional<Tensor>& boundary,
-                                                                double temperature) {
-  const ChunkProblem problem(logits, token_ids, chunk_ids, num_chunks, boundary, temperature, Backend::kValuesChecked);
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i + 2 < logits.dim(); ++i) shape.push_back(logits.size(i));
-  shape.push_back(num_chunks);
-  const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
-  const auto filled = [&](const std::vector<int64_t>& size, ScalarType dtype) {
-    return torch::stable::new_zeros(logits, size, dtype);
-  };
-  ChunkOutput out{filled(shape, type), boundary ? filled(shape, type) : filled({0}, type),
-                  filled(shape, ScalarType::Long), filled({2, problem.rows}, ScalarType::Double)};
-  Backend::solve(problem, out);
-  return {out.log_likelihood, out.boundary_log_prob, out.token_count, out.numbers};
-}
+struct ChunkLogLikelihood : ChunkLogLikelihoodArguments {
+  static constexpr int kResults = 4;
 
-// Into `gradient`, which is like logits.
-template <class Backend>
-void chunk_log_likelihood_backward(const Tensor& gradient, const Tensor& logits, const Tensor& token_ids,
-                                   const Tensor& chunk_ids, int64_t num_chunks, const std::optional<Tensor>& boundary,
-                                   double temperature, const Tensor& numbers, const Tensor& likelihood_gradient,
-                                   const std::optional<Tensor>& boundary_gradient) {
-  const ChunkProblem problem(logits, token_ids, chunk_ids, num_chunks, boundary, temperature, Backend::kValuesChecked);
-  check_gradient(problem, std::optional<Tensor>(gradient));
-  const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
-  problem.check_kept(numbers, ScalarType::Double, 2 * problem.rows, "numbers");
-  problem.check_kept(likelihood_gradient, type, problem.batch * num_chunks, "likelihood_gradient");
-  if (boundary) {
-    FASTKD_CHECK_VALUE(boundary_gradient, kChunkLogLikelihood, "boundary_gradient must come with boundary");
-    problem.check_kept(*boundary_gradient, type, problem.batch * num_chunks, "boundary_gradient");
+  template <class Backend>
+  std::tuple<Tensor, Tensor, Tensor, Tensor> run() const {
+    const ChunkProblem problem(*this, Backend::kValuesChecked);
+    std::vector<int64_t> shape;
+    for (int64_t i = 0; i + 2 < logits.dim(); ++i) shape.push_back(logits.size(i));
+    shape.push_back(num_chunks);
+    const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
+    const auto filled = [&](const std::vector<int64_t>& size, ScalarType dtype) {
+      return torch::stable::new_zeros(logits, size, dtype);
+    };
+    ChunkOutput out{filled(shape, type), boundary ? filled(shape, type) : filled({0}, type),
+                    filled(shape, ScalarType::Long), filled({2, problem.rows}, ScalarType::Double)};
+    Backend::solve(problem, out);
+    return {out.log_likelihood, out.boundary_log_prob, out.token_count, out.numbers};
   }
-  if (problem.rows > 0) {
-    Backend::differentiate(problem, gradient, numbers, likelihood_gradient, boundary ? &*boundary_gradient : nullptr);
+};
+
+struct ChunkLogLikelihoodBackward : ChunkLogLikelihoodArguments {
+  Tensor numbers, likelihood_gradient;
+  std::optional<Tensor> boundary_gradient;  // comes with boundary
+
+  template <class Visitor>
+  void fields(Visitor& v) {
+    v("numbers", numbers), v("likelihood_gradient", likelihood_gradient), v("boundary_gradient", boundary_gradient);
+    ChunkLogLikelihoodArguments::fields(v);
   }
-}
+
+  template <class Backend>
+  void run(const Tensor& gradient) const {
+    const ChunkProblem problem(*this, Backend::kValuesChecked);
+    check_gradient(problem, gradient);
+    const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
+    problem.check_kept(numbers, ScalarType::Double, 2 * problem.rows, "numbers");
+    problem.check_kept(likelihood_gradient, type, problem.batch * num_chunks, "likelihood_gradient");
+    if (boundary) {
+      FASTKD_CHECK_VALUE(boundary_gradient, kName, "boundary_gradient must come with boundary");
+      problem.check_kept(*boundary_gradient, type, problem.batch * num_chunks, "boundary_gradient");
+    }
+    if (problem.rows > 0) {
+      Backend::differentiate(problem, gradient, numbers, likelihood_gradient, boundary ? &*boundary_gradient : nullptr);
+    }
+  }
+};
 
 }  // namespace fastkd

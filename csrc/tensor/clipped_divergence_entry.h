@@ -1,9 +1,10 @@
 // The op _clipped_divergence: checks and allocation for a backend, which solves the problem.
 #pragma once
+#include <array>
 #include <tuple>
 
 #include "../math/clipped_plan.h"
-#include "allocate.h"
+#include "loss_op.h"
 #include "row_problem.h"
 
 namespace fastkd {
@@ -44,53 +45,65 @@ struct ClippedProblem : RowProblem {
   }
 };
 
-inline Renormalize find_renormalize(const std::string& name) {
-  if (name == "none") return Renormalize::kNone;
-  if (name == "teacher") return Renormalize::kTeacher;
-  FASTKD_CHECK_VALUE(name == "both", kClippedDivergence, "renormalize must be none, teacher or both; got '", name, "'");
-  return Renormalize::kBoth;
-}
+struct Renormalizations {  // in the order of Renormalize
+  static std::array<const char*, 3> names() { return {"none", "teacher", "both"}; }
+};
+struct ClippedTails {
+  static std::array<const char*, 2> names() { return {"drop", "lump"}; }
+};
 
 // Where the gradients go; null: not asked for.
 struct ClippedGradients {
   const Tensor *student, *teacher, *lower, *upper;
 };
 
-template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> clipped_divergence(
-    const std::optional<Tensor>& gradient, const Tensor& student_logits, const Tensor& teacher_logits,
-    const Tensor& lower, const Tensor& upper, bool keep_label, const std::string& renormalize, const std::string& tail,
-    double softness, bool quantile, double teacher_temperature, const std::optional<Tensor>& teacher_temperatures,
-    double temperature, const std::optional<Tensor>& temperatures, const std::optional<Tensor>& weight,
-    const std::optional<Tensor>& mask, const std::optional<Tensor>& labels, double label_weight, int64_t ignore_index,
-    int64_t vocab_size, bool square_temperature, const std::string& reduction, double denominator,
-    const std::optional<Tensor>& normalizer, bool teacher_gradient, bool bound_gradients) {
-  ClippedProblem problem(student_logits,
-                         {temperature, temperatures, weight, mask, labels, label_weight, ignore_index, vocab_size,
-                          square_temperature, reduction, denominator, normalizer},
-                         teacher_logits, lower, upper, Backend::kValuesChecked);
-  problem.keep_label = keep_label;
-  problem.renormalize = find_renormalize(renormalize);
-  FASTKD_CHECK_VALUE(tail == "drop" || tail == "lump", kClippedDivergence, "tail must be drop or lump; got '", tail,
-                     "'");
-  problem.lump = tail == "lump";
-  FASTKD_CHECK_VALUE(softness >= 0 && std::isfinite(softness), kClippedDivergence,
-                     "softness must be positive and finite, got ", softness);
-  FASTKD_CHECK_VALUE(softness > 0 || !bound_gradients, kClippedDivergence,
-                     "gradients of lower and upper need a softness");
-  problem.softness = softness;
-  problem.quantile = quantile;
-  problem.set_teacher_temperature(teacher_temperature, teacher_temperatures);
-  problem.check_edges();
-  check_gradient(problem, gradient);
-  const auto like = [](const Tensor& x, bool wanted) {
-    return wanted ? gradient_like(x) : torch::stable::new_empty(x, {0});
-  };
-  Tensor t = like(teacher_logits, teacher_gradient);
-  Tensor l = like(lower, bound_gradients), u = like(upper, bound_gradients);
-  auto [loss, pending] = Backend::solve(problem, {gradient ? &*gradient : nullptr, teacher_gradient ? &t : nullptr,
-                                                  bound_gradients ? &l : nullptr, bound_gradients ? &u : nullptr});
-  return {loss, t, l, u, pending};
-}
+struct ClippedDivergence {
+  static constexpr const char* kName = kClippedDivergence;
+  static constexpr int kGradients = 4;
+
+  Tensor student_logits, teacher_logits, lower, upper;
+  bool keep_label = true;
+  Choice<Renormalizations> renormalize;
+  Choice<ClippedTails> tail;
+  double softness = 0;  // hard edges
+  bool quantile = false;
+  double teacher_temperature = 1;
+  std::optional<Tensor> teacher_temperatures;
+  RowOptions rows;
+
+  template <class Visitor>
+  void fields(Visitor& v) {
+    v("student_logits", student_logits), v("teacher_logits", teacher_logits), v("lower", lower), v("upper", upper);
+    v("keep_label", keep_label), v("renormalize", renormalize), v("tail", tail), v("softness", softness);
+    v("quantile", quantile), v("teacher_temperature", teacher_temperature);
+    v("teacher_temperatures", teacher_temperatures);
+    rows.fields(v);
+  }
+
+  const Tensor& differentiable(int i) const {
+    return i == 0 ? student_logits : i == 1 ? teacher_logits : i == 2 ? lower : upper;
+  }
+  // The two edges share their sums: both gradients are computed where one is asked for.
+  void check_gradients(int64_t wanted) const {
+    FASTKD_CHECK_VALUE(softness > 0 || (wanted & 12) == 0, kName, "gradients of lower and upper need a softness");
+    FASTKD_CHECK_VALUE((wanted & 12) == 0 || (wanted & 12) == 12, kName,
+                       "gradients of lower and upper come together");
+  }
+
+  template <class Backend>
+  std::tuple<Tensor, Tensor> solve(const std::array<const Tensor*, kGradients>& gradients) const {
+    ClippedProblem problem(student_logits, rows, teacher_logits, lower, upper, Backend::kValuesChecked);
+    problem.keep_label = keep_label;
+    problem.renormalize = Renormalize(renormalize.place);
+    problem.lump = tail.place == 1;
+    FASTKD_CHECK_VALUE(softness >= 0 && std::isfinite(softness), kName, "softness must be positive and finite, got ",
+                       softness);
+    problem.softness = softness;
+    problem.quantile = quantile;
+    problem.set_teacher_temperature(teacher_temperature, teacher_temperatures);
+    problem.check_edges();
+    return Backend::solve(problem, {gradients[0], gradients[1], gradients[2], gradients[3]});
+  }
+};
 
 }  // namespace fastkd

@@ -1,30 +1,35 @@
-// Divergences by name.
+// Divergences by their place in a list of them.
 #pragma once
+#include <array>
+#include <string_view>
+
 #include "../math/divergence.h"
-#include "check.h"
+#include "op.h"
 
 namespace fastkd {
 
+// The names of a list of divergences, for a Choice.
+template <class List>
+struct DivergenceNames;
 template <class... Divergence>
-int place_of(portable::TypeList<Divergence...>, const char* function, const std::string& name) {
-  const char* const names[] = {Divergence::kName...};
-  std::ostringstream known;
-  for (size_t i = 0; i < sizeof...(Divergence); ++i) {
-    if (name == names[i]) return int(i);
-    known << (i ? ", " : "") << names[i];
-  }
-  fail("ValueError", function, "divergence must be one of ", known.str(), "; got '", name, "'");
-}
+struct DivergenceNames<portable::TypeList<Divergence...>> {
+  static std::array<const char*, sizeof...(Divergence)> names() { return {Divergence::kName...}; }
+};
 
 // The place in List; the ends of a mixture are the plain divergences.
 template <class List>
-int find_divergence(const char* function, std::string name, double beta) {
+int find_divergence(const char* function, const Choice<DivergenceNames<List>>& divergence, double beta) {
   FASTKD_CHECK_VALUE(beta >= 0 && beta <= 1, function, "beta must lie in [0, 1], got ", beta);
-  if (name == "jsd" && beta == 0) name = "forward_kl";
-  if (name == "jsd" && beta == 1) name = "reverse_kl";
-  if (name == "skew_kl" && beta == 0) name = "forward_kl";
-  if (name == "skew_reverse_kl" && beta == 0) name = "reverse_kl";
-  return place_of(List{}, function, name);
+  const std::string_view name = divergence.name();
+  const char* plain = nullptr;
+  if (beta == 0 && (name == "jsd" || name == "skew_kl")) plain = "forward_kl";
+  if ((beta == 1 && name == "jsd") || (beta == 0 && name == "skew_reverse_kl")) plain = "reverse_kl";
+  if (plain == nullptr) return int(divergence.place);
+  const auto names = DivergenceNames<List>::names();
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (std::string_view(names[i]) == plain) return int(i);
+  }
+  return int(divergence.place);
 }
 
 }  // namespace fastkd

@@ -1,36 +1,52 @@
 // The arguments that every loss over rows of logits takes: the student, its temperature, labels, and how rows count.
 #pragma once
+#include <array>
 #include <cmath>
 #include <initializer_list>
 #include <optional>
-#include <string>
 #include <vector>
 
+#include "op.h"
 #include "rows.h"
 
 namespace fastkd {
 
+// How rows' losses become the op's result. kBatchMean: over the first dimension; kElementMean: over rows x vocabulary.
+enum class Reduction : int64_t { kNone, kMean, kSum, kBatchMean, kElementMean };
+struct Reductions {
+  static std::array<const char*, 5> names() { return {"none", "mean", "sum", "batchmean", "elementmean"}; }
+};
+
 struct RowOptions {
-  double temperature;
-  const std::optional<Tensor>&temperatures, &weight, &mask, &labels;
-  double label_weight;
-  int64_t ignore_index, vocab_size;
-  bool square_temperature;
-  const std::string& reduction;
-  double denominator;
-  const std::optional<Tensor>& normalizer;
+  double temperature = 1;
+  std::optional<Tensor> temperatures, weight, mask, labels;
+  double label_weight = 0;
+  int64_t ignore_index = -100, vocab_size = -1;
+  int64_t shift = 0;  // a row takes the label, mask and weight of the row so many entries after it in its sequence
+  bool square_temperature = false;
+  Choice<Reductions> reduction;
+  double denominator = 1;  // with kSum
+  std::optional<Tensor> normalizer;
+
+  template <class Visitor>
+  void fields(Visitor& v) {
+    v("temperature", temperature), v("temperatures", temperatures), v("weight", weight), v("mask", mask);
+    v("labels", labels), v("label_weight", label_weight), v("ignore_index", ignore_index), v("vocab_size", vocab_size);
+    v("shift", shift), v("square_temperature", square_temperature), v("reduction", reduction);
+    v("denominator", denominator), v("normalizer", normalizer);
+  }
+  Reduction reduced() const { return Reduction(reduction.place); }
 };
 
 // For functions that take logits, a temperature and labels, and reduce nothing.
-inline RowOptions plain_options(double temperature, const std::optional<Tensor>& temperatures,
-                                const std::optional<Tensor>& labels, int64_t vocab_size) {
-  static const std::optional<Tensor> none;
-  static const std::string reduction = "none";
-  return {temperature, temperatures, none, none, labels, 0, -100, vocab_size, false, reduction, 1, none};
-}
-inline RowOptions plain_options(double temperature) {
-  static const std::optional<Tensor> none;
-  return plain_options(temperature, none, none, -1);
+inline RowOptions plain_options(double temperature, const std::optional<Tensor>& temperatures = std::nullopt,
+                                const std::optional<Tensor>& labels = std::nullopt, int64_t vocab_size = -1) {
+  RowOptions options;
+  options.temperature = temperature;
+  options.temperatures = temperatures;
+  options.labels = labels;
+  options.vocab_size = vocab_size;
+  return options;
 }
 
 // Those arguments, checked, as rows. What depends on values (of temperatures, labels) is checked where they can be read
@@ -44,6 +60,7 @@ struct RowProblem {
   bool float64;
   Rows student, temperatures, weight, mask, labels;
   int64_t student_width;
+  int64_t sequence = 1;  // its length, where there is a shift
   // Of ops that have a teacher: set_teacher_temperature.
   double teacher_temperature = 1;
   const Tensor* teacher_temperatures_tensor = nullptr;
@@ -64,8 +81,7 @@ struct RowProblem {
     FASTKD_CHECK_VALUE(vocab <= student_width, function, "vocab_size is ", vocab, ", ", input, " has only ",
                        student_width, " columns");
     FASTKD_CHECK_VALUE(vocab >= 1, function, "the vocabulary must have at least one column, got ", vocab);
-    FASTKD_CHECK_VALUE(o.reduction == "none" || o.reduction == "sum" || o.reduction == "mean", function,
-                       "reduction must be none, sum or mean, got '", o.reduction, "'");
+    check_shift();
     temperatures = per_row(o.temperatures, "temperature", is_float, "floating-point");
     weight = per_row(o.weight, "weight", is_float, "floating-point");
     mask = per_row(o.mask, "mask", [](ScalarType x) { return x == ScalarType::Bool; }, "bool");
@@ -147,8 +163,9 @@ struct RowProblem {
 
   void check_labels() const {
     for (int64_t row = 0; values_checked && labels && row < rows; ++row) {
-      if (mask && mask.number(row) == 0) continue;
-      const int64_t label = labels.integer(row);
+      const int64_t place = row + options.shift;
+      if (!in_sequence(row) || (mask && mask.number(place) == 0)) continue;
+      const int64_t label = labels.integer(place);
       FASTKD_CHECK_INDEX(label == options.ignore_index || (label >= 0 && label < vocab), function,
                          "labels must lie in [0, ", vocab, ") or be ignore_index ", options.ignore_index, ", got ",
                          label, " in row ", row);
@@ -162,23 +179,62 @@ struct RowProblem {
     check_device(*options.normalizer, "normalizer");
   }
 
-  bool kept(int64_t row) const {
-    return (!mask || mask.number(row) != 0) && (!labels || labels.integer(row) != options.ignore_index);
+  void check_shift() {
+    FASTKD_CHECK_VALUE(options.shift >= 0, function, "shift must not be negative, got ", options.shift);
+    if (options.shift == 0) return;
+    FASTKD_CHECK_VALUE(leading >= 1, function,
+                       "shift needs student_logits with a sequence dimension before the vocabulary, got shape ",
+                       shape_of(student_tensor));
+    sequence = student_tensor.size(leading - 1);
   }
-  double row_weight(int64_t row) const { return !kept(row) ? 0 : weight ? weight.number(row) : 1; }
+
+  // Whether the row that the shift points at is in the same sequence.
+  bool in_sequence(int64_t row) const { return options.shift == 0 || row % sequence + options.shift < sequence; }
+  bool kept(int64_t row) const {
+    const int64_t place = row + options.shift;
+    return in_sequence(row) && (!mask || mask.number(place) != 0) &&
+           (!labels || labels.integer(place) != options.ignore_index);
+  }
+  double row_weight(int64_t row) const { return !kept(row) ? 0 : weight ? weight.number(row + options.shift) : 1; }
   double temperature(int64_t row) const { return temperatures ? temperatures.number(row) : options.temperature; }
   double row_teacher_temperature(int64_t row) const {
     return teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature;
   }
-  int64_t label(int64_t row) const { return labels ? labels.integer(row) : -1; }
+  int64_t label(int64_t row) const { return labels && in_sequence(row) ? labels.integer(row + options.shift) : -1; }
+
+  // Rows that the shift leaves.
+  int64_t shifted_rows() const {
+    if (options.shift == 0 || rows == 0) return rows;
+    return options.shift < sequence ? rows / sequence * (sequence - options.shift) : 0;
+  }
+  // Where no row has to be looked at.
+  bool denominator_is_known() const {
+    const bool counted = options.reduced() == Reduction::kMean && (mask || labels);
+    return !options.normalizer && !counted;
+  }
+  double known_denominator() const {
+    switch (options.reduced()) {
+      case Reduction::kNone:
+        return 1;
+      case Reduction::kMean:
+        return double(shifted_rows());
+      case Reduction::kBatchMean:
+        return double(student_tensor.size(0));
+      case Reduction::kElementMean:
+        return double(shifted_rows()) * double(vocab);
+      default:
+        return options.denominator;
+    }
+  }
 
   // 1 / denominator, 0 for an empty one.
   double factor() const {
-    double denominator = options.denominator;
+    double denominator = 0;
     if (options.normalizer) {
       denominator = Rows(*options.normalizer, 0).number(0);
-    } else if (options.reduction == "mean") {
-      denominator = 0;
+    } else if (denominator_is_known()) {
+      denominator = known_denominator();
+    } else {
       for (int64_t row = 0; row < rows; ++row) denominator += kept(row);
     }
     return denominator == 0 ? 0 : 1 / denominator;
@@ -189,25 +245,27 @@ struct RowProblem {
 inline bool gradient_waits(const RowProblem& problem, std::initializer_list<const Tensor*> gradients) {
   bool half = false;
   for (const Tensor* x : gradients) half = half || (x != nullptr && x->scalar_type() == ScalarType::Half);
-  return half && problem.options.reduction != "none";
+  return half && problem.options.reduced() != Reduction::kNone;
 }
 
-// Where gradients of the student go.
-inline void check_gradient(const RowProblem& problem, const std::optional<Tensor>& gradient) {
-  if (!gradient) return;
-  const Tensor& student = problem.student_tensor;
-  problem.check_device(*gradient, "gradient");
-  FASTKD_CHECK_VALUE(gradient->dim() == student.dim() && same_leading(*gradient, student, student.dim()) &&
-                         gradient->scalar_type() == student.scalar_type(),
-                     problem.function, "gradient must be like student_logits, shape ", shape_of(student),
-                     ", got shape ", shape_of(*gradient));
+// Where a backward pass writes the logits' gradient.
+inline void check_gradient(const RowProblem& problem, const Tensor& gradient) {
+  const Tensor& logits = problem.student_tensor;
+  problem.check_device(gradient, "gradient");
+  FASTKD_CHECK_VALUE(gradient.dim() == logits.dim() && same_leading(gradient, logits, logits.dim()) &&
+                         gradient.scalar_type() == logits.scalar_type(),
+                     problem.function, "gradient must be like the logits, shape ", shape_of(logits), ", got shape ",
+                     shape_of(gradient));
 }
 
-inline std::vector<int64_t> loss_shape(const Tensor& student, const std::string& reduction) {
+// The leading dimensions: one number a row.
+inline std::vector<int64_t> row_shape(const Tensor& logits) {
   std::vector<int64_t> shape;
-  if (reduction != "none") return shape;
-  for (int64_t i = 0; i + 1 < student.dim(); ++i) shape.push_back(student.size(i));
+  for (int64_t i = 0; i + 1 < logits.dim(); ++i) shape.push_back(logits.size(i));
   return shape;
+}
+inline std::vector<int64_t> loss_shape(const RowProblem& problem) {
+  return problem.options.reduced() == Reduction::kNone ? row_shape(problem.student_tensor) : std::vector<int64_t>{};
 }
 
 }  // namespace fastkd

@@ -7,16 +7,33 @@ namespace fastkd {
 
 inline constexpr const char* kSoftmaxDivergence = "softmax_divergence";
 
-struct Options {
-  const std::string& divergence;
-  double beta, teacher_temperature;
-  const std::optional<Tensor>&teacher_temperatures, &teacher_weights;
-  const std::string& teacher_mix;
+struct TeacherMixes {
+  static std::array<const char*, 2> names() { return {"logits", "probs"}; }
+};
+
+struct SoftmaxDivergenceArguments {
+  static constexpr const char* kName = kSoftmaxDivergence;
+
+  Tensor student_logits;
+  std::vector<Tensor> teacher_logits;
+  Choice<DivergenceNames<portable::Divergences>> divergence;
+  double beta = 0.5, teacher_temperature = 1;
+  std::optional<Tensor> teacher_temperatures, teacher_weights;
+  Choice<TeacherMixes> teacher_mix;
+  RowOptions rows;
+
+  template <class Visitor>
+  void fields(Visitor& v) {
+    v("student_logits", student_logits), v("teacher_logits", teacher_logits), v("divergence", divergence);
+    v("beta", beta), v("teacher_temperature", teacher_temperature), v("teacher_temperatures", teacher_temperatures);
+    v("teacher_weights", teacher_weights), v("teacher_mix", teacher_mix);
+    rows.fields(v);
+  }
 };
 
 // All arguments of softmax_divergence, checked.
 struct Problem : RowProblem {
-  Options own;
+  const SoftmaxDivergenceArguments& own;
   const std::vector<Tensor>& teacher_tensors;
   Rows student_gradient, teacher_gradient;
   std::vector<Rows> teachers;
@@ -24,23 +41,21 @@ struct Problem : RowProblem {
   Rows teacher_weights;
   bool mix_probs;
 
-  Problem(const Tensor& s, const std::vector<Tensor>& t, const Options& o, const RowOptions& rows_options,
-          bool check_values)
-      : RowProblem(kSoftmaxDivergence, s, rows_options, check_values), own(o), teacher_tensors(t) {
-    find_divergence<portable::Divergences>(kSoftmaxDivergence, o.divergence, o.beta);
-    FASTKD_CHECK_VALUE(!t.empty(), kSoftmaxDivergence,
-                       "teacher_logits must hold at least one tensor, got an empty list");
+  Problem(const SoftmaxDivergenceArguments& arguments, bool check_values)
+      : RowProblem(kSoftmaxDivergence, arguments.student_logits, arguments.rows, check_values),
+        own(arguments),
+        teacher_tensors(arguments.teacher_logits) {
+    const std::vector<Tensor>& t = teacher_tensors;
+    find_divergence<portable::Divergences>(kSoftmaxDivergence, own.divergence, own.beta);
     for (const Tensor& teacher : t) {
       check_teacher(teacher);
       teachers.emplace_back(teacher, leading);
       float64 = float64 || teacher.scalar_type() == ScalarType::Double;
     }
     teacher_width = t[0].size(leading);
-    mix_probs = o.teacher_mix == "probs" && t.size() > 1;
-    FASTKD_CHECK_VALUE(o.teacher_mix == "probs" || o.teacher_mix == "logits", kSoftmaxDivergence,
-                       "teacher_mix must be 'logits' or 'probs', got '", o.teacher_mix, "'");
-    set_teacher_temperature(o.teacher_temperature, o.teacher_temperatures);
-    check_teacher_weights(s, t.size());
+    mix_probs = own.teacher_mix.place == 1 && t.size() > 1;
+    set_teacher_temperature(own.teacher_temperature, own.teacher_temperatures);
+    check_teacher_weights(own.student_logits, t.size());
   }
 
   void check_teacher_weights(const Tensor& s, size_t count) {

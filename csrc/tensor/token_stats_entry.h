@@ -20,26 +20,43 @@ struct StatsOutput {
 };
 inline constexpr int64_t kSideNumbers = 4, kPairNumbers = 3;
 
-template <class Backend>
-std::tuple<Tensor, Tensor> token_stats(const Tensor& student_logits, const std::optional<Tensor>& teacher_logits,
-                                       const std::optional<Tensor>& labels, double temperature,
-                                       const std::optional<Tensor>& temperatures, int64_t vocab_size) {
-  RowProblem problem(kTokenStats, student_logits, plain_options(temperature, temperatures, labels, vocab_size),
-                     Backend::kValuesChecked);
-  if (teacher_logits) {
-    problem.check_teacher(*teacher_logits);
-    problem.float64 = problem.float64 || teacher_logits->scalar_type() == ScalarType::Double;
+struct TokenStats {
+  static constexpr const char* kName = kTokenStats;
+  static constexpr int kResults = 2;
+
+  Tensor student_logits;
+  std::optional<Tensor> teacher_logits, labels;
+  double temperature = 1;
+  std::optional<Tensor> temperatures;
+  int64_t vocab_size = -1;
+
+  template <class Visitor>
+  void fields(Visitor& v) {
+    v("student_logits", student_logits), v("teacher_logits", teacher_logits), v("labels", labels);
+    v("temperature", temperature), v("temperatures", temperatures), v("vocab_size", vocab_size);
   }
-  const int64_t sides = teacher_logits ? 2 : 1;
-  std::vector<int64_t> shape = loss_shape(student_logits, "none");
-  shape.insert(shape.begin(), sides * kSideNumbers + (teacher_logits ? kPairNumbers : 0));
-  Tensor numbers =
-      torch::stable::new_empty(student_logits, shape, problem.float64 ? ScalarType::Double : ScalarType::Float);
-  shape[0] = sides;
-  Tensor argmax = torch::stable::new_empty(student_logits, shape, ScalarType::Long);
-  Backend::solve(problem, teacher_logits ? &*teacher_logits : nullptr,
-                 {numbers.data_ptr(), static_cast<int64_t*>(argmax.data_ptr()), problem.rows, problem.float64});
-  return {numbers, argmax};
-}
+
+  // -> [11, ...] numbers (of the student, of the teacher, of both) and [2, ...] argmaxes, as TokenStats in Python names
+  // them; [4, ...] and [1, ...] without a teacher.
+  template <class Backend>
+  std::tuple<Tensor, Tensor> run() const {
+    RowProblem problem(kName, student_logits, plain_options(temperature, temperatures, labels, vocab_size),
+                       Backend::kValuesChecked);
+    if (teacher_logits) {
+      problem.check_teacher(*teacher_logits);
+      problem.float64 = problem.float64 || teacher_logits->scalar_type() == ScalarType::Double;
+    }
+    const int64_t sides = teacher_logits ? 2 : 1;
+    std::vector<int64_t> shape = row_shape(student_logits);
+    shape.insert(shape.begin(), sides * kSideNumbers + (teacher_logits ? kPairNumbers : 0));
+    Tensor numbers =
+        torch::stable::new_empty(student_logits, shape, problem.float64 ? ScalarType::Double : ScalarType::Float);
+    shape[0] = sides;
+    Tensor argmax = torch::stable::new_empty(student_logits, shape, ScalarType::Long);
+    Backend::solve(problem, teacher_logits ? &*teacher_logits : nullptr,
+                   {numbers.data_ptr(), static_cast<int64_t*>(argmax.data_ptr()), problem.rows, problem.float64});
+    return {numbers, argmax};
+  }
+};
 
 }  // namespace fastkd

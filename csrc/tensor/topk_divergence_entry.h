@@ -1,24 +1,20 @@
 // The op _topk_divergence: checks and allocation for a backend, which solves the problem.
 #pragma once
+#include <array>
 #include <tuple>
 
 #include "../math/topk_plan.h"
-#include "allocate.h"
 #include "find_divergence.h"
+#include "loss_op.h"
 #include "row_problem.h"
 
 namespace fastkd {
 
 inline constexpr const char* kTopkDivergence = "topk_divergence";
 
-inline Tail find_tail(const std::string& name) {
-  if (name == "lump") return Tail::kLump;
-  if (name == "uniform") return Tail::kUniform;
-  if (name == "renormalize") return Tail::kRenormalize;
-  FASTKD_CHECK_VALUE(name == "drop", kTopkDivergence, "tail must be one of lump, uniform, renormalize, drop; got '",
-                     name, "'");
-  return Tail::kDrop;
-}
+struct Tails {  // in the order of Tail
+  static std::array<const char*, 4> names() { return {"lump", "uniform", "renormalize", "drop"}; }
+};
 
 struct TopkProblem : RowProblem {
   int divergence;
@@ -29,8 +25,9 @@ struct TopkProblem : RowProblem {
   Rows log_probs, indices;
   int64_t k;
 
-  TopkProblem(const Tensor& student, const RowOptions& options, const Tensor& l, const Tensor& i, bool check_values)
-      : RowProblem(kTopkDivergence, student, options, check_values), log_probs_tensor(l), indices_tensor(i) {
+  TopkProblem(const Tensor& student, const RowOptions& row_options, const Tensor& l, const Tensor& i,
+              bool check_values)
+      : RowProblem(kTopkDivergence, student, row_options, check_values), log_probs_tensor(l), indices_tensor(i) {
     check_logits(l, "teacher_log_probs");
     FASTKD_CHECK_TYPE(i.scalar_type() == ScalarType::Long || i.scalar_type() == ScalarType::Int, function,
                       "teacher_indices must be int64 or int32, got ", torch::headeronly::toString(i.scalar_type()));
@@ -62,34 +59,47 @@ struct TopkProblem : RowProblem {
   }
 };
 
-template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> topk_divergence(
-    const std::optional<Tensor>& gradient, const Tensor& student_logits, const Tensor& teacher_log_probs,
-    const Tensor& teacher_indices, const std::string& divergence, double beta, const std::string& tail,
-    double stored_temperature, double teacher_temperature, const std::optional<Tensor>& teacher_temperatures,
-    double min_log_prob, double max_token_loss, double temperature, const std::optional<Tensor>& temperatures,
-    const std::optional<Tensor>& weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& labels,
-    double label_weight, int64_t ignore_index, int64_t vocab_size, bool square_temperature,
-    const std::string& reduction, double denominator, const std::optional<Tensor>& normalizer, bool teacher_gradient) {
-  TopkProblem problem(student_logits,
-                      {temperature, temperatures, weight, mask, labels, label_weight, ignore_index, vocab_size,
-                       square_temperature, reduction, denominator, normalizer},
-                      teacher_log_probs, teacher_indices, Backend::kValuesChecked);
-  problem.divergence = find_divergence<portable::BareDivergences>(kTopkDivergence, divergence, beta);
-  problem.beta = beta;
-  problem.tail = find_tail(tail);
-  problem.stored_temperature = stored_temperature;
-  problem.check_positive(stored_temperature, Rows(), "stored_temperature");
-  problem.set_teacher_temperature(teacher_temperature, teacher_temperatures);
-  FASTKD_CHECK_VALUE(min_log_prob < 0, kTopkDivergence, "min_log_prob must be negative, got ", min_log_prob);
-  FASTKD_CHECK_VALUE(max_token_loss >= 0, kTopkDivergence, "max_token_loss must not be negative, got ", max_token_loss);
-  problem.floor = min_log_prob;
-  problem.cap = max_token_loss;
-  check_gradient(problem, gradient);
-  Tensor t = teacher_gradient ? torch::stable::empty_like(teacher_log_probs)
-                              : torch::stable::new_empty(teacher_log_probs, {0});
-  auto [loss, pending] = Backend::solve(problem, gradient ? &*gradient : nullptr, teacher_gradient ? &t : nullptr);
-  return {loss, t, pending};
-}
+struct TopkDivergence {
+  static constexpr const char* kName = kTopkDivergence;
+  static constexpr int kGradients = 2;
+
+  Tensor student_logits, teacher_log_probs, teacher_indices;
+  Choice<DivergenceNames<portable::BareDivergences>> divergence;
+  double beta = 0.5;
+  Choice<Tails> tail;
+  double stored_temperature = 1, teacher_temperature = 1;
+  std::optional<Tensor> teacher_temperatures;
+  double min_log_prob = -INFINITY, max_token_loss = INFINITY;
+  RowOptions rows;
+
+  template <class Visitor>
+  void fields(Visitor& v) {
+    v("student_logits", student_logits), v("teacher_log_probs", teacher_log_probs);
+    v("teacher_indices", teacher_indices), v("divergence", divergence), v("beta", beta), v("tail", tail);
+    v("stored_temperature", stored_temperature), v("teacher_temperature", teacher_temperature);
+    v("teacher_temperatures", teacher_temperatures), v("min_log_prob", min_log_prob);
+    v("max_token_loss", max_token_loss);
+    rows.fields(v);
+  }
+
+  const Tensor& differentiable(int i) const { return i == 0 ? student_logits : teacher_log_probs; }
+  void check_gradients(int64_t) const {}
+
+  template <class Backend>
+  std::tuple<Tensor, Tensor> solve(const std::array<const Tensor*, kGradients>& gradients) const {
+    TopkProblem problem(student_logits, rows, teacher_log_probs, teacher_indices, Backend::kValuesChecked);
+    problem.divergence = find_divergence<portable::BareDivergences>(kName, divergence, beta);
+    problem.beta = beta;
+    problem.tail = Tail(tail.place);
+    problem.stored_temperature = stored_temperature;
+    problem.check_positive(stored_temperature, Rows(), "stored_temperature");
+    problem.set_teacher_temperature(teacher_temperature, teacher_temperatures);
+    FASTKD_CHECK_VALUE(min_log_prob < 0, kName, "min_log_prob must be negative, got ", min_log_prob);
+    FASTKD_CHECK_VALUE(max_token_loss >= 0, kName, "max_token_loss must not be negative, got ", max_token_loss);
+    problem.floor = min_log_prob;
+    problem.cap = max_token_loss;
+    return Backend::solve(problem, gradients[0], gradients[1]);
+  }
+};
 
 }  // namespace fastkd
