@@ -1,11 +1,12 @@
 """What every op's backward shares: gradients computed in the forward call, still to be scaled."""
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from fastkd import _library  # noqa: F401  (registers the ops)
+from fastkd._library import is_batched
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 _release_memory_of_kernels = torch.ops.fastkd._release_memory
@@ -15,14 +16,28 @@ def _plain_cpu(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
 
 
+def _holders(tensor: Tensor) -> tuple[int, int]:
+    """How many tensors share this one's storage, and how many Python objects its storage object.
+
+    A storage object that somebody keeps adds to the second number only. Both also count what this
+    function itself holds: compare them with `_UNSHARED`.
+    """
+    storage = tensor.untyped_storage()
+    return _use_count(storage._cdata), sys.getrefcount(storage)
+
+
+_UNSHARED = _holders(torch.empty(1)) if _use_count is not None else None
+
+
 class GradientMemory:
     """Keeps the memory of the last large CPU gradient for the next step.
 
     A training loop frees a gradient and asks for the same again. The system takes back memory of
     that size and hands it out page by page, zeroed, which costs more than computing the gradient.
-    Memory is given out again only when no tensor, array or graph refers to it any more, and only
-    for a gradient of the same shape and dtype; another shape replaces it. At most one gradient is
-    kept; :func:`fastkd.release_memory` lets go of it.
+    Memory is given out again only when no tensor, array, graph or storage object refers to it any
+    more and no other process can have mapped it, and only for a gradient of the same shape and
+    dtype; another shape replaces it. At most one gradient is kept; :func:`fastkd.release_memory`
+    lets go of it.
     """
 
     SMALLEST = 128 << 10  # bytes; below it the allocator keeps freed memory itself
@@ -41,11 +56,11 @@ class GradientMemory:
         fits = kept.shape == like.shape and kept.dtype == like.dtype and kept.device == like.device
         if not fits or kept.stride() != torch.empty_like(like, device="meta").stride():
             return None
-        storage = kept.untyped_storage()
-        # `kept` and `storage` refer to it, and nothing else.
-        if _use_count(storage._cdata) != 2 or storage.nbytes() < kept.numel() * kept.itemsize:
+        # Shared memory: sent through a queue, another process may still read it.
+        if _holders(kept) != _UNSHARED or kept.is_shared():
             return None
-        return kept
+        enough = kept.untyped_storage().nbytes() >= kept.numel() * kept.itemsize
+        return kept if enough else None
 
     def keep(self, gradient: Tensor | None) -> None:
         """Remember where this gradient lies."""
@@ -91,15 +106,22 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """Gradient x factor (a scalar, or one a row), as a backward pass returns it.
 
     In place, since the gradient was computed for this; a copy where the graph lives on and may ask
-    for it again. A factor of 1 costs nothing.
+    for it again. A factor of 1 costs nothing. While compiling and under vmap (batched gradients)
+    it is a product.
     """
-    if torch.compiler.is_compiling():
-        factor = factor.unsqueeze(-1) if factor.dim() else factor
-        return (gradient * factor).to(gradient.dtype)
+    if torch.compiler.is_compiling() or is_batched(factor):
+        return product(gradient, factor)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         gradient = gradient.clone()
     torch.ops.fastkd._scale_rows_(gradient, factor)
     return gradient
+
+
+def product(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Gradient x factor, a scalar or one a row, in the gradient's dtype."""
+    if factor.dim() and factor.dim() < gradient.dim():
+        factor = factor.unsqueeze(-1)
+    return (gradient * factor).to(gradient.dtype)
 
 
 def differentiable_gradients(

@@ -53,10 +53,29 @@ def raise_as_python(error: RuntimeError) -> NoReturn:
     raise getattr(builtins, found[1])(message) from None
 
 
+def is_tracing(tensor: torch.Tensor) -> bool:
+    """Whether there are no values to look at: while compiling or exporting, for fakes and meta."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        or tensor.is_meta
+    )
+
+
 def transforms_active() -> bool:
     """Whether torch.func transforms or forward-mode AD are at work, which need plain PyTorch."""
     return (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def is_batched(*tensors: torch.Tensor | None) -> bool:
+    """Whether one of these gradients is a batch of them: under vmap, or `is_grads_batched=True`.
+
+    The latter uses tensors of an older kind than torch.func's.
+    """
+    return transforms_active() or any(
+        x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors
     )
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._arguments import check_tensors
-from fastkd._gradient import differentiable_gradients, gradient_for, memory
-from fastkd._library import raise_as_python, transforms_active
+from fastkd._ops.op import Differentiable
 from fastkd.byte_vocab import ByteVocab
 
 
@@ -65,15 +64,20 @@ def byte_log_probs(
     >>> out[ord("b")].item(), out[256].item()
     (0.5, 0.5)
     """
-    arguments = op_arguments(logits, vocab, prefix, valid)
-    if transforms_active():
-        return reference.byte_log_probs_op(logits, *arguments)
-    try:
-        if torch.is_grad_enabled() and logits.requires_grad:
-            return _ByteLogProbs.apply(logits, *arguments)
-        return torch.ops.fastkd._byte_log_probs(logits, *arguments)[0]
-    except RuntimeError as error:
-        raise_as_python(error)
+    order, columns, segments, index, whole, valid = op_arguments(logits, vocab, prefix, valid)
+    (log_probs,) = OP(
+        logits,
+        {
+            "logits": logits,
+            "order": order,
+            "columns": columns,
+            "segments": segments,
+            "prefix": index,
+            "whole": whole,
+            "valid": valid,
+        },
+    )
+    return log_probs
 
 
 def op_arguments(
@@ -160,53 +164,18 @@ def _segments_of_rows(
     )
 
 
-class _ByteLogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        order: Tensor,
-        columns: Tensor,
-        segments: Tensor,
-        prefix: Tensor | None,
-        whole: int,
-        valid: Tensor | None,
-    ) -> Tensor:
-        out, sums = torch.ops.fastkd._byte_log_probs(
-            logits, order, columns, segments, prefix, whole, valid
-        )
-        ctx.save_for_backward(logits, order, columns, segments, prefix, valid, sums)
-        ctx.whole = whole
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_output,) = grad_outputs
-        logits, *tables, prefix, valid, sums = ctx.saved_tensors
-        arguments = (*tables, prefix, ctx.whole, valid)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            log_probs = reference.byte_log_probs_op(logits, *arguments)
-            (gradient,) = differentiable_gradients(log_probs, [logits], [True], grad_output)
-        else:
-            gradient = gradient_for(logits)
-            torch.ops.fastkd._byte_log_probs_backward(
-                gradient, logits, *arguments, sums, grad_output.contiguous()
-            )
-            memory.keep(gradient)
-        return gradient, None, None, None, None, None, None
-
-
-@torch.library.register_fake("fastkd::_byte_log_probs")
-def _(
-    logits: Tensor, order: Tensor, columns: Tensor, segments: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
+def _fake(logits: Tensor, segments: Tensor, **_: Any) -> tuple[Tensor, ...]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    leading, columns = logits.shape[:-1], segments.size(1)
     return (
-        logits.new_empty((*logits.shape[:-1], segments.size(1)), dtype=dtype),
-        logits.new_empty((logits.shape[:-1].numel(), segments.size(1) + 1), dtype=torch.float64),
+        logits.new_empty((*leading, columns), dtype=dtype),
+        logits.new_empty((leading.numel(), columns + 1), dtype=torch.float64),
     )
 
 
-@torch.library.register_fake("fastkd::_byte_log_probs_backward")
-def _(*_: Any) -> None:
-    return None
+OP = Differentiable(
+    "byte_log_probs",
+    "logits",
+    lambda **fields: (reference.byte_log_probs_op(**fields),),
+    fake=_fake,
+)

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._arguments import check_tensors
-from fastkd._gradient import differentiable_gradients, gradient_for, memory
-from fastkd._library import raise_as_python, transforms_active
+from fastkd._ops.arguments import check_tensor
+from fastkd._ops.op import Differentiable
 
 
 class ChunkLogLikelihood(NamedTuple):
@@ -77,76 +76,28 @@ def chunk_log_likelihood(
     >>> found.log_likelihood.exp().tolist(), found.boundary_log_prob.exp().tolist()
     ([[0.0625, 0.25]], [[0.5, 1.0]])
     """
-    tensors = {"logits": logits, "token_ids": token_ids, "chunk_ids": chunk_ids}
-    check_tensors("chunk_log_likelihood", tensors)
+    function = "chunk_log_likelihood"
+    check_tensor(function, "logits", logits)
     if boundary is not None:
         if isinstance(boundary, np.ndarray):
             boundary = torch.tensor(boundary, device=logits.device)
-        check_tensors("chunk_log_likelihood", {"boundary": boundary})
+        check_tensor(function, "boundary", boundary)
         boundary = boundary.contiguous()
-    arguments = (token_ids, chunk_ids, num_chunks, boundary, float(temperature))
-    if transforms_active():
-        return ChunkLogLikelihood(*reference.chunk_log_likelihood_op(logits, *arguments))
-    try:
-        if torch.is_grad_enabled() and logits.requires_grad:
-            likelihood, boundary_log_prob, count = _ChunkLogLikelihood.apply(logits, *arguments)
-        else:
-            likelihood, boundary_log_prob, count, _ = torch.ops.fastkd._chunk_log_likelihood(
-                logits, *arguments
-            )
-    except RuntimeError as error:
-        raise_as_python(error)
+    likelihood, boundary_log_prob, count = OP(
+        logits,
+        {
+            "logits": logits,
+            "token_ids": token_ids,
+            "chunk_ids": chunk_ids,
+            "num_chunks": num_chunks,
+            "boundary": boundary,
+            "temperature": temperature,
+        },
+    )
     return ChunkLogLikelihood(likelihood, None if boundary is None else boundary_log_prob, count)
 
 
-class _ChunkLogLikelihood(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        token_ids: Tensor,
-        chunk_ids: Tensor,
-        num_chunks: int,
-        boundary: Tensor | None,
-        temperature: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        likelihood, boundary_log_prob, count, numbers = torch.ops.fastkd._chunk_log_likelihood(
-            logits, token_ids, chunk_ids, num_chunks, boundary, temperature
-        )
-        ctx.save_for_backward(logits, token_ids, chunk_ids, boundary, numbers)
-        ctx.num_chunks, ctx.temperature = num_chunks, temperature
-        ctx.mark_non_differentiable(count)
-        return likelihood, boundary_log_prob, count
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        of_likelihood, of_boundary, _ = grad_outputs
-        logits, token_ids, chunk_ids, boundary, numbers = ctx.saved_tensors
-        arguments = (token_ids, chunk_ids, ctx.num_chunks, boundary, ctx.temperature)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            likelihood, boundary_log_prob, _ = reference.chunk_log_likelihood_op(logits, *arguments)
-            outputs, grads = [likelihood], [of_likelihood]
-            if boundary_log_prob is not None:
-                outputs, grads = [likelihood, boundary_log_prob], [of_likelihood, of_boundary]
-            (gradient,) = differentiable_gradients(outputs, [logits], [True], grads)
-            return gradient, None, None, None, None, None
-        gradient = gradient_for(logits)
-        torch.ops.fastkd._chunk_log_likelihood_backward(
-            gradient,
-            logits,
-            *arguments,
-            numbers,
-            of_likelihood.contiguous(),
-            None if boundary is None else of_boundary.contiguous(),
-        )
-        memory.keep(gradient)
-        return gradient, None, None, None, None, None
-
-
-@torch.library.register_fake("fastkd::_chunk_log_likelihood")
-def _(
-    logits: Tensor, token_ids: Tensor, chunk_ids: Tensor, num_chunks: int, boundary: Any, *_: Any
-) -> tuple[Tensor, ...]:
+def _fake(logits: Tensor, num_chunks: int, boundary: Tensor | None, **_: Any) -> tuple[Tensor, ...]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     shape = (*logits.shape[:-2], num_chunks)
     return (
@@ -157,6 +108,10 @@ def _(
     )
 
 
-@torch.library.register_fake("fastkd::_chunk_log_likelihood_backward")
-def _(*_: Any) -> None:
-    return None
+OP = Differentiable(
+    "chunk_log_likelihood",
+    "logits",
+    reference.chunk_log_likelihood_op,
+    fake=_fake,
+    constant=(2,),
+)

@@ -6,17 +6,9 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._arguments import (
-    check_no_gradient,
-    check_no_group,
-    check_tensors,
-    loss_like,
-    pending_like,
-    per_row,
-    row_options,
-)
-from fastkd._gradient import differentiable_gradients, gradient_for, memory, scaled
-from fastkd._library import raise_as_python, transforms_active
+from fastkd._arguments import check_no_group
+from fastkd._ops.arguments import check_tensor, to_number
+from fastkd._ops.op import Loss
 
 
 def clipped_divergence(
@@ -35,8 +27,9 @@ def clipped_divergence(
     teacher_temperature: float | Tensor | None = None,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
-    label_weight: float = 0.0,
+    label_weight: float = 1.0,
     ignore_index: int = -100,
+    shift: int = 0,
     vocab_size: int | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
@@ -119,140 +112,75 @@ def clipped_divergence(
     -0.15
     """
     check_no_group("clipped_divergence", group)
-    bounds, arguments = op_arguments(
-        student_logits,
-        teacher_logits,
-        lower,
-        upper,
-        labels=labels,
-        keep_label=keep_label,
-        renormalize=renormalize,
-        tail=tail,
-        softness=softness,
-        quantile=quantile,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        weight=weight,
-        mask=mask,
-        label_weight=label_weight,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        reduction=reduction,
-        normalizer=normalizer,
-        square_temperature=square_temperature,
-    )
-    inputs = (student_logits, teacher_logits, *bounds)
-    try:
-        if not torch.compiler.is_compiling() and transforms_active():
-            return reference.clipped_divergence_op(*inputs, *arguments)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-            return _ClippedDivergence.apply(*inputs, arguments)
-        return torch.ops.fastkd._clipped_divergence(None, *inputs, *arguments, False, False)[0]
-    except RuntimeError as error:
-        raise_as_python(error)
+    options = {
+        "keep_label": keep_label,
+        "renormalize": renormalize,
+        "tail": tail,
+        "softness": softness,
+        "quantile": quantile,
+        "teacher_temperature": teacher_temperature,
+        "temperature": temperature,
+        "weight": weight,
+        "mask": mask,
+        "labels": labels,
+        "label_weight": label_weight,
+        "ignore_index": ignore_index,
+        "shift": shift,
+        "vocab_size": vocab_size,
+        "square_temperature": square_temperature,
+        "reduction": reduction,
+        "normalizer": normalizer,
+    }
+    return OP(student_logits, given(student_logits, teacher_logits, lower, upper, options))
 
 
-def op_arguments(
+def given(
     student_logits: Tensor,
     teacher_logits: Tensor,
     lower: float | Tensor,
     upper: float | Tensor,
-    *,
-    keep_label: bool = True,
-    renormalize: str = "none",
-    tail: str = "drop",
-    softness: float | None = None,
-    quantile: bool = False,
-    temperature: float | Tensor = 1.0,
-    teacher_temperature: float | Tensor | None = None,
-    label_weight: float = 0.0,
-    **rows: Any,
-) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...]]:
-    """The bounds, and the other arguments as the raw op, and its reference, take them."""
-    function = "clipped_divergence"
-    check_tensors(function, {"student_logits": student_logits, "teacher_logits": teacher_logits})
-    check_no_gradient(function, teacher_temperature=teacher_temperature)
-    if softness is not None and not softness > 0:
-        raise ValueError(f"{function}: softness must be positive, got {softness}")
-    if softness is None and torch.is_grad_enabled():
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The arguments by name, as the op takes them."""
+    check_tensor("clipped_divergence", "student_logits", student_logits)
+    _check_edges(lower, upper, options["softness"])
+    options["student_logits"] = student_logits
+    options["teacher_logits"] = teacher_logits
+    options["lower"] = _bound("lower", lower, student_logits)
+    options["upper"] = _bound("upper", upper, student_logits)
+    return options
+
+
+def _check_edges(lower: Any, upper: Any, softness: Any) -> None:
+    if softness is not None:
+        softness = to_number("clipped_divergence", "softness", softness)
+        # The raw op takes 0 for hard edges. While compiling there is no number to look at.
+        if not torch.compiler.is_compiling() and not softness > 0:
+            raise ValueError(f"clipped_divergence: softness must be positive, got {softness}")
+    elif torch.is_grad_enabled():
         for name, bound in (("lower", lower), ("upper", upper)):
             if isinstance(bound, Tensor) and bound.requires_grad:
                 raise ValueError(
-                    f"{function}: {name} requires a gradient, and a hard edge has none; pass "
-                    "softness, or detach it"
+                    f"clipped_divergence: {name} requires a gradient, and a hard edge has none; "
+                    "pass softness, or detach it"
                 )
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    teacher_scalar, teacher_rows = per_row(teacher_temperature, student_logits)
-    options = row_options(
-        function,
-        student_logits,
-        temperature=temperature,
-        label_weight=label_weight,
-        **rows,
-    )
-    return (_bound(lower, student_logits), _bound(upper, student_logits)), (
-        keep_label,
-        renormalize,
-        tail,
-        0.0 if softness is None else float(softness),
-        quantile,
-        teacher_scalar,
-        teacher_rows,
-        *options,
-    )
 
 
-def _bound(bound: float | Tensor, student: Tensor) -> Tensor:
-    if isinstance(bound, Tensor):
-        return bound.expand(student.shape[:-1]) if bound.dim() == 0 else bound
-    return student.new_full((), bound, dtype=torch.float64).expand(student.shape[:-1])
+def _bound(name: str, bound: float | Tensor, student: Tensor) -> Tensor:
+    if not isinstance(bound, Tensor):
+        number = to_number("clipped_divergence", name, bound)
+        if torch.compiler.is_compiling():  # torch.full would make it a constant of the graph
+            bound = student.new_ones((), dtype=torch.float64) * number
+        else:
+            bound = student.new_full((), number, dtype=torch.float64)
+    return bound.expand(student.shape[:-1]) if bound.dim() == 0 else bound
 
 
-class _ClippedDivergence(torch.autograd.Function):
-    """Gradients come with the loss; backward applies what is left to multiply."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, lower, upper, arguments):
-        needs = ctx.needs_input_grad
-        gradient = gradient_for(student) if needs[0] else None
-        loss, *others, pending = torch.ops.fastkd._clipped_divergence(
-            gradient, student, teacher, lower, upper, *arguments, needs[1], needs[2] or needs[3]
-        )
-        memory.keep(gradient)
-        ctx.arguments = arguments
-        ctx.save_for_backward(gradient, *others, pending, student, teacher, lower, upper)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        needs = ctx.needs_input_grad[:4]
-        saved = ctx.saved_tensors  # once: a checkpoint gives them once
-        gradients, pending, inputs = saved[:4], saved[4], saved[5:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            loss = reference.clipped_divergence_op(*inputs, *ctx.arguments)
-            return *differentiable_gradients(loss, inputs, needs, grad_output), None
-        if pending.numel():
-            grad_output = grad_output * pending
-        return (
-            *(scaled(gradients[i], grad_output) if needs[i] else None for i in range(2)),
-            *(
-                (gradients[i] * grad_output).to(gradients[i].dtype) if needs[i] else None
-                for i in (2, 3)
-            ),
-            None,
-        )
-
-
-@torch.library.register_fake("fastkd::_clipped_divergence")
-def _(gradient, student_logits, teacher_logits, lower, upper, *arguments):
-    *_, mode, _denominator, _normalizer, teacher_gradient, bound_gradients = arguments
-    wanted = [] if gradient is None else [student_logits]
-    wanted += [teacher_logits] * teacher_gradient + [lower, upper] * bound_gradients
-    return (
-        loss_like(student_logits, (student_logits, teacher_logits), mode),
-        torch.empty_like(teacher_logits) if teacher_gradient else teacher_logits.new_empty(0),
-        torch.empty_like(lower) if bound_gradients else lower.new_empty(0),
-        torch.empty_like(upper) if bound_gradients else upper.new_empty(0),
-        pending_like(student_logits, wanted, mode),
-    )
+OP = Loss(
+    "clipped_divergence",
+    ("student_logits", "teacher_logits", "lower", "upper"),
+    reference.clipped_divergence_op,
+    precision=("student_logits", "teacher_logits"),
+    together=("lower", "upper"),
+    absent={"teacher_temperature": "temperature", "softness": 0.0},
+)

@@ -7,17 +7,9 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._arguments import (
-    check_no_gradient,
-    check_no_group,
-    check_tensors,
-    loss_like,
-    pending_like,
-    per_row,
-    row_options,
-)
-from fastkd._gradient import differentiable_gradients, memory, scaled
-from fastkd._library import raise_as_python, transforms_active
+from fastkd._arguments import check_no_group
+from fastkd._ops.arguments import check_tensor, numbers_tensor
+from fastkd._ops.op import Loss
 
 
 def softmax_divergence(
@@ -35,6 +27,7 @@ def softmax_divergence(
     labels: Tensor | None = None,
     label_weight: float = 1.0,
     ignore_index: int = -100,
+    shift: int = 0,
     vocab_size: int | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
@@ -129,110 +122,36 @@ def softmax_divergence(
     [0.048, 0.1305, -0.1786]
     """
     check_no_group("softmax_divergence", group)
-    teachers, options = op_arguments(
-        student_logits,
-        teacher_logits,
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        weight=weight,
-        mask=mask,
-        teacher_weights=teacher_weights,
-        teacher_mix=teacher_mix,
-        labels=labels,
-        label_weight=label_weight,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        reduction=reduction,
-        normalizer=normalizer,
-        square_temperature=square_temperature,
-    )
-    several = not isinstance(teacher_logits, Tensor)
-    if several and torch.is_grad_enabled() and any(t.requires_grad for t in teachers):
-        raise ValueError(
-            "softmax_divergence: teacher_logits in a list take no gradient, but one requires it; "
-            "detach it, or pass an only teacher as a tensor"
-        )
-    try:
-        if not torch.compiler.is_compiling() and transforms_active():
-            return reference.softmax_divergence_op(student_logits, teachers, *options)
-        if torch.is_grad_enabled() and (
-            student_logits.requires_grad or (not several and teachers[0].requires_grad)
-        ):
-            return _SoftmaxDivergence.apply(
-                student_logits, None if several else teachers[0], teachers, inplace, options
-            )
-        return torch.ops.fastkd._softmax_divergence(
-            student_logits, teachers, *options, False, False
-        )[0]
-    except RuntimeError as error:
-        raise_as_python(error)
+    options = {
+        "divergence": divergence,
+        "beta": beta,
+        "teacher_temperature": teacher_temperature,
+        "teacher_weights": teacher_weights,
+        "teacher_mix": teacher_mix,
+        "temperature": temperature,
+        "weight": weight,
+        "mask": mask,
+        "labels": labels,
+        "label_weight": label_weight,
+        "ignore_index": ignore_index,
+        "shift": shift,
+        "vocab_size": vocab_size,
+        "square_temperature": square_temperature,
+        "reduction": reduction,
+        "normalizer": normalizer,
+    }
+    return OP(student_logits, given(student_logits, teacher_logits, options), inplace)
 
 
-def op_arguments(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Sequence[Tensor],
-    *,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    temperature: float | Tensor = 1.0,
-    teacher_temperature: float | Tensor | None = None,
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
-    teacher_weights: Sequence[float] | Tensor | None = None,
-    teacher_mix: str = "logits",
-    labels: Tensor | None = None,
-    label_weight: float = 1.0,
-    ignore_index: int = -100,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    square_temperature: bool = False,
-) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """The teachers and the other arguments as the raw op, and its reference, take them."""
-    teachers = _teachers(teacher_logits)
-    check_tensors("softmax_divergence", {"student_logits": student_logits})
-    for teacher in teachers:
-        check_tensors("softmax_divergence", {"teacher_logits": teacher})
-    check_no_gradient("softmax_divergence", teacher_temperature=teacher_temperature)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    teacher_scalar, teacher_rows = per_row(teacher_temperature, student_logits)
-    scalar, rows, *others = row_options(
-        "softmax_divergence",
-        student_logits,
-        temperature=temperature,
-        weight=weight,
-        mask=mask,
-        labels=labels,
-        label_weight=label_weight,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        reduction=reduction,
-        normalizer=normalizer,
-        square_temperature=square_temperature,
-    )
-    weight, mask, labels, *others = others
-    if teacher_weights is not None and not isinstance(teacher_weights, Tensor):
-        # Filled on the device: a copy from the host would wait for it.
-        teacher_weights = torch.stack(
-            [student_logits.new_full((), float(w), dtype=torch.float64) for w in teacher_weights]
-        )
-    return teachers, (
-        divergence,
-        beta,
-        scalar,
-        teacher_scalar,
-        rows,
-        teacher_rows,
-        weight,
-        mask,
-        teacher_weights,
-        teacher_mix,
-        labels,
-        *others,
-    )
+def given(
+    student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor], options: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments by name, as the op takes them."""
+    check_tensor("softmax_divergence", "student_logits", student_logits)
+    options["student_logits"] = student_logits
+    options["teacher_logits"] = _teachers(teacher_logits)
+    options["teacher_weights"] = _weights(options["teacher_weights"], student_logits)
+    return options
 
 
 def _teachers(teacher_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -243,87 +162,26 @@ def _teachers(teacher_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
             "softmax_divergence: teacher_logits must be a tensor or a list of tensors, got "
             f"{type(teacher_logits).__name__}"
         )
+    if torch.is_grad_enabled():
+        for teacher in teacher_logits:
+            if isinstance(teacher, Tensor) and teacher.requires_grad:
+                raise ValueError(
+                    "softmax_divergence: teacher_logits in a list take no gradient, but one "
+                    "requires it; detach it, or pass a single teacher as a tensor"
+                )
     return list(teacher_logits)
 
 
-class _SoftmaxDivergence(torch.autograd.Function):
-    """Gradients come with the loss; backward applies what is left to multiply."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, teachers, inplace, options):
-        need_student, need_teacher = ctx.needs_input_grad[:2]
-        ctx.inplace = inplace and need_student
-        ctx.options = options
-        ctx.teachers = teachers if teacher is None else None
-        ops = torch.ops.fastkd
-        if ctx.inplace:
-            gradient = student.detach()
-        else:
-            gradient = memory.take(student) if need_student else None
-        if gradient is not None:
-            loss, teacher_gradient, pending = ops._softmax_divergence_into(
-                gradient, student, teachers, *options, need_teacher
-            )
-        else:
-            loss, gradient, teacher_gradient, pending = ops._softmax_divergence(
-                student, teachers, *options, need_student, need_teacher
-            )
-        if ctx.inplace:
-            torch.autograd.graph.increment_version(student)
-            ctx.save_for_backward(gradient, teacher_gradient, pending)
-        else:
-            memory.keep(gradient)
-            ctx.save_for_backward(gradient, teacher_gradient, pending, student, teacher)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_second_derivatives(ctx, grad_output), None, None, None
-        gradient, teacher_gradient, pending = ctx.saved_tensors[:3]
-        if pending.numel():
-            grad_output = grad_output * pending
-        need_student, need_teacher = ctx.needs_input_grad[:2]
-        return (
-            scaled(gradient, grad_output) if need_student else None,
-            scaled(teacher_gradient, grad_output) if need_teacher else None,
-            None,
-            None,
-            None,
-        )
+def _weights(weights: Sequence[float] | Tensor | None, like: Tensor) -> Tensor | None:
+    if weights is None or isinstance(weights, Tensor):
+        return weights
+    return numbers_tensor("softmax_divergence", "teacher_weights", weights, like)
 
 
-def _second_derivatives(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients as functions of their inputs, for create_graph=True: plain PyTorch."""
-    if ctx.inplace:
-        raise RuntimeError(
-            "softmax_divergence: second derivatives need the logits that inplace=True overwrote"
-        )
-    student, teacher = ctx.saved_tensors[3:]
-    teachers = ctx.teachers if teacher is None else [teacher]
-    loss = reference.softmax_divergence_op(student, teachers, *ctx.options)
-    needs = ctx.needs_input_grad[:2]
-    return tuple(differentiable_gradients(loss, (student, teacher), needs, grad_output))
-
-
-@torch.library.register_fake("fastkd::_softmax_divergence")
-def _(student_logits, teacher_logits, *options):
-    *_, mode, _denominator, _normalizer, student_gradient, teacher_gradient = options
-    wanted = [student_logits] * student_gradient + [teacher_logits[0]] * teacher_gradient
-    return (
-        loss_like(student_logits, (student_logits, *teacher_logits), mode),
-        torch.empty_like(student_logits) if student_gradient else student_logits.new_empty(0),
-        torch.empty_like(teacher_logits[0]) if teacher_gradient else teacher_logits[0].new_empty(0),
-        pending_like(student_logits, wanted, mode),
-    )
-
-
-@torch.library.register_fake("fastkd::_softmax_divergence_into")
-def _(gradient, student_logits, teacher_logits, *options):
-    *_, mode, _denominator, _normalizer, teacher_gradient = options
-    wanted = [student_logits] + [teacher_logits[0]] * teacher_gradient
-    return (
-        loss_like(student_logits, (student_logits, *teacher_logits), mode),
-        torch.empty_like(teacher_logits[0]) if teacher_gradient else teacher_logits[0].new_empty(0),
-        pending_like(student_logits, wanted, mode),
-    )
+OP = Loss(
+    "softmax_divergence",
+    ("student_logits", "teacher_logits"),
+    reference.softmax_divergence_op,
+    precision=("student_logits", "teacher_logits"),
+    absent={"teacher_temperature": "temperature"},
+)

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd._arguments import check_tensors, per_row
-from fastkd._library import raise_as_python
+from fastkd._ops.arguments import check_tensor
+from fastkd._ops.op import Plain
 
 
 class TeacherTopK(NamedTuple):
@@ -53,25 +53,26 @@ def teacher_topk(
     >>> [round(x, 4) for x in best.log_probs[0].tolist()]
     [-0.9176, -0.9176, -1.9176]
     """
-    check_tensors("teacher_topk", {"teacher_logits": teacher_logits})
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"teacher_topk: k must be an integer, got {type(k).__name__}")
+    check_tensor("teacher_topk", "teacher_logits", teacher_logits)
     teacher_logits = teacher_logits.detach()
-    scalar, rows = per_row(temperature, teacher_logits)
-    columns = -1 if vocab_size is None else vocab_size
-    try:
-        found = torch.ops.fastkd._teacher_topk(teacher_logits, k, scalar, rows, columns)
-    except RuntimeError as error:
-        raise_as_python(error)
+    found = _OP(
+        teacher_logits,
+        {
+            "teacher_logits": teacher_logits,
+            "k": k,
+            "temperature": temperature,
+            "vocab_size": -1 if vocab_size is None else vocab_size,
+        },
+    )
     return TeacherTopK(*found)
 
 
-@torch.library.register_fake("fastkd::_teacher_topk")
-def _(
-    teacher_logits: Tensor, k: int, temperature: float, temperatures: Any, vocab_size: int
-) -> Any:
+def _fake(teacher_logits: Tensor, k: int, **_: Any) -> tuple[Tensor, ...]:
     shape = (*teacher_logits.shape[:-1], k)
     return (
         teacher_logits.new_empty(shape, dtype=torch.float32),
         teacher_logits.new_empty(shape, dtype=torch.int32),
     )
+
+
+_OP = Plain("teacher_topk", _fake)

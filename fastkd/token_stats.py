@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd._arguments import check_tensors, per_row
-from fastkd._library import raise_as_python
+from fastkd._ops.arguments import check_tensor
+from fastkd._ops.op import Plain
 
 
 class TokenStats(NamedTuple):
@@ -80,23 +80,20 @@ def token_stats(
     >>> stats.student_label_log_prob is None
     True
     """
-    tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
-    check_tensors("token_stats", {name: x for name, x in tensors.items() if x is not None})
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if logits is not None or name == "student_logits":
+            check_tensor("token_stats", name, logits)
     student_logits = student_logits.detach()
-    if teacher_logits is not None:
-        teacher_logits = teacher_logits.detach()
-    scalar, rows = per_row(temperature, student_logits)
-    try:
-        numbers, argmax = torch.ops.fastkd._token_stats(
-            student_logits,
-            teacher_logits,
-            labels,
-            scalar,
-            rows,
-            -1 if vocab_size is None else vocab_size,
-        )
-    except RuntimeError as error:
-        raise_as_python(error)
+    numbers, argmax = _OP(
+        student_logits,
+        {
+            "student_logits": student_logits,
+            "teacher_logits": None if teacher_logits is None else teacher_logits.detach(),
+            "labels": labels,
+            "temperature": temperature,
+            "vocab_size": -1 if vocab_size is None else vocab_size,
+        },
+    )
     fields: list[Any] = []
     for side in range(2):
         if side == 1 and teacher_logits is None:
@@ -108,8 +105,7 @@ def token_stats(
     return TokenStats(*fields, *([None] * 3 if teacher_logits is None else numbers[8:].unbind(0)))
 
 
-@torch.library.register_fake("fastkd::_token_stats")
-def _(student_logits: Tensor, teacher_logits: Tensor | None, *_: Any) -> Any:
+def _fake(student_logits: Tensor, teacher_logits: Tensor | None, **_: Any) -> tuple[Tensor, ...]:
     given = [student_logits] if teacher_logits is None else [student_logits, teacher_logits]
     float64 = any(x.dtype == torch.float64 for x in given)
     leading = student_logits.shape[:-1]
@@ -120,3 +116,6 @@ def _(student_logits: Tensor, teacher_logits: Tensor | None, *_: Any) -> Any:
         ),
         student_logits.new_empty((len(given), *leading), dtype=torch.int64),
     )
+
+
+_OP = Plain("token_stats", _fake)

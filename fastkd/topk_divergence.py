@@ -3,21 +3,12 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._arguments import (
-    check_no_gradient,
-    check_no_group,
-    check_tensors,
-    loss_like,
-    pending_like,
-    per_row,
-    row_options,
-)
-from fastkd._gradient import differentiable_gradients, gradient_for, memory, scaled
-from fastkd._library import raise_as_python, transforms_active
+from fastkd._arguments import check_no_group
+from fastkd._ops.arguments import check_tensor
+from fastkd._ops.op import Loss
 
 
 def topk_divergence(
@@ -38,6 +29,7 @@ def topk_divergence(
     labels: Tensor | None = None,
     label_weight: float = 1.0,
     ignore_index: int = -100,
+    shift: int = 0,
     vocab_size: int | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
@@ -124,126 +116,51 @@ def topk_divergence(
     [0.0326, -0.0755, 0.0103, 0.0326]
     """
     check_no_group("topk_divergence", group)
-    arguments = op_arguments(
-        student_logits,
-        teacher_log_probs,
-        teacher_indices,
-        divergence=divergence,
-        beta=beta,
-        tail=tail,
-        temperature=temperature,
-        stored_temperature=stored_temperature,
-        teacher_temperature=teacher_temperature,
-        min_log_prob=min_log_prob,
-        max_token_loss=max_token_loss,
-        weight=weight,
-        mask=mask,
-        labels=labels,
-        label_weight=label_weight,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        reduction=reduction,
-        normalizer=normalizer,
-        square_temperature=square_temperature,
-    )
-    inputs = (student_logits, teacher_log_probs, teacher_indices)
-    try:
-        if not torch.compiler.is_compiling() and transforms_active():
-            return reference.topk_divergence_op(*inputs, *arguments)
-        if torch.is_grad_enabled() and (
-            student_logits.requires_grad or teacher_log_probs.requires_grad
-        ):
-            return _TopkDivergence.apply(*inputs, arguments)
-        return torch.ops.fastkd._topk_divergence(None, *inputs, *arguments, False)[0]
-    except RuntimeError as error:
-        raise_as_python(error)
+    options = {
+        "divergence": divergence,
+        "beta": beta,
+        "tail": tail,
+        "stored_temperature": stored_temperature,
+        "teacher_temperature": teacher_temperature,
+        "min_log_prob": min_log_prob,
+        "max_token_loss": max_token_loss,
+        "temperature": temperature,
+        "weight": weight,
+        "mask": mask,
+        "labels": labels,
+        "label_weight": label_weight,
+        "ignore_index": ignore_index,
+        "shift": shift,
+        "vocab_size": vocab_size,
+        "square_temperature": square_temperature,
+        "reduction": reduction,
+        "normalizer": normalizer,
+    }
+    return OP(student_logits, given(student_logits, teacher_log_probs, teacher_indices, options))
 
 
-def op_arguments(
+def given(
     student_logits: Tensor,
     teacher_log_probs: Tensor,
     teacher_indices: Tensor,
-    *,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    tail: str = "lump",
-    temperature: float | Tensor = 1.0,
-    stored_temperature: float = 1.0,
-    teacher_temperature: float | Tensor | None = None,
-    min_log_prob: float | None = None,
-    max_token_loss: float | None = None,
-    **rows: Any,
-) -> tuple[Any, ...]:
-    """The arguments but the tensors as the raw op, and its reference, take them."""
-    check_tensors(
-        "topk_divergence",
-        {
-            "student_logits": student_logits,
-            "teacher_log_probs": teacher_log_probs,
-            "teacher_indices": teacher_indices,
-        },
-    )
-    check_no_gradient("topk_divergence", teacher_temperature=teacher_temperature)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    teacher_scalar, teacher_rows = per_row(teacher_temperature, student_logits)
-    return (
-        divergence,
-        beta,
-        tail,
-        float(stored_temperature),
-        teacher_scalar,
-        teacher_rows,
-        -math.inf if min_log_prob is None else float(min_log_prob),
-        math.inf if max_token_loss is None else float(max_token_loss),
-        *row_options(
-            "topk_divergence",
-            student_logits,
-            temperature=temperature,
-            **rows,
-        ),
-    )
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The arguments by name, as the op takes them."""
+    check_tensor("topk_divergence", "student_logits", student_logits)
+    options["student_logits"] = student_logits
+    options["teacher_log_probs"] = teacher_log_probs
+    options["teacher_indices"] = teacher_indices
+    return options
 
 
-class _TopkDivergence(torch.autograd.Function):
-    """Gradients come with the loss; backward applies what is left to multiply."""
-
-    @staticmethod
-    def forward(ctx, student, log_probs, indices, arguments):
-        need_student, need_teacher = ctx.needs_input_grad[:2]
-        gradient = gradient_for(student) if need_student else None
-        loss, teacher_gradient, pending = torch.ops.fastkd._topk_divergence(
-            gradient, student, log_probs, indices, *arguments, need_teacher
-        )
-        memory.keep(gradient)
-        ctx.arguments = arguments
-        ctx.save_for_backward(gradient, teacher_gradient, pending, student, log_probs, indices)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        gradient, teacher_gradient, pending, *inputs = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            loss = reference.topk_divergence_op(*inputs, *ctx.arguments)
-            return *differentiable_gradients(loss, inputs[:2], needs, grad_output), None, None
-        if pending.numel():
-            grad_output = grad_output * pending
-        return (
-            scaled(gradient, grad_output) if needs[0] else None,
-            scaled(teacher_gradient, grad_output) if needs[1] else None,
-            None,
-            None,
-        )
-
-
-@torch.library.register_fake("fastkd::_topk_divergence")
-def _(gradient, student_logits, teacher_log_probs, teacher_indices, *arguments):
-    *_, mode, _denominator, _normalizer, teacher_gradient = arguments
-    wanted = [] if gradient is None else [student_logits]
-    wanted += [teacher_log_probs] * teacher_gradient
-    return (
-        loss_like(student_logits, (student_logits, teacher_log_probs), mode),
-        torch.empty_like(teacher_log_probs) if teacher_gradient else teacher_log_probs.new_empty(0),
-        pending_like(student_logits, wanted, mode),
-    )
+OP = Loss(
+    "topk_divergence",
+    ("student_logits", "teacher_log_probs"),
+    reference.topk_divergence_op,
+    precision=("student_logits", "teacher_log_probs"),
+    absent={
+        "teacher_temperature": "temperature",
+        "min_log_prob": -math.inf,
+        "max_token_loss": math.inf,
+    },
+)

@@ -98,6 +98,11 @@ def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) 
     raise ValueError(f"softmax_divergence: unknown divergence {divergence!r}")
 
 
+def _ahead(x: Tensor | None, shift: int) -> Tensor | None:
+    """Each sequence's entries moved so many places to its front; the last ones stay."""
+    return None if x is None else torch.cat([x[..., shift:], x[..., : min(shift, x.size(-1))]], -1)
+
+
 class Rows:
     """What the losses over rows share: which rows are read, their temperature, label, reduction."""
 
@@ -113,6 +118,7 @@ class Rows:
         label_weight: float,
         ignore_index: int,
         vocab_size: int,
+        shift: int,
         square_temperature: bool,
         reduction: str,
         denominator: float,
@@ -123,10 +129,17 @@ class Rows:
         self.vocab = vocab_size if vocab_size >= 0 else student_logits.size(-1)
         self.tau = self.per_row(temperature, temperatures)
         kept = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
+        if shift:
+            kept[..., max(kept.size(-1) - shift, 0) :] = False
+            labels, mask, weight = (_ahead(x, shift) for x in (labels, mask, weight))
         if mask is not None:
             kept = kept & mask
         if labels is not None:
             kept = kept & (labels != ignore_index)
+        self.shifted_rows = (
+            math.prod((*kept.shape[:-1], max(kept.size(-1) - shift, 0))) if shift else kept.numel()
+        )
+        self.batch = student_logits.size(0)
         self.kept = kept
         self.read = kept if weight is None else kept & (weight != 0)
         self.weight, self.labels, self.label_weight = weight, labels, label_weight
@@ -164,6 +177,12 @@ class Rows:
         elif self.reduction == "mean":
             divisor = self.kept.sum().to(self.dtype)
         else:
-            divisor = torch.tensor(self.denominator, dtype=self.dtype, device=loss.device)
+            divisor = torch.tensor(
+                {"batchmean": self.batch, "elementmean": self.shifted_rows * self.vocab}.get(
+                    self.reduction, self.denominator
+                ),
+                dtype=self.dtype,
+                device=loss.device,
+            )
         empty = divisor == 0
         return torch.where(empty, 0.0, loss.sum() / torch.where(empty, 1.0, divisor))

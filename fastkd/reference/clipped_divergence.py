@@ -33,10 +33,10 @@ def clipped_divergence_op(
     quantile: bool,
     teacher_temperature: float,
     teacher_temperatures: Tensor | None,
-    *row_options: Any,
+    **row_options: Any,
 ) -> Tensor:
-    """The raw op's loss, its arguments as `clipped_divergence` in fastkd/ passes them on."""
-    rows = Rows(student_logits, [teacher_logits], *row_options)
+    """The raw op's loss, from its fields."""
+    rows = Rows(student_logits, [teacher_logits], **row_options)
     log_q = log_softmax(rows.student, rows.tau)
     tau = rows.per_row(teacher_temperature, teacher_temperatures)
     log_p = log_softmax(rows.logits(teacher_logits), tau)
@@ -94,7 +94,8 @@ def clipped_divergence(
     **options: Any,
 ) -> Tensor:
     """`fastkd.clipped_divergence` in plain PyTorch, with the same arguments."""
-    from fastkd.clipped_divergence import op_arguments
+    from fastkd._ops.arguments import with_defaults
+    from fastkd.clipped_divergence import OP, clipped_divergence, given
 
-    bounds, arguments = op_arguments(student_logits, teacher_logits, lower, upper, **options)
-    return clipped_divergence_op(student_logits, teacher_logits, *bounds, *arguments)
+    options = with_defaults(clipped_divergence, options)
+    return OP.define(student_logits, given(student_logits, teacher_logits, lower, upper, options))

@@ -42,18 +42,14 @@ def softmax_divergence_op(
     teacher_logits: Sequence[Tensor],
     divergence: str,
     beta: float,
-    temperature: float,
     teacher_temperature: float,
-    temperatures: Tensor | None,
     teacher_temperatures: Tensor | None,
-    weight: Tensor | None,
-    mask: Tensor | None,
     teacher_weights: Tensor | None,
     teacher_mix: str,
-    *others: Any,
+    **row_options: Any,
 ) -> Tensor:
-    """The raw op's loss, its arguments as `softmax_divergence` in fastkd/ passes them on."""
-    rows = Rows(student_logits, teacher_logits, temperature, temperatures, weight, mask, *others)
+    """The raw op's loss, from its fields."""
+    rows = Rows(student_logits, teacher_logits, **row_options)
     log_q = log_softmax(rows.student, rows.tau)
     log_p = _teacher_log_probs(
         [rows.logits(t) for t in teacher_logits],
@@ -71,10 +67,11 @@ def softmax_divergence(
     **options: Any,
 ) -> Tensor:
     """`fastkd.softmax_divergence` in plain PyTorch, with the same arguments except `inplace`."""
-    from fastkd.softmax_divergence import op_arguments
+    from fastkd._ops.arguments import with_defaults
+    from fastkd.softmax_divergence import OP, softmax_divergence, given
 
-    teachers, arguments = op_arguments(student_logits, teacher_logits, **options)
-    return softmax_divergence_op(student_logits, teachers, *arguments)
+    options = with_defaults(softmax_divergence, options)
+    return OP.define(student_logits, given(student_logits, teacher_logits, options))
 
 
 def kl_div(

@@ -29,10 +29,10 @@ def topk_divergence_op(
     teacher_temperatures: Tensor | None,
     min_log_prob: float,
     max_token_loss: float,
-    *row_options: Any,
+    **row_options: Any,
 ) -> Tensor:
-    """The raw op's loss, its arguments as `topk_divergence` in fastkd/ passes them on."""
-    rows = Rows(student_logits, [teacher_log_probs], *row_options)
+    """The raw op's loss, from its fields."""
+    rows = Rows(student_logits, [teacher_log_probs], **row_options)
     stored = (teacher_indices >= 0) & rows.read.unsqueeze(-1)
     at = torch.where(stored, teacher_indices, 0).long()
     log_q_all = log_softmax(rows.student, rows.tau)
@@ -110,10 +110,13 @@ def topk_divergence(
     student_logits: Tensor, teacher_log_probs: Tensor, teacher_indices: Tensor, **options: Any
 ) -> Tensor:
     """`fastkd.topk_divergence` in plain PyTorch, with the same arguments."""
-    from fastkd.topk_divergence import op_arguments
+    from fastkd._ops.arguments import with_defaults
+    from fastkd.topk_divergence import OP, topk_divergence, given
 
-    arguments = op_arguments(student_logits, teacher_log_probs, teacher_indices, **options)
-    return topk_divergence_op(student_logits, teacher_log_probs, teacher_indices, *arguments)
+    options = with_defaults(topk_divergence, options)
+    return OP.define(
+        student_logits, given(student_logits, teacher_log_probs, teacher_indices, options)
+    )
 
 
 def teacher_topk(

@@ -1,0 +1,1 @@
+"""What all ops share: their arguments, autograd, fakes and transforms."""

@@ -1,0 +1,293 @@
+"""Arguments of an op, as its raw op takes them: by the types of its schema, checked by name."""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd._library import CUDA_ARCHITECTURES, is_tracing
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_TENSOR, _OPTIONAL, _NUMBER, _INTEGER, _FLAG = "Tensor", "Optional[Tensor]", "float", "int", "bool"
+_CHOICE = "choice"
+_NUMBERS = (Real, torch.SymFloat, torch.SymInt)
+
+
+def _parse_choices() -> dict[str, dict[str, int]]:
+    """``{"op.field": {name: place}}``, as csrc/tensor/op.h lists them."""
+    found = {}
+    for entry in torch.ops.fastkd._choices().rstrip(";").split(";"):
+        field, names = entry.split("=")
+        found[field] = {name: place for place, name in enumerate(names.split(","))}
+    return found
+
+
+CHOICES = _parse_choices()
+
+
+def choices(op: str, field: str) -> tuple[str, ...]:
+    """The names that an argument of an op may have, for tests and benchmarks."""
+    return tuple(CHOICES[f"{op}.{field}"])
+
+
+def check_tensor(function: str, name: str, value: Any) -> None:
+    """A strided tensor without a layout or wrapper of its own."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    if type(value) not in _PLAIN and torch.utils._python_dispatch.is_traceable_wrapper_subclass(
+        value
+    ):
+        raise TypeError(
+            f"{function}: {name} must be a plain tensor, got {type(value).__name__}; pass its "
+            "local or dense tensor"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{function}: {name} must be a dense tensor, got layout {value.layout}")
+
+
+def check_no_gradient(function: str, **values: Any) -> None:
+    """An argument whose gradient is not computed must not require one."""
+    if not torch.is_grad_enabled():
+        return
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{function}: {name} takes no gradient, but it requires one; detach it, or use "
+                "reduction='none' and multiply the losses by it"
+            )
+
+
+def to_integer(function: str, name: str, value: Any) -> Any:
+    """Python's, numpy's or a 0-d tensor's integer."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{function}: {name} must be an integer, got {type(value).__name__}"
+        ) from None
+
+
+def to_number(function: str, name: str, value: Any) -> Any:
+    """A number, or a tensor that holds one; while tracing such a tensor stays one."""
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{function}: {name} must be a number, got a tensor of shape {list(value.shape)}"
+            )
+        check_no_gradient(function, **{name: value})
+        return value if is_tracing(value) else value.item()
+    if not isinstance(value, _NUMBERS):
+        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    return value if torch.compiler.is_compiling() else float(value)
+
+
+def to_flag(function: str, name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{function}: {name} must be True or False, got {type(value).__name__}")
+    return bool(value)
+
+
+class Arguments:
+    """Turns the arguments of a public function into those of its raw op, in the schema's order.
+
+    The schema says what each field is. A number ``x`` beside a field ``xs`` may also be a tensor
+    with one entry a row: it then goes into ``xs``. Losses over rows have ``reduction``,
+    ``denominator`` and ``normalizer``, of which the caller gives the first and the last.
+
+    Args:
+        name: of the raw op, and of the public function.
+        differentiable: fields that may require a gradient.
+        absent: what None stands for, by field; the name of another field takes that one's value.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        differentiable: Sequence[str] = (),
+        absent: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.function = name
+        schema = getattr(torch.ops.fastkd, f"_{name}").default._schema
+        kinds = {argument.name: str(argument.type) for argument in schema.arguments}
+        self.traced = kinds.pop("traced", None) is not None
+        kinds.pop("gradients", None)
+        self.names = {
+            field: CHOICES[f"{name}.{field}"] for field in kinds if f"{name}.{field}" in CHOICES
+        }
+        self.kinds = {
+            field: _CHOICE if field in self.names else kind for field, kind in kinds.items()
+        }
+        self.fields = tuple(self.kinds)
+        self.tensors = tuple(field for field, kind in self.kinds.items() if "Tensor" in kind)
+        self.differentiable = tuple(self.fields.index(field) for field in differentiable)
+        self._absent = {"vocab_size": -1, **(absent or {})}
+        self._free = frozenset(differentiable)
+        self._reduces = "denominator" in kinds
+        self._plan = tuple(
+            (field, kind, f"{field}s" if f"{field}s" in kinds else None)
+            for field, kind in self.kinds.items()
+        )
+
+    def pack(self, rows: Tensor, given: dict[str, Any]) -> list[Any]:
+        """The raw op's arguments up to ``traced``, checked.
+
+        ``rows``: the logits, whose leading sizes count rows. ``given``: the public arguments by
+        name, changed here.
+        """
+        check_device_has_kernels(self.function, self.fields[0], rows)
+        if self._reduces:
+            self._reduce(rows, given)
+        packed = []
+        for field, kind, each in self._plan:
+            value = given.get(field)
+            if kind == _OPTIONAL:
+                if value is not None:
+                    self._check_tensor(field, value)
+            elif kind == _NUMBER:
+                if type(value) is not float:
+                    value = self._number(field, value, each, rows, given)
+            elif kind == _CHOICE:
+                value = self._choice(field, value)
+            elif kind == _INTEGER:
+                if type(value) is not int:
+                    value = to_integer(
+                        self.function, field, self._absent.get(field) if value is None else value
+                    )
+            elif kind == _FLAG:
+                if value is not True and value is not False:
+                    value = to_flag(self.function, field, value)
+            elif kind == _TENSOR:
+                self._check_tensor(field, value)
+            else:
+                for tensor in value:
+                    self._check_tensor(field, tensor)
+            packed.append(value)
+        return packed
+
+    def _check_tensor(self, field: str, value: Any) -> None:
+        if type(value) is not Tensor or value.layout is not torch.strided:
+            check_tensor(self.function, field, value)
+        if value.requires_grad and field not in self._free:
+            check_no_gradient(self.function, **{field: value})
+
+    def _number(
+        self, field: str, value: Any, each: str | None, rows: Tensor, given: dict[str, Any]
+    ) -> Any:
+        if value is None:
+            value = self._absent.get(field)
+            if isinstance(value, str):
+                value = given[value]
+        if each is not None and isinstance(value, Tensor):
+            check_tensor(self.function, field, value)
+            check_no_gradient(self.function, **{field: value})
+            given[each] = (
+                value.to(rows.device).expand(rows.shape[:-1]) if value.dim() == 0 else value
+            )
+            return 1.0
+        return to_number(self.function, field, value)
+
+    def _choice(self, field: str, value: Any) -> int:
+        try:
+            return self.names[field][value]
+        except (KeyError, TypeError):
+            known = ", ".join(self.names[field])
+        if not isinstance(value, str):
+            raise TypeError(
+                f"{self.function}: {field} must be a string, one of {known}; got "
+                f"{type(value).__name__}"
+            )
+        raise ValueError(f"{self.function}: {field} must be one of {known}; got {value!r}")
+
+    def _reduce(self, rows: Tensor, given: dict[str, Any]) -> None:
+        """A normalizer replaces the denominator: a number, or a tensor that no host waits for."""
+        normalizer, given["denominator"] = given.get("normalizer"), 1.0
+        if normalizer is None:
+            return
+        self._choice("reduction", given["reduction"])
+        if given["reduction"] == "none":
+            raise ValueError(
+                f"{self.function}: normalizer has no meaning with reduction='none', which divides "
+                "by nothing"
+            )
+        given["reduction"] = "sum"
+        if isinstance(normalizer, Tensor):
+            check_no_gradient(self.function, normalizer=normalizer)
+            if normalizer.numel() != 1:
+                raise ValueError(
+                    f"{self.function}: normalizer must be a number or a 0-d tensor, got a tensor "
+                    f"of shape {list(normalizer.shape)}"
+                )
+            given["normalizer"] = normalizer.detach().reshape(()).to(rows.device, torch.float64)
+        else:
+            given["denominator"] = to_number(self.function, "normalizer", normalizer)
+            given["normalizer"] = None
+
+    def eager(self, packed: list[Any]) -> tuple[Any, ...]:
+        """Arguments packed, with an empty ``traced``."""
+        return (*packed, None) if self.traced else tuple(packed)
+
+    def graph(self, packed: list[Any]) -> tuple[Any, ...]:
+        """The same while tracing: numbers go in a tensor, so that one graph serves every value."""
+        if not self.traced:
+            return tuple(packed)
+        numbers = []
+        packed = list(packed)
+        for i, kind in enumerate(self.kinds.values()):
+            if kind == _NUMBER:
+                numbers.append(_traced_number(packed[i]))
+                packed[i] = 1.0
+        return (*packed, torch.cat(numbers))
+
+    def unpack(self, packed: Sequence[Any]) -> dict[str, Any]:
+        """Every field by name, as the definitions take them: choices as names."""
+        values = dict(zip(self.fields, packed, strict=False))
+        for field, names in self.names.items():
+            values[field] = tuple(names)[values[field]]
+        return values
+
+
+def _traced_number(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().reshape(1).to("cpu", torch.float64)
+    # A product, since torch.full and torch.tensor make the number a constant of the graph.
+    return torch.ones(1, dtype=torch.float64, device="cpu") * value
+
+
+def check_device_has_kernels(function: str, name: str, tensor: Tensor) -> None:
+    if tensor.device.type == "cuda" and not CUDA_ARCHITECTURES:
+        raise RuntimeError(
+            f"{function}: {name} is a CUDA tensor, but this fastkd has no CUDA kernels; build it "
+            "where nvcc is found: `pip install --no-build-isolation .`"
+        )
+
+
+def with_defaults(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a public function, with the defaults of those not given."""
+    known = function.__kwdefaults__
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{function.__name__}: unknown argument {name!r}")
+    return {**known, **options}
+
+
+def numbers_tensor(function: str, name: str, values: Any, like: Tensor) -> Tensor:
+    """A sequence of numbers as a float64 tensor on the device of ``like``."""
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise TypeError(
+            f"{function}: {name} must be a tensor or a sequence of numbers, got "
+            f"{type(values).__name__}"
+        )
+    numbers = [to_number(function, name, value) for value in values]
+    if torch.compiler.is_compiling():
+        return torch.cat([_traced_number(value) for value in numbers]).to(like.device)
+    return torch.tensor(numbers, dtype=torch.float64, device=like.device)
