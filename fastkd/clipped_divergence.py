@@ -77,7 +77,9 @@ def clipped_divergence(
         teacher_temperature: of the teacher; None: the same as ``temperature``.
         weight: see :func:`fastkd.softmax_divergence`, as for all arguments below.
         mask: rows with False are not read.
-        label_weight: adds this times the student's cross-entropy at temperature 1 with the labels.
+        label_weight: adds this times the student's cross-entropy at temperature 1 with the labels;
+            0: labels serve ``keep_label`` alone.
+        shift: see :func:`fastkd.softmax_divergence`.
         ignore_index: see ``labels``.
         vocab_size: only the first columns count on both sides.
         reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"elementmean"``.

@@ -85,6 +85,9 @@ def softmax_divergence(
             student at temperature 1. Rows with ``ignore_index`` drop out of both terms.
         label_weight: see ``labels``.
         ignore_index: see ``labels``.
+        shift: with 1, row t of each sequence (the dimension before the vocabulary) takes the label,
+            mask and weight of row t + 1, and the last row drops out: logits and labels as a causal
+            model gives them, without slicing either. With n, of row t + n.
         vocab_size: only the first ``vocab_size`` columns count on both sides (padded
             vocabularies); the others get a zero gradient.
         reduction: ``"none"`` (one loss a row), ``"sum"``, ``"mean"`` (over rows kept by ``mask``

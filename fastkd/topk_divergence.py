@@ -84,6 +84,7 @@ def topk_divergence(
         labels: adds ``label_weight`` x cross-entropy at temperature 1 from the same read.
         label_weight: see ``labels``.
         ignore_index: see ``labels``.
+        shift: see :func:`fastkd.softmax_divergence`. It does not move the teacher's entries.
         vocab_size: only the first columns of the logits count.
         reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"elementmean"``.
         normalizer: replaces the reduction's denominator.

@@ -15,12 +15,13 @@ PATH = Path(
 )
 
 
+LOSSES = ("softmax", "topk", "clipped")
 FAKES = (
-    *("_softmax_divergence", "_softmax_divergence_into", "_kl_div", "_kl_div_into"),
-    *("_kl_div_backward", "_scale_rows_", "_gradient_like", "_topk_divergence", "_teacher_topk"),
-    *("_token_stats", "_clipped_divergence"),
-    *("_chunk_log_likelihood", "_chunk_log_likelihood_backward"),
-    *("_byte_log_probs", "_byte_log_probs_backward"),
+    *(f"_{name}_divergence{into}" for name in LOSSES for into in ("", "_into")),
+    *("_chunk_log_likelihood", "_chunk_log_likelihood_backward_into"),
+    *("_byte_log_probs", "_byte_log_probs_backward_into"),
+    *("_teacher_topk", "_token_stats", "_scale_rows_", "_gradient_like"),
+    *("_kl_div", "_kl_div_into", "_kl_div_backward"),
     *("_acm_route", "_acm_value", "_acm_rows", "_acm_rows_backward"),
 )
 

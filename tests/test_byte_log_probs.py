@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from cases import allowed_error, logits
+from raw import check
 
 import fastkd
 
@@ -208,17 +209,19 @@ def test_gradcheck(backend):
     assert torch.func.grad(lambda x: run(x)[0, 0])(scores.detach()).isfinite().all()
 
 
-def test_opcheck(backend):
+def test_opcheck():
     vocab, scores = vocabulary(40), logits((3, 41))
     from fastkd.byte_log_probs import op_arguments
 
     for prefix, valid in ((b"", None), ([b"", b"a", b"b"], torch.rand(3, 41) < 0.8)):
         arguments = (scores, *op_arguments(scores, vocab, prefix, valid))
-        torch.library.opcheck(torch.ops.fastkd._byte_log_probs.default, arguments)
+        check("byte_log_probs", arguments)
         out, sums = torch.ops.fastkd._byte_log_probs(*arguments)
+        backward = (sums, torch.ones_like(out), *arguments)
+        torch.library.opcheck(torch.ops.fastkd.byte_log_probs_backward.default, backward)
         torch.library.opcheck(
-            torch.ops.fastkd._byte_log_probs_backward.default,
-            (torch.empty_like(scores), *arguments, sums, torch.ones_like(out)),
+            torch.ops.fastkd._byte_log_probs_backward_into.default,
+            (torch.empty_like(scores), *backward),
         )
 
 

@@ -7,6 +7,7 @@ import torch
 from cases import allowed_error, logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw import check
 
 import fastkd
 
@@ -242,19 +243,21 @@ def test_gradcheck(backend):
     assert torch.func.grad(lambda x: run(x)[0].sum())(scores.detach()).isfinite().all()
 
 
-def test_opcheck(backend):
+def test_opcheck():
     scores, *others = problem((2, 5, 40))
     for boundary in (None, torch.rand(40) < 0.3):
-        arguments = (scores, *others, boundary, 1.5)
-        torch.library.opcheck(torch.ops.fastkd._chunk_log_likelihood.default, arguments)
+        arguments = (scores, *others, boundary, 1.5, None)
+        check("chunk_log_likelihood", arguments)
         found = torch.ops.fastkd._chunk_log_likelihood(*arguments)
-        gradients = (
+        upstream = (
             torch.ones_like(found[0]),
             None if boundary is None else torch.ones_like(found[1]),
         )
+        backward = (found[3], *upstream, *arguments)
+        torch.library.opcheck(torch.ops.fastkd.chunk_log_likelihood_backward.default, backward)
         torch.library.opcheck(
-            torch.ops.fastkd._chunk_log_likelihood_backward.default,
-            (torch.empty_like(scores), *arguments, found[3], *gradients),
+            torch.ops.fastkd._chunk_log_likelihood_backward_into.default,
+            (torch.empty_like(scores), *backward),
         )
 
 

@@ -277,7 +277,8 @@ def test_broken_tables_are_not_followed(prefix):
         out, sums = torch.ops.fastkd._byte_log_probs(scores, *arguments)
         gradient = torch.zeros_like(scores)
         weights = torch.ones_like(out)
-        torch.ops.fastkd._byte_log_probs_backward(gradient, scores, *arguments, sums, weights)
+        backward = torch.ops.fastkd._byte_log_probs_backward_into
+        backward(gradient, sums, weights, scores, *arguments)
 
 
 def test_prefixes_no_check_could_see_become_nan():

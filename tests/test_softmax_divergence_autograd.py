@@ -3,38 +3,12 @@
 import pytest
 import torch
 from cases import DIVERGENCES, cases, logits
+from raw import check, loss_arguments
 
 import fastkd
 from fastkd._gradient import memory
 
-OP = torch.ops.fastkd._softmax_divergence.default
 CASES = cases("softmax_divergence")
-
-
-def raw_arguments(student, teachers, student_gradient, teacher_gradient, **changes):
-    arguments = {
-        "divergence": "jsd",
-        "beta": 0.5,
-        "temperature": 1.0,
-        "teacher_temperature": 2.0,
-        "temperatures": None,
-        "teacher_temperatures": None,
-        "weight": None,
-        "mask": None,
-        "teacher_weights": None,
-        "teacher_mix": "logits",
-        "labels": None,
-        "label_weight": 1.0,
-        "ignore_index": -100,
-        "vocab_size": -1,
-        "square_temperature": False,
-        "reduction": "mean",
-        "denominator": 1.0,
-        "normalizer": None,
-    }
-    assert set(changes) <= set(arguments)
-    arguments.update(changes)
-    return (student, teachers, *arguments.values(), student_gradient, teacher_gradient)
 
 
 @pytest.mark.only("cpu")  # float64
@@ -198,23 +172,25 @@ def test_inplace_refusals(backend):
         assert torch.equal(student, before)
 
 
-@pytest.mark.parametrize("gradients", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("gradients", [0, 1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_opcheck(gradients, dtype, reduction):
-    arguments = raw_arguments(
-        logits((2, 3, 16), dtype),
+    student = logits((2, 3, 16), dtype)
+    arguments = loss_arguments(
+        fastkd.softmax_divergence,
+        student,
         [logits((2, 3, 16))],
-        *gradients,
+        gradients=gradients,
+        divergence="jsd",
+        teacher_temperature=2.0,
         reduction=reduction,
         mask=torch.rand(2, 3) < 0.5,
         labels=torch.randint(0, 16, (2, 3)),
     )
-    torch.library.opcheck(OP, arguments)
-    into = torch.ops.fastkd._softmax_divergence_into.default
-    torch.library.opcheck(into, (torch.empty_like(arguments[0]), *arguments[:-2], gradients[1]))
+    check("softmax_divergence", arguments, into=torch.empty_like(student))
     factor = torch.rand(2, 3) if reduction == "none" else torch.tensor(2.0)
-    torch.library.opcheck(torch.ops.fastkd._scale_rows_.default, (arguments[0], factor))
+    torch.library.opcheck(torch.ops.fastkd._scale_rows_.default, (student, factor))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -339,7 +315,7 @@ REFUSALS = [
     ((S, T), {"labels": torch.zeros(3)}, TypeError, "labels must be int64 or int32, got Float"),
     ((S, T), {"labels": torch.zeros(2).long()}, ValueError, "labels must have one entry a row"),
     ((S, T), {"label_weight": float("nan")}, ValueError, "label_weight must be finite"),
-    ((S, [T, T]), {"teacher_mix": "log"}, ValueError, "teacher_mix must be 'logits' or 'probs'"),
+    ((S, [T, T]), {"teacher_mix": "log"}, ValueError, "teacher_mix must be one of logits, probs"),
     ((S, [T, T]), {"teacher_weights": [1.0]}, ValueError, "teacher_weights must be 2 numbers"),
     ((S, [T, T]), {"teacher_weights": [1, -1], "teacher_mix": "probs"}, ValueError, "negative"),
     ((S, [T, T]), {"teacher_weights": [0, 0], "teacher_mix": "probs"}, ValueError, "all be zero"),
@@ -363,8 +339,9 @@ def test_bad_input(arguments, options, error, message):
 
 
 def test_raw_op_raises_runtime_error():
+    arguments = loss_arguments(fastkd.softmax_divergence, S, torch.zeros(3, 6))
     with pytest.raises(RuntimeError, match="ValueError: softmax_divergence: teacher_logits has 6"):
-        OP(*raw_arguments(S, [torch.zeros(3, 6)], False, False))
+        torch.ops.fastkd._softmax_divergence(*arguments)
 
 
 def test_module():

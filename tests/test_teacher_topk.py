@@ -187,7 +187,7 @@ def test_more_equals_than_wanted(backend, dtype, vocab):
 
 def test_opcheck(backend):
     torch.library.opcheck(
-        torch.ops.fastkd._teacher_topk.default, (logits((3, 40)), 5, 1.0, None, -1)
+        torch.ops.fastkd._teacher_topk.default, (logits((3, 40)), 5, 1.0, None, -1, None)
     )
 
 

@@ -173,6 +173,8 @@ struct RowProblem {
   }
 
   void check_normalizer() const {
+    FASTKD_CHECK_VALUE(options.denominator >= 0, function, "normalizer must not be negative, got ",
+                       options.denominator);
     if (!options.normalizer) return;
     FASTKD_CHECK_VALUE(options.normalizer->numel() == 1 && is_float(options.normalizer->scalar_type()), function,
                        "normalizer must be a number or a 0-d float tensor, got shape ", shape_of(*options.normalizer));

@@ -177,7 +177,7 @@ class Arguments:
     def _check_tensor(self, field: str, value: Any) -> None:
         if type(value) is not Tensor or value.layout is not torch.strided:
             check_tensor(self.function, field, value)
-        if value.requires_grad and field not in self._free:
+        if field not in self._free and value.is_floating_point() and value.requires_grad:
             check_no_gradient(self.function, **{field: value})
 
     def _number(

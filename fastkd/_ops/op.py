@@ -1,17 +1,18 @@
 """Ops with gradients: one autograd Function, fake kernel and formula for graphs for all of them.
 
-csrc/tensor/op.h and loss_op.h declare the raw ops; their schemas say what each argument is. Here an op
-is a name, the tensors that gradients flow to, and its definition in :mod:`fastkd.reference`.
+csrc/tensor/op.h and loss_op.h declare the raw ops; their schemas say what each argument is. Here
+an op is a name, the tensors that gradients flow to, and its definition in
+:mod:`fastkd.reference`.
 
 A call takes one of four ways:
 
-==============================  ==================================================================
-eager, a gradient is needed     an autograd Function around ``_name``
-eager, none is needed           ``_name`` alone
-torch.compile, export, fakes    ``name``: the same op with an autograd formula of its own, so that an
-                                exported graph can be trained
-torch.func, forward-mode AD     the definition, in plain PyTorch
-==============================  ==================================================================
+============================  ====================================================================
+eager, with a gradient        an autograd Function around ``_name``
+eager, without                ``_name`` alone
+torch.compile, export, fakes  ``name``: the same op with an autograd formula of its own, so that
+                              an exported graph can be trained
+torch.func, forward-mode AD   the definition, in plain PyTorch
+============================  ====================================================================
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -122,7 +123,7 @@ class Loss(Op):
         differentiable: its tensors that gradients flow to, the student's logits first.
         reference: the definition; takes the raw op's fields by name, choices as names.
         precision: of these tensors' dtypes, float64 makes the loss float64.
-        together: fields whose gradients the kernel computes only together.
+        together: fields with one number a row, whose gradients the kernel computes only together.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Loss(Op):
     ) -> None:
         super().__init__(name, differentiable, reference, absent)
         self.precision = tuple(precision)
+        self.one_a_row = frozenset(differentiable.index(field) for field in together)
         self._together = sum(1 << differentiable.index(field) for field in together)
         for prefix in ("", "_"):
             torch.library.register_fake(f"fastkd::{prefix}{name}", self._fake)
@@ -272,10 +274,11 @@ class _LossFunction(torch.autograd.Function):
         pending = saved[len(needs)]
         if pending.numel():
             grad_output = grad_output * pending
-        found = [
-            scaled(gradient, grad_output) if need else None
-            for gradient, need in zip(saved, needs, strict=False)
-        ]
+        found: list[Tensor | None] = [None] * len(needs)
+        for i, need in enumerate(needs):
+            if need:
+                scale = product if i in op.one_a_row else scaled
+                found[i] = scale(saved[i], grad_output)
         return None, None, None, *found
 
 

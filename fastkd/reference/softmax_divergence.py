@@ -68,7 +68,7 @@ def softmax_divergence(
 ) -> Tensor:
     """`fastkd.softmax_divergence` in plain PyTorch, with the same arguments except `inplace`."""
     from fastkd._ops.arguments import with_defaults
-    from fastkd.softmax_divergence import OP, softmax_divergence, given
+    from fastkd.softmax_divergence import OP, given, softmax_divergence
 
     options = with_defaults(softmax_divergence, options)
     return OP.define(student_logits, given(student_logits, teacher_logits, options))

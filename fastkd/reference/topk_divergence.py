@@ -111,7 +111,7 @@ def topk_divergence(
 ) -> Tensor:
     """`fastkd.topk_divergence` in plain PyTorch, with the same arguments."""
     from fastkd._ops.arguments import with_defaults
-    from fastkd.topk_divergence import OP, topk_divergence, given
+    from fastkd.topk_divergence import OP, given, topk_divergence
 
     options = with_defaults(topk_divergence, options)
     return OP.define(
