@@ -134,6 +134,11 @@ def _warn_of_mean(stacklevel: int) -> None:
 
 
 @torch.compiler.assume_constant_result
+def _traced_transforms_active() -> bool:
+    return transforms_active()
+
+
+@torch.compiler.assume_constant_result
 def _reduction_enum(size_average: bool | None, reduce: bool | None, reduction: str) -> int:
     if size_average is not None or reduce is not None:
         return _reduction.legacy_get_enum(size_average, reduce)
@@ -193,6 +198,7 @@ def _traceable(input: Any, target: Any) -> bool:
         and _has_kernels(input)
         and input.dim() == target.dim()
         and all(guard_or_false(m == n) for m, n in zip(input.shape, target.shape, strict=True))
+        and not _traced_transforms_active()
         and not torch.is_autocast_enabled(input.device.type)
     )
 
@@ -296,7 +302,7 @@ class _KlDiv(torch.autograd.Function):
 
 
 def _is_one_plain_tensor(grad_output: Tensor) -> bool:
-    """Not a batch of gradients (``is_grads_batched=True`` has a kind of its own), not a subclass."""
+    """Not a batch of gradients (``is_grads_batched=True`` has its own kind), not a subclass."""
     return not (
         torch.compiler.is_compiling()
         or type(grad_output) not in _PLAIN
