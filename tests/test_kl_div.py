@@ -185,7 +185,7 @@ def test_a_warning_names_the_line_of_the_caller():
 _PATCH = """
 import torch, torch.nn.functional as F
 original = F.kl_div
-late = {late}
+late = LATE
 def lazily(*arguments, **options):
     import fastkd
     return fastkd.kl_div(*arguments, **options)
@@ -218,7 +218,7 @@ print("done")
 @pytest.mark.parametrize("late", [False, True])
 def test_in_the_place_of_torchs(late):
     """F.kl_div, torch.kl_div and nn.KLDivLoss replaced, before and after fastkd is imported."""
-    script = _PATCH.format(late=late)
+    script = _PATCH.replace("LATE", str(late))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False
     )
