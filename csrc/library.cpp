@@ -48,16 +48,19 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
   m.def("_gradient_like(Tensor like) -> Tensor");
   // gradient *= factor, one for all or one a row; rows whose factor is 1 are not touched.
   m.def("_scale_rows_(Tensor(a!) gradient, Tensor factor) -> ()");
-  // -> loss, gradients of input and target times scale (empty where not asked for).
+  // -> loss, gradients of input and target (empty where not asked for). reduction: 0 none, 1 mean, 2 sum, 3 batchmean.
   m.def(
-      "_kl_div(Tensor input, Tensor target, bool log_target, bool reduce, float scale, bool input_gradient, "
+      "_kl_div(Tensor input, Tensor target, bool log_target, int reduction, bool input_gradient, "
       "bool target_gradient) -> (Tensor, Tensor, Tensor)");
-  // The same with a reduction and input's gradient written into `gradient`.
+  // The same with input's gradient written into `gradient`.
   m.def(
-      "_kl_div_into(Tensor(a!) gradient, Tensor input, Tensor target, bool log_target, float scale, "
+      "_kl_div_into(Tensor(a!) gradient, Tensor input, Tensor target, bool log_target, int reduction, "
       "bool target_gradient) -> (Tensor, Tensor)");
+  // The loss alone, of tensors of any strides and sizes: the op that traced graphs hold. It has an autograd formula.
+  m.def("_kl_div_loss(Tensor input, Tensor target, bool log_target, int reduction) -> Tensor");
+  // input: needed for target_gradient only.
   m.def(
-      "_kl_div_backward(Tensor grad_output, Tensor input, Tensor target, bool log_target, float scale, "
+      "_kl_div_backward(Tensor grad_output, Tensor? input, Tensor target, bool log_target, int reduction, "
       "bool input_gradient, bool target_gradient) -> (Tensor, Tensor)");
   m.def("_cpu_capability(str? use) -> str");
   // Gives back what CPU kernels keep for their next call.

@@ -55,9 +55,9 @@ void put_scalar(const Tensor& tensor, double value) {
 
 struct Cpu {
   static void solve(const KlDivCall& call) {
-    const bool float64 = call.input.scalar_type() == ScalarType::Double;
+    const bool float64 = call.target.scalar_type() == ScalarType::Double;
     KlDivChunk chunk{};
-    chunk.input = flat(call.input);
+    if (call.input != nullptr) chunk.input = flat(*call.input);
     chunk.target = flat(call.target);
     chunk.log_target = call.log_target;
     chunk.reduce = call.reduce && call.loss;
@@ -70,7 +70,7 @@ struct Cpu {
     } else if (call.upstream) {
       chunk.upstream = flat(*call.upstream);
     }
-    const double sum = run(chunk, call.input.numel(), float64);
+    const double sum = run(chunk, call.target.numel(), float64);
     if (chunk.reduce) put_scalar(*call.loss, sum * call.scale);
   }
 };
@@ -80,6 +80,7 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("_kl_div", TORCH_BOX(&kl_div<Cpu>));
   m.impl("_kl_div_into", TORCH_BOX(&kl_div_into<Cpu>));
+  m.impl("_kl_div_loss", TORCH_BOX(&kl_div_loss<Cpu>));
   m.impl("_kl_div_backward", TORCH_BOX(&kl_div_backward<Cpu>));
 }
 

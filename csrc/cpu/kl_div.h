@@ -7,7 +7,8 @@
 namespace fastkd {
 
 struct KlDivChunk {
-  Row input, target;
+  Row input;  // empty: neither the sum, the terms nor the target's gradient is wanted
+  Row target;
   int64_t begin, end;
   bool log_target;
   bool reduce;                          // whether the sum is wanted
@@ -27,11 +28,11 @@ double kl_div_block(const KlDivChunk& c, const Real* ones, int64_t begin, int64_
   alignas(64) Real x_buffer[kBlock], t_buffer[kBlock], g_buffer[kBlock], out_buffer[kBlock];
   const int64_t ahead = begin + kBlock, some = c.end - ahead < kBlock ? c.end - ahead : kBlock;
   if (some > 0) {
-    prefetch(c.input, ahead, some);
+    if (c.input) prefetch(c.input, ahead, some);
     prefetch(c.target, ahead, some);
   }
-  const Real* x = load(c.input, begin, count, x_buffer);
   const Real* t = load(c.target, begin, count, t_buffer);
+  const Real* x = c.input ? load(c.input, begin, count, x_buffer) : t;
   const Real* upstream = c.upstream ? load(c.upstream, begin, count, g_buffer) : ones;
   const Real scale = Real(c.scale);
   Real sum = 0;

@@ -18,7 +18,8 @@ constexpr const char* kName = "kl_div";
 constexpr int kSumThreads = 512;
 
 struct KlDivArguments {
-  const void *input, *target, *upstream;           // upstream: one a term, or null
+  const void *input, *target;                      // input: null where no result needs it
+  const void* upstream;                            // one a term, or null
   void *terms, *input_gradient, *target_gradient;  // null: not wanted
   int64_t count;
   bool sum;
@@ -131,18 +132,18 @@ void launch_kl_div(const Device& device, const KlDivArguments& a, ScalarType typ
 
 struct Cuda {
   static void solve(const KlDivCall& call) {
-    const ScalarType type = call.input.scalar_type();
+    const ScalarType type = call.target.scalar_type();
     FASTKD_CHECK_TYPE(type != ScalarType::Double, kName, "float64 input is supported on the CPU only");
-    const Device device(call.input, kName);
+    const Device device(call.target, kName);
     KlDivArguments a{};
     bool whole = true;
     const auto place = [&](const Tensor& x) {
       whole = whole && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
       return x.data_ptr();
     };
-    a.input = place(call.input);
+    if (call.input != nullptr) a.input = place(*call.input);
     a.target = place(call.target);
-    a.count = call.input.numel();
+    a.count = call.target.numel();
     a.scale = call.scale;
     a.sum = call.loss && call.reduce;
     if (call.loss && !call.reduce) a.terms = place(*call.loss);
@@ -159,7 +160,7 @@ struct Cuda {
     const int64_t blocks = needed < kFlatBlocks ? needed : kFlatBlocks;
     std::optional<Tensor> sums;
     if (a.sum) {
-      sums = torch::stable::new_empty(call.input, {blocks}, ScalarType::Double);
+      sums = torch::stable::new_empty(call.target, {blocks}, ScalarType::Double);
       a.sums = static_cast<double*>(sums->data_ptr());
     }
     if (call.log_target) {
@@ -179,6 +180,7 @@ struct Cuda {
 FASTKD_IMPL(m) {
   m.impl("_kl_div", TORCH_BOX(&kl_div<Cuda>));
   m.impl("_kl_div_into", TORCH_BOX(&kl_div_into<Cuda>));
+  m.impl("_kl_div_loss", TORCH_BOX(&kl_div_loss<Cuda>));
   m.impl("_kl_div_backward", TORCH_BOX(&kl_div_backward<Cuda>));
 }
 

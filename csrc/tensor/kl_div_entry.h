@@ -8,12 +8,16 @@
 
 namespace fastkd {
 
+// The numbers of the reductions in the ops' schemas; the first three are at::Reduction's.
+enum KlDivReduction : int64_t { kKlDivNone = 0, kKlDivMean = 1, kKlDivSum = 2, kKlDivBatchMean = 3 };
+
 // What to compute; what is not there is not wanted.
 struct KlDivCall {
-  const Tensor &input, &target;
+  const Tensor* input;  // null: nothing that is wanted depends on it
+  const Tensor& target;
   bool log_target;
-  bool reduce;  // loss is a scalar, scale times the sum of the terms; else the terms
-  double scale;
+  bool reduce;                           // loss is a scalar, scale times the sum of the terms; else the terms
+  double scale;                          // 1 / (what the sum is divided by)
   std::optional<Tensor> loss, upstream;  // upstream: the gradient of the loss, a scalar or one a term
   std::optional<Tensor> input_gradient, target_gradient;
 };
@@ -33,21 +37,37 @@ inline void check_flat(const Tensor& x, const Tensor& like, const char* argument
                      ", got ", shape_of(x));
 }
 
-inline KlDivCall checked_call(const Tensor& input, const Tensor& target, bool log_target, bool reduce, double scale) {
-  check_flat(input, input, "input");
-  check_flat(target, input, "target");
-  return {input, target, log_target, reduce, scale, {}, {}, {}, {}};
+inline double scale_of(const Tensor& x, int64_t reduction) {
+  FASTKD_CHECK_VALUE(reduction >= kKlDivNone && reduction <= kKlDivBatchMean, "kl_div",
+                     "reduction expected 0 to 3, got ", reduction);
+  if (reduction == kKlDivMean) return 1.0 / double(x.numel());
+  if (reduction == kKlDivBatchMean && x.dim() > 0) return 1.0 / double(x.size(0));
+  return 1.0;
+}
+
+inline KlDivCall checked_call(const Tensor* input, const Tensor& target, bool log_target, int64_t reduction) {
+  if (input != nullptr) {
+    check_flat(*input, *input, "input");
+    check_flat(target, *input, "target");
+  } else {
+    check_flat(target, target, "target");
+  }
+  return {input, target, log_target, reduction != kKlDivNone, scale_of(target, reduction), {}, {}, {}, {}};
 }
 
 inline Tensor or_empty(const std::optional<Tensor>& x, const Tensor& like) {
   return x ? *x : torch::stable::new_empty(like, {0});
 }
 
+inline Tensor loss_like(const Tensor& input, int64_t reduction) {
+  return reduction == kKlDivNone ? gradient_like(input) : torch::stable::new_empty(input, std::vector<int64_t>{});
+}
+
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> kl_div(const Tensor& input, const Tensor& target, bool log_target, bool reduce,
-                                          double scale, bool input_gradient, bool target_gradient) {
-  KlDivCall call = checked_call(input, target, log_target, reduce, scale);
-  call.loss = reduce ? torch::stable::new_empty(input, std::vector<int64_t>{}) : gradient_like(input);
+std::tuple<Tensor, Tensor, Tensor> kl_div(const Tensor& input, const Tensor& target, bool log_target, int64_t reduction,
+                                          bool input_gradient, bool target_gradient) {
+  KlDivCall call = checked_call(&input, target, log_target, reduction);
+  call.loss = loss_like(input, reduction);
   if (input_gradient) call.input_gradient = gradient_like(input);
   if (target_gradient) call.target_gradient = gradient_like(target);
   Backend::solve(call);
@@ -56,30 +76,49 @@ std::tuple<Tensor, Tensor, Tensor> kl_div(const Tensor& input, const Tensor& tar
 
 template <class Backend>
 std::tuple<Tensor, Tensor> kl_div_into(const Tensor& gradient, const Tensor& input, const Tensor& target,
-                                       bool log_target, double scale, bool target_gradient) {
-  KlDivCall call = checked_call(input, target, log_target, true, scale);
+                                       bool log_target, int64_t reduction, bool target_gradient) {
+  KlDivCall call = checked_call(&input, target, log_target, reduction);
   check_flat(gradient, input, "gradient");
-  call.loss = torch::stable::new_empty(input, std::vector<int64_t>{});
+  call.loss = loss_like(input, reduction);
   call.input_gradient = gradient;
   if (target_gradient) call.target_gradient = gradient_like(target);
   Backend::solve(call);
   return {*call.loss, or_empty(call.target_gradient, target)};
 }
 
+// The loss alone, of tensors of any strides, empty ones included: a graph that serves many sizes cannot look at them.
 template <class Backend>
-std::tuple<Tensor, Tensor> kl_div_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                                           bool log_target, double scale, bool input_gradient, bool target_gradient) {
-  KlDivCall call = checked_call(input, target, log_target, false, scale);
-  if (grad_output.dim() != 0 || !is_float(grad_output.scalar_type())) {
-    check_flat(grad_output, input, "grad_output");
-  } else {
-    check_device(grad_output, input, "grad_output");
+Tensor kl_div_loss(const Tensor& input, const Tensor& target, bool log_target, int64_t reduction) {
+  FASTKD_CHECK_VALUE(input.dim() == target.dim() && same_leading(input, target, input.dim()), "kl_div",
+                     "target must have input's shape ", shape_of(input), ", got ", shape_of(target));
+  const Tensor x = torch::stable::contiguous(input), t = torch::stable::contiguous(target);
+  KlDivCall call = checked_call(&x, t, log_target, reduction);
+  call.loss = loss_like(x, reduction);
+  if (x.numel() > 0) {
+    Backend::solve(call);
+  } else if (call.reduce) {
+    torch::stable::fill_(*call.loss, 0.0 * call.scale);  // NaN where the divisor is 0, as torch
   }
+  return *call.loss;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> kl_div_backward(const Tensor& grad_output, const std::optional<Tensor>& input,
+                                           const Tensor& target, bool log_target, int64_t reduction,
+                                           bool input_gradient, bool target_gradient) {
+  FASTKD_CHECK_VALUE(input || !target_gradient, "kl_div", "input is needed for the gradient of target");
+  KlDivCall call = checked_call(input ? &*input : nullptr, target, log_target, reduction);
+  if (grad_output.dim() != 0 || !is_float(grad_output.scalar_type())) {
+    check_flat(grad_output, target, "grad_output");
+  } else {
+    check_device(grad_output, target, "grad_output");
+  }
+  call.reduce = false;
   call.upstream = grad_output;
-  if (input_gradient) call.input_gradient = gradient_like(input);
+  if (input_gradient) call.input_gradient = gradient_like(target);
   if (target_gradient) call.target_gradient = gradient_like(target);
   Backend::solve(call);
-  return {or_empty(call.input_gradient, input), or_empty(call.target_gradient, target)};
+  return {or_empty(call.input_gradient, target), or_empty(call.target_gradient, target)};
 }
 
 }  // namespace fastkd
