@@ -256,7 +256,12 @@ def test_threads_change_no_bit(backend):
             ValueError,
             "renormalize must be one of none, teacher",
         ),
-        ((0.1, 0.4), {"tail": "uniform"}, ValueError, "tail must be one of drop, lump; got 'uniform'"),
+        (
+            (0.1, 0.4),
+            {"tail": "uniform"},
+            ValueError,
+            "tail must be one of drop, lump; got 'uniform'",
+        ),
         ((0.1, 0.4), {"softness": 0.0}, ValueError, "softness must be positive, got 0.0"),
         ((torch.zeros(3, requires_grad=True), 0.4), {}, ValueError, "lower requires a gradient"),
         ((0.1, 0.4), {"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be"),

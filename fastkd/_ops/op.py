@@ -24,6 +24,7 @@ from torch import Tensor
 from fastkd._gradient import differentiable_gradients, gradient_for, memory, product, scaled
 from fastkd._library import is_batched, is_tracing, raise_as_python, transforms_active
 from fastkd._ops.arguments import Arguments
+from fastkd._ops.hints import check_loss
 
 
 class Op:
@@ -154,6 +155,11 @@ class Loss(Op):
             if need:
                 bits |= 1 << i
         return bits | self._together if bits & self._together else bits
+
+    def __call__(self, rows: Tensor, given: dict[str, Any], inplace: bool = False) -> Tensor:
+        if not is_tracing(rows):
+            check_loss(self.name, rows, given)
+        return super().__call__(rows, given, inplace)
 
     def compute(self, packed: list[Any]) -> Tensor:
         return self.raw()(*self.arguments.eager(packed), 0)[0]

@@ -1,0 +1,434 @@
+"""What every op promises: one graph for all sizes and numbers, export, batches of gradients, modes."""
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from cases import logits
+from registry import EVERY, LOSSES, OPS, VOCAB
+
+import fastkd
+
+LEADING = (2, 6)
+
+
+def of(entries):
+    return pytest.mark.parametrize("op", entries, ids=lambda op: op.name)
+
+
+def student_of(leading=LEADING):
+    return logits((*leading, VOCAB)).requires_grad_()
+
+
+# --- torch.compile ------------------------------------------------------------------------------
+
+
+@of(EVERY)
+def test_one_graph_serves_every_size(op):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module
+
+    run = torch.compile(
+        lambda student, given: op.call(student, **given).sum(),
+        fullgraph=True,
+        dynamic=True,
+        backend=count,
+    )
+    for batch in range(3, 14):
+        student, given = student_of((batch, batch + 3)), op.tensors((batch, batch + 3))
+        found = run(student, given)
+        torch.testing.assert_close(found, op.call(student, **given).sum())
+        if op.differentiable:
+            (gradient,) = torch.autograd.grad(found, student)
+            (right,) = torch.autograd.grad(op.call(student, **given).sum(), student)
+            torch.testing.assert_close(gradient, right)
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize(
+    "op,name",
+    [(op, name) for op in EVERY for name in op.numbers],
+    ids=lambda x: str(getattr(x, "name", x)),
+)
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_one_graph_serves_every_number(op, name, as_tensor):
+    if as_tensor and name in ("epsilon", "softness"):
+        as_tensor = False
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module
+
+    run = torch.compile(
+        lambda student, given, x: op.call(student, **given, **{name: x}).sum(),
+        fullgraph=True,
+        dynamic=True,
+        backend=count,
+    )
+    first, last = op.numbers[name]
+    given = op.tensors(LEADING)
+    for i in range(10):
+        x = first + (last - first) * i / 9
+        x = torch.tensor(x) if as_tensor else x
+        student = student_of()
+        found = run(student, given, x)
+        torch.testing.assert_close(found, op.call(student, **given, **{name: x}).sum())
+        if op.differentiable:
+            found.backward()
+            right = torch.autograd.grad(op.call(student, **given, **{name: x}).sum(), student)[0]
+            torch.testing.assert_close(student.grad, right)
+    assert len(graphs) <= 2
+
+
+# --- torch.export -------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):
+    def __init__(self, op):
+        super().__init__()
+        self.op = op
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, student, given):
+        return self.op.call(student * self.scale, **given)
+
+
+@of(OPS)
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_loss_trains(op, strict):
+    plain = Model(op)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    given = op.tensors(LEADING)
+    sizes = {
+        name: {0: batch} if value.dim() and value.shape[:2] == LEADING else {}
+        for name, value in given.items()
+    }
+    program = torch.export.export(
+        copy.deepcopy(plain),
+        (student_of().detach(), given),
+        dynamic_shapes=({0: batch}, sizes),
+        strict=strict,
+    )
+    exported = program.module()
+    for leading in (LEADING, (5, 6)):
+        student, given = student_of(leading).detach(), op.tensors(leading)
+        exported.zero_grad()
+        plain.zero_grad()
+        found, right = exported(student, given).sum(), plain(student, given).sum()
+        torch.testing.assert_close(found, right)
+        found.backward()
+        right.backward()
+        gradient = dict(exported.named_parameters())["scale"].grad
+        torch.testing.assert_close(gradient, plain.scale.grad)
+
+
+# --- autograd -----------------------------------------------------------------------------------
+
+
+@of(OPS)
+def test_batches_of_gradients(op):
+    given = op.tensors(LEADING)
+    function = lambda x: op.call(x, **given)  # noqa: E731
+    student = student_of().detach()
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(
+        jacobian(function, student, vectorize=True), jacobian(function, student)
+    )
+    student.requires_grad_()
+    loss = function(student).sum()
+    upstream = torch.tensor([1.0, -2.0, 0.5], dtype=loss.dtype)
+    (batch,) = torch.autograd.grad(
+        loss, student, upstream, is_grads_batched=True, retain_graph=True
+    )
+    (one,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(batch, upstream.view(-1, 1, 1, 1).to(one.dtype) * one)
+
+
+@of(LOSSES)
+def test_batches_of_gradients_for_each_row(op):
+    given = op.tensors(LEADING)
+    function = lambda x: op.call(x, **given, reduction="none")  # noqa: E731
+    jacobian = torch.autograd.functional.jacobian
+    student = student_of().detach()
+    torch.testing.assert_close(
+        jacobian(function, student, vectorize=True), jacobian(function, student)
+    )
+
+
+@of(OPS)
+def test_checkpoints(op):
+    given = op.tensors(LEADING)
+    student = student_of()
+    right = torch.autograd.grad(op.call(student, **given).sum(), student)[0]
+    for reentrant in (False, True):
+        loss = torch.utils.checkpoint.checkpoint(
+            lambda x: op.call(x, **given).sum(), student, use_reentrant=reentrant
+        )
+        if reentrant:
+            student.grad = None
+            loss.backward()
+            found = student.grad
+        else:
+            (found,) = torch.autograd.grad(loss, student)
+        torch.testing.assert_close(found, right)
+
+
+@of(OPS)
+def test_second_derivatives_of_a_temporary(op):
+    """The logits are nobody's but the graph's."""
+    hidden = torch.randn(*LEADING, 5, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(5, VOCAB, dtype=torch.float64)
+    given = op.tensors(LEADING)
+    (gradient,) = torch.autograd.grad(
+        op.call(hidden @ head, **given).sum(), hidden, create_graph=True
+    )
+    (second,) = torch.autograd.grad(gradient.square().sum(), hidden)
+    assert second.isfinite().all()
+    assert second.any()
+
+
+# --- modes --------------------------------------------------------------------------------------
+
+
+@of(EVERY)
+def test_after_and_beside_other_modes(op):
+    student, given = student_of(), op.tensors(LEADING)
+    right = op.call(student, **given).sum()
+    with torch.inference_mode():
+        torch.testing.assert_close(op.call(student, **given).sum(), right.detach())
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {name: mode.from_tensor(value) for name, value in given.items()}
+        fake = op.call(mode.from_tensor(student.detach()), **fakes)
+    found = op.call(student, **given)
+    assert type(found) is torch.Tensor
+    assert fake.shape == found.shape
+    assert fake.dtype == found.dtype
+    torch.testing.assert_close(found.sum(), right)
+    if op.differentiable:
+        found.sum().backward()
+        assert student.grad.isfinite().all()
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "op,name",
+    [
+        (op, name)
+        for op in EVERY
+        if op.name not in ("kl_div", "byte_log_probs")
+        for name in op.tensors(LEADING)
+    ],
+    ids=lambda x: str(getattr(x, "name", x)),
+)
+def test_a_tensor_of_another_device_is_an_error(op, name):
+    for student in (student_of(), student_of().detach()):
+        given = op.tensors(LEADING)
+        given[name] = given[name].to("meta")
+        with pytest.raises((ValueError, RuntimeError), match="device"):
+            op.call(student, **given)
+    given = {key: value for key, value in op.tensors(LEADING).items()}
+    with pytest.raises((ValueError, RuntimeError), match="device"):
+        op.call(student_of().to("meta"), **given)
+
+
+@pytest.mark.parametrize(
+    "op,name",
+    [(op, name) for op in LOSSES for name in op.numbers],
+    ids=lambda x: str(getattr(x, "name", x)),
+)
+def test_an_argument_without_a_gradient_says_so(op, name):
+    given = op.tensors(LEADING)
+    value = torch.tensor(op.numbers[name][0], requires_grad=True)
+    with pytest.raises(ValueError, match=rf"{op.name}: {name} takes no gradient"):
+        op.call(student_of(), **given, **{name: value})
+    with torch.no_grad():
+        op.call(student_of(), **given, **{name: value})
+
+
+@of(LOSSES)
+def test_types(op):
+    given = op.tensors(LEADING)
+    rows = np.ones(LEADING)
+    for name, bad in (
+        ("weight", rows.tolist()),
+        ("weight", rows),
+        ("mask", rows.astype(bool)),
+        ("labels", rows.astype(int).tolist()),
+        ("label_weight", "half"),
+        ("temperature", "hot"),
+        ("ignore_index", 0.5),
+        ("vocab_size", True),
+        ("vocab_size", "all"),
+        ("shift", None),
+        ("square_temperature", "yes"),
+        ("reduction", 3),
+    ):
+        with pytest.raises(TypeError, match=rf"{op.name}: {name} must be"):
+            op.call(student_of(), **{**given, name: bad})
+    plain = student_of().detach()
+    for wrapped in (
+        plain.to_sparse(),
+        torch.nested.nested_tensor(list(plain), layout=torch.jagged),
+    ):
+        with pytest.raises(TypeError, match=rf"{op.name}: student_logits must be a"):
+            op.call(wrapped, **given)
+    quantized = torch.quantize_per_tensor(plain, 0.1, 0, torch.quint8)
+    with pytest.raises(TypeError, match=rf"{op.name}: student_logits must be"):
+        op.call(quantized, **given)
+
+
+@of(LOSSES)
+def test_numbers_of_other_kinds(op):
+    given = op.tensors(LEADING)
+    student = student_of()
+    right = op.call(student, **given, label_weight=0.5, vocab_size=10, temperature=2.0)
+    for number, integer in (
+        (np.float32(0.5), np.int64(10)),
+        (torch.tensor(0.5), torch.tensor(10)),
+        (np.float64(0.5), np.uint8(10)),
+    ):
+        found = op.call(
+            student, **given, label_weight=number, vocab_size=integer, temperature=np.float32(2.0)
+        )
+        assert torch.equal(found, right)
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def test_calls_leave_nothing_behind():
+    program = """
+import gc, sys
+sys.path.insert(0, "tests")
+import torch
+from registry import EVERY, VOCAB
+from cases import logits
+def resident():
+    gc.collect()
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+for op in EVERY:
+    student, given = logits((1, 2, VOCAB)), op.tensors((1, 2))
+    def run(n):
+        for _ in range(n):
+            op.call(student, **given)
+    run(2000)
+    before = resident()
+    run(20000)
+    print(op.name, (resident() - before) / 20000)
+"""
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+    )
+    lines = [line.split() for line in found.stdout.splitlines()]
+    assert len(lines) == len(EVERY)
+    assert [name for name, size in lines if float(size) >= 16] == []
+
+
+@pytest.mark.parametrize("layout", ["overlapping", "the teacher's", "one row on", "the weights'"])
+def test_inplace_beside_others_in_its_memory(layout):
+    base = torch.randn(9, 40)
+    student, teacher, options = base[:8], torch.randn(8, 40), {}
+    if layout == "overlapping":
+        student = torch.as_strided(base, (8, 40), (20, 1))
+    elif layout == "the teacher's":
+        teacher = student.detach()
+    elif layout == "one row on":
+        teacher = base[1:]
+    else:
+        options["weight"] = base[0, :8].abs()
+    student = student.detach().requires_grad_()
+    with pytest.raises(ValueError, match="softmax_divergence: inplace"):
+        fastkd.softmax_divergence(student, teacher, inplace=True, **options)
+
+
+def test_inplace_beside_a_teacher_in_the_other_half_of_its_memory():
+    both = torch.randn(8, 80)
+    want = fastkd.softmax_divergence(both[:, :40].clone(), both[:, 40:].clone())
+    student = both[:, :40].detach().requires_grad_()
+    found = fastkd.softmax_divergence(student, both[:, 40:], inplace=True)
+    assert torch.equal(found, want)
+
+
+# --- shift --------------------------------------------------------------------------------------
+
+
+@of(LOSSES)
+@pytest.mark.parametrize("shift", [1, 2, 5, 6, 9])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum", "batchmean", "elementmean"])
+def test_shift_reads_labels_mask_and_weight_ahead(backend, op, shift, reduction):
+    leading = (3, 6)
+    student = logits((*leading, VOCAB)).requires_grad_()
+    given = op.tensors(leading)
+    found = op.call(student, **given, shift=shift, reduction=reduction)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    rows = [name for name, value in given.items() if value.shape[:2] == leading]
+    ahead = ("labels", "mask", "weight")
+    kept = max(leading[1] - shift, 0)
+    cut = {
+        name: value
+        if name not in rows
+        else value[:, leading[1] - kept :]
+        if name in ahead
+        else value[:, :kept]
+        for name, value in given.items()
+    }
+    part = student.detach()[:, :kept].requires_grad_()
+    right = op.call(part, **cut, reduction=reduction)
+    if reduction == "none":
+        torch.testing.assert_close(found[:, :kept], right)
+        assert not found[:, kept:].any()
+    else:
+        torch.testing.assert_close(found, right)
+    (exact,) = torch.autograd.grad(right.sum(), part)
+    torch.testing.assert_close(gradient[:, :kept], exact)
+    assert not gradient[:, kept:].any()
+    definition = getattr(fastkd.reference, op.name)
+    if op.name == "softmax_divergence":
+        given["divergence"] = "jsd"
+    if op.name == "clipped_divergence":
+        given["softness"] = 0.1
+    again = definition(student, **given, shift=shift, reduction=reduction)
+    torch.testing.assert_close(found, again, rtol=1e-4, atol=1e-5)
+
+
+def test_shift_needs_a_sequence():
+    with pytest.raises(ValueError, match="shift needs student_logits with a sequence dimension"):
+        fastkd.softmax_divergence(torch.zeros(5), torch.zeros(5), shift=1)
+    with pytest.raises(ValueError, match="shift must not be negative, got -1"):
+        fastkd.softmax_divergence(torch.zeros(2, 5), torch.zeros(2, 5), shift=-1)
+
+
+# --- hints --------------------------------------------------------------------------------------
+
+
+@of(LOSSES)
+def test_hints_come_once(op):
+    from fastkd._ops import hints
+
+    given = {k: v for k, v in op.tensors(LEADING).items() if k != "labels"}
+    for options, student, message in (
+        ({"label_weight": 0.5}, student_of(), "labels is None"),
+        ({"normalizer": 0}, student_of(), "normalizer is 0"),
+        ({}, student_of().detach().softmax(-1), "logits are expected, not probabilities"),
+    ):
+        hints.forget()
+        with pytest.warns(UserWarning, match=rf"{op.name}: .*{message}") as found:
+            op.call(student, **given, **options)
+        assert found[0].filename == __file__ or op.name != "topk_divergence"
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            op.call(student, **given, **options)
+    hints.forget()
