@@ -57,7 +57,7 @@ def _bounds(leading: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 
 def _chunks(leading: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    *batch, length = leading
+    length = leading[-1]
     ids = (torch.arange(length) // 2).expand(leading).contiguous()
     return {
         "token_ids": torch.randint(0, VOCAB, leading),

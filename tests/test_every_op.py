@@ -1,4 +1,4 @@
-"""What every op promises: one graph for all sizes and numbers, export, batches of gradients, modes."""
+"""What every op promises: graphs for all sizes and numbers, export, batched gradients, modes."""
 
 import copy
 import subprocess
@@ -17,6 +17,15 @@ LEADING = (2, 6)
 
 def of(entries):
     return pytest.mark.parametrize("op", entries, ids=lambda op: op.name)
+
+
+def each(entries, names):
+    """Every op with every one of some names of its own."""
+    return pytest.mark.parametrize(
+        "op,name",
+        [(op, name) for op in entries for name in names(op)],
+        ids=lambda x: str(getattr(x, "name", x)),
+    )
 
 
 def student_of(leading=LEADING):
@@ -52,11 +61,7 @@ def test_one_graph_serves_every_size(op):
     assert len(graphs) <= 2
 
 
-@pytest.mark.parametrize(
-    "op,name",
-    [(op, name) for op in EVERY for name in op.numbers],
-    ids=lambda x: str(getattr(x, "name", x)),
-)
+@each(EVERY, lambda op: op.numbers)
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
 def test_one_graph_serves_every_number(op, name, as_tensor):
     if as_tensor and name in ("epsilon", "softness"):
@@ -221,16 +226,7 @@ def test_after_and_beside_other_modes(op):
 # --- arguments ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "op,name",
-    [
-        (op, name)
-        for op in EVERY
-        if op.name not in ("kl_div", "byte_log_probs")
-        for name in op.tensors(LEADING)
-    ],
-    ids=lambda x: str(getattr(x, "name", x)),
-)
+@each([op for op in EVERY if op.name != "kl_div"], lambda op: op.tensors(LEADING))
 def test_a_tensor_of_another_device_is_an_error(op, name):
     for student in (student_of(), student_of().detach()):
         given = op.tensors(LEADING)
@@ -242,11 +238,7 @@ def test_a_tensor_of_another_device_is_an_error(op, name):
         op.call(student_of().to("meta"), **given)
 
 
-@pytest.mark.parametrize(
-    "op,name",
-    [(op, name) for op in LOSSES for name in op.numbers],
-    ids=lambda x: str(getattr(x, "name", x)),
-)
+@each(LOSSES, lambda op: op.numbers)
 def test_an_argument_without_a_gradient_says_so(op, name):
     given = op.tensors(LEADING)
     value = torch.tensor(op.numbers[name][0], requires_grad=True)
@@ -277,10 +269,8 @@ def test_types(op):
         with pytest.raises(TypeError, match=rf"{op.name}: {name} must be"):
             op.call(student_of(), **{**given, name: bad})
     plain = student_of().detach()
-    for wrapped in (
-        plain.to_sparse(),
-        torch.nested.nested_tensor(list(plain), layout=torch.jagged),
-    ):
+    jagged = torch.nested.nested_tensor(list(plain), layout=torch.jagged)
+    for wrapped in (plain.to_sparse(), jagged):
         with pytest.raises(TypeError, match=rf"{op.name}: student_logits must be a"):
             op.call(wrapped, **given)
     quantized = torch.quantize_per_tensor(plain, 0.1, 0, torch.quint8)

@@ -160,8 +160,7 @@ def test_opcheck(backend):
     for teacher in (None, logits((3, 40))):
         torch.library.opcheck(
             torch.ops.fastkd._token_stats.default,
-            
-            (logits((3, 40)), teacher, None, 1.0, None, -1, None),,
+            (logits((3, 40)), teacher, None, 1.0, None, -1, None),
         )
 
 

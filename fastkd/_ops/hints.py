@@ -17,14 +17,11 @@ def hint(key: str, message: str) -> None:
 
 def check_loss(function: str, logits: Tensor, given: dict[str, Any]) -> None:
     """What is cheap to know of the arguments of a loss over rows."""
-    if (
-        given["labels"] is None
-        and type(given["label_weight"]) is float
-        and given["label_weight"] != 1
-    ):
+    label_weight = given["label_weight"]
+    if given["labels"] is None and type(label_weight) is float and label_weight != 1:
         hint(
             f"{function}.label_weight",
-            f"{function}: label_weight is {given['label_weight']}, but labels is None: there is no "
+            f"{function}: label_weight is {label_weight}, but labels is None: there is no "
             "label term",
         )
     normalizer = given["normalizer"]
@@ -42,10 +39,11 @@ def _check_first_row(function: str, logits: Tensor) -> None:
     """Of the first call's logits: are they probabilities? On the CPU only, where nothing waits."""
     if logits.device.type != "cpu" or logits.numel() == 0 or logits.size(-1) < 4:
         return
-    row = (
-        logits.detach().reshape(-1, logits.size(-1))[0].double() if logits.is_contiguous() else None
-    )
-    if row is not None and bool((row >= 0).all()) and abs(row.sum().item() - 1) < 1e-3:
+    row = logits.detach()
+    while row.dim() > 1:
+        row = row[0]
+    row = row.double()
+    if bool((row >= 0).all()) and abs(row.sum().item() - 1) < 1e-3:
         hint(
             f"{function}.student_logits",
             f"{function}: the first row of student_logits sums to 1 and has no negative entry: "
