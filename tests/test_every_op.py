@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -146,7 +147,10 @@ def test_batches_of_gradients(op):
     student = student_of().detach()
     jacobian = torch.autograd.functional.jacobian
     torch.testing.assert_close(
-        jacobian(function, student, vectorize=True), jacobian(function, student)
+        jacobian(function, student, vectorize=True),
+        jacobian(function, student),
+        rtol=1e-5,
+        atol=1e-5,
     )
     student.requires_grad_()
     loss = function(student).sum()
@@ -155,7 +159,9 @@ def test_batches_of_gradients(op):
         loss, student, upstream, is_grads_batched=True, retain_graph=True
     )
     (one,) = torch.autograd.grad(loss, student)
-    torch.testing.assert_close(batch, upstream.view(-1, 1, 1, 1).to(one.dtype) * one)
+    torch.testing.assert_close(
+        batch, upstream.view(-1, 1, 1, 1).to(one.dtype) * one, rtol=1e-5, atol=1e-5
+    )
 
 
 @of(LOSSES)
@@ -282,11 +288,11 @@ def test_types(op):
 def test_numbers_of_other_kinds(op):
     given = op.tensors(LEADING)
     student = student_of()
-    right = op.call(student, **given, label_weight=0.5, vocab_size=10, temperature=2.0)
+    right = op.call(student, **given, label_weight=0.5, vocab_size=VOCAB, temperature=2.0)
     for number, integer in (
-        (np.float32(0.5), np.int64(10)),
-        (torch.tensor(0.5), torch.tensor(10)),
-        (np.float64(0.5), np.uint8(10)),
+        (np.float32(0.5), np.int64(VOCAB)),
+        (torch.tensor(0.5), torch.tensor(VOCAB)),
+        (np.float64(0.5), np.uint8(VOCAB)),
     ):
         found = op.call(
             student, **given, label_weight=number, vocab_size=integer, temperature=np.float32(2.0)
@@ -327,7 +333,7 @@ for op in EVERY:
 
 @pytest.mark.parametrize("layout", ["overlapping", "the teacher's", "one row on", "the weights'"])
 def test_inplace_beside_others_in_its_memory(layout):
-    base = torch.randn(9, 40)
+    base = torch.rand(9, 40)
     student, teacher, options = base[:8], torch.randn(8, 40), {}
     if layout == "overlapping":
         student = torch.as_strided(base, (8, 40), (20, 1))
@@ -336,7 +342,7 @@ def test_inplace_beside_others_in_its_memory(layout):
     elif layout == "one row on":
         teacher = base[1:]
     else:
-        options["weight"] = base[0, :8].abs()
+        options["weight"] = base[0, :8]
     student = student.detach().requires_grad_()
     with pytest.raises(ValueError, match="softmax_divergence: inplace"):
         fastkd.softmax_divergence(student, teacher, inplace=True, **options)
@@ -415,9 +421,7 @@ def test_hints_come_once(op):
         hints.forget()
         with pytest.warns(UserWarning, match=rf"{op.name}: .*{message}") as found:
             op.call(student, **given, **options)
-        assert found[0].filename == __file__ or op.name != "topk_divergence"
-        import warnings
-
+        assert "fastkd/_ops" not in found[0].filename
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             op.call(student, **given, **options)

@@ -47,6 +47,8 @@ def check_tensor(function: str, name: str, value: Any) -> None:
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{function}: {name} must be a dense tensor, got layout {value.layout}")
+    if value.is_quantized:
+        raise TypeError(f"{function}: {name} must be a plain tensor, got dtype {value.dtype}")
 
 
 def check_no_gradient(function: str, **values: Any) -> None:
@@ -175,7 +177,7 @@ class Arguments:
         return packed
 
     def _check_tensor(self, field: str, value: Any) -> None:
-        if type(value) is not Tensor or value.layout is not torch.strided:
+        if type(value) is not Tensor or value.layout is not torch.strided or value.is_quantized:
             check_tensor(self.function, field, value)
         if field not in self._free and value.is_floating_point() and value.requires_grad:
             check_no_gradient(self.function, **{field: value})
@@ -183,18 +185,19 @@ class Arguments:
     def _number(
         self, field: str, value: Any, each: str | None, rows: Tensor, given: dict[str, Any]
     ) -> Any:
+        name = field
         if value is None:
             value = self._absent.get(field)
             if isinstance(value, str):
-                value = given[value]
+                name, value = value, given[value]
         if each is not None and isinstance(value, Tensor):
-            check_tensor(self.function, field, value)
-            check_no_gradient(self.function, **{field: value})
+            check_tensor(self.function, name, value)
+            check_no_gradient(self.function, **{name: value})
             given[each] = (
                 value.to(rows.device).expand(rows.shape[:-1]) if value.dim() == 0 else value
             )
             return 1.0
-        return to_number(self.function, field, value)
+        return to_number(self.function, name, value)
 
     def _choice(self, field: str, value: Any) -> int:
         try:
