@@ -7,12 +7,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd._arguments import integer
 from fastkd.byte_log_probs import byte_log_probs
 from fastkd.byte_vocab import ByteVocab, integers
 
@@ -276,11 +278,12 @@ class ByteStream:
             ("vocab", vocab, isinstance(vocab, ByteVocab), "a fastkd.ByteVocab"),
             ("prompt", prompt, isinstance(prompt, bytes), "bytes"),
             ("encode", encode, encode is None or callable(encode), "callable or None"),
-            ("max_covers", max_covers, isinstance(max_covers, int | None), "an integer or None"),
-            ("tolerance", tolerance, isinstance(tolerance, int | float), "a number"),
+            ("tolerance", tolerance, isinstance(tolerance, Real), "a number"),
         ):
             if not fits:
                 raise TypeError(f"ByteStream: {name} must be {wanted}, got {type(value).__name__}")
+        if max_covers is not None:
+            max_covers = integer("ByteStream", "max_covers", max_covers)
         if max_covers is not None and max_covers < 1:
             raise ValueError(f"ByteStream: max_covers must be at least 1, got {max_covers}")
         if not 0 <= tolerance < 1:
@@ -339,7 +342,7 @@ class ByteStream:
             valid=valid,
         )
         # A row is given that the next token starts with the remainder: P(T) M_T(remainder).
-        joint = rows + torch.tensor([[part.mass] for part in parts], dtype=torch.float64)
+        joint = rows + torch.from_numpy(np.array([[part.mass] for part in parts]))
         follows = torch.cat((joint[:, :256], joint[:, 257:]), 1).logsumexp(0)
         return follows - follows.logsumexp(0)
 
