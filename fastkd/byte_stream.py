@@ -7,14 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd._arguments import integer
 from fastkd.byte_log_probs import byte_log_probs
 from fastkd.byte_vocab import ByteVocab, integers
 
@@ -278,12 +276,11 @@ class ByteStream:
             ("vocab", vocab, isinstance(vocab, ByteVocab), "a fastkd.ByteVocab"),
             ("prompt", prompt, isinstance(prompt, bytes), "bytes"),
             ("encode", encode, encode is None or callable(encode), "callable or None"),
-            ("tolerance", tolerance, isinstance(tolerance, Real), "a number"),
+            ("max_covers", max_covers, hasattr(max_covers or 0, "__index__"), "an integer or None"),
+            ("tolerance", tolerance, isinstance(tolerance, int | float | np.number), "a number"),
         ):
             if not fits:
                 raise TypeError(f"ByteStream: {name} must be {wanted}, got {type(value).__name__}")
-        if max_covers is not None:
-            max_covers = integer("ByteStream", "max_covers", max_covers)
         if max_covers is not None and max_covers < 1:
             raise ValueError(f"ByteStream: max_covers must be at least 1, got {max_covers}")
         if not 0 <= tolerance < 1:

@@ -111,6 +111,8 @@ class ByteVocab:
                 )
             classes.append((name, found))
         self._core = _host.ByteVocab(tokens, classes)
+        #: An int that torch.compile can read.
+        self._size = len(tokens)
         #: Tables of the ops, for each device; a copy or a pickle has its own.
         self._constants = Constants()
 
@@ -156,7 +158,7 @@ class ByteVocab:
 
     def __len__(self) -> int:
         """Number of ids."""
-        return len(self._core)
+        return self._size
 
     def __getitem__(self, id: int) -> bytes | None:
         """Bytes of an id in [0, len(self)), None if it has none; IndexError outside."""

@@ -121,10 +121,14 @@ def boundaries(
 ) -> tuple[Tensor, Tensor]:
     """Boundary sets of vocabularies, False for columns of the logits behind them."""
     device, mode = str(student_logits.device), fake_mode_of(student_logits)
-    known = _known_boundaries(student, teacher, device, mode)
     found = []
-    for boundary, logits in zip(known, (student_logits, teacher_logits), strict=True):
-        missing = logits.size(-1) - boundary.size(0)
+    for boundary, vocab, logits in zip(
+        _known_boundaries(student, teacher, device, mode),
+        (student, teacher),
+        (student_logits, teacher_logits),
+        strict=True,
+    ):
+        missing = logits.size(-1) - vocab._size
         found.append(F.pad(boundary, (0, missing)) if missing else boundary)
     return found[0], found[1]
 
@@ -132,13 +136,12 @@ def boundaries(
 @torch.compiler.assume_constant_result
 def _known_boundaries(
     student: ByteVocab, teacher: ByteVocab, device: str, mode: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     # Both in one call: the compiler takes two constant tensors of one function for the same.
-    found = [
+    return tuple(
         vocab._constants.tensors("boundary", device, lambda v=vocab: (v.boundary(),), mode)[0]
         for vocab in (student, teacher)
-    ]
-    return found[0], found[1]
+    )
 
 
 def reduced(

@@ -22,7 +22,7 @@ def chosen(values: Tensor, kept: Tensor) -> Tensor:
     those that are not kept have the value 0.
     """
     if torch.compiler.is_compiling():
-        return torch.where(kept, values, 0).flatten()
+        return values.masked_fill(~kept, 0).flatten()
     return values[kept]
 
 

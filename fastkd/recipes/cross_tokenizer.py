@@ -114,13 +114,13 @@ def alm(
             raise TypeError(
                 f"alm: {name}_vocab must be a fastkd.ByteVocab, got {type(vocab).__name__}"
             )
-        if len(vocab) > logits.size(-1):
+        if vocab._size > logits.size(-1):
             raise ValueError(
                 f"alm: {name}_vocab must be the vocabulary of {name}_logits, which have "
-                f"{logits.size(-1)} columns, got one of {len(vocab)} ids"
+                f"{logits.size(-1)} columns, got one of {vocab._size} ids"
             )
         if readable(ids):
-            check_range("alm", f"{name}_ids in chunks", ids[chunks >= 0], 0, len(vocab))
+            check_range("alm", f"{name}_ids in chunks", ids[chunks >= 0], 0, vocab._size)
         places.append(chunk_slots(chunks, num_chunks))
     lost = first_token_chunks(student_mask, places[0], num_chunks)
     lost |= first_token_chunks(teacher_mask, places[1], num_chunks)
