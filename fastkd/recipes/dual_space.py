@@ -143,10 +143,13 @@ def dskd(
 
     def in_student_space(block: slice, hidden: Tensor, logits: Tensor) -> Tensor:
         projected, label = F.linear(hidden, heads[0].to(hidden.dtype)), labels[block]
-        each = torch.arange(label.numel(), device=label.device).unsqueeze(0)
-        nll = -chunk_log_likelihood(
-            projected.unsqueeze(0), label.unsqueeze(0), each, label.numel()
-        ).log_likelihood[0]
+        if torch.compiler.is_compiling():
+            nll = F.cross_entropy(wide(projected), label.long(), reduction="none")
+        else:
+            each = torch.arange(label.numel(), device=label.device).unsqueeze(0)
+            nll = -chunk_log_likelihood(
+                projected.unsqueeze(0), label.unsqueeze(0), each, label.numel()
+            ).log_likelihood[0]
         target = projected.detach()
         loss = softmax_divergence(
             logits,
