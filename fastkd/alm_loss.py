@@ -152,7 +152,7 @@ def alm_loss(
             f"alm_loss: merge_threshold must be a number, got {type(merge_threshold).__name__}"
         )
     check_normalizer("alm_loss", normalizer)
-    check_no_gradient("alm_loss", normalizer=normalizer)
+    check_no_gradient("alm_loss", merge_threshold=merge_threshold, normalizer=normalizer)
     student = chunk_log_likelihood(
         student_logits, student_ids, student_chunks, num_chunks, boundary=student_boundary
     )

@@ -174,6 +174,11 @@ def test_empty(backend):
         ({"normalizer": torch.ones(1)}, ValueError, r"normalizer must be .* got shape \[1\]"),
         ({"normalizer": torch.ones(3, 7)}, ValueError, r"normalizer must be .* \[3, 7\]"),
         ({"normalizer": "three"}, TypeError, "normalizer must be a number .* got str"),
+        (
+            {**boundaries(), "merge_threshold": torch.tensor(0.5, requires_grad=True)},
+            ValueError,
+            "merge_threshold takes no gradient",
+        ),
         ({"temperature": "high"}, TypeError, "temperature must be a number, got str"),
         ({"divergence": ["k2"]}, ValueError, "divergence must be one of"),
         ({"student_boundary": [True]}, TypeError, "student_boundary must be a tensor or an array"),

@@ -272,3 +272,11 @@ def test_a_normalizer_is_one_number(wrong):
         ):
             call(wrong)
         assert call(torch.tensor(6.0)).isfinite()
+
+
+def test_what_takes_no_gradient():
+    s, t, *_ = problem()
+    number = torch.tensor(2.0, requires_grad=True)
+    for name in ("temperature", "teacher_temperature", "normalizer"):
+        with pytest.raises(ValueError, match=f"uld: {name} takes no gradient"):
+            recipes.uld(s, t, **{name: number})

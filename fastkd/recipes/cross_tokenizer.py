@@ -297,7 +297,13 @@ def uld(
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_tensors("uld", tensors)
-    check_no_gradient("uld", teacher_logits=teacher_logits, normalizer=normalizer)
+    check_no_gradient(
+        "uld",
+        teacher_logits=teacher_logits,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        normalizer=normalizer,
+    )
     tau, tau_teacher = temperature, teacher_temperature
     if tau_teacher is None:
         tau_teacher = tau
