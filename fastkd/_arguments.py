@@ -1,6 +1,7 @@
 """Arguments that the losses over rows of logits share: checks without kernels, and reductions."""
 
 import math
+import operator
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -37,6 +38,28 @@ def check_positive(function: str, name: str, value: Any) -> None:
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{function}: {name} must be positive and finite, got {value}")
+
+
+def check_normalizer(function: str, normalizer: Any) -> None:
+    """None, a number or a 0-d tensor."""
+    wanted = f"{function}: normalizer must be a number or a 0-d tensor"
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim():
+            raise ValueError(f"{wanted}, got shape {list(normalizer.shape)}")
+    elif normalizer is not None and not isinstance(normalizer, Real):
+        raise TypeError(f"{wanted}, got {type(normalizer).__name__}")
+
+
+def integer(function: str, name: str, value: Any) -> int:
+    """The value as an int, from Python's, numpy's or a 0-d tensor's integer."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{function}: {name} must be an integer, got {type(value).__name__}"
+        ) from None
 
 
 def check_no_gradient(function: str, **values: Any) -> None:

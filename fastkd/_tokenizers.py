@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,13 @@ _ROLES = ("eos", "bos", "pad", "unk")
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 #: Pre-tokenizers that throw away what is between tokens.
 _LOSSY = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit")
+#: What a tokenizer has to give back: punctuation, runs of white space, scripts.
+_TEXTS = (
+    'The quick brown fox\'s 12,345 jumps: x_1 = [a*b] + {c/d}; "no" - 50% #!?',
+    "ends with space \n\n  two  spaces,\ta tab\n\tand lines\n",
+    "naïve café, Ελληνικά, Русский, 日本語, العربية, हिन्दी, 한국어 🙂",
+)
+_PLAIN_TEXT = "the quick brown fox jumps over the lazy dog"
 
 
 def token_bytes(tokenizer: Any) -> tuple[Tokens, dict[str, list[int]]]:
@@ -25,9 +32,10 @@ def token_bytes(tokenizer: Any) -> tuple[Tokens, dict[str, list[int]]]:
     elif _has(tokenizer, "id_to_piece", "is_byte", "is_control"):
         tokens, named = _from_sentencepiece(tokenizer)
     elif _has(tokenizer, "backend_tokenizer", "added_tokens_decoder"):
-        tokens, named = _from_tokenizers(tokenizer.backend_tokenizer)
+        special = set(getattr(tokenizer, "all_special_ids", ()))
+        tokens, named = _from_tokenizers(tokenizer.backend_tokenizer, special)
         named |= _named_by_transformers(tokenizer)
-    elif _has(tokenizer, "convert_ids_to_tokens", "added_tokens_decoder", "get_vocab"):
+    elif _has(tokenizer, "convert_ids_to_tokens", "added_tokens_decoder", "get_vocab", "encode"):
         tokens, named = _from_slow(tokenizer)
     elif _has(tokenizer, "to_str", "get_vocab", "id_to_token"):
         tokens, named = _from_tokenizers(tokenizer)
@@ -58,6 +66,60 @@ def _by_id(found: Mapping[int, bytes | None]) -> Tokens:
     return tokens
 
 
+def _check(tokens: Tokens, text: str, ids: Iterable[int], **options: Any) -> None:
+    """Compare the bytes of a text's ids with the text."""
+    found = [tokens[i] if i < len(tokens) else None for i in ids]
+    if not any(_agree(found, x, **options) for x in (text, " " + text)):
+        shown = b"".join(x or b"" for x in found)
+        raise TypeError(
+            f"{_WHERE}: a tokenizer's tokens must hold the text byte by byte, got tokens that "
+            f"stand for {shown!r} for the text {text!r}"
+        )
+
+
+def _agree(found: Tokens, text: str, *, any_space: bool = False, cut: bool = False) -> bool:
+    """Whether tokens are those of a text; one without bytes may stand for anything.
+
+    ``any_space``: a run of white space is as good as another one. ``cut``: the text may go on.
+    """
+    pieces, whole = b"\0".join([b"".join(x) for x in _runs(found)]), text.encode()
+    if any_space:
+        pieces, whole = (re.sub(rb"\s+", b" ", x).strip() for x in (pieces, whole))
+    pattern = b".*".join(map(re.escape, pieces.split(b"\0")))
+    return bool(re.compile(pattern if cut else pattern + rb"\Z", re.DOTALL).match(whole))
+
+
+def _runs(found: Tokens) -> list[list[bytes]]:
+    """Split at the tokens without bytes."""
+    runs: list[list[bytes]] = [[]]
+    for token in found:
+        if token is None:
+            runs.append([])
+        else:
+            runs[-1].append(token)
+    return runs
+
+
+def _spellable(tokens: Tokens, pieces: Iterable[str], text: str) -> str:
+    """What of a text there are tokens for, one a character."""
+    known = {token for token in tokens if token}
+    if all(bytes([byte]) in known for byte in range(256)):
+        return text
+    known |= {piece.encode() for piece in pieces if len(piece) == 1}
+    return "".join(x for x in text if x.encode() in known)
+
+
+def _refuse_strip(content: str, added: Any) -> None:
+    """An added token that takes white space beside it."""
+    for side in ("lstrip", "rstrip"):
+        if added[side] if isinstance(added, dict) else getattr(added, side):
+            raise TypeError(
+                f"{_WHERE}: an added token must stand for its own text only, got {content!r} with "
+                f"{side}=True, which takes the spaces beside it; add it without, or as a special "
+                "token, which has no bytes"
+            )
+
+
 def _from_tiktoken(encoding: Any) -> tuple[Tokens, Named]:
     special = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
     found: dict[int, bytes | None] = dict.fromkeys(special.values())
@@ -69,7 +131,10 @@ def _from_tiktoken(encoding: Any) -> tuple[Tokens, Named]:
         except KeyError:  # no token has this id
             continue
     named = {"eos": special["<|endoftext|>"]} if "<|endoftext|>" in special else {}
-    return _by_id(found), named
+    tokens = _by_id(found)
+    for text in _TEXTS:
+        _check(tokens, text, encoding.encode_ordinary(text))
+    return tokens, named
 
 
 def _from_sentencepiece(processor: Any) -> tuple[Tokens, Named]:
@@ -77,6 +142,10 @@ def _from_sentencepiece(processor: Any) -> tuple[Tokens, Named]:
         _sentencepiece_bytes(processor, index, processor.id_to_piece(index))
         for index in range(processor.get_piece_size())
     ]
+    normalize = getattr(processor, "normalize", None)  # sentencepiece 0.2 and newer
+    for text in _TEXTS if normalize is not None else (_PLAIN_TEXT,):
+        expected = text if normalize is None else normalize(text).replace("▁", " ")
+        _check(tokens, expected, processor.encode(text, out_type=int), any_space=True)
     ids = {role: getattr(processor, f"{role}_id")() for role in _ROLES}
     return tokens, {role: index for role, index in ids.items() if index >= 0}
 
@@ -127,7 +196,10 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
             yield from _steps(step)
 
 
-def _from_tokenizers(tokenizer: Any) -> tuple[Tokens, Named]:
+def _from_tokenizers(
+    tokenizer: Any, special: Collection[int] = frozenset()
+) -> tuple[Tokens, Named]:
+    tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)  # of tokenizers.implementations
     parts = json.loads(tokenizer.to_str())
     model = parts["model"]
     vocab = model["vocab"]
@@ -160,18 +232,77 @@ def _from_tokenizers(tokenizer: Any) -> tuple[Tokens, Named]:
         )
     fallback = bool(model.get("byte_fallback")) or "ByteFallback" in kinds
 
+    undone = _undone(before, after)
+
     def read(token: str) -> bytes:
-        return _byte_level_bytes(token) if byte_level else _piece_bytes(token, spaces, fallback)
+        if byte_level:
+            return _byte_level_bytes(token)
+        for written, meant in undone:
+            token = token.replace(written, meant)
+        return _piece_bytes(token, spaces, fallback)
 
     pairs = vocab.items() if isinstance(vocab, dict) else ((x[0], i) for i, x in enumerate(vocab))
     found: dict[int, bytes | None] = {index: read(token) for token, index in pairs}
     for added in parts["added_tokens"]:
-        if added["special"]:
+        if added["special"] or added["id"] in special:
             found[added["id"]] = None
         elif added["id"] not in found:
             text = added["content"]
+            _refuse_strip(text, added)
             found[added["id"]] = text.encode() if byte_level else read(text)
-    return _by_id(found), _named_by_tokenizers(tokenizer, model, parts["padding"])
+    tokens = _by_id(found)
+    any_space = bool(spaces) and not byte_level
+    _check_tokenizers(tokenizer, parts, tokens, spaces, any_space)
+    return tokens, _named_by_tokenizers(tokenizer, model, parts["padding"])
+
+
+def _replacement(step: dict[str, Any]) -> tuple[str, str] | None:
+    """Text and what stands for it, if that is what a step does."""
+    if step["type"] != "Replace" or "String" not in step["pattern"]:
+        return None
+    return step["pattern"]["String"], step["content"]
+
+
+def _undone(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Replacements of the decoder that take back one of the normalizer's."""
+    made = {_replacement(step) for step in before}
+    pairs = [x for step in after if (x := _replacement(step)) is not None]
+    return [(written, meant) for written, meant in pairs if (meant, written) in made]
+
+
+def _check_tokenizers(
+    tokenizer: Any,
+    parts: dict[str, Any],
+    tokens: Tokens,
+    spaces: tuple[str, ...],
+    any_space: bool,
+) -> None:
+    """Encode texts and compare, up to what the normalizer does to a text."""
+    cut = parts["truncation"] or {}
+    if cut.get("direction") == "Left":
+        return
+    before, after = [*_steps(parts["normalizer"])], [*_steps(parts["decoder"])]
+    undone = {(meant, written) for written, meant in _undone(before, after)}
+    undone |= {(" ", space) for space in spaces}
+    steps = [
+        step for step in before if step["type"] != "Prepend" and _replacement(step) not in undone
+    ]
+    normalizer = None
+    if steps:
+        only = {"type": "Sequence", "normalizers": steps}
+        empty = {"type": "BPE", "vocab": {}, "merges": []}
+        blank = {"version": "1.0", "added_tokens": [], "normalizer": only, "model": empty}
+        normalizer = type(tokenizer).from_str(json.dumps(blank)).normalizer
+    vocab = parts["model"]["vocab"]
+    pieces = vocab if isinstance(vocab, dict) else [x[0] for x in vocab]
+    for text in _TEXTS:
+        text = _spellable(tokens, pieces, text)
+        expected = text if normalizer is None else normalizer.normalize_str(text)
+        for space in spaces:
+            if space not in text:
+                expected = expected.replace(space, " ")
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        _check(tokens, expected, ids, any_space=any_space, cut=bool(cut))
 
 
 def _named_by_tokenizers(tokenizer: Any, model: dict[str, Any], padding: Any) -> Named:
@@ -208,10 +339,18 @@ def _from_slow(tokenizer: Any) -> tuple[Tokens, Named]:
             f"{_WHERE}: a tokenizer written in Python must be byte-level or SentencePiece's, got "
             f"{_name(tokenizer)}"
         )
-    added = tokenizer.added_tokens_decoder
+    added, special = tokenizer.added_tokens_decoder, set(getattr(tokenizer, "all_special_ids", ()))
     found = {
         index: read(token) for token, index in tokenizer.get_vocab().items() if index not in added
     }
     for index, token in added.items():
-        found[index] = None if token.special else token.content.encode()
-    return _by_id(found), _named_by_transformers(tokenizer)
+        found[index] = None
+        if not token.special and index not in special:
+            _refuse_strip(token.content, token)
+            found[index] = token.content.encode()
+    tokens = _by_id(found)
+    # Those of SentencePiece do more to a text before than its normalizer tells.
+    for text in _TEXTS if processor is None else (_PLAIN_TEXT,):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        _check(tokens, text, ids, any_space=processor is not None)
+    return tokens, _named_by_transformers(tokenizer)

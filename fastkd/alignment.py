@@ -1,12 +1,15 @@
 """Which tokens of two tokenizations of a text cover the same bytes."""
 
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from fastkd.byte_vocab import ByteVocab, _host, integers
 
@@ -15,28 +18,90 @@ __all__ = ["Alignment", "align", "align_batch"]
 _MOST_TOKENS = 2**31 - 1
 
 
-class _Chunks(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """``student_chunks, teacher_chunks, num_chunks = alignment``, with more by name.
+
+    All six fields take part in copies, pickles, ``torch.utils._pytree`` and what builds on it,
+    ``default_collate`` (which stacks the fields, as if the texts had been aligned in one batch),
+    :meth:`to`, :meth:`pin_memory` and :func:`dataclasses.replace`.
+
+    >>> import dataclasses, fastkd
+    >>> alignment = fastkd.align([b"a", b"b"], [b"ab"])
+    >>> alignment.num_chunks, dataclasses.replace(alignment, num_chunks=2).num_chunks
+    (1, 2)
+    """
+
     #: int32, a chunk's number for each token, -1 for none. Numbers ascend from 0.
     student_chunks: Any
     teacher_chunks: Any
     #: Chunks of the pair of texts; of a batch: the most of a row.
     num_chunks: int
-
-
-class Alignment(_Chunks):
-    """``student_chunks, teacher_chunks, num_chunks = alignment``, with more by name."""
-
     #: Number of chunks, of a batch: of each row, int64 ``[batch]``.
-    chunks: Any
+    chunks: Any = None
     #: Number of tokens that have bytes and are in no chunk; of a batch: int64 ``[batch]``.
-    dropped_student: Any
-    dropped_teacher: Any
+    dropped_student: Any = None
+    dropped_teacher: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """The chunks of both sides and their number."""
+        return iter((self.student_chunks, self.teacher_chunks, self.num_chunks))
+
+    def __len__(self) -> int:
+        """3, as :meth:`__iter__` gives them."""
+        return 3
+
+    def __getitem__(self, index: Any) -> Any:
+        """Of what :meth:`__iter__` gives."""
+        return (self.student_chunks, self.teacher_chunks, self.num_chunks)[index]
+
+    def _replace(self, **changes: Any) -> "Alignment":
+        """Return a copy with other fields, as that of a named tuple."""
+        return replace(self, **changes)
+
+    def _asdict(self) -> dict[str, Any]:
+        """All fields by name."""
+        return {name: getattr(self, name) for name in _FIELDS}
+
+    def to(self, *args: Any, **kwargs: Any) -> "Alignment":
+        """Return a copy whose tensors are on another device; for arguments see ``Tensor.to``."""
+        return self._mapped(lambda x: x.to(*args, **kwargs))
+
+    def pin_memory(self, *args: Any) -> "Alignment":
+        """Return a copy whose tensors are in pinned memory."""
+        return self._mapped(lambda x: x.pin_memory(*args))
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "Alignment":
+        fields = self._asdict().items()
+        return Alignment(**{k: function(x) if isinstance(x, Tensor) else x for k, x in fields})
 
 
-def _alignment(fields: tuple[Any, Any, int], chunks: Any, student: Any, teacher: Any) -> Alignment:
-    made = Alignment(*fields)
-    made.chunks, made.dropped_student, made.dropped_teacher = chunks, student, teacher
-    return made
+_FIELDS = tuple(field.name for field in fields(Alignment))
+
+
+def _collate(batch: Sequence[Alignment], *, collate_fn_map: Any = None) -> Alignment:
+    """Fields stacked, as :func:`align_batch` returns them; the largest number of chunks."""
+    found: dict[str, Any] = {name: [getattr(x, name) for x in batch] for name in _FIELDS}
+    most = max(found.pop("num_chunks"))
+    for name, values in found.items():
+        if any(x is None for x in values):
+            found[name] = None
+        else:
+            found[name] = collate(values, collate_fn_map=collate_fn_map)
+    return Alignment(**found, num_chunks=most)
+
+
+default_collate_fn_map[Alignment] = _collate
+pytree.register_pytree_node(
+    Alignment,
+    lambda x: ([getattr(x, name) for name in _FIELDS], None),
+    lambda values, _: Alignment(*values),
+    serialized_type_name="fastkd.Alignment",
+    flatten_with_keys_fn=lambda x: (
+        [(pytree.GetAttrKey(name), getattr(x, name)) for name in _FIELDS],
+        None,
+    ),
+)
 
 
 def align(
@@ -90,7 +155,7 @@ def align(
                 f"align: {name} must be a sequence of bytes and None, got {type(tokens).__name__}"
             )
     found = _host.align(student_tokens, teacher_tokens)
-    return _alignment(found[:3], found[2], *found[3:])
+    return Alignment(*found[:3], found[2], *found[3:])
 
 
 def align_batch(
@@ -155,12 +220,10 @@ def align_batch(
         )
     found = _host.align_batch(*arguments, _usable_cores())
     student_chunks, teacher_chunks, chunks, dropped_student, dropped_teacher = found
-    return _alignment(
-        (
-            _like(student_ids, student_chunks),
-            _like(teacher_ids, teacher_chunks),
-            int(chunks.max(initial=0)),
-        ),
+    return Alignment(
+        _like(student_ids, student_chunks),
+        _like(teacher_ids, teacher_chunks),
+        int(chunks.max(initial=0)),
         _like(student_ids, chunks),
         _like(student_ids, dropped_student),
         _like(teacher_ids, dropped_teacher),

@@ -7,7 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd._arguments import check_no_gradient, check_positive, reduction_of
+from fastkd._arguments import (
+    check_no_gradient,
+    check_normalizer,
+    check_positive,
+    check_tensors,
+    integer,
+    is_number,
+    reduction_of,
+)
 from fastkd.chunk_log_likelihood import chunk_log_likelihood
 
 #: Stands for the log-likelihood of what is impossible: e^-10,000 is 0 in float64.
@@ -50,7 +58,7 @@ def alm_loss(
     ``renyi``             Rényi divergence of order 1/2 of the two binary distributions,
                           :math:`-2 \log(\sqrt{e^{a + b}} + \sqrt{(1 - e^a)(1 - e^b)})`
     ``k2``                :math:`(a - b)^2 / 2`
-    ``k3``                :math:`e^{b - a} - 1 - (b - a)`
+    ``k3``                :math:`e^{a - b} - 1 - (a - b)`
     ====================  ==================================================================
 
     ``debias`` adds, on both sides, the log-probability that the chunk ends in a token boundary
@@ -96,7 +104,8 @@ def alm_loss(
     Raises:
         ValueError, TypeError, IndexError: an argument has the wrong value or type.
 
-    Source: Minixhofer et al. 2025 (arXiv 2503.20083).
+    Source: Minixhofer et al. 2025 (arXiv 2503.20083) and its code (tokenkit). ``k2`` and ``k3`` are
+    the estimators of a KL divergence by Schulman 2020, here of likelihoods of chunks.
 
     >>> import torch, fastkd
     >>> student, teacher = torch.zeros(1, 2, 4, requires_grad=True), torch.zeros(1, 1, 8)
@@ -106,7 +115,27 @@ def alm_loss(
     >>> round(loss.item(), 4)  # (log 1/16 - log 1/8)^2 / 2
     0.2402
     """
-    if divergence not in _DIVERGENCES:
+    check_tensors(
+        "alm_loss",
+        {
+            "student_logits": student_logits,
+            "student_ids": student_ids,
+            "student_chunks": student_chunks,
+            "teacher_logits": teacher_logits,
+            "teacher_ids": teacher_ids,
+            "teacher_chunks": teacher_chunks,
+        },
+    )
+    for name, boundary in (
+        ("student_boundary", student_boundary),
+        ("teacher_boundary", teacher_boundary),
+    ):
+        if boundary is not None and not isinstance(boundary, (Tensor, np.ndarray)):
+            raise TypeError(
+                f"alm_loss: {name} must be a tensor or an array, got {type(boundary).__name__}"
+            )
+    num_chunks = integer("alm_loss", "num_chunks", num_chunks)
+    if not isinstance(divergence, str) or divergence not in _DIVERGENCES:
         raise ValueError(
             f"alm_loss: divergence must be one of {', '.join(_DIVERGENCES)}; got {divergence!r}"
         )
@@ -118,7 +147,12 @@ def alm_loss(
         )
     if merge_threshold is not None and teacher_boundary is None:
         raise ValueError("alm_loss: merge_threshold needs teacher_boundary, got None")
-    check_no_gradient("alm_loss", normalizer=normalizer)
+    if merge_threshold is not None and not is_number(merge_threshold):
+        raise TypeError(
+            f"alm_loss: merge_threshold must be a number, got {type(merge_threshold).__name__}"
+        )
+    check_normalizer("alm_loss", normalizer)
+    check_no_gradient("alm_loss", merge_threshold=merge_threshold, normalizer=normalizer)
     student = chunk_log_likelihood(
         student_logits, student_ids, student_chunks, num_chunks, boundary=student_boundary
     )
@@ -233,7 +267,7 @@ def _k2(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _k3(a: Tensor, b: Tensor) -> Tensor:
-    return torch.expm1(b - a) - (b - a)
+    return torch.expm1(a - b) - (a - b)
 
 
 #: Of a, b; whether it is infinite where only the student, or only the teacher, gives a chunk up.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._arguments import check_tensors
+from fastkd._constants import fake_mode_of, tensors_of
 from fastkd._ops.op import Differentiable
 from fastkd.byte_vocab import ByteVocab
 
@@ -98,49 +99,35 @@ def op_arguments(
                 f"byte_log_probs: valid must have logits' shape {list(logits.shape)} or broadcast "
                 f"to it, got shape {list(valid.shape)}"
             ) from None
-    order, columns = _tables(vocab, str(logits.device))
+    device, mode = str(logits.device), fake_mode_of(logits)
+    order, columns = _tables(vocab, device, mode)
     if isinstance(prefix, bytes):
-        (segments,), whole = (
-            _segments(vocab, prefix, str(logits.device)),
-            0 if prefix == b"" else -1,
-        )
-        index = None
+        (segments,) = _segments(vocab, prefix, device, mode)
+        index, whole = None, 0 if prefix == b"" else -1
     else:
-        segments, index, whole = _segments_of_rows(
-            vocab, prefix, tuple(logits.shape[:-1]), str(logits.device)
-        )
+        leading = tuple(logits.shape[:-1])
+        segments, index, whole = _segments_of_rows(vocab, prefix, leading, device, mode)
     return order, columns, segments, index, whole, valid
 
 
-def _cached(vocab: ByteVocab, key: Any, make: Any) -> Any:
-    """Tensors of a vocabulary, which never changes, made once."""
-    kept = vocab.__dict__.setdefault("_tensors", {})
-    if key not in kept:
-        kept[key] = make()
-    return kept[key]
+@torch.compiler.assume_constant_result
+def _tables(vocab: ByteVocab, device: str, mode: Any) -> tuple[Tensor, ...]:
+    return vocab._constants.tensors("tables", device, lambda: (vocab.order, vocab.columns), mode)
 
 
 @torch.compiler.assume_constant_result
-def _tables(vocab: ByteVocab, device: str) -> tuple[Tensor, Tensor]:
-    return _cached(
-        vocab,
-        device,
-        lambda: tuple(torch.tensor(x, device=device) for x in (vocab.order, vocab.columns)),
-    )
-
-
-@torch.compiler.assume_constant_result
-def _segments(vocab: ByteVocab, prefix: bytes, device: str) -> tuple[Tensor]:
+def _segments(vocab: ByteVocab, prefix: bytes, device: str, mode: Any) -> tuple[Tensor, ...]:
     # A tuple: the compiler takes two constant tensors of one function for the same.
-    def make() -> tuple[Tensor]:
-        return (torch.tensor(vocab.segments(prefix)[None], device=device),)
-
-    return _cached(vocab, device + "-whole", make) if prefix == b"" else make()
+    if prefix == b"":
+        return vocab._constants.tensors(
+            "segments", device, lambda: (vocab.segments(b"")[None],), mode
+        )
+    return tensors_of((vocab.segments(prefix)[None],), device, mode)
 
 
 @torch.compiler.assume_constant_result
 def _segments_of_rows(
-    vocab: ByteVocab, prefixes: Any, leading: tuple[int, ...], device: str
+    vocab: ByteVocab, prefixes: Any, leading: tuple[int, ...], device: str, mode: Any
 ) -> tuple[Tensor, Tensor, int]:
     """The segments of distinct prefixes, which of them each row has, and which is the empty one."""
     flat = list(prefixes)
@@ -157,11 +144,8 @@ def _segments_of_rows(
     whole = next((int(i) for i, x in zip(index, flat, strict=True) if x == b""), -1)
     if not rows:
         segments = vocab.segments(b"")[None]
-    return (
-        torch.tensor(segments, device=device),
-        torch.tensor(index, device=device).view(leading),
-        whole,
-    )
+    made = tensors_of((segments, index.reshape(leading)), device, mode)
+    return *made, whole
 
 
 def _fake(logits: Tensor, segments: Tensor, **_: Any) -> tuple[Tensor, ...]:

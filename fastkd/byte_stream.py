@@ -276,8 +276,8 @@ class ByteStream:
             ("vocab", vocab, isinstance(vocab, ByteVocab), "a fastkd.ByteVocab"),
             ("prompt", prompt, isinstance(prompt, bytes), "bytes"),
             ("encode", encode, encode is None or callable(encode), "callable or None"),
-            ("max_covers", max_covers, isinstance(max_covers, int | None), "an integer or None"),
-            ("tolerance", tolerance, isinstance(tolerance, int | float), "a number"),
+            ("max_covers", max_covers, hasattr(max_covers or 0, "__index__"), "an integer or None"),
+            ("tolerance", tolerance, isinstance(tolerance, int | float | np.number), "a number"),
         ):
             if not fits:
                 raise TypeError(f"ByteStream: {name} must be {wanted}, got {type(value).__name__}")
@@ -339,7 +339,7 @@ class ByteStream:
             valid=valid,
         )
         # A row is given that the next token starts with the remainder: P(T) M_T(remainder).
-        joint = rows + torch.tensor([[part.mass] for part in parts], dtype=torch.float64)
+        joint = rows + torch.from_numpy(np.array([[part.mass] for part in parts]))
         follows = torch.cat((joint[:, :256], joint[:, 257:]), 1).logsumexp(0)
         return follows - follows.logsumexp(0)
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from fastkd._arguments import integer
+from fastkd._constants import Constants
 from fastkd._tokenizers import token_bytes
 
 try:
@@ -108,6 +111,10 @@ class ByteVocab:
                 )
             classes.append((name, found))
         self._core = _host.ByteVocab(tokens, classes)
+        #: An int that torch.compile can read.
+        self._size = len(tokens)
+        #: Tables of the ops, for each device; a copy or a pickle has its own.
+        self._constants = Constants()
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, *, vocab_size: int | None = None) -> "ByteVocab":
@@ -117,7 +124,8 @@ class ByteVocab:
         SentencePiece's ``▁`` is a space and its ``<0x41>`` a byte. Added tokens that are no
         tokens of the model are literal text; those marked special have no bytes. What a
         tokenizer's normalizer does to a text before (lower case, NFKC) is no part of its
-        vocabulary.
+        vocabulary. Some texts are encoded, and the bytes of their ids compared with them, up to
+        a space in front, and for tokenizers that write spaces as ``▁`` up to white space.
 
         Classes, each of one id where the tokenizer names it: ``"eos"``, ``"bos"``, ``"pad"``,
         ``"unk"``; an id with several roles is in the first of these classes. A
@@ -131,18 +139,15 @@ class ByteVocab:
 
         Raises:
             TypeError: the tokenizer is none of these, or its tokens do not hold the text byte by
-                byte (WordPiece and WordLevel drop spaces). ValueError: vocab_size is too small.
+                byte (WordPiece and WordLevel drop spaces; an added token with ``lstrip`` or
+                ``rstrip`` that is not special takes them). ValueError: vocab_size is too small.
 
         >>> tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # doctest: +SKIP
         >>> vocab = fastkd.ByteVocab.from_tokenizer(tokenizer)  # doctest: +SKIP
         """
         tokens, special = token_bytes(tokenizer)
         if vocab_size is not None:
-            if not isinstance(vocab_size, int):
-                raise TypeError(
-                    "ByteVocab.from_tokenizer: vocab_size must be an integer, got "
-                    f"{type(vocab_size).__name__}"
-                )
+            vocab_size = integer("ByteVocab.from_tokenizer", "vocab_size", vocab_size)
             if vocab_size < len(tokens):
                 raise ValueError(
                     "ByteVocab.from_tokenizer: vocab_size must be at least the tokenizer's "
@@ -153,7 +158,7 @@ class ByteVocab:
 
     def __len__(self) -> int:
         """Number of ids."""
-        return len(self._core)
+        return self._size
 
     def __getitem__(self, id: int) -> bytes | None:
         """Bytes of an id in [0, len(self)), None if it has none; IndexError outside."""
@@ -303,6 +308,10 @@ class ByteVocab:
         of_column[list(_bytes("ByteVocab.boundary: first_bytes", first_bytes))] = True
         of_column[257:] = special
         return of_column[self.columns]
+
+
+# Without this torch.compile of PyTorch 2.10 takes no ByteVocab for a constant.
+pytree.register_constant(ByteVocab)
 
 
 def _rebuild(tokens: list[bytes | None], special: dict[str, list[int]]) -> ByteVocab:

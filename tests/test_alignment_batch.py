@@ -1,5 +1,9 @@
 """align_batch: as its rows one by one, padding, types in and out, threads, errors."""
 
+import copy
+import dataclasses
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -192,3 +196,77 @@ def test_real_vocabularies():
     assert not found.dropped_student.any()
     assert not found.dropped_teacher.any()
     assert found.num_chunks > 700
+
+
+def fields(alignment):
+    """All six, as lists."""
+    values = (getattr(alignment, field.name) for field in dataclasses.fields(alignment))
+    return [x.tolist() if isinstance(x, (np.ndarray, torch.Tensor)) else x for x in values]
+
+
+def mapped(alignment):
+    return torch.utils._pytree.tree_map(lambda x: x, alignment)
+
+
+def loaded(alignment):
+    """By the workers of a DataLoader."""
+    loader = torch.utils.data.DataLoader([alignment], batch_size=None, num_workers=1)
+    return next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        mapped,
+        loaded,
+        copy.copy,
+        copy.deepcopy,
+        lambda x: pickle.loads(pickle.dumps(x)),
+        lambda x: x.to("cpu"),
+        lambda x: x._replace(num_chunks=x.num_chunks),
+        lambda x: dataclasses.replace(x),
+        lambda x: type(x)(**x._asdict()),
+    ],
+)
+def test_an_alignment_keeps_all_its_fields(through):
+    ids = torch.tensor([[0, 1, 8], [8, 8, 0]]), torch.tensor([[2, 1], [0, 2]])
+    for found in (
+        align_batch(*ids, STUDENT, TEACHER),
+        align_batch(*(x.numpy() for x in ids), STUDENT, TEACHER),
+        align([b"a", b"b", b"c"], [b"ab", b"d"]),
+    ):
+        again = through(found)
+        assert type(again) is type(found)
+        assert fields(again) == fields(found)
+        assert [type(x) for x in again] == [type(x) for x in found]
+
+
+def test_an_alignment_is_a_pytree():
+    found = align_batch([[0, 1]], [[2, 1]], STUDENT, TEACHER)
+    paths, _ = torch.utils._pytree.tree_flatten_with_path({"alignment": found})
+    names = [torch.utils._pytree.keystr(path).split(".")[-1] for path, _ in paths]
+    assert names == [field.name for field in dataclasses.fields(found)]
+    doubled = torch.utils._pytree.tree_map(lambda x: 2 * x, found)
+    assert doubled.chunks.tolist() == [4]
+
+
+def test_collated_alignments_are_a_batch():
+    rows = [([0, 1, 0], [2, 3]), ([2, 0, 1], [2, 1])]
+    found = [align(as_tokens(s, STUDENT), as_tokens(t, TEACHER)) for s, t in rows]
+    batch = torch.utils.data.default_collate(found)
+    assert fields(batch) == fields(align_batch(*zip(*rows, strict=True), STUDENT, TEACHER))
+    assert isinstance(batch.student_chunks, torch.Tensor)
+    nested = torch.utils.data.default_collate([{"x": found[0]}, {"x": found[1]}])
+    assert fields(nested["x"]) == fields(batch)
+
+
+def test_an_alignment_unpacks_to_three():
+    found = align_batch([[0, 1]], [[2, 1]], STUDENT, TEACHER)
+    student, teacher, number = found
+    assert len(found) == 3
+    assert student is found[0]
+    assert teacher is found[1]
+    assert number == found[-1] == 2
+    assert len(found[:2]) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.num_chunks = 3

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import logits, relative_error
@@ -13,6 +14,8 @@ DIVERGENCES = (
     *("binary_ce", "reverse_binary_kl", "binary_kl_limit", "abs"),
     *("abs_exp", "renyi", "k2", "k3"),
 )
+
+PARTS = ("logits", "ids", "chunks")
 
 
 def problem(batch=3, dtype=torch.float32, chunks=7, student=(12, 40), teacher=(9, 60)):
@@ -168,11 +171,69 @@ def test_empty(backend):
         ({"merge_threshold": 0.1}, ValueError, "merge_threshold needs teacher_boundary"),
         ({"reduction": "median"}, ValueError, "reduction must be one of"),
         ({"normalizer": -1.0}, ValueError, "normalizer must not be negative"),
+        ({"normalizer": torch.ones(1)}, ValueError, r"normalizer must be .* got shape \[1\]"),
+        ({"normalizer": torch.ones(3, 7)}, ValueError, r"normalizer must be .* \[3, 7\]"),
+        ({"normalizer": "three"}, TypeError, "normalizer must be a number .* got str"),
+        (
+            {**boundaries(), "merge_threshold": torch.tensor(0.5, requires_grad=True)},
+            ValueError,
+            "merge_threshold takes no gradient",
+        ),
+        ({"temperature": "high"}, TypeError, "temperature must be a number, got str"),
+        ({"divergence": ["k2"]}, ValueError, "divergence must be one of"),
+        ({"student_boundary": [True]}, TypeError, "student_boundary must be a tensor or an array"),
+        (
+            {**boundaries(), "merge_threshold": "low"},
+            TypeError,
+            "merge_threshold must be a number, got str",
+        ),
     ],
 )
 def test_errors(backend, options, error, message):
     with pytest.raises(error, match=f"alm_loss: .*{message}"):
         fastkd.alm_loss(*problem(), **options)
+
+
+@pytest.mark.only("cpu")
+@pytest.mark.parametrize(
+    ("place", "name"),
+    enumerate(f"{side}_{part}" for side in ("student", "teacher") for part in PARTS),
+)
+def test_what_is_no_tensor(backend, place, name):
+    arguments = list(problem())
+    for wrong in (arguments[place].numpy(), arguments[place].tolist(), None):
+        with pytest.raises(TypeError, match=f"alm_loss: {name} must be a tensor, got"):
+            fastkd.alm_loss(*arguments[:place], wrong, *arguments[place + 1 :])
+
+
+@pytest.mark.only("cpu")
+def test_integers_of_other_types(backend):
+    *arguments, chunks = problem()
+    right = fastkd.alm_loss(*arguments, chunks)
+    for number in (np.int64(chunks), np.int32(chunks), torch.tensor(chunks)):
+        assert fastkd.alm_loss(*arguments, number) == right
+    for number in (7.0, "7", None):
+        with pytest.raises(TypeError, match="alm_loss: num_chunks must be an integer, got"):
+            fastkd.alm_loss(*arguments, number)
+    for number in (np.float32(5), np.int64(5), torch.tensor(5)):
+        found = fastkd.alm_loss(*arguments, chunks, normalizer=number)
+        assert found == fastkd.alm_loss(*arguments, chunks, normalizer=5)
+
+
+def test_estimators_of_a_divergence(backend):
+    """With r = log p_T - log q_S of a chunk: r^2 / 2 and e^r - 1 - r, whose mean over chunks drawn
+    from the student's model is KL(q_S || p_T)."""
+    student, teacher = torch.tensor([0.1, 0.3, 0.6]), torch.tensor([0.5, 0.2, 0.3])
+    ids, one = torch.arange(3).view(3, 1), torch.zeros(3, 1).long()
+    sides = [x.log().expand(3, 1, 3) for x in (student, teacher)]
+    r = (teacher / student).log()
+    options = {"temperature": 1.0, "epsilon": 1e-9, "reduction": "none"}
+    for divergence, right in (("k2", r.square() / 2), ("k3", r.exp() - 1 - r)):
+        found = fastkd.alm_loss(
+            sides[0], ids, one, sides[1], ids, one, 1, divergence=divergence, **options
+        )
+        torch.testing.assert_close(found[:, 0], right, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((found[:, 0] * student).sum(), -(r * student).sum())
 
 
 @pytest.mark.only("cpu")

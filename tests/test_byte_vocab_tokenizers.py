@@ -1,5 +1,8 @@
 """ByteVocab.from_tokenizer: small tokenizers made here, and real ones from packages."""
 
+import json
+
+import numpy as np
 import pytest
 import vocabularies
 from vocabularies import MissingPackage
@@ -99,6 +102,7 @@ def test_vocab_size():
     vocab = ByteVocab.from_tokenizer(tokenizer)
     wide = ByteVocab.from_tokenizer(tokenizer, vocab_size=len(vocab) + 7)
     assert wide.tokens == vocab.tokens + [None] * 7
+    assert ByteVocab.from_tokenizer(tokenizer, vocab_size=np.int64(len(wide))) == wide
     with pytest.raises(ValueError, match=f"vocab_size must be at least .*{len(vocab)}, got 3"):
         ByteVocab.from_tokenizer(tokenizer, vocab_size=3)
     with pytest.raises(TypeError, match="vocab_size must be an integer, got float"):
@@ -125,6 +129,99 @@ def test_what_is_not_bytes_of_the_text_is_refused():
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
     )
     assert ByteVocab.from_tokenizer(tokenizer).tokens == [b"a", b" a", b"<0x41>"]
+
+
+def byte_level_letters(normalizer=None, *before, **options):
+    """Byte-level without merges, with other steps before."""
+    tokenizers = pytest.importorskip("tokenizers")
+    parts = tokenizers.pre_tokenizers
+    tokenizer = tokenizers_bpe({x: i for i, x in enumerate(sorted(parts.ByteLevel.alphabet()))})
+    tokenizer.pre_tokenizer = parts.Sequence([*before, parts.ByteLevel(**options)])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return tokenizer
+
+
+def test_what_drops_text_before_byte_level_is_refused():
+    parts = pytest.importorskip("tokenizers").pre_tokenizers
+    for before in (
+        parts.Whitespace(),
+        parts.WhitespaceSplit(),
+        parts.BertPreTokenizer(),
+        parts.CharDelimiterSplit("_"),
+        parts.Split(",", "removed"),
+    ):
+        for prefix in (False, True):  # a prefix of every word gives single spaces back
+            tokenizer = byte_level_letters(None, before, add_prefix_space=prefix)
+            with pytest.raises(TypeError, match=r"from_tokenizer: .* hold the text byte by byte"):
+                ByteVocab.from_tokenizer(tokenizer)
+    for before in (parts.Digits(True), parts.Punctuation(), parts.Split(" ", "isolated")):
+        tokenizer = byte_level_letters(None, before, add_prefix_space=False)
+        assert ByteVocab.from_tokenizer(tokenizer).interval(b"") == (0, 256)
+
+
+def test_what_a_normalizer_does_is_no_part_of_the_vocabulary():
+    normalizers = pytest.importorskip("tokenizers").normalizers
+    for normalizer in (
+        normalizers.Lowercase(),
+        normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents()]),
+        normalizers.Replace("``", '"'),
+    ):
+        tokenizer = byte_level_letters(normalizer, add_prefix_space=False)
+        assert ByteVocab.from_tokenizer(tokenizer).interval(b"") == (0, 256)
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding()
+    assert ByteVocab.from_tokenizer(tokenizer).interval(b"") == (0, 256)
+
+
+def test_replacements():
+    """Of spaces and others, taken back by the decoder; only where the text has them not itself."""
+    tokenizers = pytest.importorskip("tokenizers")
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+
+    def with_replacement(text, symbol, normalize=True):
+        tokenizer = tokenizers_bpe({x: i for i, x in enumerate("abcdehinopqrstuwx_,:' \n▁")})
+        if normalize:
+            tokenizer.normalizer = normalizers.Replace(text, symbol)
+        tokenizer.decoder = decoders.Replace(symbol, text)
+        return tokenizer
+
+    for text in (" ", "\n"):
+        tokenizer = with_replacement(text, "▁")
+        vocab = ByteVocab.from_tokenizer(tokenizer)
+        check_decodes(vocab, tokenizer.encode("a b\n  c").ids, "a b\n  c")
+        for wrong in (with_replacement(text, "_"), with_replacement(" ", "_", False)):
+            with pytest.raises(TypeError, match="hold the text byte by byte"):
+                ByteVocab.from_tokenizer(wrong)
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_added_tokens_that_take_spaces(side):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = byte_level_letters(add_prefix_space=False)
+    tokenizer.add_tokens([tokenizers.AddedToken("<x>", **{side: True})])
+    with pytest.raises(TypeError, match=f"from_tokenizer: .*'<x>' with {side}=True, which takes"):
+        ByteVocab.from_tokenizer(tokenizer)
+    tokenizer.add_special_tokens([tokenizers.AddedToken("<x>", **{side: True})])
+    assert ByteVocab.from_tokenizer(tokenizer)[256] is None
+
+
+def test_tokens_that_spell_bytes_otherwise_are_refused(tmp_path):
+    """MyT5's are hexadecimal digits, CLVP's have [SPACE] for a space."""
+    transformers = pytest.importorskip("transformers")
+    maps, vocab, merges = (tmp_path / name for name in ("maps.json", "vocab.json", "merges.txt"))
+    maps.write_text(json.dumps({"decompose_map": {"61": "61"}, "merge_map": {"61": "61"}}))
+    alphabet = sorted(pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet())
+    special = ["[SPACE]", "[UNK]", "[STOP]", "<|endoftext|>"]
+    vocab.write_text(json.dumps({x: i for i, x in enumerate([*alphabet, *special])}))
+    merges.write_text("#version: 0.2\nt h\n")
+    for tokenizer in (
+        transformers.MyT5Tokenizer(str(maps)),
+        transformers.ClvpTokenizer(str(vocab), str(merges)),
+    ):
+        with pytest.raises(TypeError, match=r"from_tokenizer: .* hold the text byte by byte"):
+            ByteVocab.from_tokenizer(tokenizer)
 
 
 def test_unigram():

@@ -99,6 +99,7 @@ def test_alm():
     vocabs = vocab_of(38), vocab_of(60)  # the student's logits are padded
     for options in ({}, {"merge_threshold": None}, {"merge_threshold": 0.4, "debias": False}):
         s, s_ids, s_chunks, t, t_ids, t_chunks = sides()
+        s_ids %= 38
         given = {"merge": options.get("merge_threshold", 0.1), "debias": "debias" not in options}
         check_gradients(
             lambda a, b, o=options, i=(s_ids, s_chunks, t_ids, t_chunks): recipes.alm(
@@ -477,7 +478,7 @@ def errors():
     yield *uld, {}, {"num_chunks": 3}, ValueError, "uld: student_chunks, .* got 1 of them"
     yield *uld, {}, {"mask": ids}, ValueError, "uld: mask must be bool"
     yield *uld, {}, places, ValueError, r"uld: student_chunks must have shape \[3, 8\]"
-    yield *mined, {6: torch.arange(41)}, {}, ValueError, r"mined: vocab_map must be .* got \[41\]"
+    yield *mined, {6: torch.arange(41)}, {}, ValueError, r"mined: vocab_map must be .* got .*\[41\]"
     yield *mined, {6: vocab_map + 21}, {}, IndexError, r"mined: vocab_map must lie in \[-1, 60\)"
     yield *mined, {1: ids - 40}, {}, IndexError, r"mined: student_ids must lie in \[0, 40\)"
     yield *mined, {}, {"unmatched": "no"}, ValueError, "mined: unmatched must be label or drop"

@@ -61,7 +61,7 @@ def plain_dskd(parts, masks, heads, maps, ids, only_correct, divergence):
         totals[0] = totals[0] + kd.sum() + F.cross_entropy(z, label, reduction="sum")
         back = scores.T.softmax(-1) @ (of(s, 1, 0)[text] @ to_teacher.T) @ heads[1].T
         totals[1] = totals[1] + fastkd.reference.softmax_divergence(
-            back, t[0][text, its], divergence=divergence, beta=0.1, reduction="sum"
+            back, t[0][text, its], reduction="sum"
         )
         counts = [counts[0] + len(own), counts[1] + len(its)]
     return totals[0] / counts[0] + totals[1] / counts[1]
@@ -100,7 +100,7 @@ def test_dskd_of_one_tokenizer():
         recipes.DskdSide(*p, h, masks[0]) for p, h in zip(parts, heads, strict=True)
     )
     weight = torch.randn(4, 4)
-    options = {"query": None, "to_teacher": None, "only_correct": False, "reduction": "sum"}
+    options = {"query": None, "to_teacher": None, "reduction": "sum"}
     loss = recipes.dskd(student, teacher, ids, to_student=lambda x: x @ weight.T, **options)
     z = (teacher.hidden @ weight.T @ heads[0].T)[:, :-1][masks[0][:, 1:]]
     labels = ids[:, 1:][masks[0][:, 1:]]

@@ -11,8 +11,9 @@
 Each is a method's distillation term; cross-entropy on the text is the caller's to add.
 """
 
-from fastkd.recipes.cross_tokenizer import alm, alm_latents, mined, uld
+from fastkd.recipes.cross_tokenizer import alm, alm_latents, uld
 from fastkd.recipes.dual_space import DskdSide, dskd
 from fastkd.recipes.edit_distance import edit_distance_map
+from fastkd.recipes.mapped_logits import mined
 
 __all__ = ["DskdSide", "alm", "alm_latents", "dskd", "edit_distance_map", "mined", "uld"]

@@ -1,13 +1,16 @@
 """What the recipes share: chunks as places, checks of arguments, reductions."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from fastkd._arguments import check_tensors, reduction_of
+from fastkd._arguments import check_normalizer, check_tensors, integer, reduction_of
+from fastkd._constants import fake_mode_of
+from fastkd._library import transforms_active
 from fastkd.byte_vocab import ByteVocab
 
 
@@ -27,9 +30,20 @@ def check_integers(function: str, name: str, values: Tensor, shape: Sequence[int
         )
 
 
+def readable(values: Tensor) -> bool:
+    """Whether a check may look at the values: they are there, and nothing has to be waited for."""
+    return not (
+        torch.compiler.is_compiling()
+        or values.device.type != "cpu"
+        or isinstance(values, FakeTensor)
+        or torch._C._len_torch_dispatch_stack()
+        or transforms_active()
+    )
+
+
 def check_range(function: str, name: str, values: Tensor, lowest: int, end: int) -> None:
-    """All in [lowest, end). Elsewhere than on the CPU that would wait for the device."""
-    if values.device.type != "cpu" or not values.numel():
+    """All in [lowest, end), where that can be known."""
+    if not readable(values) or not values.numel():
         return
     for found in (int(values.min()), int(values.max())):
         if not lowest <= found < end:
@@ -55,14 +69,12 @@ def check_batch(function: str, name: str, values: Tensor, like: Tensor) -> None:
         )
 
 
-def check_number(function: str, num_chunks: int) -> None:
+def check_number(function: str, num_chunks: int) -> int:
     """A count."""
-    if not isinstance(num_chunks, int):
-        raise TypeError(
-            f"{function}: num_chunks must be an integer, got {type(num_chunks).__name__}"
-        )
+    num_chunks = integer(function, "num_chunks", num_chunks)
     if num_chunks < 0:
         raise ValueError(f"{function}: num_chunks must not be negative, got {num_chunks}")
+    return num_chunks
 
 
 def chunk_slots(chunks: Tensor, num_chunks: int) -> Tensor:
@@ -78,7 +90,7 @@ def chunk_ends(
     ``rows`` is the ``[B, T, width]`` that the chunks ``[B, T]`` belong to.
     """
     check_integers(function, name, chunks, rows.shape[:-1])
-    check_number(function, num_chunks)
+    num_chunks = check_number(function, num_chunks)
     check_range(function, name, chunks, -1, num_chunks)
     places = chunk_slots(chunks, num_chunks)
     position = torch.arange(chunks.size(1), device=chunks.device).expand_as(chunks)
@@ -104,29 +116,32 @@ def shifted(values: Tensor, fill: int) -> Tensor:
     return F.pad(values[:, 1:], (0, min(1, values.size(1))), value=fill)
 
 
-@torch.compiler.assume_constant_result
 def boundaries(
-    student: ByteVocab, student_width: int, teacher: ByteVocab, teacher_width: int, device: str
+    student: ByteVocab, student_logits: Tensor, teacher: ByteVocab, teacher_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Boundary sets of vocabularies over so many logits: columns behind them begin no word.
+    """Boundary sets of vocabularies, False for columns of the logits behind them."""
+    device, mode = str(student_logits.device), fake_mode_of(student_logits)
+    found = []
+    for boundary, vocab, logits in zip(
+        _known_boundaries(student, teacher, device, mode),
+        (student, teacher),
+        (student_logits, teacher_logits),
+        strict=True,
+    ):
+        missing = logits.size(-1) - vocab._size
+        found.append(F.pad(boundary, (0, missing)) if missing else boundary)
+    return found[0], found[1]
 
-    Both in one call: torch.compile takes two single tensors of such a function for the same.
-    """
-    return _boundary(student, student_width, device), _boundary(teacher, teacher_width, device)
 
-
-@lru_cache(maxsize=16)
-def _boundary(vocab: ByteVocab, width: int, device: str) -> Tensor:
-    found = torch.zeros(width, dtype=torch.bool)
-    known = torch.from_numpy(vocab.boundary())[:width]
-    found[: known.numel()] = known
-    return found.to(device)
-
-
-def placed(values: Tensor, kept: Tensor) -> Tensor:
-    """Values of the rows that are kept, 0 elsewhere."""
-    (rows,) = kept.flatten().nonzero(as_tuple=True)
-    return values.new_zeros(kept.numel()).index_copy(0, rows, values).view(kept.shape)
+@torch.compiler.assume_constant_result
+def _known_boundaries(
+    student: ByteVocab, teacher: ByteVocab, device: str, mode: Any
+) -> tuple[Tensor, ...]:
+    # Both in one call: the compiler takes two constant tensors of one function for the same.
+    return tuple(
+        vocab._constants.tensors("boundary", device, lambda v=vocab: (v.boundary(),), mode)[0]
+        for vocab in (student, teacher)
+    )
 
 
 def reduced(
@@ -136,7 +151,20 @@ def reduced(
     reduction: str,
     normalizer: float | Tensor | None,
 ) -> Tensor:
-    """The losses, their sum, or it over a denominator; nothing to divide by gives 0."""
+    """The losses, their sum, or it over a denominator; nothing to divide by gives 0.
+
+    ``"sequence_mean"``: the mean over a text's rows, then over the texts (dimension 0).
+    """
+    check_normalizer(function, normalizer)
+    if reduction == "sequence_mean":
+        if loss.dim() < 2:
+            raise ValueError(
+                f"{function}: reduction sequence_mean needs losses of texts and rows, got shape "
+                f"{list(loss.shape)}"
+            )
+        rows = kept.reshape(loss.shape).flatten(1).sum(1)
+        loss, kept = loss.flatten(1).sum(1) / rows.clamp(min=1), torch.ones_like(rows)
+        reduction = "mean"
     mode, denominator, divisor = reduction_of(function, reduction, normalizer, loss, None)
     if mode == "none":
         return loss

@@ -15,16 +15,47 @@ _ENTRIES = 1 << 22
 RowLoss = Callable[..., Tensor]
 
 
-@torch.compiler.disable
+def chosen(values: Tensor, kept: Tensor) -> Tensor:
+    """Values of the rows that are kept, ``[M]``.
+
+    In a compiled graph, whose shapes must not depend on data, M is the number of all rows, and
+    those that are not kept have the value 0.
+    """
+    if torch.compiler.is_compiling():
+        return values.masked_fill(~kept, 0).flatten()
+    return values[kept]
+
+
+def placed(values: Tensor, kept: Tensor) -> Tensor:
+    """Values ``[M]`` of the chosen rows at their places, 0 elsewhere."""
+    if torch.compiler.is_compiling():
+        return torch.where(kept, values.view(kept.shape), 0)
+    (rows,) = kept.flatten().nonzero(as_tuple=True)
+    return values.new_zeros(kept.numel()).index_copy(0, rows, values).view(kept.shape)
+
+
+def at_rows(values: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
+    """Some of a tensor's rows; in a compiled graph 0 where one is not kept, so as to be finite."""
+    found = values[rows]
+    if torch.compiler.is_compiling():
+        return torch.where(kept.reshape(-1, *[1] * (found.dim() - 1)), found, 0)
+    return found
+
+
 def by_blocks(
-    loss: RowLoss, inputs: Sequence[Tensor], rows: Sequence[Tensor], width: int
+    loss: RowLoss, inputs: Sequence[Tensor], rows: Sequence[Tensor], kept: Tensor, width: int
 ) -> Tensor:
-    """Loss of each of M rows, which autograd sees as a function of the inputs.
+    """Loss of each of the M chosen rows, which autograd sees as a function of the inputs.
 
     ``inputs[i]`` is ``[N_i, ...]`` and may take a gradient, ``rows[i]`` (int64 ``[M]``, no number
-    twice) says where its rows are. The gradient is computed with the value, block by block, and
-    backward only scales it. ``width`` is that of the widest table that `loss` makes.
+    twice, of :func:`chosen` by ``kept``) says where its rows are. The gradient is computed with the
+    value, block by block, and backward only scales it. ``width`` is that of the widest table that
+    `loss` makes. In a compiled graph there is one block, of all rows, differentiated by the
+    compiler.
     """
+    if torch.compiler.is_compiling():
+        parts = [at_rows(x, places, kept) for x, places in zip(inputs, rows, strict=True)]
+        return loss(slice(None), *parts)
     size = max(1, _ENTRIES // max(1, width))
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _ByBlocks.apply(loss, rows, size, *inputs)
@@ -74,7 +105,8 @@ class _ByBlocks(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         count = len(ctx.needs)
-        inputs, gradients = ctx.saved_tensors[:count], iter(ctx.saved_tensors[count:])
+        saved = ctx.saved_tensors  # once: a checkpoint gives them once
+        inputs, gradients = saved[:count], iter(saved[count:])
         if torch.is_grad_enabled():  # create_graph=True
             every = slice(0, ctx.rows[0].numel())
             value = ctx.loss(every, *_at(inputs, ctx.rows, every))

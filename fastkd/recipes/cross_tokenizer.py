@@ -1,10 +1,8 @@
 """Methods for a teacher whose tokenizer is not the student's."""
 
-import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._arguments import check_no_gradient, check_positive, check_tensors
@@ -20,13 +18,12 @@ from fastkd.recipes._chunks import (
     chunk_ends,
     chunk_slots,
     first_token_chunks,
-    placed,
+    readable,
     reduced,
     shifted,
     wide,
 )
-from fastkd.recipes._rowwise import by_blocks
-from fastkd.softmax_divergence import softmax_divergence
+from fastkd.recipes._rowwise import at_rows, by_blocks, chosen, placed
 
 _NORMS = ("l2_channelwise", "l2", "l1_channelwise", "l1")
 
@@ -66,9 +63,10 @@ def alm(
     without bytes, nothing is lost.
 
     Args:
-        student_logits: ``[B, T_S, vocab_S]``, all rows. Columns that the vocabulary does not have
-            begin no word.
-        student_ids: ``[B, T_S]``, the tokens that went in.
+        student_logits: ``[B, T_S, vocab_S]``, all rows; at least as many columns as the vocabulary
+            has ids. Columns that it does not have begin no word.
+        student_ids: ``[B, T_S]``, the tokens that went in. Those in chunks must be of the
+            vocabulary (checked on the CPU, outside of compiled graphs).
         student_chunks: ``[B, T_S]``, -1 for none.
         teacher_logits: ``[B, T_T, vocab_T]``.
         teacher_ids: ``[B, T_T]``.
@@ -103,7 +101,7 @@ def alm(
     check_tensors("alm", tensors)
     for name, logits in tensors.items():
         check_batch("alm", name, logits, student_logits)
-    check_number("alm", num_chunks)
+    num_chunks = check_number("alm", num_chunks)
     places = []
     for name, logits, ids, chunks, mask, vocab in (
         ("student", student_logits, student_ids, student_chunks, student_mask, student_vocab),
@@ -116,6 +114,13 @@ def alm(
             raise TypeError(
                 f"alm: {name}_vocab must be a fastkd.ByteVocab, got {type(vocab).__name__}"
             )
+        if vocab._size > logits.size(-1):
+            raise ValueError(
+                f"alm: {name}_vocab must be the vocabulary of {name}_logits, which have "
+                f"{logits.size(-1)} columns, got one of {vocab._size} ids"
+            )
+        if readable(ids):
+            check_range("alm", f"{name}_ids in chunks", ids[chunks >= 0], 0, vocab._size)
         places.append(chunk_slots(chunks, num_chunks))
     lost = first_token_chunks(student_mask, places[0], num_chunks)
     lost |= first_token_chunks(teacher_mask, places[1], num_chunks)
@@ -127,11 +132,7 @@ def alm(
         )
     )
     student_boundary, teacher_boundary = boundaries(
-        student_vocab,
-        student_logits.size(-1),
-        teacher_vocab,
-        teacher_logits.size(-1),
-        str(student_logits.device),
+        student_vocab, student_logits, teacher_vocab, teacher_logits
     )
     return alm_loss(
         *student,
@@ -188,8 +189,9 @@ def alm_latents(
             ``nn.Linear``; needed where the widths differ.
         epsilon: see above.
         reduction: over chunks that have tokens on both sides: ``"mean"``, ``"sum"``,
-            ``"batchmean"`` (over B), ``"elementmean"`` (over B x num_chunks), or ``"none"``:
-            ``[B, num_chunks]``, 0 where there is no chunk.
+            ``"batchmean"`` (over B), ``"elementmean"`` (over B x num_chunks), ``"sequence_mean"``
+            (over a text's chunks, then over texts), or ``"none"``: ``[B, num_chunks]``, 0 where
+            there is no chunk.
         normalizer: replaces the denominator.
 
     Returns:
@@ -272,8 +274,9 @@ def uld(
         temperature: of the student, positive.
         teacher_temperature: None: the same.
         reduction: over the rows that are left: ``"mean"``, ``"sum"``, ``"batchmean"``,
-            ``"elementmean"``, or ``"none"``: the leading dimensions, with chunks ``[B,
-            num_chunks]``, 0 where a row is left out.
+            ``"elementmean"``, ``"sequence_mean"`` (over a text's rows, then over texts), or
+            ``"none"``: the leading dimensions, with chunks ``[B, num_chunks]``, 0 where a row is
+            left out.
         normalizer: replaces the denominator.
 
     Returns:
@@ -282,8 +285,10 @@ def uld(
     Raises:
         ValueError, TypeError, IndexError: an argument has the wrong value or type.
 
-    Source: Boizard et al. 2024 (arXiv 2402.12030), who pair the rows by place and add 1.5 times
-    this to the cross-entropy (recalled, not verified).
+    Source: Boizard et al. 2024 (arXiv 2402.12030) and its code (Nicolas-BZRD/llm-recipes), which
+    adds 1.5 times this with ``reduction="sequence_mean"`` to the cross-entropy, at temperature 1.
+    It pairs rows by place from the beginning of the answer, cut to the shorter one, without the
+    student's end of text: pass slices or a mask for that.
 
     >>> import torch, fastkd
     >>> student, teacher = torch.tensor([[0.0, 9.0]]), torch.tensor([[9.0, 0.0, -50.0]])
@@ -292,7 +297,13 @@ def uld(
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_tensors("uld", tensors)
-    check_no_gradient("uld", teacher_logits=teacher_logits, normalizer=normalizer)
+    check_no_gradient(
+        "uld",
+        teacher_logits=teacher_logits,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        normalizer=normalizer,
+    )
     tau, tau_teacher = temperature, teacher_temperature
     if tau_teacher is None:
         tau_teacher = tau
@@ -309,7 +320,7 @@ def uld(
         check_mask("uld", "mask", mask, kept.shape)
         kept = kept if mask is None else kept & mask
         rows, teacher_rows = (
-            (x + logits.size(1) * torch.arange(x.size(0), device=x.device).unsqueeze(-1))[kept]
+            chosen(x + logits.size(1) * torch.arange(len(x), device=x.device).unsqueeze(-1), kept)
             for x, logits in ((last, student_logits), (other, teacher_logits))
         )
     elif any(given):
@@ -327,11 +338,11 @@ def uld(
         check_mask("uld", "mask", mask, student_logits.shape[:-1])
         kept = student_logits.new_ones(student_logits.shape[:-1], dtype=torch.bool)
         kept = kept if mask is None else mask
-        (rows,) = kept.flatten().nonzero(as_tuple=True)
-        teacher_rows = rows
+        places = torch.arange(kept.numel(), device=kept.device).view(kept.shape)
+        rows = teacher_rows = chosen(places, kept)
 
     def loss(block: slice, logits: Tensor) -> Tensor:
-        other = teacher[teacher_rows[block]]
+        other = at_rows(teacher, teacher_rows[block], kept)
         q, p = (
             (wide(x) / t).softmax(-1).sort(-1, descending=True).values
             for x, t in ((logits, tau), (other, tau_teacher))
@@ -340,129 +351,5 @@ def uld(
         differences = (q[:, :both] - p[:, :both]).abs().sum(-1)
         return differences + q[:, both:].sum(-1) + p[:, both:].sum(-1)
 
-    values = by_blocks(loss, [student], [rows], max(student.size(-1), teacher.size(-1)))
+    values = by_blocks(loss, [student], [rows], kept, max(student.size(-1), teacher.size(-1)))
     return reduced("uld", placed(values, kept), kept, reduction, normalizer)
-
-
-def mined(
-    student_logits: Tensor,
-    student_ids: Tensor,
-    student_chunks: Tensor,
-    teacher_logits: Tensor,
-    teacher_chunks: Tensor,
-    num_chunks: int,
-    vocab_map: Tensor,
-    *,
-    mask: Tensor | None = None,
-    unmatched: str = "label",
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-) -> Tensor:
-    r"""Divergence from teacher logits carried over to the student's vocabulary by edit distance.
-
-    A student token that is alone in its chunk, on a side as on the other, has a teacher: the row of
-    the teacher's logits that scores the chunk's token, its entry for the student's token v being
-    that of token ``vocab_map[v]`` (:math:`-\infty` where that is -1). All other tokens have the
-    one-hot distribution of the token itself, or none. The loss of a row is
-    :func:`fastkd.softmax_divergence` of the two.
-
-    Teacher rows are gathered some at a time; what is stored of all rows is the student's gradient.
-
-    Args:
-        student_logits: ``[B, T_S, vocab_S]``, all rows: row t scores token t + 1.
-        student_ids: ``[B, T_S]``.
-        student_chunks: ``[B, T_S]``, of :func:`fastkd.align_batch`; -1 for none.
-        teacher_logits: ``[B, T_T, vocab_T]``, all rows; takes no gradient.
-        teacher_chunks: ``[B, T_T]``.
-        num_chunks: how many chunks a text may have.
-        vocab_map: int64, a teacher id or -1 for each student id, of
-            :func:`fastkd.recipes.edit_distance_map`. Columns of the student behind its end have
-            probability 0.
-        mask: bool ``[B, T_S]``, False for tokens that are not to be learned (padding, a prompt).
-            The first token of a row never is.
-        unmatched: ``"label"`` or ``"drop"``: what becomes of tokens without a teacher row.
-        divergence, beta, temperature, teacher_temperature: see :func:`fastkd.softmax_divergence`.
-            ``"reverse_kl"`` is infinite for a one-hot target and needs ``unmatched="drop"``.
-        reduction: over the tokens that are left: ``"mean"``, ``"sum"``, ``"batchmean"`` (over B),
-            ``"elementmean"`` (over B x T_S), or ``"none"``: ``[B, T_S]``, by token.
-        normalizer: replaces the denominator.
-
-    Returns:
-        float32 (float64 if a side is).
-
-    Raises:
-        ValueError, TypeError, IndexError: an argument has the wrong value or type.
-
-    Sources: Fu et al. 2023 (arXiv 2301.12726) and FuseLLM (arXiv 2401.10491), recalled, not
-    verified; one-hot targets as the code of arXiv 2503.20083 has them.
-
-    >>> import torch, fastkd
-    >>> student, teacher = torch.zeros(1, 2, 3), torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])
-    >>> ids, chunks = torch.tensor([[0, 1]]), torch.tensor([[0, 1]])
-    >>> vocab_map = torch.tensor([1, 0, -1])
-    >>> loss = fastkd.recipes.mined(student, ids, chunks, teacher, chunks, 2, vocab_map)
-    >>> round(loss.item(), 4)  # KL of (1/2, 1/2, 0) and (1/3, 1/3, 1/3)
-    0.4055
-    """
-    tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
-    check_tensors("mined", tensors)
-    for name, logits in tensors.items():
-        check_batch("mined", name, logits, student_logits)
-    check_no_gradient("mined", teacher_logits=teacher_logits, normalizer=normalizer)
-    check_integers("mined", "student_ids", student_ids, student_logits.shape[:-1])
-    check_mask("mined", "mask", mask, student_logits.shape[:-1])
-    width = student_logits.size(-1)
-    if not isinstance(vocab_map, Tensor) or vocab_map.dim() != 1 or vocab_map.numel() > width:
-        got = list(vocab_map.shape) if isinstance(vocab_map, Tensor) else type(vocab_map).__name__
-        raise ValueError(f"mined: vocab_map must be a tensor [at most {width}], got {got}")
-    check_range("mined", "vocab_map", vocab_map, -1, teacher_logits.size(-1))
-    check_range("mined", "student_ids", student_ids, 0, width)
-    if unmatched not in ("label", "drop"):
-        raise ValueError(f"mined: unmatched must be label or drop, got {unmatched!r}")
-    if divergence == "reverse_kl" and unmatched == "label":
-        raise ValueError(
-            "mined: unmatched must be drop with divergence reverse_kl, which is infinite for a "
-            f"one-hot target; got {unmatched!r}"
-        )
-    _, count = chunk_ends("mined", "student_chunks", student_logits, student_chunks, num_chunks)
-    other, others = chunk_ends(
-        "mined", "teacher_chunks", teacher_logits, teacher_chunks, num_chunks
-    )
-    # Nothing scores the teacher's first token.
-    single = F.pad((count == 1) & (others == 1) & (other > 0), (0, 1))
-    at = chunk_slots(student_chunks, num_chunks)
-    matched, scorer = single.gather(1, at), F.pad(other - 1, (0, 1)).gather(1, at)
-    kept = torch.arange(at.size(1), device=at.device).expand_as(at) > 0
-    kept = kept if mask is None else kept & mask
-    kept = kept & matched if unmatched == "drop" else kept
-    texts, tokens = kept.nonzero(as_tuple=True)
-    rows = texts * student_logits.size(1) + tokens - 1
-    has_teacher, labels = matched[texts, tokens], student_ids[texts, tokens]
-    teacher_rows = texts * teacher_logits.size(1) + scorer[texts, tokens]
-    flat = teacher_logits.flatten(0, 1)
-    columns = F.pad(vocab_map.to(flat.device), (0, width - vocab_map.numel()), value=-1)
-    known = (columns >= 0) & (columns < flat.size(-1))
-    columns = torch.where(known, columns, 0)
-
-    def loss(block: slice, logits: Tensor) -> Tensor:
-        taught, label = has_teacher[block], labels[block].unsqueeze(-1)
-        one_hot = torch.arange(width, device=label.device) == label
-        target = torch.where(one_hot, 0, -math.inf).to(flat.dtype)
-        mapped = flat[teacher_rows[block][taught]][:, columns]
-        target[taught] = mapped.masked_fill(~known, -math.inf)
-        return softmax_divergence(
-            logits,
-            target,
-            divergence=divergence,
-            beta=beta,
-            temperature=temperature,
-            teacher_temperature=teacher_temperature,
-            reduction="none",
-        )
-
-    values = by_blocks(loss, [student_logits.flatten(0, 1)], [rows], width)
-    return reduced("mined", placed(values, kept), kept, reduction, normalizer)

@@ -2,17 +2,23 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._arguments import check_no_gradient, check_tensors, reduction_of
+from fastkd._arguments import check_no_gradient, check_normalizer, check_tensors
 from fastkd.chunk_log_likelihood import chunk_log_likelihood
-from fastkd.recipes._chunks import check_batch, check_integers, check_mask, check_range, wide
-from fastkd.recipes._rowwise import by_blocks
+from fastkd.recipes._chunks import (
+    check_batch,
+    check_integers,
+    check_mask,
+    check_range,
+    reduced,
+    wide,
+)
+from fastkd.recipes._rowwise import at_rows, by_blocks, chosen, placed
 from fastkd.softmax_divergence import softmax_divergence
 
 Map = Callable[[Tensor], Tensor]
@@ -42,7 +48,7 @@ def dskd(
     query: Map | None,
     to_student: Map | None,
     to_teacher: Map | None,
-    only_correct: bool = True,
+    only_correct: bool | None = None,
     divergence: str = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -64,7 +70,8 @@ def dskd(
     In the student's space, with :math:`z = h^{T \to S} \text{head}_S^\top`, a row's loss is the
     cross-entropy of z, which trains the maps, and the divergence of the student's logits from z
     (as a constant), with ``only_correct`` where z's best token is the right one. In the teacher's
-    space it is the divergence of :math:`h^{S \to T} \text{head}_T^\top` from the teacher's logits.
+    space it is the forward KL divergence of :math:`h^{S \to T} \text{head}_T^\top` from the
+    teacher's logits, both at ``temperature``.
     The result is the sum of both spaces' means. Logits of the other space are made and used some
     rows at a time, never stored whole.
 
@@ -77,9 +84,9 @@ def dskd(
             attention, :math:`h^{T \to S} = \text{to\_student}(h^T)`).
         to_student: maps ``D_T`` to ``D_S``; None leaves the student's space out.
         to_teacher: maps ``D_S`` to ``D_T``; None leaves the teacher's space out.
-        only_correct: see above.
+        only_correct: see above. None: with a query, as in the paper's code.
         divergence, beta, temperature, teacher_temperature: see :func:`fastkd.softmax_divergence`,
-            in both spaces.
+            in the student's space; of these only the temperature counts in the teacher's.
         reduction: ``"mean"`` over each space's rows, or ``"sum"``.
         normalizer: the two denominators, of the student's and the teacher's space, instead.
 
@@ -89,9 +96,11 @@ def dskd(
     Raises:
         ValueError, TypeError, IndexError: an argument has the wrong value or type.
 
-    Source: Zhang et al. 2024 (arXiv 2406.17328), whose total is the mean of this and the
-    cross-entropy of the student (recalled, not verified). There the standard deviation is taken
-    over padding too.
+    Source: Zhang et al. 2024 (arXiv 2406.17328) and its code (songmzhang/DSKD), whose total is the
+    mean of this and the cross-entropy of the student. Its scripts have temperature 2, without its
+    square. Differences: there no gradient flows to the embeddings (pass them detached), both spaces
+    are divided by the student's number of tokens n (``normalizer=(n, n)``), and the standard
+    deviation is taken over padding too.
 
     >>> import torch, fastkd
     >>> def side(vocab, width):
@@ -118,46 +127,58 @@ def dskd(
         raise ValueError(f"dskd: reduction must be mean or sum, got {reduction!r}")
     if normalizer is not None and (not isinstance(normalizer, tuple) or len(normalizer) != 2):
         raise ValueError(f"dskd: normalizer must be two denominators, got {normalizer!r}")
+    for divisor in normalizer or ():
+        check_normalizer("dskd", divisor)
+        check_no_gradient("dskd", normalizer=divisor)
     check_no_gradient("dskd", **{"teacher.logits": teacher.logits})
     check_integers("dskd", "student_ids", student_ids, student.logits.shape[:-1])
     check_range("dskd", "student_ids", student_ids, 0, student.logits.size(-1))
     kept, carried = _carried(student, teacher, query, to_student, to_teacher)
-    rowwise = partial(
-        softmax_divergence,
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        reduction="none",
-    )
-    labels, heads = student_ids[:, 1:][kept[0]], (student.head.detach(), teacher.head.detach())
+    heads = student.head.detach(), teacher.head.detach()
+    labels = chosen(student_ids[:, 1:], kept[0])
+    if only_correct is None:
+        only_correct = query is not None
     rows = [_rows(x, side.logits.size(1)) for x, side in zip(kept, (student, teacher), strict=True)]
     taught = teacher.logits.flatten(0, 1)
 
     def in_student_space(block: slice, hidden: Tensor, logits: Tensor) -> Tensor:
         projected, label = F.linear(hidden, heads[0].to(hidden.dtype)), labels[block]
-        each = torch.arange(label.numel(), device=label.device).unsqueeze(0)
-        nll = -chunk_log_likelihood(
-            projected.unsqueeze(0), label.unsqueeze(0), each, label.numel()
-        ).log_likelihood[0]
+        if torch.compiler.is_compiling():
+            nll = F.cross_entropy(wide(projected), label.long(), reduction="none")
+        else:
+            each = torch.arange(label.numel(), device=label.device).unsqueeze(0)
+            nll = -chunk_log_likelihood(
+                projected.unsqueeze(0), label.unsqueeze(0), each, label.numel()
+            ).log_likelihood[0]
         target = projected.detach()
-        loss = rowwise(logits, target)
+        loss = softmax_divergence(
+            logits,
+            target,
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            reduction="none",
+        )
         return nll + (torch.where(target.argmax(-1) == label, loss, 0) if only_correct else loss)
 
     def in_teacher_space(block: slice, hidden: Tensor) -> Tensor:
         projected = F.linear(hidden, heads[1].to(hidden.dtype))
-        return rowwise(projected, taught[rows[1][0][block]])
+        target = at_rows(taught, rows[1][0][block], kept[1])
+        return softmax_divergence(projected, target, temperature=temperature, reduction="none")
 
     total = wide(student.logits).new_zeros(())
     divisors = normalizer or (None, None)
     if carried[0] is not None:
         inputs = [carried[0].flatten(0, 1), student.logits.flatten(0, 1)]
-        losses = by_blocks(in_student_space, inputs, rows[0][::-1], student.logits.size(-1))
-        total = total + _total(losses, reduction, divisors[0])
+        width = student.logits.size(-1)
+        losses = by_blocks(in_student_space, inputs, rows[0][::-1], kept[0], width)
+        total = total + _total(losses, kept[0], reduction, divisors[0])
     if carried[1] is not None:
         inputs = [carried[1].flatten(0, 1)]
-        losses = by_blocks(in_teacher_space, inputs, rows[1][1:], teacher.logits.size(-1))
-        total = total + _total(losses, reduction, divisors[1])
+        width = teacher.logits.size(-1)
+        losses = by_blocks(in_teacher_space, inputs, rows[1][1:], kept[1], width)
+        total = total + _total(losses, kept[1], reduction, divisors[1])
     return total
 
 
@@ -260,15 +281,13 @@ def _attended(scores: Tensor, values: Tensor, kept: Tensor) -> Tensor:
 
 def _rows(kept: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Where the steps that count lie among all rows, and among the steps."""
-    texts, steps = kept.nonzero(as_tuple=True)
-    return texts * length + steps, texts * kept.size(1) + steps
+    texts = torch.arange(kept.size(0), device=kept.device).unsqueeze(-1)
+    steps = torch.arange(kept.size(1), device=kept.device)
+    return chosen(texts * length + steps, kept), chosen(texts * kept.size(1) + steps, kept)
 
 
-def _total(losses: Tensor, reduction: str, divisor: float | Tensor | None) -> Tensor:
+def _total(
+    losses: Tensor, kept: Tensor, reduction: str, normalizer: float | Tensor | None
+) -> Tensor:
     """Sum, over the denominator if there is one; an empty one gives 0."""
-    mode, denominator, given = reduction_of("dskd", reduction, divisor, losses, None)
-    if mode == "mean":
-        denominator = float(losses.numel())
-    if given is None:
-        given = losses.new_full((), denominator)
-    return torch.where(given == 0, 0, losses.sum() / torch.where(given == 0, 1, given))
+    return reduced("dskd", placed(losses, kept), kept, reduction, normalizer)

@@ -24,7 +24,7 @@ def _chunk_loss(divergence: str, t: Tensor, s: Tensor, temperature: float, eps: 
         "abs_exp": lambda: (p - q).abs(),
         "renyi": lambda: -2 * torch.log((p * q).sqrt() + ((1 - p) * (1 - q)).sqrt()),
         "k2": lambda: (a - b) ** 2 / 2,
-        "k3": lambda: torch.exp(b - a) - 1 - (b - a),
+        "k3": lambda: torch.exp(a - b) - 1 - (a - b),
     }[divergence]()
 
 
