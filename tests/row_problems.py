@@ -1,0 +1,470 @@
+"""Random problems for every op over rows of logits, their transformations, and how they compare.
+
+A `Problem` is an op's arguments, sorted by what a change of the vocabulary does to them. `shifted` adds
+a constant to each row of logits and `widened` inserts masked columns: neither may change a result but
+for the places of columns.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from cases import DIVERGENCES, LOSS_ERROR, allowed_error
+from torch import Tensor
+
+import fastkd
+
+# Significant bits of each format.
+BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+OUTPUTS = {
+    "token_stats": fastkd.token_stats.__globals__["TokenStats"]._fields,
+    "teacher_topk": ("log_probs", "indices"),
+    "chunk_log_likelihood": ("log_likelihood", "boundary_log_prob", "token_count"),
+}
+# Columns of the vocabulary, which `widened` moves.
+COLUMN_OUTPUTS = ("student_argmax", "teacher_argmax", "indices")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of a call to `op`."""
+
+    op: str
+    logits: dict[str, Any]  # [..., vocab] by argument: a tensor, or a list of them
+    columns: dict[str, Tensor] = field(default_factory=dict)  # numbers of columns; negative: none
+    sets: dict[str, Tensor] = field(default_factory=dict)  # bool [..., vocab]
+    options: dict[str, Any] = field(default_factory=dict)
+    wanted: tuple[str, ...] = ()  # the arguments whose gradients are compared
+
+    def __str__(self) -> str:
+        """What is needed to see which case this is."""
+        parts = [
+            f"{name}: {list(first.shape)} {first.dtype}, {first.min():g} to {first.max():g}"
+            for name, value in self.logits.items()
+            for first in (value if isinstance(value, list) else [value])
+            if first.numel()
+        ]
+        options = {
+            name: f"tensor{list(value.shape)}" if isinstance(value, Tensor) else value
+            for name, value in self.options.items()
+            if name != "vocab"
+        }
+        return f"{self.op}({'; '.join([*parts, *self.columns, *self.sets])}; {options})"
+
+
+def mapped(problem: Problem, function: Callable[[str, Tensor], Tensor]) -> Problem:
+    """The problem with each tensor of logits replaced by function(name, tensor)."""
+    logits = {
+        name: [function(name, x) for x in value] if isinstance(value, list) else function(name, value)
+        for name, value in problem.logits.items()
+    }
+    return replace(problem, logits=logits)
+
+
+def in_float64(problem: Problem) -> Problem:
+    """The same numbers in float64."""
+    return mapped(problem, lambda _, x: x.double())
+
+
+def shifted(problem: Problem, offset: Callable[[str, Tensor], Tensor]) -> Problem:
+    """Each row of logits plus a constant: offset(name, logits) has one number a row, or is None."""
+
+    def add(name: str, x: Tensor) -> Tensor:
+        by = offset(name, x)
+        if by is None:
+            return x
+        out = (x.double() + by.unsqueeze(-1)).to(x.dtype)
+        assert torch.equal(out.double() - by.unsqueeze(-1), x.double()), "the sum is not exact"
+        return out
+
+    return mapped(problem, add)
+
+
+def side_of(name: str) -> str:
+    """Of alm_loss the two sides have vocabularies of their own."""
+    return name.split("_")[0] if name.startswith(("student", "teacher")) else ""
+
+
+def widened(
+    problem: Problem, places: Callable[[str], tuple[int, Tensor]], fill: Callable[[str, Tensor], float]
+) -> Problem:
+    """The problem with masked columns put between its own.
+
+    places(name): the new width, and where each old column stands; fill(name, logits): the mask.
+    """
+
+    def widen(name: str, x: Tensor) -> Tensor:
+        width, at = places(name)
+        out = x.new_full((*x.shape[:-1], width), fill(name, x))
+        out[..., at] = x
+        return out
+
+    def move(name: str, x: Tensor) -> Tensor:
+        at = places(name)[1]
+        return torch.where(x < 0, x, at[x.clamp(min=0).long()].to(x.dtype))
+
+    def widen_set(name: str, x: Tensor) -> Tensor:
+        width, at = places(name)
+        out = torch.rand(*x.shape[:-1], width) < 0.5
+        out[..., at] = x
+        return out
+
+    options = dict(problem.options)
+    if "vocab" in options:
+        width, at = places("logits")
+        tokens = options["vocab"].tokens
+        wide = [bytes(b"ab \xff"[i] for i in row) for row in torch.randint(0, 4, (width, 3)).tolist()]
+        for place, token in zip(at.tolist(), tokens, strict=True):
+            wide[place] = token
+        options["vocab"] = fastkd.ByteVocab(wide, special={"eos": [int(at[0])]})
+    return replace(
+        mapped(problem, widen),
+        columns={name: move(name, x) for name, x in problem.columns.items()},
+        sets={name: widen_set(name, x) for name, x in problem.sets.items()},
+        options=options,
+    )
+
+
+def evaluate(
+    module: Any, problem: Problem, keep: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs by name, and gradients of a weighted sum of those entries that `keep` has (None: finite)."""
+    leaves: dict[str, Any] = {}
+    options = dict(problem.options)
+    for name, value in problem.logits.items():
+        leaves[name] = (
+            value if isinstance(value, list) else value.detach().requires_grad_(name in problem.wanted)
+        )
+    for name in problem.wanted:
+        if name in options:
+            options[name] = leaves[name] = options[name].detach().requires_grad_()
+    with torch.set_grad_enabled(bool(problem.wanted)):
+        found = getattr(module, problem.op)(
+            **{**leaves, **problem.columns, **problem.sets, **options}
+        )
+    if isinstance(found, Tensor):
+        outputs = {"loss": found}
+    else:
+        names = OUTPUTS[problem.op]
+        outputs = {n: x for n, x in zip(names, found, strict=True) if x is not None}
+    if not problem.wanted:
+        return outputs, {}
+    total: Any = 0
+    for number, (name, x) in enumerate(outputs.items()):
+        if not x.requires_grad:
+            continue
+        generator = torch.Generator().manual_seed(7 + number)
+        weights = torch.rand(x.shape, generator=generator, dtype=torch.float64) + 0.5
+        if problem.op in ("chunk_log_likelihood", "byte_log_probs"):
+            weights = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        kept = x.isfinite() if keep is None else keep[name].isfinite()
+        total = total + (torch.where(kept, x, 0) * weights.to(x.dtype)).sum()
+    gradients = torch.autograd.grad(total, [leaves[name] for name in problem.wanted])
+    return (
+        {name: x.detach() for name, x in outputs.items()},
+        dict(zip(problem.wanted, gradients, strict=True)),
+    )
+
+
+def tolerance(problem: Problem, dtype: torch.dtype) -> tuple[float, float]:
+    """rtol and atol of values whose logits have that dtype."""
+    if dtype == torch.float64:
+        return LOSS_ERROR[dtype], LOSS_ERROR[dtype]
+    if problem.op in ("chunk_log_likelihood", "byte_log_probs", "teacher_topk", "token_stats"):
+        return 2e-6, 4e-6
+    if problem.op == "alm_loss":
+        return 2e-5, 1e-6
+    return LOSS_ERROR[dtype], LOSS_ERROR[dtype]
+
+
+def dtype_of(problem: Problem) -> torch.dtype:
+    """The least accurate of the logits' types."""
+    flat = [x for v in problem.logits.values() for x in (v if isinstance(v, list) else [v])]
+    return min((x.dtype for x in flat), key=lambda d: BITS[d])
+
+
+def gradient_room(problem: Problem, exact: Tensor, dtype: torch.dtype) -> float:
+    """How far, in norm, a gradient may be: rounded, scaled and rounded again."""
+    divergence = problem.options.get("divergence", "forward_kl")
+    name = divergence if problem.op == "softmax_divergence" else "jsd"
+    room = (4 / 3) * allowed_error(exact, dtype, name)
+    if problem.op == "alm_loss" and dtype != torch.float64:
+        room = max(room, 2e-5 * exact.norm().item())
+    if problem.op == "clipped_divergence":
+        # p (h - mean of h) with h and its mean rounded: what is left of it may be much smaller.
+        room += 4 * (2.0**-52 if dtype == torch.float64 else 2.0**-24) * log_ratio(problem)
+    return room
+
+
+def log_ratio(problem: Problem) -> float:
+    """The largest row's sum of p |log p - log q|: what terms of a divergence add up to without signs."""
+    log_q, log_p = (
+        (problem.logits[f"{side}_logits"].double() / t).log_softmax(-1)
+        for side, t in (
+            ("student", problem.options["temperature"]),
+            ("teacher", problem.options["teacher_temperature"]),
+        )
+    )
+    terms = log_p.exp() * (log_p - log_q).abs()
+    return terms.nan_to_num(0, 0, 0).sum(-1).max().item()
+
+
+def edge_room(problem: Problem, exact: Tensor) -> float:
+    """How far the gradient of a soft edge may be: a sum of ds/dedge p log(p / q) in both signs.
+
+    ds/dedge is up to 1/4 of sharp = 1 / softness, and changes by up to a tenth of its square with p,
+    which is rounded.
+    """
+    sharp = 1 / problem.options["softness"]
+    eps = 2.0**-52 if exact.dtype == torch.float64 and dtype_of(problem) == exact.dtype else 2.0**-24
+    return 4 * eps * sharp * (1 + 0.1 * sharp) * (1 + log_ratio(problem))
+
+
+# --- Building them ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Draw:
+    """Random numbers of one problem. Logits are multiples of `grid`, so that shifting them is exact."""
+
+    seed: int
+    dtype: torch.dtype
+    rows: int
+    vocab: int
+    temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    grid: float = 2.0**-10
+    spread: float = 3.0
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def rand(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator)
+
+    def choice(self, values: Any) -> Any:
+        return values[int(self.integers(0, len(values)))]
+
+    def logits(self, *shape: int) -> Tensor:
+        shape = shape or (self.rows, self.vocab)
+        normal = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        steps = (normal * self.spread / self.grid).round()
+        most = 2 ** (BITS[self.dtype] - 2) if BITS[self.dtype] < 50 else 2**22
+        return (steps.clamp(-most, most) * self.grid).to(self.dtype)
+
+    def temperatures(self) -> dict[str, float]:
+        return {"temperature": self.temperature, "teacher_temperature": self.teacher_temperature}
+
+    def labels(self) -> Tensor:
+        return self.integers(0, self.vocab, self.rows)
+
+
+def softmax_problem(draw: Draw, divergence: str, teachers: int = 1, **options: Any) -> Problem:
+    student = draw.logits()
+    teacher: Any = [draw.logits() for _ in range(teachers)]
+    if teachers == 1:
+        (teacher,) = teacher
+    labels = {"labels": draw.labels()} if options.pop("labelled", False) else {}
+    beta = draw.choice([0.1, 0.5, 0.9])
+    wanted = ("student_logits",)
+    if teachers == 1 and draw.choice([True, False]):
+        wanted = ("student_logits", "teacher_logits")
+    return Problem(
+        "softmax_divergence",
+        {"student_logits": student, "teacher_logits": teacher},
+        labels,
+        options={
+            "divergence": divergence,
+            "beta": beta,
+            "reduction": "none",
+            **draw.temperatures(),
+            **options,
+        },
+        wanted=wanted,
+    )
+
+
+def topk_problem(draw: Draw, divergence: str, tail: str, **options: Any) -> Problem:
+    k = min(5, draw.vocab - 1)
+    log_probs = (draw.logits().double() / draw.teacher_temperature).log_softmax(-1)
+    values, indices = log_probs.topk(k, -1)
+    # A rest that is not within the rounding of a sum of probabilities: its logarithm counts.
+    values = values - math.log(1.25)
+    order = torch.randperm(k, generator=draw.generator)
+    columns = {"teacher_indices": indices[:, order].int()}
+    if options.pop("labelled", False):
+        columns["labels"] = draw.labels()
+    stored = torch.float64 if draw.dtype == torch.float64 else torch.float32
+    return Problem(
+        "topk_divergence",
+        {"student_logits": draw.logits()},
+        columns,
+        options={
+            "teacher_log_probs": values[:, order].to(stored),
+            "divergence": divergence,
+            "tail": tail,
+            "stored_temperature": draw.teacher_temperature,
+            "reduction": "none",
+            **draw.temperatures(),
+            **options,
+        },
+        wanted=("student_logits", "teacher_log_probs"),
+    )
+
+
+def clipped_problem(draw: Draw, renormalize: str, tail: str, **options: Any) -> Problem:
+    lower, upper = draw.rand(draw.rows) / (2 * draw.vocab), draw.rand(draw.rows) * 0.5 + 0.1
+    if options.get("quantile"):
+        lower, upper = 0.3 * draw.rand(draw.rows), 0.6 + 0.4 * draw.rand(draw.rows)
+    labels = {"labels": draw.labels()} if options.pop("labelled", False) else {}
+    soft = ("lower", "upper") if "softness" in options else ()
+    student, teacher = draw.logits(), draw.logits()
+    # The definition takes masses, not their logarithms: they must not underflow in float64.
+    temperatures = {
+        name: max(value, (x.max() - x.min()).item() / 600)
+        for (name, value), x in zip(draw.temperatures().items(), (student, teacher), strict=True)
+    }
+    bound = torch.float64 if draw.dtype == torch.float64 else torch.float32
+    return Problem(
+        "clipped_divergence",
+        {"student_logits": student, "teacher_logits": teacher},
+        labels,
+        options={
+            "lower": lower.to(bound),
+            "upper": upper.to(bound),
+            "renormalize": renormalize,
+            "tail": tail,
+            "reduction": "none",
+            **temperatures,
+            **options,
+        },
+        wanted=("student_logits", "teacher_logits", *soft),
+    )
+
+
+def stats_problem(draw: Draw, both: bool = True) -> Problem:
+    logits = {"student_logits": draw.logits()}
+    if both:
+        logits["teacher_logits"] = draw.logits()
+    return Problem(
+        "token_stats", logits, {"labels": draw.labels()}, options={"temperature": draw.temperature}
+    )
+
+
+def teacher_topk_problem(draw: Draw) -> Problem:
+    options = {"k": min(9, draw.vocab), "temperature": draw.temperature}
+    return Problem("teacher_topk", {"teacher_logits": draw.logits()}, options=options)
+
+
+def _chunks(draw: Draw) -> Tensor:
+    """One text: pairs of tokens, some in no chunk, the last one of one token."""
+    chunks = torch.arange(draw.rows) // 2
+    return torch.where(chunks % 3 == 2, -1, chunks).unsqueeze(0)
+
+
+def chunk_problem(draw: Draw, boundary: bool = True) -> Problem:
+    ids = draw.integers(0, draw.vocab, 1, draw.rows)
+    sets = {"boundary": draw.rand(draw.vocab) < 0.4} if boundary else {}
+    options = {
+        "chunk_ids": _chunks(draw),
+        "num_chunks": draw.rows,
+        "temperature": draw.temperature,
+    }
+    logits = {"logits": draw.logits(1, draw.rows, draw.vocab)}
+    return Problem("chunk_log_likelihood", logits, {"token_ids": ids}, sets, options, ("logits",))
+
+
+def alm_problem(draw: Draw, divergence: str) -> Problem:
+    logits, columns, sets, options = {}, {}, {}, {}
+    for side in ("student", "teacher"):
+        logits[f"{side}_logits"] = draw.logits(1, draw.rows, draw.vocab)
+        columns[f"{side}_ids"] = draw.integers(0, draw.vocab, 1, draw.rows)
+        sets[f"{side}_boundary"] = draw.rand(draw.vocab) < 0.4
+        options[f"{side}_chunks"] = _chunks(draw)
+    options |= {
+        "num_chunks": draw.rows,
+        "divergence": divergence,
+        "temperature": 30.0,
+        "reduction": "none",
+    }
+    wanted = ("student_logits", "teacher_logits")
+    return Problem("alm_loss", logits, columns, sets, options, wanted)
+
+
+def byte_vocab(draw: Draw) -> fastkd.ByteVocab:
+    """Tokens of few letters, so that prefixes are shared; the first id and the last stand for no bytes."""
+    letters = draw.integers(0, 4, draw.vocab, 4).tolist()
+    lengths = draw.integers(1, 5, draw.vocab).tolist()
+    tokens: list[bytes | None] = [
+        bytes(b"ab \xff"[i] for i in row[:n]) for row, n in zip(letters, lengths, strict=True)
+    ]
+    tokens[0] = tokens[-1] = None
+    return fastkd.ByteVocab(tokens, special={"eos": [0]})
+
+
+def byte_problem(draw: Draw, prefix: bytes = b"", valid: bool = False) -> Problem:
+    sets = {}
+    if valid:
+        sets["valid"] = draw.rand(draw.rows, draw.vocab) < 0.7
+    options = {"vocab": byte_vocab(draw), "prefix": prefix}
+    return Problem("byte_log_probs", {"logits": draw.logits()}, {}, sets, options, ("logits",))
+
+
+TAILS = ("lump", "uniform", "renormalize", "drop")
+ALM_DIVERGENCES = (
+    *("binary_ce", "reverse_binary_kl", "binary_kl_limit", "abs"),
+    *("abs_exp", "renyi", "k2", "k3"),
+)
+
+
+def _kinds() -> dict[str, Callable[[Draw], Problem]]:
+    kinds: dict[str, Callable[[Draw], Problem]] = {}
+    for d in DIVERGENCES:
+        kinds[f"softmax-{d}"] = lambda draw, d=d: softmax_problem(draw, d)
+        kinds[f"softmax-{d}-labels"] = lambda draw, d=d: softmax_problem(
+            draw, d, labelled=True, label_weight=0.3
+        )
+    for d in ("forward_kl", "jsd"):
+        for mix in ("logits", "probs"):
+            kinds[f"softmax-{d}-teachers-{mix}"] = lambda draw, d=d, mix=mix: softmax_problem(
+                draw, d, 2, teacher_mix=mix, teacher_weights=[0.25, 0.75]
+            )
+    for tail in TAILS:
+        for d in ("forward_kl", "reverse_kl", "jsd", "cross_entropy"):
+            kinds[f"topk-{d}-{tail}"] = lambda draw, d=d, t=tail: topk_problem(draw, d, t)
+        kinds[f"topk-{tail}-labels"] = lambda draw, t=tail: topk_problem(
+            draw, "forward_kl", t, labelled=True, label_weight=0.3
+        )
+    for renormalize in ("none", "teacher", "both"):
+        for tail in ("drop", "lump"):
+            for name, options in (
+                ("hard", {}),
+                ("soft", {"softness": 0.02}),
+                ("quantile", {"quantile": True}),
+                ("labels", {"labelled": True, "label_weight": 0.3}),
+            ):
+                kinds[f"clipped-{renormalize}-{tail}-{name}"] = (
+                    lambda draw, r=renormalize, t=tail, o=options: clipped_problem(draw, r, t, **o)
+                )
+    kinds["token_stats"] = stats_problem
+    kinds["token_stats-student"] = lambda draw: stats_problem(draw, both=False)
+    kinds["teacher_topk"] = teacher_topk_problem
+    kinds["chunk"] = lambda draw: chunk_problem(draw, boundary=False)
+    kinds["chunk-boundary"] = chunk_problem
+    kinds["byte"] = byte_problem
+    kinds["byte-prefix"] = lambda draw: byte_problem(draw, b"a")
+    kinds["byte-valid"] = lambda draw: byte_problem(draw, valid=True)
+    for d in ALM_DIVERGENCES:
+        kinds[f"alm-{d}"] = lambda draw, d=d: alm_problem(draw, d)
+    return kinds
+
+
+KINDS = _kinds()
+# What depends on how many columns there are, masked or not: teachers spread over them, quantiles of them.
+COUNTS_COLUMNS = tuple(k for k in KINDS if "uniform" in k or "quantile" in k)
+IMPOSSIBLE = -math.inf
