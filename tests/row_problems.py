@@ -69,6 +69,19 @@ def in_float64(problem: Problem) -> Problem:
     return mapped(problem, lambda _, x: x.double())
 
 
+def centred(problem: Problem) -> Problem:
+    """Relative to the rows' maxima: the reference's own sums are rounded at the logits' size."""
+    return mapped(problem, lambda name, x: x - maxima(problem, x))
+
+
+def maxima(problem: Problem, x: Tensor) -> Tensor:
+    """The largest logit of each row among the columns that count; 0 where it is not finite."""
+    if not x.numel():
+        return x.new_zeros((*x.shape[:-1], 1))
+    top = x[..., : problem.options.get("vocab_size")].amax(-1, keepdim=True)
+    return torch.where(top.isfinite(), top, 0)
+
+
 def shifted(problem: Problem, offset: Callable[[str, Tensor], Tensor]) -> Problem:
     """Each row of logits plus a constant: offset(name, logits) has one number a row, or is None."""
 

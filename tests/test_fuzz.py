@@ -20,31 +20,20 @@ import torch
 from fuzz_problems import BUILDERS, Fuzz
 from row_problems import (
     Problem,
+    centred,
     dtype_of,
     edge_room,
     evaluate,
     gradient_room,
     in_float64,
     mapped,
+    maxima,
     tolerance,
 )
 
 import fastkd
 
 HUGE = 1e20
-
-
-def centred(problem: Problem) -> Problem:
-    """Relative to the rows' maxima: the reference's own sums are rounded at the logits' size."""
-    return mapped(problem, lambda name, x: x - maxima(problem, x))
-
-
-def maxima(problem: Problem, x: torch.Tensor) -> torch.Tensor:
-    """The largest logit of each row among the columns that count; 0 where it is not finite."""
-    if not x.numel():
-        return x.new_zeros((*x.shape[:-1], 1))
-    top = x[..., : problem.options.get("vocab_size")].amax(-1, keepdim=True)
-    return torch.where(top.isfinite(), top, 0)
 
 
 def rounded_distances(problem: Problem, double: bool, seed: int) -> Problem:
@@ -218,10 +207,11 @@ def test_random_kl_div(backend, request):
             *((g, e, 0.0) for g, e in zip(gradients, right_gradients, strict=True)),
         ):
             mine, exact = mine.detach().double(), exact.detach()
-            over = exact.abs() > limit / 4
+            # A sum of terms may overflow before it is divided, as torch's does.
+            over = exact.abs().clamp(min=scale) > limit / 4
             ok = (mine - exact).abs() <= eps * (exact.abs() + scale) + torch.finfo(f.dtype).tiny
             ok |= (mine == exact) | (mine.isnan() & exact.isnan())
-            ok |= over & (mine.abs() > limit / 8)
+            ok |= over & ((mine.abs() > limit / 8) | mine.isnan())
             assert ok.all(), f"{what}: {mine[~ok][:4]} for {exact[~ok][:4]}"
         seed += 1
 
