@@ -1,0 +1,256 @@
+"""Random problems of every op against `fastkd.reference` in float64, for `--fuzz-seconds` each.
+
+Shapes, strides, types, options, and values that real logits seldom have: huge spreads, ties, masks,
+rows without a finite logit, NaN. A failure names its seed; `--fuzz-seed` begins there.
+
+What float32 cannot hold, and the reference therefore not decide, is defined here:
+
+- A loss above 1e20 (mass on a token whose logit is below -1e20) is infinite or above 1e18; the
+  gradients of its row are not compared.
+- A float32 op rounds the distance of a logit from its row's maximum, and each exponential: it may
+  be as far off as such roundings move the exact results, and a few roundings of its own.
+"""
+
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from fuzz_problems import BUILDERS, Fuzz
+from row_problems import (
+    Problem,
+    centred,
+    dtype_of,
+    edge_room,
+    evaluate,
+    gradient_room,
+    in_float64,
+    mapped,
+    maxima,
+    tolerance,
+)
+
+import fastkd
+
+HUGE = 1e20
+
+
+def rounded_distances(problem: Problem, double: bool, seed: int) -> Problem:
+    """Logits relative to their row's maximum, each off by a rounding, and so its exponential."""
+    generator = torch.Generator().manual_seed(seed)
+    eps = 2.0**-52 if double else 2.0**-23
+
+    def noise(x: torch.Tensor) -> torch.Tensor:
+        return eps * torch.randn(x.shape, generator=generator, dtype=x.dtype).clamp(-2, 2)
+
+    def move(name: str, x: torch.Tensor) -> torch.Tensor:
+        temperature = problem.options.get("temperature", 1.0)
+        if name.startswith("teacher"):
+            temperature = problem.options.get("teacher_temperature", temperature)
+        if problem.op == "alm_loss":
+            temperature = 1.0
+        if isinstance(temperature, torch.Tensor) and temperature.dim():
+            temperature = temperature.unsqueeze(-1)
+        return torch.where(x.isfinite(), x * (1 + noise(x)) + temperature * noise(x), x)
+
+    return mapped(problem, move)
+
+
+def label_weight_of_0(problem: Problem) -> Problem:
+    """Without a label's term of weight 0, which the definition multiplies with what may be inf."""
+    options = dict(problem.options)
+    if options.get("label_weight") != 0 or options.get("keep_label", False):
+        return problem
+    kept = options.pop("labels") != -100
+    options["mask"] = kept & options["mask"] if "mask" in options else kept
+    return replace(problem, options=options)
+
+
+class Exact:
+    """The results in float64, and how far roundings move them, which is found when it is needed."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = label_weight_of_0(centred(in_float64(problem)))
+        self.double = dtype_of(problem) == torch.float64
+        self.outputs, self.gradients = evaluate(fastkd.reference, self.problem)
+        self.constants: dict[str, torch.Tensor] = {}
+        for side in ("student", "teacher"):
+            if f"{side}_lse" in self.outputs:  # the only results that see a constant
+                logits, t = problem.logits[f"{side}_logits"], problem.options["temperature"]
+                self.constants[f"{side}_lse"] = maxima(problem, logits.double()).squeeze(-1) / t
+        for name, constant in self.constants.items():
+            self.outputs[name] = self.outputs[name] + constant
+        self._moved: list[tuple[dict, dict]] = []
+
+    def moved(self, name: str, gradient: bool) -> torch.Tensor:
+        """The largest change of an output or gradient, entry by entry."""
+        if not self._moved:
+            for seed in range(4):
+                moved = rounded_distances(self.problem, self.double, seed)
+                self._moved.append(evaluate(fastkd.reference, moved, self.outputs))
+        right = self.gradients[name] if gradient else self.outputs[name]
+        others = [x[gradient][name] + self.constants.get(name, 0) for x in self._moved]
+        return torch.stack([(x - right).abs().nan_to_num(0, 0, 0) for x in others]).amax(0).double()
+
+
+def check(problem: Problem, label: str) -> None:
+    exact = Exact(problem)
+    found, gradients = evaluate(fastkd, problem, exact.outputs)
+    where = f"{label}: {problem}"
+    for name, value in exact.outputs.items():
+        check_output(problem, exact, name, found[name], value, where)
+    for name, value in exact.gradients.items():
+        check_gradient(problem, exact, name, gradients[name], value, where)
+
+
+def check_output(problem, exact, name, mine, value, where) -> None:
+    assert mine.shape == value.shape, f"{where}: {name} has shape {list(mine.shape)}"
+    if not value.is_floating_point():
+        assert torch.equal(mine, value.to(mine.dtype)), f"{where}: {name} {mine} for {value}"
+        return
+    rtol, atol = tolerance(problem, dtype_of(problem))
+    if problem.op == "teacher_topk":
+        rtol, atol = 2e-6, 4e-6
+    mine, huge = mine.double(), value.abs() > HUGE
+    good = huge & (mine.abs() > 1e18) & (mine.sign() == value.sign())
+    good |= (mine == value) | (mine.isnan() & value.isnan())
+    good |= (mine - value).abs() <= atol + rtol * value.abs()
+    if not good.all():
+        good |= (mine - value).abs() <= 8 * exact.moved(name, False) + atol + rtol * value.abs()
+    at = int((~good).flatten().double().argmax()) if good.numel() else 0
+    assert good.all(), (
+        f"{where}: {name} is {mine.flatten()[at]:.9g} for {value.flatten()[at]:.9g} at {at}"
+    )
+
+
+def check_gradient(problem, exact, name, mine, value, where) -> None:
+    given = problem.logits[name] if name in problem.logits else problem.options[name]
+    assert mine.dtype == given.dtype
+    assert mine.shape == given.shape
+    if not mine.numel():
+        return
+    # Not of rows whose loss is infinite: what stands for an infinite slope is a convention.
+    skip = torch.zeros(value.shape[: max(value.dim() - 1, 0)], dtype=torch.bool)
+    if "loss" in exact.outputs and problem.op != "alm_loss":
+        loss = exact.outputs["loss"]
+        lost = (loss.abs() > HUGE) | ~loss.isfinite()
+        skip = lost if loss.shape == skip.shape else skip | lost.any()
+        if name in ("lower", "upper"):
+            skip = lost.any()
+    rows = (1, 1) if value.dim() == 0 else (-1, value.size(-1))
+    right, found = value.reshape(rows), mine.double().reshape(rows)
+    for number, row in enumerate(right):
+        if bool(skip.flatten()[number if skip.numel() > 1 else 0]):
+            continue
+        at = f"{where}: the gradient of {name} in row {number}"
+        if row.isnan().any():
+            # Or zero: the incoming gradient of a result that is not finite is 0 here.
+            assert found[number].isnan().any() or not found[number].any(), f"{at} is not nan"
+            continue
+        error = (found[number] - row).norm().item()
+        # Of alm_loss what a row's gradient is multiplied with is the chunk's, often large.
+        room = gradient_room(problem, right if problem.op == "alm_loss" else row, mine.dtype)
+        if name in ("lower", "upper"):
+            room = 2e-5 * row.abs().max().item() + edge_room(exact.problem, row)
+        if not error <= room:
+            room += 8 * exact.moved(name, True).reshape(rows)[number].norm().item()
+        assert error <= room, f"{at} is {error:.3g} off, {room:.3g} allowed"
+
+
+@pytest.mark.parametrize("op", BUILDERS)
+def test_random_problems(backend, op, request):
+    on_cpu = "cpu-" in request.node.callspec.id
+    seed = request.config.getoption("--fuzz-seed")
+    end = time.monotonic() + request.config.getoption("--fuzz-seconds")
+    while time.monotonic() < end:
+        problem = BUILDERS[op](Fuzz(seed, on_cpu))
+        check(problem, f"--fuzz-seed {seed}")
+        seed += 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_random_kl_div(backend, request):
+    """Against torch's own in float64."""
+    seed = request.config.getoption("--fuzz-seed")
+    end = time.monotonic() + request.config.getoption("--fuzz-seconds")
+    while time.monotonic() < end:
+        f = Fuzz(seed, "cpu-" in request.node.callspec.id)
+        shape = (*f.leading, f.vocab)
+        log_target = f.often(0.5)
+        x, y = (
+            f.masked(f.numbers(shape).clamp(-300, 300).log_softmax(-1).to(f.dtype)) for _ in "xy"
+        )
+        if not log_target:
+            y = torch.where(f.rand(*shape) < 0.1, -1.0, y.double()).exp().to(f.dtype)
+        reduction = f.pick.choice(
+            ("none", "sum", "mean", "batchmean") if f.leading else ("none", "sum")
+        )
+        options = {"reduction": reduction, "log_target": log_target}
+        leaves = [x.clone().requires_grad_(), y.clone().requires_grad_()]
+        doubles = [z.detach().double().requires_grad_() for z in leaves]
+        found = fastkd.kl_div(*leaves, **options)
+        right = torch.nn.functional.kl_div(*doubles, **options)
+        right_gradients = torch.autograd.grad(right.sum(), doubles)
+        gradients = torch.autograd.grad(found.sum(), leaves)
+        what = f"--fuzz-seed {seed}: kl_div({list(shape)} {f.dtype}, mask {f.mask!r}, {options})"
+        eps = max(4 * torch.finfo(f.dtype).eps, 1e-5 if f.dtype == torch.float32 else 0)
+        size = right.detach().abs().nan_to_num(0, 0, 0).max().item() if right.numel() else 0.0
+        if reduction != "none":  # a sum of both signs
+            terms = torch.nn.functional.kl_div(
+                *(z.detach() for z in doubles), reduction="none", log_target=log_target
+            )
+            size = terms.abs().nan_to_num(0, 0, 0).sum().item()
+        limit = torch.finfo(f.dtype).max
+        for mine, exact, scale in (
+            (found, right, size),
+            # 1 + target - input cancels.
+            *(
+                (g, e, e.abs().nan_to_num(0, 0, 0).max().item() if e.numel() else 0.0)
+                for g, e in zip(gradients, right_gradients, strict=True)
+            ),
+        ):
+            mine, exact = mine.detach().double(), exact.detach()
+            # A sum of terms may overflow before it is divided, as torch's does.
+            over = exact.abs().clamp(min=scale) > limit / 4
+            ok = (mine - exact).abs() <= eps * (exact.abs() + scale) + torch.finfo(f.dtype).tiny
+            ok |= (mine == exact) | (mine.isnan() & exact.isnan())
+            ok |= over & ((mine.abs() > limit / 8) | mine.isnan())
+            assert ok.all(), f"{what}: {mine[~ok][:4]} for {exact[~ok][:4]}"
+        seed += 1
+
+
+def test_what_float32_cannot_hold(backend):
+    """Mass on a token whose logit is the smallest number: infinite or as large, never NaN."""
+    student = torch.zeros(2, 40)
+    student[:, 3] = torch.finfo(torch.float32).min
+    for divergence in ("forward_kl", "cross_entropy"):
+        leaf = student.clone().requires_grad_()
+        loss = fastkd.softmax_divergence(
+            leaf, torch.zeros(2, 40), divergence=divergence, reduction="none"
+        )
+        loss.sum().backward()
+        assert (loss > 1e18).all()
+        assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", ["skew_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("masked", [0, 30, 600])
+def test_skewed_divergences_at_beta_1(backend, divergence, masked):
+    """The mixture is the side itself: 0, and no gradient."""
+    student, teacher = torch.randn(3, 700) * 3, torch.randn(3, 700) * 3
+    student[:, :masked] = teacher[:, :masked] = -math.inf
+    leaf = student.requires_grad_()
+    options = {"divergence": divergence, "beta": 1.0, "reduction": "none"}
+    loss = fastkd.softmax_divergence(leaf, teacher, **options)
+    loss.sum().backward()
+    assert (loss >= 0).all()
+    assert loss.max() < 1e-6
+    assert leaf.grad.norm() < 1e-6
+
+
+def test_problems_are_repeated_by_their_seed():
+    for builder in BUILDERS.values():
+        one, two = (builder(Fuzz(3, True)) for _ in range(2))
+        assert str(one) == str(two)
+        assert str(replace(one)) == str(two)
