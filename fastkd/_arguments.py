@@ -1,7 +1,6 @@
-"""Arguments that the losses over rows of logits share: checks without kernels, and reductions."""
+"""Checks and reductions of functions that compose ops, and of gated routing."""
 
 import math
-import operator
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -9,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._library import CUDA_ARCHITECTURES
+from fastkd._ops.arguments import CHOICES, check_device_has_kernels
 
-_REDUCTIONS = ("none", "mean", "sum", "batchmean", "elementmean")
+_REDUCTIONS = tuple(CHOICES["softmax_divergence.reduction"])
 
 
 def check_tensors(function: str, tensors: Mapping[str, Any]) -> None:
@@ -20,11 +19,7 @@ def check_tensors(function: str, tensors: Mapping[str, Any]) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
     name, first = next(iter(tensors.items()))
-    if first.device.type == "cuda" and not CUDA_ARCHITECTURES:
-        raise RuntimeError(
-            f"{function}: {name} is a CUDA tensor, but this fastkd has no CUDA kernels; build it "
-            "where nvcc is found: `pip install --no-build-isolation .`"
-        )
+    check_device_has_kernels(function, name, first)
 
 
 def is_number(value: Any) -> bool:
@@ -50,45 +45,12 @@ def check_normalizer(function: str, normalizer: Any) -> None:
         raise TypeError(f"{wanted}, got {type(normalizer).__name__}")
 
 
-def integer(function: str, name: str, value: Any) -> int:
-    """The value as an int, from Python's, numpy's or a 0-d tensor's integer."""
-    if isinstance(value, (int, torch.SymInt)):
-        return value
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{function}: {name} must be an integer, got {type(value).__name__}"
-        ) from None
-
-
-def check_no_gradient(function: str, **values: Any) -> None:
-    """Gradients that nobody would compute are an error, not a silent zero."""
-    if not torch.is_grad_enabled():
-        return
-    for name, value in values.items():
-        if isinstance(value, Tensor) and value.requires_grad:
-            raise ValueError(
-                f"{function}: {name} takes no gradient, but it requires one; detach it, or use "
-                "reduction='none' and multiply the losses by it"
-            )
-
-
 def check_no_group(function: str, group: Any) -> None:
     """Vocabularies split across processes come later."""
     if group is not None:
         raise NotImplementedError(
             f"{function}: group (a vocabulary split across processes) is not available yet"
         )
-
-
-def per_row(value: float | Tensor, student: Tensor) -> tuple[float, Tensor | None]:
-    """A number for all rows, or one a row, as the raw ops take it."""
-    if not isinstance(value, Tensor):
-        return value, None
-    if value.dim() == 0:
-        value = value.to(student.device).expand(student.shape[:-1])
-    return 1.0, value
 
 
 def reduction_of(
@@ -124,53 +86,3 @@ def reduction_of(
         return "sum", float(student.size(0)), None
     columns = student.size(-1) if vocab_size is None else vocab_size
     return "sum", float(student.numel() // max(student.size(-1), 1) * columns), None
-
-
-def row_options(
-    function: str,
-    student: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    label_weight: float = 1.0,
-    ignore_index: int = -100,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    square_temperature: bool = False,
-) -> tuple[Any, ...]:
-    """What `RowOptions` in csrc/tensor/row_problem.h holds, in its order."""
-    check_no_gradient(function, weight=weight, temperature=temperature)
-    scalar, rows = per_row(temperature, student)
-    mode, denominator, divisor = reduction_of(function, reduction, normalizer, student, vocab_size)
-    return (
-        scalar,
-        rows,
-        weight,
-        mask,
-        labels,
-        label_weight,
-        ignore_index,
-        -1 if vocab_size is None else vocab_size,
-        square_temperature,
-        mode,
-        denominator,
-        divisor,
-    )
-
-
-def loss_like(student: Tensor, inputs: tuple[Tensor, ...], mode: str) -> Tensor:
-    """A fake of the loss that the raw ops return."""
-    float64 = any(x.dtype == torch.float64 for x in inputs)
-    return student.new_empty(
-        student.shape[:-1] if mode == "none" else (),
-        dtype=torch.float64 if float64 else torch.float32,
-    )
-
-
-def pending_like(student: Tensor, gradients: list[Tensor], mode: str) -> Tensor:
-    """A fake of the factor still to be applied to the gradients."""
-    wait = mode != "none" and any(g.dtype == torch.float16 for g in gradients)
-    return student.new_empty(() if wait else (0,), dtype=torch.float32)

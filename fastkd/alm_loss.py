@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from fastkd._arguments import (
-    check_no_gradient,
     check_normalizer,
     check_positive,
     check_tensors,
-    integer,
     is_number,
     reduction_of,
 )
+from fastkd._ops.arguments import check_no_gradient, to_integer
 from fastkd.chunk_log_likelihood import chunk_log_likelihood
 
 #: Stands for the log-likelihood of what is impossible: e^-10,000 is 0 in float64.
@@ -134,7 +133,7 @@ def alm_loss(
             raise TypeError(
                 f"alm_loss: {name} must be a tensor or an array, got {type(boundary).__name__}"
             )
-    num_chunks = integer("alm_loss", "num_chunks", num_chunks)
+    num_chunks = to_integer("alm_loss", "num_chunks", num_chunks)
     if not isinstance(divergence, str) or divergence not in _DIVERGENCES:
         raise ValueError(
             f"alm_loss: divergence must be one of {', '.join(_DIVERGENCES)}; got {divergence!r}"

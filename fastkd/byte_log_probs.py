@@ -106,7 +106,8 @@ def op_arguments(
         index, whole = None, 0 if prefix == b"" else -1
     else:
         leading = tuple(logits.shape[:-1])
-        segments, index, whole = _segments_of_rows(vocab, prefix, leading, device, mode)
+        segments, index = _segments_of_rows(vocab, prefix, leading, device, mode)
+        whole = 0
     return order, columns, segments, index, whole, valid
 
 
@@ -128,8 +129,8 @@ def _segments(vocab: ByteVocab, prefix: bytes, device: str, mode: Any) -> tuple[
 @torch.compiler.assume_constant_result
 def _segments_of_rows(
     vocab: ByteVocab, prefixes: Any, leading: tuple[int, ...], device: str, mode: Any
-) -> tuple[Tensor, Tensor, int]:
-    """The segments of distinct prefixes, which of them each row has, and which is the empty one."""
+) -> tuple[Tensor, ...]:
+    """The segments of distinct prefixes, the empty one first, and which of them each row has."""
     flat = list(prefixes)
     for size in leading[:-1]:
         flat = [inner for outer in flat for inner in outer] if size else []
@@ -140,12 +141,8 @@ def _segments_of_rows(
             f"{list(leading)}, got {len(flat)} of "
             f"{', '.join(sorted({type(x).__name__ for x in flat})) or 'nothing'}"
         )
-    segments, index = vocab.segments_of(flat)
-    whole = next((int(i) for i, x in zip(index, flat, strict=True) if x == b""), -1)
-    if not rows:
-        segments = vocab.segments(b"")[None]
-    made = tensors_of((segments, index.reshape(leading)), device, mode)
-    return *made, whole
+    segments, index = vocab.segments_of([b"", *flat])
+    return tensors_of((segments, index[1:].reshape(leading)), device, mode)
 
 
 def _fake(logits: Tensor, segments: Tensor, **_: Any) -> tuple[Tensor, ...]:

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastkd._arguments import integer
 from fastkd._constants import Constants
+from fastkd._ops.arguments import to_integer
 from fastkd._tokenizers import token_bytes
 
 try:
@@ -147,7 +147,7 @@ class ByteVocab:
         """
         tokens, special = token_bytes(tokenizer)
         if vocab_size is not None:
-            vocab_size = integer("ByteVocab.from_tokenizer", "vocab_size", vocab_size)
+            vocab_size = to_integer("ByteVocab.from_tokenizer", "vocab_size", vocab_size)
             if vocab_size < len(tokens):
                 raise ValueError(
                     "ByteVocab.from_tokenizer: vocab_size must be at least the tokenizer's "

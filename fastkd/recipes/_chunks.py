@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastkd._arguments import check_normalizer, check_tensors, integer, reduction_of
+from fastkd._arguments import check_normalizer, check_tensors, reduction_of
 from fastkd._constants import fake_mode_of
 from fastkd._library import transforms_active
+from fastkd._ops.arguments import to_integer
 from fastkd.byte_vocab import ByteVocab
 
 
@@ -71,7 +72,7 @@ def check_batch(function: str, name: str, values: Tensor, like: Tensor) -> None:
 
 def check_number(function: str, num_chunks: int) -> int:
     """A count."""
-    num_chunks = integer(function, "num_chunks", num_chunks)
+    num_chunks = to_integer(function, "num_chunks", num_chunks)
     if num_chunks < 0:
         raise ValueError(f"{function}: num_chunks must not be negative, got {num_chunks}")
     return num_chunks

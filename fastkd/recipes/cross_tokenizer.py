@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastkd._arguments import check_no_gradient, check_positive, check_tensors
+from fastkd._arguments import check_positive, check_tensors
+from fastkd._ops.arguments import check_no_gradient
 from fastkd.alm_loss import alm_loss
 from fastkd.byte_vocab import ByteVocab
 from fastkd.recipes._chunks import (

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._arguments import check_no_gradient, check_normalizer, check_tensors
+from fastkd._arguments import check_normalizer, check_tensors
+from fastkd._ops.arguments import check_no_gradient
 from fastkd.chunk_log_likelihood import chunk_log_likelihood
 from fastkd.recipes._chunks import (
     check_batch,

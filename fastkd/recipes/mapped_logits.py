@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._arguments import check_no_gradient, check_tensors
+from fastkd._arguments import check_tensors
+from fastkd._ops.arguments import check_no_gradient
 from fastkd.recipes._chunks import (
     check_batch,
     check_integers,
