@@ -113,9 +113,9 @@ def test_routes_of_somebody_else_are_checked(order, counts, message):
     operands = (torch.ones(2, 12), *learners())
     routes = (torch.tensor(order, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32))
     with pytest.raises(RuntimeError, match=f"acm: {message}"):
-        torch.ops.fastkd._acm_rows(*operands, None, *routes, "gelu", False)
+        torch.ops.fastkd._acm_rows(*operands, None, *routes, 0, False)
     kept = torch.zeros(4, 2, 7)
     with pytest.raises(RuntimeError, match=f"acm: {message}"):
         torch.ops.fastkd._acm_rows_backward(
-            torch.ones(2, 10), *operands, *routes, kept, "gelu", *[True] * 4
+            torch.ones(2, 10), *operands, *routes, kept, 0, *[True] * 4
         )
