@@ -23,7 +23,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/pytest --quiet -n $(JOBS) --dist loadfile
 export OMP_WAIT_POLICY := passive
 export PATH := $(abspath $(BIN)):$(PATH)
-export CMAKE_ARGS := -DFASTKD_CUDA=$(CUDA)
+export CMAKE_ARGS := -DFASTKD_CUDA=$(CUDA) -DFASTKD_WERROR=on
 
 .PHONY: demo test test-unit test-schedules test-gpu test-sanitized test-slow lint format bench wheel clean
 
@@ -69,14 +69,14 @@ test-sanitized: $(SANITIZED)/.built
 
 $(SANITIZED)/.built: $(VENV)/.fastkd $(SOURCES) $(wildcard tests/simt/*)
 	cmake -S . -B $(SANITIZED)/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
-	  -DFASTKD_SANITIZE=$(SANITIZERS) -DFASTKD_CUDA=off -DFASTKD_SIMT=on > /dev/null
+	  -DFASTKD_SANITIZE=$(SANITIZERS) -DFASTKD_CUDA=off -DFASTKD_SIMT=on -DFASTKD_WERROR=on > /dev/null
 	cmake --build $(SANITIZED)/cmake --target _C _host _simt
 	cmake --install $(SANITIZED)/cmake --prefix $(SANITIZED)
 	touch $@
 
 $(SIMT)/.built: $(VENV)/.torch $(SOURCES) $(wildcard tests/simt/*)
 	cmake -S . -B $(SIMT) -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DFASTKD_CUDA=off \
-	  -DFASTKD_SIMT=on > /dev/null
+	  -DFASTKD_SIMT=on -DFASTKD_WERROR=on > /dev/null
 	cmake --build $(SIMT) --target _simt
 	touch $@
 

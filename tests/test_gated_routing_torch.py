@@ -1,4 +1,4 @@
-"""acm, acm_soft, acm_prefix_loss under opcheck, export and batched gradients; what a call leaves."""
+"""acm, acm_soft, acm_prefix_loss under opcheck, export, batched gradients; what calls leave."""
 
 import subprocess
 import sys
