@@ -53,8 +53,8 @@ def _find() -> tuple[Path, str]:
         if VERSION in versions:
             sys.modules["fastkd"].__path__.append(str(folder))
             return folder / "_C.so", ""
-        others = f" (the fastkd installed in {folder} has version {', '.join(versions) or 'unknown'}, these "
-        others += f"sources have {VERSION})"
+        found = ", ".join(versions) or "unknown"
+        others = f" (the one in {folder} has version {found}, these sources have {VERSION})"
     return beside, others
 
 

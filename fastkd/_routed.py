@@ -1,6 +1,7 @@
 """Rows through the learners they choose, where a backend has kernels for that."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def value(
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not has_kernels(x, x.dtype):
         return None
     for other in (*operands, choices) if bias is None else (*operands, bias, choices):
-        if type(other) not in _PLAIN or other.device != x.device:
+        if type(other) not in _PLAIN or other.device != x.device or other.layout != torch.strided:
             return None
     try:
         return torch.ops.fastkd._acm_value(*operands, bias, choices, _NUMBERS[activation])
@@ -157,7 +158,7 @@ def _(
     packed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check_device(x, w1, b1, w2, bias, order, counts)
-    rows = math.prod(x.shape[:-1])
+    rows: Any = math.prod(x.shape[:-1])
     learners = w1.size(0) if keep else 0
     if keep and packed and x.device.type == "cpu":
         learners, rows = 1, torch.library.get_ctx().new_dynamic_size()

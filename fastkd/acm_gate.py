@@ -170,6 +170,11 @@ def acm_regularizers(
     costs = _costs(costs, gates)
     if not is_number(target):
         raise TypeError(f"acm_regularizers: target must be a number, got {type(target).__name__}")
+    if isinstance(target, Tensor) and target.device.type not in ("cpu", gates[0].device.type):
+        raise ValueError(
+            f"acm_regularizers: target must be on {gates[0].device} as gates[0] is, or on the CPU, "
+            f"got {target.device}"
+        )
     if not isinstance(target, Tensor) and not math.isfinite(target):
         raise ValueError(f"acm_regularizers: target must be finite, got {target}")
     double = any(gate.dtype == torch.float64 for gate in gates)
