@@ -89,11 +89,11 @@ def op_arguments(
     if valid is not None:
         try:
             valid = valid.expand(logits.shape)
-        except RuntimeError:
+        except RuntimeError as error:
             raise ValueError(
                 f"byte_log_probs: valid must have logits' shape {list(logits.shape)} or broadcast "
                 f"to it, got shape {list(valid.shape)}"
-            ) from None
+            ) from error
     order, columns = _tables(vocab, str(logits.device))
     if isinstance(prefix, bytes):
         (segments,), whole = (
