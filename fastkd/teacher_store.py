@@ -1,5 +1,6 @@
 """A teacher's top-k log-probabilities on disk, by sequence and token, for offline distillation."""
 
+import errno
 import fcntl
 import os
 import re
@@ -464,6 +465,8 @@ def _save_file(where: str) -> Callable[..., None]:
         try:
             save_file(tensors, file, metadata)
         except SafetensorError as error:
-            raise OSError(f"{file}: {error}") from error
+            code = re.search(r"\(os error (\d+)\)", str(error))
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, str(error), str(file)) from error
 
     return save

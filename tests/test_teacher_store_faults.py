@@ -140,10 +140,11 @@ def test_a_file_that_may_not_grow(tmp_path):
             writer.append(*numbered(i, 150))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         try:
-            with pytest.raises(OSError):
+            with pytest.raises(OSError) as caught:
                 writer.flush()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert caught.value.errno == errno.EFBIG
         assert contents(writer.path) == []
         assert len(list(writer.path.iterdir())) == 2
         writer.close()
