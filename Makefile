@@ -15,7 +15,7 @@ PRELOAD = $(shell $(or $(CXX),g++) -print-file-name=libasan.so) $(shell $(or $(C
 SIMT := build/simt
 OP_TESTS := $(addprefix tests/test_,softmax_divergence.py softmax_divergence_autograd.py kl_div.py topk_divergence.py \
   teacher_topk.py token_stats.py clipped_divergence.py chunk_log_likelihood.py byte_log_probs.py alm_loss.py \
-  gated_routing.py gated_routing_kernels.py)
+  gated_routing.py gated_routing_kernels.py gated_routing_torch.py)
 HOST_TESTS := $(addprefix tests/test_,byte_vocab.py byte_vocab_tokenizers.py alignment.py alignment_batch.py)
 
 # Side by side; a thread that waits must leave its core to the other process.
@@ -23,7 +23,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/pytest --quiet -n $(JOBS) --dist loadfile
 export OMP_WAIT_POLICY := passive
 export PATH := $(abspath $(BIN)):$(PATH)
-export CMAKE_ARGS := -DFASTKD_CUDA=$(CUDA)
+export CMAKE_ARGS := -DFASTKD_CUDA=$(CUDA) -DFASTKD_WERROR=on
 
 .PHONY: demo test test-unit test-schedules test-gpu test-sanitized test-slow lint format bench wheel clean
 
@@ -69,14 +69,14 @@ test-sanitized: $(SANITIZED)/.built
 
 $(SANITIZED)/.built: $(VENV)/.fastkd $(SOURCES) $(wildcard tests/simt/*)
 	cmake -S . -B $(SANITIZED)/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
-	  -DFASTKD_SANITIZE=$(SANITIZERS) -DFASTKD_CUDA=off -DFASTKD_SIMT=on > /dev/null
+	  -DFASTKD_SANITIZE=$(SANITIZERS) -DFASTKD_CUDA=off -DFASTKD_SIMT=on -DFASTKD_WERROR=on > /dev/null
 	cmake --build $(SANITIZED)/cmake --target _C _host _simt
 	cmake --install $(SANITIZED)/cmake --prefix $(SANITIZED)
 	touch $@
 
 $(SIMT)/.built: $(VENV)/.torch $(SOURCES) $(wildcard tests/simt/*)
 	cmake -S . -B $(SIMT) -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DFASTKD_CUDA=off \
-	  -DFASTKD_SIMT=on > /dev/null
+	  -DFASTKD_SIMT=on -DFASTKD_WERROR=on > /dev/null
 	cmake --build $(SIMT) --target _simt
 	touch $@
 

@@ -31,18 +31,18 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
   // The names behind the integers of the ops above: "op.field=name,name;op.field=..."
   m.def("_choices() -> str");
   // Gated routing, as csrc/tensor/gated_routing_entry.h describes it. -> order and counts, int32.
-  m.def("_acm_route(Tensor choices, int learners) -> (Tensor, Tensor)");
-  // Both in one, for the value alone.
+  m.def("_acm_route(Tensor choices, SymInt learners) -> (Tensor, Tensor)");
+  // Both in one, for the value alone; none where the arguments do not lie as the kernels take them.
   m.def(
-      "_acm_value(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor? bias, Tensor choices, str activation) -> Tensor");
+      "_acm_value(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor? bias, Tensor choices, int activation) -> Tensor?");
   // -> out, and the pre-activations if kept.
   m.def(
-      "_acm_rows(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor? bias, Tensor order, Tensor counts, str activation, "
+      "_acm_rows(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor? bias, Tensor order, Tensor counts, int activation, "
       "bool keep, bool packed=False) -> (Tensor, Tensor)");
   // -> gradients of x, w1, b1 and w2, empty where not asked for.
   m.def(
       "_acm_rows_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor order, Tensor counts, "
-      "Tensor kept, str activation, bool x_gradient, bool w1_gradient, bool b1_gradient, bool w2_gradient) "
+      "Tensor kept, int activation, bool x_gradient, bool w1_gradient, bool b1_gradient, bool w2_gradient) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   // Memory for a gradient.
   m.def("_gradient_like(Tensor like) -> Tensor");

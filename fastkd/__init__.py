@@ -1,6 +1,6 @@
 """fastkd: fused kernels for knowledge-distillation losses in PyTorch."""
 
-from fastkd import nn, recipes, reference
+from fastkd import _library, nn, recipes, reference
 from fastkd._gradient import release_memory
 from fastkd._library import cpu_capability
 from fastkd.acm_gate import AcmRegularizers, acm_gate, acm_regularizers
@@ -30,7 +30,7 @@ from fastkd.teacher_topk import TeacherTopK, teacher_topk
 from fastkd.token_stats import TokenStats, token_stats
 from fastkd.topk_divergence import topk_divergence
 
-__version__ = "0.1.0"
+__version__ = _library.VERSION
 __all__ = [
     "AcmCall",
     "AcmRegularizers",

@@ -127,13 +127,12 @@ class ACMGate(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, number in (
-            *(("in_features", in_features), ("num_learners", num_learners)),
-            *(("depth", depth), ("hidden", hidden)),
-        ):
-            check_count("ACMGate", name, number)
+        in_features = check_count("ACMGate", "in_features", in_features)
+        num_learners = check_count("ACMGate", "num_learners", num_learners)
+        depth = check_count("ACMGate", "depth", depth)
+        hidden = check_count("ACMGate", "hidden", hidden)
         check_positive("ACMGate", "temperature", temperature)
-        check_integer("ACMGate", "min_choice", min_choice)
+        min_choice = check_integer("ACMGate", "min_choice", min_choice)
         if not 0 <= min_choice <= num_learners:
             raise ValueError(
                 f"ACMGate: min_choice must lie in [0, N = {num_learners}], got {min_choice}"
@@ -223,11 +222,12 @@ class ACM(nn.Module):
     ) -> None:
         super().__init__()
         out_features = in_features if out_features is None else out_features
-        for name, number in (
-            *(("in_features", in_features), ("out_features", out_features)),
-            *(("num_learners", num_learners), ("width", width)),
-        ):
-            check_count("ACM", name, number)
+        in_features = check_count("ACM", "in_features", in_features)
+        out_features = check_count("ACM", "out_features", out_features)
+        num_learners = check_count("ACM", "num_learners", num_learners)
+        width = check_count("ACM", "width", width)
+        if not isinstance(activation, str):
+            raise TypeError(f"ACM: activation must be a string, got {type(activation).__name__}")
         if activation not in ACTIVATIONS:
             raise ValueError(
                 f"ACM: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}"
@@ -270,7 +270,7 @@ class ACM(nn.Module):
             raise TypeError(
                 f"ACM.from_linear: linear must be an nn.Linear, got {type(linear).__name__}"
             )
-        check_count("ACM.from_linear", "num_learners", num_learners)
+        num_learners = check_count("ACM.from_linear", "num_learners", num_learners)
         inputs, outputs = sizes
         width = round((inputs + 1) * outputs / (num_learners * (inputs + outputs + 1)))
         defaults = {"activation": "identity", "min_choice": 1, "width": max(width, 1)}
@@ -296,7 +296,7 @@ class ACM(nn.Module):
                 "ACM.from_mlp: mlp must be a Sequential(Linear, activation, Linear) or hold two "
                 f"projections under known names, got {type(mlp).__name__}"
             )
-        check_count("ACM.from_mlp", "num_learners", num_learners)
+        num_learners = check_count("ACM.from_mlp", "num_learners", num_learners)
         inputs, hidden, outputs = sizes
         width = max(round(hidden / num_learners), 1)
         return cls._like(mlp, inputs, outputs, num_learners, {"width": width} | options)

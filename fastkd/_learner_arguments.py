@@ -1,12 +1,17 @@
 """Arguments of gated routing: what is checked before learners run, and how they are laid out."""
 
-from numbers import Integral
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd._learners import ACTIVATIONS
+from fastkd._gradient import differentiable_gradients
+from fastkd._learners import wide
+from fastkd._library import transforms_active
+from fastkd._routed import ACTIVATIONS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -14,6 +19,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_float(function: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        kind = str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{function}: {name} must be a dense (strided) tensor, got layout {kind}")
     if value.dtype not in _DTYPES:
         raise TypeError(
             f"{function}: {name} must be float32, bfloat16, float16 or float64, got "
@@ -40,6 +48,8 @@ def check_learners(
     bias: Tensor | None = None,
 ) -> torch.dtype:
     """The dtype that all promote to."""
+    if not isinstance(activation, str):
+        raise TypeError(f"{function}: activation must be a string, got {type(activation).__name__}")
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"{function}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}"
@@ -86,25 +96,74 @@ def check_choices(choices: Any, x: Tensor) -> None:
     check_shape("acm", "choices", choices, x.shape[:-1], x)
 
 
-def check_integer(function: str, name: str, value: Any) -> None:
-    if not isinstance(value, Integral):
-        raise TypeError(f"{function}: {name} must be an integer, got {type(value).__name__}")
+def check_integer(function: str, name: str, value: Any) -> int:
+    """The value, which may be numpy's or a tensor's, as an int."""
+    if type(value) is int:
+        return value
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{function}: {name} must be an integer, got {type(value).__name__}"
+        ) from None
 
 
-def check_count(function: str, name: str, value: Any) -> None:
-    check_integer(function, name, value)
+def check_count(function: str, name: str, value: Any) -> int:
+    value = check_integer(function, name, value)
     if value < 1:
         raise ValueError(f"{function}: {name} must be at least 1, got {value}")
+    return value
 
 
 def flat_rows(x: Tensor) -> Tensor:
     """``[rows, D]``."""
-    return x.reshape(x.shape[:-1].numel(), x.size(-1))
+    return x.reshape(math.prod(x.shape[:-1]), x.size(-1))  # numel() would make them a constant
 
 
 def requires_grad(*tensors: Tensor) -> bool:
     """Whether autograd is to know of a function of these."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def by_definition(grad: Tensor) -> bool:
+    """Whether a backward pass must be plain PyTorch: it has a derivative, or takes many vectors.
+
+    The second is what ``is_grads_batched`` and ``jacobian(vectorize=True)`` ask for.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() or transforms_active():
+        return True
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
+
+
+def gradients_by_definition(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    grad: Tensor,
+) -> Iterator[Tensor | None]:
+    """Of a function in plain PyTorch; as functions of the inputs under create_graph.
+
+    Else in float32 at least: there is no kernel that adds up 16-bit products in it.
+    """
+    if torch.is_grad_enabled():
+        return differentiable_gradients(function(*inputs), inputs, needs, grad)
+    leaves = [
+        value.detach().to(wide(value.dtype)).requires_grad_(need)
+        for value, need in zip(inputs, needs, strict=True)
+    ]
+    with torch.enable_grad():
+        out = function(*leaves)
+    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype)))
+    return (
+        next(found).to(value.dtype) if need else None
+        for value, need in zip(inputs, needs, strict=True)
+    )
 
 
 def needed(values: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None, ...]:

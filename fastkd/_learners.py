@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _routed
-from fastkd._routed import traced
+from fastkd._routed import ACTIVATIONS, traced
 
 _aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ _DIFFERENTIATE_: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": lambda grad, pre: _aten.silu_backward.grad_input(grad, pre, grad_input=grad),
     "identity": lambda grad, pre: grad,
 }
-ACTIVATIONS = tuple(_ACTIVATE)
+assert tuple(_ACTIVATE) == ACTIVATIONS
 
 #: So few rows, if they choose the same, take two products in all.
 _FEW_ROWS = 4

@@ -1,7 +1,9 @@
 """The compiled library: loading it, its instruction set, its errors as Python exceptions."""
 
 import builtins
+import importlib.metadata
 import re
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,7 +14,51 @@ except ImportError as error:
         "fastkd needs PyTorch 2.10 or newer: install it first (https://pytorch.org), then fastkd"
     ) from error
 
-_PATH = Path(__file__).with_name("_C.so")
+_FOLDER = Path(__file__).parent
+
+
+def _version() -> str:
+    """pyproject.toml has it: beside the sources, or as the metadata of what is installed."""
+    project = _FOLDER.with_name("pyproject.toml")
+    if project.exists():
+        text = project.read_text(encoding="utf-8")
+        found = re.search(r'^name = "fastkd"\nversion = "([^"]+)"', text, re.MULTILINE)
+        if found:
+            return found[1]
+    try:
+        return importlib.metadata.version("fastkd")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+VERSION: str = _version()
+
+
+def _find() -> tuple[Path, str]:
+    """Where _C.so is, and what to say if it is not there.
+
+    After `pip install .`, Python run in the source folder finds the folder's fastkd before the
+    installed one, and nothing compiled in it. The compiled modules of an installed fastkd of the
+    same version are then used, by the package's search path.
+    """
+    beside, others = _FOLDER / "_C.so", ""
+    if beside.exists():
+        return beside, ""
+    for entry in dict.fromkeys(sys.path):
+        folder = Path(entry).absolute() / "fastkd"
+        if not (folder / "_C.so").exists():
+            continue
+        here = importlib.metadata.distributions(name="fastkd", path=[str(folder.parent)])
+        versions = [distribution.version for distribution in here]
+        if VERSION in versions:
+            sys.modules["fastkd"].__path__.append(str(folder))
+            return folder / "_C.so", ""
+        found = ", ".join(versions) or "unknown"
+        others = f" (the one in {folder} has version {found}, these sources have {VERSION})"
+    return beside, others
+
+
+_PATH, _OTHERS = _find()
 
 
 def _load() -> None:
@@ -24,7 +70,7 @@ def _load() -> None:
         )
     if not _PATH.exists():
         raise ImportError(
-            f"{_PATH} is missing: fastkd was not built. In its source folder run "
+            f"{_PATH} is missing: fastkd was not built{_OTHERS}. In its source folder run "
             "`pip install --no-build-isolation -e .`"
         )
     try:

@@ -53,6 +53,9 @@ def _array(where: str, name: str, value: Any, dtypes: tuple[str, ...]) -> np.nda
     found = str(value.dtype).removeprefix("torch.")
     if found not in dtypes:
         raise TypeError(f"{where}: {name} must be {' or '.join(dtypes)}, got {found}")
+    if isinstance(value, torch.Tensor) and (value.is_meta or value.layout != torch.strided):
+        kind = "on the meta device" if value.is_meta else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{where}: {name} must be a dense tensor that has values, got one {kind}")
     return np.ascontiguousarray(
         value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
     )
@@ -218,6 +221,10 @@ class Packing:
 
         Descending, equal ones by index; padding (-inf, -1) last. A row's probabilities sum to the
         mass it was stored with.
+
+        Raises:
+            ValueError: records that :meth:`pack` does not make. All indices returned lie in
+                [0, vocab_size) and differ in a row, or are -1.
         """
         log_probs = np.empty((len(records), self.k), dtype=np.float32)
         indices = np.empty((len(records), self.k), dtype=np.int32)
@@ -231,10 +238,11 @@ class Packing:
         mass_field, count_field, range_field, code_field, *plane_fields, high_field = self.fields
         high_bits = np.unpackbits(records[:, high_field], axis=1, bitorder="little")
         places = np.flatnonzero(high_bits.view(bool))
-        if places.size != indices.size:
-            raise ValueError("teacher_store: a record has the wrong number of indices")
-        keys = places.reshape(indices.shape)
-        keys -= np.arange(self.k) + high_bits.shape[1] * np.arange(len(records))[:, None]
+        rows = high_bits.shape[1] * np.arange(len(records))
+        keys = places.reshape(indices.shape) if places.size == indices.size else None
+        if keys is None or (keys[:, 0] < rows).any() or (keys[:-1, -1] >= rows[1:]).any():
+            raise ValueError(f"a record has another number of indices than k = {self.k}")
+        keys -= np.arange(self.k) + rows[:, None]
         keys <<= self.low_bits
         for (bits, shift), field in zip(self.planes, plane_fields, strict=True):
             packed = records[:, field]
@@ -243,21 +251,33 @@ class Packing:
                 part = keys[:, i * size : (i + 1) * size]
                 piece = (packed[:, : part.shape[1]] >> np.uint8(bits * i)) & np.uint8(2**bits - 1)
                 part |= piece.astype(np.int64) << shift
+        counts = np.ascontiguousarray(records[:, count_field]).view("<u2").astype(np.int64)
+        padding = np.arange(self.k) >= counts if counts.min(initial=self.k) < self.k else None
+        unordered = keys[:, 1:] <= keys[:, :-1]
+        if padding is not None:
+            unordered &= ~padding[:, 1:]
+        largest, most = int(keys.max(initial=0)), int(counts.max(initial=0))
+        if largest >= self.vocab_size:
+            raise ValueError(f"a record has index {largest}, expected [0, {self.vocab_size})")
+        if unordered.any() or most > self.k:
+            raise ValueError(f"a record has {most} indices or equal ones, expected {self.k}")
         codes: np.ndarray = np.ascontiguousarray(records[:, code_field])
-        impossible = 255
+        impossible = 0xFFFF  # of the largest range, so that it comes last
         if self.log_probs == "8bit":
             codes = (records[:, range_field].astype(np.int64) << 8) | codes
         else:
             codes, impossible = codes.view("<u2").astype(np.int64), 0x7C00
+            if codes.max(initial=0) > impossible:
+                raise ValueError("a record has a log-probability above its largest, or NaN")
         keys |= codes << 32
-        counts = np.ascontiguousarray(records[:, count_field]).view("<u2").astype(np.int64)
-        if counts.min(initial=self.k) < self.k:
-            padding = np.arange(self.k) >= counts
-            keys[padding] |= (impossible << 32) | 0xFFFFFFFF
+        if padding is not None:
+            keys[padding] = (impossible << 32) | 0xFFFFFFFF
         keys.sort(axis=1)
         indices[:] = keys.astype(np.int32)
         below = _decoded(self.k, self.log_probs).take(keys >> 32)
         log_mass = np.ascontiguousarray(records[:, mass_field]).view("<f4")
+        if not (log_mass <= 0).all():
+            raise ValueError("a record has more mass than 1, or NaN")
         rest = np.exp(-below[:, 1:]).sum(1, keepdims=True)
         np.subtract(log_mass - np.log1p(rest), below, out=log_probs)
         # Different codes may round to the same log-probability.

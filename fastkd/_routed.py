@@ -1,5 +1,8 @@
 """Rows through the learners they choose, where a backend has kernels for that."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,11 +14,14 @@ if CUDA_ARCHITECTURES:
     DTYPES["cuda"] = (torch.float32, torch.bfloat16, torch.float16)
 
 
+#: Activations by the number that the raw ops take; csrc/math/activation.h.
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "identity")
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+
+
 def _multiplied_by_cpu(dtype: str) -> bool:
-    try:
-        return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported")())
-    except (AttributeError, RuntimeError):
-        return False
+    asks = f"_is_mkldnn_{dtype}_supported"  # not there where torch was built without oneDNN
+    return hasattr(torch.ops.mkldnn, asks) and bool(getattr(torch.ops.mkldnn, asks)())
 
 
 #: Which 16-bit products torch has vectorised on this processor; elsewhere it takes them one by one.
@@ -49,15 +55,17 @@ def value(
 ) -> Tensor | None:
     """What acm gives, in one call, if the arguments lie as the kernels take them and are right."""
     x = operands[0]
+    if not isinstance(activation, str) or activation not in _NUMBERS:
+        return None
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not has_kernels(x, x.dtype):
         return None
     for other in (*operands, choices) if bias is None else (*operands, bias, choices):
-        if type(other) not in _PLAIN or other.device != x.device:
+        if type(other) not in _PLAIN or other.device != x.device or other.layout != torch.strided:
             return None
     try:
-        return torch.ops.fastkd._acm_value(*operands, bias, choices, activation)
-    except RuntimeError:
-        return None
+        return torch.ops.fastkd._acm_value(*operands, bias, choices, _NUMBERS[activation])
+    except RuntimeError as error:
+        raise_as_python(error)
 
 
 def route(choices: Tensor, learners: int) -> tuple[Tensor, Tensor]:
@@ -85,8 +93,8 @@ def forward(
     """
     bias = None if bias is None else bias.contiguous()
     operands = tuple(value.contiguous() for value in operands)
-    packed = not traced(order)
-    return torch.ops.fastkd._acm_rows(*operands, bias, order, counts, activation, keep, packed)
+    packed, number = not traced(order), _NUMBERS[activation]
+    return torch.ops.fastkd._acm_rows(*operands, bias, order, counts, number, keep, packed)
 
 
 def backward(
@@ -101,8 +109,17 @@ def backward(
     """Gradients of x, w1, b1 and w2; empty where not needed."""
     operands = tuple(value.contiguous() for value in operands)
     return torch.ops.fastkd._acm_rows_backward(
-        grad.contiguous(), *operands, order, counts, kept, activation, *needs
+        grad.contiguous(), *operands, order, counts, kept, _NUMBERS[activation], *needs
     )
+
+
+def _check_device(x: Tensor, *others: Tensor | None) -> None:
+    """A meta tensor brings the call to a fake, whatever the others are."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(
+                f"ValueError: acm: all tensors must be on {x.device} as x is, got {other.device}"
+            )
 
 
 @torch.library.register_fake("fastkd::_acm_route")
@@ -114,7 +131,16 @@ def _(choices: Tensor, learners: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("fastkd::_acm_value")
-def _(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *_: object) -> Tensor:
+def _(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    bias: Tensor | None,
+    choices: Tensor,
+    activation: int,
+) -> Tensor | None:
+    _check_device(x, w1, b1, w2, bias, choices)
     return x.new_empty((*x.shape[:-1], w2.size(2)))
 
 
@@ -127,12 +153,16 @@ def _(
     bias: Tensor | None,
     order: Tensor,
     counts: Tensor,
-    activation: str,
+    activation: int,
     keep: bool,
     packed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    kept = x.new_empty((w1.size(0) if keep else 0, x.size(0), w1.size(2)))
-    return x.new_empty((x.size(0), w2.size(2))), kept
+    _check_device(x, w1, b1, w2, bias, order, counts)
+    rows: Any = math.prod(x.shape[:-1])
+    learners = w1.size(0) if keep else 0
+    if keep and packed and x.device.type == "cpu":
+        learners, rows = 1, torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty((*x.shape[:-1], w2.size(2))), x.new_empty((learners, rows, w1.size(2)))
 
 
 @torch.library.register_fake("fastkd::_acm_rows_backward")
@@ -145,9 +175,10 @@ def _(
     order: Tensor,
     counts: Tensor,
     kept: Tensor,
-    activation: str,
+    activation: int,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
+    _check_device(x, grad, w1, b1, w2, order, counts, kept)
     return tuple(
         value.new_empty(value.shape if need else 0)
         for value, need in zip((x, w1, b1, w2), needs, strict=True)

@@ -4,8 +4,11 @@ import json
 import math
 import operator
 import os
+import sys
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,12 @@ FORMATS = ("8bit", "float16")
 KIND, VERSION = "fastkd.TeacherStore", 1
 
 BLOCK = 64  # tokens under one checksum
+_MOST = 1 << 48  # sequences or tokens of a shard: more than any disk holds
+
+#: What reading a file that is not as it was written may end in.
+_UNREADABLE = (
+    *(AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError),
+)
 
 
 class Settings(NamedTuple):
@@ -36,11 +45,12 @@ class Settings(NamedTuple):
         vocab_size = integer(where, "vocab_size", vocab_size, 1, 2**31 - 1)
         k = integer(where, "k", k, 1, min(vocab_size, 1024))
         shard_tokens = integer(where, "shard_tokens", shard_tokens, 1, 1 << 40)
-        if not isinstance(temperature, (int, float)):
+        if isinstance(temperature, bool) or not isinstance(temperature, Real):
             raise TypeError(
                 f"{where}: temperature must be a number, got {type(temperature).__name__}"
             )
-        if not (temperature > 0 and math.isfinite(temperature)):
+        number: Any = temperature
+        if not 0 < number <= sys.float_info.max:
             raise ValueError(f"{where}: temperature must be positive, got {temperature}")
         if not isinstance(fingerprint, (str, type(None))):
             raise TypeError(
@@ -75,6 +85,8 @@ def integer(
 ) -> int:
     """The value as an int, if it lies in [low, high]."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         found = operator.index(value)
     except TypeError:
         raise TypeError(f"{where}: {name} must be an int, got {type(value).__name__}") from None
@@ -89,24 +101,49 @@ def damaged(path: Path, what: str) -> ValueError:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """All of the file or none of it, whenever the process or the machine stops."""
+    """All of the file or none of it, whenever the process or the machine stops.
+
+    After an error the file is the old one, or, if only its directory was not synced, the new one.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    for written in (temporary, path.parent):
-        descriptor = os.open(written, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if written == temporary:
-            temporary.replace(path)
+    try:
+        write(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):  # the space may be what is missing
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _index(settings: Settings, shards: list[tuple[int, int]]) -> str:
+    """The text of store.json: the settings, and each shard's number of sequences and of tokens."""
+    content = {"format": KIND, "version": VERSION, **settings._asdict(), "shards": shards}
+    content["crc32"] = zlib.crc32(json.dumps(content).encode())
+    return json.dumps(content) + "\n"
 
 
 def write_index(path: Path, settings: Settings, shards: list[tuple[int, int]]) -> None:
-    """Write store.json: the settings, and how many sequences and tokens each shard has."""
-    content = {"format": KIND, "version": VERSION, **settings._asdict(), "shards": shards}
-    content["crc32"] = zlib.crc32(json.dumps(content).encode())
-    write_whole(path / "store.json", lambda file: file.write_text(json.dumps(content) + "\n"))
+    """Write store.json."""
+    text = _index(settings, shards)
+    write_whole(path / "store.json", lambda file: file.write_text(text))
+
+
+def index_is(path: Path, settings: Settings, shards: list[tuple[int, int]]) -> bool:
+    """Whether store.json is what :func:`write_index` makes of this."""
+    try:
+        return (path / "store.json").read_bytes() == _index(settings, shards).encode()
+    except OSError:
+        return False
 
 
 def read_index(path: Path, where: str) -> tuple[Settings, list[tuple[int, int]], str]:
@@ -120,11 +157,13 @@ def read_index(path: Path, where: str) -> tuple[Settings, list[tuple[int, int]],
             found = zlib.crc32(json.dumps(content).encode())
             if found != crc32:
                 raise ValueError(f"checksum is {found:08x}, not {crc32:08x}")
-            settings = Settings(**{name: content[name] for name in Settings._fields})
-            shards = [(sequences, tokens) for sequences, tokens in content["shards"]]
+            settings = Settings.checked("store.json", *(content[n] for n in Settings._fields))
+            shards = [
+                (_count(sequences), _count(tokens)) for sequences, tokens in content["shards"]
+            ]
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{where}: {path} is no teacher store: no store.json") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (*_UNREADABLE, IsADirectoryError) as error:
         raise damaged(file, f"{type(error).__name__}: {error}") from None
     if kind != (KIND, VERSION):
         raise ValueError(
@@ -139,6 +178,11 @@ def read_index(path: Path, where: str) -> tuple[Settings, list[tuple[int, int]],
             return settings, shards, str(error)
         shards.append((shard.sequences, shard.tokens))
     return settings, shards, ""
+
+
+def _count(value: Any) -> int:
+    """A number of sequences, tokens or bytes that a file holds."""
+    return integer("a file", "a count", value, 0, _MOST)
 
 
 class Shard:
@@ -166,10 +210,10 @@ class Shard:
             self._crc32 = {name: metadata["crc32." + name] for name in header}
             self._spans = {}
             for name, tensor in header.items():
-                first, end = tensor["data_offsets"]
-                self._spans[name] = start + first, end - first
-            self.sequences = header["offsets"]["shape"][0] - 1
-            self.tokens = header["records"]["shape"][0]
+                first, end = map(_count, tensor["data_offsets"])
+                self._spans[name] = start + first, _count(end - first)
+            self.sequences = _count(header["offsets"]["shape"][0] - 1)
+            self.tokens = _count(header["records"]["shape"][0])
             blocks = -(-self.tokens // BLOCK)
             facts: list[tuple[str, Any, Any]] = [
                 ("shard", metadata["shard"], str(number)),
@@ -186,14 +230,15 @@ class Shard:
                 found = header[name]["dtype"], header[name]["shape"], self._spans[name][1]
                 facts += [(name, found, (dtype, shape, itemsize * math.prod(shape)))]
             end = start + sum(span[1] for span in self._spans.values())
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except _UNREADABLE as error:
             raise damaged(self.path, f"its header: {type(error).__name__}: {error}") from None
         for what, is_, was in [*facts, ("size in bytes", size, end)]:
             if is_ != was:
                 raise damaged(self.path, f"{what}: found {is_}, expected {was}")
         self.offsets = np.frombuffer(self._checked("offsets"), "<i8")
         self._block_crc32 = np.frombuffer(self._checked("block_crc32"), "<u4")
-        if self.offsets[0] or self.offsets[-1] != self.tokens or (np.diff(self.offsets) < 0).any():
+        falls = (self.offsets[1:] < self.offsets[:-1]).any()
+        if self.offsets[0] or self.offsets[-1] != self.tokens or falls:
             raise damaged(self.path, "its sequence offsets do not ascend to the token count")
 
     @staticmethod
@@ -217,6 +262,11 @@ class Shard:
             metadata["crc32." + name] = f"{zlib.crc32(tensor.data):08x}"
         write_whole(cls.file(path, number), lambda file: save(tensors, file, metadata))
         return len(sequences), len(records)
+
+    @classmethod
+    def remove(cls, path: Path, number: int) -> None:
+        """Take back what :meth:`write` has written, if anything."""
+        cls.file(path, number).unlink(missing_ok=True)
 
     def _bytes(self, start: int, size: int) -> bytes:
         pieces = []

@@ -66,9 +66,25 @@ def acm_gate(
     [[0.0, 1.0, 0.0]]
     """
     _check_gate("acm_gate", "logits", logits)
+    if isinstance(temperature, Tensor) and temperature.device.type not in (
+        "cpu",
+        logits.device.type,
+    ):
+        raise ValueError(
+            f"acm_gate: temperature must be on {logits.device} as logits is, or on the CPU, got "
+            f"{temperature.device}"
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"acm_gate: generator must be a torch.Generator, got {type(generator).__name__}"
+        )
+    if generator is not None and generator.device.type != logits.device.type:
+        raise ValueError(
+            f"acm_gate: generator must be of {logits.device} as logits is, got {generator.device}"
+        )
     check_positive("acm_gate", "temperature", temperature)
     choices = logits.size(-1)
-    check_integer("acm_gate", "min_choice", min_choice)
+    min_choice = check_integer("acm_gate", "min_choice", min_choice)
     if not 0 <= min_choice < choices:
         raise ValueError(
             f"acm_gate: min_choice must lie in [0, {choices}), the choices of logits with shape "
@@ -154,6 +170,11 @@ def acm_regularizers(
     costs = _costs(costs, gates)
     if not is_number(target):
         raise TypeError(f"acm_regularizers: target must be a number, got {type(target).__name__}")
+    if isinstance(target, Tensor) and target.device.type not in ("cpu", gates[0].device.type):
+        raise ValueError(
+            f"acm_regularizers: target must be on {gates[0].device} as gates[0] is, or on the CPU, "
+            f"got {target.device}"
+        )
     if not isinstance(target, Tensor) and not math.isfinite(target):
         raise ValueError(f"acm_regularizers: target must be finite, got {target}")
     double = any(gate.dtype == torch.float64 for gate in gates)
@@ -183,6 +204,11 @@ def acm_regularizers(
 def _costs(costs: Any, gates: Sequence[Tensor]) -> list[Any]:
     """One a layer; numbers where they can be seen without waiting for them."""
     if isinstance(costs, Tensor):
+        if costs.is_meta and not gates[0].is_meta:
+            raise ValueError(
+                f"acm_regularizers: costs must be on {gates[0].device} as gates[0] is, or on the "
+                "CPU, got meta"
+            )
         if costs.shape == (len(gates),) and (traced(costs) or costs.device.type != "cpu"):
             wide = torch.promote_types(costs.dtype, torch.float32)
             return list(costs.detach().to(gates[0].device, wide).unbind())

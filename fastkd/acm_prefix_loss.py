@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from fastkd import _learners, _routed, reference
+from fastkd._acm_export import call, exportable, exporting
 from fastkd._arguments import check_positive
-from fastkd._gradient import differentiable_gradients
 from fastkd._learner_arguments import (
+    by_definition,
     check_learners,
     check_target,
     flat_rows,
+    gradients_by_definition,
     needed,
     requires_grad,
 )
@@ -74,6 +76,8 @@ def acm_prefix_loss(
         return reference.acm_prefix_loss(
             x, w1, b1, w2, target, activation=activation, detach=detach
         )
+    if exporting(x, w1, b1, w2, target):
+        return call("acm_prefix_loss", x, w1, b1, w2, target, None, activation, detach)
     operands = (
         *(flat_rows(x).to(dtype), w1.to(dtype), b1.to(dtype), w2.to(dtype)),
         flat_rows(target).to(dtype),
@@ -154,6 +158,20 @@ def acm_oracle(
     return label.view(x.shape[:-1])
 
 
+@exportable("acm_prefix_loss")
+def _acm_prefix_loss(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    target: Tensor,
+    _: Tensor | None,
+    activation: str,
+    flag: bool,
+) -> Tensor:
+    return acm_prefix_loss(x, w1, b1, w2, target, activation=activation, detach=flag)
+
+
 class _AcmPrefixLoss(torch.autograd.Function):
     """Gradients of the sum of losses come with them; backward multiplies, or computes others."""
 
@@ -182,9 +200,12 @@ class _AcmPrefixLoss(torch.autograd.Function):
         operands, found = saved[:5], list(saved[5:])
         needs = list(ctx.needs_input_grad[:5])
         activation, detach = ctx.options
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            losses = reference.acm_prefix_loss(*operands, activation=activation, detach=detach)
-            return *differentiable_gradients(losses, operands, needs, grads[0]), None, None
+        if by_definition(grads[0]):
+
+            def function(*operands):
+                return reference.acm_prefix_loss(*operands, activation=activation, detach=detach)
+
+            return *gradients_by_definition(function, operands, needs, grads[0]), None, None
         last_use = not (
             traced(operands[0]) or torch._C._autograd._get_current_graph_task_keep_graph()
         )

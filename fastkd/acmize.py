@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastkd._acm_modules import ACM, ACMGate, SplitMLP, mlp_sizes, projection_sizes
-from fastkd._learner_arguments import check_count
+from fastkd._learner_arguments import check_count, check_integer
 from fastkd.acm_gate import AcmRegularizers, acm_regularizers
 from fastkd.acm_prefix_loss import acm_oracle, acm_prefix_loss
 
@@ -120,7 +121,9 @@ def acmize(
     for kind in kinds:
         if kind not in _KINDS:
             raise ValueError(f"acmize: kinds must be of {', '.join(_KINDS)}; got {kind!r}")
-    check_count("acmize", "num_learners", num_learners)
+    num_learners = check_count("acmize", "num_learners", num_learners)
+    if select is not None and not callable(select):
+        raise TypeError(f"acmize: select must be a function, got {type(select).__name__}")
     made: dict[nn.Module, ACM] = {}
 
     def replacement(name: str, module: nn.Module) -> ACM | None:
@@ -403,6 +406,9 @@ def acm_set_budget(
     >>> fastkd.acm_set_budget(model, 0.3, [x]) <= 0.3
     True
     """
+    if not isinstance(budget, Real):
+        raise TypeError(f"acm_set_budget: budget must be a number, got {type(budget).__name__}")
+    steps = check_integer("acm_set_budget", "steps", steps)
     if not 0 < budget <= 1:
         raise ValueError(f"acm_set_budget: budget must lie in (0, 1], got {budget}")
     gated = [m for m in acm_layers(model).values() if isinstance(m.gate, ACMGate)]

@@ -94,11 +94,11 @@ def op_arguments(
     if valid is not None:
         try:
             valid = valid.expand(logits.shape)
-        except RuntimeError:
+        except RuntimeError as error:
             raise ValueError(
                 f"byte_log_probs: valid must have logits' shape {list(logits.shape)} or broadcast "
                 f"to it, got shape {list(valid.shape)}"
-            ) from None
+            ) from error
     device, mode = str(logits.device), fake_mode_of(logits)
     order, columns = _tables(vocab, device, mode)
     if isinstance(prefix, bytes):

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from fastkd import _learners, _routed, reference
-from fastkd._gradient import differentiable_gradients
+from fastkd._acm_export import call, exportable, exporting
 from fastkd._learner_arguments import (
+    by_definition,
     check_choices,
     check_float,
     check_learners,
     check_shape,
     flat_rows,
+    gradients_by_definition,
     needed,
     requires_grad,
 )
@@ -94,6 +96,8 @@ def acm(
         check_shape("acm", "bias", bias, bias.shape, x)  # and device
     if transforms_active():
         return reference.acm(x, w1, b1, w2, choices, activation=activation, bias=bias)
+    if exporting(x, w1, b1, w2, bias):
+        return call("acm", x, w1, b1, w2, choices, bias, activation, False)
     inside = _routed.product_dtype(x, dtype)
     operands = (flat_rows(x).to(inside), w1.to(inside), b1.to(inside), w2.to(inside))
     flat, bias = choices.reshape(-1), None if bias is None else bias.to(inside)
@@ -170,6 +174,8 @@ def acm_soft(
         return reference.acm_soft(
             x, w1, b1, w2, gates, activation=activation, straight_through=straight_through
         )
+    if exporting(x, w1, b1, w2, gates):
+        return call("acm_soft", x, w1, b1, w2, gates, None, activation, straight_through)
     inside = _routed.product_dtype(x, dtype)
     operands = (flat_rows(x).to(inside), w1.to(inside), b1.to(inside), w2.to(inside))
     flat = flat_rows(gates).to(_learners.wide(inside))
@@ -182,6 +188,34 @@ def acm_soft(
     if straight_through:
         out = out.masked_fill(flat.detach().isnan().any(-1, keepdim=True), torch.nan)
     return out.view(*x.shape[:-1], w2.size(2)).to(dtype)
+
+
+@exportable("acm")
+def _acm(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    choices: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    _: bool,
+) -> Tensor:
+    return acm(x, w1, b1, w2, choices, activation=activation, bias=bias)
+
+
+@exportable("acm_soft")
+def _acm_soft(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    gates: Tensor,
+    _: Tensor | None,
+    activation: str,
+    flag: bool,
+) -> Tensor:
+    return acm_soft(x, w1, b1, w2, gates, activation=activation, straight_through=flag)
 
 
 class _AcmRouted(torch.autograd.Function):
@@ -211,11 +245,14 @@ class _AcmRouted(torch.autograd.Function):
         *operands, bias, choices, order, counts, kept = ctx.saved_tensors
         needs, (grad,) = list(ctx.needs_input_grad[:4]), grads
         choices = choices.long().clamp(0, operands[1].size(0))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            out = reference.acm(*operands, choices, activation=ctx.activation, bias=bias)
+        if by_definition(grad):
+
+            def function(x, w1, b1, w2, bias=None):
+                return reference.acm(x, w1, b1, w2, choices, activation=ctx.activation, bias=bias)
+
             inputs = operands if bias is None else [*operands, bias]
             all_needs = [*needs, ctx.needs_input_grad[4]][: len(inputs)]
-            again = tuple(differentiable_gradients(out, inputs, all_needs, grad))
+            again = tuple(gradients_by_definition(function, inputs, all_needs, grad))
             return *again, *[None] * (7 - len(again))
         of_bias = None
         if bias is not None and ctx.needs_input_grad[4]:
@@ -270,10 +307,12 @@ class _Acm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *operands, choices, kept = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            x, w1, b1, w2 = operands
-            out = reference.acm(x, w1, b1, w2, choices, activation=ctx.activation)
-            return *differentiable_gradients(out, operands, needs, grads[0]), None, None
+        if by_definition(grads[0]):
+
+            def function(*operands):
+                return reference.acm(*operands, choices, activation=ctx.activation)
+
+            return *gradients_by_definition(function, operands, needs, grads[0]), None, None
         found = _learners.backward(
             grads[0], *operands, choices, None, kept, ctx.activation, [*needs, False]
         )
@@ -309,12 +348,14 @@ class _AcmSoft(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *operands, scale, kept = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            steps = torch.cat([scale, scale.new_zeros((1, scale.size(1)))])
-            gates = torch.cat([scale.new_zeros((1, scale.size(1))), steps[:-1] - steps[1:]])
-            x, w1, b1, w2 = operands
-            out = reference.acm_soft(x, w1, b1, w2, gates.T, activation=ctx.activation)
+        if by_definition(grads[0]):
+
+            def function(x, w1, b1, w2, scale):
+                steps = torch.cat([scale, scale.new_zeros((1, scale.size(1)))])
+                gates = torch.cat([scale.new_zeros((1, scale.size(1))), steps[:-1] - steps[1:]])
+                return reference.acm_soft(x, w1, b1, w2, gates.T, activation=ctx.activation)
+
             inputs = (*operands, scale)
-            return *differentiable_gradients(out, inputs, needs, grads[0]), None, None
+            return *gradients_by_definition(function, inputs, needs, grads[0]), None, None
         found = _learners.backward(grads[0], *operands, None, scale, kept, ctx.activation, needs)
         return *needed(found, needs), None, None

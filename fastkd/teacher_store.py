@@ -1,19 +1,20 @@
 """A teacher's top-k log-probabilities on disk, by sequence and token, for offline distillation."""
 
+import errno
 import fcntl
-import hashlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fastkd._shards import Settings, Shard, integer, read_index, write_index
+from fastkd._fingerprint import fingerprint
+from fastkd._shards import Settings, Shard, damaged, index_is, integer, read_index, write_index
 from fastkd.teacher_topk import TeacherTopK
 
 __all__ = ["TeacherStore", "TeacherStoreWriter", "fingerprint"]
@@ -21,80 +22,6 @@ __all__ = ["TeacherStore", "TeacherStoreWriter", "fingerprint"]
 _OPEN_SHARDS = 64  # file descriptors kept
 _LOCK = "writer.lock"
 _LEFTOVER = re.compile(r"(shard-\d+\.safetensors|store\.json)\.tmp")
-
-
-def fingerprint(tokenizer: Any = None, model: Any = None) -> str:
-    """16 hex digits that tell one tokenizer, or one model, from another.
-
-    Args:
-        tokenizer: anything with ``get_vocab()`` (text to id; transformers and tokenizers objects
-            have it), or every id's bytes in order, None for ids without. Counts: each id's token.
-        model: a module or its state dict. Counts: names, shapes, dtypes and 64 values of each
-            tensor, spread evenly; the device does not.
-
-    Returns:
-        the same text in every process and on every machine.
-
-    Raises:
-        TypeError: something else was given. ValueError: nothing was, or a tensor has no values.
-
-    >>> from fastkd.teacher_store import fingerprint
-    >>> fingerprint([b"a", b"b", None])
-    '857025ba045a1e52'
-    >>> fingerprint([b"b", b"a", None]) == fingerprint([b"a", b"b", None])
-    False
-    """
-    if tokenizer is None and model is None:
-        raise ValueError("fingerprint: tokenizer or model must be given, got neither")
-    digest = hashlib.sha256()
-    if tokenizer is not None:
-        _hash_tokenizer(digest.update, tokenizer)
-    if model is not None:
-        _hash_model(digest.update, model)
-    return digest.hexdigest()[:16]
-
-
-def _hash_tokenizer(update: Callable[[bytes], Any], tokenizer: Any) -> None:
-    if hasattr(tokenizer, "get_vocab"):
-        update(b"vocabulary\0")
-        for text, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[::-1]):
-            token = text.encode(errors="surrogatepass") if isinstance(text, str) else text
-            update(b"%d %d %s" % (index, len(token), token))
-        return
-    if not isinstance(tokenizer, Iterable):
-        raise TypeError(
-            "fingerprint: tokenizer must have get_vocab() or be an iterable of bytes and None, "
-            f"got {type(tokenizer).__name__}"
-        )
-    update(b"tokens\0")
-    for token in tokenizer:
-        if token is not None and not isinstance(token, bytes):
-            raise TypeError(
-                "fingerprint: tokenizer must hold bytes and None, got an entry of type "
-                f"{type(token).__name__}"
-            )
-        update(b"-" if token is None else b"%d %s" % (len(token), token))
-
-
-def _hash_model(update: Callable[[bytes], Any], model: Any) -> None:
-    state = model.state_dict() if hasattr(model, "state_dict") else model
-    if not isinstance(state, Mapping):
-        raise TypeError(
-            "fingerprint: model must be a module or a state dict, got " + type(model).__name__
-        )
-    update(b"model\0")
-    for name in sorted(state):
-        value = state[name]
-        if not isinstance(value, Tensor):  # a module's extra state
-            continue
-        if value.is_meta:
-            raise ValueError(f"fingerprint: model must have values, {name} is on the meta device")
-        update(f"{name}\0{tuple(value.shape)}\0{value.dtype}\0".encode())
-        if value.numel():
-            flat = value.detach().reshape(-1)
-            steps = min(64, len(flat))
-            places = torch.arange(steps, device=flat.device) * (len(flat) - 1) // max(steps - 1, 1)
-            update(flat[places].cpu().view(torch.uint8).numpy().tobytes())
 
 
 class TeacherStore:
@@ -274,7 +201,11 @@ class TeacherStore:
         return shard, start, stop
 
     def _top_k(self, shard: Shard, start: int, stop: int) -> TeacherTopK:
-        log_probs, indices = self._packing.unpack(shard.read(start, stop))
+        records = shard.read(start, stop)
+        try:
+            log_probs, indices = self._packing.unpack(records)
+        except ValueError as error:  # its checksum is right: it was written so
+            raise damaged(shard.path, f"tokens {start}..{stop - 1}: {error}") from None
         return TeacherTopK(torch.from_numpy(log_probs), torch.from_numpy(indices))
 
     @staticmethod
@@ -332,8 +263,9 @@ class TeacherStore:
 
         Raises:
             FileNotFoundError: there is no store. ValueError: vocab_size or fingerprint are not the
-                store's, or its last shard is damaged. RuntimeError: another writer is at work
-                there. ImportError: the safetensors package is missing.
+                store's, or its last shard is missing or damaged, which is read for that.
+                RuntimeError: another writer is at work there. ImportError: the safetensors package
+                is missing.
         """
         where, path = "TeacherStore.append_to", Path(path).absolute()
         settings = read_index(path, where)[0]
@@ -360,8 +292,9 @@ class TeacherStoreWriter:
 
     Sequences are held in memory until they fill a shard, which is then written and given its name
     in one step; :meth:`flush` writes them now. Leaving the ``with`` block flushes, also on an
-    exception. A writer that is killed loses what was not written, and nothing else. One writer at a
-    time; readers may be at work.
+    exception. A writer that is killed loses what was not written, and nothing else. Where writing
+    fails (OSError: no space, for example), the store stays as it was, sequences in memory stay
+    there, and the call may be repeated. One writer at a time; readers may be at work.
 
     >>> import tempfile, torch
     >>> from fastkd.teacher_store import TeacherStore
@@ -374,16 +307,11 @@ class TeacherStoreWriter:
     """
 
     def __init__(self, path: Path, where: str, settings: Settings, exist_ok: bool) -> None:
-        try:
-            from safetensors.numpy import save_file
-        except ImportError:
-            raise ImportError(
-                f'{where}: needs the safetensors package: pip install "fastkd[store]"'
-            ) from None
-        self.path, self._settings, self._save_file = path, settings, save_file
+        self.path, self._settings, self._save_file = path, settings, _save_file(where)
         self._packing = settings.packing()
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
+        self._unfinished = False  # a failed write may have left something on disk
         self._process = os.getpid()
         self._lock = open(path / _LOCK, "a")  # noqa: SIM115 (held until close)
         try:
@@ -409,6 +337,12 @@ class TeacherStoreWriter:
             stored.check_match(where, self.path, **self._settings._asdict())
             if beyond:
                 raise ValueError(f"{where}: cannot continue: {beyond}")
+            if self._counts:
+                last = len(self._counts) - 1
+                try:
+                    Shard(self.path, last, stored, self._counts[last]).verify()
+                except ValueError as error:
+                    raise ValueError(f"{where}: cannot continue: {error}") from None
             self._settings = stored
         self._written = sum(sequences for sequences, _ in self._counts)
         write_index(self.path, self._settings, self._counts)
@@ -418,8 +352,11 @@ class TeacherStoreWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """:meth:`close`, on an exception too."""
-        self.close()
+        """:meth:`close`, on an exception too; if writing fails, another writer is let in."""
+        try:
+            self.close()
+        finally:
+            self._unlock()
 
     def __len__(self) -> int:
         """Number of sequences, those in memory included."""
@@ -446,6 +383,7 @@ class TeacherStoreWriter:
         Raises:
             ValueError, TypeError, IndexError: something above does not hold; nothing is stored.
                 The message names the argument, what was expected and what came.
+            OSError: the shard that this fills cannot be written; the sequence is not stored.
         """
         self._check_usable("TeacherStore.append")
         records = self._packing.pack(*self._packing.checked(log_probs, indices))
@@ -462,15 +400,22 @@ class TeacherStoreWriter:
         self._check_usable("TeacherStore.flush")
         if self._pending:
             self._write(self._pending)
+        else:
+            self._undo()
 
     def close(self) -> None:
-        """Flush, and let another writer in. Closing again does nothing."""
+        """Flush, and let another writer in. Closing again does nothing.
+
+        If flushing fails, the writer stays open with what is in memory: close it again.
+        """
         if self._lock.closed:
             return
         self._check_usable("TeacherStore.close")
-        try:
-            self.flush()
-        finally:
+        self.flush()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if not self._lock.closed and os.getpid() == self._process:
             fcntl.flock(self._lock, fcntl.LOCK_UN)  # forked processes hold it too
             self._lock.close()
 
@@ -481,9 +426,47 @@ class TeacherStoreWriter:
             raise RuntimeError(f"{where}: the writer belongs to process {self._process}")
 
     def _write(self, pending: list[np.ndarray]) -> None:
+        """Store the sequences as a shard: all of them, or after an error none."""
+        self._undo()
         number = len(self._counts)
-        counts = Shard.write(self.path, number, self._settings, pending, self._save_file)
+        self._unfinished = True
+        try:
+            counts = Shard.write(self.path, number, self._settings, pending, self._save_file)
+            write_index(self.path, self._settings, [*self._counts, counts])
+        except BaseException:
+            with suppress(OSError):  # tried again before the next write
+                self._undo()
+            raise
+        self._unfinished = False
         self._counts.append(counts)
         self._written += len(pending)
         self._pending, self._pending_tokens = [], 0
-        write_index(self.path, self._settings, self._counts)
+
+    def _undo(self) -> None:
+        """Take back a write that failed, in an order in which the store is whole at any time."""
+        if self._unfinished:
+            if not index_is(self.path, self._settings, self._counts):
+                write_index(self.path, self._settings, self._counts)
+            Shard.remove(self.path, len(self._counts))
+            self._unfinished = False
+
+
+def _save_file(where: str) -> Callable[..., None]:
+    """``safetensors.numpy.save_file``, its errors of writing as OSError."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import save_file
+    except ImportError:
+        raise ImportError(
+            f'{where}: needs the safetensors package: pip install "fastkd[store]"'
+        ) from None
+
+    def save(tensors: dict[str, np.ndarray], file: Path, metadata: dict[str, str]) -> None:
+        try:
+            save_file(tensors, file, metadata)
+        except SafetensorError as error:
+            code = re.search(r"\(os error (\d+)\)", str(error))
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, str(error), str(file)) from error
+
+    return save

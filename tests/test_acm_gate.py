@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -212,6 +213,15 @@ def test_regularizers_of_other_shapes():
         ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
         ({"temperature": torch.ones(3)}, TypeError, "temperature must be a number, got Tensor"),
         ({"logits": torch.ones(2, 0)}, ValueError, "min_choice must lie in"),
+        ({"min_choice": True}, TypeError, "min_choice must be an integer, got bool"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number, got str"),
+        (
+            {"temperature": torch.ones((), device="meta")},
+            ValueError,
+            "temperature must be on cpu as logits is, or on the CPU, got meta",
+        ),
+        ({"generator": 1}, TypeError, "generator must be a torch.Generator, got int"),
+        ({"logits": np.ones((2, 5))}, TypeError, "logits must be a tensor, got ndarray"),
     ],
 )
 def test_gate_errors(change, error, message):
@@ -241,12 +251,26 @@ def test_gate_errors(change, error, message):
             r"gates\[1\] must be on cpu as gates\[0\] is, got meta",
         ),
         ({"costs": [0.0]}, ValueError, r"costs must be 1 positive numbers, .*got \[0.0\]"),
+        ({"costs": torch.ones(1, device="meta")}, ValueError, "costs must be on cpu .*got meta"),
+        ({"target": torch.ones((), device="meta")}, ValueError, "target must be on cpu .*got meta"),
+        ({"gates": [[[1.0]]]}, TypeError, r"gates\[0\] must be a tensor, got list"),
     ],
 )
 def test_regularizer_errors(change, error, message):
     arguments = {"gates": [torch.ones(2, 3, 5)], "costs": [1.0], "target": 0.5}
     with pytest.raises(error, match=f"acm_regularizers: .*{message}"):
         fastkd.acm_regularizers(**{**arguments, **change})
+
+
+def test_integers_of_numpy_and_of_torch():
+    logits = torch.zeros(3, 5)
+    for number in (np.int64(4), np.int32(4), torch.tensor(4)):
+        assert fastkd.acm_gate(logits, min_choice=number)[:, 4].eq(1).all()
+        gate = fastkd.nn.ACMGate(number, number, depth=number, hidden=number, min_choice=number)
+        assert gate(torch.ones(2, 4))[:, 4].eq(1).all()
+        assert fastkd.nn.ACM(number, width=number, num_learners=number).w1.shape == (4, 4, 4)
+        linear = torch.nn.Linear(4, 4)
+        assert fastkd.nn.ACM.from_linear(linear, number).num_learners == 4
 
 
 def test_layers_of_unequal_batches():

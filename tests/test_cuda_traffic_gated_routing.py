@@ -69,7 +69,7 @@ def measure(tensors, choices, keep=True):
     """Traffic of a forward call, its result, the pre-activations and the routes."""
     ops, found = emulator.ops(), []
     order, counts = ops._acm_route(choices, len(tensors[1]))
-    run = lambda: found.append(ops._acm_rows(*tensors, None, order, counts, "silu", keep))  # noqa: E731
+    run = lambda: found.append(ops._acm_rows(*tensors, None, order, counts, 3, keep))  # noqa: E731
     traffic = emulator.traffic_of(run)
     return traffic, *found[0], order, counts
 
@@ -77,7 +77,7 @@ def measure(tensors, choices, keep=True):
 def measure_backward(tensors, routes, kept, wanted):
     x, _, _, w2 = tensors
     grad = torch.randn(len(x), w2.size(2)).to(x.dtype)
-    run = lambda: emulator.ops()._acm_rows_backward(grad, *tensors, *routes, kept, "silu", *wanted)  # noqa: E731
+    run = lambda: emulator.ops()._acm_rows_backward(grad, *tensors, *routes, kept, 3, *wanted)  # noqa: E731
     return emulator.traffic_of(run)
 
 

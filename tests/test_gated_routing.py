@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastkd
-from fastkd import _learners, _routed
+from fastkd import _routed
 from fastkd._learners import ACTIVATIONS
 
 GRADIENT_ERROR = {
@@ -457,41 +457,6 @@ def test_compile_fullgraph():
     assert torch.equal(labels, fastkd.acm_oracle(*leaves, target))
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"choices must lie in \[0, N = 4\]"):
         run(*leaves, choices + 4)
-
-
-def test_opcheck_of_the_kernels(backend):
-    x, *weights = (v.detach() for v in problem((6,)))
-    check, ops = torch.library.opcheck, torch.ops.fastkd
-    check(ops._acm_route.default, (some_choices((6,)), 4))
-    routing = _routed.route(torch.full((6,), 4), 4)  # all room for pre-activations is used
-    check(ops._acm_rows.default, (x, *weights, torch.randn(5, 10), *routing, "gelu", True))
-    _, kept = ops._acm_rows(x, *weights, None, *routing, "gelu", True)
-    needs = (True, False, True, True)
-    arguments = (torch.randn(6, 10), x, *weights, *routing, kept, "gelu", *needs)
-    check(ops._acm_rows_backward.default, arguments)
-
-
-def test_opcheck():
-    x, *weights = (v.detach() for v in problem((6,)))
-    choices, target = some_choices((6,)), torch.randn(6, 10)
-    scale = torch.rand(4, 6)
-    grad = torch.randn(6, 10)
-    check = torch.library.opcheck
-    for args in ((choices, None), (None, scale), (None, None)):
-        # Where some learners do not run, the room for their pre-activations is left as it is.
-        check(_learners.forward.op, (x, *weights, *args, "gelu", args[0] is None, True))
-        _, kept = _learners.forward.kernel(x, *weights, *args, "gelu", True, True)
-        needs = [True, True, False, True, args[1] is not None]
-        for pre in (kept, None):
-            check(_learners.backward.op, (grad, x, *weights, *args, pre, "gelu", needs))
-    needs = [True, True, False, True, True]
-    arguments = (x, *weights, target, torch.rand(5), "gelu", False, needs)
-    check(_learners.prefixes.op, arguments)
-    _, *found = _learners.prefixes.kernel(*arguments)
-    check(
-        _learners.prefixes_backward.op,
-        (torch.rand(5), x, *weights, target, found, "gelu", False, needs, False),
-    )
 
 
 def test_meta():

@@ -1,5 +1,6 @@
 """acm, acm_soft, acm_prefix_loss, acm_oracle: what wrong arguments are told."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -63,6 +64,21 @@ ERRORS = [
         r"target must have shape \[2, 10\]",
     ),
     ("acm_prefix_loss", {"target": 0.0}, TypeError, "target must be a tensor, got float"),
+    ("acm", {"activation": ["gelu"]}, TypeError, "activation must be a string, got list"),
+    ("acm", {"x": [[1.0] * 12] * 2}, TypeError, "x must be a tensor, got list"),
+    ("acm", {"b1": np.ones((4, 7))}, TypeError, "b1 must be a tensor, got ndarray"),
+    ("acm", {"bias": [1.0] * 10}, TypeError, "bias must be a tensor, got list"),
+    ("acm", {"x": torch.ones(2, 12).to_sparse()}, TypeError, "x must be a dense .*sparse_coo"),
+    ("acm_soft", {"gates": [[1.0] * 5] * 2}, TypeError, "gates must be a tensor, got list"),
+    ("acm_prefix_loss", {"target": [0.0]}, TypeError, "target must be a tensor, got list"),
+    *(
+        (function, {name: torch.ones(shape, device="meta")}, ValueError, f"{name} must be on cpu")
+        for function, name, shape in (
+            *(("acm_soft", "gates", (2, 5)), ("acm_prefix_loss", "target", (2, 10))),
+            *(("acm_oracle", "target", (2, 10)), ("acm_oracle", "w1", (4, 12, 7))),
+            *(("acm_soft", "w2", (4, 7, 10)), ("acm_prefix_loss", "b1", (4, 7))),
+        )
+    ),
     ("acm_oracle", {"threshold": 0.0}, ValueError, "threshold must be positive"),
     ("acm_oracle", {"threshold": "a"}, TypeError, "threshold must be a number, got str"),
     ("acm_oracle", {"rule": "best"}, ValueError, "rule must be one of paper, code; got 'best'"),
@@ -113,9 +129,9 @@ def test_routes_of_somebody_else_are_checked(order, counts, message):
     operands = (torch.ones(2, 12), *learners())
     routes = (torch.tensor(order, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32))
     with pytest.raises(RuntimeError, match=f"acm: {message}"):
-        torch.ops.fastkd._acm_rows(*operands, None, *routes, "gelu", False)
+        torch.ops.fastkd._acm_rows(*operands, None, *routes, 0, False)
     kept = torch.zeros(4, 2, 7)
     with pytest.raises(RuntimeError, match=f"acm: {message}"):
         torch.ops.fastkd._acm_rows_backward(
-            torch.ones(2, 10), *operands, *routes, kept, "gelu", *[True] * 4
+            torch.ones(2, 10), *operands, *routes, kept, 0, *[True] * 4
         )

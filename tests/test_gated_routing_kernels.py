@@ -6,10 +6,10 @@ import torch
 from cases import relative_error
 
 from fastkd import reference
+from fastkd._routed import ACTIVATIONS
 
 pytestmark = pytest.mark.only("simt", "cuda")
 
-ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 GRADIENTS = ("x", "w1", "b1", "w2")
 
@@ -27,7 +27,8 @@ def problem(rows=21, n=3, d=12, b=7, out=10, dtype=torch.float32, bias=0):
 def forward(x, w1, b1, w2, choices, activation="gelu", bias=None, keep=False):
     """Result, pre-activations and routes."""
     routes = torch.ops.fastkd._acm_route(choices, w1.size(0))
-    return *torch.ops.fastkd._acm_rows(x, w1, b1, w2, bias, *routes, activation, keep), *routes
+    number = ACTIVATIONS.index(activation)
+    return *torch.ops.fastkd._acm_rows(x, w1, b1, w2, bias, *routes, number, keep), *routes
 
 
 def check(tensors, choices, activation="gelu", error=None, wanted=(True,) * 4, direction=None):
@@ -53,7 +54,7 @@ def check(tensors, choices, activation="gelu", error=None, wanted=(True,) * 4, d
     for pre, count in zip(kept, routes[1].tolist(), strict=False):
         pre[count:] = torch.nan  # nobody's
     gradients = torch.ops.fastkd._acm_rows_backward(
-        direction, x, w1, b1, w2, *routes, kept, activation, *wanted
+        direction, x, w1, b1, w2, *routes, kept, ACTIVATIONS.index(activation), *wanted
     )
     for name, mine, leaf, want in zip(GRADIENTS, gradients, exact, wanted, strict=True):
         if not want:
@@ -206,7 +207,7 @@ def test_learners_not_run_do_not_reach_a_row(backend, rows, dtype):
     assert torch.equal(found[few], right[few])
     assert not found[~few].isfinite().any()
     of_x, *_ = torch.ops.fastkd._acm_rows_backward(
-        found.new_ones(found.shape), *tensors, *routes, kept, "gelu", *(True,) * 4
+        found.new_ones(found.shape), *tensors, *routes, kept, 0, *(True,) * 4
     )
     assert of_x[few].isfinite().all()
 
@@ -243,7 +244,7 @@ def test_any_order_of_threads_gives_the_same_bits(backend, dtype, request):
         emulator.configure(capability, seed)
         out, kept, *routes = forward(*tensors, choices, keep=True)
         gradients = torch.ops.fastkd._acm_rows_backward(
-            out, *tensors, *routes, kept, "gelu", *(True,) * 4
+            out, *tensors, *routes, kept, 0, *(True,) * 4
         )
         found.append((out, *routes, *gradients))
     assert all(map(torch.equal, *found))

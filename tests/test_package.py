@@ -4,15 +4,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastkd
+from fastkd import _library
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = Path(fastkd.__file__).with_name("_C.so")
+LIBRARY = _library._PATH
 
 
 def undefined_symbols():
@@ -56,18 +58,106 @@ def test_unknown_instruction_set():
         fastkd.cpu_capability("sse9")
 
 
-def test_missing_library_says_what_to_do(tmp_path):
+def sources(folder, version):
+    """A folder of fastkd's sources, not built."""
     unbuilt = shutil.ignore_patterns("*.so", "__pycache__")
-    shutil.copytree(Path(fastkd.__file__).parent, tmp_path / "fastkd", ignore=unbuilt)
-    found = subprocess.run(
-        [sys.executable, "-c", "import fastkd"],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path)},
+    shutil.copytree(Path(fastkd.__file__).parent, folder / "fastkd", ignore=unbuilt)
+    project = (ROOT / "pyproject.toml").read_text()
+    project = project.replace(f'version = "{fastkd.__version__}"', f'version = "{version}"')
+    (folder / "pyproject.toml").write_text(project)
+    return folder
+
+
+def installed(folder):
+    """A folder like site-packages, with this fastkd."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(LIBRARY.parent, folder / "fastkd", ignore=ignored)
+    about = folder / f"fastkd-{fastkd.__version__}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Name: fastkd\nVersion: {fastkd.__version__}\n")
+    return folder
+
+
+def run_in(folder, *paths, program):
+    return subprocess.run(
+        [sys.executable, *program],
+        cwd=folder,
+        env={"PYTHONPATH": ":".join(map(str, (folder, *paths)))},
         capture_output=True,
         text=True,
     )
+
+
+def test_missing_library_says_what_to_do(tmp_path):
+    found = run_in(sources(tmp_path, "9.9"), program=["-c", "import fastkd"])
     assert found.returncode != 0
     assert "pip install --no-build-isolation -e ." in found.stderr
+
+
+def test_the_source_folder_uses_what_is_installed(tmp_path):
+    """README: `pip install .`, and then `python -m fastkd` in the same folder."""
+    (tmp_path / "site").mkdir()
+    folder, site = sources(tmp_path / "sources", fastkd.__version__), installed(tmp_path / "site")
+    found = run_in(folder, site, program=["-m", "fastkd"])
+    assert found.returncode == 0, found.stderr
+    assert str(site / "fastkd" / "_C.so") in found.stdout
+    program = "import fastkd; print(fastkd.__file__, fastkd.ByteVocab([b'a']).tokens)"
+    found = run_in(folder, site, program=["-c", program])
+    assert found.stdout.split() == [str(folder / "fastkd" / "__init__.py"), "[b'a']"]
+
+
+def test_what_is_installed_is_another_version(tmp_path):
+    (tmp_path / "site").mkdir()
+    folder, site = sources(tmp_path / "sources", "9.9"), installed(tmp_path / "site")
+    found = run_in(folder, site, program=["-c", "import fastkd"])
+    assert found.returncode != 0
+    assert f"{site}/fastkd has version {fastkd.__version__}" in found.stderr
+    assert "sources have 9.9" in found.stderr
+
+
+def test_the_version_is_that_of_the_project():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'\nversion = "{fastkd.__version__}"\n' in text
+    others = [*ROOT.glob("fastkd/**/*.py"), ROOT / "setup.py", ROOT / "CMakeLists.txt"]
+    assert not [path for path in others if f'"{fastkd.__version__}"' in path.read_text()]
+
+
+def test_source_distribution(tmp_path):
+    """All that the build reads, and the tests; nothing that was built."""
+    pytest.importorskip("setuptools", minversion="77")
+    names = ("csrc", "fastkd", "tests", "benchmarks", "examples", "docs")
+    unbuilt = shutil.ignore_patterns("*.so", "__pycache__", "results", "output")
+    for name in names:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=unbuilt)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    (tmp_path / "fastkd" / "_C.so").touch()
+    command = [sys.executable, "setup.py", "-q", "sdist"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (archive,) = (tmp_path / "dist").glob("fastkd-*.tar.gz")
+    with tarfile.open(archive) as content:
+        found = {name.partition("/")[2] for name in content.getnames()}
+    assert archive.name == f"fastkd-{fastkd.__version__}.tar.gz"
+    suffixes = (".py", ".h", ".cpp", ".cu", ".cuh", ".typed", ".png")
+    wanted = {
+        str(path.relative_to(tmp_path))
+        for name in names
+        for path in (tmp_path / name).rglob("*")
+        if path.suffix in suffixes or path.name == "py.typed"
+    }
+    files = {"CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE"}
+    assert wanted | files <= found
+    assert {"csrc/library.cpp", "csrc/cuda/gated_routing.cu", "tests/simt/simt.h"} <= found
+    assert not [name for name in found if name.endswith((".so", ".pyc", ".o"))]
+
+
+def test_warnings_stop_no_build_but_the_developers():
+    text = (ROOT / "CMakeLists.txt").read_text()
+    assert text.count("-Werror") == 1
+    assert re.search(r"option\(FASTKD_WERROR .* OFF\)", text)
+    makefile = (ROOT / "Makefile").read_text()
+    assert makefile.count("-DFASTKD_WERROR=on") == 3  # installed, sanitized, emulated
 
 
 def test_readme_code_runs():

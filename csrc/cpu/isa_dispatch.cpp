@@ -18,9 +18,16 @@ struct InstructionSet {
 
 // Best first.
 #ifdef FASTKD_X86
-const InstructionSet kCandidates[] = {{kernels_x86_64_v4, __builtin_cpu_supports("x86-64-v4") != 0},
-                                      {kernels_x86_64_v3, __builtin_cpu_supports("x86-64-v3") != 0},
-                                      {kernels_x86_64_v2, true}};
+#if defined(__clang__) && __clang_major__ < 18  // which does not know the levels' names
+const bool kV3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                 __builtin_cpu_supports("fma");
+const bool kV4 = kV3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("avx512vl");
+#else
+const bool kV3 = __builtin_cpu_supports("x86-64-v3") != 0, kV4 = __builtin_cpu_supports("x86-64-v4") != 0;
+#endif
+const InstructionSet kCandidates[] = {{kernels_x86_64_v4, kV4}, {kernels_x86_64_v3, kV3}, {kernels_x86_64_v2, true}};
 #else
 const InstructionSet kCandidates[] = {{kernels_baseline, true}};
 #endif

@@ -4,23 +4,13 @@
 // gelu_tanh: x sigma(v), v = sqrt(8/pi) (x + 0.044715 x^3). silu: x sigma(x). Derivative: sigma + x sigma (1 - sigma)
 // v'.
 #pragma once
-#include <stdexcept>
-#include <string>
-
 #include "elementary.h"
 
 namespace fastkd {
 
-enum class Activation : int { kIdentity, kRelu, kGelu, kGeluTanh, kSilu };
-
-inline Activation find_activation(const std::string& name) {
-  if (name == "identity") return Activation::kIdentity;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "silu") return Activation::kSilu;
-  throw std::runtime_error("ValueError: acm: activation must be identity, relu, gelu, gelu_tanh or silu, got " + name);
-}
+// The numbers are those of the ops' arguments: ACTIVATIONS in fastkd/_routed.py.
+enum class Activation : int { kGelu, kGeluTanh, kRelu, kSilu, kIdentity };
+inline constexpr int kActivations = 5;
 
 }  // namespace fastkd
 

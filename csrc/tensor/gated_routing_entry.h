@@ -5,7 +5,7 @@
 // their results NaN and their gradients 0. Nothing here looks at the numbers: they stay on their device.
 #pragma once
 #include <optional>
-#include <string>
+#include <stdexcept>
 #include <tuple>
 
 #include "../math/activation.h"
@@ -72,8 +72,9 @@ inline void check_acm(const Tensor& x, const char* argument, const Tensor& like,
       argument, " must be contiguous, on x's device and of the shape the others ask for, got ", shape_of(x));
 }
 
-inline AcmOperands acm_operands(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                                const Tensor& order, const Tensor& counts, const std::string& activation) {
+inline AcmSizes acm_sizes(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, int64_t activation) {
+  FASTKD_CHECK_VALUE(activation >= 0 && activation < kActivations, kAcm, "activation must lie in [0, ", kActivations,
+                     "), got ", activation);
   FASTKD_CHECK_VALUE(x.dim() > 0 && w1.dim() == 3 && w2.dim() == 3 && w1.size(0) > 0, kAcm,
                      "x must be [..., D], w1 [N, D, b], w2 [N, b, D_out], got ", shape_of(x), ", ", shape_of(w1), ", ",
                      shape_of(w2));
@@ -88,19 +89,37 @@ inline AcmOperands acm_operands(const Tensor& x, const Tensor& w1, const Tensor&
   check_acm(w1, "w1", x, {sizes.learners, sizes.inputs, sizes.width});
   check_acm(b1, "b1", x, {sizes.learners, sizes.width});
   check_acm(w2, "w2", x, {sizes.learners, sizes.width, sizes.outputs});
-  check_acm(order, "order", x, {sizes.rows}, ScalarType::Int);
-  check_acm(counts, "counts", x, {sizes.learners + 1}, ScalarType::Int);
-  return {x, w1, b1, w2, order, counts, find_activation(activation), sizes};
+  return sizes;
 }
 
-template <class Backend>
-std::tuple<Tensor, Tensor> acm_route(const Tensor& choices, int64_t learners) {
+inline AcmOperands acm_operands(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                                const Tensor& order, const Tensor& counts, int64_t activation) {
+  const AcmSizes sizes = acm_sizes(x, w1, b1, w2, activation);
+  check_acm(order, "order", x, {sizes.rows}, ScalarType::Int);
+  check_acm(counts, "counts", x, {sizes.learners + 1}, ScalarType::Int);
+  return {x, w1, b1, w2, order, counts, Activation(activation), sizes};
+}
+
+inline void check_bias(const std::optional<Tensor>& bias, const Tensor& x, const AcmSizes& sizes) {
+  if (bias && bias->dim() == 1) {
+    check_acm(*bias, "bias", x, {sizes.outputs});
+  } else if (bias) {
+    check_acm(*bias, "bias", x, {sizes.learners + 1, sizes.outputs});
+  }
+}
+
+inline void check_choices(const Tensor& choices, int64_t learners) {
   FASTKD_CHECK_TYPE(choices.scalar_type() == ScalarType::Long || choices.scalar_type() == ScalarType::Int, kAcm,
                     "choices must be int32 or int64, got ", torch::headeronly::toString(choices.scalar_type()));
   FASTKD_CHECK_VALUE(choices.is_contiguous() && choices.numel() < (int64_t(1) << 31), kAcm,
                      "choices must be contiguous and fewer than 2^31, got ", shape_of(choices));
   FASTKD_CHECK_VALUE(learners > 0 && learners <= kMostLearners, kAcm, "w1 must have 1 to ", kMostLearners,
                      " learners, got ", learners);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> acm_route(const Tensor& choices, int64_t learners) {
+  check_choices(choices, learners);
   const AcmRouteCall call{choices, learners, torch::stable::new_empty(choices, {choices.numel()}, ScalarType::Int),
                           torch::stable::new_empty(choices, {learners + 1}, ScalarType::Int)};
   Backend::solve(call);
@@ -117,14 +136,10 @@ inline int64_t all_counts(const Tensor& counts, int64_t learners) {
 template <class Backend, bool kPacks = false>
 std::tuple<Tensor, Tensor> acm_rows(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
                                     const std::optional<Tensor>& bias, const Tensor& order, const Tensor& counts,
-                                    const std::string& activation, bool keep, bool packed) {
+                                    int64_t activation, bool keep, bool packed) {
   AcmRowsCall call{acm_operands(x, w1, b1, w2, order, counts, activation), bias, {}, {}};
   const AcmSizes& sizes = call.operands.sizes;
-  if (bias && bias->dim() == 1) {
-    check_acm(*bias, "bias", x, {sizes.outputs});
-  } else if (bias) {
-    check_acm(*bias, "bias", x, {sizes.learners + 1, sizes.outputs});
-  }
+  check_bias(bias, x, sizes);
   call.out = torch::stable::new_empty(x, with_last(x, sizes.outputs));
   Tensor kept = keep && packed && kPacks
                     ? torch::stable::new_empty(x, {1, all_counts(counts, sizes.learners), sizes.width})
@@ -139,8 +154,8 @@ template <class Backend, bool kPacks = false>
 std::tuple<Tensor, Tensor, Tensor, Tensor> acm_rows_backward(const Tensor& grad, const Tensor& x, const Tensor& w1,
                                                              const Tensor& b1, const Tensor& w2, const Tensor& order,
                                                              const Tensor& counts, const Tensor& kept,
-                                                             const std::string& activation, bool x_gradient,
-                                                             bool w1_gradient, bool b1_gradient, bool w2_gradient) {
+                                                             int64_t activation, bool x_gradient, bool w1_gradient,
+                                                             bool b1_gradient, bool w2_gradient) {
   AcmGradientCall call{acm_operands(x, w1, b1, w2, order, counts, activation), grad, kept, {}, {}, {}, {}};
   const AcmSizes& sizes = call.operands.sizes;
   check_acm(grad, "grad", x, with_last(x, sizes.outputs));
@@ -160,12 +175,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> acm_rows_backward(const Tensor& grad,
   return {found(call.x), found(call.w1), found(call.b1), found(call.w2)};
 }
 
-// The value alone, in one call: for a few rows several calls cost as much as the products.
+// The value alone, in one call: for a few rows several calls cost as much as the products. None where the arguments are
+// wrong or do not lie as the kernels take them, which is all that is caught: Python says what is wrong, or lays them
+// out.
 template <class Backend>
-Tensor acm_value(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                 const std::optional<Tensor>& bias, const Tensor& choices, const std::string& activation) {
-  FASTKD_CHECK_VALUE(choices.dim() + 1 == x.dim() && same_leading(x, choices, choices.dim()) && w1.dim() == 3, kAcm,
-                     "choices must have x's leading sizes, got ", shape_of(choices), " for ", shape_of(x));
+std::optional<Tensor> acm_value(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                                const std::optional<Tensor>& bias, const Tensor& choices, int64_t activation) {
+  try {
+    const AcmSizes sizes = acm_sizes(x, w1, b1, w2, activation);
+    check_bias(bias, x, sizes);
+    check_choices(choices, sizes.learners);
+    FASTKD_CHECK_VALUE(choices.dim() + 1 == x.dim() && same_leading(x, choices, choices.dim()), kAcm,
+                       "choices must have x's leading sizes, got ", shape_of(choices), " for ", shape_of(x));
+    FASTKD_CHECK_VALUE(choices.is_cpu() == x.is_cpu() && choices.get_device_index() == x.get_device_index(), kAcm,
+                       "choices must be on x's device");
+  } catch (const std::runtime_error&) {
+    return std::nullopt;
+  }
   const auto [order, counts] = acm_route<Backend>(choices, w1.size(0));
   return std::get<0>(acm_rows<Backend>(x, w1, b1, w2, bias, order, counts, activation, false, false));
 }
