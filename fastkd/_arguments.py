@@ -53,36 +53,35 @@ def check_no_group(function: str, group: Any) -> None:
         )
 
 
-def reduction_of(
+def reduced(
     function: str,
+    losses: Tensor,
+    kept: Tensor,
     reduction: str,
     normalizer: float | Tensor | None,
-    student: Tensor,
-    vocab_size: int | None,
-) -> tuple[str, float, Tensor | None]:
-    """The ops' own reduction (none, sum over a denominator, mean), its denominator, normalizer."""
+) -> Tensor:
+    """The losses reduced. ``kept``: which of them ``"mean"`` counts; the others are 0."""
     if reduction not in _REDUCTIONS:
         raise ValueError(
             f"{function}: reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}"
         )
+    check_normalizer(function, normalizer)
     if reduction == "none":
         if normalizer is not None:
             raise ValueError(
                 f"{function}: normalizer has no meaning with reduction='none', which divides by "
                 "nothing"
             )
-        return "none", 1.0, None
+        return losses
+    if normalizer is None:
+        sizes = {"sum": 1, "batchmean": losses.size(0), "elementmean": losses.numel()}
+        normalizer = kept.sum() if reduction == "mean" else sizes[reduction]
     if isinstance(normalizer, Tensor):
-        return "sum", 1.0, normalizer.detach().to(student.device, torch.float64)
-    if normalizer is not None:
-        if not normalizer >= 0:
+        divisor = normalizer.detach().to(losses.device, torch.float64)
+    else:
+        if not torch.compiler.is_compiling() and not normalizer >= 0:
             raise ValueError(f"{function}: normalizer must not be negative, got {normalizer}")
-        return "sum", float(normalizer), None
-    if reduction == "mean":
-        return "mean", 1.0, None
-    if reduction == "sum":
-        return "sum", 1.0, None
-    if reduction == "batchmean":
-        return "sum", float(student.size(0)), None
-    columns = student.size(-1) if vocab_size is None else vocab_size
-    return "sum", float(student.numel() // max(student.size(-1), 1) * columns), None
+        # A product: torch.full would make the number a constant of a compiled graph.
+        divisor = torch.ones((), dtype=torch.float64, device=losses.device) * normalizer
+    empty = divisor == 0
+    return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, divisor)).to(losses.dtype)

@@ -12,7 +12,7 @@ from fastkd._arguments import (
     check_positive,
     check_tensors,
     is_number,
-    reduction_of,
+    reduced,
 )
 from fastkd._ops.arguments import check_no_gradient, to_integer
 from fastkd.chunk_log_likelihood import chunk_log_likelihood
@@ -185,16 +185,7 @@ def alm_loss(
     loss = _losses(divergence, likelihoods, kept, temperature, epsilon)
     double = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
     dtype = torch.float64 if double else torch.float32
-    mode, denominator, divisor = reduction_of("alm_loss", reduction, normalizer, loss, None)
-    if mode == "none":
-        return loss.to(dtype)
-    if mode == "mean":
-        divisor = kept.sum()
-    if divisor is None:
-        divisor = loss.new_full((), denominator)
-    return torch.where(divisor == 0, 0, loss.sum() / torch.where(divisor == 0, 1, divisor)).to(
-        dtype
-    )
+    return reduced("alm_loss", loss, kept, reduction, normalizer).to(dtype)
 
 
 def _row_follows(chunk: Tensor, chunk_ids: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ OPS = [
             **{k: v for k, v in _chunks(leading).items() if k != "boundary"},
             "teacher_logits": logits((*leading, VOCAB)),
         },
-        {"epsilon": (1e-6, 1e-5)},
+        {"epsilon": (1e-6, 1e-5), "normalizer": (3.0, 7.0)},
     ),
     Entry(
         "kl_div",

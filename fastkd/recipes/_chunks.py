@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastkd._arguments import check_normalizer, check_tensors, reduction_of
+from fastkd import _arguments
+from fastkd._arguments import check_normalizer, check_tensors
 from fastkd._constants import fake_mode_of
 from fastkd._library import transforms_active
 from fastkd._ops.arguments import to_integer
@@ -166,12 +167,4 @@ def reduced(
         rows = kept.reshape(loss.shape).flatten(1).sum(1)
         loss, kept = loss.flatten(1).sum(1) / rows.clamp(min=1), torch.ones_like(rows)
         reduction = "mean"
-    mode, denominator, divisor = reduction_of(function, reduction, normalizer, loss, None)
-    if mode == "none":
-        return loss
-    if mode == "mean":
-        divisor = kept.sum()
-    if divisor is None:
-        divisor = loss.new_full((), denominator)
-    mean = loss.sum() / torch.where(divisor == 0, 1, divisor)
-    return torch.where(divisor == 0, 0, mean).to(loss.dtype)
+    return _arguments.reduced(function, loss, kept, reduction, normalizer)
