@@ -55,7 +55,12 @@ def softmax_divergence(
 
     Each input is read from memory once and each gradient written once, in the forward call;
     backward only scales it, and not at all where the incoming gradient is 1. No table of
-    probabilities is stored. Under ``torch.no_grad()`` no gradient is computed.
+    probabilities is stored. Under ``torch.no_grad()`` no gradient is computed. Until backward the
+    gradients are kept and, for second derivatives, the arguments; with ``inplace`` the gradients
+    alone.
+
+    Logits are expected, not probabilities. Labels are read in the row they stand in: those of a
+    causal language model belong to the row before, see ``shift``.
 
     ``-inf`` logits are probability 0. Mass where the other side has none gives ``inf`` and a
     finite gradient, as if that entry had probability 2^-126. A row with a NaN, ``+inf`` or no
@@ -98,8 +103,11 @@ def softmax_divergence(
             the Trainer's ``num_items_in_batch``.
         square_temperature: multiplies the divergence (not the label term) by temperature².
         inplace: the gradient overwrites ``student_logits``, whose version counter is bumped: the
-            step then needs no second [rows, vocab] tensor. The logits are lost and second
-            derivatives are not available. Without grad mode nothing is written.
+            step then needs no second [rows, vocab] tensor, and the teacher's logits are not kept
+            until backward. The logits are lost: do not read them after the call. Second derivatives
+            are not available. Without grad mode nothing is overwritten.
+            ``logits[:, :-1]`` would undo the saving: its gradient is copied into one of the whole
+            tensor. Use ``shift``.
         group: reserved for vocabularies split across a process group.
 
     Returns:

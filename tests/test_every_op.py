@@ -95,6 +95,27 @@ def test_one_graph_serves_every_number(op, name, as_tensor):
     assert len(graphs) <= 2
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_inplace_in_a_graph(backend):
+    torch._dynamo.reset()
+
+    def step(leaf, teacher, labels):
+        student = leaf * 1
+        loss = fastkd.softmax_divergence(student, teacher, labels=labels, inplace=True)
+        return loss, student
+
+    run = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (3, 4, 5):
+        leaf, teacher = logits((rows, 50)).requires_grad_(), logits((rows, 50))
+        labels = torch.randint(0, 50, (rows,))
+        (loss, student), (right, gradient) = (f(leaf, teacher, labels) for f in (run, step))
+        assert torch.equal(student, gradient)
+        for value in (loss, right):
+            leaf.grad = None
+            value.backward()
+            assert torch.equal(leaf.grad, gradient)
+
+
 # --- torch.export -------------------------------------------------------------------------------
 
 

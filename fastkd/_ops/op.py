@@ -168,10 +168,11 @@ class Loss(Op):
         return _LossFunction.apply(self, packed, inplace, *inputs)
 
     def trace(self, packed: list[Any], inplace: bool) -> Tensor:
-        # inplace saves memory in eager mode; a compiler plans the memory of a graph itself.
-        needs = []
+        needs, inputs = [], self.inputs(packed)
         if torch.is_grad_enabled():
-            needs = [x is not None and x.requires_grad for x in self.inputs(packed)]
+            needs = [x is not None and x.requires_grad for x in inputs]
+        if inplace and needs and needs[0]:
+            return _LossFunction.apply(self, packed, True, *inputs)
         return self.graph_op()(*self.arguments.graph(packed), self.wanted(needs))[0]
 
     def _fake(self, *raw: Any) -> tuple[Tensor, ...]:
@@ -243,7 +244,8 @@ class _LossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, packed, inplace, *inputs):
         needs = ctx.needs_input_grad[3:]
-        student, raw = inputs[0], (*op.arguments.eager(packed), op.wanted(needs))
+        pack = op.arguments.graph if torch.compiler.is_compiling() else op.arguments.eager
+        student, raw = inputs[0], (*pack(packed), op.wanted(needs))
         inplace = inplace and needs[0]
         gradient = None
         if inplace:
@@ -269,7 +271,7 @@ class _LossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         op, needs, saved = ctx.op, ctx.needs_input_grad[3:], ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if ctx.inplace:
                 raise RuntimeError(
                     f"{op.name}: second derivatives need the logits that inplace=True overwrote"
