@@ -260,27 +260,36 @@ def test_skewed_wholly_to_its_own_side_is_nothing(backend, divergence):
                 assert not any(g.any() for g in gradients)
 
 
+def eager(student, teacher, divergence, beta, reduction):
+    """What PyTorch users write."""
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    mix = lambda a, b: torch.logaddexp(a + math.log(beta), b + math.log(1 - beta))  # noqa: E731
+    kl = lambda a, b: (a.exp() * (a - b)).sum(-1)  # noqa: E731
+    if divergence == "jsd":
+        return beta * kl(log_p, mix(log_p, log_q)) + (1 - beta) * kl(log_q, mix(log_p, log_q))
+    return kl(log_q, mix(log_q, log_p))
+
+
 @pytest.mark.parametrize(("vocab", "peak"), [(1000, 15.0), (50_000, 25.0)])
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_gradients_with_a_certain_teacher(backend, vocab, peak, beta):
-    """Complaint: skewed KLs and JSD lost up to 7e-3. The others: as good as eager float32."""
+    """Complaint: skewed KLs and JSD lost up to 7e-3. All but skew_kl: as good as eager float32."""
     for divergence in ("skew_kl", "skew_reverse_kl", "jsd"):
-        mine, eager = [], []
+        errors, others = [], []
         options = {"divergence": divergence, "beta": beta}
         for _ in range(5):
             student, teacher = torch.randn(1, vocab) * 2, torch.randn(1, vocab) * 2
             teacher[0, 7] += peak
             _, exact = exactly(student, teacher, **options)
-            for errors, function in (
-                (mine, fastkd.softmax_divergence),
-                (eager, fastkd.reference.softmax_divergence),
-            ):
-                _, found = run(function, student, teacher, **options)
-                errors.append(relative_error(found[0], exact[0]))
+            _, found = run(fastkd.softmax_divergence, student, teacher, **options)
+            errors.append(relative_error(found[0], exact[0]))
+            if divergence != "skew_kl":
+                _, found = run(eager, student, teacher, **options)
+                others.append(relative_error(found[0], exact[0]))
         if divergence == "skew_kl":
-            assert max(mine) < 1e-5
+            assert max(errors) < 1e-5
         else:
-            assert sorted(mine)[2] <= 2 * sorted(eager)[2]
+            assert sorted(errors)[2] <= sorted(others)[2]
 
 
 # --- Everything together ---------------------------------------------------------------------
