@@ -41,7 +41,7 @@ OPTIONS = {
     "plain": {},
     "temperatures": {"temperature": 2.0, "teacher_temperature": 0.5},
     "labels": {"labels": torch.tensor([5, 700]), "temperature": 3.0},
-    "logits": {"teacher_weights": [0.3, 0.7]},
+    "logits": {"teacher_weights": [0.25, 0.75]},
     "probs": {"teacher_weights": [0.3, 0.7], "teacher_mix": "probs", "temperature": 0.5},
 }
 
