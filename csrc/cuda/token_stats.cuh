@@ -92,6 +92,7 @@ struct StatsLead {
   // What a temperature that is not positive leaves of the row: it makes all the rest NaN.
   __device__ __forceinline__ void refuse() {
     found = {};
+    found.best = {{NAN, 0}, {NAN, 0}};
     both = {NAN, NAN, NAN};
   }
 
