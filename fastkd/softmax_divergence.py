@@ -63,9 +63,14 @@ def softmax_divergence(
     causal language model belong to the row before, see ``shift``.
 
     ``-inf`` logits are probability 0. Mass where the other side has none gives ``inf`` and a
-    finite gradient, as if that entry had probability 2^-126. A row with a NaN, ``+inf`` or no
-    finite logit gives NaN, that row alone. KL-type values are never negative and stay relatively
-    accurate as the student approaches the teacher, as do the gradients.
+    finite gradient, as if that entry had probability 2^-126. A column masked with the smallest
+    finite number of its dtype adds nothing where its probability is 0; mass that the other side
+    has there gives the true value, which is huge, and the same finite gradient. A row with a NaN,
+    ``+inf`` or no finite logit gives NaN, that row alone. KL-type values are never negative and
+    stay relatively accurate as the student approaches the teacher, as do the gradients, whatever
+    constant a row's logits carry. Where the teacher is certain of a token that the student hardly
+    expects, the gradients of ``skew_kl`` keep 1e-5; those of ``jsd`` and ``skew_reverse_kl``,
+    which are small there, lose digits, fewer than eager float32.
 
     Args:
         student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. Every
@@ -80,15 +85,15 @@ def softmax_divergence(
             gradient flows to it.
         mask: bool, one a row. A row with mask False or weight 0 is not read, adds nothing and
             gets a zero gradient even where its logits are NaN.
-        teacher_weights: of the teachers in a list: K numbers or a ``[..., K]`` tensor. None: 1/K
-            each.
+        teacher_weights: of the teachers, or of the only one: K numbers or a ``[..., K]`` tensor.
+            None: 1/K each.
         teacher_mix: ``"logits"``: the teacher is softmax of :math:`\sum_k w_k z_k`, weights of
             any sign; a token that is -inf for a teacher that counts is impossible. ``"probs"``:
             :math:`\sum_k w_k \mathrm{softmax}(z_k / \tau_T)`, weights not negative and taken
             relative to their sum. Neither mixture is stored.
         labels: int64 or int32, one a row: adds ``label_weight`` x the cross-entropy of the
             student at temperature 1. Rows with ``ignore_index`` drop out of both terms.
-        label_weight: see ``labels``.
+        label_weight: see ``labels``; with 0 even an impossible label adds nothing.
         ignore_index: see ``labels``.
         shift: with 1, row t of each sequence (the dimension before the vocabulary) takes the label,
             mask and weight of row t + 1, and the last row drops out: logits and labels as a causal

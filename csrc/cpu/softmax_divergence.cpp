@@ -19,6 +19,8 @@ struct Cpu {
             .softmax_divergence[find_divergence<portable::Divergences>(problem.function, own.divergence, own.beta)];
     const auto row_function = problem.float64 ? kernel.double_row : kernel.float_row;
     const int teacher_count = int(problem.teachers.size());
+    // Of probabilities a single one is its own mixture, whatever its weight.
+    const bool weighted = teacher_count > 1 || own.teacher_mix == "logits";
     problem.student_gradient = gradient_rows(student_gradient, problem);
     problem.teacher_gradient = gradient_rows(teacher_gradient, problem);
 
@@ -27,7 +29,7 @@ struct Cpu {
       std::vector<double> weights(teacher_count, 1.0 / teacher_count);
       for (int k = 0; k < teacher_count; ++k) {
         teachers[k] = problem.teachers[k].row(index);
-        if (problem.teacher_weights) weights[k] = problem.teacher_weights.number(index, k);
+        if (problem.teacher_weights && weighted) weights[k] = problem.teacher_weights.number(index, k);
       }
       SoftmaxDivergenceRow row{};
       row.vocab = problem.vocab;
@@ -38,15 +40,16 @@ struct Cpu {
       if (problem.teacher_gradient) row.teacher_gradient = problem.teacher_gradient.row(index);
       row.student_width = problem.student_width;
       row.teacher_width = problem.teacher_width;
-      row.label = problem.label(index);
       RowTask& task = row.task;
       task.temperature = problem.temperature(index);
       task.teacher_temperature = problem.row_teacher_temperature(index);
       task.divergence_scale = problem.options.square_temperature ? task.temperature * task.temperature : 1;
       task.scale = scale;
       task.label_weight = problem.options.label_weight;
-      task.has_label = bool(problem.labels);
+      task.has_label = bool(problem.labels) && task.label_weight != 0;
+      row.label = task.has_label ? problem.label(index) : -1;
       task.mix_probs = problem.mix_probs;
+      task.teacher_weight = teacher_count == 1 ? weights[0] : 1;
       task.student_gradient = bool(row.student_gradient);
       task.teacher_gradient = bool(row.teacher_gradient);
       row.scratch = scratch;

@@ -53,7 +53,7 @@ struct RowPasses : RowSlices {
   const SoftmaxDivergenceRow& row;
   const RowFrame<Real>& frame;                 // set up to the scales, and after pass 1 wholly
   Origins<Real>* origins;                      // scratch: one a block,
-  MaxSum<double>* normalizers;                 // one a teacher,
+  OriginSum<double>* normalizers;              // one a teacher,
   Real *student_kept, *teacher_kept, *slopes;  // and one an entry: see Kept, and g from its sum to the gradient
   TeacherBlocks<Real> teacher;
 
@@ -62,8 +62,8 @@ struct RowPasses : RowSlices {
         row(r),
         frame(f),
         origins(reinterpret_cast<Origins<Real>*>(partials + slices_of(r.vocab) * kPartialBytes)),
-        normalizers(reinterpret_cast<MaxSum<double>*>(reinterpret_cast<char*>(origins) +
-                                                      slices_of(r.vocab) * (kSlice / kBlock) * kOriginBytes)),
+        normalizers(reinterpret_cast<OriginSum<double>*>(reinterpret_cast<char*>(origins) +
+                                                         slices_of(r.vocab) * (kSlice / kBlock) * kOriginBytes)),
         student_kept(reinterpret_cast<Real*>(reinterpret_cast<char*>(normalizers) + aligned(r.teachers.count * 16))),
         teacher_kept(student_kept + aligned(r.vocab * sizeof(Real)) / sizeof(Real)),
         // The teacher's gradient is the only one that still needs what was kept of the teacher beside g.
@@ -75,15 +75,22 @@ struct RowPasses : RowSlices {
   }
 
   void normalize_teachers() const {
-    using State = MaxSum<double>;
-    for (int k = 0; row.teachers.mix_probs && k < row.teachers.count; ++k) {
+    using State = OriginSum<double>;
+    if (teacher.alone()) return;
+    for (int k = 0; k < row.teachers.count; ++k) {
+      if (!row.teachers.mix_probs) {
+        normalizers[k] = {double(teacher.some_logit(k, vocab)), 1};
+        continue;
+      }
       normalizers[k] = reduce_slices<State>(
           [&](int64_t slice) {
             State all = State::empty();
-            for_blocks(slice, [&](int64_t begin, int64_t count) { all.merge(teacher.normalizer(k, begin, count)); });
+            for_blocks(slice, [&](int64_t begin, int64_t count) {
+              all.merge(teacher.normalizer(k, begin, count), teacher.scale);
+            });
             return all;
           },
-          [](State& all, const State& next) { all.merge(next); });
+          [&](State& all, const State& next) { all.merge(next, teacher.scale); });
     }
   }
 
@@ -100,7 +107,7 @@ struct RowPasses : RowSlices {
           });
           return sum;
         },
-        [&](State& sum, const State& next) { sum.merge(next, kPass, row.task.temperature); });
+        [&](State& sum, const State& next) { sum.merge(next, kPass, frame.template scales<double>()); });
   }
 
   // Adds a block relative to the slice's origins, finding the block's own maxima on the way. Only where those turn out
@@ -118,13 +125,15 @@ struct RowPasses : RowSlices {
     const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
     if (u_origin == Real(-INFINITY)) u_origin = largest(u, count);
     if (w_origin == Real(-INFINITY)) w_origin = largest(w, count);
-    const Real u_slack = Real(8) / frame.student_scale, w_slack = Real(8) / frame.teacher_scale;
+    // The label's softmax is another one, of the same logits: neither sum may overflow.
+    const Real u_slack = Real(8) / at_least(frame.label_scale, frame.student_scale);
+    const Real w_slack = Real(8) / frame.teacher_scale;
     for (;;) {
       Real u_largest, w_largest;
       const RowState<double> block =
           block_state<kPass, kKeep>(u, w, count, u_origin, w_origin, begin, u_largest, w_largest);
       const bool fits = !(u_largest > u_origin + u_slack) && !(w_largest > w_origin + w_slack);
-      if (fits) return all.merge(block, kPass, row.task.temperature);
+      if (fits) return all.merge(block, kPass, frame.template scales<double>());
       u_origin = at_least(u_largest, u_origin);
       w_origin = at_least(w_largest, w_origin);
     }
@@ -136,15 +145,16 @@ struct RowPasses : RowSlices {
     const Real us = frame.student_scale, ws = frame.teacher_scale, r = frame.teacher_ratio;
     const Real u_zero = u_origin == Real(-INFINITY) ? Real(0) : u_origin;
     const Real w_zero = w_origin == Real(-INFINITY) ? Real(0) : w_origin;
-    // A tiny weight instead of 0 lets an impossible entry make the sum infinite even where its mass underflows.
-    constexpr Real kTiny = Real(1.17549435e-38), kLowest = Real(-3.4e38);
+    // Log-ratios that are infinite or the smallest number's are not summed here but by far_sums, in the rare block that
+    // has one. Those below kLowest are of entries without weight.
+    constexpr Real kLowest = Real(-kDead);
     // The student-weighted ratio becomes a mean that the gradient subtracts: see Sums.
     using Ratio = typename Accumulator<Real, kPass == Pass::kStudentWeighted>::Type;
     Ratio u_sum = 0, w_sum = 0, ratio = 0;
-    Real crossing = 0, u_max = Real(-INFINITY), w_max = Real(-INFINITY);
+    Real crossing = 0, u_max = Real(-INFINITY), w_max = Real(-INFINITY), farthest = 0;
     Real *keep_u = student_kept + begin, *keep_w = teacher_kept + begin;
-    if constexpr (kKeep) origins[begin / kBlock] = {u_zero, w_zero};
-    FASTKD_SIMD_WITH(reduction(+ : u_sum, w_sum, ratio, crossing) reduction(max : u_max, w_max))
+    if constexpr (kKeep) origins[begin / kBlock] = {u_origin, w_origin};
+    FASTKD_SIMD_WITH(reduction(+ : u_sum, w_sum, ratio, crossing) reduction(max : u_max, w_max, farthest))
     for (int64_t i = 0; i < count; ++i) {
       u_max = u[i] > u_max ? u[i] : u_max;
       w_max = w[i] > w_max ? w[i] : w_max;
@@ -155,16 +165,19 @@ struct RowPasses : RowSlices {
       if constexpr (kKeep) keep_u[i] = e_u;
       if constexpr (kKeep && kPass != Pass::kStudentWeighted) keep_w[i] = e_w;
       if constexpr (kPass == Pass::kTeacherWeighted || kPass == Pass::kTeacherCrossing) {
-        const Real log_ratio = y * r - x;
-        ratio += log_ratio > kLowest ? at_least(kTiny, e_w) * log_ratio : Real(0);
+        const Real whole = y * r - x, log_ratio = whole > kLowest ? whole : Real(0);
+        ratio += e_w * log_ratio;
+        farthest = log_ratio > farthest ? log_ratio : farthest;
       }
       if constexpr (kPass == Pass::kStudentWeighted) {
         const Real whole = x - y * r, log_ratio = whole > kLowest ? whole : Real(0);
-        ratio += Ratio(at_least(kTiny, e_u)) * Ratio(log_ratio);
+        ratio += Ratio(e_u) * Ratio(log_ratio);
+        farthest = log_ratio > farthest ? log_ratio : farthest;
         if constexpr (kKeep) keep_w[i] = log_ratio;
       }
       if constexpr (kPass == Pass::kTeacherCrossing) {
-        crossing -= y > kLowest ? at_least(kTiny, e_w) * x : Real(0);
+        const Real cross = y > kLowest ? x : Real(0);
+        crossing -= e_w * cross;
       }
     }
     Real label_sum = 0;
@@ -175,11 +188,38 @@ struct RowPasses : RowSlices {
     }
     u_largest = u_max;
     w_largest = w_max;
-    return {{double(u_origin) * us, u_sum},
-            {double(w_origin) * ws, w_sum},
-            double(ratio) * us,
-            double(crossing) * us,
-            label_sum};
+    FarSums far{double(ratio), double(crossing)};
+    if (kPass != Pass::kNormalizersOnly && !(farthest < Real(kDead))) {
+      far = far_sums<kPass>(u, w, count, u_zero, w_zero, kKeep ? keep_w : nullptr);
+    }
+    return {{double(u_origin), u_sum}, {double(w_origin), w_sum}, far.ratio * us, far.crossing * us, label_sum};
+  }
+
+  // The same sums of a block in which a log-ratio is infinite or beyond the range of their products, in double
+  // precision. What has no weight adds nothing, whatever its log-ratio.
+  struct FarSums {
+    double ratio, crossing;
+  };
+  template <Pass kPass>
+  __attribute__((noinline)) FarSums far_sums(const Real* u, const Real* w, int64_t count, double u_zero, double w_zero,
+                                             Real* keep) const {
+    constexpr bool kByStudent = kPass == Pass::kStudentWeighted;
+    FarSums all{0, 0};
+    for (int64_t i = 0; i < count; ++i) {
+      const double x = double(u[i]) - u_zero, y = double(w[i]) - w_zero, own = kByStudent ? x : y;
+      const double log_weight = own * (kByStudent ? frame.student_scale : frame.teacher_scale);
+      if (log_weight < -kNoWeight) {
+        if (kByStudent && keep != nullptr) keep[i] = Real(0);
+        continue;
+      }
+      const double weight = ::exp2(log_weight), apart = y * double(frame.teacher_ratio) - x;
+      const double log_ratio = kByStudent ? -apart : apart;
+      all.ratio += weight * log_ratio;
+      if (kPass == Pass::kTeacherCrossing) all.crossing -= weight * x;
+      // In gradients finite: see RowPlan::kept.
+      if (kByStudent && keep != nullptr) keep[i] = at_most(Real(kDead), Real(log_ratio));
+    }
+    return all;
   }
 
   template <bool kNear>
@@ -194,17 +234,20 @@ struct RowPasses : RowSlices {
     const double u_step = (double(at.student) - frame.student_origin) * frame.student_scale;
     const double w_step = (double(at.teacher) - frame.teacher_origin) * frame.teacher_scale;
     const double u_factor = probability(u_step - frame.student_lse), w_factor = probability(w_step - frame.teacher_lse);
+    // Where no probability is left of a block's, its log-ratios may lie anywhere.
+    const double shift = kPass == Pass::kStudentWeighted && u_factor != 0 ? -log_shift(at) - centre : 0;
     return {student_kept + begin,
             teacher_kept + begin,
             Real(u_factor),
             Real(w_factor),
             Mean<Real>(frame.student_scale * kLn2),
-            Mean<Real>(-log_shift(at) - centre)};
+            Mean<Real>(shift)};
   }
-  // What log(p / q) is where both logits are at those origins.
+  // What log(p / q) is where both logits are at those origins; 0 where a side has none.
   double log_shift(const Origins<Real>& at) const {
-    const double gap = (double(at.student) - double(frame.teacher_ratio) * at.teacher) -
-                       (double(frame.student_origin) - double(frame.teacher_ratio) * frame.teacher_origin);
+    if (at.student == Real(-INFINITY) || at.teacher == Real(-INFINITY)) return 0;
+    const double gap = (double(at.student) - frame.student_origin) -
+                       double(frame.teacher_ratio) * (double(at.teacher) - frame.teacher_origin);
     return ((frame.student_lse - frame.teacher_lse) - gap * frame.student_scale) * kLn2;
   }
   // 2^x, and 0 where arithmetic would become slow: such a factor's products are below 2^-118.

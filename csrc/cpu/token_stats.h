@@ -89,12 +89,12 @@ struct StatsPasses : RowSlices {
             const Real w_top = largest(w, count);
             sums.raise(u_step, moved(w_origin, w_top));
             seek(w, w_top, begin, count, best.teacher);
-            sums.add(pair_block(u, w, begin, count, u_origin.zero(), w_origin.zero()));
+            sums.add(pair_block(u, w, begin, count, u_origin, w_origin));
           });
           found[slice] = best;
-          return PairState{double(u_origin.logit) * scale, double(w_origin.logit) * scale, sums};
+          return PairState{double(u_origin.logit), double(w_origin.logit), sums};
         },
-        [](PairState& all, const PairState& next) { all.merge(next); });
+        [&](PairState& all, const PairState& next) { all.merge(next, scale); });
   }
 
   // In base 2; an origin that was not there yet had no sums.
@@ -116,18 +116,21 @@ struct StatsPasses : RowSlices {
     return {double(sum), double(weighted)};
   }
 
-  PairSums pair_block(const Real* u, const Real* w, int64_t begin, int64_t count, Real u_zero, Real w_zero) const {
-    // A tiny weight instead of 0 lets an impossible entry make the sum infinite even where its mass underflows.
-    constexpr Real kTiny = Real(1.17549435e-38), kLowest = Real(-3.4e38);
+  PairSums pair_block(const Real* u, const Real* w, int64_t begin, int64_t count, const Origin<Real>& u_origin,
+                      const Origin<Real>& w_origin) const {
+    // Log-ratios that are infinite or the smallest number's are not summed here but by far_sums, in the rare block that
+    // has one.
+    constexpr Real kFar = Real(kDead);
     const Real us = scale;
     Real *const keep_u = kept_u + begin, *const keep_w = kept_w + begin;
-    origins[begin / kBlock * 2] = u_zero;
-    origins[begin / kBlock * 2 + 1] = w_zero;
-    Real u_sum = 0, w_sum = 0, u_weighted = 0, w_weighted = 0, ratio = 0, reverse = 0;
-    FASTKD_SIMD_REDUCE(+ : u_sum, w_sum, u_weighted, w_weighted, ratio, reverse)
+    origins[begin / kBlock * 2] = u_origin.logit;
+    origins[begin / kBlock * 2 + 1] = w_origin.logit;
+    const Real u_zero = u_origin.zero(), w_zero = w_origin.zero();
+    Real u_sum = 0, w_sum = 0, u_weighted = 0, w_weighted = 0, ratio = 0, reverse = 0, farthest = 0;
+    FASTKD_SIMD_WITH(reduction(+ : u_sum, w_sum, u_weighted, w_weighted, ratio, reverse) reduction(max : farthest))
     for (int64_t i = 0; i < count; ++i) {
       const Real x = (u[i] - u_zero) * us, y = (w[i] - w_zero) * us;
-      const Real apart = ((w[i] - w_zero) - (u[i] - u_zero)) * us;  // exact where they nearly agree
+      const Real apart = ((w[i] - w_zero) - (u[i] - u_zero)) * us;
       const Real e_u = exp2_of(x), e_w = exp2_of(y);
       keep_u[i] = e_u;
       keep_w[i] = e_w;
@@ -135,21 +138,39 @@ struct StatsPasses : RowSlices {
       w_sum += e_w;
       u_weighted += x > Real(-kDead) ? e_u * x : Real(0);
       w_weighted += y > Real(-kDead) ? e_w * y : Real(0);
-      ratio += apart > kLowest ? at_least(kTiny, e_w) * apart : Real(0);
-      reverse += -apart > kLowest ? at_least(kTiny, e_u) * -apart : Real(0);
+      const Real size = magnitude(apart);
+      farthest = size > farthest ? size : farthest;
+      ratio += apart > -kFar ? e_w * apart : Real(0);
+      reverse -= apart < kFar ? e_u * apart : Real(0);
     }
-    return {{double(u_sum), double(u_weighted)}, {double(w_sum), double(w_weighted)}, double(ratio), double(reverse)};
+    PairSums sums{
+        {double(u_sum), double(u_weighted)}, {double(w_sum), double(w_weighted)}, double(ratio), double(reverse)};
+    if (!(farthest < kFar)) far_sums(u, w, count, u_zero, w_zero, sums);
+    return sums;
+  }
+
+  // The log-ratios of a block in which one is infinite or beyond the range of the products, in double precision. What
+  // has no weight adds nothing, whatever its log-ratio.
+  __attribute__((noinline)) void far_sums(const Real* u, const Real* w, int64_t count, double u_zero, double w_zero,
+                                          PairSums& sums) const {
+    sums.ratio = sums.reverse = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const double x = (double(u[i]) - u_zero) * scale, y = (double(w[i]) - w_zero) * scale;
+      if (!(y < -kNoWeight)) sums.ratio += ::exp2(y) * (y - x);
+      if (!(x < -kNoWeight)) sums.reverse += ::exp2(x) * (x - y);
+    }
   }
 
   // 1/2 sum |q - p| from what was kept.
-  double total_variation(double student_lse, double teacher_lse) const {
+  double total_variation(const PairState& state) const {
+    const double u_log = ::log2(state.sums.student.sum), w_log = ::log2(state.sums.teacher.sum);
     return reduce_slices<double>(
         [&](int64_t slice) {
           double all = 0;
           for_blocks(slice, [&](int64_t begin, int64_t count) {
             const Real* const at = origins + begin / kBlock * 2;
-            const Real q = Real(::exp2(double(at[0]) * scale - student_lse));
-            const Real p = Real(::exp2(double(at[1]) * scale - teacher_lse));
+            const Real q = Real(::exp2((double(at[0]) - state.student_origin) * scale - u_log));
+            const Real p = Real(::exp2((double(at[1]) - state.teacher_origin) * scale - w_log));
             const Real *const u = kept_u + begin, *const w = kept_w + begin;
             Real sum = 0;
             FASTKD_SIMD_REDUCE(+ : sum)
@@ -199,10 +220,10 @@ struct StatsPasses : RowSlices {
         });
   }
 
-  double label_x(const Row& logits) const {
+  double label_logit(const Row& logits) const {
     if (row.label < 0) return row.has_labels ? NAN : 0;
     Real value;
-    return double(*load(logits, row.label, 1, &value)) * (kLog2E / row.temperature);
+    return double(*load(logits, row.label, 1, &value));
   }
 
   RowStats run() const {
@@ -213,13 +234,11 @@ struct StatsPasses : RowSlices {
       best.teacher.merge(found[slice].teacher);
     }
     RowStats out{};
-    // Sums are relative to origins times a rounded scale, results are not.
-    const double to_base_2 = kLog2E / row.temperature, exact = to_base_2 / double(scale);
-    out.student = side_stats(state.student_origin * exact, state.sums.student,
-                             {double(best.student.logit) * to_base_2, best.student.column}, label_x(row.student));
+    out.student = side_stats(row.temperature, state.student_origin, state.sums.student,
+                             {double(best.student.logit), best.student.column}, label_logit(row.student));
     if (!row.teacher) return out;
-    out.teacher = side_stats(state.teacher_origin * exact, state.sums.teacher,
-                             {double(best.teacher.logit) * to_base_2, best.teacher.column}, label_x(row.teacher));
+    out.teacher = side_stats(row.temperature, state.teacher_origin, state.sums.teacher,
+                             {double(best.teacher.logit), best.teacher.column}, label_logit(row.teacher));
     out.both = {state.forward_kl(), state.reverse_kl(), 0};
     const bool forward = out.both.forward_kl < state.forward_limit();
     const bool reverse = out.both.reverse_kl < state.reverse_limit();
@@ -229,9 +248,7 @@ struct StatsPasses : RowSlices {
       if (reverse) out.both.reverse_kl = again.reverse_kl;
       out.both.tvd = again.tvd;
     } else {
-      out.both.tvd = total_variation(state.student_origin + ::log2(state.sums.student.sum),
-                                     state.teacher_origin + ::log2(state.sums.teacher.sum)) +
-                     state.poison();
+      out.both.tvd = total_variation(state) + state.poison();
     }
     return out;
   }

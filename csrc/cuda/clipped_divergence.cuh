@@ -165,7 +165,6 @@ struct ClipLead {
       orders.student_scale = frame.student_scale;
       orders.teacher_scale = frame.teacher_scale;
       orders.label_scale = frame.label_scale;
-      orders.temperature = Real(task.temperature);
       orders.student_gradient = task.student_gradient;
       orders.teacher_gradient = task.teacher_gradient;
     }

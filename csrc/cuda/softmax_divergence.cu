@@ -24,7 +24,9 @@ RowArguments row_arguments(const Problem& problem, const RowNumbers& numbers) {
   a.beta = problem.own.beta;
   a.teacher_temperature = problem.teacher_temperature;
   if (const Tensor* each = problem.teacher_temperatures_tensor) a.teacher_temperatures = rows_of(*each);
-  if (const auto& weights = problem.own.teacher_weights) {
+  // Of probabilities a single one is its own mixture, whatever its weight.
+  const auto& weights = problem.own.teacher_weights;
+  if (weights && (teachers.size() > 1 || problem.own.teacher_mix == "logits")) {
     a.teacher_weights = device_rows(*weights, weights->dim() == 1 ? 0 : problem.leading, kSoftmaxDivergence);
   }
   return a;
@@ -60,7 +62,7 @@ struct Cuda {
 }  // namespace
 
 SourceKind source_kind(const RowArguments& a) {
-  const bool packed = a.teacher_count <= 1 && moves_like(a.student, a.student) &&
+  const bool packed = a.teacher_count <= 1 && !a.teacher_weights && moves_like(a.student, a.student) &&
                       (a.teacher_count == 0 || moves_like(a.teachers[0], a.student)) &&
                       (!a.student_gradient || moves_like(a.student_gradient, a.student)) &&
                       (!a.teacher_gradient || moves_like(a.teacher_gradient, a.student));

@@ -10,6 +10,7 @@
 #include "../math/exact.h"
 #include "../math/row_plan.h"
 #include "block.cuh"
+#include "far_sum.cuh"
 #include "policy.cuh"
 #include "sources.cuh"
 
@@ -21,7 +22,7 @@ struct Orders {
   Step step;
   bool read, near, student_gradient, teacher_gradient;
   int label;  // -1: none
-  Real student_scale, teacher_scale, teacher_ratio, label_scale, temperature;
+  Real student_scale, teacher_scale, teacher_ratio, label_scale;
   double teacher_temperature;
   Normalized<Real> at;
   GradientFactors<Real> factors;
@@ -32,7 +33,7 @@ struct Orders {
 // A team's shared memory: [orders][the leading thread's task and plan][the teachers' normalisers and rows][slots of the
 // reductions] [student row][teacher row].
 inline constexpr int kOrdersBytes = 256, kPlanBytes = 448;
-inline constexpr int kTeachersBytes = kMaxTeachers * int(sizeof(MaxSum<double>) + sizeof(char*));
+inline constexpr int kTeachersBytes = kMaxTeachers * int(sizeof(OriginSum<double>) + sizeof(char*));
 __host__ __device__ constexpr int64_t team_bytes(bool warp) {
   return kOrdersBytes + kPlanBytes + kTeachersBytes + (warp ? 0 : Team::kSharedBytes);
 }
@@ -52,9 +53,13 @@ struct PassSums {
 // A thread's share of pass 1, relative to origins of its own that follow the largest logits at a distance.
 template <class Real, Pass kPass>
 struct ThreadState {
+  static constexpr bool kByStudent = kPass == Pass::kStudentWeighted, kRatio = kPass != Pass::kNormalizersOnly,
+                        kCrossing = kPass == Pass::kTeacherCrossing;
+
   Real u_origin = Real(-INFINITY), w_origin = Real(-INFINITY);
   Real u_sum = 0, w_sum = 0, crossing = 0, label_sum = 0;
   ExactSum ratio;  // the student-weighted one becomes a mean that the gradient subtracts
+  FarSum<Real> far_ratio, far_crossing;
 
   template <int kSize>
   __device__ __forceinline__ void add(const Real (&u)[kSize], const Real (&w)[kSize], const Orders<Real>& orders) {
@@ -65,54 +70,77 @@ struct ThreadState {
       u_max = u[j] > u_max ? u[j] : u_max;
       w_max = w[j] > w_max ? w[j] : w_max;
     }
-    const Real slack = Real(8);
-    if (u_origin == Real(-INFINITY) || w_origin == Real(-INFINITY) || (u_max - u_origin) * us > slack ||
+    // The label's softmax is another one, of the same logits: neither sum may overflow.
+    const Real slack = Real(8), steepest = at_least(us, orders.label_scale);
+    if (u_origin == Real(-INFINITY) || w_origin == Real(-INFINITY) || (u_max - u_origin) * steepest > slack ||
         (w_max - w_origin) * ws > slack) {
       raise(at_least(u_origin, u_max), at_least(w_origin, w_max), orders);
     }
     const Real u_zero = u_origin == Real(-INFINITY) ? Real(0) : u_origin;
     const Real w_zero = w_origin == Real(-INFINITY) ? Real(0) : w_origin;
-    // A tiny weight instead of 0 lets an impossible entry make the sum infinite even where its mass underflows.
-    constexpr Real kTiny = Real(1.17549435e-38), kLowest = Real(-3.4e38);
+    constexpr Real kFar = Real(kDead);
+    Real farthest = 0;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       const Real x = u[j] - u_zero, y = w[j] - w_zero;
       const Real e_u = exp2_of(x * us), e_w = exp2_of(y * ws);
       u_sum += e_u;
       w_sum += e_w;
-      if constexpr (kPass == Pass::kTeacherWeighted || kPass == Pass::kTeacherCrossing) {
-        const Real log_ratio = y * r - x;
-        if (log_ratio > kLowest) ratio.sum += at_least(kTiny, e_w) * log_ratio;
+      if constexpr (kRatio) {
+        // Below -kFar lie those of entries without weight.
+        const Real log_ratio = kByStudent ? x - y * r : y * r - x;
+        farthest = log_ratio > farthest ? log_ratio : farthest;
+        if constexpr (kByStudent) {
+          if (magnitude(log_ratio) < kFar) ratio.add_product(e_u, log_ratio);
+        } else {
+          if (magnitude(log_ratio) < kFar) ratio.sum += e_w * log_ratio;
+        }
       }
-      if constexpr (kPass == Pass::kStudentWeighted) {
-        const Real log_ratio = x - y * r;
-        if (log_ratio > kLowest) ratio.add_product(at_least(kTiny, e_u), log_ratio);
+      if constexpr (kCrossing) {
+        if (x > -kFar) crossing -= e_w * x;
       }
-      if constexpr (kPass == Pass::kTeacherCrossing) crossing -= y > kLowest ? at_least(kTiny, e_w) * x : Real(0);
       if (orders.label_scale != Real(0)) label_sum += exp2_of(x * orders.label_scale);
+    }
+    if constexpr (kRatio) {
+      if (farthest >= kFar) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          const Real x = u[j] - u_zero, y = w[j] - w_zero;
+          far_ratio.add(kByStudent ? x * us : y * ws, kByStudent ? x - y * r : y * r - x);
+          if constexpr (kCrossing) far_crossing.add(y * ws, -x);
+        }
+      }
     }
   }
 
   // Carries the sums over to larger origins; one that was not there yet had nothing relative to it.
   __device__ void raise(Real u_new, Real w_new, const Orders<Real>& orders) {
-    const Real us = orders.student_scale, ws = orders.teacher_scale;
-    const Real u_step = u_origin == Real(-INFINITY) || u_new == u_origin ? Real(0) : (u_new - u_origin) * us;
-    const Real w_step = w_origin == Real(-INFINITY) || w_new == w_origin ? Real(0) : (w_new - w_origin) * ws;
-    RowState<Real> state{{Real(0), u_sum}, {Real(0), w_sum}, ratio.sum * us, crossing * us, label_sum};
-    const Real before = state.ratio;
-    state.raise(u_step, w_step, kPass, orders.temperature);
-    u_sum = state.student.sum;
-    w_sum = state.teacher.sum;
-    crossing = state.crossing / us;
-    label_sum = state.label_sum;
-    ratio.rest *= exp2_of(kPass == Pass::kStudentWeighted ? -u_step : -w_step);
-    if (state.ratio != before) ratio.sum = state.ratio / us;
+    const Real r = orders.teacher_ratio;
+    const Real u_step = u_origin == Real(-INFINITY) ? Real(0) : step_between(u_origin, u_new);
+    const Real w_step = w_origin == Real(-INFINITY) ? Real(0) : step_between(w_origin, w_new);
+    const Real u_shrink = u_step * orders.student_scale, w_shrink = w_step * orders.teacher_scale;
+    const Real u_scale = exp2_of(-u_shrink), w_scale = exp2_of(-w_shrink);
+    if constexpr (kRatio) {
+      const Real weight = kByStudent ? u_sum : w_sum, shrink = kByStudent ? u_shrink : w_shrink;
+      const Real scale = kByStudent ? u_scale : w_scale, step = kByStudent ? w_step * r - u_step : u_step - w_step * r;
+      far_ratio.raise(weight, shrink, step);
+      ratio.sum = carried(ratio.sum, weight, step < Real(kDead) ? step : Real(0), scale);
+      ratio.rest *= scale;
+    }
+    if constexpr (kCrossing) {
+      far_crossing.raise(w_sum, w_shrink, u_step);
+      crossing = carried(crossing, w_sum, u_step < Real(kDead) ? u_step : Real(0), w_scale);
+    }
+    if (orders.label_scale != Real(0)) label_sum *= exp2_of(-u_step * orders.label_scale);
+    u_sum *= u_scale;
+    w_sum *= w_scale;
     u_origin = u_new;
     w_origin = w_new;
   }
 
   __device__ PassSums whole() const {
-    return {double(u_sum), double(w_sum), ratio.value(), double(crossing), double(label_sum)};
+    return {double(u_sum), double(w_sum), ratio.value() + far_ratio.value(), double(crossing) + far_crossing.value(),
+            double(label_sum)};
   }
 };
 
@@ -168,7 +196,6 @@ struct Lead {
       orders.teacher_scale = plan.teacher_scale;
       orders.teacher_ratio = plan.teacher_ratio;
       orders.label_scale = plan.label_scale;
-      orders.temperature = Real(task.temperature);
       orders.teacher_temperature = task.teacher_temperature;
       orders.student_gradient = task.student_gradient;
       orders.teacher_gradient = task.teacher_gradient;
@@ -217,15 +244,15 @@ __device__ RowState<double> first_pass(const Source& source, const Team& team,
       team.block_sum(Largest<Real>{mine.u_origin, mine.w_origin}, at_least_both, /*everywhere=*/true);
   mine.raise(largest.student, largest.teacher, orders);
   const PassSums sums = team.block_sum(mine.whole(), [](PassSums& all, const PassSums& next) { all.add(next); });
-  const double us = orders.student_scale, ws = orders.teacher_scale;
-  const RowState<double> state{{double(largest.student) * us, sums.student},
-                               {double(largest.teacher) * ws, sums.teacher},
+  const double us = orders.student_scale;
+  const RowState<double> state{{double(largest.student), sums.student},
+                               {double(largest.teacher), sums.teacher},
                                sums.ratio * us,
                                sums.crossing * us,
                                sums.label};
-  return team.cluster_sum(state, [&](RowState<double>& all, const RowState<double>& next) {
-    all.merge(next, kPass, double(orders.temperature));
-  });
+  const RowScales<double> scales{us, double(orders.teacher_scale), double(orders.label_scale)};
+  return team.cluster_sum(state,
+                          [&](RowState<double>& all, const RowState<double>& next) { all.merge(next, kPass, scales); });
 }
 
 template <class Divergence, class Source>
@@ -290,6 +317,10 @@ struct RowWorker {
     if (team.leads()) {
       int label = -1;
       const bool read = arguments.read_task(row, lead.task, label);
+      if (read && lead.task.label_weight == 0) {
+        lead.task.has_label = false;
+        label = -1;
+      }
       lead.open(read, label, shared_orders);
       if (read) {
         // Now: the gradient may overwrite it.

@@ -8,6 +8,8 @@
 namespace fastkd::cuda {
 
 inline constexpr int kMaxTeachers = 16;
+// Where all of many logits are below this they are a mask, perhaps, and none is near the largest of the row.
+inline constexpr double kMasked = -1000;
 
 // What a call asks, the same for all rows. Without a teacher (teacher_count 0) sources read the student's logits alone
 // and show them for the teacher's, too.
@@ -33,6 +35,7 @@ struct RowArguments : RowNumbers {
     task.divergence_scale = square_temperature ? task.temperature * task.temperature : 1;
     label = read_label(row, task);
     task.mix_probs = mix_probs;
+    task.teacher_weight = teacher_count == 1 && teacher_weights ? teacher_weights.number(row) : 1;
     task.student_gradient = bool(student_gradient);
     task.teacher_gradient = bool(teacher_gradient);
     return true;
@@ -169,9 +172,9 @@ struct AnySource {
   const RowArguments& arguments;
   const int64_t row;
   char *const student, *const teacher, *const student_gradient, *const teacher_gradient;  // where the row begins
-  MaxSum<double>* const normalizers;  // of each teacher, for mix_probs; shared
-  char** const firsts;                // where each teacher's row begins; shared
-  Real scale;                         // log2(e) / teacher_temperature
+  OriginSum<double>* const normalizers;  // of each teacher; of a mixture of logits only an origin; shared
+  char** const firsts;                   // where each teacher's row begins; shared
+  Real scale;                            // log2(e) / teacher_temperature
 
   __device__ AnySource(const RowArguments& a, int64_t r, const RowLaunch&, unsigned, unsigned char* shared,
                        unsigned char*)
@@ -181,7 +184,7 @@ struct AnySource {
         teacher(a.teachers[0].at(r)),
         student_gradient(a.student_gradient ? a.student_gradient.at(r) : nullptr),
         teacher_gradient(a.teacher_gradient ? a.teacher_gradient.at(r) : nullptr),
-        normalizers(reinterpret_cast<MaxSum<double>*>(shared)),
+        normalizers(reinterpret_cast<OriginSum<double>*>(shared)),
         firsts(reinterpret_cast<char**>(normalizers + kMaxTeachers)),
         scale(0) {}
 
@@ -200,17 +203,26 @@ struct AnySource {
     return arguments.teacher_weights ? arguments.teacher_weights.number(row, k) : 1.0 / arguments.teacher_count;
   }
 
+  // Whether there is a teacher whose logits are not taken as they are.
+  __device__ __forceinline__ bool mixed() const {
+    return arguments.teacher_count > 1 || (arguments.teacher_count == 1 && arguments.teacher_weights);
+  }
+
   // For a mixture: where its teachers' rows begin, and of probabilities the normaliser of each teacher.
   __device__ void normalize_teachers(const Team& team, double teacher_temperature) {
     scale = Real(kLog2E / teacher_temperature);
-    if (arguments.teacher_count <= 1) return;
+    if (!mixed()) return;
     if (team.leads()) {
 #pragma unroll 1
       for (int k = 0; k < arguments.teacher_count; ++k) shared_store(firsts + k, arguments.teachers[k].at(row));
     }
     team.sync();
-    if (!arguments.mix_probs) return;
     for (int k = 0; k < arguments.teacher_count; ++k) {
+      if (!arguments.mix_probs) {
+        const OriginSum<double> some{some_logit(k, team), 1};
+        if (team.leads()) shared_store(normalizers + k, some);
+        continue;
+      }
       Real top = Real(-INFINITY), sum = 0;
       char* const first = shared_load(firsts + k);
       for (int i = team.thread; i < arguments.vocab; i += team.threads) {
@@ -221,11 +233,47 @@ struct AnySource {
         }
         sum += exp2_of((z - (top == Real(-INFINITY) ? Real(0) : top)) * scale);
       }
-      const MaxSum<double> all = team.sum(MaxSum<double>{double(top) * scale, double(sum)},
-                                          [](MaxSum<double>& a, const MaxSum<double>& b) { a.merge(b); });
+      const OriginSum<double> all =
+          team.sum(OriginSum<double>{double(top), double(sum)},
+                   [&](OriginSum<double>& a, const OriginSum<double>& b) { a.merge(b, double(scale)); });
       if (team.leads()) shared_store(normalizers + k, all);
     }
     team.sync();
+    if (arguments.mix_probs && team.leads()) store_shares();
+    team.sync();
+  }
+
+  // The largest logit of teacher k among the first columns that are not masked as a whole; 0 where there is none.
+  __device__ double some_logit(int k, const Team& team) const {
+    char* const first = shared_load(firsts + k);
+    Real top = Real(-INFINITY);
+#pragma unroll 1
+    for (int begin = 0; begin < arguments.vocab && !(top > Real(kMasked)); begin += team.threads) {
+      const int i = begin + team.thread;
+      const Real z = i < arguments.vocab ? logit(arguments.teachers[k], first, i) : Real(-INFINITY);
+      top = at_least(top, team.block_sum(z, [](Real& a, const Real& b) { a = b > a ? b : a; }, /*everywhere=*/true));
+    }
+    return top > Real(-INFINITY) ? double(top) : 0;
+  }
+
+  // Each teacher's share of a mixture of probabilities in the place of its sum: log2 of its weight over its sum, less
+  // the largest such, which brings what counts near 0, where a float has most digits.
+  __device__ void store_shares() const {
+    double most = -double(INFINITY);
+#pragma unroll 1
+    for (int k = 0; k < arguments.teacher_count; ++k) {
+      OriginSum<double> all = shared_load(normalizers + k);
+      const double weight = teacher_weight(k);
+      all.sum = ::log2(weight) - all.log2();
+      shared_store(normalizers + k, all);
+      if (weight != 0) most = at_least(most, all.sum);
+    }
+#pragma unroll 1
+    for (int k = 0; k < arguments.teacher_count; ++k) {
+      OriginSum<double> all = shared_load(normalizers + k);
+      all.sum -= most;
+      shared_store(normalizers + k, all);
+    }
   }
 
   struct Raw {
@@ -234,10 +282,10 @@ struct AnySource {
   template <bool kFirst>
   __device__ __forceinline__ Raw fetch(int column) const {
     const Real u = logit(arguments.student, student, column);
-    return {u, arguments.teacher_count == 0   ? u
-               : arguments.teacher_count == 1 ? logit(arguments.teachers[0], teacher, column)
-               : arguments.mix_probs          ? mixed_probs(column)
-                                              : mixed_logits(column)};
+    return {u, arguments.teacher_count == 0 ? u
+               : !mixed()                   ? logit(arguments.teachers[0], teacher, column)
+               : arguments.mix_probs        ? mixed_probs(column)
+                                            : mixed_logits(column)};
   }
   __device__ __forceinline__ void keep(int, const Raw&) const {}
   static constexpr int kWord = 1;
@@ -245,7 +293,7 @@ struct AnySource {
   static __device__ __forceinline__ Real student_of(const Raw& raw, int) { return raw.student; }
   static __device__ __forceinline__ Real teacher_of(const Raw& raw, int) { return raw.teacher; }
 
-  // sum_k w_k z_k, and -inf wherever one of the z_k that count is -inf.
+  // sum_k w_k (z_k - origin_k), and -inf wherever one of the z_k that count is impossible.
   __device__ Real mixed_logits(int column) const {
     Real mixed = 0;
     bool gone = false;
@@ -253,22 +301,24 @@ struct AnySource {
       const Real weight = Real(teacher_weight(k));
       if (weight == Real(0)) continue;
       const Real z = logit(arguments.teachers[k], shared_load(firsts + k), column);
-      const bool dead = z == Real(-INFINITY);
+      const Real x = z - Real(shared_load(normalizers + k).origin);
+      const bool dead = x < Real(-kDead);
       gone = gone || dead;
-      mixed += weight * (dead ? Real(0) : z);
+      mixed += weight * (dead ? Real(0) : x);
     }
     return gone ? mixed + Real(-INFINITY) : mixed;
   }
 
-  // log2 sum_k w_k softmax(z_k / teacher_temperature), relative to the largest member so that no tail underflows.
+  // log2 sum_k w_k softmax(z_k / teacher_temperature) up to a constant, relative to the largest member so that no tail
+  // underflows.
   __device__ Real mixed_probs(int column) const {
     Real top = Real(-INFINITY), sum = 0;
     for (int k = 0; k < arguments.teacher_count; ++k) {
       const double weight = teacher_weight(k);
       if (weight == 0) continue;
-      const Real shift = Real(::log2(weight) - shared_load(normalizers + k).log2());
-      const Real x = logit(arguments.teachers[k], shared_load(firsts + k), column) * scale + shift,
-                 all = at_least(top, x);
+      const OriginSum<double> share = shared_load(normalizers + k);
+      const Real z = logit(arguments.teachers[k], shared_load(firsts + k), column);
+      const Real x = (z - Real(share.origin)) * scale + Real(share.sum), all = at_least(top, x);
       const Real safe = all == Real(-INFINITY) ? Real(0) : all;
       sum = sum * exp2_of(top - safe) + exp2_of(x - safe);
       top = all;

@@ -6,6 +6,7 @@
 // Rows that come out nearly equal take their divergences from that pass too, where nothing cancels.
 #pragma once
 #include "../math/token_stats.h"
+#include "far_sum.cuh"
 #include "sources.cuh"
 
 namespace fastkd::cuda {
@@ -31,12 +32,10 @@ struct StatsSums {
   PairSums sums;
   BestPair best;
 
-  __device__ PairState state(double scale) const {
-    return {double(best.student.logit) * scale, double(best.teacher.logit) * scale, sums};
-  }
+  __device__ PairState state() const { return {double(best.student.logit), double(best.teacher.logit), sums}; }
   __device__ void merge(const StatsSums& o, double scale) {
-    PairState all = state(scale);
-    all.merge(o.state(scale));
+    PairState all = state();
+    all.merge(o.state(), scale);
     sums = all.sums;
     best.merge(o.best);
   }
@@ -67,7 +66,7 @@ struct StatsLead {
   // After the first pass over two sides.
   __device__ __noinline__ void plan(StatsOrders* told) {
     StatsOrders orders = shared_load(told);
-    const PairState state = found.state(orders.scale);
+    const PairState state = found.state();
     both = {state.forward_kl(), state.reverse_kl(), 0};
     forward_near = both.forward_kl < state.forward_limit();
     reverse_near = both.reverse_kl < state.reverse_limit();
@@ -93,21 +92,20 @@ struct StatsLead {
   // What a temperature that is not positive leaves of the row: it makes all the rest NaN.
   __device__ __forceinline__ void refuse() {
     found = {};
+    found.best = {{NAN, 0}, {NAN, 0}};
     both = {NAN, NAN, NAN};
   }
 
   // The row's statistics, each `rows` places after the last, given its label's logits.
   __device__ __noinline__ void write(float* numbers, int64_t* argmax, int64_t rows, double student_label,
                                      double teacher_label, bool pair) const {
-    // Sums are relative to logits times a rounded scale, results are not.
-    const double to_base_2 = kLog2E / temperature;
-    const PairState state = found.state(to_base_2);
+    const PairState state = found.state();
     const auto put = [&](double value) {
       global_store(numbers, float(value));
       numbers += rows;
     };
     const auto put_side = [&](const SideSums& sums, double top, int column, double label) {
-      const SideStats stats = side_stats(top, sums, {top, column}, label * to_base_2);
+      const SideStats stats = side_stats(temperature, top, sums, {top, column}, label);
       put(stats.lse);
       put(stats.entropy);
       put(stats.top_prob);
@@ -139,6 +137,7 @@ template <bool kPair>
 struct StatsState {
   float u_origin = -INFINITY, w_origin = -INFINITY;
   PairSumsOf<float> sums{};
+  FarSum<float> far_ratio, far_reverse;
   BestPair best{{-INFINITY, 0}, {-INFINITY, 0}};
 
   template <int kSize>
@@ -150,45 +149,57 @@ struct StatsState {
       raise(at_least(u_origin, u_top), at_least(w_origin, w_top), scale);
     }
     const float u_zero = u_origin == -INFINITY ? 0 : u_origin, w_zero = w_origin == -INFINITY ? 0 : w_origin;
-    // A tiny weight instead of 0 lets an impossible entry make the sum infinite even where its mass underflows. Those
-    // impossible on the weighting side have that weight, too, and a log-ratio that it makes vanish.
-    constexpr float kTiny = 1.17549435e-38f, kLowest = -float(kInfiniteLogRatio);
+    // Beyond it: see FarSum.
+    constexpr float kFar = float(kDead);
+    float farthest = 0;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       const float x = u[j] - u_zero, e_u = side(sums.student, x * scale);
       if constexpr (kPair) {
         const float y = w[j] - w_zero, e_w = side(sums.teacher, y * scale);
-        const float apart = (y - x) * scale;  // exact where they nearly agree
-        sums.ratio += fmaxf(kTiny, e_w) * fmaxf(kLowest, apart);
-        sums.reverse += fmaxf(kTiny, e_u) * fmaxf(kLowest, -apart);
+        const float apart = (y - x) * scale, size = magnitude(apart);
+        farthest = size > farthest ? size : farthest;
+        if (size < kFar) {
+          sums.ratio += e_w * apart;
+          sums.reverse -= e_u * apart;
+        }
+      }
+    }
+    if constexpr (kPair) {
+      if (farthest >= kFar) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          const float x = u[j] - u_zero, y = w[j] - w_zero;
+          far_ratio.add(y * scale, y - x);
+          far_reverse.add(x * scale, x - y);
+        }
       }
     }
   }
 
   // Carries the sums over to larger origins.
   __device__ __forceinline__ void raise(float u_new, float w_new, float scale) {
-    const float u_step = step(u_origin, u_new, scale), w_step = kPair ? step(w_origin, w_new, scale) : 0;
+    const float u_step = step(u_origin, u_new);
     if constexpr (kPair) {
-      // Where nothing is left of one side, what the other has is infinitely unlikely under it.
-      const bool u_gone = u_step >= kFarthest, w_gone = w_step >= kFarthest;
-      if (u_gone && !w_gone && sums.teacher.sum > 0) sums.ratio = INFINITY;
-      if (w_gone && !u_gone && sums.student.sum > 0) sums.reverse = INFINITY;
-      sums.raise(u_step, w_step);
+      const float w_step = step(w_origin, w_new), apart = u_step - w_step;
+      far_ratio.raise(sums.teacher.sum, w_step * scale, apart);
+      far_reverse.raise(sums.student.sum, u_step * scale, -apart);
+      sums.raise(u_step * scale, w_step * scale, magnitude(apart) < float(kDead) ? apart * scale : 0);
     } else {
-      sums.student.raise(u_step);
+      sums.student.raise(u_step * scale);
     }
     u_origin = u_new;
     w_origin = w_new;
   }
 
-  __device__ PairSums whole() const {
-    return {
-        {sums.student.sum, sums.student.weighted}, {sums.teacher.sum, sums.teacher.weighted}, sums.ratio, sums.reverse};
+  __device__ PairSums whole(float scale) const {
+    return {{sums.student.sum, sums.student.weighted},
+            {sums.teacher.sum, sums.teacher.weighted},
+            sums.ratio + far_ratio.value() * scale,
+            sums.reverse + far_reverse.value() * scale};
   }
 
  private:
-  static constexpr float kFarthest = float(kDead);  // no sum survives it, and it times any sum is finite
-
   // Of a pack; with the first column of the best.
   template <int kSize>
   static __device__ __forceinline__ float top(const float (&u)[kSize], int column, Best<float, int>& best) {
@@ -211,8 +222,8 @@ struct StatsState {
   }
 
   // An origin that was not there yet has no sums.
-  static __device__ __forceinline__ float step(float from, float to, float scale) {
-    return from == -INFINITY || from == to ? 0 : at_most(kFarthest, (to - from) * scale);
+  static __device__ __forceinline__ float step(float from, float to) {
+    return from == -INFINITY ? 0 : step_between(from, to);
   }
 };
 
@@ -281,9 +292,10 @@ struct StatsWorker {
     all.best = team.block_sum(mine.best, [](BestPair& a, const BestPair& b) { a.merge(b); }, /*everywhere=*/true);
     mine.raise(all.best.student.logit, all.best.teacher.logit, scale);
     if constexpr (kPair) {
-      all.sums = team.block_sum(mine.whole(), [](PairSums& a, const PairSums& b) { a.add(b); });
+      all.sums = team.block_sum(mine.whole(scale), [](PairSums& a, const PairSums& b) { a.add(b); });
     } else {
-      all.sums = {team.block_sum(mine.whole().student, [](SideSums& a, const SideSums& b) { a.add(b); }), {}, 0, 0};
+      all.sums = {
+          team.block_sum(mine.whole(scale).student, [](SideSums& a, const SideSums& b) { a.add(b); }), {}, 0, 0};
     }
     return team.cluster_sum(all, [&](StatsSums& a, const StatsSums& b) { a.merge(b, scale); });
   }

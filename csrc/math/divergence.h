@@ -22,8 +22,11 @@ namespace fastkd::FASTKD_ISA {
 
 // Stands for an infinite log-ratio in gradients: as if the impossible entry had probability 2^-126.
 inline constexpr double kLargestLogRatio = 126.0 * kLn2;
-// Logits below -kDead are probability 0, log-ratios beyond kInfiniteLogRatio infinite.
+// Logits that lie kDead below the largest are probability 0, as are those of -inf: the smallest finite number, which
+// masks put there, is one of them. Log-ratios beyond kInfiniteLogRatio are infinite.
 inline constexpr double kDead = 1e25;
+// A weight that is 0 in double precision, 2^-1075, adds nothing, not even to an infinite log-ratio.
+inline constexpr double kNoWeight = 1075;
 inline constexpr double kInfiniteLogRatio = 1e20;
 
 // Rows whose value is below this many nats take the careful route. The one-pass sums are good to about 3e-7 times
@@ -79,7 +82,9 @@ FASTKD_INLINE Real floored(Real probability) {
 
 template <bool kNear, class Real>
 FASTKD_INLINE Mixed<Real> mix(const Outcome<Real>& o, Real own, Log2<Real> mixture, Real gap, Real weight) {
-  const Real direct = mixture.minus(log2_parts(floored(own))) * Real(kLn2);
+  // Without a share of the other side the mixture is `own`, to the last bit.
+  const Real unit = weight > Real(0) ? Real(kLn2) : Real(0);
+  const Real direct = mixture.minus(log2_parts(floored(own))) * unit;
   if constexpr (kNear) {
     const Real y = weight * gap, rest = log1p_gap(y);
     return {select(o.small, y - rest, direct), rest};
@@ -177,7 +182,10 @@ struct SkewKl {
     const auto to_m = mix<kNear>(o, o.p, m, student_gap(o), c);
     const Real direct = c * o.difference - o.p * to_m.log_ratio;
     const Real slope = c * o.difference / mixture;
-    return {kNear ? select(o.small, o.p * to_m.kl, direct) : direct, c * slope, b * slope - to_m.log_ratio};
+    // Far from the teacher, g = c (c (q - p) / m) is nearly c wherever p is nearly 0, and would lose there what it
+    // differs from its mean by: it is c more than -c p / m, which does not.
+    const Real g = kNear ? c * slope : -c * (o.p / mixture);
+    return {kNear ? select(o.small, o.p * to_m.kl, direct) : direct, g, b * slope - to_m.log_ratio};
   }
 };
 

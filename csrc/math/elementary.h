@@ -39,6 +39,12 @@ FASTKD_INLINE double magnitude(double x) { return __builtin_fabs(x); }
 FASTKD_INLINE float with_sign(float size, float sign) { return __builtin_copysignf(size, sign); }
 FASTKD_INLINE double with_sign(double size, double sign) { return __builtin_copysign(size, sign); }
 
+// What the last bit of a normal number's mantissa stands for.
+FASTKD_INLINE double last_digit(double x) {
+  return bit_cast<double>(bit_cast<uint64_t>(x) & 0x7ff0000000000000u) * 2.220446049250313e-16;
+}
+FASTKD_INLINE double last_digit(float x) { return last_digit(double(x)) * 536870912.0; }
+
 // -1, 0 or 1 without a branch (x counts as 0 gradually below the smallest normal float).
 template <class Real>
 FASTKD_INLINE Real sign_of(Real x) {

@@ -13,6 +13,7 @@ struct RowTask {
   bool has_label;
   bool mix_probs;  // the teacher comes as log2-probabilities at its temperature
   bool student_gradient, teacher_gradient;
+  double teacher_weight = 1;  // of its logits, in its gradient: dz_mixed / dz
 };
 
 }  // namespace fastkd
@@ -28,23 +29,31 @@ struct Mean {
 };
 
 // From logits to outcomes, once both normalisers are known. Logits are first taken relative to a value near the
-// largest: what counts in a distribution is then exact to rounding, whatever constant the logits carry.
+// largest: what counts in a distribution is then exact to rounding, whatever constant the logits carry. Those more than
+// kDead below it are as impossible as -inf.
 template <class Real>
 struct Normalized {
   Real student_scale, teacher_scale, teacher_ratio;
   Real student_origin, teacher_origin;  // logits
   Real student_lse, teacher_lse;        // relative to the origins, base 2
-  Real log_shift;                       // their difference, natural, with what origin_gap lost in rounding
-  Real origin_gap;                      // student_origin - teacher_ratio teacher_origin
+  // Where kNear takes a log-ratio from: logits less `base`, whose difference is exact where the two sides nearly agree.
+  Real student_base, teacher_base;
+  Real base_gap;    // what the difference of the origins is there: student_origin - teacher_ratio teacher_origin
+  Real near_shift;  // the difference of the normalisers, natural, with what base_gap lost in rounding
+  Real log_shift;   // the same relative to the origins
 
   template <bool kNear>
   FASTKD_INLINE Outcome<Real> outcome(Real u, Real w) const {
     const Real x = u - student_origin, y = w - teacher_origin;
     const Real a = x * student_scale - student_lse, b = y * teacher_scale - teacher_lse;
-    // From the logits as they are: their difference is exact where student and teacher nearly agree.
-    const Real alive_u = at_least(Real(-kDead), u), alive_w = at_least(Real(-kDead), w);
-    const Real apart = (alive_u - alive_w * teacher_ratio) - origin_gap;
-    const Real ratio = apart * student_scale * Real(kLn2) - log_shift;
+    Real ratio;
+    if constexpr (kNear) {
+      const Real alive_u = at_least(Real(-kDead), u - student_base), alive_w = at_least(Real(-kDead), w - teacher_base);
+      ratio = ((alive_u - alive_w * teacher_ratio) - base_gap) * student_scale * Real(kLn2) - near_shift;
+    } else {
+      const Real alive_x = at_least(Real(-kDead), x), alive_y = at_least(Real(-kDead), y);
+      ratio = (alive_x - alive_y * teacher_ratio) * student_scale * Real(kLn2) - log_shift;
+    }
     Outcome<Real> o;
     o.p = exp2_of(b);
     o.q = exp2_of(a);
@@ -73,25 +82,48 @@ struct RowFrame {
         task.mix_probs || task.temperature != task.teacher_temperature ? teacher_scale / student_scale : Real(1);
     label_scale = task.has_label && task.temperature != 1.0 ? Real(kLog2E) : Real(0);
   }
+  template <class To>
+  FASTKD_INLINE RowScales<To> scales() const {
+    return {To(student_scale), To(teacher_scale), To(label_scale)};
+  }
 
   FASTKD_INLINE void normalize(const RowTask& task, const RowState<double>& all) {
-    student_origin = Real(all.student.max / student_scale);
-    teacher_origin = Real(all.teacher.max / teacher_scale);
-    student_lse = all.student.log2() - double(student_origin) * student_scale;
-    teacher_lse = all.teacher.log2() - double(teacher_origin) * teacher_scale;
-    label_lse = !task.has_label ? 0
-                : label_scale == Real(0)
-                    ? student_lse
-                    : ::log2(all.label_sum) + all.student.max * task.temperature - double(student_origin) * label_scale;
+    student_origin = Real(all.student.origin);
+    teacher_origin = Real(all.teacher.origin);
+    student_lse = all.student.log2();
+    teacher_lse = all.teacher.log2();
+    label_lse = !task.has_label ? 0 : label_scale == Real(0) ? student_lse : ::log2(all.label_sum);
   }
 
   FASTKD_INLINE Normalized<Real> normalized() const {
-    const double gap = double(student_origin) - double(teacher_ratio) * teacher_origin;
-    return {student_scale,     teacher_scale,
-            teacher_ratio,     student_origin,
-            teacher_origin,    Real(student_lse),
-            Real(teacher_lse), Real((student_lse - teacher_lse + (gap - Real(gap)) * student_scale) * kLn2),
-            Real(gap)};
+    Real student_base = student_origin, teacher_base = teacher_origin;
+    const Real limit = Real(kInfiniteLogRatio);
+    if (teacher_ratio == Real(1) && magnitude(student_origin) < limit && magnitude(teacher_origin) < limit) {
+      // The difference of two nearly equal numbers is exact. To make them so, what the origins differ by goes off the
+      // side that is farther from 0, as a multiple of that side's last digit, which the subtraction has room for.
+      const bool of_student = magnitude(student_origin) > magnitude(teacher_origin);
+      const double far = of_student ? student_origin : teacher_origin;
+      const double close = of_student ? teacher_origin : student_origin;
+      const double digit = last_digit(Real(far));
+      const Real base = magnitude(far - close) < 0.5 ? Real(0) : Real(far - ::rint(close / digit) * digit);
+      student_base = of_student ? base : Real(0);
+      teacher_base = of_student ? Real(0) : base;
+    }
+    const double gap = (double(student_origin) - double(student_base)) -
+                       double(teacher_ratio) * (double(teacher_origin) - double(teacher_base));
+    const double shift = student_lse - teacher_lse;
+    return {student_scale,
+            teacher_scale,
+            teacher_ratio,
+            student_origin,
+            teacher_origin,
+            Real(student_lse),
+            Real(teacher_lse),
+            student_base,
+            teacher_base,
+            Real(gap),
+            Real((shift + (gap - Real(gap)) * student_scale) * kLn2),
+            Real(shift * kLn2)};
   }
 };
 
@@ -103,7 +135,7 @@ struct FromLogits {
   FASTKD_INLINE Outcome<Real> outcome(int64_t i) const { return at.template outcome<kNear>(student[i], teacher[i]); }
 };
 
-// What the first pass took a block relative to: logits near the largest so far.
+// What the first pass took a block relative to: logits near the largest so far; -inf where all so far were -inf.
 template <class Real>
 struct Origins {
   Real student, teacher;

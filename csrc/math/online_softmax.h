@@ -16,6 +16,12 @@ FASTKD_INLINE Real rescale(Real from, Real to) {
   return from == to ? Real(1) : exp2_of(from - to);
 }
 
+// How far an origin moves. One that was not there yet (-inf) has nothing relative to it: any step does.
+template <class Real>
+FASTKD_INLINE Real step_between(Real from, Real to) {
+  return from == to ? Real(0) : to - from;
+}
+
 template <class Real>
 struct MaxSum {
   Real max, sum;
@@ -30,24 +36,58 @@ struct MaxSum {
   }
 };
 
+// The same relative to an origin that is kept as a logit, near the largest: a logit is taken relative to it before it
+// is scaled, so that neither a constant that all logits carry nor their size (the smallest finite number, where a mask
+// put it everywhere) costs the sum a digit.
+//   sum = sum_v 2^((z_v - origin) scale),  scale = log2(e) / temperature
+template <class Real>
+struct OriginSum {
+  Real origin, sum;
+
+  static FASTKD_INLINE OriginSum empty() { return {Real(-INFINITY), Real(0)}; }
+  // The log-sum-exp in base 2, relative to the origin. NaN where no logit is finite, or one is +inf.
+  FASTKD_INLINE Real log2() const { return (origin - origin) + log2_of(sum); }
+  FASTKD_INLINE void merge(const OriginSum& other, Real scale) {
+    const Real all = at_least(origin, other.origin);
+    sum = sum * exp2_of(-step_between(origin, all) * scale) +
+          other.sum * exp2_of(-step_between(other.origin, all) * scale);
+    origin = all;
+  }
+};
+
+// log2(e) / temperature of both sides, and of the label's softmax (0: not summed).
+template <class Real>
+struct RowScales {
+  Real student, teacher, label;
+};
+
+// A weighted sum of log-ratios relative to other origins: its weights, which sum to `weight`, shrink by the factor
+// `scale`, and each log-ratio grows by `step`. Infinite it stays, unless nothing is left of the weight.
+template <class Real>
+FASTKD_INLINE Real carried(Real sum, Real weight, Real step, Real scale) {
+  if (scale == Real(0)) return sum == sum ? Real(0) : sum;
+  if (!(sum < Real(INFINITY))) return sum;
+  return (weight > Real(0) && step != Real(0) ? sum + weight * step : sum) * scale;
+}
+
+// Sums relative to one pair of origins, student.origin and teacher.origin. In base 2, with x = (z - origin) scale:
 template <class Real>
 struct RowState {
-  MaxSum<Real> student, teacher;
-  Real ratio;      // sum of 2^(x_w - max_w) ((x_w - max_w) - (x_o - max_o)), w the side that weights, o the other
-  Real crossing;   // sum of 2^(x_teacher - teacher.max) (student.max - x_student); kTeacherCrossing only
-  Real label_sum;  // sum of 2^((x_student - student.max) label_ratio): the student's softmax at temperature 1
+  OriginSum<Real> student, teacher;
+  Real ratio;      // sum of 2^x_w (x_w - x_o), w the side that weights, o the other
+  Real crossing;   // sum of 2^x_teacher (-x_student); kTeacherCrossing only
+  Real label_sum;  // sum of 2^((z_student - origin) label scale): the student's softmax at temperature 1
 
   static FASTKD_INLINE RowState empty() {
-    return {MaxSum<Real>::empty(), MaxSum<Real>::empty(), Real(0), Real(0), Real(0)};
+    return {OriginSum<Real>::empty(), OriginSum<Real>::empty(), Real(0), Real(0), Real(0)};
   }
 
-  // label_ratio: the student's temperature.
-  FASTKD_INLINE void merge(const RowState& other, Pass pass, Real label_ratio) {
+  FASTKD_INLINE void merge(const RowState& other, Pass pass, const RowScales<Real>& scales) {
     RowState add = other;
-    const Real student_max = at_least(student.max, other.student.max);
-    const Real teacher_max = at_least(teacher.max, other.teacher.max);
-    raise(student_max, teacher_max, pass, label_ratio);
-    add.raise(student_max, teacher_max, pass, label_ratio);
+    const Real student_origin = at_least(student.origin, other.student.origin);
+    const Real teacher_origin = at_least(teacher.origin, other.teacher.origin);
+    raise(student_origin, teacher_origin, pass, scales);
+    add.raise(student_origin, teacher_origin, pass, scales);
     student.sum += add.student.sum;
     teacher.sum += add.teacher.sum;
     ratio += add.ratio;
@@ -55,21 +95,19 @@ struct RowState {
     label_sum += add.label_sum;
   }
 
-  // The same sums relative to larger maxima.
-  FASTKD_INLINE void raise(Real student_max, Real teacher_max, Pass pass, Real label_ratio) {
-    if (student.max == student_max && teacher.max == teacher_max) return;
-    const Real student_step = student_max == student.max ? Real(0) : student_max - student.max;
-    const Real teacher_step = teacher_max == teacher.max ? Real(0) : teacher_max - teacher.max;
+  // The same sums relative to larger origins.
+  FASTKD_INLINE void raise(Real student_origin, Real teacher_origin, Pass pass, const RowScales<Real>& scales) {
+    if (student.origin == student_origin && teacher.origin == teacher_origin) return;
+    const Real moved = step_between(student.origin, student_origin);
+    const Real student_step = moved * scales.student;
+    const Real teacher_step = step_between(teacher.origin, teacher_origin) * scales.teacher;
     const Real student_scale = exp2_of(-student_step), teacher_scale = exp2_of(-teacher_step);
-    // What is infinite stays so, however little of its weight is left.
-    if (crossing < Real(INFINITY)) crossing = moved(crossing, teacher.sum, student_step) * teacher_scale;
-    if (ratio < Real(INFINITY)) {
-      ratio = weights_student(pass) ? moved(ratio, student.sum, teacher_step - student_step) * student_scale
-                                    : moved(ratio, teacher.sum, student_step - teacher_step) * teacher_scale;
-    }
-    label_sum *= exp2_of(-student_step * label_ratio);
-    student = {student_max, student.sum * student_scale};
-    teacher = {teacher_max, teacher.sum * teacher_scale};
+    crossing = carried(crossing, teacher.sum, student_step, teacher_scale);
+    ratio = weights_student(pass) ? carried(ratio, student.sum, teacher_step - student_step, student_scale)
+                                  : carried(ratio, teacher.sum, student_step - teacher_step, teacher_scale);
+    if (scales.label != Real(0)) label_sum *= exp2_of(-moved * scales.label);
+    student = {student_origin, student.sum * student_scale};
+    teacher = {teacher_origin, teacher.sum * teacher_scale};
   }
   // KL in nats of the weighting side from the other one, and the mean log-ratio whose size limits its accuracy.
   FASTKD_INLINE Real kl(Pass pass) const {
@@ -79,7 +117,7 @@ struct RowState {
   FASTKD_INLINE Real mean_ratio(Pass pass) const {
     return magnitude(ratio / (weights_student(pass) ? student.sum : teacher.sum)) * Real(kLn2);
   }
-  // -sum p log q in nats: two terms, neither negative but for the slack in student.max.
+  // -sum p log q in nats: two terms, neither negative but for the slack in student.origin.
   FASTKD_INLINE Real cross_entropy() const {
     return (log2_of(student.sum) + crossing / teacher.sum) * Real(kLn2) + poison();
   }
@@ -88,11 +126,7 @@ struct RowState {
   static FASTKD_INLINE bool weights_student(Pass pass) { return pass == Pass::kStudentWeighted; }
 
   // NaN where a side has no finite logit, or +inf.
-  FASTKD_INLINE Real poison() const { return (student.max - student.max) + (teacher.max - teacher.max); }
-
-  static FASTKD_INLINE Real moved(Real sum, Real weight, Real step) {
-    return weight > Real(0) ? sum + weight * step : sum;
-  }
+  FASTKD_INLINE Real poison() const { return (student.origin - student.origin) + (teacher.origin - teacher.origin); }
 };
 
 }  // namespace fastkd::FASTKD_ISA

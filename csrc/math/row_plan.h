@@ -5,6 +5,9 @@
 
 namespace fastkd::FASTKD_ISA {
 
+// Log-ratios that make a row's value this large are not taken from what pass 1 kept: some may be infinite.
+inline constexpr double kLargestKept = 1e6;
+
 // Over a slice or row. Products with g and h are exact and added in double: a mean must match the very values that it
 // is subtracted from, whose own rounding then cancels.
 struct Sums {
@@ -46,7 +49,7 @@ struct RowPlan : RowFrame<Real> {
       student_mean = all.kl(kPass);
       value = kCrossing ? all.cross_entropy() : student_mean;
       near = student_mean < Divergence::kNearBelow * (1 + all.mean_ratio(kPass));
-      kept = kPass != Pass::kStudentWeighted || !(value >= kInfiniteLogRatio);
+      kept = kPass != Pass::kStudentWeighted || !(value >= kLargestKept);
       if (near) {
         step = !kCrossing || task.student_gradient || task.teacher_gradient ? Step::kSumNear : Step::kWrite;
       } else if (!needs_teacher_mean(task) && (kept || !needs_student_mean(task))) {
@@ -115,7 +118,7 @@ struct GradientFactors {
   GradientFactors() = default;
   FASTKD_INLINE GradientFactors(const RowTask& task, const RowFrame<Real>& frame)
       : student(Real(task.scale * task.divergence_scale / task.temperature)),
-        teacher(Real(task.scale * task.divergence_scale / task.teacher_temperature)),
+        teacher(Real(task.scale * task.divergence_scale * task.teacher_weight / task.teacher_temperature)),
         label(Real(task.has_label ? task.scale * task.label_weight : 0)),
         label_q(frame.label_scale == Real(0) ? label : Real(0)) {}
 };

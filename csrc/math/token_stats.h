@@ -1,5 +1,5 @@
-// Statistics of a row under two softmaxes, from sums relative to a pair of origins. With e_u = 2^x_u and e_w = 2^x_w, x
-// the logits in base 2 relative to the origins:
+// Statistics of a row under two softmaxes, from sums relative to a pair of origins, which are logits. With e_u = 2^x_u
+// and e_w = 2^x_w, x = (logit - origin) scale in base 2:
 //   entropy      log sum e - sum e x / sum e
 //   KL(p || q)   sum e_w (x_w - x_u) / sum e_w + log sum e_u - log sum e_w,   and the reverse likewise
 #pragma once
@@ -39,11 +39,11 @@ struct SideSumsOf {
     sum += o.sum;
     weighted += o.weighted;
   }
-  // The same relative to an origin that is `step` higher.
+  // The same relative to an origin that is `step` higher, in base 2.
   FASTKD_INLINE void raise(Real step) {
     if (step == 0) return;
     const Real scale = exp2_of(-step);
-    weighted = sum > 0 ? scale * (weighted - step * sum) : 0;
+    weighted = carried(weighted, sum, -step, scale);
     sum *= scale;
   }
 };
@@ -61,28 +61,31 @@ struct PairSumsOf {
     reverse += o.reverse;
   }
   FASTKD_INLINE void raise(Real student_step, Real teacher_step) {
+    raise(student_step, teacher_step, student_step - teacher_step);
+  }
+  // apart: what each x_w - x_u grows by.
+  FASTKD_INLINE void raise(Real student_step, Real teacher_step, Real apart) {
     if (student_step == 0 && teacher_step == 0) return;
-    const Real apart = student_step - teacher_step;
-    if (teacher.sum > 0 && ratio < INFINITY) ratio = exp2_of(-teacher_step) * (ratio + apart * teacher.sum);
-    if (student.sum > 0 && reverse < INFINITY) reverse = exp2_of(-student_step) * (reverse - apart * student.sum);
+    ratio = carried(ratio, teacher.sum, apart, exp2_of(-teacher_step));
+    reverse = carried(reverse, student.sum, -apart, exp2_of(-student_step));
     student.raise(student_step);
     teacher.raise(teacher_step);
   }
 };
 using PairSums = PairSumsOf<double>;
 
-// Sums and the origins, base 2, that they are relative to.
+// Sums and the origins, logits, that they are relative to.
 struct PairState {
   double student_origin, teacher_origin;
   PairSums sums;
 
   static FASTKD_INLINE PairState empty() { return {-INFINITY, -INFINITY, {}}; }
-  FASTKD_INLINE void merge(const PairState& o) {
+  FASTKD_INLINE void merge(const PairState& o, double scale) {
     PairState other = o;
     const double student = at_least(student_origin, o.student_origin);
     const double teacher = at_least(teacher_origin, o.teacher_origin);
-    sums.raise(step(student_origin, student), step(teacher_origin, teacher));
-    other.sums.raise(step(o.student_origin, student), step(o.teacher_origin, teacher));
+    sums.raise(step_between(student_origin, student) * scale, step_between(teacher_origin, teacher) * scale);
+    other.sums.raise(step_between(o.student_origin, student) * scale, step_between(o.teacher_origin, teacher) * scale);
     sums.add(other.sums);
     student_origin = student;
     teacher_origin = teacher;
@@ -99,20 +102,19 @@ struct PairState {
 
  private:
   FASTKD_INLINE double shift() const { return ::log2(sums.student.sum) - ::log2(sums.teacher.sum); }
-  // An origin that was not there yet has no sums.
-  static FASTKD_INLINE double step(double from, double to) { return from == -INFINITY || from == to ? 0 : to - from; }
 };
 
-// Of one side: origin and best logit in base 2, label_x too (NaN: no label).
-FASTKD_INLINE SideStats side_stats(double origin, const SideSums& sums, const Best<double>& best, double label_x) {
+// Of one side; label: its logit (NaN: no label). Differences of logits are taken before they are scaled.
+FASTKD_INLINE SideStats side_stats(double temperature, double origin, const SideSums& sums, const Best<double>& best,
+                                   double label) {
   const double poison = origin - origin;  // NaN where no logit is finite, or one is +inf
-  const double log2_sum = ::log2(sums.sum), lse = origin + log2_sum + poison;
+  const double log2_sum = ::log2(sums.sum) + poison, log_sum = log2_sum * kLn2;
   SideStats out;
-  out.lse = lse * kLn2;
-  out.entropy = at_least(0.0, (log2_sum - sums.weighted / sums.sum) * kLn2) + (lse - lse);
-  out.top_prob = ::exp2(best.logit - lse);
-  out.label_log_prob = (label_x - lse) * kLn2;
-  out.argmax = lse == lse ? best.column : -1;
+  out.lse = origin / temperature + log_sum;
+  out.entropy = at_least(0.0, log_sum - sums.weighted / sums.sum * kLn2) + (log_sum - log_sum);
+  out.top_prob = ::exp((best.logit - origin) / temperature - log_sum);
+  out.label_log_prob = (label - origin) / temperature - log_sum;
+  out.argmax = log_sum == log_sum ? best.column : -1;
   return out;
 }
 

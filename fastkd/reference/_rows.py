@@ -8,11 +8,21 @@ from torch import Tensor
 
 #: Stands for an infinite log-ratio in gradients: as if the impossible entry had probability 2^-126.
 LARGEST_LOG_RATIO = 126 * math.log(2)
+#: Logits that lie this far below the largest are probability 0, as -inf is.
+DEAD = 1e25
+#: A log-probability whose probability is 0 in float64: it adds nothing, whatever the other side.
+NO_WEIGHT = -1075 * math.log(2)
+
+
+def from_largest(logits: Tensor) -> Tensor:
+    """Logits less the row's largest finite one, which no softmax sees, before they are scaled."""
+    top = logits.detach().amax(-1, keepdim=True)
+    return logits - torch.where(torch.isfinite(top), top, 0.0)
 
 
 def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """Log-softmax whose gradient stays finite where logits are -inf."""
-    scaled = logits / temperature
+    scaled = from_largest(logits) / temperature
     dead = scaled == -math.inf
     lse = torch.logsumexp(scaled, -1, keepdim=True)
     lse = torch.where(torch.isfinite(lse), lse, math.nan)
@@ -59,7 +69,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     far = p * d + q - p
     terms = torch.where(near & both, p * gap, far)
     # Mass where the other side has none: the value is inf, the gradient that of 2^-126 there.
-    lost = (log_p != -math.inf) & (log_q == -math.inf)
+    lost = (log_p >= NO_WEIGHT) & (log_q == -math.inf)
     capped = p * LARGEST_LOG_RATIO - p
     terms = torch.where(lost, capped + (math.inf - capped).detach(), terms)
     return terms.sum(-1)
@@ -92,7 +102,7 @@ def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) 
         return 0.5 * (exp(log_p) - exp(log_q)).abs().sum(-1)
     if divergence == "cross_entropy":
         p = exp(log_p)
-        lost = (log_p != -math.inf) & (log_q == -math.inf)
+        lost = (log_p >= NO_WEIGHT) & (log_q == -math.inf)
         terms = -p * finite(log_q)
         return torch.where(lost, terms + (math.inf - terms).detach(), terms).sum(-1)
     raise ValueError(f"softmax_divergence: unknown divergence {divergence!r}")
@@ -163,7 +173,10 @@ class Rows:
 
     def reduce(self, loss: Tensor) -> Tensor:
         """With the label's term, weighted and reduced."""
-        if self.labels is not None:
+        # A weight of 0 adds nothing, even to an impossible label.
+        if self.labels is not None and not (
+            isinstance(self.label_weight, float | int) and self.label_weight == 0
+        ):
             at = torch.where(self.read, self.labels, 0).long().unsqueeze(-1)
             log_q = log_softmax(self.student, 1.0).gather(-1, at).squeeze(-1)
             loss = loss - self.label_weight * log_q

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.reference._rows import Rows, divergence_rows, log_softmax
+from fastkd.reference._rows import DEAD, Rows, divergence_rows, from_largest, log_softmax
 
 
 def _teacher_log_probs(
@@ -17,23 +17,24 @@ def _teacher_log_probs(
     temperature: float | Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    if len(teachers) == 1:
+    if len(teachers) == 1 and (weights is None or mix == "probs"):
         return log_softmax(teachers[0].to(dtype), temperature)
     count = len(teachers)
     if weights is None:
         weights = teachers[0].new_full((count,), 1 / count, dtype=dtype)
     weights = weights.to(dtype)
-    stacked = torch.stack([t.to(dtype) for t in teachers], -1)
+    if mix == "logits":
+        stacked = torch.stack([from_largest(t.to(dtype)) for t in teachers], -1)
+    else:
+        stacked = torch.stack([log_softmax(t.to(dtype), temperature) for t in teachers], -1)
     counts = (weights != 0).unsqueeze(-2) if weights.dim() > 1 else weights != 0
     per_row = weights.unsqueeze(-2) if weights.dim() > 1 else weights
     if mix == "logits":
-        dead = (stacked == -math.inf) & counts
+        dead = (stacked < -DEAD) & counts
         live = torch.where(dead | ~counts, 0.0, stacked)
         mixed = (live * per_row).sum(-1).masked_fill(dead.any(-1), -math.inf)
         return log_softmax(mixed, temperature)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.unsqueeze(-1)
-    logs = torch.log_softmax(stacked / temperature, -2) + per_row.log()
+    logs = stacked + per_row.log()
     return torch.log_softmax(logs.masked_fill(~counts, -math.inf).logsumexp(-1), -1)
 
 

@@ -25,13 +25,13 @@ def token_stats(
     logs = [log_softmax(x[..., :vocab_size].to(dtype), temperature) for x in given]
     fields: list[Tensor | None] = []
     for logits, log_q in zip(given, logs, strict=True):
-        scaled = logits[..., :vocab_size].to(dtype) / temperature
-        lse = scaled.logsumexp(-1)
+        kept = logits[..., :vocab_size].to(dtype)
+        lse = (kept / temperature).logsumexp(-1)
         lost = log_q.isnan().any(-1)
         lse = torch.where(lost, math.nan, lse)
         # torch.argmax may take any of equals.
         columns = torch.arange(log_q.size(-1), device=log_q.device)
-        best = log_q == log_q.amax(-1, keepdim=True)
+        best = kept == kept.amax(-1, keepdim=True)
         argmax = torch.where(best, columns, log_q.size(-1)).amin(-1)
         label = None
         if labels is not None:
