@@ -95,8 +95,8 @@ def test_one_graph_serves_every_number(op, name, as_tensor):
     assert len(graphs) <= 2
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_inplace_in_a_graph(backend):
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_inplace_in_a_graph(compiler):
     torch._dynamo.reset()
 
     def step(leaf, teacher, labels):
@@ -104,7 +104,7 @@ def test_inplace_in_a_graph(backend):
         loss = fastkd.softmax_divergence(student, teacher, labels=labels, inplace=True)
         return loss, student
 
-    run = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    run = torch.compile(step, fullgraph=True, dynamic=True, backend=compiler)
     for rows in (3, 4, 5):
         leaf, teacher = logits((rows, 50)).requires_grad_(), logits((rows, 50))
         labels = torch.randint(0, 50, (rows,))

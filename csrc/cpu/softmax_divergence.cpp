@@ -20,7 +20,7 @@ struct Cpu {
     const auto row_function = problem.float64 ? kernel.double_row : kernel.float_row;
     const int teacher_count = int(problem.teachers.size());
     // Of probabilities a single one is its own mixture, whatever its weight.
-    const bool weighted = teacher_count > 1 || own.teacher_mix == "logits";
+    const bool weighted = teacher_count > 1 || own.mix() == TeacherMix::kLogits;
     problem.student_gradient = gradient_rows(student_gradient, problem);
     problem.teacher_gradient = gradient_rows(teacher_gradient, problem);
 

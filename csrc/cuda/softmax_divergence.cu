@@ -26,7 +26,7 @@ RowArguments row_arguments(const Problem& problem, const RowNumbers& numbers) {
   if (const Tensor* each = problem.teacher_temperatures_tensor) a.teacher_temperatures = rows_of(*each);
   // Of probabilities a single one is its own mixture, whatever its weight.
   const auto& weights = problem.own.teacher_weights;
-  if (weights && (teachers.size() > 1 || problem.own.teacher_mix == "logits")) {
+  if (weights && (teachers.size() > 1 || problem.own.mix() == TeacherMix::kLogits)) {
     a.teacher_weights = device_rows(*weights, weights->dim() == 1 ? 0 : problem.leading, kSoftmaxDivergence);
   }
   return a;

@@ -7,7 +7,8 @@ namespace fastkd {
 
 inline constexpr const char* kSoftmaxDivergence = "softmax_divergence";
 
-struct TeacherMixes {
+enum class TeacherMix : int64_t { kLogits, kProbs };
+struct TeacherMixes {  // in the order of TeacherMix
   static std::array<const char*, 2> names() { return {"logits", "probs"}; }
 };
 
@@ -21,6 +22,8 @@ struct SoftmaxDivergenceArguments {
   std::optional<Tensor> teacher_temperatures, teacher_weights;
   Choice<TeacherMixes> teacher_mix;
   RowOptions rows;
+
+  TeacherMix mix() const { return TeacherMix(teacher_mix.place); }
 
   template <class Visitor>
   void fields(Visitor& v) {
@@ -53,7 +56,7 @@ struct Problem : RowProblem {
       float64 = float64 || teacher.scalar_type() == ScalarType::Double;
     }
     teacher_width = t[0].size(leading);
-    mix_probs = own.teacher_mix.place == 1 && t.size() > 1;
+    mix_probs = own.mix() == TeacherMix::kProbs && t.size() > 1;
     set_teacher_temperature(own.teacher_temperature, own.teacher_temperatures);
     check_teacher_weights(own.student_logits, t.size());
   }
@@ -69,15 +72,16 @@ struct Problem : RowProblem {
                        "teacher_weights must be ", count, " numbers or have shape ", leading_of(s, leading), " + [",
                        count, "], got shape ", shape_of(w));
     teacher_weights = Rows(w, shared ? 0 : leading);
+    const bool probs = own.mix() == TeacherMix::kProbs;
     for (int64_t row = 0; values_checked && row < (shared ? 1 : rows); ++row) {
       double sum = 0;
       for (size_t k = 0; k < count; ++k) {
         const double value = teacher_weights.number(row, k);
-        FASTKD_CHECK_VALUE(!mix_probs || value >= 0, kSoftmaxDivergence,
+        FASTKD_CHECK_VALUE(!probs || value >= 0, kSoftmaxDivergence,
                            "teacher_weights must not be negative with teacher_mix='probs', got ", value);
         sum += value;
       }
-      FASTKD_CHECK_VALUE(!mix_probs || sum > 0, kSoftmaxDivergence,
+      FASTKD_CHECK_VALUE(!probs || sum > 0, kSoftmaxDivergence,
                          "teacher_weights must not all be zero with teacher_mix='probs'");
     }
   }
