@@ -153,7 +153,7 @@ def _(
         logits.new_empty(shape, dtype=dtype),
         logits.new_empty(0 if boundary is None else shape, dtype=dtype),
         logits.new_empty(shape, dtype=torch.int64),
-        logits.new_empty((2, logits.shape[:-1].numel()), dtype=torch.float64),
+        logits.new_empty((4, logits.shape[:-1].numel()), dtype=torch.float64),
     )
 
 

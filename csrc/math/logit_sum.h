@@ -8,10 +8,20 @@
 
 namespace fastkd {
 
+// Logits that lie this far below the largest are probability 0, as are those of -inf: the smallest finite number, which
+// masks put there, is one of them.
+inline constexpr double kImpossible = 1e25;
+
 // A normaliser as an origin and the natural logarithm of the sum relative to it.
 struct LogNormalizer {
   double origin, log_sum;
 };
+
+// The logarithm of a probability that is `log` relative to an origin `below` which its own is so many logits: not above
+// 0, where rounding would take it.
+FASTKD_INLINE double log_share(double below, double log) {
+  return below < -kImpossible ? -INFINITY : log > 0 ? 0 : log;
+}
 
 }  // namespace fastkd
 
