@@ -105,7 +105,7 @@ def _fake(logits: Tensor, num_chunks: int, boundary: Tensor | None, **_: Any) ->
         logits.new_empty(shape, dtype=dtype),
         logits.new_empty(0 if boundary is None else shape, dtype=dtype),
         logits.new_empty(shape, dtype=torch.int64),
-        logits.new_empty((2, math.prod(logits.shape[:-1])), dtype=torch.float64),
+        logits.new_empty((4, math.prod(logits.shape[:-1])), dtype=torch.float64),
     )
 
 

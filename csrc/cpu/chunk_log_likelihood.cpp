@@ -15,28 +15,38 @@ ChunkRow row_of(const ChunkProblem& problem, int64_t index, bool with_boundary) 
           problem.options.temperature};
 }
 
-// Not above 0, where rounding would take a logarithm of a share.
-double share(double log) { return log > 0 ? 0 : log; }
+// What the forward leaves of each row for the backward: the four numbers of its sums, one after the other.
+struct KeptSums {
+  double* first;
+  int64_t rows;
+
+  void put(int64_t row, const ChunkRowSums& sums) const {
+    const double numbers[] = {sums.all.origin, sums.all.log_sum, sums.boundary.origin, sums.boundary.log_sum};
+    for (int i = 0; i < 4; ++i) first[i * rows + row] = numbers[i];
+  }
+  ChunkRowSums get(int64_t row) const {
+    return {{first[row], first[rows + row]}, {first[2 * rows + row], first[3 * rows + row]}};
+  }
+};
 
 struct Cpu {
   static constexpr bool kValuesChecked = true;
 
   static void solve(const ChunkProblem& problem, ChunkOutput& out) {
     const auto kernel = problem.float64 ? kernels().chunk_sum_double : kernels().chunk_sum_float;
-    double* const all = static_cast<double*>(out.numbers.data_ptr());
-    double* const boundary = all + problem.rows;
+    const KeptSums kept{static_cast<double*>(out.numbers.data_ptr()), problem.rows};
     std::vector<double> label_log_prob(problem.rows);
     const int64_t scratch = slices_of(problem.vocab) * kPartialBytes;
     for_rows(problem.rows, problem.vocab, scratch, [&](int64_t index, const SliceRunner& runner, char* memory) {
       const bool scored = problem.scored(index), ended = problem.ended_before(index) >= 0;
       if (!scored && !ended) return;
       const ChunkRow row = row_of(problem, index, ended);
-      const ChunkRowSums sums = kernel(row, runner, memory);
-      all[index] = sums.all;
-      boundary[index] = ended ? sums.boundary : 0;
+      ChunkRowSums sums = kernel(row, runner, memory);
+      if (!ended) sums.boundary = {0, 0};
+      kept.put(index, sums);
       if (scored) {
-        const double logit = problem.student.number(index, problem.ids.integer(index));
-        label_log_prob[index] = share(logit / problem.options.temperature - sums.all);
+        const double below = problem.student.number(index, problem.ids.integer(index)) - sums.all.origin;
+        label_log_prob[index] = log_share(below, below / problem.options.temperature - sums.all.log_sum);
       }
     });
     std::vector<double> likelihood(problem.batch * problem.chunks);
@@ -44,7 +54,8 @@ struct Cpu {
     for (int64_t index = 0; index < problem.rows; ++index) {
       const int64_t text = index / problem.length * problem.chunks;
       const int64_t ended = problem.ended_before(index);
-      if (ended >= 0) put(out.boundary_log_prob, text + ended, share(boundary[index] - all[index]));
+      if (ended >= 0)
+        put(out.boundary_log_prob, text + ended, kept.get(index).boundary_share(problem.options.temperature));
       if (!problem.scored(index)) continue;
       likelihood[text + problem.chunk(index)] += label_log_prob[index];
       ++count[text + problem.chunk(index)];
@@ -55,15 +66,15 @@ struct Cpu {
   static void differentiate(const ChunkProblem& problem, const Tensor& gradient, const Tensor& numbers,
                             const Tensor& likelihood_gradient, const Tensor* boundary_gradient) {
     const auto kernel = problem.float64 ? kernels().chunk_gradient_double : kernels().chunk_gradient_float;
-    const double* const all = static_cast<const double*>(numbers.data_ptr());
+    const KeptSums kept{static_cast<double*>(numbers.data_ptr()), problem.rows};
     const Rows gradients = gradient_rows(&gradient, problem);
     for_rows(problem.rows, problem.vocab, 0, [&](int64_t index, const SliceRunner& runner, char*) {
       const int64_t text = index / problem.length * problem.chunks, ended = problem.ended_before(index);
       const bool scored = problem.scored(index);
       const double of_label = scored ? number(likelihood_gradient, text + problem.chunk(index)) : 0;
-      const ChunkRowSums sums{all[index], all[problem.rows + index]};
+      const ChunkRowSums sums = kept.get(index);
       // What is impossible takes no gradient.
-      const bool possible = ended >= 0 && sums.boundary > -INFINITY;
+      const bool possible = ended >= 0 && sums.boundary_share(problem.options.temperature) > -INFINITY;
       const double of_boundary = possible ? number(*boundary_gradient, text + ended) : 0;
       const Row out = gradients.row(index);
       if (of_label == 0 && of_boundary == 0) return portable::fill_zero(out, 0, problem.vocab);

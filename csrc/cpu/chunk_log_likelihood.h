@@ -2,7 +2,7 @@
 //
 // Memory: forward one read, backward one read and one write; of the boundary set one byte an entry, from the cache.
 #pragma once
-#include "../math/elementary.h"
+#include "../math/logit_sum.h"
 #include "row_slices.h"
 
 namespace fastkd {
@@ -14,9 +14,16 @@ struct ChunkRow {
   double temperature;
 };
 
-// Natural logarithms of sums of e^(logits / temperature).
+// Of e^(logits / temperature), over all columns and over the boundary set. A sum of nothing has the logarithm -inf; one
+// that is none, NaN.
 struct ChunkRowSums {
-  double all, boundary;
+  LogNormalizer all, boundary;
+
+  // The logarithm of the boundary set's share.
+  double boundary_share(double temperature) const {
+    const double below = boundary.origin - all.origin;
+    return log_share(below, below / temperature + (boundary.log_sum - all.log_sum));
+  }
 };
 
 // partials: kPartialBytes a slice.
@@ -35,22 +42,15 @@ using ChunkGradientKernel = void (*)(const ChunkRow& row, const SliceRunner& run
 
 namespace fastkd::FASTKD_ISA {
 
-// Sums of 2^x relative to an origin in base 2.
+// Sums of 2^((z - origin) scale).
 struct ChunkPartial {
   double origin, all, boundary;
-  FASTKD_INLINE void raise(double to) {
-    if (origin == to) return;
-    const double factor = ::exp2(origin - to);
-    all *= factor;
-    boundary *= factor;
-    origin = to;
-  }
-  FASTKD_INLINE void merge(ChunkPartial other) {
+  FASTKD_INLINE void merge(const ChunkPartial& other, double scale) {
     const double to = at_least(origin, other.origin);
-    raise(to);
-    other.raise(to);
-    all += other.all;
-    boundary += other.boundary;
+    const double mine = origin_factor(origin, to, scale), others = origin_factor(other.origin, to, scale);
+    all = all * mine + other.all * others;
+    boundary = boundary * mine + other.boundary * others;
+    origin = to;
   }
 };
 
@@ -76,9 +76,9 @@ FASTKD_INLINE void chunk_block(const Real* u, const bool* in, int64_t count, Rea
   out.boundary += boundary;
 }
 
-// The log2 of the boundary set's sum, relative to the set's own largest: for a set whose share of the row underflows.
+// The boundary set's sum relative to the set's own largest: for a set whose share of the row underflows.
 template <class Real>
-double rare_boundary(const ChunkRow& row, double to_base_2) {
+LogNormalizer rare_boundary(const ChunkRow& row, double to_base_2) {
   double top = -INFINITY, sum = 0;
   const auto for_set = [&](const auto& body) {
     for (int64_t begin = 0; begin < row.vocab; begin += kBlock) {
@@ -86,14 +86,14 @@ double rare_boundary(const ChunkRow& row, double to_base_2) {
       const int64_t count = row.vocab - begin < kBlock ? row.vocab - begin : kBlock;
       const Real* u = load(row.logits, begin, count, buffer);
       for (int64_t i = 0; i < count; ++i) {
-        if (row.boundary[begin + i]) body(double(u[i]) * to_base_2);
+        if (row.boundary[begin + i]) body(double(u[i]));
       }
     }
   };
-  for_set([&](double x) { top = at_least(top, x); });
-  if (top == -INFINITY) return top;
-  for_set([&](double x) { sum += ::exp2(x - top); });
-  return top + ::log2(sum);
+  for_set([&](double z) { top = at_least(top, z); });
+  if (top == -INFINITY) return {0, top};
+  for_set([&](double z) { sum += ::exp2((z - top) * to_base_2); });
+  return {top, ::log(sum)};
 }
 
 template <class Real>
@@ -120,16 +120,17 @@ ChunkRowSums chunk_sums(const ChunkRow& row, const SliceRunner& runner, char* pa
             chunk_block(u, count, origin.zero(), scale, all);
           }
         });
-        all.origin = double(origin.logit) * scale;
+        all.origin = double(origin.logit);
         return all;
       },
-      [](ChunkPartial& all, const ChunkPartial& next) { all.merge(next); });
-  // Sums are relative to an origin times a rounded scale, results are not. NaN without a finite logit.
-  const double origin = sums.origin * (to_base_2 / double(scale)) + (sums.origin - sums.origin);
+      [&](ChunkPartial& all, const ChunkPartial& next) { all.merge(next, scale); });
+  // NaN without a finite logit.
+  const double poison = (sums.origin - sums.origin) + (sums.all - sums.all);
   const bool rare = row.boundary != nullptr && sums.boundary < 0x1p-100;
-  const double boundary =
-      rare ? rare_boundary<Real>(row, to_base_2) + (origin - origin) : origin + ::log2(sums.boundary);
-  return {(origin + ::log2(sums.all)) * kLn2, boundary * kLn2};
+  LogNormalizer boundary =
+      rare ? rare_boundary<Real>(row, to_base_2) : LogNormalizer{sums.origin, ::log(sums.boundary)};
+  boundary.log_sum += poison;
+  return {{sums.origin, ::log(sums.all) + poison}, boundary};
 }
 
 // Everything by value: what a loop reads through references it cannot keep in registers beside its stores.
@@ -142,12 +143,14 @@ FASTKD_INLINE void chunk_gradient_block(const Real* u, int64_t count, Real origi
 
 template <class Real>
 FASTKD_INLINE void chunk_gradient_block(const Real* u, const bool* in, int64_t count, Real origin, Real scale,
-                                        Real shift, Real factor, Real own_shift, Real own_factor, Real* out) {
+                                        Real shift, Real factor, Real own_origin, Real own_shift, Real own_factor,
+                                        Real* out) {
   const unsigned char* const own = reinterpret_cast<const unsigned char*>(in);
   FASTKD_SIMD
   for (int64_t i = 0; i < count; ++i) {
     const bool is = own[i] != 0;
-    out[i] = select(is, own_factor, factor) * exp2_of((u[i] - origin) * scale - select(is, own_shift, shift));
+    const Real x = u[i] - select(is, own_origin, origin);
+    out[i] = select(is, own_factor, factor) * exp2_of(x * scale - select(is, own_shift, shift));
   }
 }
 
@@ -155,17 +158,14 @@ template <class Real>
 void chunk_gradient(const ChunkRow& row, const SliceRunner& runner, const ChunkRowSums& sums,
                     const ChunkFactors& factors, int64_t label, const Row& gradient) {
   const RowSlices slices{row.vocab, runner, nullptr};
-  const double to_base_2 = kLog2E / row.temperature;
-  const Real scale = Real(to_base_2);
-  // A logit near those that count, so that differences from it are exact where it matters.
-  const Real origin = Real(sums.all * row.temperature);
-  const double at_origin = double(origin) * double(scale);
-  const auto shift = [&](double lse) { return Real(lse * kLog2E - at_origin); };
+  const Real scale = Real(kLog2E / row.temperature);
   // In the boundary set both softmaxes are in one ratio: 2^x is taken relative to the set's own sum, which cannot
   // underflow in the row's.
-  const bool apart = row.boundary != nullptr && factors.boundary != 0 && sums.boundary > -INFINITY;
-  const double share = apart ? ::exp(sums.boundary - sums.all) : 0;
-  const Real all_shift = shift(sums.all), own_shift = apart ? shift(sums.boundary) : Real(0);
+  const bool apart = row.boundary != nullptr && factors.boundary != 0;
+  const double share = apart ? ::exp(sums.boundary_share(row.temperature)) : 0;
+  const Real origin = Real(sums.all.origin), own_origin = apart ? Real(sums.boundary.origin) : Real(0);
+  const Real all_shift = Real(sums.all.log_sum * kLog2E);
+  const Real own_shift = apart ? Real(sums.boundary.log_sum * kLog2E) : Real(0);
   const Real rest = Real(factors.rest), own = Real(factors.boundary + factors.rest * share);
   slices.for_slices([&](int64_t slice) {
     slices.for_blocks(slice, [&](int64_t begin, int64_t count) {
@@ -174,7 +174,8 @@ void chunk_gradient(const ChunkRow& row, const SliceRunner& runner, const ChunkR
       const Real* u = load(row.logits, begin, count, in_buffer);
       Real* out = destination(gradient, begin, out_buffer);
       if (apart) {
-        chunk_gradient_block(u, row.boundary + begin, count, origin, scale, all_shift, rest, own_shift, own, out);
+        chunk_gradient_block(u, row.boundary + begin, count, origin, scale, all_shift, rest, own_origin, own_shift, own,
+                             out);
       } else {
         chunk_gradient_block(u, count, origin, scale, all_shift, rest, out);
       }

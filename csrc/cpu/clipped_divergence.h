@@ -4,6 +4,8 @@
 // sums the part between the edges, from the logits (which are in the cache by then); the last writes the gradients.
 // A label is wholly in the part, whatever its probability.
 #pragma once
+#include <type_traits>
+
 #include "../math/clipped_plan.h"
 #include "softmax_divergence_passes.h"
 
@@ -54,23 +56,23 @@ struct Shares {
   alignas(64) Real own[kBlock], by_lower[kBlock], by_upper[kBlock];
 };
 
-template <class Real>
+// kRare: outcomes come from the logits, in a frame of the part's own; those outside the part have no mass there.
+template <class Real, bool kRare = false>
 struct ClippedPasses : RowPasses<Real> {
   using Base = RowPasses<Real>;
   using Base::frame;
   using Base::vocab;
   const ClippedRow& clip;
   ClipEdges edges;
+  RowFrame<Real> own;  // kRare only
 
   ClippedPasses(const ClippedRow& r, const SliceRunner& s, const RowFrame<Real>& f) : Base(r.base, s, f), clip(r) {}
 
   double probability_of(double logit) const {
     return ::exp2((logit - frame.teacher_origin) * double(frame.teacher_scale) - frame.teacher_lse);
   }
-  double logit_of(double p) const {
-    return p <= 0   ? -INFINITY
-           : p >= 1 ? double(INFINITY)  // every token, even where a sum came out a rounding too small
-                    : (::log2(p) + frame.teacher_lse) / double(frame.teacher_scale) + frame.teacher_origin;
+  double logit_of(double p, bool upper) const {
+    return edge_logit<Real>(p, upper, frame.teacher_origin, frame.teacher_scale, frame.teacher_lse);
   }
 
   void set_edges() {
@@ -87,13 +89,14 @@ struct ClippedPasses : RowPasses<Real> {
     } else {
       edges.lower = clip.lower;
       edges.upper = clip.upper;
-      edges.lower_logit = logit_of(clip.lower);
-      edges.upper_logit = logit_of(clip.upper);
+      edges.lower_logit = logit_of(clip.lower, /*upper=*/false);
+      edges.upper_logit = logit_of(clip.upper, /*upper=*/true);
     }
   }
 
   static Real sigmoid(Real x) {
-    return Real(1) / (Real(1) + exp2_of(at_least(Real(-126), at_most(Real(126), -x * Real(kLog2E)))));
+    constexpr Real kMost = sizeof(Real) == sizeof(double) ? 1000 : 126;
+    return Real(1) / (Real(1) + exp2_of(at_least(-kMost, at_most(kMost, -x * Real(kLog2E)))));
   }
 
   // w: the teacher's logits.
@@ -120,10 +123,42 @@ struct ClippedPasses : RowPasses<Real> {
     }
   }
 
+  // The frame of the part: the largest of its logits on each side, with the share in it (soft), as origins. False where
+  // the part has no mass on one of them.
+  bool set_own_frame() {
+    Real u_top = Real(-INFINITY), w_top = Real(-INFINITY);
+    for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+      const int64_t count = vocab - begin < kBlock ? vocab - begin : kBlock;
+      alignas(64) Real u_buffer[kBlock], w_buffer[kBlock];
+      Shares<Real> shares;
+      const Real* u = load(this->row.student, begin, count, u_buffer);
+      const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
+      fill_shares(w, begin, count, shares);
+      for (int64_t i = 0; i < count; ++i) {
+        const Real s = shares.own[i];
+        if (!inside(s)) continue;
+        const Real bits = s == Real(1) ? Real(0) : log2_of(s);
+        u_top = at_least(u_top, u[i] + bits / frame.student_scale);
+        w_top = at_least(w_top, w[i] + bits / frame.teacher_scale);
+      }
+    }
+    own = frame;
+    own.teacher_origin = w_top;
+    own.teacher_lse = 0;
+    if (clip.renormalize == Renormalize::kBoth) {
+      own.student_origin = u_top;
+      own.student_lse = 0;
+    }
+    const auto alive = [](double x) { return x > -kInfiniteLogRatio; };
+    return alive((u_top - frame.student_origin) * frame.student_scale) &&
+           alive((w_top - frame.teacher_origin) * frame.teacher_scale);
+  }
+  static bool inside(Real share) { return share > Real(1e-300); }
+
   // Hard edges first take the short sums, where K is a difference. It is summed for itself where that cancels or is not
   // finite.
   ClipSums sum_part() const {
-    if (edges.softness == 0) {
+    if (edges.softness == 0 && !kRare) {
       const ClipSums sums =
           sum_blocks([&](ClipSums& all, int64_t begin, int64_t count) { add_hard_block(all, begin, count); });
       if (sums.k >= kNearSum * sums.p && sums.k < INFINITY) return sums;
@@ -148,8 +183,7 @@ struct ClippedPasses : RowPasses<Real> {
     const Real* u = load(this->row.student, begin, count, u_buffer);
     const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
     const Kept<Real, Pass::kNormalizersOnly> kept = this->template from_kept<Pass::kNormalizersOnly>(begin, 0);
-    const Origins<Real> origin = this->origins[begin / kBlock];
-    const Real u_zero = origin.student, w_zero = origin.teacher, teacher_ratio = frame.teacher_ratio;
+    const Real u_zero = frame.student_origin, w_zero = frame.teacher_origin, teacher_ratio = frame.teacher_ratio;
     const Real low = Real(edges.lower_logit), high = Real(edges.upper_logit);
     const Real *const keep_u = kept.student, *const keep_w = kept.teacher;
     Real p = 0, q = 0, p_rest = 0, q_rest = 0, ratio = 0;
@@ -163,7 +197,7 @@ struct ClippedPasses : RowPasses<Real> {
       q += own_u;
       p_rest += e_w - own_w;
       q_rest += e_u - own_u;
-      ratio += own_w * select(own, apart, Real(0));
+      ratio += own_w * select(own_w > Real(0), apart, Real(0));
     }
     const double p_factor = kept.teacher_factor, q_factor = kept.student_factor;
     ClipSums block{};
@@ -171,14 +205,30 @@ struct ClippedPasses : RowPasses<Real> {
     block.q = q * q_factor;
     block.p_rest = p_rest * p_factor;
     block.q_rest = q_rest * q_factor;
-    block.a = ratio * p_factor * (frame.student_scale * kLn2) + block.p * this->log_shift(origin);
+    block.a =
+        ratio * p_factor * (frame.student_scale * kLn2) + block.p * ((frame.student_lse - frame.teacher_lse) * kLn2);
     block.difference = block.q - block.p;
     block.k = block.a + block.difference;
     all.add(block);
   }
 
-  KeptAndLogits<Real> entries_of(const Real* u, const Real* w, int64_t begin) const {
-    return {frame.normalized(), u, w, this->template from_kept<Pass::kNormalizersOnly>(begin, 0)};
+  using Entries = std::conditional_t<kRare, FromLogits<Real, true>, KeptAndLogits<Real>>;
+  Entries entries_of(const Real* u, const Real* w, int64_t begin) const {
+    if constexpr (kRare) {
+      return {own.normalized(), u, w};
+    } else {
+      return {frame.normalized(), u, w, this->template from_kept<Pass::kNormalizersOnly>(begin, 0)};
+    }
+  }
+
+  // An entry of which the part has this share. kRare: of others what is relative to the part may overflow.
+  template <class AnyEntries>
+  static FASTKD_INLINE Outcome<Real> outcome_at(const AnyEntries& entries, int64_t i, Real share, bool both) {
+    Outcome<Real> o = entries.outcome(i);
+    if constexpr (kRare) {
+      if (!inside(share)) o = {Real(0), both ? Real(0) : o.q, Real(0), Real(0), Real(0), Real(0), false};
+    }
+    return o;
   }
 
   void add_block(ClipSums& all, int64_t begin, int64_t count) const {
@@ -187,13 +237,14 @@ struct ClippedPasses : RowPasses<Real> {
     const Real* u = load(this->row.student, begin, count, u_buffer);
     const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
     fill_shares(w, begin, count, shares);
-    const KeptAndLogits<Real> entries = entries_of(u, w, begin);
+    const Entries entries = entries_of(u, w, begin);
+    const bool both = clip.renormalize == Renormalize::kBoth;
     Real lost = 0, k = 0, a = 0, p = 0, q = 0, difference = 0, p_rest = 0, q_rest = 0;
     const Real* const share = shares.own;
     FASTKD_SIMD_REDUCE(+ : lost, k, a, p, q, difference, p_rest, q_rest)
     for (int64_t i = 0; i < count; ++i) {
-      const Outcome<Real> o = entries.outcome(i);
       const Real s = share[i], rest = Real(1) - s;
+      const Outcome<Real> o = outcome_at(entries, i, s, both);
       lost += o.log2_q < Real(-kInfiniteLogRatio) ? s * o.p : Real(0);
       k += s * kl_term<true>(o);
       a -= s * o.p * o.d;
@@ -217,11 +268,12 @@ struct ClippedPasses : RowPasses<Real> {
     all.add(block);
   }
 
-  void add_edges(ClipSums& all, const KeptAndLogits<Real> entries, const Shares<Real>& shares, int64_t count) const {
+  void add_edges(ClipSums& all, const Entries entries, const Shares<Real>& shares, int64_t count) const {
+    const bool both = clip.renormalize == Renormalize::kBoth;
     Real l0 = 0, l1 = 0, l2 = 0, u0 = 0, u1 = 0, u2 = 0, o0 = 0, o1 = 0, o2 = 0;
     FASTKD_SIMD_REDUCE(+ : l0, l1, l2, u0, u1, u2, o0, o1, o2)
     for (int64_t i = 0; i < count; ++i) {
-      const Outcome<Real> o = entries.outcome(i);
+      const Outcome<Real> o = outcome_at(entries, i, shares.own[i], both);
       const Real lower = shares.by_lower[i], upper = shares.by_upper[i], own = -(lower + upper) * o.p;
       const Real term = -o.p * o.d;
       l0 += lower * term;
@@ -243,14 +295,15 @@ struct ClippedPasses : RowPasses<Real> {
   }
 
   // Everything by value: what a loop reads through references it cannot keep in registers beside its stores.
-  template <class Entries>
-  static void student_block(const Entries entries, const Real* shares, int64_t count,
-                            const GradientFactors<Real> factors, Real alpha, Real gamma, Real delta, Real* out) {
+  template <class AnyEntries>
+  static void student_block(const AnyEntries entries, const Real* shares, int64_t count,
+                            const GradientFactors<Real> factors, Real alpha, Real gamma, Real delta, bool both,
+                            Real* out) {
     const Real surplus = alpha - gamma;
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
-      const Outcome<Real> o = entries.outcome(i);
       const Real s = shares[i];
+      const Outcome<Real> o = outcome_at(entries, i, s, both);
       const Real part = select(o.small, alpha * o.difference + surplus * o.p, alpha * o.q - gamma * o.p);
       out[i] = factors.student * (s * part + (Real(1) - s) * delta * o.q) + factors.label_q * o.q;
     }
@@ -284,7 +337,9 @@ struct ClippedPasses : RowPasses<Real> {
 
   // near: the two sides nearly agree where it counts, and q - p is not to be had by subtraction.
   void write_student(const ClipNumbers& numbers, const GradientFactors<Real>& factors, bool near) const {
-    const bool label_apart = frame.label_scale != Real(0);
+    const bool label_apart = frame.label_scale != Real(0) || (kRare && factors.label != Real(0));
+    const bool both = clip.renormalize == Renormalize::kBoth;
+    const Real label_scale = frame.label_scale != Real(0) ? frame.label_scale : frame.student_scale;
     this->for_slices([&](int64_t slice) {
       this->for_blocks(slice, [&](int64_t begin, int64_t count) {
         alignas(64) Real u_buffer[kBlock], w_buffer[kBlock], buffer[kBlock];
@@ -292,22 +347,22 @@ struct ClippedPasses : RowPasses<Real> {
         const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
         Real* out = destination(this->row.student_gradient, begin, buffer);
         const Real alpha = Real(numbers.alpha), gamma = Real(numbers.gamma), delta = Real(numbers.delta);
-        const auto kept = this->template from_kept<Pass::kNormalizersOnly>(begin, 0);
-        if (edges.softness == 0 && !near && !has_kept_label(begin, count)) {
+        if (!kRare && edges.softness == 0 && !near && !has_kept_label(begin, count)) {
+          const auto kept = this->template from_kept<Pass::kNormalizersOnly>(begin, 0);
           hard_block(kept, w, Real(edges.lower_logit), Real(edges.upper_logit), count, factors, alpha, gamma, delta,
                      out);
         } else {
           Shares<Real> shares;
           fill_shares(w, begin, count, shares);
-          if (near) {
-            student_block(entries_of(u, w, begin), shares.own, count, factors, alpha, gamma, delta, out);
+          if (kRare || near) {
+            student_block(entries_of(u, w, begin), shares.own, count, factors, alpha, gamma, delta, both, out);
           } else {
-            student_block(kept, shares.own, count, factors, alpha, gamma, delta, out);
+            const auto kept = this->template from_kept<Pass::kNormalizersOnly>(begin, 0);
+            student_block(kept, shares.own, count, factors, alpha, gamma, delta, both, out);
           }
         }
         if (label_apart) {
-          add_label_softmax(u, count, frame.student_origin, frame.label_scale, Real(frame.label_lse), factors.label,
-                            out);
+          add_label_softmax(u, count, frame.student_origin, label_scale, Real(frame.label_lse), factors.label, out);
         }
         const int64_t label = this->row.label;
         if (label >= begin && label < begin + count) out[label - begin] -= factors.label;
@@ -317,12 +372,12 @@ struct ClippedPasses : RowPasses<Real> {
     });
   }
 
-  static void teacher_block(const KeptAndLogits<Real> entries, const Shares<Real>& shares, int64_t count, Real factor,
-                            Real by_a, Real by_p, Real by_q, Real mean, Real* out) {
+  static void teacher_block(const Entries entries, const Shares<Real>& shares, int64_t count, Real factor, Real by_a,
+                            Real by_p, Real by_q, Real mean, bool both, Real* out) {
     const Real *const share = shares.own, *const lower = shares.by_lower, *const upper = shares.by_upper;
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
-      const Outcome<Real> o = entries.outcome(i);
+      const Outcome<Real> o = outcome_at(entries, i, share[i], both);
       const Real by_share = by_a * (-o.p * o.d) + by_p * o.p + by_q * o.q;
       const Real own = share[i] * (by_a * (Real(1) - o.d) + by_p) - (lower[i] + upper[i]) * by_share;
       out[i] = factor * o.p * (own - mean);
@@ -342,7 +397,7 @@ struct ClippedPasses : RowPasses<Real> {
         }
         Real* out = destination(this->row.teacher_gradient, begin, buffer);
         teacher_block(entries_of(u, w, begin), shares, count, factors.teacher, Real(numbers.by_a), Real(numbers.by_p),
-                      Real(numbers.by_q), Real(numbers.mean), out);
+                      Real(numbers.by_q), Real(numbers.mean), clip.renormalize == Renormalize::kBoth, out);
         store(this->row.teacher_gradient, begin, count, out);
       });
       finish_streaming(this->row.teacher_gradient);
@@ -350,20 +405,28 @@ struct ClippedPasses : RowPasses<Real> {
   }
 };
 
-template <class Real>
-double clipped_row(ClippedRow& row, const SliceRunner& runner) {
+// One row; kRare: again, in double, with what its part has relative to the part's own largest. False: it has no mass.
+template <class Real, bool kRare>
+bool clipped_row(ClippedRow& row, const SliceRunner& runner, double& loss) {
   const RowTask& task = row.base.task;
   RowFrame<Real> frame;
   frame.set_scales(task);
-  ClippedPasses<Real> passes(row, runner, frame);
+  ClippedPasses<Real, kRare> passes(row, runner, frame);
   Real label_logit = 0;
   if (task.has_label) label_logit = *load(row.base.student, row.base.label, 1, &label_logit);
-  frame.normalize(task, passes.template accumulate<Pass::kNormalizersOnly, true>());
+  frame.normalize(task, passes.template accumulate<Pass::kNormalizersOnly, !kRare>());
   passes.set_edges();
-  const ClipSums sums = passes.sum_part();
+  if (kRare && !passes.set_own_frame()) return false;
+  ClipSums sums = passes.sum_part();
   const double poison = (frame.student_lse - frame.student_lse) + (frame.teacher_lse - frame.teacher_lse);
+  if constexpr (kRare) {
+    sums.p_rest = sums.q_rest = 1;  // not known, and not small
+  } else {
+    if (poison == 0 && is_rare(sums, row.renormalize) && clipped_row<double, true>(row, runner, loss)) return true;
+  }
   const ClipNumbers numbers = clip_numbers(sums, row.renormalize, row.lump, poison);
-  const GradientFactors<Real> factors(task, frame);
+  GradientFactors<Real> factors(task, frame);
+  if (kRare) factors.label_q = 0;
   if (row.base.teacher_gradient) {
     passes.write_teacher(numbers, factors);
     fill_zero(row.base.teacher_gradient, row.base.vocab, row.base.teacher_width);
@@ -383,7 +446,15 @@ double clipped_row(ClippedRow& row, const SliceRunner& runner) {
     row.upper_gradient *= slope(row.upper_quantile);
   }
   const double label = task.has_label ? frame.label_lse * kLn2 - (label_logit - double(frame.student_origin)) : 0;
-  return numbers.value * task.divergence_scale + (task.has_label ? task.label_weight * label : 0);
+  loss = numbers.value * task.divergence_scale + (task.has_label ? task.label_weight * label : 0);
+  return true;
+}
+
+template <class Real>
+double clipped_row(ClippedRow& row, const SliceRunner& runner) {
+  double loss = 0;
+  clipped_row<Real, false>(row, runner, loss);
+  return loss;
 }
 
 }  // namespace fastkd::FASTKD_ISA

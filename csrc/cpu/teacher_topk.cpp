@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 
 #include "../tensor/teacher_topk_entry.h"
@@ -36,10 +37,11 @@ struct Scan {
         slices(slices_of(vocab)),
         blocks(blocks_of(vocab)) {}
 
-  double lse() const {
-    portable::MaxSum<double> all = portable::MaxSum<double>::empty();
-    for (int64_t slice = 0; slice < slices; ++slice) all.merge({sums[slice].max, sums[slice].sum});
-    return all.log2();
+  portable::LogitSum sum(double temperature) const {
+    portable::LogitSum all = portable::LogitSum::empty();
+    for (int64_t slice = 0; slice < slices; ++slice)
+      all.merge({sums[slice].origin, sums[slice].sum}, portable::kLog2E / temperature);
+    return all;
   }
 
   // At most the k-th largest. The fewer groups that serve, the sooner it is found.
@@ -63,8 +65,8 @@ void select_row(const Row& row, int64_t vocab, int64_t k, double temperature, Te
   Scan<Real> scan(memory, vocab);
   portable::RowSlices{vocab, runner, nullptr}.for_slices(
       [&](int64_t slice) { scan.sums[slice] = kernel.scan(row, vocab, slice, temperature, scan.tops, scan.classes); });
-  const double lse = scan.lse();
-  if (lse != lse) {  // NaN, or no finite logit: no order means anything
+  const portable::LogitSum sum = scan.sum(temperature);
+  if (sum.poison() != 0) {  // NaN, or no finite logit: no order means anything
     for (int64_t i = 0; i < k; ++i) {
       log_probs[i] = NAN;
       columns[i] = int32_t(i);
@@ -81,8 +83,10 @@ void select_row(const Row& row, int64_t vocab, int64_t k, double temperature, Te
   }
   std::nth_element(best.begin(), best.begin() + (k - 1), best.end(), before<Real>);
   std::sort(best.begin(), best.begin() + k, before<Real>);
+  const double log_sum = std::log(sum.sum);
   for (int64_t i = 0; i < k; ++i) {
-    log_probs[i] = float((double(best[i].logit) * (portable::kLog2E / temperature) - lse) * portable::kLn2);
+    const double step = double(best[i].logit) - sum.origin;
+    log_probs[i] = step < -kImpossible ? -INFINITY : float(step / temperature - log_sum);
     columns[i] = best[i].column;
   }
 }

@@ -4,7 +4,7 @@
 // Memory: one read. Where k groups have a maximum of at least T, so have k columns: T bounds the k-th largest from
 // below, and of n columns in g groups only some g log(g / (g - k)) exceed it, in no more blocks than that.
 #pragma once
-#include "../math/online_softmax.h"
+#include "../math/logit_sum.h"
 #include "row_slices.h"
 
 namespace fastkd {
@@ -15,8 +15,9 @@ struct Candidate {
   int32_t column;
 };
 
+// Of 2^((z - origin) log2(e) / temperature).
 struct SoftmaxSum {
-  double max, sum;  // base 2
+  double origin, sum;
 };
 
 // A block's maxima: of the columns of each residue class.
@@ -57,8 +58,7 @@ FASTKD_INLINE Real class_maxima(const Real* u, int64_t count, Real* classes) {
 template <class Real>
 SoftmaxSum scan_slice(const Row& row, int64_t vocab, int64_t slice, double temperature, Real* tops, Real* classes) {
   static const SliceRunner none{};
-  const double to_base_2 = kLog2E / temperature;
-  const Real scale = Real(to_base_2);
+  const Real scale = Real(kLog2E / temperature);
   Origin<Real> origin;
   double all = 0;
   RowSlices{vocab, none, nullptr}.for_blocks(slice, [&](int64_t begin, int64_t count) {
@@ -74,7 +74,7 @@ SoftmaxSum scan_slice(const Row& row, int64_t vocab, int64_t slice, double tempe
     for (int64_t i = 0; i < count; ++i) sum += exp2_of((u[i] - zero) * scale);
     all += sum;
   });
-  return {double(origin.logit) * to_base_2, all};
+  return {double(origin.logit), all};
 }
 
 template <class Real>

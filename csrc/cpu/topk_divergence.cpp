@@ -15,9 +15,13 @@ using namespace portable;
 
 struct Entry {
   int64_t column, place;  // place: among the k as given
-  double x, l;            // the student's logit in base 2, the stored log-probability
+  double z, l;            // the student's logit, the stored log-probability
   double g, h;            // the slopes of its term
 };
+
+double rounding_of(ScalarType type) {
+  return rounding_of_bits(type == ScalarType::BFloat16 ? 7 : type == ScalarType::Half ? 10 : 23);
+}
 
 // A row's support, ascending by column.
 struct Support {
@@ -39,10 +43,24 @@ struct Support {
     }
     if (mass > kMostMass) return false;
     std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.column < b.column; });
-    for (const Entry& entry : entries) {
-      if (!columns.empty() && columns.back() == entry.column) return false;
-      columns.push_back(entry.column);
+    if (!drop_padding()) return false;
+    for (const Entry& entry : entries) columns.push_back(entry.column);
+    return true;
+  }
+
+  // Of a column that stands here more than once, leaves what is no padding -> whether that is once at most.
+  bool drop_padding() {
+    const auto same = [](const Entry& a, const Entry& b) { return a.column == b.column; };
+    if (std::adjacent_find(entries.begin(), entries.end(), same) == entries.end()) return true;
+    std::vector<Entry> left;
+    for (size_t begin = 0, end; begin < entries.size(); begin = end) {
+      for (end = begin + 1; end < entries.size() && same(entries[begin], entries[end]);) ++end;
+      const size_t before = left.size();
+      for (size_t i = begin; i < end; ++i)
+        if (end == begin + 1 || !(entries[i].l <= kPaddingLogProb)) left.push_back(entries[i]);
+      if (left.size() > before + 1) return false;
     }
+    entries = left;
     return true;
   }
 
@@ -57,9 +75,10 @@ struct Support {
       const double l = problem.log_probs.number(row, j);
       FASTKD_CHECK_VALUE(!(l > kLargestLogProb), kTopkDivergence,
                          "teacher_log_probs must be log-probabilities, 0 at most, got ", l, " in row ", row);
-      FASTKD_CHECK_VALUE(std::find(seen.begin(), seen.end(), column) == seen.end(), kTopkDivergence,
-                         "teacher_indices must be distinct in a row, got ", column, " twice in row ", row);
-      seen.push_back(column);
+      FASTKD_CHECK_VALUE(l <= kPaddingLogProb || std::find(seen.begin(), seen.end(), column) == seen.end(),
+                         kTopkDivergence, "teacher_indices must be distinct in a row, got ", column, " twice in row ",
+                         row, "; use -1 to pad a short row");
+      if (!(l <= kPaddingLogProb)) seen.push_back(column);
       mass += std::exp(l);
     }
     fail("ValueError", kTopkDivergence, "teacher_log_probs must have a mass of at most 1 in a row, got ", mass,
@@ -96,10 +115,12 @@ struct Cpu {
       row.support = support.columns.data();
       row.count = int64_t(support.columns.size());
       row.temperature = problem.temperature(index);
-      row.label = problem.label(index);
       row.scratch = scratch;
-      return run(problem, kernel, row, runner, support, problem.task(index, scale),
-                 teacher_gradients ? teacher_gradients.row(index) : Row());
+      TopkTask task = problem.task(index, scale);
+      task.rounding = rounding_of(problem.log_probs_tensor.scalar_type());
+      task.has_label = task.has_label && task.label_weight != 0;
+      row.label = task.has_label ? problem.label(index) : -1;
+      return run(problem, kernel, row, runner, support, task, teacher_gradients ? teacher_gradients.row(index) : Row());
     };
     const int64_t scratch = topk_divergence_scratch(problem.vocab, problem.float64 ? sizeof(double) : sizeof(float));
     auto out = solve_rows(problem, {student_gradient, teacher_gradient}, scratch, solve_row, skip_row);
@@ -109,26 +130,25 @@ struct Cpu {
 
   static double run(const TopkProblem& problem, const TopkKernel& kernel, const TopkRow& row, const SliceRunner& runner,
                     Support& support, const TopkTask& task, const Row& teacher_gradient) {
-    const double to_base_2 = kLog2E / row.temperature;
     const auto logit = [&](int64_t column) {
       double value;
-      return *load(row.student, column, 1, &value) * to_base_2;
+      return *load(row.student, column, 1, &value);
     };
     TopkPlan plan{};
     plan.task = task;
     SupportSums sums = SupportSums::empty();
     for (Entry& entry : support.entries) {
-      entry.x = logit(entry.column);
-      sums.add(plan.measure(entry.x, entry.l));
+      entry.z = logit(entry.column);
+      plan.add(sums, plan.measure(entry.z, entry.l));
     }
-    const double label_x = row.label >= 0 ? logit(row.label) : 0;
+    const double label_z = row.label >= 0 ? logit(row.label) : 0;
     const RestSums rest = kernel.sum_rest(row, runner, task.has_label && row.temperature != 1);
-    plan.begin(sums, {{rest.max, rest.sum}, {rest.label_max, rest.label_sum}}, double(row.vocab));
+    plan.begin(sums, {rest}, double(row.vocab));
 
     with_bare_divergence(task.divergence, task.beta, [&](const auto& divergence) {
       BareSums all{};
       for (Entry& entry : support.entries) {
-        const auto t = plan.floored_terms(divergence, plan.log_q(entry.x), plan.log_p(entry.l));
+        const auto t = plan.floored_terms(divergence, plan.log_q(entry.z), plan.log_p(entry.l));
         all.add({t.value, t.excess, t.g, t.h});
         entry.g = t.g;
         entry.h = t.h;
@@ -140,7 +160,7 @@ struct Cpu {
     if (row.gradient) {
       kernel.write_rest(row, runner, plan);
       for (const Entry& entry : support.entries) {
-        const double value = plan.student_gradient(entry.x, entry.g, entry.column == row.label);
+        const double value = plan.student_gradient(entry.z, entry.g, entry.column == row.label);
         put_element(row.gradient, entry.column, value);
       }
       fill_zero(row.gradient, row.vocab, problem.student_width);
@@ -150,7 +170,7 @@ struct Cpu {
       for (const Entry& entry : support.entries)
         put_element(teacher_gradient, entry.place, plan.teacher_gradient(entry.l, entry.h));
     }
-    return plan.loss(label_x);
+    return plan.loss(label_z);
   }
 };
 

@@ -37,7 +37,7 @@ namespace fastkd::FASTKD_ISA {
 template <class Real>
 struct TopkPasses : RowSlices {
   const TopkRow& row;
-  Real* origins;  // what a block's 2^x are relative to: a logit
+  Real* origins;  // what a block's 2^x are relative to: a logit, -inf where all so far are
   Real* kept;
   Real scale, label_scale;  // log2(e) / temperature, log2(e)
 
@@ -89,22 +89,23 @@ struct TopkPasses : RowSlices {
   template <bool kKeep>
   StudentSums sum_rest(bool label_apart) const {
     const double to_base_2 = kLog2E / row.temperature;
+    // The origin stays close in units of both temperatures.
+    const Real steepest = label_apart ? at_least(label_scale, scale) : scale;
     return reduce_slices<StudentSums>(
         [&](int64_t slice) {
           Origin<Real> origin;
           double sum = 0, label_sum = 0;
           for_rest(slice, [&](const Real* u, int64_t begin, int64_t count) {
-            if (const double step = origin.follow(largest(u, count), scale)) {
+            if (const double step = origin.follow(largest(u, count), steepest)) {
               sum *= ::exp2(-step * scale);
               label_sum *= ::exp2(-step * label_scale);
             }
-            if constexpr (kKeep) origins[begin / kBlock] = origin.zero();
+            if constexpr (kKeep) origins[begin / kBlock] = origin.logit;
             add_block<kKeep>(u, begin, count, origin.zero(), label_apart, sum, label_sum);
           });
-          const double max = double(origin.logit) * to_base_2;
-          return StudentSums{{max, sum}, {max * row.temperature, label_apart ? label_sum : sum}};
+          return StudentSums{{double(origin.logit), sum, label_apart ? label_sum : sum}};
         },
-        [](StudentSums& all, const StudentSums& next) { all.merge(next); });
+        [&](StudentSums& all, const StudentSums& next) { all.merge(next, to_base_2); });
   }
 
   template <bool kKeep>
@@ -148,11 +149,12 @@ struct TopkPasses : RowSlices {
     for (int64_t i = 0; i < count; ++i) own[i] = Real(1);
     for (int64_t s = support_from(begin); s < row.count && row.support[s] < begin + count; ++s)
       own[row.support[s] - begin] = Real(0);
-    const Real to_log = Real(1 / row.temperature), lse = Real(plan.lse), share = Real(plan.log_p_rest);
+    const Real to_log = Real(1 / row.temperature), share = Real(plan.log_p_rest);
+    const Real origin = Real(plan.student.origin), log_sum = Real(plan.student.log_sum);
     Real value = 0, excess = 0, g = 0, h = 0;
     FASTKD_SIMD_REDUCE(+ : value, excess, g, h)
     for (int64_t i = 0; i < count; ++i) {
-      const BareTerms<Real> t = plan.floored_terms(divergence, u[i] * to_log - lse, share);
+      const BareTerms<Real> t = plan.floored_terms(divergence, (u[i] - origin) * to_log - log_sum, share);
       // Not by multiplication: the support's own terms may be infinite here.
       value += own[i] == Real(0) ? Real(0) : t.value;
       excess += own[i] * t.excess;
@@ -165,27 +167,31 @@ struct TopkPasses : RowSlices {
   // The gradient but for the support's entries.
   template <class Divergence>
   void write_rest(const TopkPlan& plan, const Divergence divergence) const {
-    const double coefficient = plan.rest_coefficient(), log2_sum = plan.lse * kLog2E;
     const bool label_apart = plan.task.has_label && row.temperature != 1;
-    const double label_q = label_apart ? 0 : plan.label_factor();
+    const double coefficient = plan.rest_coefficient(label_apart), log2_sum = plan.rest.log_sum * kLog2E;
     const Real label_factor = Real(plan.label_factor()), ls = label_scale;
+    const Real label_origin = Real(plan.label.origin), label_shift = Real(plan.label.log_sum * kLog2E);
     const bool uniform = plan.task.tail == Tail::kUniform && plan.student_factor != 0;
+    const double to_base_2 = kLog2E / row.temperature;
     for_slices([&](int64_t slice) {
       for_blocks(slice, [&](int64_t begin, int64_t count) {
         alignas(64) Real buffer[kBlock], label_part[kBlock], slopes[kBlock], logits[kBlock];
         const Real origin = origins[begin / kBlock];
         if (label_apart) {  // before a gradient may overwrite them
           const Real* u = load(row.student, begin, count, logits);
-          const Real shift = Real(plan.label_lse * kLog2E - double(origin) * kLog2E);
           FASTKD_SIMD
-          for (int64_t i = 0; i < count; ++i) label_part[i] = label_factor * exp2_of((u[i] - origin) * ls - shift);
+          for (int64_t i = 0; i < count; ++i)
+            label_part[i] = label_factor * exp2_of((u[i] - label_origin) * ls - label_shift);
         }
         if (uniform) uniform_slopes(plan, divergence, begin, count, slopes);
-        const Real q = Real(::exp2(double(origin) * (kLog2E / row.temperature) - log2_sum) * (coefficient + label_q));
+        // The share of the rest that the origin's logit would have; nothing was kept of a block that is impossible.
+        const double at_origin =
+            origin == Real(-INFINITY) ? 0 : ::exp2((double(origin) - plan.rest.origin) * to_base_2 - log2_sum);
+        const Real factor = Real(at_origin * coefficient);
         Real* const out = destination(row.gradient, begin, buffer);
         const Real* const e = kept + begin;
         FASTKD_SIMD
-        for (int64_t i = 0; i < count; ++i) out[i] = e[i] * q;
+        for (int64_t i = 0; i < count; ++i) out[i] = e[i] * factor;
         if (uniform) {
           FASTKD_SIMD
           for (int64_t i = 0; i < count; ++i) out[i] += slopes[i];
@@ -206,11 +212,12 @@ struct TopkPasses : RowSlices {
                       Real* slopes) const {
     alignas(64) Real logits[kBlock];
     const Real* u = load(row.student, begin, count, logits);
-    const Real to_log = Real(1 / row.temperature), lse = Real(plan.lse), share = Real(plan.log_p_rest);
+    const Real to_log = Real(1 / row.temperature), share = Real(plan.log_p_rest);
+    const Real origin = Real(plan.student.origin), log_sum = Real(plan.student.log_sum);
     const Real factor = Real(plan.student_factor);
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
-      slopes[i] = factor * plan.floored_terms(divergence, u[i] * to_log - lse, share).g;
+      slopes[i] = factor * plan.floored_terms(divergence, (u[i] - origin) * to_log - log_sum, share).g;
     }
   }
 };
@@ -220,7 +227,7 @@ RestSums sum_rest(const TopkRow& row, const SliceRunner& runner, bool label_apar
   const TopkPasses<Real> passes(row, runner);
   const StudentSums sums =
       row.gradient ? passes.template sum_rest<true>(label_apart) : passes.template sum_rest<false>(label_apart);
-  return {sums.student.max, sums.student.sum, sums.label.max, sums.label.sum};
+  return sums;
 }
 
 template <class Real>

@@ -97,9 +97,8 @@ struct TextWorker {
     while (place < end) {
       const int64_t id = chunk(place);
       if (before >= 0 && id != before && arguments.boundary.words != nullptr) {
-        const double of_set = global_load(arguments.boundary_lse + row(place));
-        global_store(arguments.boundary_log_prob + to + before,
-                     float(share(of_set - global_load(arguments.all + row(place)))));
+        const LogNormalizer all = arguments.normalizer(row(place), false), set = arguments.normalizer(row(place), true);
+        global_store(arguments.boundary_log_prob + to + before, float(arguments.boundary_share(all, set)));
       }
       if (id < 0 || id == before) {
         ++place;
@@ -129,8 +128,8 @@ struct TextWorker {
       if (arguments.boundary.words != nullptr) global_store(arguments.boundary_log_prob + at, float(NAN));
     }
     for (int64_t place = team.thread; place < arguments.length; place += team.threads) {
-      global_store(arguments.all + row(place), double(NAN));
-      global_store(arguments.boundary_lse + row(place), double(NAN));
+      arguments.put_normalizer(row(place), false, {0, double(NAN)});
+      arguments.put_normalizer(row(place), true, {0, double(NAN)});
     }
   }
 };
@@ -188,8 +187,7 @@ class ChunkCall {
     arguments.length = problem.length;
     arguments.batch = problem.batch;
     arguments.chunks = problem.chunks;
-    arguments.all = static_cast<double*>(numbers.data_ptr());
-    arguments.boundary_lse = arguments.all + problem.rows;
+    arguments.numbers = static_cast<double*>(numbers.data_ptr());
     if (problem.boundary != nullptr) pack_boundary(problem);
   }
 

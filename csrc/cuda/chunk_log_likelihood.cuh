@@ -11,6 +11,7 @@
 //
 // Values that no check could see: a token or chunk outside makes the row NaN, without an access out of bounds.
 #pragma once
+#include "../math/logit_sum.h"
 #include "sources.cuh"
 
 namespace fastkd::cuda {
@@ -33,8 +34,8 @@ struct ChunkArguments : RowArguments {
   DeviceRows ids, chunk_ids;
   double to_base_2;  // log2(e) / temperature
   BoundaryBits boundary;
-  double *all, *boundary_lse;  // of each row
-  double* label_log_prob;      // of each row; forward only
+  double* numbers;         // of each row, one after the other: its normaliser, and that of the boundary set
+  double* label_log_prob;  // of each row; forward only
   float *log_likelihood, *boundary_log_prob;
   int64_t* token_count;
   const float *likelihood_gradient, *boundary_gradient;
@@ -46,15 +47,26 @@ struct ChunkArguments : RowArguments {
     const int64_t before = chunk(row - 1);
     return before >= 0 && before != chunk(row) ? before : -1;
   }
+  __device__ LogNormalizer normalizer(int64_t row, bool of_set) const {
+    const double* const first = numbers + (of_set ? 2 * rows : 0) + row;
+    return {global_load(first), global_load(first + rows)};
+  }
+  __device__ void put_normalizer(int64_t row, bool of_set, const LogNormalizer& x) const {
+    double* const first = numbers + (of_set ? 2 * rows : 0) + row;
+    global_store(first, x.origin);
+    global_store(first + rows, x.log_sum);
+  }
+  // The logarithm of the boundary set's share of a row.
+  __device__ double boundary_share(const LogNormalizer& all, const LogNormalizer& set) const {
+    const double below = set.origin - all.origin;
+    return log_share(below, below / temperature + (set.log_sum - all.log_sum));
+  }
   // The column of the row's token; -1: it has none.
   __device__ int token(int64_t row) const {
     const int64_t id = ids.integer(row);
     return id >= 0 && id < vocab ? int(id) : -1;
   }
 };
-
-// Not above 0, where rounding would take a logarithm of a share.
-__device__ __forceinline__ double share(double log) { return log > 0 ? 0 : log; }
 
 // A team's shared memory: [orders][slots of the reductions][boundary set].
 inline constexpr int kChunkOrdersBytes = 64;
@@ -177,16 +189,16 @@ struct ChunkSumWorker {
       mine.add(z, orders.ended ? set.template from<kSize>(source.column(pack)) : 0, scale);
     });
     const ChunkSums sums = mine.total(team, scale);
-    const double origin = double(mine.origin) * arguments.to_base_2;
-    const MaxSum<double> all{origin, sums.all};
-    double of_set = origin + ::log2(sums.boundary);
+    const double origin = mine.origin, poison = (origin - origin) + (sums.all - sums.all);
+    LogNormalizer of_set{origin, ::log(sums.boundary)};
     // A share of the row that underflows beside the rest, or all but does.
-    if (orders.ended && sums.boundary < 0x1p-100) of_set = rare_boundary(source, scale) + (origin - origin);
+    if (orders.ended && sums.boundary < 0x1p-100) of_set = rare_boundary(source, scale);
     if (!team.leads()) return;
-    const double lse = all.log2() * kLn2;
-    global_store(arguments.all + row, lse);
-    if (orders.ended) global_store(arguments.boundary_lse + row, of_set * kLn2);
-    if (orders.scored) global_store(arguments.label_log_prob + row, label_log_prob(row, lse));
+    const LogNormalizer all{origin, ::log(sums.all) + poison};
+    of_set.log_sum += poison;
+    arguments.put_normalizer(row, false, all);
+    if (orders.ended) arguments.put_normalizer(row, true, of_set);
+    if (orders.scored) global_store(arguments.label_log_prob + row, label_log_prob(row, all));
   }
 
  private:
@@ -195,8 +207,8 @@ struct ChunkSumWorker {
     for (int j = 0; j < kSize; ++j) z[j] = Source::student_of(raw, j);
   }
 
-  // log2 of the boundary set's sum, relative to the set's own largest.
-  __device__ double rare_boundary(const Source& source, float scale) const {
+  // The boundary set's sum, relative to the set's own largest.
+  __device__ LogNormalizer rare_boundary(const Source& source, float scale) const {
     ChunkShare mine;
     for_packs<false>(source, team, /*backwards=*/true, [&](int pack, const typename Source::Raw& raw) {
       float z[kSize];
@@ -207,27 +219,28 @@ struct ChunkSumWorker {
       mine.add(z, 0, scale);
     });
     const double sum = mine.total(team, scale).all;
-    return sum == 0 ? double(-INFINITY) : double(mine.origin) * arguments.to_base_2 + ::log2(sum);
+    return sum == 0 ? LogNormalizer{0, -double(INFINITY)} : LogNormalizer{double(mine.origin), ::log(sum)};
   }
 
-  __device__ double label_log_prob(int64_t row, double lse) const {
+  __device__ double label_log_prob(int64_t row, const LogNormalizer& all) const {
     const int label = arguments.token(row);
     if (label < 0) return double(NAN);
     const DeviceRows& logits = arguments.student;
-    return share(logits.float_at(logits.at(row, label)) / arguments.temperature - lse);
+    const double below = logits.float_at(logits.at(row, label)) - all.origin;
+    return log_share(below, below / arguments.temperature - all.log_sum);
   }
 };
 
-// The backward's: entry v of the row is factor 2^((z_v - origin) scale - shift), with a pair (shift, factor) for
-// columns of the boundary set and one for the others; the token's takes label_factor more.
+// The backward's: entry v of the row is factor 2^((z_v - origin) scale - shift), with such numbers for columns of the
+// boundary set and others for the rest; the token's takes label_factor more.
 template <class Source>
 struct ChunkGradientWorker {
   static constexpr int kSize = Source::kSize;
 
   struct Orders {
-    bool read, apart;  // apart: the boundary set has a pair of its own
+    bool read, apart;  // apart: the boundary set has numbers of its own
     int label;
-    float origin, shift, factor, own_shift, own_factor, label_factor;
+    float origin, shift, factor, own_origin, own_shift, own_factor, label_factor;
   };
   static_assert(sizeof(Orders) <= kChunkOrdersBytes);
 
@@ -250,8 +263,8 @@ struct ChunkGradientWorker {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const bool own = in >> j & 1;
-        const float x = (Source::student_of(raw, j) - at.origin) * scale - (own ? at.own_shift : at.shift);
-        gradient[j] = (own ? at.own_factor : at.factor) * exp2_of(x);
+        const float x = Source::student_of(raw, j) - (own ? at.own_origin : at.origin);
+        gradient[j] = (own ? at.own_factor : at.factor) * exp2_of(x * scale - (own ? at.own_shift : at.shift));
       }
       if (unsigned(label) < unsigned(kSize)) {
 #pragma unroll
@@ -271,8 +284,9 @@ struct ChunkGradientWorker {
  private:
   __device__ __forceinline__ Orders plan(int64_t row) const {
     const int64_t chunk = arguments.chunk(row), ended = arguments.ended_before(row);
-    const double all = global_load(arguments.all + row), boundary = global_load(arguments.boundary_lse + row);
-    const bool scored = chunk >= 0, possible = ended >= 0 && boundary > double(-INFINITY);
+    const LogNormalizer all = arguments.normalizer(row, false), set = arguments.normalizer(row, true);
+    const double share = ended >= 0 ? arguments.boundary_share(all, set) : 0;
+    const bool scored = chunk >= 0, possible = ended >= 0 && share > double(-INFINITY);
     const double of_label = scored ? upstream(arguments.likelihood_gradient, row, chunk) : 0;
     // What is impossible takes no gradient.
     const double of_boundary = possible ? upstream(arguments.boundary_gradient, row, ended) : 0;
@@ -282,17 +296,16 @@ struct ChunkGradientWorker {
     out.apart = of_boundary != 0;
     out.label = scored ? arguments.token(row) : -1;
     const double per_logit = 1 / arguments.temperature, rest = -(of_label + of_boundary) * per_logit;
-    // A logit near those that count, so that differences from it are exact where it matters.
-    out.origin = float(all * arguments.temperature);
-    const double at_origin = double(out.origin) * double(float(arguments.to_base_2));
-    out.shift = float(all * kLog2E - at_origin);
+    out.origin = float(all.origin);
+    out.shift = float(all.log_sum * kLog2E);
     out.factor = float(rest);
     out.label_factor = float(of_label * per_logit);
     if (!out.apart) return out;
     // Both softmaxes are in one ratio over the set: 2^x is taken relative to the set's own sum, which cannot underflow
     // in the row's.
-    out.own_shift = float(boundary * kLog2E - at_origin);
-    out.own_factor = float(of_boundary * per_logit + rest * ::exp(boundary - all));
+    out.own_origin = float(set.origin);
+    out.own_shift = float(set.log_sum * kLog2E);
+    out.own_factor = float(of_boundary * per_logit + rest * ::exp(share));
     return out;
   }
 

@@ -60,6 +60,7 @@ struct ClipWorker {
       sum_part<false>(source, orders, backwards);
     }
     orders = follow([&] { lead.finish(arguments.renormalize, arguments.lump, shared_orders); });
+    if (orders.again) orders = sum_again(source, orders, backwards);
     if (team.leads() && team.rank == 0) {
       global_store(arguments.losses + row, arguments.row_weight(row) * lead.loss());
       if (arguments.lower_gradient) {
@@ -121,7 +122,7 @@ struct ClipWorker {
     for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
       for_entries<kSoft>(
           raw, source.column(pack), orders,
-          [&](Real, const Outcome<Real>& o, const ClipShare<Real>& share, int, int) { mine.add(o, share); });
+          [&](Real, Real, const Outcome<Real>& o, const ClipShare<Real>& share, int, int) { mine.add(o, share); });
     });
     const auto merge = [](auto& all, const auto& next) { all.add(next); };
     const ClipInside in = team.sum(mine.inside(), merge);
@@ -135,6 +136,24 @@ struct ClipWorker {
       sum_slope(mine.upper, lead.sums.upper);
       sum_slope(mine.own, lead.sums.own);
     }
+  }
+
+  // The sums of a part of hardly any mass, relative to its own largest.
+  __device__ ClipOrders<Real> sum_again(const Source& source, ClipOrders<Real> orders, bool backwards) const {
+    ClipTops mine{-INFINITY, -INFINITY};
+    for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
+      for_entries<false>(raw, source.column(pack), orders,
+                         [&](Real u, Real w, const Outcome<Real>&, const ClipShare<Real>& share, int, int) {
+                           mine.student = share.own == Real(0) ? mine.student : at_least(mine.student, float(u));
+                           mine.teacher = share.own == Real(0) ? mine.teacher : at_least(mine.teacher, float(w));
+                         });
+    });
+    const ClipTops tops = team.sum(mine, [](ClipTops& all, const ClipTops& next) {
+      all = {at_least(all.student, next.student), at_least(all.teacher, next.teacher)};
+    });
+    orders = follow([&] { lead.begin_again(arguments.renormalize, tops, shared_orders); });
+    if (orders.rare) sum_part<false>(source, orders, backwards);
+    return follow([&] { lead.finish(arguments.renormalize, arguments.lump, shared_orders); });
   }
 
   template <bool kSoft>
@@ -163,8 +182,8 @@ struct ClipWorker {
     });
   }
 
-  // Calls f(student's logit, outcome, share, where its word begins in the pack, its place in there) for each of a
-  // pack's entries. A word at a time: a whole pack side by side would need more registers than there are.
+  // Calls f(student's logit, teacher's logit, outcome, share, where its word begins in the pack, its place in there)
+  // for each of a pack's entries. A word at a time: a whole pack side by side would need more registers than there are.
   template <bool kSoft, class Function>
   __device__ __forceinline__ void for_entries(Raw raw, int column, const ClipOrders<Real>& orders,
                                               const Function& f) const {
@@ -175,7 +194,7 @@ struct ClipWorker {
       for (int j = 0; j < Source::kWord; ++j) {
         const Real u = Source::student_of(raw, j), w = Source::teacher_of(raw, j);
         const Outcome<Real> o = orders.at.template outcome<true>(u, w);
-        f(u, o, clip_share<kSoft>(orders, w, o.p, orders.kept >= 0 && first + j == kept), first, j);
+        f(u, w, o, clip_share<kSoft>(orders, w, o.p, orders.kept >= 0 && first + j == kept), first, j);
       }
     }
   }
@@ -185,7 +204,7 @@ struct ClipWorker {
                                      const Function& f) const {
     Out out{};
     for_entries<kSoft>(raw, column, orders,
-                       [&](Real u, const Outcome<Real>& o, const ClipShare<Real>& share, int first, int j) {
+                       [&](Real u, Real, const Outcome<Real>& o, const ClipShare<Real>& share, int first, int j) {
                          if (j == 0) Source::next_word(out);
                          Source::put_last(out, j, f(u, o, share, first + j));
                        });

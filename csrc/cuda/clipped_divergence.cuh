@@ -19,6 +19,8 @@ struct ClippedArguments : RowArguments {
 template <class Real>
 struct ClipOrders : Orders<Real> {
   int kept;               // the label that is wholly in the part; -1: none
+  bool again;             // the sums are to be taken again, relative to the part's own largest
+  bool rare;              // outcomes are relative to the part's own largest: only those inside have any
   Real low, high, sharp;  // hard edges are logits; soft ones probabilities, sharp = 1 / softness
   Real alpha, gamma, delta, by_a, by_p, by_q, mean;
 };
@@ -110,7 +112,10 @@ struct ClipThread {
 template <bool kSoft, class Real>
 __device__ __forceinline__ Real clip_student_gradient(const ClipOrders<Real>& orders, const Outcome<Real>& o,
                                                       const ClipShare<Real>& share) {
-  if (!kSoft && share.own == Real(0)) return orders.factors.student * orders.delta * o.q + orders.factors.label_q * o.q;
+  if (!kSoft && share.own == Real(0)) {
+    const Real rest = orders.factors.student * orders.delta + orders.factors.label_q;
+    return rest == Real(0) ? rest : rest * o.q;
+  }
   const Real part = select(o.small, orders.alpha * o.difference + (orders.alpha - orders.gamma) * o.p,
                            orders.alpha * o.q - orders.gamma * o.p);
   return orders.factors.student * (share.own * part + (Real(1) - share.own) * orders.delta * o.q) +
@@ -119,6 +124,7 @@ __device__ __forceinline__ Real clip_student_gradient(const ClipOrders<Real>& or
 template <bool kSoft, class Real>
 __device__ __forceinline__ Real clip_teacher_gradient(const ClipOrders<Real>& orders, const Outcome<Real>& o,
                                                       const ClipShare<Real>& share) {
+  if (!kSoft && orders.rare && share.own == Real(0)) return Real(0);
   Real own = share.own * (orders.by_a * (Real(1) - o.d) + orders.by_p);
   if constexpr (kSoft) {
     const Real by_share = orders.by_a * (-o.p * o.d) + orders.by_p * o.p + orders.by_q * o.q;
@@ -126,6 +132,11 @@ __device__ __forceinline__ Real clip_teacher_gradient(const ClipOrders<Real>& or
   }
   return orders.factors.teacher * o.p * (own - orders.mean);
 }
+
+// The largest logits in the part.
+struct ClipTops {
+  float student, teacher;
+};
 
 // A quantile: something that grows with the logits, at `below` plus `fraction` of what it differs by at `above`.
 struct ClipQuantile {
@@ -181,8 +192,8 @@ struct ClipLead {
       edges.lower = probability_at(quantiles[0]);
       edges.upper = probability_at(quantiles[1]);
     } else {
-      edges.lower_logit = logit_of(edges.lower);
-      edges.upper_logit = logit_of(edges.upper);
+      edges.lower_logit = logit_of(edges.lower, /*upper=*/false);
+      edges.upper_logit = logit_of(edges.upper, /*upper=*/true);
     }
     const bool soft = edges.softness != 0;
     ClipOrders<Real> orders = shared_load(told);
@@ -195,10 +206,37 @@ struct ClipLead {
     shared_store(told, orders);
   }
 
+  // A frame of the part's own for its sums, taken again; -> whether it has mass.
+  __device__ __noinline__ bool begin_again(Renormalize renormalize, const ClipTops& tops, ClipOrders<Real>* told) {
+    const auto alive = [](double x) { return x > -kInfiniteLogRatio; };
+    const double student_step = (double(tops.student) - frame.student_origin) * frame.student_scale;
+    const double teacher_step = (double(tops.teacher) - frame.teacher_origin) * frame.teacher_scale;
+    if (!alive(student_step) || !alive(teacher_step)) return false;
+    RowFrame<Real> own = frame;
+    own.teacher_origin = Real(tops.teacher);
+    own.teacher_lse = 0;
+    ClipOrders<Real> orders = shared_load(told);
+    if (renormalize == Renormalize::kBoth) {
+      own.student_origin = Real(tops.student);
+      own.student_lse = 0;
+      // q itself, which the label's term needs, is then another softmax.
+      if (task.has_label && orders.label_scale == Real(0)) orders.label_scale = frame.student_scale;
+      const double step = double(frame.student_origin) - double(own.student_origin);
+      orders.label_shift = Real(frame.label_lse + step * orders.label_scale);
+      orders.factors.label_q = Real(0);
+    }
+    orders.at = own.normalized();
+    orders.rare = true;
+    shared_store(told, orders);
+    return true;
+  }
+
   // After pass 2.
   __device__ __noinline__ void finish(Renormalize renormalize, bool lump, ClipOrders<Real>* told) {
-    numbers = clip_numbers(sums, renormalize, lump, poison);
     ClipOrders<Real> orders = shared_load(told);
+    if (orders.rare) sums.p_rest = sums.q_rest = 1;  // not known, and not small
+    orders.again = !orders.rare && !orders.again && poison == 0 && edges.softness == 0 && is_rare(sums, renormalize);
+    numbers = clip_numbers(sums, renormalize, lump, poison);
     orders.alpha = Real(numbers.alpha);
     orders.gamma = Real(numbers.gamma);
     orders.delta = Real(numbers.delta + poison);  // of entries outside the part nothing else is used
@@ -233,10 +271,8 @@ struct ClipLead {
     const double below = probability_of(x.below);
     return below + x.fraction * (probability_of(x.above) - below);
   }
-  __device__ double logit_of(double p) const {
-    return p <= 0   ? -double(INFINITY)
-           : p >= 1 ? double(INFINITY)  // every token, even where a sum came out a rounding too small
-                    : (::log2(p) + frame.teacher_lse) / double(frame.teacher_scale) + frame.teacher_origin;
+  __device__ double logit_of(double p, bool upper) const {
+    return edge_logit<Real>(p, upper, frame.teacher_origin, frame.teacher_scale, frame.teacher_lse);
   }
 };
 

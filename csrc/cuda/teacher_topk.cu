@@ -8,6 +8,7 @@
 // A key is a logit's bits in order, then its column from the end: no two are equal, and ties go to the lower column.
 #include <torch/csrc/stable/library.h>
 
+#include "../math/logit_sum.h"
 #include "../tensor/teacher_topk_entry.h"
 #include "radix_select.cuh"
 #include "register.h"
@@ -28,7 +29,7 @@ struct SelectArguments : RowArguments {
 
 // What the leading thread tells the others of its block.
 struct SelectOrders {
-  double to_base_2, lse;
+  double temperature, origin, log_sum;  // of the softmax's sum: a logit, and natural relative to it
 };
 
 // A team's shared memory: [orders][counters][selection][keys collected][slots of the reductions][row]. The best keys,
@@ -92,9 +93,9 @@ struct SelectWorker {
     const RadixSelect select(team, shared.selection, team.blocks);
     open(row, select);
     const SelectOrders begun = shared_load(&shared.orders);
-    const SumShare sum = first_pass(source, float(begun.to_base_2), select);
-    const double lse = normalize(sum, begun.to_base_2);
-    if (lse != lse) {  // NaN, or no finite logit: no order means anything
+    const double to_base_2 = kLog2E / begun.temperature;
+    const SumShare sum = first_pass(source, float(to_base_2), select);
+    if (!normalize(sum, to_base_2)) {  // NaN, or no finite logit: no order means anything
       if (team.rank == 0) write_lost(row);
       return;
     }
@@ -107,14 +108,14 @@ struct SelectWorker {
       backwards = !backwards;
     });
     collect(source, bin.least, backwards);
-    if (team.rank == 0) write(row, bin, begun.to_base_2, lse);
+    if (team.rank == 0) write(row, bin);
   }
 
  private:
   __device__ void open(int64_t row, const RadixSelect& select) const {
     select.clear();
     if (team.leads()) {
-      shared_store(&shared.orders, SelectOrders{kLog2E / arguments.row_temperature(row), 0});
+      shared_store(&shared.orders, SelectOrders{arguments.row_temperature(row), 0, 0});
       shared_store(&shared.collected, 0u);
       shared_store(&shared.best, 0u);
     }
@@ -160,18 +161,21 @@ struct SelectWorker {
     }
   }
 
-  // -> log2 of the whole row's sum, in all threads; NaN where no logit is finite, or one is NaN or +inf.
-  __device__ double normalize(SumShare mine, double to_base_2) const {
+  // The whole row's sum, into the orders -> false where no logit is finite, or one is NaN or +inf.
+  __device__ bool normalize(SumShare mine, double to_base_2) const {
     const auto larger = [](float& all, float next) { all = at_least(all, next); };
     const float origin = team.block_sum(mine.origin, larger, /*everywhere=*/true);
     mine.raise(origin, float(to_base_2));
     const double sum = team.block_sum(double(mine.sum), [](double& all, double next) { all += next; });
-    const MaxSum<double> all =
-        team.cluster_sum(MaxSum<double>{double(origin) * to_base_2, sum},
-                         [](MaxSum<double>& into, const MaxSum<double>& next) { into.merge(next); });
-    if (team.leads()) shared_store(&shared.orders.lse, all.log2());
+    const LogitSum all = team.cluster_sum(LogitSum{double(origin), sum},
+                                          [&](LogitSum& into, const LogitSum& next) { into.merge(next, to_base_2); });
+    if (team.leads()) {
+      shared_store(&shared.orders.origin, all.origin);
+      shared_store(&shared.orders.log_sum, ::log(all.sum) + all.poison());
+    }
     team.sync();
-    return shared_load(&shared.orders.lse);
+    const double found = shared_load(&shared.orders.log_sum);
+    return found == found;
   }
 
   // body(key) of this thread's keys from `from` on.
@@ -221,7 +225,8 @@ struct SelectWorker {
   }
 
   // The keys collected, from bin.least on, cut to little more than k, sorted and written.
-  __device__ void write(int64_t row, KeyBin bin, double to_base_2, double lse) const {
+  __device__ void write(int64_t row, KeyBin bin) const {
+    const SelectOrders orders = shared_load(&shared.orders);
     const int k = arguments.k, count = count_of<kMaxKeys>(&shared.collected);
     const auto for_collected = [&](const KeyBin&, const auto& body) {
       for (int i = team.thread; i < count; i += team.threads) body(shared_load(shared.keys + i));
@@ -242,7 +247,8 @@ struct SelectWorker {
       const uint64_t key = shared_load(best + i);
       const float z = from_ordered(unsigned(key >> arguments.column_bits));
       const unsigned place = unsigned(key & ((uint64_t(1) << arguments.column_bits) - 1));
-      global_store(arguments.log_probs + row * k + i, float((double(z) * to_base_2 - lse) * kLn2));
+      const double step = double(z) - orders.origin, log_prob = step / orders.temperature - orders.log_sum;
+      global_store(arguments.log_probs + row * k + i, step < -kImpossible ? -INFINITY : float(log_prob));
       global_store(arguments.indices + row * k + i, int32_t(arguments.vocab - 1) - int32_t(place));
     }
   }

@@ -18,7 +18,7 @@ struct TopkArguments : RowArguments {
   int k, group_shift;
   int divergence;
   Tail tail;
-  double stored_temperature, floor, cap;
+  double stored_temperature, floor, cap, rounding;
 };
 
 // One stored token as the team sees it.
@@ -33,7 +33,7 @@ struct TopkOrders {
   TopkPlan plan;
   bool read;
   int label;
-  double label_x;
+  double label_z;
 };
 
 // A team's shared memory: [orders][entries][map of groups][slots of the reductions][row].
@@ -53,7 +53,8 @@ struct RestState {
     float top = u[0];
 #pragma unroll
     for (int j = 1; j < kSize; ++j) top = u[j] > top ? u[j] : top;
-    if (top > origin + 8 / scale) raise(top, scale, label_scale);
+    // Close in units of both temperatures.
+    if (top > origin + 8 / at_least(label_scale, scale)) raise(top, scale, label_scale);
     const float zero = origin == -INFINITY ? 0 : origin;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
@@ -68,10 +69,6 @@ struct RestState {
     label_sum *= exp2_of(step * label_scale);
     origin = to;
   }
-};
-
-struct Masses {
-  double mass, weight, count;
 };
 
 struct RestBoth {
@@ -114,7 +111,7 @@ struct TopkWorker {
     team.sync();
     const TopkPlan plan = shared_load(&told->plan);
     if (team.leads() && team.rank == 0) {
-      const double loss = plan.loss(start.label_x);
+      const double loss = plan.loss(start.label_z);
       global_store(arguments.losses + row, arguments.row_weight(row) * loss);
     }
     write_gradients(row, source, plan, start.label);
@@ -139,9 +136,12 @@ struct TopkWorker {
         task.floor = arguments.floor;
         task.cap = arguments.cap;
         task.divergence_scale = arguments.square_temperature ? task.temperature * task.temperature : 1;
+        task.rounding = arguments.rounding;
         orders.label = arguments.read_label(row, task);
+        task.has_label = task.has_label && task.label_weight != 0;
+        if (!task.has_label) orders.label = -1;
         // Now: nothing overwrites it later, but it is one element.
-        if (task.has_label) orders.label_x = double(source.student_logit(orders.label)) * (kLog2E / task.temperature);
+        if (task.has_label) orders.label_z = source.student_logit(orders.label);
       } else if (team.rank == 0) {
         global_store(arguments.losses + row, 0.0);
       }
@@ -152,45 +152,57 @@ struct TopkWorker {
 
   // The support: checked, entered in the map, measured. A row that is not what it should be becomes NaN.
   __device__ SupportSums gather(int64_t row, const Source& source, const TopkPlan& plan) const {
-    const double scale = kLog2E / plan.task.temperature;
-    SupportSums mine = SupportSums::empty();
     bool bad = false;
     for (int e = team.thread; e < arguments.k; e += team.threads) {
       const int64_t index = arguments.indices.integer_at(arguments.indices.at(row, e));
-      const bool inside = index >= 0 && index < arguments.vocab;
       TopkEntry entry{-1, 0, 0, 0};
-      if (inside) {
+      if (index >= 0 && index < arguments.vocab) {
         entry.column = int(index);
         entry.z = source.student_logit(entry.column);
         entry.l = float(arguments.log_probs.number_at(arguments.log_probs.at(row, e)));
         bad = bad || entry.l > float(kLargestLogProb);
-        mine.add(plan.measure(entry.z * scale, entry.l));
-        const int group = source.pack_of(entry.column) >> arguments.group_shift;
-        shared_or(groups + group / 32, 1u << group % 32);
       } else {
         bad = bad || index != -1;
       }
       shared_store(entries + e, entry);
     }
     team.sync();
+    SupportSums mine = SupportSums::empty();
     for (int e = team.thread; e < arguments.k; e += team.threads) {
-      const int column = shared_load(entries + e).column;
-      for (int other = 0; other < e && column >= 0; ++other) bad = bad || shared_load(entries + other).column == column;
+      const TopkEntry entry = shared_load(entries + e);
+      const bool padding = entry.column >= 0 && repeated(e, entry, bad);
+      shared_store(&entries[e].gradient, padding ? -1.0f : 0.0f);
+      if (entry.column < 0 || padding) continue;
+      plan.add(mine, plan.measure(entry.z, entry.l));
+      const int group = source.pack_of(entry.column) >> arguments.group_shift;
+      shared_or(groups + group / 32, 1u << group % 32);
     }
-    if (bad) mine.mass = NAN;
+    team.sync();
+    for (int e = team.thread; e < arguments.k; e += team.threads) {
+      if (shared_load(&entries[e].gradient) < 0) shared_store(&entries[e].column, -1);
+    }
+    team.sync();
+    if (bad) mine.stored.mass = NAN;
     // In two parts: the whole does not fit the registers of a shuffle.
+    const double scale = plan.scale(), ratio = plan.task.ratio;
     SupportSums all;
-    all.student = team.block_sum(mine.student, [](StudentSums& x, const StudentSums& next) { x.merge(next); });
-    const Masses masses = team.block_sum(Masses{mine.mass, mine.weight, mine.count}, [](Masses& x, const Masses& next) {
-      x.mass += next.mass;
-      x.weight += next.weight;
-      x.count += next.count;
-    });
-    all.mass = masses.mass;
-    all.weight = masses.weight;
-    all.count = masses.count;
-    if (all.mass > kMostMass || all.mass != all.mass) all.student.student = {NAN, NAN};
+    all.student = team.block_sum(mine.student, [&](StudentSums& x, const StudentSums& next) { x.merge(next, scale); });
+    all.stored = team.block_sum(mine.stored, [&](StoredSums& x, const StoredSums& next) { x.merge(next, ratio); });
+    if (all.stored.mass > kMostMass) all.stored.mass = NAN;
     return all;
+  }
+
+  // Whether the entry is padding: its column has another entry, and its log-probability says so. One that says
+  // otherwise makes the row bad.
+  __device__ __forceinline__ bool repeated(int e, const TopkEntry& entry, bool& bad) const {
+    const bool may_pad = entry.l <= float(kPaddingLogProb);
+    bool found = false;
+    for (int other = 0; other < (may_pad ? arguments.k : e); ++other) {
+      if (other == e || shared_load(&entries[other].column) != entry.column) continue;
+      found = found || may_pad || !(shared_load(&entries[other].l) <= float(kPaddingLogProb));
+    }
+    bad = bad || (found && !may_pad);
+    return found && may_pad;
   }
 
   // The pack's logits with those of the support replaced by -inf.
@@ -230,15 +242,14 @@ struct TopkWorker {
       all.sum += next.sum;
       all.label_sum += next.label_sum;
     });
-    const double max = double(top) * (kLog2E / temperature);
-    const StudentSums block{{max, sums.sum}, {max * temperature, apart ? sums.label_sum : sums.sum}};
-    return team.cluster_sum(block, [](StudentSums& all, const StudentSums& next) { all.merge(next); });
+    const StudentSums block{{double(top), sums.sum, apart ? sums.label_sum : sums.sum}};
+    const double to_base_2 = start.plan.scale();
+    return team.cluster_sum(block, [&](StudentSums& all, const StudentSums& next) { all.merge(next, to_base_2); });
   }
 
   // From the normalisers to the plan's end.
   __device__ void finish(const Source& source) const {
     const TopkPlan plan = shared_load(&told->plan);
-    const double scale = kLog2E / plan.task.temperature;
     const auto add = [](BareSums& all, const BareSums& next) { all.add(next); };
     BareSums mine{};
     with_bare_divergence(plan.task.divergence, plan.task.beta, [&](const auto& divergence) {
@@ -246,7 +257,7 @@ struct TopkWorker {
       for (int e = team.thread; e < arguments.k; e += team.threads) {
         const TopkEntry entry = shared_load(entries + e);
         if (entry.column < 0) continue;
-        const auto t = plan.floored_terms(divergence, plan.log_q(entry.z * scale), plan.log_p(entry.l));
+        const auto t = plan.floored_terms(divergence, plan.log_q(entry.z), plan.log_p(entry.l));
         mine.add({t.value, t.excess, t.g, t.h});
       }
     });
@@ -266,7 +277,8 @@ struct TopkWorker {
 
   template <class Divergence>
   __device__ BareSums uniform_sums(const Source& source, const TopkPlan& plan, const Divergence& divergence) const {
-    const float to_log = float(1 / plan.task.temperature), lse = float(plan.lse), share = float(plan.log_p_rest);
+    const float to_log = float(1 / plan.task.temperature), share = float(plan.log_p_rest);
+    const float origin = float(plan.student.origin), log_sum = float(plan.student.log_sum);
     float value = 0, excess = 0, g = 0, h = 0;
     for_packs<false>(source, team, true, [&](int pack, const typename Source::Raw& raw) {
       float u[kSize], own[kSize];
@@ -276,7 +288,7 @@ struct TopkWorker {
       without_support(source, pack, own);
 #pragma unroll 1
       for (int j = 0; j < kSize; ++j) {
-        const auto t = plan.floored_terms(divergence, u[0] * to_log - lse, share);
+        const auto t = plan.floored_terms(divergence, (u[0] - origin) * to_log - log_sum, share);
         if (own[0] == 0) {
           value += t.value;
           excess += t.excess;
@@ -309,16 +321,14 @@ struct TopkWorker {
   // The gradients of the support's entries: the teacher's into memory, the student's for the pass over the row.
   __device__ void write_gradients(int64_t row, const Source& source, const TopkPlan& plan, int label) const {
     if (!arguments.student_gradient && !arguments.log_probs_gradient) return;
-    const double scale = kLog2E / plan.task.temperature;
     with_bare_divergence(plan.task.divergence, plan.task.beta, [&](const auto& divergence) {
 #pragma unroll 1
       for (int e = team.thread; e < arguments.k; e += team.threads) {
         TopkEntry entry = shared_load(entries + e);
         double of_teacher = 0;
         if (entry.column >= 0) {
-          const double x = entry.z * scale;
-          const auto t = plan.floored_terms(divergence, plan.log_q(x), plan.log_p(entry.l));
-          entry.gradient = float(plan.student_gradient(x, t.g, entry.column == label));
+          const auto t = plan.floored_terms(divergence, plan.log_q(entry.z), plan.log_p(entry.l));
+          entry.gradient = float(plan.student_gradient(entry.z, t.g, entry.column == label));
           of_teacher = plan.teacher_gradient(entry.l, t.h);
           shared_store(&entries[e].gradient, entry.gradient);
         }
@@ -330,10 +340,12 @@ struct TopkWorker {
     if (!arguments.student_gradient) return;
     if (plan.task.tail == Tail::kUniform && plan.student_factor != 0) {
       with_bare_divergence(plan.task.divergence, plan.task.beta, [&](const auto& divergence) {
-        const float to_log = float(1 / plan.task.temperature), lse = float(plan.lse), share = float(plan.log_p_rest);
+        const float to_log = float(1 / plan.task.temperature), share = float(plan.log_p_rest);
+        const float origin = float(plan.student.origin), log_sum = float(plan.student.log_sum);
         const float factor = float(plan.student_factor);
-        write_rest(source, plan, label, /*backwards=*/false,
-                   [&](float u) { return factor * plan.floored_terms(divergence, u * to_log - lse, share).g; });
+        write_rest(source, plan, label, /*backwards=*/false, [&](float u) {
+          return factor * plan.floored_terms(divergence, (u - origin) * to_log - log_sum, share).g;
+        });
       });
     } else {
       write_rest(source, plan, label, /*backwards=*/true, [](float) { return 0.0f; });
@@ -348,11 +360,9 @@ struct TopkWorker {
     const double temperature = plan.task.temperature;
     const bool apart = plan.task.has_label && temperature != 1;
     const float scale = float(kLog2E / temperature), label_factor = float(plan.label_factor());
-    const float q_factor = float(plan.rest_coefficient() + (apart ? 0 : plan.label_factor()));
-    // Relative to a logit near the log-sum-exp, what counts is exact to rounding.
-    const float origin = float(plan.lse * temperature);
-    const float lse = float(plan.lse * kLog2E - double(origin) * (kLog2E / temperature));
-    const float label_lse = float(plan.label_lse * kLog2E - double(origin) * kLog2E);
+    const float q_factor = float(plan.rest_coefficient(apart));
+    const float origin = float(plan.rest.origin), log_sum = float(plan.rest.log_sum * kLog2E);
+    const float label_origin = float(plan.label.origin), label_sum = float(plan.label.log_sum * kLog2E);
     for_packs<false>(source, team, backwards, [&](int pack, const typename Source::Raw& raw_pack) {
       typename Source::Raw raw = raw_pack;
       typename Source::Out out{};
@@ -364,10 +374,10 @@ struct TopkWorker {
         Source::next_word(out);
 #pragma unroll
         for (int j = 0; j < Source::kWord; ++j) {
-          const float u = Source::student_of(raw, j), x = u - origin;
+          const float u = Source::student_of(raw, j);
           const int column = first + begin + j;
-          float g = q_factor * exp2_of(x * scale - lse) + slope(u);
-          if (apart) g += label_factor * exp2_of(x * float(kLog2E) - label_lse);
+          float g = q_factor * exp2_of((u - origin) * scale - log_sum) + slope(u);
+          if (apart) g += label_factor * exp2_of((u - label_origin) * float(kLog2E) - label_sum);
           g = column == label ? g - label_factor : g;
           Source::put_last(out, j, stored ? or_stored(column, g) : g);
         }

@@ -6,13 +6,19 @@
 //   renormalize teacher   A / P - log P
 //   renormalize both      A / P - log P + log Q
 // and A = K + P - Q with K = sum s (p (b - a) + q - p), whose terms are never negative: where the two sides are close,
-// values come from K.
+// values come from K. With P + P_r = Q + Q_r = 1, P - Q is Q_r - P_r, too, exact where the part is nearly everything.
+//
+// Renormalised parts may have less mass than a number can hold. Their sums are then taken again with probabilities
+// relative to the part's own largest (renormalize both: on both sides; teacher: on the teacher's), which is the same
+// but for a constant that cancels: kLeastShare says when.
 #pragma once
 #include "divergence.h"
 
 namespace fastkd {
 
 enum class Renormalize : int { kNone, kTeacher, kBoth };
+
+inline constexpr double kLeastShare = 0x1p-100;
 
 // The part: p between two edges, hard ones given as logits, or soft ones as probabilities.
 struct ClipEdges {
@@ -56,7 +62,31 @@ struct ClipNumbers {
 
 namespace fastkd::FASTKD_ISA {
 
-// p log(p / q) + q - p >= 0
+FASTKD_INLINE float neighbour(float x, float towards) { return ::nextafterf(x, towards); }
+FASTKD_INLINE double neighbour(double x, double towards) { return ::nextafter(x, towards); }
+
+// The logit that a hard edge at probability p stands for: tokens from it on, or (upper) up to it, are inside. Numbers
+// may lie far apart there: the one next to the edge must be on its right side.
+template <class Real>
+FASTKD_INLINE double edge_logit(double p, bool upper, double origin, double scale, double lse) {
+  if (p <= 0) return -INFINITY;
+  if (p >= 1) return INFINITY;  // every token, even where a sum came out a rounding too small
+  const double step = (::log2(p) + lse) / scale;
+  const Real edge = Real(origin + step);
+  const double missing = (step - (double(edge) - origin)) * scale;
+  constexpr double kFar = 0x1p-10;
+  if (upper && missing < -kFar) return neighbour(edge, Real(-INFINITY));
+  if (!upper && missing > kFar) return neighbour(edge, Real(INFINITY));
+  return edge;
+}
+
+// Whether the sums of the part must be taken relative to its own largest.
+FASTKD_INLINE bool is_rare(const ClipSums& sums, Renormalize renormalize) {
+  return renormalize != Renormalize::kNone &&
+         (sums.p < kLeastShare || (renormalize == Renormalize::kBoth && sums.q < kLeastShare));
+}
+
+// p log(p + q - p >= 0
 FASTKD_INLINE double lump_term(double p, double q) {
   if (p == 0) return q;
   if (q == 0) return INFINITY;
@@ -69,9 +99,10 @@ FASTKD_INLINE ClipNumbers clip_numbers(const ClipSums& sums, Renormalize renorma
   ClipNumbers out{};
   const double p = sums.p, q = sums.q, whole = sums.a;
   const double p_rest = sums.p_rest, q_rest = sums.q_rest;
+  const bool nearly_all = sums.k < INFINITY && p_rest + q_rest < 0.1;
   out.by_a = 1;
   if (renormalize == Renormalize::kNone) {
-    out.value = whole;
+    out.value = nearly_all ? sums.k + (q_rest - p_rest) : whole;
     out.alpha = out.delta = p;
     out.gamma = 1;
     if (lump) {
@@ -89,7 +120,9 @@ FASTKD_INLINE ClipNumbers clip_numbers(const ClipSums& sums, Renormalize renorma
     out.by_a = out.gamma = 1 / p;
     out.by_p = -whole / (p * p) - 1 / p;
     if (renormalize == Renormalize::kTeacher) {
-      out.value = whole / p - ::log(p);
+      // (Q_r - P_r) / P - log(1 - P_r) = Q_r / P - ..., and K / P.
+      const double missing = -::log1p(-p_rest) - p_rest / (1 - p_rest);
+      out.value = at_least(0.0, nearly_all ? (sums.k + q_rest) / p + missing : whole / p - ::log(p));
       out.alpha = out.delta = 1;
     } else {
       // K / P less what the two masses differ by: x - log(1 + x) with x = Q / P - 1.

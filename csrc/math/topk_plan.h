@@ -1,6 +1,7 @@
 // A student's row against a teacher of which only n tokens, the support, are stored: what happens between the passes
 // over the row. The same for every backend, which owns the loops: those over the support call measure, floored_terms
-// and the gradients of each entry; those over the rest of the vocabulary sum 2^x, and write rest_coefficient x q.
+// and the gradients of each entry; those over the rest of the vocabulary sum 2^x, and write rest_coefficient times the
+// softmax over the rest.
 //
 //   a_v = log q_v       of the student, over its whole vocabulary
 //   b_v = r l_v - log Z of the teacher: stored l_v = log p_v, r = stored temperature / teacher temperature
@@ -8,8 +9,12 @@
 // The rest of the teacher, m = 1 - sum e^l, becomes by `tail` one outcome t against the student's rest (lump), an equal
 // share of each other token (uniform), nothing (drop), or vanishes from both sides (renormalize). At another
 // temperature than the stored one it counts as if it were spread evenly: (V - n) (m / (V - n))^r.
+//
+// Each set of tokens has its own normaliser, relative to a logit of its own: a set whose share of the row underflows is
+// still a distribution.
 #pragma once
 #include "bare.h"
+#include "logit_sum.h"
 
 namespace fastkd {
 
@@ -17,6 +22,13 @@ enum class Tail : int { kLump, kUniform, kRenormalize, kDrop };
 
 // What no probability may exceed, for rounding's sake: log-probabilities stored in 16 bits, or fewer, sum up to this.
 inline constexpr double kMostMass = 1.02, kLargestLogProb = 0.02;
+
+// An index that a row has twice is padding where its log-probability is no more than this.
+inline constexpr double kPaddingLogProb = -1e4;
+
+// The most that rounding to a format with so many bits after the leading one changes a number by, relatively.
+// Log-probabilities are never taken to be better than float32.
+constexpr double rounding_of_bits(int bits) { return 0.5 / double(int64_t(1) << (bits < 23 ? bits : 23)); }
 
 // What is asked of a row.
 struct TopkTask {
@@ -29,26 +41,30 @@ struct TopkTask {
   double divergence_scale, scale;  // as in RowTask
   double label_weight;
   bool has_label;
+  double rounding = 0;  // of the stored log-probabilities: rounding_of_bits of their format
 };
 
 // What is known of a row.
 struct TopkNumbers {
   TopkTask task;
   // Set by begin; logarithms are natural.
-  double lse, label_lse, poison;  // of the student's softmaxes; NaN where there is none
-  double log_z, rest_mass;        // of Z; m
+  LogNormalizer student;          // of q: over the vocabulary, or the support where both sides are renormalised inside
+  LogNormalizer rest, label;      // of the student's rest; of its softmax at temperature 1
+  LogNormalizer teacher;          // of r l
+  double poison;                  // NaN where there is no distribution, else 0
+  double rest_mass;               // m
   double log_q_rest, log_p_rest;  // of the rest; uniform: log_p_rest is of one token
-  double p_rest, log_q_support;
+  double p_rest;
   bool tail_outcome;  // lump: there is a rest
+  bool rest_fixed;    // m is what rounding may hide, whatever was stored
   // Set by finish.
   double value, g, h, tail_g, tail_h;
   double student_factor;  // of all the divergence's gradients
 };
 
-// Of a set of the student's logits x (base 2): of 2^x, and of 2^(x temperature), the softmax that a label sees; each
-// sum relative to a maximum.
+// Of a set of the student's logits, relative to one of them: the sums of its softmax, and of that at temperature 1.
 struct RestSums {
-  double max, sum, label_max, label_sum;
+  double origin, sum, label_sum;
 };
 
 }  // namespace fastkd
@@ -56,59 +72,87 @@ struct RestSums {
 namespace fastkd::FASTKD_ISA {
 
 // RestSums that can be merged.
-struct StudentSums {
-  MaxSum<double> student, label;
+struct StudentSums : RestSums {
+  static FASTKD_INLINE StudentSums empty() { return {{-INFINITY, 0, 0}}; }
+  static FASTKD_INLINE StudentSums of(double z) {
+    const double one = z == -INFINITY ? 0.0 : 1.0;
+    return {{z, one, one}};
+  }
+  FASTKD_INLINE void merge(const RestSums& o, double scale) {
+    const double all = at_least(origin, o.origin);
+    sum = sum * origin_factor(origin, all, scale) + o.sum * origin_factor(o.origin, all, scale);
+    label_sum = label_sum * origin_factor(origin, all, kLog2E) + o.label_sum * origin_factor(o.origin, all, kLog2E);
+    origin = all;
+  }
+};
 
-  static FASTKD_INLINE StudentSums empty() { return {MaxSum<double>::empty(), MaxSum<double>::empty()}; }
-  FASTKD_INLINE void merge(const StudentSums& o) {
-    student.merge(o.student);
-    label.merge(o.label);
+// Of the stored log-probabilities: the normaliser of r l, the sums of e^l and -l e^l, and how many there are.
+struct StoredSums {
+  LogitSum weight;
+  double mass, entropy, count;
+
+  static FASTKD_INLINE StoredSums empty() { return {LogitSum::empty(), 0, 0, 0}; }
+  FASTKD_INLINE void merge(const StoredSums& o, double ratio) {
+    weight.merge(o.weight, ratio * kLog2E);
+    mass += o.mass;
+    entropy += o.entropy;
+    count += o.count;
   }
 };
 
 struct SupportSums {
   StudentSums student;
-  double mass, weight, count;  // sums of e^l and e^(r l)
+  StoredSums stored;
 
-  static FASTKD_INLINE SupportSums empty() { return {StudentSums::empty(), 0, 0, 0}; }
-  FASTKD_INLINE void add(const SupportSums& o) {
-    student.merge(o.student);
-    mass += o.mass;
-    weight += o.weight;
-    count += o.count;
-  }
+  static FASTKD_INLINE SupportSums empty() { return {StudentSums::empty(), StoredSums::empty()}; }
 };
 
 struct TopkPlan : TopkNumbers {
-  FASTKD_INLINE SupportSums measure(double x, double l) const {
-    const double one = x == -INFINITY ? 0.0 : 1.0;
-    return {{{x, one}, {x * task.temperature, one}}, ::exp(l), ::exp(task.ratio * l), 1};
+  FASTKD_INLINE double scale() const { return kLog2E / task.temperature; }
+
+  // z: the student's logit.
+  FASTKD_INLINE SupportSums measure(double z, double l) const {
+    const double p = ::exp(l);
+    return {StudentSums::of(z), {LogitSum::of(l), p, p > 0 ? -l * p : p, 1}};
+  }
+  FASTKD_INLINE void add(SupportSums& all, const SupportSums& next) const {
+    all.student.merge(next.student, scale());
+    all.stored.merge(next.stored, task.ratio);
   }
 
   // rest: of the vocabulary outside the support.
-  FASTKD_INLINE void begin(const SupportSums& support, const StudentSums& rest, double vocab) {
-    const double others = vocab - support.count, r = task.ratio;
+  FASTKD_INLINE void begin(const SupportSums& support, const StudentSums& others_sums, double vocab) {
+    const StoredSums& stored = support.stored;
+    const bool renormalize = task.tail == Tail::kRenormalize;
+    const double others = vocab - stored.count, r = task.ratio;
     StudentSums all = support.student;
-    all.merge(rest);
-    lse = all.student.log2() * kLn2;
-    label_lse = task.has_label ? all.label.log2() * kLn2 : 0;
-    poison = lse - lse;
-    log_q_rest = natural_log(rest.student) - lse;
-    log_q_support = natural_log(support.student.student) - lse;
-    if (task.tail != Tail::kRenormalize || log_q_support == -INFINITY) log_q_support = 0;
-    rest_mass = others > 0 && support.mass < 1 ? 1 - support.mass : 0;
+    all.merge(others_sums, scale());
+    const double log_all = ::log(all.sum);
+    poison = (all.origin - all.origin) + (all.sum - all.sum) + (stored.mass - stored.mass);
+    if (renormalize && stored.count > 0 && (support.student.sum == 0 || stored.weight.sum == 0)) poison = NAN;
+    student = renormalize ? LogNormalizer{support.student.origin, ::log(support.student.sum)}
+                          : LogNormalizer{all.origin, log_all};
+    label = {all.origin, task.has_label ? ::log(all.label_sum) : 0};
+    const bool some = others_sums.sum != 0;
+    rest = {some ? others_sums.origin : 0, some ? ::log(others_sums.sum) : 0};
+    log_q_rest = some ? (rest.origin - all.origin) / task.temperature + rest.log_sum - log_all : -INFINITY;
+    rest_mass = others > 0 && stored.mass < 1 ? 1 - stored.mass : 0;
+    // KL(q || p) would be infinite or not as the last bit of the mass has it.
+    const double hidden = task.rounding * at_least(task.rounding, stored.entropy);
+    rest_fixed = task.divergence == kReverseKl && others > 0 && rest_mass < hidden;
+    if (rest_fixed) rest_mass = hidden;
+    tail_outcome = task.tail == Tail::kLump && others > 0;
     const double log_rest = rest_mass > 0 ? r * ::log(rest_mass) + (1 - r) * ::log(others) : -INFINITY;
     // Stored probabilities that with their rest make 1 stay as they are. A bare sum leaves them in any case.
-    const bool as_stored = r == 1 && (task.tail == Tail::kDrop || (others > 0 && support.mass <= 1));
-    const double whole = support.weight + (task.tail == Tail::kRenormalize ? 0 : ::exp(log_rest));
-    log_z = whole == 0 || (as_stored && task.tail != Tail::kRenormalize) ? 0 : ::log(whole);
-    p_rest = ::exp(log_rest - log_z);
-    log_p_rest = log_rest - log_z - (task.tail == Tail::kUniform ? ::log(others) : 0);
-    tail_outcome = task.tail == Tail::kLump && others > 0;
+    const bool as_stored = r == 1 && !renormalize && (task.tail == Tail::kDrop || (others > 0 && stored.mass <= 1));
+    teacher = as_stored ? LogNormalizer{0, 0} : with_rest(stored.weight, renormalize ? -INFINITY : log_rest);
+    log_p_rest = log_rest - r * teacher.origin - teacher.log_sum;
+    p_rest = ::exp(log_p_rest);
+    if (task.tail == Tail::kUniform) log_p_rest -= ::log(others);
   }
 
-  FASTKD_INLINE double log_q(double x) const { return x * kLn2 - lse - log_q_support; }
-  FASTKD_INLINE double log_p(double l) const { return task.ratio * l - log_z; }
+  FASTKD_INLINE double log_q(double z) const { return (z - student.origin) / task.temperature - student.log_sum; }
+  FASTKD_INLINE double log_p(double l) const { return task.ratio * (l - teacher.origin) - teacher.log_sum; }
 
   // The terms of one outcome, its logarithms raised to the floor; what was raised takes no gradient.
   template <class Divergence, class Real>
@@ -122,11 +166,11 @@ struct TopkPlan : TopkNumbers {
 
   // support: the sums of its terms; rest: those of the other tokens (uniform), else nothing.
   template <class Divergence>
-  FASTKD_INLINE void finish(const Divergence& divergence, const BareSums& support, const BareSums& rest) {
+  FASTKD_INLINE void finish(const Divergence& divergence, const BareSums& support, const BareSums& others) {
     BareSums all = support;
-    all.add(rest);
+    all.add(others);
     tail_g = 0;
-    tail_h = rest.h;
+    tail_h = others.h;
     if (tail_outcome) {
       const BareTerms<double> t = floored_terms(divergence, log_q_rest, log_p_rest);
       all.add({t.value, t.excess, t.g, t.h});
@@ -145,18 +189,20 @@ struct TopkPlan : TopkNumbers {
     }
   }
 
-  // dz of a token outside the support is this times its q. (Uniform: of its own slope -q g is added to.)
-  FASTKD_INLINE double rest_coefficient() const {
-    if (task.tail == Tail::kRenormalize || student_factor == 0) return poison;
-    const double of_tail = tail_outcome && log_q_rest > -INFINITY ? tail_g * ::exp(-log_q_rest) : 0;
-    return student_factor * (of_tail - g) + poison;
+  // dz of a token outside the support is this times its share of the student's rest: the label's term is in it where
+  // that is at the same temperature. (Uniform: a slope of each token's own is added.)
+  FASTKD_INLINE double rest_coefficient(bool label_apart) const {
+    const double q_rest = ::exp(log_q_rest);
+    double out = poison;
+    if (task.tail != Tail::kRenormalize && student_factor != 0) out += student_factor * (tail_g - q_rest * g);
+    return label_apart ? out : out + label_factor() * q_rest;
   }
 
   // dz of an entry of the support whose own term has the slope own_g, with the label's term.
-  FASTKD_INLINE double student_gradient(double x, double own_g, bool is_label) const {
+  FASTKD_INLINE double student_gradient(double z, double own_g, bool is_label) const {
     double out = poison;
-    if (student_factor != 0) out += student_factor * (own_g - ::exp(log_q(x)) * g);
-    if (task.has_label) out += label_factor() * (::exp(x * task.temperature * kLn2 - label_lse) - (is_label ? 1 : 0));
+    if (student_factor != 0) out += student_factor * (own_g - ::exp(log_q(z)) * g);
+    if (task.has_label) out += label_factor() * (::exp((z - label.origin) - label.log_sum) - (is_label ? 1 : 0));
     return out;
   }
   FASTKD_INLINE double label_factor() const { return task.has_label ? task.scale * task.label_weight : 0; }
@@ -167,18 +213,25 @@ struct TopkPlan : TopkNumbers {
     if (factor == 0) return poison;
     if (task.tail == Tail::kDrop && task.ratio == 1) return factor * own_h + poison;
     double out = own_h - h * ::exp(log_p(l));
-    if (task.tail != Tail::kRenormalize && rest_mass > 0) out -= (tail_h - h * p_rest) * ::exp(l) / rest_mass;
+    if (task.tail != Tail::kRenormalize && rest_mass > 0 && !rest_fixed)
+      out -= (tail_h - h * p_rest) * ::exp(l) / rest_mass;
     return factor * task.ratio * out + poison;
   }
 
   // Divergence and label term, not weighted.
-  FASTKD_INLINE double loss(double label_x) const {
-    return value + (task.has_label ? task.label_weight * (label_lse - label_x * task.temperature * kLn2) : 0);
+  FASTKD_INLINE double loss(double label_z) const {
+    return value + (task.has_label ? task.label_weight * (label.log_sum - (label_z - label.origin)) : 0);
   }
 
  private:
-  static FASTKD_INLINE double natural_log(const MaxSum<double>& x) {
-    return x.sum == 0 ? -INFINITY : (x.max + ::log2(x.sum)) * kLn2;
+  static constexpr int kReverseKl = 1;  // its place in BareDivergences
+
+  // The normaliser of the support's weights and the rest's, e^log_rest.
+  FASTKD_INLINE LogNormalizer with_rest(const LogitSum& weight, double log_rest) const {
+    if (weight.sum == 0) return {0, log_rest > -INFINITY ? log_rest : 0};
+    const double above = log_rest - task.ratio * weight.origin;
+    return {weight.origin,
+            above > 0 ? above + ::log(1 + weight.sum * ::exp(-above)) : ::log(weight.sum + ::exp(above))};
   }
 };
 

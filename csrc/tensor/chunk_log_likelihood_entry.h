@@ -90,8 +90,8 @@ struct ChunkProblem : RowProblem {
   }
 };
 
-// log_likelihood, boundary_log_prob: [..., chunks], in the precision of results. numbers: for the backward, [2, rows],
-// the log-sum-exp of each row that was read, and of its boundary set.
+// log_likelihood, boundary_log_prob: [..., chunks], in the precision of results. numbers: for the backward, [4, rows],
+// of each row that was read its normaliser's origin and log_sum, and the same of its boundary set.
 struct ChunkOutput {
   Tensor log_likelihood, boundary_log_prob, token_count, numbers;
 };
@@ -110,7 +110,7 @@ struct ChunkLogLikelihood : ChunkLogLikelihoodArguments {
       return torch::stable::new_zeros(logits, size, dtype);
     };
     ChunkOutput out{filled(shape, type), boundary ? filled(shape, type) : filled({0}, type),
-                    filled(shape, ScalarType::Long), filled({2, problem.rows}, ScalarType::Double)};
+                    filled(shape, ScalarType::Long), filled({4, problem.rows}, ScalarType::Double)};
     Backend::solve(problem, out);
     return {out.log_likelihood, out.boundary_log_prob, out.token_count, out.numbers};
   }
@@ -131,7 +131,7 @@ struct ChunkLogLikelihoodBackward : ChunkLogLikelihoodArguments {
     const ChunkProblem problem(*this, Backend::kValuesChecked);
     check_gradient(problem, gradient);
     const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
-    problem.check_kept(numbers, ScalarType::Double, 2 * problem.rows, "numbers");
+    problem.check_kept(numbers, ScalarType::Double, 4 * problem.rows, "numbers");
     problem.check_kept(likelihood_gradient, type, problem.batch * num_chunks, "likelihood_gradient");
     if (boundary) {
       FASTKD_CHECK_VALUE(boundary_gradient, kName, "boundary_gradient must come with boundary");

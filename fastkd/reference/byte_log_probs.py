@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.reference._origin import relative_to_largest
 from fastkd.reference._rows import log_sum_exp
 
 
@@ -31,10 +32,10 @@ def byte_log_probs_op(
         .masked_fill(index.unsqueeze(-1) >= 0, -math.inf)
     )
     for number, columns_of_prefix in enumerate(segments.tolist()):
-        found = []
-        for begin, end in columns_of_prefix:
-            ids = order[begin:end].long()
-            found.append(log_sum_exp(scaled.index_select(-1, ids)).squeeze(-1))
+        ids = torch.cat([order[begin:end] for begin, end in columns_of_prefix]).long()
+        own = relative_to_largest(scaled.index_select(-1, ids))
+        sizes = [end - begin for begin, end in columns_of_prefix]
+        found = [log_sum_exp(part).squeeze(-1) for part in own.split(sizes, -1)]
         sums = torch.where((index == number).unsqueeze(-1), torch.stack(found, -1), sums)
     total = log_sum_exp(sums)
     total = torch.where(total.isfinite(), total, math.nan)

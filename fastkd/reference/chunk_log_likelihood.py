@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastkd.reference._origin import relative_to_largest
 from fastkd.reference._rows import log_sum_exp
 
 
@@ -23,7 +24,7 @@ def chunk_log_likelihood_op(
     before = torch.cat([torch.full_like(chunk_ids[..., :1], -1), chunk_ids[..., :-1]], -1)
     ended = (before >= 0) & (before != chunk_ids) & (boundary is not None)
     read = (scored | ended).unsqueeze(-1)
-    scaled = torch.where(read, logits.to(dtype), 0.0) / temperature
+    scaled = relative_to_largest(torch.where(read, logits.to(dtype), 0.0)) / temperature
     lse = scaled.logsumexp(-1)
     lse = torch.where(lse.isfinite(), lse, math.nan)
     label = scaled.gather(-1, torch.where(scored, token_ids, 0).long().unsqueeze(-1)).squeeze(-1)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.reference._rows import Rows, exp, finite, log_softmax
+from fastkd.reference._origin import relative_to_largest
+from fastkd.reference._rows import Rows, exp, finite, log_softmax, log_sum_exp, safe_log
 
 
 def _quantile(p: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,9 +38,10 @@ def clipped_divergence_op(
 ) -> Tensor:
     """The raw op's loss, from its fields."""
     rows = Rows(student_logits, [teacher_logits], **row_options)
+    rows.student = relative_to_largest(rows.student)
     log_q = log_softmax(rows.student, rows.tau)
     tau = rows.per_row(teacher_temperature, teacher_temperatures)
-    log_p = log_softmax(rows.logits(teacher_logits), tau)
+    log_p = log_softmax(relative_to_largest(rows.logits(teacher_logits)), tau)
     p, q = exp(log_p), exp(log_q)
     low, high = (torch.where(rows.read, x, 0.0).to(rows.dtype) for x in (lower, upper))
     least, most = low, high
@@ -63,7 +65,7 @@ def clipped_divergence_op(
     terms = torch.where(log_p == -math.inf, 0.0, terms)
     infinite = (lost & (share > 0)).any(-1)
     whole = (share * terms).sum(-1)
-    mass, other = (share * p).sum(-1), (share * q).sum(-1)
+    mass = (share * p).sum(-1)
     if renormalize == "none":
         loss = whole
         if tail == "lump":
@@ -77,8 +79,12 @@ def clipped_divergence_op(
         safe = torch.where(some, mass, 1.0)
         loss = whole / safe - safe.log()
         if renormalize == "both":
-            infinite = infinite | (some & (other == 0))
-            loss = loss + torch.where(other > 0, other, 1.0).log()
+            # Relative to the support's own largest: its mass may underflow.
+            inside = (share > 0) & (log_q != -math.inf)
+            own = log_q.masked_fill(~inside, 0) + safe_log(share).masked_fill(~inside, 0)
+            log_other = log_sum_exp(torch.where(inside, own, -math.inf)).squeeze(-1)
+            infinite = infinite | (some & (log_other == -math.inf))
+            loss = loss + torch.where(log_other == -math.inf, 0.0, log_other)
         loss = torch.where(some, loss, 0.0)
         infinite = infinite & some
     loss = torch.where(infinite & ~loss.isnan(), loss + (math.inf - loss).detach(), loss)

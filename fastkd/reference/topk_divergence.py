@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.reference._origin import relative_to_largest
 from fastkd.reference._rows import (
     Rows,
     divergence_rows,
@@ -15,6 +16,9 @@ from fastkd.reference._rows import (
     safe_log,
     shifted,
 )
+
+#: An index that a row has twice is padding where its log-probability is no more than this.
+PADDING_LOG_PROB = -1e4
 
 
 def topk_divergence_op(
@@ -33,8 +37,11 @@ def topk_divergence_op(
 ) -> Tensor:
     """The raw op's loss, from its fields."""
     rows = Rows(student_logits, [teacher_log_probs], **row_options)
+    rows.student = relative_to_largest(rows.student)
     stored = (teacher_indices >= 0) & rows.read.unsqueeze(-1)
     at = torch.where(stored, teacher_indices, 0).long()
+    times = torch.zeros_like(rows.student, dtype=torch.int64).scatter_add(-1, at, stored.long())
+    stored = stored & ~((times.gather(-1, at) > 1) & (teacher_log_probs <= PADDING_LOG_PROB))
     log_q_all = log_softmax(rows.student, rows.tau)
     inside = torch.zeros_like(log_q_all, dtype=torch.int64).scatter_add(-1, at, stored.long()) > 0
     log_q = torch.where(stored, log_q_all.gather(-1, at), -math.inf)
@@ -47,6 +54,12 @@ def topk_divergence_op(
     as_stored = torch.as_tensor(ratio == 1, device=log_p.device)
     mass = exp(log_p).sum(-1, keepdim=True)
     rest_mass = torch.where((others > 0) & (mass < 1), 1 - mass, 0.0)
+    if _plain(divergence, beta) == "reverse_kl":
+        # What rounding may hide of the rest: KL(q || p) would be infinite or not as it has it.
+        rounding = max(torch.finfo(x).eps / 2 for x in (teacher_log_probs.dtype, torch.float32))
+        entropy = -(exp(log_p) * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1, keepdim=True)
+        hidden = rounding * entropy.detach().clamp(min=rounding)
+        rest_mass = torch.where((others > 0) & (rest_mass < hidden), hidden, rest_mass)
     log_p = torch.where(stored & (log_p != -math.inf), log_p.masked_fill(~stored, 0) * ratio, log_p)
     spread = others.clamp(min=1).to(rows.dtype).log()
     log_p_rest = torch.where(
@@ -56,6 +69,7 @@ def topk_divergence_op(
         log_z = log_sum_exp(log_p)
         student_log_z = log_sum_exp(log_q)
         log_q = shifted(log_q, torch.where(student_log_z == -math.inf, 0.0, student_log_z))
+        without = ((log_z == -math.inf) | (student_log_z == -math.inf)) & stored.any(-1, True)
     else:
         log_z = log_sum_exp(torch.cat([log_p, log_p_rest], -1))
         whole = as_stored & ((others > 0) & (mass <= 1) | torch.as_tensor(tail == "drop"))
@@ -93,6 +107,8 @@ def topk_divergence_op(
         loss = loss + {"forward_kl": excess, "reverse_kl": -excess}.get(
             _plain(divergence, beta), 0.0
         )
+    if tail == "renormalize":  # no distribution to compare with
+        loss = torch.where(without.squeeze(-1), math.nan, loss)
     poison = log_q_all.masked_fill(log_q_all == -math.inf, 0).sum(-1) * 0
     loss = loss + poison.detach()
     if rows.square_temperature:
@@ -130,7 +146,9 @@ def teacher_topk(
     dtype = torch.float64 if teacher_logits.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature.to(dtype).unsqueeze(-1)
-    log_probs = log_softmax(teacher_logits[..., :vocab_size].to(dtype), temperature)
+    log_probs = log_softmax(
+        relative_to_largest(teacher_logits[..., :vocab_size].to(dtype)), temperature
+    )
     values, indices = torch.sort(log_probs, dim=-1, descending=True, stable=True)
     lost = values.isnan().any(-1, keepdim=True)
     values = torch.where(lost, math.nan, values)
