@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd._library import is_batched
 
-_use_count = getattr(torch._C, "_storage_Use_Count", None)
+_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 _release_memory_of_kernels = torch.ops.fastkd._release_memory
 
 

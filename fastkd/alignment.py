@@ -72,8 +72,11 @@ class Alignment:
         return self._mapped(lambda x: x.pin_memory(*args))
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> "Alignment":
-        fields = self._asdict().items()
-        return Alignment(**{k: function(x) if isinstance(x, Tensor) else x for k, x in fields})
+        values = self._asdict().items()
+        changed: dict[str, Any] = {
+            name: function(x) if isinstance(x, Tensor) else x for name, x in values
+        }
+        return Alignment(**changed)
 
 
 _FIELDS = tuple(field.name for field in fields(Alignment))
@@ -154,8 +157,10 @@ def align(
             raise TypeError(
                 f"align: {name} must be a sequence of bytes and None, got {type(tokens).__name__}"
             )
-    found = _host.align(student_tokens, teacher_tokens)
-    return Alignment(*found[:3], found[2], *found[3:])
+    student_chunks, teacher_chunks, num_chunks, *others = _host.align(
+        student_tokens, teacher_tokens
+    )
+    return Alignment(student_chunks, teacher_chunks, num_chunks, num_chunks, *others)
 
 
 def align_batch(

@@ -172,9 +172,10 @@ def _bound(name: str, bound: float | Tensor, student: Tensor) -> Tensor:
     if not isinstance(bound, Tensor):
         number = to_number("clipped_divergence", name, bound)
         if torch.compiler.is_compiling():  # torch.full would make it a constant of the graph
-            bound = student.new_ones((), dtype=torch.float64) * number
+            one = student.new_ones((), dtype=torch.float64) * number
         else:
-            bound = student.new_full((), number, dtype=torch.float64)
+            one = student.new_full((), number, dtype=torch.float64)
+        return one.expand(student.shape[:-1])
     return bound.expand(student.shape[:-1]) if bound.dim() == 0 else bound
 
 

@@ -171,7 +171,7 @@ class Arguments:
             elif kind == _TENSOR:
                 self._check_tensor(field, value)
             else:
-                for tensor in value:
+                for tensor in value or ():
                     self._check_tensor(field, tensor)
             packed.append(value)
         return packed
@@ -276,7 +276,7 @@ def check_device_has_kernels(function: str, name: str, tensor: Tensor) -> None:
 
 def with_defaults(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a public function, with the defaults of those not given."""
-    known = function.__kwdefaults__
+    known = function.__kwdefaults__ or {}
     for name in options:
         if name not in known:
             raise TypeError(f"{function.__name__}: unknown argument {name!r}")

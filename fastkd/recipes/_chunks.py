@@ -1,5 +1,6 @@
 """What the recipes share: chunks as places, checks of arguments, reductions."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,14 +136,18 @@ def boundaries(
     return found[0], found[1]
 
 
+def _boundary_of(vocab: ByteVocab) -> tuple[Any, ...]:
+    return (vocab.boundary(),)
+
+
 @torch.compiler.assume_constant_result
 def _known_boundaries(
     student: ByteVocab, teacher: ByteVocab, device: str, mode: Any
 ) -> tuple[Tensor, ...]:
     # Both in one call: the compiler takes two constant tensors of one function for the same.
     return tuple(
-        vocab._constants.tensors("boundary", device, lambda v=vocab: (v.boundary(),), mode)[0]
-        for vocab in (student, teacher)
+        v._constants.tensors("boundary", device, functools.partial(_boundary_of, v), mode)[0]
+        for v in (student, teacher)
     )
 
 
