@@ -447,3 +447,13 @@ def test_hints_come_once(op):
             warnings.simplefilter("error")
             op.call(student, **given, **options)
     hints.forget()
+
+
+@of(LOSSES)
+def test_hints_look_at_no_batch_of_logits(op):
+    from fastkd._ops import hints
+
+    given, student = op.tensors(LEADING), student_of().detach()
+    hints.forget()
+    together = torch.func.vmap(lambda x: op.call(x, **given))(student.expand(3, *student.shape))
+    torch.testing.assert_close(together[1], op.call(student, **given))

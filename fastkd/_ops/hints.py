@@ -5,18 +5,21 @@ from typing import Any
 
 from torch import Tensor
 
+from fastkd._library import transforms_active
+
 _seen: set[str] = set()
 
 
 def hint(key: str, message: str) -> None:
-    """Warn unless this was said before."""
+    """Warn unless this was said before. Called by what an op calls of this file."""
     if key not in _seen:
         _seen.add(key)
+        # hint, check_loss, Op.__call__, the public function, and whoever called that
         warnings.warn(message, stacklevel=5)
 
 
 def check_loss(function: str, logits: Tensor, given: dict[str, Any]) -> None:
-    """What is cheap to know of the arguments of a loss over rows."""
+    """What is cheap to know of the arguments of a loss over rows, which are checked already."""
     label_weight = given["label_weight"]
     if given["labels"] is None and type(label_weight) is float and label_weight != 1:
         hint(
@@ -24,31 +27,30 @@ def check_loss(function: str, logits: Tensor, given: dict[str, Any]) -> None:
             f"{function}: label_weight is {label_weight}, but labels is None: there is no "
             "label term",
         )
-    normalizer = given["normalizer"]
-    if isinstance(normalizer, (int, float)) and normalizer == 0:
+    if type(given["denominator"]) is float and given["denominator"] == 0:
         hint(
             f"{function}.normalizer",
             f"{function}: normalizer is 0: the loss and its gradients are 0",
         )
-    if function not in _seen:
+    if function not in _seen and not transforms_active():
         _seen.add(function)
-        _check_first_row(function, logits)
+        if _first_row_sums_to_1(logits):
+            hint(
+                f"{function}.student_logits",
+                f"{function}: the first row of student_logits sums to 1 and has no negative "
+                "entry: logits are expected, not probabilities",
+            )
 
 
-def _check_first_row(function: str, logits: Tensor) -> None:
-    """Of the first call's logits: are they probabilities? On the CPU only, where nothing waits."""
+def _first_row_sums_to_1(logits: Tensor) -> bool:
+    """Of the first call's logits, on the CPU only, where nothing waits for a device."""
     if logits.device.type != "cpu" or logits.numel() == 0 or logits.size(-1) < 4:
-        return
+        return False
     row = logits.detach()
     while row.dim() > 1:
         row = row[0]
     row = row.double()
-    if bool((row >= 0).all()) and abs(row.sum().item() - 1) < 1e-3:
-        hint(
-            f"{function}.student_logits",
-            f"{function}: the first row of student_logits sums to 1 and has no negative entry: "
-            "logits are expected, not probabilities",
-        )
+    return bool((row >= 0).all()) and abs(row.sum().item() - 1) < 1e-3
 
 
 def forget() -> None:

@@ -30,6 +30,9 @@ from fastkd._ops.hints import check_loss
 class Op:
     """What both kinds of ops share."""
 
+    #: Looks at the arguments of an eager call for what is seldom meant.
+    hints: Callable[[str, Tensor, dict[str, Any]], None] | None = None
+
     def __init__(
         self,
         name: str,
@@ -65,6 +68,8 @@ class Op:
         try:
             if is_tracing(rows):
                 return self.trace(packed, inplace)
+            if self.hints is not None:
+                self.hints(self.name, rows, given)
             if transforms_active():
                 return self.reference(**self.arguments.unpack(packed))
             if torch.is_grad_enabled():
@@ -138,6 +143,7 @@ class Loss(Op):
         absent: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(name, differentiable, reference, absent)
+        self.hints = check_loss
         self.precision = tuple(precision)
         self.one_a_row = frozenset(differentiable.index(field) for field in together)
         self._together = sum(1 << differentiable.index(field) for field in together)
@@ -155,11 +161,6 @@ class Loss(Op):
             if need:
                 bits |= 1 << i
         return bits | self._together if bits & self._together else bits
-
-    def __call__(self, rows: Tensor, given: dict[str, Any], inplace: bool = False) -> Tensor:
-        if not is_tracing(rows):
-            check_loss(self.name, rows, given)
-        return super().__call__(rows, given, inplace)
 
     def compute(self, packed: list[Any]) -> Tensor:
         return self.raw()(*self.arguments.eager(packed), 0)[0]
