@@ -74,8 +74,12 @@ def reduced(
             )
         return losses
     if normalizer is None:
-        sizes = {"sum": 1, "batchmean": losses.size(0), "elementmean": losses.numel()}
-        normalizer = kept.sum() if reduction == "mean" else sizes[reduction]
+        if reduction == "mean":
+            normalizer = kept.sum()
+        elif reduction == "batchmean":
+            normalizer = losses.size(0)
+        else:
+            normalizer = losses.numel() if reduction == "elementmean" else 1
     if isinstance(normalizer, Tensor):
         divisor = normalizer.detach().to(losses.device, torch.float64)
     else:

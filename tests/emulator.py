@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,13 +16,13 @@ PATH = Path(
 )
 
 
-LOSSES = ("softmax", "topk", "clipped")
+OPS = (
+    *(fastkd.softmax_divergence, fastkd.topk_divergence, fastkd.clipped_divergence),
+    *(fastkd.chunk_log_likelihood, fastkd.byte_log_probs),
+    *(fastkd.token_stats, fastkd.teacher_topk),
+)
 FAKES = (
-    *(f"_{name}_divergence{into}" for name in LOSSES for into in ("", "_into")),
-    *("_chunk_log_likelihood", "_chunk_log_likelihood_backward_into"),
-    *("_byte_log_probs", "_byte_log_probs_backward_into"),
-    *("_teacher_topk", "_token_stats", "_scale_rows_", "_gradient_like"),
-    *("_kl_div", "_kl_div_into", "_kl_div_backward"),
+    *("_scale_rows_", "_gradient_like", "_kl_div", "_kl_div_into", "_kl_div_backward"),
     *("_acm_route", "_acm_value", "_acm_rows", "_acm_rows_backward"),
 )
 
@@ -60,6 +61,8 @@ def library() -> ctypes.CDLL:
     assert fastkd.softmax_divergence  # its fakes are registered
     for name in FAKES:
         _share_fake(name)
+    for function in OPS:
+        sys.modules[function.__module__].OP.register("fastkd_simt")
     return ctypes.CDLL(str(PATH))
 
 

@@ -232,7 +232,12 @@ class Arguments:
                 )
             given["normalizer"] = normalizer.detach().reshape(()).to(rows.device, torch.float64)
         else:
-            given["denominator"] = to_number(self.function, "normalizer", normalizer)
+            number = to_number(self.function, "normalizer", normalizer)
+            if not torch.compiler.is_compiling() and not number >= 0:
+                raise ValueError(
+                    f"{self.function}: normalizer must not be negative, got {normalizer}"
+                )
+            given["denominator"] = number
             given["normalizer"] = None
 
     def eager(self, packed: list[Any]) -> tuple[Any, ...]:

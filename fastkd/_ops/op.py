@@ -147,11 +147,15 @@ class Loss(Op):
         self.precision = tuple(precision)
         self.one_a_row = frozenset(differentiable.index(field) for field in together)
         self._together = sum(1 << differentiable.index(field) for field in together)
-        for prefix in ("", "_"):
-            torch.library.register_fake(f"fastkd::{prefix}{name}", self._fake)
-        torch.library.register_fake(f"fastkd::_{name}_into", self._fake_into)
+        self.register("fastkd")
+
+    def register(self, library: str) -> None:
+        """The fake kernels and the formula for graphs, for the raw ops of a library."""
+        for name in (self.name, self._name):
+            torch.library.register_fake(f"{library}::{name}", self._fake)
+        torch.library.register_fake(f"{library}::{self._name}_into", self._fake_into)
         torch.library.register_autograd(
-            f"fastkd::{name}", self._graph_backward, setup_context=self._graph_context
+            f"{library}::{self.name}", self._graph_backward, setup_context=self._graph_context
         )
 
     def wanted(self, needs: Sequence[bool]) -> int:
@@ -336,12 +340,16 @@ class Differentiable(Op):
     ) -> None:
         super().__init__(name, (logits,), reference)
         self.constant, self.fake = tuple(constant), fake
-        for prefix in ("", "_"):
-            torch.library.register_fake(f"fastkd::{prefix}{name}", self._fake)
-        torch.library.register_fake(f"fastkd::{name}_backward", self._fake_backward)
-        torch.library.register_fake(f"fastkd::_{name}_backward_into", lambda *_: None)
+        self.register("fastkd")
+
+    def register(self, library: str) -> None:
+        """See :meth:`Loss.register`."""
+        for name in (self.name, self._name):
+            torch.library.register_fake(f"{library}::{name}", self._fake)
+        torch.library.register_fake(f"{library}::{self.name}_backward", self._fake_backward)
+        torch.library.register_fake(f"{library}::{self._name}_backward_into", lambda *_: None)
         torch.library.register_autograd(
-            f"fastkd::{name}", self._graph_backward, setup_context=self._graph_context
+            f"{library}::{self.name}", self._graph_backward, setup_context=self._graph_context
         )
 
     def compute(self, packed: list[Any]) -> tuple[Tensor, ...]:
@@ -430,7 +438,11 @@ class Plain:
     def __init__(self, name: str, fake: Callable[..., tuple[Tensor, ...]]) -> None:
         self._name, self.fake = f"_{name}", fake
         self.arguments = Arguments(name)
-        torch.library.register_fake(f"fastkd::_{name}", self._fake)
+        self.register("fastkd")
+
+    def register(self, library: str) -> None:
+        """See :meth:`Loss.register`."""
+        torch.library.register_fake(f"{library}::{self._name}", self._fake)
 
     def __call__(self, rows: Tensor, given: dict[str, Any]) -> tuple[Tensor, ...]:
         """See :meth:`Op.__call__`."""
