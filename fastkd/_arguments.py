@@ -31,6 +31,8 @@ def check_positive(function: str, name: str, value: Any) -> None:
     """A number to divide by."""
     if not is_number(value):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    if torch.compiler.is_compiling() and isinstance(value, Tensor):
+        return
     if not 0 < value < math.inf:
         raise ValueError(f"{function}: {name} must be positive and finite, got {value}")
 

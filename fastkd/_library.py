@@ -105,6 +105,7 @@ def is_tracing(tensor: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
         or tensor.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, FakeTensorMode and their like
     )
 
 
@@ -113,6 +114,12 @@ def transforms_active() -> bool:
     return (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+@torch.compiler.assume_constant_result
+def traced_transforms_active() -> bool:
+    """The same of the code that a compiler traces."""
+    return transforms_active()
 
 
 def is_batched(*tensors: torch.Tensor | None) -> bool:

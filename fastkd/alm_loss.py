@@ -220,10 +220,10 @@ def _losses(
     student_lost, teacher_lost = student == -math.inf, teacher == -math.inf
     function, by_student, by_teacher = _DIVERGENCES[divergence]
     infinite = by_student & student_lost & ~teacher_lost | by_teacher & teacher_lost & ~student_lost
-    values = []
+    values, counts = [], kept & ~infinite
     for likelihood, lost in ((teacher, teacher_lost), (student, student_lost)):
-        finite = torch.where(lost, _IMPOSSIBLE * scale, likelihood)
-        values.append(torch.where(kept & ~infinite, finite, -1.0) / scale - epsilon)
+        finite = torch.where(counts & ~lost, likelihood, -1.0) / scale
+        values.append(finite.masked_fill(counts & lost, _IMPOSSIBLE) - epsilon)
     return torch.where(kept, torch.where(infinite, math.inf, function(*values)), 0)
 
 

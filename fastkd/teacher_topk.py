@@ -61,7 +61,7 @@ def teacher_topk(
             "teacher_logits": teacher_logits,
             "k": k,
             "temperature": temperature,
-            "vocab_size": -1 if vocab_size is None else vocab_size,
+            "vocab_size": vocab_size,
         },
     )
     return TeacherTopK(*found)

@@ -91,7 +91,7 @@ def token_stats(
             "teacher_logits": None if teacher_logits is None else teacher_logits.detach(),
             "labels": labels,
             "temperature": temperature,
-            "vocab_size": -1 if vocab_size is None else vocab_size,
+            "vocab_size": vocab_size,
         },
     )
     fields: list[Any] = []

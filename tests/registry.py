@@ -74,9 +74,8 @@ def _chunk_sum(student: torch.Tensor, **given: Any) -> torch.Tensor:
 def _alm(student: torch.Tensor, **given: Any) -> torch.Tensor:
     ids, chunks = given.pop("token_ids"), given.pop("chunk_ids")
     teacher = given.pop("teacher_logits")
-    return fastkd.alm_loss(
-        student, ids, chunks, teacher, ids, chunks, student.size(-2), temperature=2.0, **given
-    )
+    sides = (student, ids, chunks, teacher, ids, chunks)
+    return fastkd.alm_loss(*sides, student.size(-2), **{"temperature": 2.0, **given})
 
 
 NUMBERS = {"temperature": (1.5, 2.5), "label_weight": (0.3, 0.7), "normalizer": (3.0, 7.0)}
@@ -127,7 +126,7 @@ OPS = [
             **{k: v for k, v in _chunks(leading).items() if k != "boundary"},
             "teacher_logits": logits((*leading, VOCAB)),
         },
-        {"epsilon": (1e-6, 1e-5), "normalizer": (3.0, 7.0)},
+        {"epsilon": (1e-6, 1e-5), "normalizer": (3.0, 7.0), "temperature": (2.0, 3.0)},
     ),
     Entry(
         "kl_div",

@@ -158,6 +158,47 @@ def test_an_exported_loss_trains(op, strict):
         torch.testing.assert_close(gradient, plain.scale.grad)
 
 
+@of([op for op in OPS if op.name != "kl_div"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_loss_has_the_gradients_of_the_tensors_it_is_run_with(op, strict):
+    """Traced with tensors that require none; second derivatives, too."""
+    given = op.tensors(LEADING)
+
+    class Bare(torch.nn.Module):
+        def forward(self, student, given):
+            return op.call(student, **given)
+
+    program = torch.export.export(Bare(), (student_of().detach(), given), strict=strict)
+    exported, student = program.module(), student_of()
+    found, right = exported(student, given).sum(), op.call(student, **given).sum()
+    pair = [torch.autograd.grad(x, student, create_graph=True)[0] for x in (found, right)]
+    torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
+    second = [torch.autograd.grad(x.square().sum(), student)[0] for x in pair]
+    torch.testing.assert_close(*second, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(exported(student, given).sum(), student)
+    torch.testing.assert_close(gradient, pair[1].detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_an_exported_loss_trains_where_inplace_is_asked_for():
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+
+        def forward(self, hidden, teacher):
+            return fastkd.softmax_divergence(self.linear(hidden), teacher, inplace=True)
+
+    model, inputs = Bare(), (torch.randn(4, 8), torch.randn(4, 8))
+    model(*inputs).backward()
+    right = model.linear.weight.grad.clone()
+    for strict in (False, True):
+        exported = torch.export.export(copy.deepcopy(model), inputs, strict=strict).module()
+        exported.zero_grad()
+        exported(*inputs).backward()
+        found = dict(exported.named_parameters())["linear.weight"].grad
+        torch.testing.assert_close(found, right)
+
+
 # --- autograd -----------------------------------------------------------------------------------
 
 
@@ -250,6 +291,58 @@ def test_after_and_beside_other_modes(op):
         assert student.grad.isfinite().all()
 
 
+@of(OPS)
+def test_logits_of_inference_mode(op):
+    """As a teacher gives them that is run under it."""
+    with torch.inference_mode():
+        given = op.tensors(LEADING)
+    student = student_of()
+    op.call(student, **given).sum().backward()
+    plain = {name: value.clone() for name, value in given.items()}
+    (right,) = torch.autograd.grad(op.call(student, **plain).sum(), student)
+    torch.testing.assert_close(student.grad, right)
+
+
+@of(LOSSES)
+def test_a_traced_function_returns_memory_of_its_own(op):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    student, given = logits((64, 40, VOCAB)), op.tensors((64, 40))
+
+    def gradient(x):
+        return torch.autograd.grad(op.call(x, **given), x)[0]
+
+    gradient(student.clone().requires_grad_())
+    traced = make_fx(gradient)(student.clone().requires_grad_())
+    first = traced(student.clone().requires_grad_())
+    right = first.clone()
+    traced((2 * student).requires_grad_())
+    assert torch.equal(first, right)
+    torch.testing.assert_close(first, gradient(student.clone().requires_grad_()))
+
+
+@of(LOSSES)
+def test_numbers_take_no_tangent(op):
+    student, given = student_of().detach(), op.tensors(LEADING)
+    for name in ("label_weight", "normalizer"):
+        with pytest.raises(ValueError, match=f"{op.name}: {name} takes no gradient, tangent"):
+            torch.func.jvp(
+                lambda x, name=name: op.call(student, **given, **{name: x}),
+                (torch.tensor(2.0),),
+                (torch.tensor(1.0),),
+            )
+
+
+@of(LOSSES)
+def test_transforms_in_a_compiled_function(op):
+    torch._dynamo.reset()
+    given = op.tensors(LEADING)
+    gradient = torch.func.grad(lambda x: op.call(x, **given))
+    student = student_of().detach()
+    compiled = torch.compile(lambda x: gradient(x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(student), gradient(student))
+
+
 # --- arguments ----------------------------------------------------------------------------------
 
 
@@ -297,9 +390,15 @@ def test_types(op):
             op.call(student_of(), **{**given, name: bad})
     plain = student_of().detach()
     jagged = torch.nested.nested_tensor(list(plain), layout=torch.jagged)
-    for wrapped in (plain.to_sparse(), jagged):
+    for wrapped in (plain.to_sparse(), jagged, torch.nested.nested_tensor(list(plain))):
         with pytest.raises(TypeError, match=rf"{op.name}: student_logits must be a"):
             op.call(wrapped, **given)
+    for name, value in (("ignore_index", 10**30), ("vocab_size", -7), ("shift", 10**30)):
+        with pytest.raises(ValueError, match=rf"{op.name}: {name} must"):
+            op.call(student_of(), **{**given, name: value})
+    for name in ("label_weight", "normalizer"):
+        with pytest.raises(ValueError, match=rf"{op.name}: {name} must be on a device"):
+            op.call(student_of(), **given, **{name: torch.tensor(1.0, device="meta")})
     quantized = torch.quantize_per_tensor(plain, 0.1, 0, torch.quint8)
     with pytest.raises(TypeError, match=rf"{op.name}: student_logits must be"):
         op.call(quantized, **given)
@@ -369,6 +468,16 @@ def test_inplace_beside_others_in_its_memory(layout):
         fastkd.softmax_divergence(student, teacher, inplace=True, **options)
 
 
+def test_inplace_is_for_plain_logits():
+    teacher = torch.randn(4, 9)
+    for student in (
+        torch.nn.Parameter(torch.randn(4, 9)),
+        torch._neg_view(torch.randn(4, 9).requires_grad_()),
+    ):
+        with pytest.raises(ValueError, match="inplace needs plain student_logits"):
+            fastkd.softmax_divergence(student, teacher, inplace=True)
+
+
 def test_inplace_beside_a_teacher_in_the_other_half_of_its_memory():
     both = torch.randn(8, 80)
     want = fastkd.softmax_divergence(both[:, :40].clone(), both[:, 40:].clone())
@@ -417,6 +526,17 @@ def test_shift_reads_labels_mask_and_weight_ahead(backend, op, shift, reduction)
         given["softness"] = 0.1
     again = definition(student, **given, shift=shift, reduction=reduction)
     torch.testing.assert_close(found, again, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shift_beyond_every_sequence_leaves_no_row():
+    found = fastkd.softmax_divergence(
+        torch.randn(2, 3, 5),
+        torch.randn(2, 3, 5),
+        labels=torch.randint(0, 5, (2, 3)),
+        shift=2**63 - 2,
+        reduction="none",
+    )
+    assert not found.any()
 
 
 def test_shift_needs_a_sequence():

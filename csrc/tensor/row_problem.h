@@ -188,6 +188,7 @@ struct RowProblem {
                        "shift needs student_logits with a sequence dimension before the vocabulary, got shape ",
                        shape_of(student_tensor));
     sequence = student_tensor.size(leading - 1);
+    if (options.shift > sequence) options.shift = sequence;
   }
 
   // Whether the row that the shift points at is in the same sequence.

@@ -14,6 +14,7 @@ from fastkd._library import CUDA_ARCHITECTURES, is_tracing
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TENSOR, _OPTIONAL, _NUMBER, _INTEGER, _FLAG = "Tensor", "Optional[Tensor]", "float", "int", "bool"
 _CHOICE = "choice"
+_MOST = 2**63 - 1
 _NUMBERS = (Real, torch.SymFloat, torch.SymInt)
 
 
@@ -45,8 +46,9 @@ def check_tensor(function: str, name: str, value: Any) -> None:
             f"{function}: {name} must be a plain tensor, got {type(value).__name__}; pass its "
             "local or dense tensor"
         )
-    if value.layout is not torch.strided:
-        raise TypeError(f"{function}: {name} must be a dense tensor, got layout {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        found = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{function}: {name} must be a dense tensor, got {found}")
     if value.is_quantized:
         raise TypeError(f"{function}: {name} must be a plain tensor, got dtype {value.dtype}")
 
@@ -87,10 +89,32 @@ def to_number(function: str, name: str, value: Any) -> Any:
                 f"{function}: {name} must be a number, got a tensor of shape {list(value.shape)}"
             )
         check_no_gradient(function, **{name: value})
+        check_has_value(function, name, value)
         return value if is_tracing(value) else value.item()
     if not isinstance(value, _NUMBERS):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
-    return value if torch.compiler.is_compiling() else float(value)
+    if torch.compiler.is_compiling():
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{function}: {name} must be a finite number, got {value}") from None
+
+
+def check_has_value(function: str, name: str, value: Tensor) -> None:
+    """A number in a tensor must be readable, and takes no derivative of any kind."""
+    if torch.compiler.is_compiling():
+        return
+    if value.is_meta:
+        raise ValueError(f"{function}: {name} must be on a device that holds values, got meta")
+    if torch._C._functorch.is_functorch_wrapped_tensor(value) or (
+        torch.autograd.forward_ad._current_level >= 0
+        and torch.autograd.forward_ad.unpack_dual(value).tangent is not None
+    ):
+        raise ValueError(
+            f"{function}: {name} takes no gradient, tangent or batch dimension; detach it and pass "
+            "it as it is"
+        )
 
 
 def to_flag(function: str, name: str, value: Any) -> bool:
@@ -161,10 +185,8 @@ class Arguments:
             elif kind == _CHOICE:
                 value = self._choice(field, value)
             elif kind == _INTEGER:
-                if type(value) is not int:
-                    value = to_integer(
-                        self.function, field, self._absent.get(field) if value is None else value
-                    )
+                if type(value) is not int or not 0 <= value <= _MOST:
+                    value = self._integer(field, value)
             elif kind == _FLAG:
                 if value is not True and value is not False:
                     value = to_flag(self.function, field, value)
@@ -177,7 +199,12 @@ class Arguments:
         return packed
 
     def _check_tensor(self, field: str, value: Any) -> None:
-        if type(value) is not Tensor or value.layout is not torch.strided or value.is_quantized:
+        if (
+            type(value) is not Tensor
+            or value.layout is not torch.strided
+            or value.is_quantized
+            or value.is_nested
+        ):
             check_tensor(self.function, field, value)
         if field not in self._free and value.is_floating_point() and value.requires_grad:
             check_no_gradient(self.function, **{field: value})
@@ -198,6 +225,18 @@ class Arguments:
             )
             return 1.0
         return to_number(self.function, name, value)
+
+    def _integer(self, field: str, value: Any) -> Any:
+        if value is None and field in self._absent:
+            return self._absent[field]
+        value = to_integer(self.function, field, value)
+        if torch.compiler.is_compiling():
+            return value
+        if not -_MOST <= value <= _MOST:
+            raise ValueError(f"{self.function}: {field} must fit into 64 bits, got {value}")
+        if field == "vocab_size" and value < 0:
+            raise ValueError(f"{self.function}: vocab_size must not be negative, got {value}")
+        return value
 
     def _choice(self, field: str, value: Any) -> int:
         try:
@@ -225,6 +264,7 @@ class Arguments:
         given["reduction"] = "sum"
         if isinstance(normalizer, Tensor):
             check_no_gradient(self.function, normalizer=normalizer)
+            check_has_value(self.function, "normalizer", normalizer)
             if normalizer.numel() != 1:
                 raise ValueError(
                     f"{self.function}: normalizer must be a number or a 0-d tensor, got a tensor "
@@ -255,6 +295,16 @@ class Arguments:
                 numbers.append(_traced_number(packed[i]))
                 packed[i] = 1.0
         return (*packed, torch.cat(numbers))
+
+    def untraced(self, arguments: Sequence[Any]) -> list[Any]:
+        """What :meth:`graph` was made from: arguments packed, with numbers as numbers."""
+        packed = list(arguments[: len(self.fields)])
+        if self.traced and arguments[len(self.fields)] is not None:
+            numbers = iter(arguments[len(self.fields)].tolist())
+            for i, kind in enumerate(self.kinds.values()):
+                if kind == _NUMBER:
+                    packed[i] = next(numbers)
+        return packed
 
     def unpack(self, packed: Sequence[Any]) -> dict[str, Any]:
         """Every field by name, as the definitions take them: choices as names."""

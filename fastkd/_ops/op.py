@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from fastkd._gradient import differentiable_gradients, gradient_for, memory, product, scaled
-from fastkd._library import is_batched, is_tracing, raise_as_python, transforms_active
+from fastkd._library import (
+    is_batched,
+    is_tracing,
+    raise_as_python,
+    traced_transforms_active,
+    transforms_active,
+)
 from fastkd._ops.arguments import Arguments
 from fastkd._ops.hints import check_loss
 
@@ -66,12 +72,13 @@ class Op:
         """The op's result. ``rows``: the logits; ``given``: the public arguments by name."""
         packed = self.arguments.pack(rows, given)
         try:
+            # A graph's op has no rules for transforms of the function that is traced.
+            if traced_transforms_active() if torch.compiler.is_compiling() else transforms_active():
+                return self.reference(**self.arguments.unpack(packed))
             if is_tracing(rows):
                 return self.trace(packed, inplace)
             if self.hints is not None:
                 self.hints(self.name, rows, given)
-            if transforms_active():
-                return self.reference(**self.arguments.unpack(packed))
             if torch.is_grad_enabled():
                 inputs = self.inputs(packed)
                 for x in inputs:
@@ -112,6 +119,11 @@ def fake_values(arguments: Arguments, fields: Sequence[Any]) -> dict[str, Any]:
     values = dict(zip(arguments.fields, fields, strict=False))
     check_devices(arguments.function, values, arguments.tensors)
     return values
+
+
+def _any(need: Any) -> bool:
+    """Of a tensor, or of one of a list."""
+    return any(need) if isinstance(need, (list, tuple)) else bool(need)
 
 
 def _only(value: Any) -> Any:
@@ -170,13 +182,19 @@ class Loss(Op):
         return self.raw()(*self.arguments.eager(packed), 0)[0]
 
     def record(self, packed: list[Any], inputs: list[Tensor | None], inplace: bool) -> Tensor:
+        if inplace:
+            student = inputs[0]
+            if isinstance(student, torch.nn.Parameter) or student.is_neg():
+                kind = "a parameter, which would be lost" if student.is_leaf else "a negated view"
+                raise ValueError(f"{self.name}: inplace needs plain student_logits, got {kind}")
         return _LossFunction.apply(self, packed, inplace, *inputs)
 
     def trace(self, packed: list[Any], inplace: bool) -> Tensor:
         needs, inputs = [], self.inputs(packed)
         if torch.is_grad_enabled():
             needs = [x is not None and x.requires_grad for x in inputs]
-        if inplace and needs and needs[0]:
+        # An exported graph needs the op's own formula, which trains.
+        if inplace and needs and needs[0] and not torch.compiler.is_exporting():
             return _LossFunction.apply(self, packed, True, *inputs)
         return self.graph_op()(*self.arguments.graph(packed), self.wanted(needs))[0]
 
@@ -213,6 +231,9 @@ class Loss(Op):
         *fields, ctx.gradients = inputs
         _, *gradients, pending = output
         ctx.set_materialize_grads(False)
+        # An exported graph is run with other tensors than it was traced with: they may require
+        # gradients that those did not, and second derivatives.
+        ctx.fields = None if is_tracing(gradients[0]) else fields
         ctx.lists = {
             field: len(value)
             for field, value in zip(self.arguments.fields, fields, strict=False)
@@ -224,7 +245,11 @@ class Loss(Op):
         grad_output = grad_outputs[0]
         *gradients, pending = ctx.saved_tensors
         found: dict[str, Any] = {}
-        if grad_output is not None:
+        needs = [_any(ctx.needs_input_grad[place]) for place in self.places]
+        missing = self.wanted(needs) & ~ctx.gradients
+        if grad_output is not None and (missing or torch.is_grad_enabled()) and ctx.fields:
+            found = self._by_reference(ctx.fields, needs, grad_output)
+        elif grad_output is not None:
             if pending.numel():
                 grad_output = grad_output * pending
             for i, place in enumerate(self.places):
@@ -237,6 +262,21 @@ class Loss(Op):
                 value = [value] + [None] * (ctx.lists[field] - 1)
             results.append(value)
         return (*results, *([None] if self.arguments.traced else []), None)
+
+    def _by_reference(
+        self, fields: list[Any], needs: Sequence[bool], grad_output: Tensor
+    ) -> dict[str, Tensor]:
+        """Gradients by the definition, which are functions of the inputs in turn."""
+        packed = self.arguments.untraced(fields)
+        higher, inputs = torch.is_grad_enabled(), self.inputs(packed)
+        with torch.enable_grad():
+            loss = self.reference(**self.arguments.unpack(packed))
+        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+        names = [
+            self.arguments.fields[i] for i, need in zip(self.places, needs, strict=True) if need
+        ]
+        found = torch.autograd.grad(loss, wanted, grad_output, create_graph=higher)
+        return dict(zip(names, found, strict=True))
 
 
 class _LossFunction(torch.autograd.Function):
@@ -269,8 +309,9 @@ class _LossFunction(torch.autograd.Function):
         else:
             if needs[0]:
                 memory.keep(computed[0])
-            ctx.packed = _without(packed, op.places)
-            ctx.save_for_backward(*computed, *inputs)
+            _keep(ctx, op, packed, needs)
+            saved = [x if need else None for x, need in zip(inputs, needs, strict=True)]
+            ctx.save_for_backward(*computed, *saved)
         return loss
 
     @staticmethod
@@ -295,15 +336,15 @@ class _LossFunction(torch.autograd.Function):
         return None, None, None, *found
 
 
-def _without(packed: list[Any], places: Sequence[int]) -> list[Any]:
-    """Arguments without the tensors that are saved apart, as autograd asks for its inputs."""
-    kept = list(packed)
-    for place in places:
-        if isinstance(kept[place], Tensor):
-            kept[place] = None
-        elif len(kept[place]) == 1:
-            kept[place] = [None]
-    return kept
+def _keep(ctx: Any, op: Op, packed: Sequence[Any], needs: Sequence[bool]) -> None:
+    """Keep the arguments but for the tensors that need a gradient, which autograd saves.
+
+    It cannot save others, as those that a teacher gave under ``torch.inference_mode()``.
+    """
+    ctx.op, ctx.packed = op, list(packed)
+    for place, need in zip(op.places, needs, strict=True):
+        if need:
+            ctx.packed[place] = None if isinstance(packed[place], Tensor) else [None]
 
 
 def _with(kept: list[Any], places: Sequence[int], inputs: Sequence[Tensor | None]) -> list[Any]:
@@ -387,6 +428,11 @@ class Differentiable(Op):
         inputs = list(ctx.inputs)
         for i, tensor in zip(ctx.tensors, tensors, strict=True):
             inputs[i] = tensor
+        if torch.is_grad_enabled() and not is_tracing(numbers):
+            packed, place = self.arguments.untraced(inputs), self.places[0]
+            packed[place] = None
+            gradient = _by_reference(self, packed, inputs[place], grads[:-1])
+            return tuple(gradient if i == place else None for i in range(len(inputs)))
         backward = self.graph_op("_backward")
         gradient = backward(numbers, *self.gradients_of_results(grads[:-1]), *inputs)
         return tuple(gradient if i == self.places[0] else None for i in range(len(inputs)))
@@ -396,7 +442,7 @@ class _DifferentiableFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, packed, logits):
         *results, numbers = op.raw()(*op.arguments.eager(packed))
-        ctx.op, ctx.packed = op, _without(packed, op.places)
+        _keep(ctx, op, packed, ctx.needs_input_grad[2:])
         ctx.mark_non_differentiable(*(results[i] for i in op.constant))
         ctx.save_for_backward(numbers, logits)
         return tuple(results)
