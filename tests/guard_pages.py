@@ -112,8 +112,8 @@ def raw_byte_tables(problem: Any) -> None:
     tables = op_arguments(logits, options["vocab"], options["prefix"], valid)
     tables = every_tensor(tables, lambda x: guarded(x))
     out, sums = torch.ops.fastkd._byte_log_probs(logits, *tables)
-    torch.ops.fastkd._byte_log_probs_backward(
-        guarded(torch.zeros_like(logits)), logits, *tables, guarded(sums), guarded(0 * out + 1)
+    torch.ops.fastkd._byte_log_probs_backward_into(
+        guarded(torch.zeros_like(logits)), guarded(sums), guarded(0 * out + 1), logits, *tables
     )
 
 

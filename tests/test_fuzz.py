@@ -158,9 +158,15 @@ def check_gradient(problem, exact, name, mine, value, where) -> None:
         assert error <= room, f"{at} is {error:.3g} off, {room:.3g} allowed"
 
 
+def seconds(request):
+    if not request.config.getoption("--fuzz-seconds"):
+        pytest.skip("random problems: run with --fuzz-seconds")
+
+
 @pytest.mark.parametrize("op", BUILDERS)
 def test_random_problems(backend, op, request):
     on_cpu = "cpu-" in request.node.callspec.id
+    seconds(request)
     seed = request.config.getoption("--fuzz-seed")
     end = time.monotonic() + request.config.getoption("--fuzz-seconds")
     while time.monotonic() < end:
@@ -172,6 +178,7 @@ def test_random_problems(backend, op, request):
 @pytest.mark.filterwarnings("ignore")
 def test_random_kl_div(backend, request):
     """Against torch's own in float64."""
+    seconds(request)
     seed = request.config.getoption("--fuzz-seed")
     end = time.monotonic() + request.config.getoption("--fuzz-seconds")
     while time.monotonic() < end:

@@ -20,6 +20,7 @@ struct LogNormalizer {
 // The logarithm of a probability that is `log` relative to an origin `below` which its own is so many logits: not above
 // 0, where rounding would take it.
 FASTKD_INLINE double log_share(double below, double log) {
+  if (log != log) return log;  // of a row that is no distribution
   return below < -kImpossible ? -INFINITY : log > 0 ? 0 : log;
 }
 
