@@ -141,8 +141,8 @@ def rounds(request, most: int) -> tuple[int, bool]:
     return most if backend == BEST else min(most, 2), backend.startswith("cpu-")
 
 
-# Left out: what does not hold yet. clipped_divergence renormalised or with tail="lump" where a mass is
-# below 2^-126; and, below, byte_log_probs of a row that is finfo.min everywhere.
+# Left out: what does not hold yet. clipped_divergence renormalised or with tail="lump" where a mass
+# is below 2^-126; and, below, byte_log_probs of a row that is finfo.min everywhere.
 HOLDS = [k for k in KINDS if not k.startswith("clipped") or k.startswith("clipped-none-drop")]
 
 
