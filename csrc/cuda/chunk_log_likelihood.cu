@@ -242,8 +242,6 @@ struct Cuda {
 
 }  // namespace
 
-FASTKD_IMPL(m) {
-  implement_differentiable<ChunkLogLikelihood, ChunkLogLikelihoodBackward, Cuda>(m);
-}
+FASTKD_IMPL(m) { implement_differentiable<ChunkLogLikelihood, ChunkLogLikelihoodBackward, Cuda>(m); }
 
 }  // namespace fastkd::cuda
