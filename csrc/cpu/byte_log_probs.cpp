@@ -67,8 +67,6 @@ struct Cpu {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  implement_differentiable<ByteLogProbs, ByteLogProbsBackward, Cpu>(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { implement_differentiable<ByteLogProbs, ByteLogProbsBackward, Cpu>(m); }
 
 }  // namespace fastkd

@@ -74,9 +74,7 @@ std::string cpu_capability(const std::optional<std::string>& use) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  implement_loss<SoftmaxDivergence, Cpu>(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { implement_loss<SoftmaxDivergence, Cpu>(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
   m.impl("_cpu_capability", TORCH_BOX(&cpu_capability));

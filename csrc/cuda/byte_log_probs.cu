@@ -415,8 +415,6 @@ struct Cuda {
 
 }  // namespace
 
-FASTKD_IMPL(m) {
-  implement_differentiable<ByteLogProbs, ByteLogProbsBackward, Cuda>(m);
-}
+FASTKD_IMPL(m) { implement_differentiable<ByteLogProbs, ByteLogProbsBackward, Cuda>(m); }
 
 }  // namespace fastkd::cuda

@@ -96,10 +96,6 @@ struct TextWorker {
     int64_t place = begin(team.thread), before = chunk_before(place);
     while (place < end) {
       const int64_t id = chunk(place);
-      if (before >= 0 && id != before && arguments.boundary.words != nullptr) {
-        const LogNormalizer all = arguments.normalizer(row(place), false), set = arguments.normalizer(row(place), true);
-        global_store(arguments.boundary_log_prob + to + before, float(arguments.boundary_share(all, set)));
-      }
       if (id < 0 || id == before) {
         ++place;
       } else {
@@ -246,8 +242,6 @@ struct Cuda {
 
 }  // namespace
 
-FASTKD_IMPL(m) {
-  implement_differentiable<ChunkLogLikelihood, ChunkLogLikelihoodBackward, Cuda>(m);
-}
+FASTKD_IMPL(m) { implement_differentiable<ChunkLogLikelihood, ChunkLogLikelihoodBackward, Cuda>(m); }
 
 }  // namespace fastkd::cuda

@@ -164,7 +164,8 @@ struct ChunkSumWorker {
 
   // What the leading thread tells the others.
   struct Orders {
-    bool scored, ended;
+    bool scored;
+    int ended;  // the chunk that ended just before, or -1
   };
   static_assert(sizeof(Orders) <= kChunkOrdersBytes);
 
@@ -175,29 +176,34 @@ struct ChunkSumWorker {
 
   __device__ void run(int64_t row, const Source& source) const {
     if (team.leads()) {
-      shared_store(told, Orders{arguments.chunk(row) >= 0, arguments.ended_before(row) >= 0});
+      const int64_t ended = arguments.ended_before(row);
+      shared_store(told, Orders{arguments.chunk(row) >= 0, ended < arguments.chunks ? int(ended) : -1});
     }
     team.sync();
     const Orders orders = shared_load(told);
-    if (!orders.scored && !orders.ended) return;
-    if (orders.ended) set.fetch();
+    if (!orders.scored && orders.ended < 0) return;
+    if (orders.ended >= 0) set.fetch();
     const float scale = float(arguments.to_base_2);
     ChunkShare mine;
     for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
       float z[kSize];
       widen(raw, z);
-      mine.add(z, orders.ended ? set.template from<kSize>(source.column(pack)) : 0, scale);
+      mine.add(z, orders.ended >= 0 ? set.template from<kSize>(source.column(pack)) : 0, scale);
     });
     const ChunkSums sums = mine.total(team, scale);
     const double origin = mine.origin, poison = (origin - origin) + (sums.all - sums.all);
     LogNormalizer of_set{origin, ::log(sums.boundary)};
     // A share of the row that underflows beside the rest, or all but does.
-    if (orders.ended && sums.boundary < 0x1p-100) of_set = rare_boundary(source, scale);
+    if (orders.ended >= 0 && sums.boundary < 0x1p-100) of_set = rare_boundary(source, scale);
     if (!team.leads()) return;
     const LogNormalizer all{origin, ::log(sums.all) + poison};
     of_set.log_sum += poison;
     arguments.put_normalizer(row, false, all);
-    if (orders.ended) arguments.put_normalizer(row, true, of_set);
+    if (orders.ended >= 0) {
+      arguments.put_normalizer(row, true, of_set);
+      const int64_t at = row / arguments.length * arguments.chunks + orders.ended;
+      global_store(arguments.boundary_log_prob + at, float(arguments.boundary_share(all, of_set)));
+    }
     if (orders.scored) global_store(arguments.label_log_prob + row, label_log_prob(row, all));
   }
 

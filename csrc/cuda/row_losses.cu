@@ -100,8 +100,7 @@ RowLosses::RowLosses(const Device& device, const RowProblem& problem, std::initi
 
 std::tuple<Tensor, Tensor> RowLosses::finish() const {
   const Tensor& student = problem_.student_tensor;
-  const Tensor loss =
-      torch::stable::new_empty(student, loss_shape(problem_), ScalarType::Float);
+  const Tensor loss = torch::stable::new_empty(student, loss_shape(problem_), ScalarType::Float);
   const Tensor pending = wait_ ? torch::stable::new_empty(student, std::vector<int64_t>{}, ScalarType::Float)
                                : torch::stable::new_empty(student, {0}, ScalarType::Float);
   const DeviceRows loss_rows = device_rows(loss, 0, problem_.function);

@@ -72,8 +72,6 @@ SourceKind source_kind(const RowArguments& a) {
                                                 : SourceKind::kPackedFloat32;
 }
 
-FASTKD_IMPL(m) {
-  implement_loss<SoftmaxDivergence, Cuda>(m);
-}
+FASTKD_IMPL(m) { implement_loss<SoftmaxDivergence, Cuda>(m); }
 
 }  // namespace fastkd::cuda

@@ -86,8 +86,7 @@ struct ClippedDivergence {
   // The two edges share their sums: both gradients are computed where one is asked for.
   void check_gradients(int64_t wanted) const {
     FASTKD_CHECK_VALUE(softness > 0 || (wanted & 12) == 0, kName, "gradients of lower and upper need a softness");
-    FASTKD_CHECK_VALUE((wanted & 12) == 0 || (wanted & 12) == 12, kName,
-                       "gradients of lower and upper come together");
+    FASTKD_CHECK_VALUE((wanted & 12) == 0 || (wanted & 12) == 12, kName, "gradients of lower and upper come together");
   }
 
   template <class Backend>

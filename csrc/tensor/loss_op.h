@@ -68,7 +68,8 @@ void boxed_loss(StableIValue* stack, uint64_t, uint64_t) {
   for (int i = 0; i < kGradients; ++i) {
     const bool given = kInto && i == 0, want = given || (wanted >> i & 1);
     if (!given) {
-      gradients[i] = want ? gradient_like(arguments.differentiable(i)) : empty_like_nothing(arguments.differentiable(i));
+      gradients[i] =
+          want ? gradient_like(arguments.differentiable(i)) : empty_like_nothing(arguments.differentiable(i));
     }
     places[i] = want ? &gradients[i] : nullptr;
   }

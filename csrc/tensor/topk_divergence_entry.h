@@ -25,8 +25,7 @@ struct TopkProblem : RowProblem {
   Rows log_probs, indices;
   int64_t k;
 
-  TopkProblem(const Tensor& student, const RowOptions& row_options, const Tensor& l, const Tensor& i,
-              bool check_values)
+  TopkProblem(const Tensor& student, const RowOptions& row_options, const Tensor& l, const Tensor& i, bool check_values)
       : RowProblem(kTopkDivergence, student, row_options, check_values), log_probs_tensor(l), indices_tensor(i) {
     check_logits(l, "teacher_log_probs");
     FASTKD_CHECK_TYPE(i.scalar_type() == ScalarType::Long || i.scalar_type() == ScalarType::Int, function,
