@@ -121,11 +121,6 @@ def fake_values(arguments: Arguments, fields: Sequence[Any]) -> dict[str, Any]:
     return values
 
 
-def _any(need: Any) -> bool:
-    """Of a tensor, or of one of a list."""
-    return any(need) if isinstance(need, (list, tuple)) else bool(need)
-
-
 def _only(value: Any) -> Any:
     """A tensor, or the one tensor of a list; lists of several take no gradient."""
     if isinstance(value, (list, tuple)):
@@ -245,7 +240,8 @@ class Loss(Op):
         grad_output = grad_outputs[0]
         *gradients, pending = ctx.saved_tensors
         found: dict[str, Any] = {}
-        needs = [_any(ctx.needs_input_grad[place]) for place in self.places]
+        needs = [ctx.needs_input_grad[place] for place in self.places]
+        needs = [any(x) if isinstance(x, (list, tuple)) else x for x in needs]
         missing = self.wanted(needs) & ~ctx.gradients
         if grad_output is not None and (missing or torch.is_grad_enabled()) and ctx.fields:
             found = self._by_reference(ctx.fields, needs, grad_output)
