@@ -1,7 +1,6 @@
 """Arguments of gated routing: what is checked before learners run, and how they are laid out."""
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from fastkd._gradient import differentiable_gradients
 from fastkd._learners import wide
 from fastkd._library import transforms_active
+from fastkd._ops.arguments import to_integer as check_integer
 from fastkd._routed import ACTIVATIONS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -94,20 +94,6 @@ def check_choices(choices: Any, x: Tensor) -> None:
             f"acm: choices must have an integer dtype, got {str(dtype).removeprefix('torch.')}"
         )
     check_shape("acm", "choices", choices, x.shape[:-1], x)
-
-
-def check_integer(function: str, name: str, value: Any) -> int:
-    """The value, which may be numpy's or a tensor's, as an int."""
-    if type(value) is int:
-        return value
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{function}: {name} must be an integer, got {type(value).__name__}"
-        ) from None
 
 
 def check_count(function: str, name: str, value: Any) -> int:
