@@ -4,9 +4,7 @@
 // sums the part between the edges, from the logits (which are in the cache by then); the last writes the gradients.
 // A label is wholly in the part, whatever its probability.
 #pragma once
-#include <type_traits>
-
-#include "../math/clipped_plan.h"
+#include "../math/clipped_small.h"
 #include "softmax_divergence_passes.h"
 
 namespace fastkd {
@@ -53,18 +51,16 @@ struct KeptAndLogits {
 // How much of each entry of a block belongs to the part, and how that follows the edges.
 template <class Real>
 struct Shares {
-  alignas(64) Real own[kBlock], by_lower[kBlock], by_upper[kBlock];
+  alignas(64) Real own[kBlock], rest[kBlock], by_lower[kBlock], by_upper[kBlock];
 };
 
-// kRare: outcomes come from the logits, in a frame of the part's own; those outside the part have no mass there.
-template <class Real, bool kRare = false>
+template <class Real>
 struct ClippedPasses : RowPasses<Real> {
   using Base = RowPasses<Real>;
   using Base::frame;
   using Base::vocab;
   const ClippedRow& clip;
   ClipEdges edges;
-  RowFrame<Real> own;  // kRare only
 
   ClippedPasses(const ClippedRow& r, const SliceRunner& s, const RowFrame<Real>& f) : Base(r.base, s, f), clip(r) {}
 
@@ -94,9 +90,11 @@ struct ClippedPasses : RowPasses<Real> {
     }
   }
 
-  static Real sigmoid(Real x) {
+  // sigmoid(x), and e^-x, which times it is sigmoid(-x).
+  static Real sigmoid(Real x, Real& opposite) {
     constexpr Real kMost = sizeof(Real) == sizeof(double) ? 1000 : 126;
-    return Real(1) / (Real(1) + exp2_of(at_least(-kMost, at_most(kMost, -x * Real(kLog2E)))));
+    opposite = exp2_of(at_least(-kMost, at_most(kMost, -x * Real(kLog2E))));
+    return Real(1) / (Real(1) + opposite);
   }
 
   // w: the teacher's logits.
@@ -104,61 +102,36 @@ struct ClippedPasses : RowPasses<Real> {
     if (edges.softness == 0) {
       const Real low = Real(edges.lower_logit), high = Real(edges.upper_logit);
       FASTKD_SIMD
-      for (int64_t i = 0; i < count; ++i) out.own[i] = w[i] >= low && w[i] <= high ? Real(1) : Real(0);
+      for (int64_t i = 0; i < count; ++i) {
+        out.own[i] = w[i] >= low && w[i] <= high ? Real(1) : Real(0);
+        out.rest[i] = Real(1) - out.own[i];
+      }
     } else {
       const Real origin = frame.teacher_origin, scale = frame.teacher_scale, lse = Real(frame.teacher_lse);
       const Real low = Real(edges.lower), high = Real(edges.upper), sharp = Real(1 / edges.softness);
       FASTKD_SIMD
       for (int64_t i = 0; i < count; ++i) {
         const Real p = exp2_of((w[i] - origin) * scale - lse);
-        const Real a = sigmoid((p - low) * sharp), b = sigmoid((high - p) * sharp);
-        out.own[i] = a * b;
-        out.by_lower[i] = -a * (Real(1) - a) * b * sharp;
-        out.by_upper[i] = a * b * (Real(1) - b) * sharp;
+        Real to_a, to_b;
+        const Real a = sigmoid((p - low) * sharp, to_a), b = sigmoid((high - p) * sharp, to_b);
+        const Real own = a * b, not_a = a * to_a, not_b = b * to_b;
+        out.own[i] = own;
+        out.rest[i] = not_a + a * not_b;
+        out.by_lower[i] = -own * not_a * sharp;
+        out.by_upper[i] = own * not_b * sharp;
       }
     }
     if (has_kept_label(begin, count)) {
       out.own[clip.kept_label - begin] = Real(1);
+      out.rest[clip.kept_label - begin] = Real(0);
       out.by_lower[clip.kept_label - begin] = out.by_upper[clip.kept_label - begin] = Real(0);
     }
   }
 
-  // The frame of the part: the largest of its logits on each side, with the share in it (soft), as origins. False where
-  // the part has no mass on one of them.
-  bool set_own_frame() {
-    Real u_top = Real(-INFINITY), w_top = Real(-INFINITY);
-    for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-      const int64_t count = vocab - begin < kBlock ? vocab - begin : kBlock;
-      alignas(64) Real u_buffer[kBlock], w_buffer[kBlock];
-      Shares<Real> shares;
-      const Real* u = load(this->row.student, begin, count, u_buffer);
-      const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
-      fill_shares(w, begin, count, shares);
-      for (int64_t i = 0; i < count; ++i) {
-        const Real s = shares.own[i];
-        if (!inside(s)) continue;
-        const Real bits = s == Real(1) ? Real(0) : log2_of(s);
-        u_top = at_least(u_top, u[i] + bits / frame.student_scale);
-        w_top = at_least(w_top, w[i] + bits / frame.teacher_scale);
-      }
-    }
-    own = frame;
-    own.teacher_origin = w_top;
-    own.teacher_lse = 0;
-    if (clip.renormalize == Renormalize::kBoth) {
-      own.student_origin = u_top;
-      own.student_lse = 0;
-    }
-    const auto alive = [](double x) { return x > -kInfiniteLogRatio; };
-    return alive((u_top - frame.student_origin) * frame.student_scale) &&
-           alive((w_top - frame.teacher_origin) * frame.teacher_scale);
-  }
-  static bool inside(Real share) { return share > Real(1e-300); }
-
   // Hard edges first take the short sums, where K is a difference. It is summed for itself where that cancels or is not
   // finite.
   ClipSums sum_part() const {
-    if (edges.softness == 0 && !kRare) {
+    if (edges.softness == 0) {
       const ClipSums sums =
           sum_blocks([&](ClipSums& all, int64_t begin, int64_t count) { add_hard_block(all, begin, count); });
       if (sums.k >= kNearSum * sums.p && sums.k < INFINITY) return sums;
@@ -212,23 +185,8 @@ struct ClippedPasses : RowPasses<Real> {
     all.add(block);
   }
 
-  using Entries = std::conditional_t<kRare, FromLogits<Real, true>, KeptAndLogits<Real>>;
-  Entries entries_of(const Real* u, const Real* w, int64_t begin) const {
-    if constexpr (kRare) {
-      return {own.normalized(), u, w};
-    } else {
-      return {frame.normalized(), u, w, this->template from_kept<Pass::kNormalizersOnly>(begin, 0)};
-    }
-  }
-
-  // An entry of which the part has this share. kRare: of others what is relative to the part may overflow.
-  template <class AnyEntries>
-  static FASTKD_INLINE Outcome<Real> outcome_at(const AnyEntries& entries, int64_t i, Real share, bool both) {
-    Outcome<Real> o = entries.outcome(i);
-    if constexpr (kRare) {
-      if (!inside(share)) o = {Real(0), both ? Real(0) : o.q, Real(0), Real(0), Real(0), Real(0), false};
-    }
-    return o;
+  KeptAndLogits<Real> entries_of(const Real* u, const Real* w, int64_t begin) const {
+    return {frame.normalized(), u, w, this->template from_kept<Pass::kNormalizersOnly>(begin, 0)};
   }
 
   void add_block(ClipSums& all, int64_t begin, int64_t count) const {
@@ -237,14 +195,13 @@ struct ClippedPasses : RowPasses<Real> {
     const Real* u = load(this->row.student, begin, count, u_buffer);
     const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
     fill_shares(w, begin, count, shares);
-    const Entries entries = entries_of(u, w, begin);
-    const bool both = clip.renormalize == Renormalize::kBoth;
+    const KeptAndLogits<Real> entries = entries_of(u, w, begin);
     Real lost = 0, k = 0, a = 0, p = 0, q = 0, difference = 0, p_rest = 0, q_rest = 0;
-    const Real* const share = shares.own;
+    const Real *const share = shares.own, *const rests = shares.rest;
     FASTKD_SIMD_REDUCE(+ : lost, k, a, p, q, difference, p_rest, q_rest)
     for (int64_t i = 0; i < count; ++i) {
-      const Real s = share[i], rest = Real(1) - s;
-      const Outcome<Real> o = outcome_at(entries, i, s, both);
+      const Real s = share[i], rest = rests[i];
+      const Outcome<Real> o = entries.outcome(i);
       lost += o.log2_q < Real(-kInfiniteLogRatio) ? s * o.p : Real(0);
       k += s * kl_term<true>(o);
       a -= s * o.p * o.d;
@@ -268,12 +225,11 @@ struct ClippedPasses : RowPasses<Real> {
     all.add(block);
   }
 
-  void add_edges(ClipSums& all, const Entries entries, const Shares<Real>& shares, int64_t count) const {
-    const bool both = clip.renormalize == Renormalize::kBoth;
+  void add_edges(ClipSums& all, const KeptAndLogits<Real> entries, const Shares<Real>& shares, int64_t count) const {
     Real l0 = 0, l1 = 0, l2 = 0, u0 = 0, u1 = 0, u2 = 0, o0 = 0, o1 = 0, o2 = 0;
     FASTKD_SIMD_REDUCE(+ : l0, l1, l2, u0, u1, u2, o0, o1, o2)
     for (int64_t i = 0; i < count; ++i) {
-      const Outcome<Real> o = outcome_at(entries, i, shares.own[i], both);
+      const Outcome<Real> o = entries.outcome(i);
       const Real lower = shares.by_lower[i], upper = shares.by_upper[i], own = -(lower + upper) * o.p;
       const Real term = -o.p * o.d;
       l0 += lower * term;
@@ -296,16 +252,14 @@ struct ClippedPasses : RowPasses<Real> {
 
   // Everything by value: what a loop reads through references it cannot keep in registers beside its stores.
   template <class AnyEntries>
-  static void student_block(const AnyEntries entries, const Real* shares, int64_t count,
-                            const GradientFactors<Real> factors, Real alpha, Real gamma, Real delta, bool both,
-                            Real* out) {
+  static void student_block(const AnyEntries entries, const Real* share, const Real* rest, int64_t count,
+                            const GradientFactors<Real> factors, Real alpha, Real gamma, Real delta, Real* out) {
     const Real surplus = alpha - gamma;
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
-      const Real s = shares[i];
-      const Outcome<Real> o = outcome_at(entries, i, s, both);
+      const Outcome<Real> o = entries.outcome(i);
       const Real part = select(o.small, alpha * o.difference + surplus * o.p, alpha * o.q - gamma * o.p);
-      out[i] = factors.student * (s * part + (Real(1) - s) * delta * o.q) + factors.label_q * o.q;
+      out[i] = factors.student * (share[i] * part + rest[i] * delta * o.q) + factors.label_q * o.q;
     }
   }
 
@@ -328,41 +282,42 @@ struct ClippedPasses : RowPasses<Real> {
     return clip.kept_label >= begin && clip.kept_label < begin + count;
   }
 
-  // Adds factor x the softmax at temperature 1.
-  static void add_label_softmax(const Real* u, int64_t count, Real origin, Real scale, Real shift, Real factor,
-                                Real* out) {
+  // The label's softmax times its factor.
+  void label_block(const Real* u, int64_t count, Real factor, Real* out) const {
+    const Real origin = frame.student_origin, scale = frame.label_scale, shift = Real(frame.label_lse);
     FASTKD_SIMD
-    for (int64_t i = 0; i < count; ++i) out[i] += factor * exp2_of((u[i] - origin) * scale - shift);
+    for (int64_t i = 0; i < count; ++i) out[i] = factor * exp2_of((u[i] - origin) * scale - shift);
   }
 
   // near: the two sides nearly agree where it counts, and q - p is not to be had by subtraction.
   void write_student(const ClipNumbers& numbers, const GradientFactors<Real>& factors, bool near) const {
-    const bool label_apart = frame.label_scale != Real(0) || (kRare && factors.label != Real(0));
-    const bool both = clip.renormalize == Renormalize::kBoth;
-    const Real label_scale = frame.label_scale != Real(0) ? frame.label_scale : frame.student_scale;
+    const bool label_apart = frame.label_scale != Real(0);
+    const Real alpha = Real(numbers.alpha), gamma = Real(numbers.gamma), delta = Real(numbers.delta);
     this->for_slices([&](int64_t slice) {
       this->for_blocks(slice, [&](int64_t begin, int64_t count) {
-        alignas(64) Real u_buffer[kBlock], w_buffer[kBlock], buffer[kBlock];
+        alignas(64) Real u_buffer[kBlock], w_buffer[kBlock], buffer[kBlock], label_part[kBlock];
         const Real* u = load(this->row.student, begin, count, u_buffer);
         const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
+        // Before the student's logits may be overwritten.
+        if (label_apart) label_block(u, count, factors.label, label_part);
         Real* out = destination(this->row.student_gradient, begin, buffer);
-        const Real alpha = Real(numbers.alpha), gamma = Real(numbers.gamma), delta = Real(numbers.delta);
-        if (!kRare && edges.softness == 0 && !near && !has_kept_label(begin, count)) {
+        if (edges.softness == 0 && !near && !has_kept_label(begin, count)) {
           const auto kept = this->template from_kept<Pass::kNormalizersOnly>(begin, 0);
           hard_block(kept, w, Real(edges.lower_logit), Real(edges.upper_logit), count, factors, alpha, gamma, delta,
                      out);
         } else {
           Shares<Real> shares;
           fill_shares(w, begin, count, shares);
-          if (kRare || near) {
-            student_block(entries_of(u, w, begin), shares.own, count, factors, alpha, gamma, delta, both, out);
+          if (near) {
+            student_block(entries_of(u, w, begin), shares.own, shares.rest, count, factors, alpha, gamma, delta, out);
           } else {
             const auto kept = this->template from_kept<Pass::kNormalizersOnly>(begin, 0);
-            student_block(kept, shares.own, count, factors, alpha, gamma, delta, both, out);
+            student_block(kept, shares.own, shares.rest, count, factors, alpha, gamma, delta, out);
           }
         }
         if (label_apart) {
-          add_label_softmax(u, count, frame.student_origin, label_scale, Real(frame.label_lse), factors.label, out);
+          FASTKD_SIMD
+          for (int64_t i = 0; i < count; ++i) out[i] += label_part[i];
         }
         const int64_t label = this->row.label;
         if (label >= begin && label < begin + count) out[label - begin] -= factors.label;
@@ -372,14 +327,14 @@ struct ClippedPasses : RowPasses<Real> {
     });
   }
 
-  static void teacher_block(const Entries entries, const Shares<Real>& shares, int64_t count, Real factor, Real by_a,
-                            Real by_p, Real by_q, Real mean, bool both, Real* out) {
+  static void teacher_block(const KeptAndLogits<Real> entries, const Shares<Real>& shares, int64_t count, Real factor,
+                            Real by_a, Real by_p, Real by_own_p, Real by_q, Real mean, Real* out) {
     const Real *const share = shares.own, *const lower = shares.by_lower, *const upper = shares.by_upper;
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
-      const Outcome<Real> o = outcome_at(entries, i, share[i], both);
+      const Outcome<Real> o = entries.outcome(i);
       const Real by_share = by_a * (-o.p * o.d) + by_p * o.p + by_q * o.q;
-      const Real own = share[i] * (by_a * (Real(1) - o.d) + by_p) - (lower[i] + upper[i]) * by_share;
+      const Real own = share[i] * (by_own_p - by_a * o.d) - (lower[i] + upper[i]) * by_share;
       out[i] = factor * o.p * (own - mean);
     }
   }
@@ -396,8 +351,9 @@ struct ClippedPasses : RowPasses<Real> {
           for (int64_t i = 0; i < count; ++i) shares.by_lower[i] = shares.by_upper[i] = Real(0);
         }
         Real* out = destination(this->row.teacher_gradient, begin, buffer);
-        teacher_block(entries_of(u, w, begin), shares, count, factors.teacher, Real(numbers.by_a), Real(numbers.by_p),
-                      Real(numbers.by_q), Real(numbers.mean), clip.renormalize == Renormalize::kBoth, out);
+        teacher_block(entries_of(u, w, begin), shares, count, Real(factors.teacher * numbers.gain), Real(numbers.by_a),
+                      Real(numbers.by_p), Real(numbers.by_a + numbers.by_p), Real(numbers.by_q), Real(numbers.mean),
+                      out);
         store(this->row.teacher_gradient, begin, count, out);
       });
       finish_streaming(this->row.teacher_gradient);
@@ -405,39 +361,110 @@ struct ClippedPasses : RowPasses<Real> {
   }
 };
 
-// One row; kRare: again, in double, with what its part has relative to the part's own largest. False: it has no mass.
-template <class Real, bool kRare>
-bool clipped_row(ClippedRow& row, const SliceRunner& runner, double& loss) {
+// A row in which a mass is too small: see clipped_small.h. False: the part has none on the teacher's side.
+template <class Real>
+struct SmallPasses {
+  const ClippedPasses<Real>& passes;
+  SmallRow small;
+
+  SmallPasses(const ClippedPasses<Real>& p, const RowFrame<Real>& frame) : passes(p) {
+    small.set(p.row.task, frame, p.edges, p.clip.renormalize);
+  }
+
+  // Calls body(column, student's logit, teacher's logit, whether it is the kept label) for a block's entries.
+  template <class Body>
+  void for_entries(int64_t begin, int64_t count, const Body& body) const {
+    alignas(64) Real u_buffer[kBlock], w_buffer[kBlock];
+    const Real* u = load(passes.row.student, begin, count, u_buffer);
+    const Real* w = load(passes.row.teachers.rows[0], begin, count, w_buffer);
+    for (int64_t i = 0; i < count; ++i) body(i, double(u[i]), double(w[i]), begin + i == passes.clip.kept_label);
+  }
+
+  bool sum() {
+    struct Bases {
+      double p, q;
+    };
+    const SmallRow start = small;
+    const Bases bases = passes.template reduce_slices<Bases>(
+        [&](int64_t slice) {
+          SmallRow mine = start;
+          passes.for_blocks(slice, [&](int64_t begin, int64_t count) {
+            for_entries(begin, count, [&](int64_t, double u, double w, bool kept) { mine.raise_bases(u, w, kept); });
+          });
+          return Bases{mine.p_base, mine.q_base};
+        },
+        [](Bases& all, const Bases& next) { all = {at_least(all.p, next.p), at_least(all.q, next.q)}; });
+    small.p_base = bases.p;
+    small.q_base = bases.q;
+    if (!small.settle_bases()) return false;
+    small.finish(passes.sum_blocks([&](ClipSums& all, int64_t begin, int64_t count) {
+      for_entries(begin, count,
+                  [&](int64_t, double u, double w, bool kept) { add_entry(all, small.entry(u, w, kept)); });
+    }));
+    return true;
+  }
+
+  template <class Function>
+  void write(const Row& gradient, const Function& function) const {
+    passes.for_slices([&](int64_t slice) {
+      passes.for_blocks(slice, [&](int64_t begin, int64_t count) {
+        alignas(64) Real buffer[kBlock];
+        Real* out = destination(gradient, begin, buffer);
+        for_entries(begin, count, [&](int64_t i, double u, double w, bool kept) {
+          out[i] = Real(function(begin + i, u, small.entry(u, w, kept)));
+        });
+        store(gradient, begin, count, out);
+      });
+      finish_streaming(gradient);
+    });
+  }
+
+  void write_teacher(double factor) const {
+    write(passes.row.teacher_gradient,
+          [&](int64_t, double, const SmallEntry& e) { return factor * small.teacher_gradient(e); });
+  }
+  void write_student(const GradientFactors<Real>& factors) const {
+    const RowFrame<Real>& frame = passes.frame;
+    const double label_scale = frame.label_scale, label_factor = label_scale != 0 ? factors.label : 0;
+    write(passes.row.student_gradient, [&](int64_t column, double u, const SmallEntry& e) {
+      double g = factors.student * small.student_gradient(e) + factors.label_q * e.q;
+      if (label_factor != 0) g += label_factor * ::exp2((u - frame.student_origin) * label_scale - frame.label_lse);
+      return column == passes.row.label ? g - factors.label : g;
+    });
+  }
+};
+
+template <class Real>
+double clipped_row(ClippedRow& row, const SliceRunner& runner) {
   const RowTask& task = row.base.task;
   RowFrame<Real> frame;
   frame.set_scales(task);
-  ClippedPasses<Real, kRare> passes(row, runner, frame);
+  ClippedPasses<Real> passes(row, runner, frame);
   Real label_logit = 0;
   if (task.has_label) label_logit = *load(row.base.student, row.base.label, 1, &label_logit);
-  frame.normalize(task, passes.template accumulate<Pass::kNormalizersOnly, !kRare>());
+  frame.normalize(task, passes.template accumulate<Pass::kNormalizersOnly, true>());
   passes.set_edges();
-  if (kRare && !passes.set_own_frame()) return false;
-  ClipSums sums = passes.sum_part();
+  const ClipSums sums = passes.sum_part();
   const double poison = (frame.student_lse - frame.student_lse) + (frame.teacher_lse - frame.teacher_lse);
-  if constexpr (kRare) {
-    sums.p_rest = sums.q_rest = 1;  // not known, and not small
+  const GradientFactors<Real> factors(task, frame);
+  double value, lower_gradient, upper_gradient;
+  SmallPasses<Real> small(passes, frame);
+  if (poison == 0 && is_small(sums, row.renormalize, row.lump) && small.sum()) {
+    const SmallNumbers& numbers = small.small.numbers;
+    value = numbers.value, lower_gradient = numbers.lower_gradient, upper_gradient = numbers.upper_gradient;
+    if (row.base.teacher_gradient) small.write_teacher(factors.teacher);
+    if (row.base.student_gradient) small.write_student(factors);
   } else {
-    if (poison == 0 && is_rare(sums, row.renormalize) && clipped_row<double, true>(row, runner, loss)) return true;
+    const ClipNumbers numbers = clip_numbers(sums, row.renormalize, row.lump, poison);
+    value = numbers.value, lower_gradient = numbers.lower_gradient, upper_gradient = numbers.upper_gradient;
+    if (row.base.teacher_gradient) passes.write_teacher(numbers, factors);
+    if (row.base.student_gradient) passes.write_student(numbers, factors, sums.k < kNearSum * sums.p);
   }
-  const ClipNumbers numbers = clip_numbers(sums, row.renormalize, row.lump, poison);
-  GradientFactors<Real> factors(task, frame);
-  if (kRare) factors.label_q = 0;
-  if (row.base.teacher_gradient) {
-    passes.write_teacher(numbers, factors);
-    fill_zero(row.base.teacher_gradient, row.base.vocab, row.base.teacher_width);
-  }
-  if (row.base.student_gradient) {
-    passes.write_student(numbers, factors, sums.k < kNearSum * sums.p);
-    fill_zero(row.base.student_gradient, row.base.vocab, row.base.student_width);
-  }
+  if (row.base.teacher_gradient) fill_zero(row.base.teacher_gradient, row.base.vocab, row.base.teacher_width);
+  if (row.base.student_gradient) fill_zero(row.base.student_gradient, row.base.vocab, row.base.student_width);
   const double scale = task.scale * task.divergence_scale;
-  row.lower_gradient = numbers.lower_gradient * scale;
-  row.upper_gradient = numbers.upper_gradient * scale;
+  row.lower_gradient = lower_gradient * scale;
+  row.upper_gradient = upper_gradient * scale;
   if (row.quantile) {  // by the level, not by the probability that it stands for
     const auto slope = [&](const QuantileEdge& q) {
       return double(row.base.vocab - 1) * (passes.probability_of(q.above) - passes.probability_of(q.below));
@@ -446,15 +473,7 @@ bool clipped_row(ClippedRow& row, const SliceRunner& runner, double& loss) {
     row.upper_gradient *= slope(row.upper_quantile);
   }
   const double label = task.has_label ? frame.label_lse * kLn2 - (label_logit - double(frame.student_origin)) : 0;
-  loss = numbers.value * task.divergence_scale + (task.has_label ? task.label_weight * label : 0);
-  return true;
-}
-
-template <class Real>
-double clipped_row(ClippedRow& row, const SliceRunner& runner) {
-  double loss = 0;
-  clipped_row<Real, false>(row, runner, loss);
-  return loss;
+  return value * task.divergence_scale + (task.has_label ? task.label_weight * label : 0);
 }
 
 }  // namespace fastkd::FASTKD_ISA

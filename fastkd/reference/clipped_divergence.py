@@ -4,22 +4,47 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.reference._origin import relative_to_largest
-from fastkd.reference._rows import Rows, exp, finite, log_softmax, log_sum_exp, safe_log
+from fastkd.reference._rows import NO_WEIGHT, Rows, exp, finite, log_softmax, log_sum_exp
 
 
-def _quantile(p: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A quantile of each row by linear interpolation, and the two probabilities it lies between."""
-    ordered = p.detach().sort(-1).values
-    place = level.detach().double() * (p.size(-1) - 1)
-    below = place.floor().long().clamp(0, p.size(-1) - 1)
-    above = (below + 1).clamp(max=p.size(-1) - 1)
+def _quantile(log_p: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A quantile of each row by linear interpolation of probabilities.
+
+    And the logarithms of the two that it lies between: the first one twice where it is that.
+    """
+    ordered = log_p.detach().sort(-1).values
+    place = level.detach().double() * (log_p.size(-1) - 1)
+    below = place.floor().long().clamp(0, log_p.size(-1) - 1)
+    above = (below + 1).clamp(max=log_p.size(-1) - 1)
     first, second = (ordered.gather(-1, i.unsqueeze(-1)).squeeze(-1) for i in (below, above))
     # By the level, for the gradient.
-    share = level.to(p.dtype) * (p.size(-1) - 1) - below
-    return first + share * (second - first), first, torch.where(place > below, second, first)
+    share = level.to(log_p.dtype) * (log_p.size(-1) - 1) - below
+    at = first.exp() + share * (second.exp() - first.exp())
+    return at, first, torch.where(place > below, second, first)
+
+
+def _product(log_x: Tensor, log_y: Tensor) -> Tensor:
+    """The logarithm of x y, whose gradient stays finite where one of them is 0."""
+    dead = (log_x == -math.inf) | (log_y == -math.inf)
+    return torch.where(dead, -math.inf, log_x.masked_fill(dead, 0) + log_y.masked_fill(dead, 0))
+
+
+def _total(log: Tensor) -> Tensor:
+    return log_sum_exp(log).squeeze(-1)
+
+
+def _log_shares(p: Tensor, low: Tensor, high: Tensor, softness: float) -> tuple[Tensor, Tensor]:
+    """Of soft edges: the logarithms of s and 1 - s."""
+    above, below = (p - low.unsqueeze(-1)) / softness, (high.unsqueeze(-1) - p) / softness
+    inside = F.logsigmoid(above) + F.logsigmoid(below)
+    outside = torch.stack(
+        [F.logsigmoid(-above), F.logsigmoid(above) + F.logsigmoid(-below)], dim=-1
+    )
+    return inside, _total(outside)
 
 
 def clipped_divergence_op(
@@ -44,49 +69,45 @@ def clipped_divergence_op(
     log_p = log_softmax(relative_to_largest(rows.logits(teacher_logits)), tau)
     p, q = exp(log_p), exp(log_q)
     low, high = (torch.where(rows.read, x, 0.0).to(rows.dtype) for x in (lower, upper))
-    least, most = low, high
-    if quantile:
-        low, _, least = _quantile(p, low)
-        high, most, _ = _quantile(p, high)
     if softness:
-        share = torch.sigmoid((p - low.unsqueeze(-1)) / softness)
-        share = share * torch.sigmoid((high.unsqueeze(-1) - p) / softness)
+        if quantile:
+            low, high = _quantile(log_p, low)[0], _quantile(log_p, high)[0]
+        log_share, log_rest = _log_shares(p, low, high, softness)
     else:
-        share = ((p >= least.unsqueeze(-1)) & (p <= most.unsqueeze(-1))).to(rows.dtype)
+        if quantile:
+            least, most = _quantile(log_p, low)[2], _quantile(log_p, high)[1]
+            inside = (log_p >= least.unsqueeze(-1)) & (log_p <= most.unsqueeze(-1))
+        else:
+            inside = (p >= low.unsqueeze(-1)) & (p <= high.unsqueeze(-1))
+        log_share = torch.zeros_like(p).masked_fill(~inside, -math.inf)
+        log_rest = torch.zeros_like(p).masked_fill(inside, -math.inf)
     if keep_label and rows.labels is not None:
         at = torch.where(rows.read, rows.labels, 0).long().unsqueeze(-1)
-        kept = torch.zeros_like(share, dtype=torch.bool).scatter(-1, at, True)
-        share = torch.where(kept, 1.0, share)
-    # s p (d + expm1(-d)) with d = log p - log q, and what the masses add.
-    lost = (log_p != -math.inf) & (log_q == -math.inf)
-    terms = p * (
-        finite(log_p) - torch.where(lost, finite(log_q), log_q.masked_fill(log_q == -math.inf, 0))
-    )
-    terms = torch.where(log_p == -math.inf, 0.0, terms)
-    infinite = (lost & (share > 0)).any(-1)
-    whole = (share * terms).sum(-1)
-    mass = (share * p).sum(-1)
-    if renormalize == "none":
-        loss = whole
-        if tail == "lump":
-            rest, rest_q = ((1 - share) * p).sum(-1), ((1 - share) * q).sum(-1)
-            some = rest > 0
-            infinite = infinite | (some & (rest_q == 0))
-            ratio = torch.where(some, rest, 1.0).log() - torch.where(rest_q > 0, rest_q, 1.0).log()
-            loss = loss + torch.where(some, rest * ratio, 0.0)
-    else:
-        some = mass > 0
-        safe = torch.where(some, mass, 1.0)
-        loss = whole / safe - safe.log()
+        kept = torch.zeros_like(p, dtype=torch.bool).scatter(-1, at, True)
+        log_share = log_share.masked_fill(kept, 0)
+        log_rest = log_rest.masked_fill(kept, -math.inf)
+    # Masses are logarithms: they and the shares of them are right whatever they are.
+    own = _product(log_share, log_p)
+    by_p, by_q = torch.zeros_like(p[..., :1]), torch.zeros_like(p[..., :1])
+    infinite = torch.zeros_like(rows.read)
+    if renormalize != "none":
+        log_mass = log_sum_exp(own)
+        by_p = torch.where(log_mass == -math.inf, 0.0, log_mass)
         if renormalize == "both":
-            # Relative to the support's own largest: its mass may underflow.
-            inside = (share > 0) & (log_q != -math.inf)
-            own = log_q.masked_fill(~inside, 0) + safe_log(share).masked_fill(~inside, 0)
-            log_other = log_sum_exp(torch.where(inside, own, -math.inf)).squeeze(-1)
-            infinite = infinite | (some & (log_other == -math.inf))
-            loss = loss + torch.where(log_other == -math.inf, 0.0, log_other)
-        loss = torch.where(some, loss, 0.0)
-        infinite = infinite & some
+            log_other = log_sum_exp(_product(log_share, log_q))
+            infinite = ((log_mass != -math.inf) & (log_other == -math.inf)).squeeze(-1)
+            by_q = torch.where(log_other == -math.inf, 0.0, log_other)
+    weight = _product(own, -by_p) if renormalize != "none" else own
+    # What has no weight adds nothing, whatever the other side.
+    infinite = infinite | ((weight >= NO_WEIGHT) & (log_q == -math.inf)).any(-1)
+    ratio = (finite(log_p) - by_p) - (finite(log_q) - by_q)
+    loss = torch.where(weight == -math.inf, 0.0, exp(weight) * ratio).sum(-1)
+    if renormalize == "none" and tail == "lump":
+        rest, rest_q = _total(_product(log_rest, log_p)), _total(_product(log_rest, log_q))
+        infinite = infinite | ((rest != -math.inf) & (rest_q == -math.inf))
+        loss = loss + torch.where(
+            rest == -math.inf, 0.0, exp(rest) * (finite(rest) - finite(rest_q))
+        )
     loss = torch.where(infinite & ~loss.isnan(), loss + (math.inf - loss).detach(), loss)
     poison = (p.sum(-1) + q.sum(-1)).detach() * 0
     return rows.finish(loss + poison)
