@@ -14,7 +14,7 @@ namespace {
 
 // A team's shared memory: [orders][the leading thread's][selection of quantiles][slots of the reductions][student row]
 // [teacher row].
-constexpr int kClipOrdersBytes = 256, kClipLeadBytes = 512, kSelectBytes = ClipSelect<AnySource>::kBytes;
+constexpr int kClipOrdersBytes = 256, kClipLeadBytes = 768, kSelectBytes = ClipSelect<AnySource>::kBytes;
 __host__ __device__ constexpr int64_t clip_team_bytes(bool warp, bool quantile) {
   return kClipOrdersBytes + kClipLeadBytes + (quantile ? kSelectBytes : 0) + (warp ? 0 : Team::kSharedBytes);
 }
@@ -60,7 +60,7 @@ struct ClipWorker {
       sum_part<false>(source, orders, backwards);
     }
     orders = follow([&] { lead.finish(arguments.renormalize, arguments.lump, shared_orders); });
-    if (orders.again) orders = sum_again(source, orders, backwards);
+    if (orders.small) orders = sum_small(source, orders, backwards);
     if (team.leads() && team.rank == 0) {
       global_store(arguments.losses + row, arguments.row_weight(row) * lead.loss());
       if (arguments.lower_gradient) {
@@ -69,7 +69,9 @@ struct ClipWorker {
       }
     }
     if (!orders.student_gradient && !orders.teacher_gradient) return;
-    if (soft) {
+    if (orders.small) {
+      write_small(source, orders, !backwards);
+    } else if (soft) {
       write<true>(source, orders, !backwards);
     } else {
       write<false>(source, orders, !backwards);
@@ -124,36 +126,102 @@ struct ClipWorker {
           raw, source.column(pack), orders,
           [&](Real, Real, const Outcome<Real>& o, const ClipShare<Real>& share, int, int) { mine.add(o, share); });
     });
-    const auto merge = [](auto& all, const auto& next) { all.add(next); };
-    const ClipInside in = team.sum(mine.inside(), merge);
-    if (team.leads()) lead.sums = {in.k, in.a, in.p, in.q, in.difference, in.p_rest, in.q_rest, {}, {}, {}};
-    if constexpr (kSoft) {
-      const auto sum_slope = [&](const Real(&x)[3], double (&out)[3]) {
-        const ClipSlope slope = team.sum(mine.slope(x), merge);
-        if (team.leads()) out[0] = slope.a, out[1] = slope.p, out[2] = slope.q;
-      };
-      sum_slope(mine.lower, lead.sums.lower);
-      sum_slope(mine.upper, lead.sums.upper);
-      sum_slope(mine.own, lead.sums.own);
-    }
+    put_inside(mine.inside());
+    if constexpr (kSoft) put_slopes(mine.lower, mine.upper, mine.own);
   }
 
-  // The sums of a part of hardly any mass, relative to its own largest.
-  __device__ ClipOrders<Real> sum_again(const Source& source, ClipOrders<Real> orders, bool backwards) const {
-    ClipTops mine{-INFINITY, -INFINITY};
+  // What all threads found, to the leading one's sums.
+  __device__ __forceinline__ void put_inside(const ClipInside& mine) const {
+    const ClipInside in = team.sum(mine, [](ClipInside& all, const ClipInside& next) { all.add(next); });
+    if (team.leads()) lead.sums = {in.k, in.a, in.p, in.q, in.difference, in.p_rest, in.q_rest, {}, {}, {}};
+  }
+  template <class Number>
+  __device__ __forceinline__ void put_slopes(const Number (&lower)[3], const Number (&upper)[3],
+                                             const Number (&own)[3]) const {
+    const auto sum_slope = [&](const Number(&x)[3], double (&out)[3]) {
+      const ClipSlope slope = team.sum(ClipSlope{double(x[0]), double(x[1]), double(x[2])},
+                                       [](ClipSlope& all, const ClipSlope& next) { all.add(next); });
+      if (team.leads()) out[0] = slope.a, out[1] = slope.p, out[2] = slope.q;
+    };
+    sum_slope(lower, lead.sums.lower);
+    sum_slope(upper, lead.sums.upper);
+    sum_slope(own, lead.sums.own);
+  }
+
+  // Two more passes, for a row with a small mass.
+  __device__ ClipOrders<Real> sum_small(const Source& source, ClipOrders<Real> orders, bool backwards) const {
+    ClipBases mine{lead.small.p_base, lead.small.q_base};
+    for_logits(source, orders, backwards,
+               [&](Real u, Real w, bool kept) { lead.raise_bases(mine, double(u), double(w), kept); });
+    const ClipBases bases = team.sum(
+        mine, [](ClipBases& all, const ClipBases& next) { all = {at_least(all.p, next.p), at_least(all.q, next.q)}; });
+    orders = follow([&] { lead.begin_small(bases, shared_orders); });
+    if (!orders.small) return orders;
+    ClipSums sums{};
+    for_logits(source, orders, backwards,
+               [&](Real u, Real w, bool kept) { lead.add_small(sums, double(u), double(w), kept); });
+    put_inside({sums.k, sums.a, sums.p, sums.q, 0, sums.p_rest, 0});
+    if (arguments.softness != 0) put_slopes(sums.lower, sums.upper, sums.own);
+    return follow([&] { lead.finish_small(shared_orders); });
+  }
+
+  // Calls f(student's logit, teacher's logit, whether it is the kept label) for each of the thread's entries.
+  template <class Function>
+  __device__ __forceinline__ void for_logits(const Source& source, const ClipOrders<Real>& orders, bool backwards,
+                                             const Function& f) const {
+    for_packs<false>(source, team, backwards, [&](int pack, Raw raw) {
+      const int kept = orders.kept < 0 ? -1 : orders.kept - source.column(pack);
+#pragma unroll 1
+      for (int first = 0; first < kSize; first += Source::kWord, Source::next_word(raw)) {
+#pragma unroll 1
+        for (int j = 0; j < Source::kWord; ++j) {
+          f(Source::student_of(raw, j), Source::teacher_of(raw, j), first + j == kept);
+        }
+      }
+    });
+  }
+
+  __device__ void write_small(const Source& source, const ClipOrders<Real>& orders, bool backwards) const {
     for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
-      for_entries<false>(raw, source.column(pack), orders,
-                         [&](Real u, Real w, const Outcome<Real>&, const ClipShare<Real>& share, int, int) {
-                           mine.student = share.own == Real(0) ? mine.student : at_least(mine.student, float(u));
-                           mine.teacher = share.own == Real(0) ? mine.teacher : at_least(mine.teacher, float(w));
-                         });
+      const int column = source.column(pack), kept = orders.kept - column, label = orders.label - column;
+      if (orders.teacher_gradient) {
+        source.store_teacher(pack, map_logits(raw, [&](Real u, Real w, int j) {
+                               const bool own = orders.kept >= 0 && j == kept;
+                               return Real(lead.small_teacher(orders.factors.teacher, double(u), double(w), own));
+                             }));
+      }
+      if (orders.student_gradient) {
+        source.store_student(
+            pack, map_logits(raw, [&](Real u, Real w, int j) {
+              const bool own = orders.kept >= 0 && j == kept;
+              const GradientFactors<Real>& factors = orders.factors;
+              Real g = Real(lead.small_student(factors.student, factors.label_q, double(u), double(w), own));
+              if (orders.label_scale != Real(0)) g += label_gradient(orders, u);
+              return orders.label >= 0 && j == label ? g - factors.label : g;
+            }));
+      }
     });
-    const ClipTops tops = team.sum(mine, [](ClipTops& all, const ClipTops& next) {
-      all = {at_least(all.student, next.student), at_least(all.teacher, next.teacher)};
-    });
-    orders = follow([&] { lead.begin_again(arguments.renormalize, tops, shared_orders); });
-    if (orders.rare) sum_part<false>(source, orders, backwards);
-    return follow([&] { lead.finish(arguments.renormalize, arguments.lump, shared_orders); });
+  }
+
+  // f(student's logit, teacher's logit, place in the pack) for each of a pack's entries.
+  template <class Function>
+  __device__ __forceinline__ Out map_logits(Raw raw, const Function& f) const {
+    Out out{};
+#pragma unroll 1
+    for (int first = 0; first < kSize; first += Source::kWord, Source::next_word(raw)) {
+#pragma unroll
+      for (int j = 0; j < Source::kWord; ++j) {
+        if (j == 0) Source::next_word(out);
+        Source::put_last(out, j, f(Source::student_of(raw, j), Source::teacher_of(raw, j), first + j));
+      }
+    }
+    return out;
+  }
+
+  // Of the label's softmax, where that is not q.
+  static __device__ __forceinline__ Real label_gradient(const ClipOrders<Real>& orders, Real u) {
+    const Real x = (u - orders.at.student_origin) * orders.label_scale;
+    return orders.factors.label * exp2_of(x - orders.label_shift);
   }
 
   template <bool kSoft>
@@ -171,10 +239,7 @@ struct ClipWorker {
         const int label = orders.label - column;
         const auto gradient = [&](Real u, const Outcome<Real>& o, const ClipShare<Real>& share, int j) {
           Real g = clip_student_gradient<kSoft>(orders, o, share);
-          if (orders.label_scale != Real(0)) {
-            const Real x = (u - orders.at.student_origin) * orders.label_scale;
-            g += orders.factors.label * exp2_of(x - orders.label_shift);
-          }
+          if (orders.label_scale != Real(0)) g += label_gradient(orders, u);
           return orders.label >= 0 && j == label ? g - orders.factors.label : g;
         };
         source.store_student(pack, map<kSoft>(raw, column, orders, gradient));

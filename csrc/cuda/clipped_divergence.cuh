@@ -3,7 +3,7 @@
 #pragma once
 #include <type_traits>
 
-#include "../math/clipped_plan.h"
+#include "../math/clipped_small.h"
 #include "softmax_divergence.cuh"
 
 namespace fastkd::cuda {
@@ -19,31 +19,36 @@ struct ClippedArguments : RowArguments {
 template <class Real>
 struct ClipOrders : Orders<Real> {
   int kept;               // the label that is wholly in the part; -1: none
-  bool again;             // the sums are to be taken again, relative to the part's own largest
-  bool rare;              // outcomes are relative to the part's own largest: only those inside have any
+  bool small;             // a mass is too small for these sums: see clipped_small.h
   Real low, high, sharp;  // hard edges are logits; soft ones probabilities, sharp = 1 / softness
-  Real alpha, gamma, delta, by_a, by_p, by_q, mean;
+  Real alpha, gamma, delta, by_a, by_p, by_own_p, by_q, mean;
 };
 
 // How much of an entry belongs to the part, and how that follows the edges.
 template <class Real>
 struct ClipShare {
-  Real own, by_lower, by_upper;
+  Real own, rest, by_lower, by_upper;
 };
 
+// sigmoid(x), and e^-x, which times it is sigmoid(-x).
 template <class Real>
-__device__ __forceinline__ Real clip_sigmoid(Real x) {
-  return Real(1) / (Real(1) + exp2_of(at_least(Real(-126), at_most(Real(126), -x * Real(kLog2E)))));
+__device__ __forceinline__ Real clip_sigmoid(Real x, Real& opposite) {
+  opposite = exp2_of(at_least(Real(-126), at_most(Real(126), -x * Real(kLog2E))));
+  return Real(1) / (Real(1) + opposite);
 }
 
 template <bool kSoft, class Real>
 __device__ __forceinline__ ClipShare<Real> clip_share(const ClipOrders<Real>& orders, Real w, Real p, bool kept) {
   if constexpr (kSoft) {
-    const Real a = clip_sigmoid((p - orders.low) * orders.sharp), b = clip_sigmoid((orders.high - p) * orders.sharp);
-    const Real both = kept ? Real(0) : a * b * orders.sharp;
-    return {kept ? Real(1) : a * b, (a - Real(1)) * both, (Real(1) - b) * both};
+    Real to_a, to_b;
+    const Real a = clip_sigmoid((p - orders.low) * orders.sharp, to_a);
+    const Real b = clip_sigmoid((orders.high - p) * orders.sharp, to_b);
+    if (kept) return {Real(1), Real(0), Real(0), Real(0)};
+    const Real own = a * b, not_a = a * to_a, not_b = b * to_b;
+    return {own, not_a + a * not_b, -own * not_a * orders.sharp, own * not_b * orders.sharp};
   }
-  return {kept || (w >= orders.low && w <= orders.high) ? Real(1) : Real(0), Real(0), Real(0)};
+  const Real own = kept || (w >= orders.low && w <= orders.high) ? Real(1) : Real(0);
+  return {own, Real(1) - own, Real(0), Real(0)};
 }
 
 // ClipSums in pieces that the reductions can take.
@@ -75,7 +80,7 @@ struct ClipThread {
   Real lower[3] = {}, upper[3] = {}, own[3] = {};
 
   __device__ __forceinline__ void add(const Outcome<Real>& o, const ClipShare<Real>& share) {
-    const Real s = share.own, rest = Real(1) - s, term = -o.p * o.d;
+    const Real s = share.own, rest = share.rest, term = -o.p * o.d;
     p_rest += rest * o.p;
     q_rest += rest * o.q;
     if (!kSoft && s == Real(0)) return;  // of many entries no more than p and q is needed
@@ -105,7 +110,6 @@ struct ClipThread {
             double(p_rest),
             double(q_rest)};
   }
-  static __device__ ClipSlope slope(const Real (&x)[3]) { return {double(x[0]), double(x[1]), double(x[2])}; }
 };
 
 // Gradients of an entry, the student's without the onehot of the label's term.
@@ -118,14 +122,12 @@ __device__ __forceinline__ Real clip_student_gradient(const ClipOrders<Real>& or
   }
   const Real part = select(o.small, orders.alpha * o.difference + (orders.alpha - orders.gamma) * o.p,
                            orders.alpha * o.q - orders.gamma * o.p);
-  return orders.factors.student * (share.own * part + (Real(1) - share.own) * orders.delta * o.q) +
-         orders.factors.label_q * o.q;
+  return orders.factors.student * (share.own * part + share.rest * orders.delta * o.q) + orders.factors.label_q * o.q;
 }
 template <bool kSoft, class Real>
 __device__ __forceinline__ Real clip_teacher_gradient(const ClipOrders<Real>& orders, const Outcome<Real>& o,
                                                       const ClipShare<Real>& share) {
-  if (!kSoft && orders.rare && share.own == Real(0)) return Real(0);
-  Real own = share.own * (orders.by_a * (Real(1) - o.d) + orders.by_p);
+  Real own = share.own * (orders.by_own_p - orders.by_a * o.d);
   if constexpr (kSoft) {
     const Real by_share = orders.by_a * (-o.p * o.d) + orders.by_p * o.p + orders.by_q * o.q;
     own -= (share.by_lower + share.by_upper) * by_share;
@@ -133,9 +135,9 @@ __device__ __forceinline__ Real clip_teacher_gradient(const ClipOrders<Real>& or
   return orders.factors.teacher * o.p * (own - orders.mean);
 }
 
-// The largest logits in the part.
-struct ClipTops {
-  float student, teacher;
+// What small masses are relative to.
+struct ClipBases {
+  double p, q;
 };
 
 // A quantile: something that grows with the logits, at `below` plus `fraction` of what it differs by at `above`.
@@ -153,6 +155,7 @@ struct ClipLead {
   ClipQuantile quantiles[2];  // of both edges
   ClipSums sums;
   ClipNumbers numbers;
+  SmallRow small;
   double label_logit, poison;
 
   // Bounds as given. What no check could see makes the row NaN, and is then not used; a label outside is a NaN weight.
@@ -206,45 +209,58 @@ struct ClipLead {
     shared_store(told, orders);
   }
 
-  // A frame of the part's own for its sums, taken again; -> whether it has mass.
-  __device__ __noinline__ bool begin_again(Renormalize renormalize, const ClipTops& tops, ClipOrders<Real>* told) {
-    const auto alive = [](double x) { return x > -kInfiniteLogRatio; };
-    const double student_step = (double(tops.student) - frame.student_origin) * frame.student_scale;
-    const double teacher_step = (double(tops.teacher) - frame.teacher_origin) * frame.teacher_scale;
-    if (!alive(student_step) || !alive(teacher_step)) return false;
-    RowFrame<Real> own = frame;
-    own.teacher_origin = Real(tops.teacher);
-    own.teacher_lse = 0;
-    ClipOrders<Real> orders = shared_load(told);
-    if (renormalize == Renormalize::kBoth) {
-      own.student_origin = Real(tops.student);
-      own.student_lse = 0;
-      // q itself, which the label's term needs, is then another softmax.
-      if (task.has_label && orders.label_scale == Real(0)) orders.label_scale = frame.student_scale;
-      const double step = double(frame.student_origin) - double(own.student_origin);
-      orders.label_shift = Real(frame.label_lse + step * orders.label_scale);
-      orders.factors.label_q = Real(0);
-    }
-    orders.at = own.normalized();
-    orders.rare = true;
-    shared_store(told, orders);
-    return true;
-  }
-
   // After pass 2.
   __device__ __noinline__ void finish(Renormalize renormalize, bool lump, ClipOrders<Real>* told) {
     ClipOrders<Real> orders = shared_load(told);
-    if (orders.rare) sums.p_rest = sums.q_rest = 1;  // not known, and not small
-    orders.again = !orders.rare && !orders.again && poison == 0 && edges.softness == 0 && is_rare(sums, renormalize);
+    orders.small = poison == 0 && is_small(sums, renormalize, lump);
+    if (orders.small) small.set(task, frame, edges, renormalize);
     numbers = clip_numbers(sums, renormalize, lump, poison);
+    orders.factors.teacher = Real(orders.factors.teacher * numbers.gain);
     orders.alpha = Real(numbers.alpha);
     orders.gamma = Real(numbers.gamma);
     orders.delta = Real(numbers.delta + poison);  // of entries outside the part nothing else is used
     orders.by_a = Real(numbers.by_a);
     orders.by_p = Real(numbers.by_p);
+    orders.by_own_p = Real(numbers.by_a + numbers.by_p);
     orders.by_q = Real(numbers.by_q);
     orders.mean = Real(numbers.mean);
     shared_store(told, orders);
+  }
+
+  // The passes of a row with a small mass. Where the part has none, the row goes on as it was.
+  __device__ __noinline__ void begin_small(const ClipBases& bases, ClipOrders<Real>* told) {
+    small.p_base = bases.p;
+    small.q_base = bases.q;
+    ClipOrders<Real> orders = shared_load(told);
+    orders.small = small.settle_bases();
+    shared_store(told, orders);
+  }
+  __device__ __noinline__ void finish_small(ClipOrders<Real>* told) {
+    small.finish(sums);
+    numbers.value = small.numbers.value;
+    numbers.lower_gradient = small.numbers.lower_gradient;
+    numbers.upper_gradient = small.numbers.upper_gradient;
+    ClipOrders<Real> orders = shared_load(told);
+    orders.factors = GradientFactors<Real>(task, frame);
+    shared_store(told, orders);
+  }
+  // By all threads, an entry each.
+  __device__ __noinline__ void raise_bases(ClipBases& bases, double u, double w, bool kept) const {
+    SmallRow mine = small;
+    mine.p_base = bases.p;
+    mine.q_base = bases.q;
+    mine.raise_bases(u, w, kept);
+    bases = {mine.p_base, mine.q_base};
+  }
+  __device__ __noinline__ void add_small(ClipSums& mine, double u, double w, bool kept) const {
+    add_entry(mine, small.entry(u, w, kept));
+  }
+  __device__ __noinline__ double small_student(double factor, double label_q, double u, double w, bool kept) const {
+    const SmallEntry entry = small.entry(u, w, kept);
+    return factor * small.student_gradient(entry) + label_q * entry.q;
+  }
+  __device__ __noinline__ double small_teacher(double factor, double u, double w, bool kept) const {
+    return factor * small.teacher_gradient(small.entry(u, w, kept));
   }
 
   __device__ __noinline__ double loss() const {
