@@ -60,7 +60,10 @@ struct ClipWorker {
       sum_part<false>(source, orders, backwards);
     }
     orders = follow([&] { lead.finish(arguments.renormalize, arguments.lump, shared_orders); });
-    if (orders.small) orders = sum_small(source, orders, backwards);
+    if (orders.small) {
+      sum_small(source, orders.kept, backwards);
+      orders = shared_load(shared_orders);
+    }
     if (team.leads() && team.rank == 0) {
       global_store(arguments.losses + row, arguments.row_weight(row) * lead.loss());
       if (arguments.lower_gradient) {
@@ -127,7 +130,11 @@ struct ClipWorker {
           [&](Real, Real, const Outcome<Real>& o, const ClipShare<Real>& share, int, int) { mine.add(o, share); });
     });
     put_inside(mine.inside());
-    if constexpr (kSoft) put_slopes(mine.lower, mine.upper, mine.own);
+    if constexpr (kSoft) {
+      put_slope(mine.slope(mine.lower), lead.sums.lower);
+      put_slope(mine.slope(mine.upper), lead.sums.upper);
+      put_slope(mine.slope(mine.own), lead.sums.own);
+    }
   }
 
   // What all threads found, to the leading one's sums.
@@ -135,53 +142,53 @@ struct ClipWorker {
     const ClipInside in = team.sum(mine, [](ClipInside& all, const ClipInside& next) { all.add(next); });
     if (team.leads()) lead.sums = {in.k, in.a, in.p, in.q, in.difference, in.p_rest, in.q_rest, {}, {}, {}};
   }
-  template <class Number>
-  __device__ __forceinline__ void put_slopes(const Number (&lower)[3], const Number (&upper)[3],
-                                             const Number (&own)[3]) const {
-    const auto sum_slope = [&](const Number(&x)[3], double (&out)[3]) {
-      const ClipSlope slope = team.sum(ClipSlope{double(x[0]), double(x[1]), double(x[2])},
-                                       [](ClipSlope& all, const ClipSlope& next) { all.add(next); });
-      if (team.leads()) out[0] = slope.a, out[1] = slope.p, out[2] = slope.q;
-    };
-    sum_slope(lower, lead.sums.lower);
-    sum_slope(upper, lead.sums.upper);
-    sum_slope(own, lead.sums.own);
+  __device__ __forceinline__ void put_slope(const ClipSlope& mine, double (&out)[3]) const {
+    const ClipSlope slope = team.sum(mine, [](ClipSlope& all, const ClipSlope& next) { all.add(next); });
+    if (team.leads()) out[0] = slope.a, out[1] = slope.p, out[2] = slope.q;
   }
 
-  // Two more passes, for a row with a small mass.
-  __device__ ClipOrders<Real> sum_small(const Source& source, ClipOrders<Real> orders, bool backwards) const {
-    ClipBases mine{lead.small.p_base, lead.small.q_base};
-    for_logits(source, orders, backwards,
-               [&](Real u, Real w, bool kept) { lead.raise_bases(mine, double(u), double(w), kept); });
+  // Two more passes for a row with a small mass, and with soft edges three more.
+  __device__ __forceinline__ void sum_small(const Source& source, int label, bool backwards) const {
+    ClipBases mine{-INFINITY, -INFINITY};
+    for_logits(source, label, backwards, [&](double u, double w, bool kept) {
+      const ClipBases next = lead.small_bases(u, w, kept);
+      mine = {at_least(mine.p, next.p), at_least(mine.q, next.q)};
+    });
     const ClipBases bases = team.sum(
         mine, [](ClipBases& all, const ClipBases& next) { all = {at_least(all.p, next.p), at_least(all.q, next.q)}; });
-    orders = follow([&] { lead.begin_small(bases, shared_orders); });
-    if (!orders.small) return orders;
-    ClipSums sums{};
-    for_logits(source, orders, backwards,
-               [&](Real u, Real w, bool kept) { lead.add_small(sums, double(u), double(w), kept); });
-    put_inside({sums.k, sums.a, sums.p, sums.q, 0, sums.p_rest, 0});
-    if (arguments.softness != 0) put_slopes(sums.lower, sums.upper, sums.own);
-    return follow([&] { lead.finish_small(shared_orders); });
+    if (!follow([&] { lead.begin_small(bases, shared_orders); }).small) return;
+    ClipInside inside{};
+    for_logits(source, label, backwards,
+               [&](double u, double w, bool kept) { inside.add(lead.small_inside(u, w, kept)); });
+    put_inside(inside);
+#pragma unroll 1
+    for (int edge = 0; arguments.softness != 0 && edge < 3; ++edge) {
+      ClipSlope slope{};
+      for_logits(source, label, backwards,
+                 [&](double u, double w, bool kept) { slope.add(lead.small_slope(edge, u, w, kept)); });
+      put_slope(slope, edge == 0 ? lead.sums.lower : edge == 1 ? lead.sums.upper : lead.sums.own);
+    }
+    follow([&] { lead.finish_small(shared_orders); });
   }
 
   // Calls f(student's logit, teacher's logit, whether it is the kept label) for each of the thread's entries.
   template <class Function>
-  __device__ __forceinline__ void for_logits(const Source& source, const ClipOrders<Real>& orders, bool backwards,
+  __device__ __forceinline__ void for_logits(const Source& source, int kept_label, bool backwards,
                                              const Function& f) const {
     for_packs<false>(source, team, backwards, [&](int pack, Raw raw) {
-      const int kept = orders.kept < 0 ? -1 : orders.kept - source.column(pack);
+      const int kept = kept_label < 0 ? -1 : kept_label - source.column(pack);
 #pragma unroll 1
       for (int first = 0; first < kSize; first += Source::kWord, Source::next_word(raw)) {
-#pragma unroll 1
+#pragma unroll
         for (int j = 0; j < Source::kWord; ++j) {
-          f(Source::student_of(raw, j), Source::teacher_of(raw, j), first + j == kept);
+          f(double(Source::student_of(raw, j)), double(Source::teacher_of(raw, j)), first + j == kept);
         }
       }
     });
   }
 
-  __device__ void write_small(const Source& source, const ClipOrders<Real>& orders, bool backwards) const {
+  __device__ __forceinline__ void write_small(const Source& source, const ClipOrders<Real>& orders,
+                                              bool backwards) const {
     for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
       const int column = source.column(pack), kept = orders.kept - column, label = orders.label - column;
       if (orders.teacher_gradient) {

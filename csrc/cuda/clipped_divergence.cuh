@@ -110,6 +110,7 @@ struct ClipThread {
             double(p_rest),
             double(q_rest)};
   }
+  static __device__ ClipSlope slope(const Real (&x)[3]) { return {double(x[0]), double(x[1]), double(x[2])}; }
 };
 
 // Gradients of an entry, the student's without the onehot of the label's term.
@@ -228,7 +229,7 @@ struct ClipLead {
   }
 
   // The passes of a row with a small mass. Where the part has none, the row goes on as it was.
-  __device__ __noinline__ void begin_small(const ClipBases& bases, ClipOrders<Real>* told) {
+  __device__ __noinline__ void begin_small(ClipBases bases, ClipOrders<Real>* told) {
     small.p_base = bases.p;
     small.q_base = bases.q;
     ClipOrders<Real> orders = shared_load(told);
@@ -244,16 +245,23 @@ struct ClipLead {
     orders.factors = GradientFactors<Real>(task, frame);
     shared_store(told, orders);
   }
-  // By all threads, an entry each.
-  __device__ __noinline__ void raise_bases(ClipBases& bases, double u, double w, bool kept) const {
+  // By all threads, of an entry each; by value, since what a reference leads to would be local memory.
+  __device__ __noinline__ ClipBases small_bases(double u, double w, bool kept) const {
     SmallRow mine = small;
-    mine.p_base = bases.p;
-    mine.q_base = bases.q;
     mine.raise_bases(u, w, kept);
-    bases = {mine.p_base, mine.q_base};
+    return {mine.p_base, mine.q_base};
   }
-  __device__ __noinline__ void add_small(ClipSums& mine, double u, double w, bool kept) const {
-    add_entry(mine, small.entry(u, w, kept));
+  __device__ __noinline__ ClipInside small_inside(double u, double w, bool kept) const {
+    ClipSums sums{};
+    add_entry(sums, small.entry(u, w, kept));
+    return {sums.k, sums.a, sums.p, sums.q, 0, sums.p_rest, 0};
+  }
+  // Of the lower edge (0), the upper one (1), or of the probability itself (2).
+  __device__ __noinline__ ClipSlope small_slope(int which, double u, double w, bool kept) const {
+    const SmallEntry e = small.entry(u, w, kept);
+    const double both = -e.p, p = which == 0 ? e.lower_p : which == 1 ? e.upper_p : both * (e.lower_p + e.upper_p);
+    const double q = which == 0 ? e.lower_q : which == 1 ? e.upper_q : both * (e.lower_q + e.upper_q);
+    return {p * e.log_ratio, p, q};
   }
   __device__ __noinline__ double small_student(double factor, double label_q, double u, double w, bool kept) const {
     const SmallEntry entry = small.entry(u, w, kept);
