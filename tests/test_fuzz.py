@@ -256,13 +256,17 @@ def test_random_kl_div(backend, request):
         else:
             size = terms.sum().item()
             eps += math.sqrt(terms.numel()) * torch.finfo(torch.float64).eps  # of torch's own sum
+        # The target's gradient is p times, or for a target of probabilities is, the sum of these.
+        parts = 1 + x.abs() + (y if log_target else y.log()).abs()
+        parts = (parts * (p if log_target else 1)).nan_to_num(0, 0, 0)
+        share = {"mean": max(x.numel(), 1), "batchmean": f.leading[0] if f.leading else 1}
+        scales = [z / max(share.get(reduction, 1), 1) for z in (p.nan_to_num(0, 0, 0), parts)]
         limit = torch.finfo(f.dtype).max
         for mine, exact, scale in (
             (found, right, size),
-            # 1 + target - input cancels.
             *(
-                (g, e, e.abs().nan_to_num(0, 0, 0).max().item() if e.numel() else 0.0)
-                for g, e in zip(gradients, right_gradients, strict=True)
+                (g, e, z.abs().max().item() if z.numel() else 0.0)
+                for g, e, z in zip(gradients, right_gradients, scales, strict=True)
             ),
         ):
             mine, exact = mine.detach().double(), exact.detach()
