@@ -10,7 +10,7 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._arguments import check_tensors
 from fastkd._constants import fake_mode_of, tensors_of
-from fastkd._ops.op import Differentiable
+from fastkd._ops.differentiable import Differentiable
 from fastkd.byte_vocab import ByteVocab
 
 
