@@ -123,3 +123,16 @@ def test_near_certain_rows(backend, dtype, shift):
     assert (found <= 0).all()
     assert found[:, 97 + 2].min() > -1e-4
     assert_right(scores, vocab, prefix=b"c")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_beside_impossible_ids(backend, dtype):
+    """Of a column, of which nothing else is possible."""
+    vocab = fastkd.ByteVocab([b"a", b"a", b"ab", b"ac", b"b"])
+    for bad in (math.nan, math.inf):
+        scores = torch.zeros(5, dtype=dtype)
+        scores[:2] = torch.tensor([-math.inf, bad])
+        valid = torch.tensor([False, True, True, True, True])
+        for options in ({}, {"prefix": b"a"}, {"valid": valid, "prefix": b"a"}):
+            assert fastkd.byte_log_probs(scores, vocab, **options).isnan().all()
+        assert fastkd.byte_log_probs(scores, vocab, prefix=b"b")[256] == 0

@@ -88,8 +88,9 @@ LogNormalizer segment_sum(const ByteRow& row, int64_t column) {
 
 // A column's logarithm relative to the row's origin; -inf where no id of it is possible.
 FASTKD_INLINE double relative_to(double origin, const LogNormalizer& column) {
-  const double below = column.origin - origin;
-  return below < -kImpossible ? -INFINITY : below + column.log_sum;
+  const double below = column.origin - origin, log = below + column.log_sum;
+  if (log != log) return log;  // of a row that is no distribution
+  return below < -kImpossible ? -INFINITY : log;
 }
 
 template <class Real>
