@@ -150,7 +150,7 @@ def _fake(logits: Tensor, segments: Tensor, **_: Any) -> tuple[Tensor, ...]:
     leading, columns = logits.shape[:-1], segments.size(1)
     return (
         logits.new_empty((*leading, columns), dtype=dtype),
-        logits.new_empty((math.prod(leading), columns + 1), dtype=torch.float64),
+        logits.new_empty((math.prod(leading), columns + 2), dtype=torch.float64),
     )
 
 
