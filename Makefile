@@ -13,7 +13,7 @@ PRELOAD = $(shell $(or $(CXX),g++) -print-file-name=libasan.so) $(shell $(or $(C
           $(shell $(or $(CXX),g++) -print-file-name=libstdc++.so)
 
 SIMT := build/simt
-OP_TESTS := $(addprefix tests/test_,softmax_divergence.py softmax_divergence_autograd.py softmax_divergence_rows.py \
+OP_TESTS := $(addprefix tests/test_,softmax_divergence.py softmax_divergence_autograd.py softmax_divergence_rows.py topk_divergence_rows.py \
   kl_div.py topk_divergence.py teacher_topk.py token_stats.py token_stats_rows.py clipped_divergence.py chunk_log_likelihood.py byte_log_probs.py alm_loss.py \
   gated_routing.py gated_routing_kernels.py gated_routing_torch.py)
 HOST_TESTS := $(addprefix tests/test_,byte_vocab.py byte_vocab_tokenizers.py alignment.py alignment_batch.py)

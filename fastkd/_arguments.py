@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +24,10 @@ def check_tensors(function: str, tensors: Mapping[str, Any]) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Also in a tensor that holds one."""
-    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
+    """Also in a tensor or array that holds one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, Real) or (isinstance(value, np.ndarray) and value.ndim == 0)
 
 
 def check_positive(function: str, name: str, value: Any) -> None:
@@ -43,7 +46,7 @@ def check_normalizer(function: str, normalizer: Any) -> None:
     if isinstance(normalizer, Tensor):
         if normalizer.dim():
             raise ValueError(f"{wanted}, got shape {list(normalizer.shape)}")
-    elif normalizer is not None and not isinstance(normalizer, Real):
+    elif normalizer is not None and not is_number(normalizer):
         raise TypeError(f"{wanted}, got {type(normalizer).__name__}")
 
 
@@ -83,7 +86,7 @@ def reduced(
         else:
             normalizer = losses.numel() if reduction == "elementmean" else 1
     if isinstance(normalizer, Tensor):
-        divisor = normalizer.detach().to(losses.device, torch.float64)
+        divisor = normalizer.detach().reshape(()).to(losses.device, torch.float64)
     else:
         if not torch.compiler.is_compiling() and not normalizer >= 0:
             raise ValueError(f"{function}: normalizer must not be negative, got {normalizer}")

@@ -1,6 +1,7 @@
 """Approximate likelihood matching: distillation between models with different tokenizers."""
 
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -14,11 +15,13 @@ from fastkd._arguments import (
     is_number,
     reduced,
 )
-from fastkd._ops.arguments import check_no_gradient, to_integer
-from fastkd.chunk_log_likelihood import chunk_log_likelihood
+from fastkd._ops.arguments import check_no_gradient, to_flag, to_integer
+from fastkd.chunk_log_likelihood import ChunkLogLikelihood, chunk_log_likelihood
 
 #: Stands for the log-likelihood of what is impossible: e^-10,000 is 0 in float64.
 _IMPOSSIBLE = -1e4
+#: Of chunk_log_likelihood's arguments the names that are others here, each after its side.
+_NAMES = {"token_ids": "ids", "chunk_ids": "chunks"}
 
 
 def alm_loss(
@@ -140,6 +143,7 @@ def alm_loss(
         )
     for name, value in (("temperature", temperature), ("epsilon", epsilon)):
         check_positive("alm_loss", name, value)
+    debias = to_flag("alm_loss", "debias", debias)
     if (student_boundary is None) != (teacher_boundary is None) and debias:
         raise ValueError(
             "alm_loss: debias needs student_boundary and teacher_boundary, or neither, got one"
@@ -150,13 +154,17 @@ def alm_loss(
         raise TypeError(
             f"alm_loss: merge_threshold must be a number, got {type(merge_threshold).__name__}"
         )
+    # A tensor that is traced has no value to look at.
+    traced = torch.compiler.is_compiling() and isinstance(merge_threshold, Tensor)
+    if merge_threshold is not None and not traced and math.isnan(merge_threshold):
+        raise ValueError("alm_loss: merge_threshold must be a number, got nan")
     check_normalizer("alm_loss", normalizer)
     check_no_gradient("alm_loss", merge_threshold=merge_threshold, normalizer=normalizer)
-    student = chunk_log_likelihood(
-        student_logits, student_ids, student_chunks, num_chunks, boundary=student_boundary
+    student = _likelihoods(
+        "student", student_logits, student_ids, student_chunks, num_chunks, student_boundary
     )
-    teacher = chunk_log_likelihood(
-        teacher_logits, teacher_ids, teacher_chunks, num_chunks, boundary=teacher_boundary
+    teacher = _likelihoods(
+        "teacher", teacher_logits, teacher_ids, teacher_chunks, num_chunks, teacher_boundary
     )
     if student.log_likelihood.shape != teacher.log_likelihood.shape:
         raise ValueError(
@@ -186,6 +194,31 @@ def alm_loss(
     double = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
     dtype = torch.float64 if double else torch.float32
     return reduced("alm_loss", loss, kept, reduction, normalizer).to(dtype)
+
+
+def _likelihoods(
+    side: str,
+    logits: Tensor,
+    ids: Tensor,
+    chunks: Tensor,
+    num_chunks: int,
+    boundary: Tensor | np.ndarray | None,
+) -> ChunkLogLikelihood:
+    """chunk_log_likelihood of a side; its errors are alm_loss's, and name alm_loss's arguments."""
+    if torch.compiler.is_compiling():
+        return chunk_log_likelihood(logits, ids, chunks, num_chunks, boundary=boundary)
+    try:
+        return chunk_log_likelihood(logits, ids, chunks, num_chunks, boundary=boundary)
+    except (IndexError, NotImplementedError, TypeError, ValueError) as error:
+        function, colon, message = str(error).partition(": ")
+        if not colon or function != "chunk_log_likelihood":
+            raise
+        message = re.sub(
+            r"\b(logits|token_ids|chunk_ids|boundary)\b",
+            lambda found: f"{side}_{_NAMES.get(found[0], found[0])}",
+            message,
+        )
+        raise type(error)(f"alm_loss: {message}") from None
 
 
 def _row_follows(chunk: Tensor, chunk_ids: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._arguments import check_tensors
 from fastkd._constants import fake_mode_of, tensors_of
-from fastkd._ops.op import Differentiable
+from fastkd._ops.differentiable import Differentiable
 from fastkd.byte_vocab import ByteVocab
 
 
@@ -150,7 +150,7 @@ def _fake(logits: Tensor, segments: Tensor, **_: Any) -> tuple[Tensor, ...]:
     leading, columns = logits.shape[:-1], segments.size(1)
     return (
         logits.new_empty((*leading, columns), dtype=dtype),
-        logits.new_empty((math.prod(leading), columns + 1), dtype=torch.float64),
+        logits.new_empty((math.prod(leading), columns + 2), dtype=torch.float64),
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor
-from fastkd._ops.op import Differentiable
+from fastkd._ops.differentiable import Differentiable
 
 
 class ChunkLogLikelihood(NamedTuple):

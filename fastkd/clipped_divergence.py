@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._arguments import check_no_group
 from fastkd._ops.arguments import check_tensor, to_number
-from fastkd._ops.op import Loss
+from fastkd._ops.loss import Loss
 
 
 def clipped_divergence(

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._arguments import check_no_group
 from fastkd._ops.arguments import check_tensor
-from fastkd._ops.op import Loss
+from fastkd._ops.loss import Loss
 
 
 def topk_divergence(
@@ -61,13 +61,24 @@ def topk_divergence(
     :math:`(V - k)^{1-r} (1 - \sum_S p)^r` (``renormalize`` needs none of it and is exact).
     Storing at the temperature of training is exact for every tail.
 
+    What a row's support leaves open:
+
+    - ``renormalize`` compares nothing where the teacher or the student (by -inf) has no mass on the
+      support: such a row is NaN.
+    - A stored mass near 1 leaves a rest, 1 minus the mass, that is mostly rounding. KL(q‖p) would
+      be infinite or not as the last bit has it. ``reverse_kl`` (and ``jsd`` with ``beta=1``)
+      therefore takes the rest to be at least u · max(Σ p |log p|, u), with u half a unit in the
+      last place of 1 in the stored format, and never less than float32's 2^-24.
+
     Args:
         student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
         teacher_log_probs: ``[..., k]`` natural logarithms, any float dtype, in any order,
             normalised over the whole vocabulary (as :func:`fastkd.teacher_topk` gives them).
             Gradients flow to them where they require it. Masses that exceed 1 by rounding (2 %)
             are scaled back, except by ``drop``.
-        teacher_indices: ``[..., k]`` int32 or int64, distinct in a row; -1 pads a short row.
+        teacher_indices: ``[..., k]`` int32 or int64, distinct in a row; -1 pads a short row. An
+            index that a row holds more than once is padding, too, where its log-probability is -1e4
+            or less (as servers pad with id 0 and -inf or -1e9).
         divergence: ``"forward_kl"``, ``"reverse_kl"``, ``"jsd"`` or ``"cross_entropy"``.
         beta: share of the mixture of ``jsd``.
         tail: one of the table.

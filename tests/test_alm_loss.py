@@ -187,11 +187,51 @@ def test_empty(backend):
             TypeError,
             "merge_threshold must be a number, got str",
         ),
+        (
+            {**boundaries(), "merge_threshold": math.nan},
+            ValueError,
+            "merge_threshold must be a number, got nan",
+        ),
+        (
+            {**boundaries(), "merge_threshold": torch.tensor(math.nan)},
+            ValueError,
+            "merge_threshold must be a number, got nan",
+        ),
+        ({"debias": "no"}, TypeError, "debias must be True or False, got str"),
+        ({"debias": 0}, TypeError, "debias must be True or False, got int"),
     ],
 )
 def test_errors(backend, options, error, message):
     with pytest.raises(error, match=f"alm_loss: .*{message}"):
         fastkd.alm_loss(*problem(), **options)
+
+
+@pytest.mark.only("cpu")
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_errors_of_a_side_name_its_arguments(backend, side):
+    """Not those of chunk_log_likelihood, which finds them."""
+    names = [f"{s}_{part}" for s in ("student", "teacher") for part in PARTS]
+    call = dict(zip([*names, "num_chunks"], problem(), strict=True))
+    logits, ids, chunks = (call[f"{side}_{part}"] for part in PARTS)
+    backwards = torch.arange(chunks.size(-1)).flip(-1).expand_as(chunks).clamp(max=6)
+    for part, wrong, error, message in (
+        ("logits", logits[0, 0], ValueError, "must have at least two dimensions"),
+        ("logits", logits.long(), TypeError, "must"),
+        ("ids", ids[:1], ValueError, "must have one entry a row"),
+        ("ids", ids.double(), TypeError, "must be int64 or int32"),
+        ("ids", ids + 1000, IndexError, r"must lie in \[0, "),
+        ("chunks", chunks.bool(), TypeError, "must be int64 or int32"),
+        ("chunks", chunks + 100, IndexError, r"must lie in \[-1, num_chunks = 7\)"),
+        ("boundary", torch.ones(3).bool(), ValueError, "must have one entry a column"),
+        ("boundary", boundaries()[f"{side}_boundary"].long(), TypeError, "must be bool"),
+    ):
+        options = {**call, **boundaries(), f"{side}_{part}": wrong}
+        with pytest.raises(error, match=f"^alm_loss: {side}_{part} {message}"):
+            fastkd.alm_loss(**options)
+    with pytest.raises(ValueError, match=f"^alm_loss: the tokens of .*; {side}_chunks has"):
+        fastkd.alm_loss(**{**call, f"{side}_chunks": backwards})
+    with pytest.raises(ValueError, match=r"^alm_loss: num_chunks must lie in"):
+        fastkd.alm_loss(**{**call, "num_chunks": -1})
 
 
 @pytest.mark.only("cpu")

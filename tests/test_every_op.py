@@ -1,5 +1,6 @@
 """What every op promises: batched gradients, modes of PyTorch, arguments, memory, shift."""
 
+import math
 import subprocess
 import sys
 import warnings
@@ -307,6 +308,55 @@ def test_inplace_beside_a_teacher_in_the_other_half_of_its_memory():
     student = both[:, :40].detach().requires_grad_()
     found = fastkd.softmax_divergence(student, both[:, 40:], inplace=True)
     assert torch.equal(found, want)
+
+
+# --- Checks where the raw op is not called ---------------------------------------------------
+
+
+CHECKED = [op for op in EVERY if op.name not in ("kl_div", "alm_loss")]
+
+
+@of(CHECKED)
+def test_arguments_are_checked_under_transforms_and_on_the_meta_device(op):
+    given, student = op.tensors(LEADING), student_of().detach()
+    wrong = [(given, {name: -1.0}) for name in op.numbers if name == "temperature"]
+    for name, value in given.items():
+        if name not in ("boundary",):
+            wrong.append(({**given, name: value[:, :-1]}, {}))
+    if op.name == "teacher_topk":
+        wrong.append((given, {"vocab_size": VOCAB + 1}))
+    for tensors, numbers in wrong:
+        with pytest.raises(ValueError, match=f"^{op.name}: "):
+            op.call(student, **tensors, **numbers)
+        if op.differentiable:
+            with pytest.raises(ValueError, match=f"^{op.name}: "):
+                torch.func.grad(lambda x, o=(tensors, numbers): op.call(x, **o[0], **o[1]))(student)
+        on_meta = {name: value.to("meta") for name, value in tensors.items()}
+        with pytest.raises(ValueError, match=f"^{op.name}: "):
+            op.call(student.to("meta"), **on_meta, **numbers)
+    on_meta = {name: value.to("meta") for name, value in given.items()}
+    if op.name != "byte_log_probs":  # its table is made for a device with values
+        assert op.call(student.to("meta"), **on_meta).is_meta
+
+
+@of(LOSSES)
+def test_normalizers(op):
+    given, student = op.tensors(LEADING), student_of().detach()
+    right = op.call(student, **given, normalizer=3.0)
+    for normalizer in (np.array(3.0), torch.tensor(3), torch.tensor([3.0])):
+        assert torch.equal(op.call(student, **given, normalizer=normalizer), right)
+    for normalizer in (-1.0, torch.tensor(-1.0), math.nan):
+        with pytest.raises(ValueError, match=f"{op.name}: normalizer must not be negative"):
+            op.call(student, **given, normalizer=normalizer)
+
+
+@pytest.mark.parametrize("weight", [math.inf, math.nan])
+def test_teacher_weights_are_finite(weight):
+    teacher = torch.randn(2, 9)
+    with pytest.raises(ValueError, match="teacher_weights must be finite, got"):
+        fastkd.softmax_divergence(
+            torch.randn(2, 9), [teacher, teacher], teacher_weights=[1.0, weight]
+        )
 
 
 # --- shift --------------------------------------------------------------------------------------

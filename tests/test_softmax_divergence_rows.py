@@ -289,7 +289,8 @@ def test_gradients_with_a_certain_teacher(backend, vocab, peak, beta):
         if divergence == "skew_kl":
             assert max(errors) < 1e-5
         else:
-            assert sorted(errors)[2] <= sorted(others)[2]
+            rounding = 16 * torch.finfo(torch.float32).eps  # below it neither is the better one
+            assert sorted(errors)[2] <= max(sorted(others)[2], rounding)
 
 
 # --- Everything together ---------------------------------------------------------------------

@@ -32,11 +32,10 @@ struct Cpu {
     const auto kernel = problem.float64 ? kernels().byte_sum_double : kernels().byte_sum_float;
     const int64_t scratch = byte_log_probs_scratch(problem.ids, problem.columns);
     for_rows(problem.rows, problem.vocab, scratch, [&](int64_t index, const SliceRunner& runner, char* memory) {
-      double* const found = static_cast<double*>(sums.data_ptr()) + index * (problem.columns + 1);
-      const double all = kernel(row_of(problem, index), runner, memory, found);
-      found[problem.columns] = all;
+      double* const found = static_cast<double*>(sums.data_ptr()) + index * problem.kept();
+      kernel(row_of(problem, index), runner, memory, found);
       for (int64_t c = 0; c < problem.columns; ++c) {
-        const double log = found[c] - all;
+        const double log = found[c] - found[problem.columns];
         put(out, index * problem.columns + c, log > 0 ? 0 : log);
       }
     });
@@ -47,8 +46,7 @@ struct Cpu {
     const auto kernel = problem.float64 ? kernels().byte_gradient_double : kernels().byte_gradient_float;
     const Rows gradients = gradient_rows(&gradient, problem);
     for_rows(problem.rows, problem.vocab, 0, [&](int64_t index, const SliceRunner& runner, char*) {
-      const double* const logs = static_cast<const double*>(sums.data_ptr()) + index * (problem.columns + 1);
-      const double lse = logs[problem.columns];
+      const double* const logs = static_cast<const double*>(sums.data_ptr()) + index * problem.kept();
       double factors[kMaxColumns], all = 0;
       bool any = false;
       for (int64_t c = 0; c < problem.columns; ++c) {
@@ -59,8 +57,8 @@ struct Cpu {
       }
       const Row out = gradients.row(index);
       if (!any) return portable::fill_zero(out, 0, problem.vocab);
-      for (int64_t c = 0; c < problem.columns; ++c) factors[c] -= all * ::exp(logs[c] - lse);
-      kernel(row_of(problem, index), runner, lse, logs, factors, out);
+      for (int64_t c = 0; c < problem.columns; ++c) factors[c] -= all * ::exp(logs[c] - logs[problem.columns]);
+      kernel(row_of(problem, index), runner, logs, factors, out);
     });
   }
 };

@@ -1,12 +1,15 @@
 // One row of byte_log_probs: log-sum-exps of the ids of each column, and the gradient.
 //
+// Logarithms are relative to the row's origin, a logit near the largest that counts: so no sum loses a digit to a
+// constant that all logits carry, or to their size.
+//
 // Memory, for the empty prefix: forward one read of the row, backward one read and one write; of the vocabulary two
 // bytes an id, from the cache. For another prefix only the ids that start with it are read.
 //
 // What 2^x is of a block is computed first, in vectors, and then added up by column, one after the other: several
 // tables take turns, so that an addition seldom waits for the one before.
 #pragma once
-#include "../math/elementary.h"
+#include "../math/logit_sum.h"
 #include "row_slices.h"
 
 namespace fastkd {
@@ -26,11 +29,12 @@ inline int64_t byte_log_probs_scratch(int64_t ids, int64_t columns) {
   return slices_of(ids) * (kPartialBytes + aligned(columns * int64_t(sizeof(double))));
 }
 
-// The natural logarithm of each column's sum of e^logit to out -> that of all.
-using ByteSumKernel = double (*)(const ByteRow& row, const SliceRunner& runner, char* scratch, double* out);
+// [columns + 2]: the natural logarithm of each column's sum of e^(logit - origin), that of all columns, the origin.
+// -inf for a column without a possible id.
+using ByteSumKernel = void (*)(const ByteRow& row, const SliceRunner& runner, char* scratch, double* sums);
 
-// Adds up, of column c, factor[c] e^(logit - lse[c]), into the gradient; all else is zero. lse, factor: one a column.
-using ByteGradientKernel = void (*)(const ByteRow& row, const SliceRunner& runner, double lse_of_row, const double* lse,
+// Adds up, of column c, factor[c] e^(logit - origin - sums[c]), into the gradient; all else is zero.
+using ByteGradientKernel = void (*)(const ByteRow& row, const SliceRunner& runner, const double* sums,
                                     const double* factor, const Row& gradient);
 
 }  // namespace fastkd
@@ -63,9 +67,10 @@ const Real* load_valid(const ByteRow& row, int64_t begin, int64_t count, Real* b
   return buffer;
 }
 
-// The log-sum-exp of ids order[begin, end), in double.
+// The log-sum-exp of a column's ids, in double, relative to their own largest.
 template <class Real>
-double segment_lse(const ByteRow& row, int64_t begin, int64_t end) {
+LogNormalizer segment_sum(const ByteRow& row, int64_t column) {
+  const int64_t begin = row.segments[2 * column], end = row.segments[2 * column + 1];
   double top = -INFINITY, sum = 0;
   visit(row.logits.dtype, [&](auto element) {
     const auto* data = static_cast<const decltype(element)*>(row.logits.data);
@@ -75,10 +80,17 @@ double segment_lse(const ByteRow& row, int64_t begin, int64_t end) {
       return counts ? double(to_float(data[id * row.logits.stride])) : -INFINITY;
     };
     for (int64_t i = begin; i < end; ++i) top = logit(i) > top ? logit(i) : top;
-    if (top == -INFINITY) top = 0;
-    for (int64_t i = begin; i < end; ++i) sum += ::exp(logit(i) - top);
+    const double zero = top == -INFINITY ? 0 : top;
+    for (int64_t i = begin; i < end; ++i) sum += ::exp(logit(i) - zero);
   });
-  return top + ::log(sum);
+  return {top, ::log(sum)};
+}
+
+// A column's logarithm relative to the row's origin; -inf where no id of it is possible.
+FASTKD_INLINE double relative_to(double origin, const LogNormalizer& column) {
+  const double below = column.origin - origin, log = below + column.log_sum;
+  if (log != log) return log;  // of a row that is no distribution
+  return below < -kImpossible ? -INFINITY : log;
 }
 
 template <class Real>
@@ -116,7 +128,7 @@ void sum_slice(const ByteRow& row, int64_t slice, double& origin_out, double* ou
 }
 
 template <class Real>
-double whole_sums(const ByteRow& row, const SliceRunner& runner, char* scratch, double* out) {
+void whole_sums(const ByteRow& row, const SliceRunner& runner, char* scratch, double* out) {
   const RowSlices slices{row.ids, runner, scratch};
   const int64_t count = slices_of(row.ids), stride = aligned(row.columns * sizeof(double)) / sizeof(double);
   double* const origins = reinterpret_cast<double*>(scratch);
@@ -132,28 +144,32 @@ double whole_sums(const ByteRow& row, const SliceRunner& runner, char* scratch, 
   for (int64_t c = 0; c < row.columns; ++c) total += out[c];
   const double poison = top - top;  // NaN without a finite logit
   for (int64_t c = 0; c < row.columns; ++c) {
-    const int64_t begin = row.segments[2 * c], end = row.segments[2 * c + 1];
     // A share of the row that underflows is summed by itself.
-    out[c] = (begin == end        ? -INFINITY
-              : out[c] < 0x1p-100 ? segment_lse<Real>(row, begin, end)
-                                  : top + ::log(out[c])) +
+    out[c] = (row.segments[2 * c] == row.segments[2 * c + 1] ? -INFINITY
+              : out[c] < 0x1p-100                            ? relative_to(top, segment_sum<Real>(row, c))
+                                                             : ::log(out[c])) +
              poison;
   }
-  return top + ::log(total) + poison;
+  out[row.columns] = ::log(total) + poison;
+  out[row.columns + 1] = top;
 }
 
 template <class Real>
-double byte_sums(const ByteRow& row, const SliceRunner& runner, char* scratch, double* out) {
+void byte_sums(const ByteRow& row, const SliceRunner& runner, char* scratch, double* out) {
   if (row.whole) return whole_sums<Real>(row, runner, scratch, out);
-  double top = -INFINITY, total = 0;
+  double tops[kMostColumns], top = -INFINITY, total = 0;
   for (int64_t c = 0; c < row.columns; ++c) {
-    out[c] = row.segments[2 * c] == row.segments[2 * c + 1]
-                 ? -INFINITY
-                 : segment_lse<Real>(row, row.segments[2 * c], row.segments[2 * c + 1]);
-    top = at_least(top, out[c]);
+    const LogNormalizer column = segment_sum<Real>(row, c);
+    tops[c] = column.origin;
+    out[c] = column.log_sum;
+    top = at_least(top, tops[c]);
   }
-  for (int64_t c = 0; c < row.columns; ++c) total += ::exp(out[c] - top);
-  return top + ::log(total) + (top - top);
+  for (int64_t c = 0; c < row.columns; ++c) {
+    out[c] = relative_to(top, {tops[c], out[c]}) + (top - top);
+    total += ::exp(out[c]);
+  }
+  out[row.columns] = ::log(total);
+  out[row.columns + 1] = top;
 }
 
 // Everything by value: what a loop reads through references it cannot keep in registers beside its stores.
@@ -175,17 +191,43 @@ FASTKD_INLINE void byte_gradient_block(const Real* u, const int16_t* column, con
   for (int64_t i = 0; i < count; ++i) out[i] = factor[int32_t(column[i])] * exp2_of((u[i] - origin) * scale);
 }
 
+// What a column's gradient is made of: of an id of it, factor e^(logit - origin).
+struct ColumnGradient {
+  double origin, factor;
+};
+
+// origin: near the column's sum, such that no power of e over- or underflows. `Real` holds it; sums and origins so
+// large that it, or their own rounding, would cost digits are found once more, relative to the column's largest logit.
 template <class Real>
-void whole_gradient(const ByteRow& row, const SliceRunner& runner, double lse_of_row, const double* lse,
-                    const double* factor, const Row& gradient) {
-  // Exponents are relative to the row's sum or, where a column's share of it is tiny, to the column's own.
-  const Real scale = Real(kLog2E), origin = Real(lse_of_row);
+ColumnGradient column_gradient(const ByteRow& row, int64_t c, const double* sums, double factor) {
+  constexpr double kFar = sizeof(Real) == 4 ? 0x1p23 : 0x1p13;
+  const double log = sums[c], origin = sums[row.columns + 1];
+  if (log == -INFINITY || factor == 0) return {origin, 0};
+  if (-log > kFar || magnitude(origin) > kFar) {
+    const LogNormalizer own = segment_sum<Real>(row, c);
+    return {own.origin, factor * ::exp(-own.log_sum)};
+  }
+  const double near = Real(origin + log);
+  return {near, factor * ::exp((near - origin) - log)};
+}
+
+template <class Real>
+void whole_gradient(const ByteRow& row, const SliceRunner& runner, const double* sums, const double* factor,
+                    const Row& gradient) {
+  // Exponents are relative to the row's origin or, where a column's share of the row is tiny, to one of its own.
+  const Real scale = Real(kLog2E), origin = Real(sums[row.columns + 1]);
+  const double all = sums[row.columns];
   bool apart = false;
-  for (int64_t c = 0; c < row.columns; ++c) apart = apart || (lse[c] > -INFINITY && lse[c] - lse_of_row < -60);
+  for (int64_t c = 0; c < row.columns; ++c) apart = apart || (sums[c] > -INFINITY && sums[c] - all < -60);
   alignas(64) Real origins[kMostColumns], factors[kMostColumns];
   for (int64_t c = 0; c < row.columns; ++c) {
-    origins[c] = !apart ? origin : lse[c] == -INFINITY ? Real(0) : Real(lse[c]);
-    factors[c] = Real(lse[c] == -INFINITY ? 0 : factor[c] * ::exp(double(origins[c]) - lse[c]));
+    if (apart) {
+      const ColumnGradient own = column_gradient<Real>(row, c, sums, factor[c]);
+      origins[c] = Real(own.origin);
+      factors[c] = Real(own.factor);
+    } else {
+      factors[c] = Real(sums[c] == -INFINITY ? 0 : factor[c] * ::exp(-sums[c]));
+    }
   }
   const RowSlices slices{row.ids, runner, nullptr};
   slices.for_slices([&](int64_t slice) {
@@ -207,17 +249,18 @@ void whole_gradient(const ByteRow& row, const SliceRunner& runner, double lse_of
 }
 
 template <class Real>
-void byte_gradient(const ByteRow& row, const SliceRunner& runner, double lse_of_row, const double* lse,
-                   const double* factor, const Row& gradient) {
-  if (row.whole) return whole_gradient<Real>(row, runner, lse_of_row, lse, factor, gradient);
+void byte_gradient(const ByteRow& row, const SliceRunner& runner, const double* sums, const double* factor,
+                   const Row& gradient) {
+  if (row.whole) return whole_gradient<Real>(row, runner, sums, factor, gradient);
   fill_zero(gradient, 0, row.width);
   for (int64_t c = 0; c < row.columns; ++c) {
-    if (lse[c] == -INFINITY) continue;
+    if (sums[c] == -INFINITY) continue;
+    const ColumnGradient own = column_gradient<Real>(row, c, sums, factor[c]);
     for (int64_t i = row.segments[2 * c]; i < row.segments[2 * c + 1]; ++i) {
       const int64_t id = row.order[i];
       if (row.valid != nullptr && !row.valid[id * row.valid_stride]) continue;
       Real value;
-      put_element(gradient, id, factor[c] * ::exp(double(*load(row.logits, id, 1, &value)) - lse[c]));
+      put_element(gradient, id, own.factor * ::exp(double(*load(row.logits, id, 1, &value)) - own.origin));
     }
   }
 }

@@ -91,7 +91,7 @@ LogNormalizer rare_boundary(const ChunkRow& row, double to_base_2) {
     }
   };
   for_set([&](double z) { top = at_least(top, z); });
-  if (top == -INFINITY) return {0, top};
+  if (top == -INFINITY) return {top, top};
   for_set([&](double z) { sum += ::exp2((z - top) * to_base_2); });
   return {top, ::log(sum)};
 }

@@ -22,31 +22,35 @@ struct Turns {
 // A row of another prefix, by one block.
 __device__ void gather_row(const ByteArguments& a, int64_t row, int64_t prefix, const Team& team, double* found) {
   const int columns = a.columns, lane = team.thread % kWarp;
-  // Each log-sum-exp takes the place of its segment.
+  // Each sum takes the place of its segment.
   Segment* const segments = reinterpret_cast<Segment*>(found);
+  SegmentSum* const sums = reinterpret_cast<SegmentSum*>(found);
+  static_assert(sizeof(Segment) == sizeof(double) && sizeof(SegmentSum) == sizeof(double));
   for (int c = team.thread; c < columns; c += team.threads) shared_store(segments + c, segment_of(a, prefix, c));
   team.sync();
 #pragma unroll 1
   for (int c = team.thread / kWarp; c < columns; c += team.threads / kWarp) {
     const Segment segment = shared_load(segments + c);
-    const double lse = segment.begin < segment.end ? gathered_lse(a, row, segment) : -INFINITY;
+    const SegmentSum sum = segment.begin < segment.end ? gathered_sum(a, row, segment) : SegmentSum{-INFINITY, 0};
     __syncwarp();
-    if (lane == 0) shared_store(found + c, lse);
+    if (lane == 0) shared_store(sums + c, sum);
   }
   team.sync();
-  double top = -INFINITY, total = 0;
-  for (int c = team.thread; c < columns; c += team.threads) top = at_least(top, shared_load(found + c));
-  top = team.block_sum(top, [](double& x, double next) { x = at_least(x, next); }, /*everywhere=*/true);
-  for (int c = team.thread; c < columns; c += team.threads) total += ::exp(shared_load(found + c) - top);
+  float top = -INFINITY;
+  for (int c = team.thread; c < columns; c += team.threads) top = at_least(top, shared_load(sums + c).top);
+  top = team.block_sum(top, [](float& x, float next) { x = at_least(x, next); }, /*everywhere=*/true);
+  double total = 0;
+  for (int c = team.thread; c < columns; c += team.threads) total += ::exp(shared_load(sums + c).relative_to(top));
   total = team.block_sum(total, [](double& x, double next) { x += next; }, /*everywhere=*/true);
-  const double all = top + ::log(total) + (top - top);
-  for (int c = team.thread; c < columns; c += team.threads) write_column(a, row, c, shared_load(found + c), all);
-  if (team.leads()) global_store(a.sums + row * (columns + 1) + columns, all);
+  const double all = ::log(total) + (top - top);
+  for (int c = team.thread; c < columns; c += team.threads)
+    write_column(a, row, c, shared_load(sums + c).relative_to(top), all);
+  if (team.leads()) a.keep(row, all, top);
 }
 
 __device__ void lose_row(const ByteArguments& a, int64_t row, const Team& team) {
   for (int c = team.thread; c < a.columns; c += team.threads) write_column(a, row, c, NAN, NAN);
-  if (team.leads()) global_store(a.sums + row * (a.columns + 1) + a.columns, double(NAN));
+  if (team.leads()) a.keep(row, NAN, NAN);
 }
 
 template <class Source>
@@ -85,13 +89,13 @@ __global__ void __launch_bounds__(kRowThreads, 2) byte_merge_kernel(const ByteAr
   }
 }
 
-// A block's shared memory for the gradient: [slots of the reductions][log-sum-exps, later segments][factors][origins]
-// [columns of the slice's ids].
+// A block's shared memory for the gradient: [slots of the reductions][what the forward kept, later segments][factors]
+// [origins][columns of the slice's ids].
 struct GradientLayout {
   int64_t logs, factors, origins, table, bytes;
   __host__ __device__ GradientLayout(int64_t columns, int64_t slice)
       : logs(Team::kSharedBytes),
-        factors(logs + (columns + 1) * 8),
+        factors(logs + (columns + 2) * 8),
         origins(factors + columns * 4),
         table((origins + columns * 4 + 15) / 16 * 16),
         bytes(table + slice * 2) {}
@@ -99,7 +103,7 @@ struct GradientLayout {
 
 // What a row's columns ask for.
 struct Upstream {
-  double all, least;  // of the factors, the sum; of the columns' log-sum-exps, the least
+  double all, least;  // of the factors, the sum; of the columns' logarithms, the least
   bool any;
 };
 
@@ -136,15 +140,15 @@ struct GradientWorker {
     const int64_t prefix = a.prefix_of(row);
     const bool gathers = prefix != a.kNoPrefix && prefix != a.whole;
     const Upstream upstream = read_upstream(row);
-    const double lse = shared_load(logs + a.columns);
+    const double all = shared_load(logs + a.columns), origin = shared_load(logs + a.columns + 1);
     if (!upstream.any || gathers) {
       for (int i = team.thread; i < slice.packs(); i += team.threads) slice.store(i, Raw{});
-      if (upstream.any) gather(row, prefix, lse, upstream.all);
+      if (upstream.any) gather(row, prefix, upstream);
     } else {
-      const bool apart = upstream.least - lse < -60;
+      const bool apart = upstream.least - all < -60;
       load_table();
-      prepare(lse, upstream.all, apart);
-      write(row, slice, float(lse), apart);
+      prepare(row, prefix, upstream, apart);
+      write(row, slice, float(origin), apart);
     }
     if (first + count == a.ids) zero_columns(a.gradient, row, a.ids, a.width, team);
   }
@@ -152,10 +156,10 @@ struct GradientWorker {
  private:
   __device__ Upstream read_upstream(int64_t row) const {
     Upstream mine{0, INFINITY, false};
-    for (int c = team.thread; c <= a.columns; c += team.threads) {
-      const double log = global_load(a.sums + row * (a.columns + 1) + c);
+    for (int c = team.thread; c < a.columns + 2; c += team.threads) {
+      const double log = global_load(a.kept(row) + c);
       shared_store(logs + c, log);
-      if (c == a.columns) break;
+      if (c >= a.columns) break;
       // What is impossible takes no gradient.
       const float g = log == -INFINITY ? 0 : global_load(a.grad_output + row * a.columns + c);
       shared_store(factors + c, g);
@@ -169,15 +173,32 @@ struct GradientWorker {
     return team.block_sum(mine, merge, /*everywhere=*/true);
   }
 
-  // Exponents are relative to the row's sum or, where a column's share of it is tiny, to the column's own.
-  __device__ void prepare(double lse, double all, bool apart) const {
+  // Exponents are relative to the row's origin or, where a column's share of the row is tiny, to one of its own, near
+  // the column's sum. Where that is so large that roundings would cost digits, it is the column's largest logit, and
+  // the sum is found once more.
+  __device__ void prepare(int64_t row, int64_t prefix, const Upstream& upstream, bool apart) const {
+    constexpr double kFar = 0x1p23;
+    const double all = shared_load(logs + a.columns), row_origin = shared_load(logs + a.columns + 1);
+    const bool far = apart && (row_origin > kFar || row_origin < -kFar || upstream.least < -kFar);
     for (int c = team.thread; c < a.columns; c += team.threads) {
       const double log = shared_load(logs + c);
       const bool dead = log == -INFINITY;
-      const float origin = float(!apart ? lse : dead ? 0 : log);
-      const double factor = shared_load(factors + c) - all * ::exp(log - lse);
+      const float origin = float(apart && !far && !dead ? row_origin + log : row_origin);
+      const double factor = shared_load(factors + c) - upstream.all * ::exp(log - all);
       shared_store(origins + c, origin);
-      shared_store(factors + c, float(dead ? 0 : factor * ::exp(double(origin) - log)));
+      shared_store(factors + c, float(dead ? 0 : far ? factor : factor * ::exp((double(origin) - row_origin) - log)));
+    }
+    team.sync();
+    if (!far) return;
+#pragma unroll 1
+    for (int c = team.thread / kWarp; c < a.columns; c += team.threads / kWarp) {
+      const float factor = shared_load(factors + c);
+      if (factor == 0) continue;
+      const SegmentSum own = gathered_sum(a, row, segment_of(a, prefix, c));
+      __syncwarp();
+      if (team.thread % kWarp != 0) continue;
+      shared_store(origins + c, own.top);
+      shared_store(factors + c, float(factor * ::exp(-own.log())));
     }
     team.sync();
   }
@@ -210,7 +231,7 @@ struct GradientWorker {
     return out;
   }
 
-  __device__ void write(int64_t row, const Slice& slice, float lse, bool apart) const {
+  __device__ void write(int64_t row, const Slice& slice, float row_origin, bool apart) const {
     const char* const valid = a.valid ? a.valid.at(row) : nullptr;
     const int packs = slice.packs(), threads = team.threads;
     if (team.thread >= packs) return;
@@ -224,7 +245,7 @@ struct GradientWorker {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const int c = columns.item[j];
-        const float origin = apart ? shared_load(origins + c) : lse, x = to_float(raw.item[j]);
+        const float origin = apart ? shared_load(origins + c) : row_origin, x = to_float(raw.item[j]);
         raw.item[j] = element<Item>(shared_load(factors + c) * exp2_normal((x - origin) * float(kLog2E)));
       }
       slice.store(pack, raw);
@@ -232,8 +253,8 @@ struct GradientWorker {
   }
 
   // Of another prefix's row only its ids, over zeros.
-  __device__ void gather(int64_t row, int64_t prefix, double lse, double all) const {
-    prepare(lse, all, /*apart=*/true);
+  __device__ void gather(int64_t row, int64_t prefix, const Upstream& upstream) const {
+    prepare(row, prefix, upstream, /*apart=*/true);
     Segment* const segments = reinterpret_cast<Segment*>(logs);
     for (int c = team.thread; c < a.columns; c += team.threads) shared_store(segments + c, segment_of(a, prefix, c));
     team.sync();

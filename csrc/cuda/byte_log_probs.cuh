@@ -1,4 +1,5 @@
-// byte_log_probs on the GPU: log-sum-exps of a row's logits by column.
+// byte_log_probs on the GPU: log-sum-exps of a row's logits by column. Logarithms are relative to the row's origin, its
+// largest logit that counts.
 //
 // Memory, for the empty prefix: one read of the logits. A block keeps one slice of the ids for all its rows: their
 // places, listed by column, stand in shared memory (4 bytes an id are read for that once a block), and each row's
@@ -8,37 +9,9 @@
 //
 // For other prefixes, and columns whose share of the row is tiny, a warp gathers a column's ids.
 #pragma once
-#include "sources.cuh"
+#include "byte_segments.cuh"
 
 namespace fastkd::cuda {
-
-struct ByteArguments {
-  static constexpr int64_t kNoPrefix = -1, kNeverWhole = -2;
-  int64_t rows, prefixes, whole;  // whole: or kNeverWhole
-  int ids, columns, width;
-  int slices, slice;  // of the ids, and how many ids each has: a multiple of 8
-  const int32_t *order, *segments;
-  const int16_t* column_of;
-  DeviceRows logits, gradient, prefix, valid;
-  const float* grad_output;  // [rows, columns]
-  float* out;
-  double* sums;     // [rows, columns + 1]
-  float* partials;  // [rows, slices, columns + 1], or null: the slices are a cluster's blocks
-
-  // kNoPrefix: none such.
-  __device__ int64_t prefix_of(int64_t row) const {
-    const int64_t index = prefix ? prefix.integer(row) : 0;
-    return index >= 0 && index < prefixes ? index : kNoPrefix;
-  }
-  // Tables come unchecked.
-  __device__ __forceinline__ int column(int id) const {
-    const int c = global_load(column_of + id);
-    return unsigned(c) < unsigned(columns) ? c : 0;
-  }
-  __device__ __forceinline__ bool counts(const char* valid_row, int id) const {
-    return !valid || global_load(reinterpret_cast<const bool*>(valid_row + id * valid.column_stride));
-  }
-};
 
 // 2^x, and 0 below 2^-126: a single instruction.
 __device__ __forceinline__ float exp2_normal(float x) {
@@ -54,15 +27,9 @@ __device__ __forceinline__ float exp2_normal(float x) {
 // No possible id's power of 2 is taken for less than 2^this: only impossible ones add nothing.
 inline constexpr float kLeastPower = -125;
 
-// Places [begin, end) of `order`.
-struct Segment {
-  int begin, end;
-};
-
-__device__ inline Segment segment_of(const ByteArguments& a, int64_t prefix, int column) {
-  const int32_t* const place = a.segments + (prefix * a.columns + column) * 2;
-  const auto inside = [&](int x) { return x < 0 ? 0 : x < a.ids ? x : a.ids; };
-  return {inside(global_load(place)), inside(global_load(place + 1))};
+// The power of 2 that e^below is; of a logit, or the largest of a slice, so far below the row's or the slice's largest.
+__device__ __forceinline__ float power_of(float below) {
+  return below < float(-kImpossible) ? -INFINITY : at_least(kLeastPower, below * float(kLog2E));
 }
 
 // A slice's part of a row, in packs. Places are counted from the slice's first id.
@@ -129,59 +96,6 @@ __device__ __forceinline__ void drop_invalid(const ByteArguments& a, const Slice
   }
 }
 
-// A lane's share of a sum of e^logit, relative to its largest.
-struct GatherSum {
-  float origin = -INFINITY;
-  double sum = 0;
-
-  __device__ __forceinline__ void raise(float to) {
-    if (to == origin) return;
-    sum *= exp2_of((origin - to) * float(kLog2E));  // by 0 where there was no origin yet, and no sum
-    origin = to;
-  }
-};
-
-// The log-sum-exp of a segment's ids, found by a warp.
-inline __device__ double gathered_lse(const ByteArguments& a, int64_t row, Segment segment) {
-  constexpr int kAhead = 4;
-  const char *const logits = a.logits.at(row), *const valid = a.valid ? a.valid.at(row) : nullptr;
-  const int lane = int(threadIdx.x) % kWarp;
-  GatherSum mine;
-#pragma unroll 1
-  for (int begin = segment.begin; begin < segment.end; begin += kAhead * kWarp) {
-    float x[kAhead], top = -INFINITY;
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const int i = begin + k * kWarp + lane;
-      x[k] = -INFINITY;
-      if (i >= segment.end) continue;
-      const int id = global_load(a.order + i);
-      if (unsigned(id) >= unsigned(a.ids)) {
-        x[k] = NAN;
-      } else if (a.counts(valid, id)) {
-        x[k] = a.logits.float_at(logits + id * a.logits.column_stride * a.logits.element_size);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) top = x[k] > top ? x[k] : top;
-    if (top > mine.origin) mine.raise(top);
-    const float zero = mine.origin == -INFINITY ? 0 : mine.origin;
-    float part = 0;
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) part += exp2_of((x[k] - zero) * float(kLog2E));
-    mine.sum += part;
-  }
-  const float top = warp_reduce(mine.origin, [](float& all, float next) { all = at_least(all, next); });
-  mine.raise(top);
-  return double(top) + ::log(warp_reduce(mine.sum, [](double& all, double next) { all += next; }));
-}
-
-inline __device__ void write_column(const ByteArguments& a, int64_t row, int column, double lse, double all) {
-  const double log = lse - all;
-  global_store(a.out + row * a.columns + column, float(log > 0 ? 0 : log));
-  global_store(a.sums + row * (a.columns + 1) + column, lse);
-}
-
 // A row of the empty prefix from its slices' sums. load(slice, column): of 2^((logit - top) log2(e)), and as column
 // `columns` the slice's top. This block writes columns [begin, end). Shared: found, factors, a place a column and a
 // slice.
@@ -196,7 +110,7 @@ __device__ void finish_whole(const ByteArguments& a, int64_t row, const Team& te
   for (int s = team.thread; s < a.slices; s += team.threads) top = at_least(top, load(s, columns));
   top = team.block_sum(top, [](float& x, float next) { x = at_least(x, next); }, /*everywhere=*/true);
   for (int s = team.thread; s < a.slices; s += team.threads)
-    shared_store(factors + s, exp2_of(at_least(kLeastPower, (load(s, columns) - top) * float(kLog2E))));
+    shared_store(factors + s, exp2_of(power_of(load(s, columns) - top)));
   team.sync();
   double total = 0;
   for (int c = team.thread; c < columns; c += team.threads) {
@@ -207,19 +121,19 @@ __device__ void finish_whole(const ByteArguments& a, int64_t row, const Team& te
     total += sum;
   }
   total = team.block_sum(total, [](double& x, double next) { x += next; }, /*everywhere=*/true);
-  const double all = double(top) + ::log(total) + (top - top);
+  const double all = ::log(total) + (top - top);
   const auto small = [&](double sum) { return sum > 0 && sum < kSmall; };
   for (int c = begin + team.thread; c < end; c += team.threads) {
     const double sum = shared_load(found + c);
-    if (!small(sum)) write_column(a, row, c, double(top) + ::log(sum), all);
+    if (!small(sum)) write_column(a, row, c, ::log(sum), all);
   }
 #pragma unroll 1
   for (int c = begin + team.thread / kWarp; c < end; c += team.threads / kWarp) {
     if (!small(shared_load(found + c))) continue;
-    const double lse = gathered_lse(a, row, segment_of(a, a.whole, c));
-    if (team.thread % kWarp == 0) write_column(a, row, c, lse, all);
+    const SegmentSum own = gathered_sum(a, row, segment_of(a, a.whole, c));
+    if (team.thread % kWarp == 0) write_column(a, row, c, own.relative_to(top), all);
   }
-  if (begin == 0 && team.leads()) global_store(a.sums + row * (columns + 1) + columns, all);
+  if (begin == 0 && team.leads()) a.keep(row, all, top);
 }
 
 // A block's shared memory: [slots of the reductions][found][sums by column, of a row and of the next][runs][sums of
@@ -491,8 +405,7 @@ struct ByteWorker {
   }
 
   static __device__ __forceinline__ float term(Item item, float zero) {
-    const float x = to_float(item);
-    return x == -INFINITY ? 0 : exp2_normal(at_least(kLeastPower, (x - zero) * float(kLog2E)));
+    return exp2_normal(power_of(to_float(item) - zero));
   }
 };
 

@@ -225,7 +225,7 @@ struct ChunkSumWorker {
       mine.add(z, 0, scale);
     });
     const double sum = mine.total(team, scale).all;
-    return sum == 0 ? LogNormalizer{0, -double(INFINITY)} : LogNormalizer{double(mine.origin), ::log(sum)};
+    return {double(mine.origin), ::log(sum)};
   }
 
   __device__ double label_log_prob(int64_t row, const LogNormalizer& all) const {

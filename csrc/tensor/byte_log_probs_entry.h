@@ -76,6 +76,9 @@ struct ByteProblem : RowProblem {
     if (values_checked) check_tables();
   }
 
+  // Numbers of a row that the forward leaves for the backward: the logarithms of each column's sum of e^(logit -
+  // origin) and of that of all, and the origin, a logit near the row's largest.
+  int64_t kept() const { return columns + 2; }
   int64_t prefix_of(int64_t row) const { return prefix ? prefix.integer(row) : 0; }
 
  private:
@@ -110,8 +113,7 @@ struct ByteProblem : RowProblem {
 struct ByteLogProbs : ByteLogProbsArguments {
   static constexpr int kResults = 2;
 
-  // -> [..., columns] log-probabilities; and for the backward [rows, columns + 1], the log-sum-exp of each column's
-  // ids, and of all.
+  // -> [..., columns] log-probabilities; and for the backward [rows, kept()].
   template <class Backend>
   std::tuple<Tensor, Tensor> run() const {
     const ByteProblem problem(*this, Backend::kValuesChecked);
@@ -119,7 +121,7 @@ struct ByteLogProbs : ByteLogProbsArguments {
     shape.push_back(problem.columns);
     const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
     Tensor out = torch::stable::new_empty(logits, shape, type);
-    Tensor sums = torch::stable::new_empty(logits, {problem.rows, problem.columns + 1}, ScalarType::Double);
+    Tensor sums = torch::stable::new_empty(logits, {problem.rows, problem.kept()}, ScalarType::Double);
     if (problem.rows > 0) Backend::solve(problem, out, sums);
     return {out, sums};
   }
@@ -139,7 +141,7 @@ struct ByteLogProbsBackward : ByteLogProbsArguments {
     const ByteProblem problem(*this, Backend::kValuesChecked);
     check_gradient(problem, gradient);
     const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
-    problem.check_kept(sums, ScalarType::Double, problem.rows * (problem.columns + 1), "sums");
+    problem.check_kept(sums, ScalarType::Double, problem.rows * problem.kept(), "sums");
     problem.check_kept(grad_output, type, problem.rows * problem.columns, "grad_output");
     if (problem.rows > 0) Backend::differentiate(problem, gradient, sums, grad_output);
   }

@@ -235,6 +235,7 @@ struct RowProblem {
     double denominator = 0;
     if (options.normalizer) {
       denominator = Rows(*options.normalizer, 0).number(0);
+      FASTKD_CHECK_VALUE(!(denominator < 0), function, "normalizer must not be negative, got ", denominator);
     } else if (denominator_is_known()) {
       denominator = known_denominator();
     } else {

@@ -1,5 +1,6 @@
 """Arguments of an op, as its raw op takes them: by the types of its schema, checked by name."""
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -91,6 +92,8 @@ def to_number(function: str, name: str, value: Any) -> Any:
         check_no_gradient(function, **{name: value})
         check_has_value(function, name, value)
         return value if is_tracing(value) else value.item()
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
     if not isinstance(value, _NUMBERS):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
     if torch.compiler.is_compiling():
@@ -107,10 +110,7 @@ def check_has_value(function: str, name: str, value: Tensor) -> None:
         return
     if value.is_meta:
         raise ValueError(f"{function}: {name} must be on a device that holds values, got meta")
-    if torch._C._functorch.is_functorch_wrapped_tensor(value) or (
-        torch.autograd.forward_ad._current_level >= 0
-        and torch.autograd.forward_ad.unpack_dual(value).tangent is not None
-    ):
+    if not _has_values(value):
         raise ValueError(
             f"{function}: {name} takes no gradient, tangent or batch dimension; detach it and pass "
             "it as it is"
@@ -163,6 +163,8 @@ class Arguments:
             (field, kind, f"{field}s" if f"{field}s" in kinds else None)
             for field, kind in self.kinds.items()
         )
+
+        self._one_a_row = [self.fields.index(each) for _, _, each in self._plan if each]
 
     def pack(self, rows: Tensor, given: dict[str, Any]) -> list[Any]:
         """The raw op's arguments up to ``traced``, checked.
@@ -306,12 +308,52 @@ class Arguments:
                     packed[i] = next(numbers)
         return packed
 
+    def emptied(self, packed: Sequence[Any]) -> list[Any]:
+        """Arguments that only their shapes, types and numbers tell from these; no row is read.
+
+        Tensors without values of their own, of a transform or on the meta device, hold zeros.
+        """
+
+        def empty(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [empty(x) for x in value]
+            if not isinstance(value, Tensor) or _has_values(value):
+                return value
+            device = "cpu" if value.is_meta else value.device
+            # Tables must be contiguous; logits need no memory.
+            shape = () if value.is_floating_point() else value.shape
+            return torch.zeros(shape, dtype=value.dtype, device=device).expand(value.shape)
+
+        values = [empty(value) for value in packed]
+        for place in self._one_a_row:
+            if values[place] is not None and not _has_values(packed[place]):
+                values[place] = None  # the number beside them is 1
+        if "mask" in self.fields:
+            no_row = torch.zeros((), dtype=torch.bool, device=values[0].device)
+            mask = values[self.fields.index("mask")]
+            shape = values[0].shape[:-1] if mask is None else mask.shape
+            if mask is None or mask.dtype == torch.bool:
+                values[self.fields.index("mask")] = no_row.expand(shape)
+        return values
+
     def unpack(self, packed: Sequence[Any]) -> dict[str, Any]:
         """Every field by name, as the definitions take them: choices as names."""
         values = dict(zip(self.fields, packed, strict=False))
         for field, names in self.names.items():
             values[field] = tuple(names)[values[field]]
         return values
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Not one of a transform's, and not on the meta device."""
+    return not (
+        tensor.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or (
+            torch.autograd.forward_ad._current_level >= 0
+            and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+        )
+    )
 
 
 def _traced_number(value: Any) -> Tensor:
@@ -346,6 +388,9 @@ def numbers_tensor(function: str, name: str, values: Any, like: Tensor) -> Tenso
             f"{type(values).__name__}"
         )
     numbers = [to_number(function, name, value) for value in values]
+    for number in numbers:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{function}: {name} must be finite, got {number}")
     if torch.compiler.is_compiling():
         return torch.cat([_traced_number(value) for value in numbers]).to(like.device)
     return torch.tensor(numbers, dtype=torch.float64, device=like.device)

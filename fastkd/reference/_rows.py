@@ -30,7 +30,8 @@ def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
 
 
 def exp(log: Tensor) -> Tensor:
-    dead = log == -math.inf
+    # What is 0 has no slope either: its product with an overflow would be NaN.
+    dead = log < NO_WEIGHT
     return torch.where(dead, 0.0, log.masked_fill(dead, 0).exp())
 
 

@@ -32,7 +32,9 @@ def _teacher_log_probs(
     if mix == "logits":
         dead = (stacked < -DEAD) & counts
         live = torch.where(dead | ~counts, 0.0, stacked)
-        mixed = (live * per_row).sum(-1).masked_fill(dead.any(-1), -math.inf)
+        mixed = (live * per_row).sum(-1)
+        # NaN beside -inf is NaN, and so is +inf.
+        mixed = torch.where(dead.any(-1) & mixed.isfinite(), -math.inf, mixed + (mixed - mixed))
         return log_softmax(mixed, temperature)
     logs = stacked + per_row.log()
     return torch.log_softmax(logs.masked_fill(~counts, -math.inf).logsumexp(-1), -1)

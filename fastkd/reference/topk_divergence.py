@@ -11,6 +11,7 @@ from fastkd.reference._rows import (
     Rows,
     divergence_rows,
     exp,
+    from_largest,
     log_softmax,
     log_sum_exp,
     safe_log,
@@ -37,7 +38,8 @@ def topk_divergence_op(
 ) -> Tensor:
     """The raw op's loss, from its fields."""
     rows = Rows(student_logits, [teacher_log_probs], **row_options)
-    rows.student = relative_to_largest(rows.student)
+    as_given = rows.student
+    rows.student = relative_to_largest(as_given)
     stored = (teacher_indices >= 0) & rows.read.unsqueeze(-1)
     at = torch.where(stored, teacher_indices, 0).long()
     times = torch.zeros_like(rows.student, dtype=torch.int64).scatter_add(-1, at, stored.long())
@@ -67,6 +69,9 @@ def topk_divergence_op(
     )
     if tail == "renormalize":
         log_z = log_sum_exp(log_p)
+        # Relative to its own largest logit the support is a distribution however far it lies.
+        log_q = torch.where(stored, as_given.gather(-1, at), -math.inf)
+        log_q = from_largest(log_q) / rows.tau
         student_log_z = log_sum_exp(log_q)
         log_q = shifted(log_q, torch.where(student_log_z == -math.inf, 0.0, student_log_z))
         without = ((log_z == -math.inf) | (student_log_z == -math.inf)) & stored.any(-1, True)
