@@ -361,7 +361,7 @@ struct ClippedPasses : RowPasses<Real> {
   }
 };
 
-// A row in which a mass is too small: see clipped_small.h. False: the part has none on the teacher's side.
+// A row in which a mass is too small: see clipped_small.h.
 template <class Real>
 struct SmallPasses {
   const ClippedPasses<Real>& passes;
@@ -380,28 +380,21 @@ struct SmallPasses {
     for (int64_t i = 0; i < count; ++i) body(i, double(u[i]), double(w[i]), begin + i == passes.clip.kept_label);
   }
 
-  bool sum() {
-    struct Bases {
-      double p, q;
-    };
-    const SmallRow start = small;
-    const Bases bases = passes.template reduce_slices<Bases>(
+  void sum() {
+    small.set_bases(passes.template reduce_slices<SmallBases>(
         [&](int64_t slice) {
-          SmallRow mine = start;
+          SmallBases mine;
           passes.for_blocks(slice, [&](int64_t begin, int64_t count) {
-            for_entries(begin, count, [&](int64_t, double u, double w, bool kept) { mine.raise_bases(u, w, kept); });
+            for_entries(begin, count,
+                        [&](int64_t, double u, double w, bool kept) { raise(mine, small.bases_of(u, w, kept)); });
           });
-          return Bases{mine.p_base, mine.q_base};
+          return mine;
         },
-        [](Bases& all, const Bases& next) { all = {at_least(all.p, next.p), at_least(all.q, next.q)}; });
-    small.p_base = bases.p;
-    small.q_base = bases.q;
-    if (!small.settle_bases()) return false;
+        [](SmallBases& all, const SmallBases& next) { raise(all, next); }));
     small.finish(passes.sum_blocks([&](ClipSums& all, int64_t begin, int64_t count) {
       for_entries(begin, count,
                   [&](int64_t, double u, double w, bool kept) { add_entry(all, small.entry(u, w, kept)); });
     }));
-    return true;
   }
 
   template <class Function>
@@ -449,7 +442,8 @@ double clipped_row(ClippedRow& row, const SliceRunner& runner) {
   const GradientFactors<Real> factors(task, frame);
   double value, lower_gradient, upper_gradient;
   SmallPasses<Real> small(passes, frame);
-  if (poison == 0 && is_small(sums, row.renormalize, row.lump) && small.sum()) {
+  if (poison == 0 && is_small(sums, row.renormalize, row.lump)) {
+    small.sum();
     const SmallNumbers& numbers = small.small.numbers;
     value = numbers.value, lower_gradient = numbers.lower_gradient, upper_gradient = numbers.upper_gradient;
     if (row.base.teacher_gradient) small.write_teacher(factors.teacher);

@@ -3,7 +3,12 @@
 // Memory: as in softmax_divergence, two reads and one write of a row where it fits into the shared memory of a block or
 // cluster. Three passes: the normalisers; the sums over the part between the edges; the gradients. Edges that are
 // quantile levels take a pass more for each 8 bits that tell the teacher's logits apart, over shared memory likewise.
+// Rows with a small mass (clipped_small.h) are left to a second kernel: they are rare, and double precision would take
+// the registers of all.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
 
 #include "../tensor/clipped_divergence_entry.h"
 #include "clipped_divergence.cuh"
@@ -14,10 +19,12 @@ namespace {
 
 // A team's shared memory: [orders][the leading thread's][selection of quantiles][slots of the reductions][student row]
 // [teacher row].
-constexpr int kClipOrdersBytes = 256, kClipLeadBytes = 768, kSelectBytes = ClipSelect<AnySource>::kBytes;
+constexpr int kClipOrdersBytes = 256, kClipLeadBytes = 512, kSelectBytes = ClipSelect<AnySource>::kBytes;
 __host__ __device__ constexpr int64_t clip_team_bytes(bool warp, bool quantile) {
   return kClipOrdersBytes + kClipLeadBytes + (quantile ? kSelectBytes : 0) + (warp ? 0 : Team::kSharedBytes);
 }
+
+constexpr int kSmallThreads = 192, kSmallBlocks = 264;
 
 template <class Source>
 struct ClipWorker {
@@ -60,25 +67,30 @@ struct ClipWorker {
       sum_part<false>(source, orders, backwards);
     }
     orders = follow([&] { lead.finish(arguments.renormalize, arguments.lump, shared_orders); });
-    if (orders.small) {
-      sum_small(source, orders.kept, backwards);
-      orders = shared_load(shared_orders);
-    }
-    if (team.leads() && team.rank == 0) {
-      global_store(arguments.losses + row, arguments.row_weight(row) * lead.loss());
-      if (arguments.lower_gradient) {
-        lead.scale_bound_gradients(arguments.quantile, arguments.vocab);
-        put_bound_gradients(row, lead.numbers.lower_gradient, lead.numbers.upper_gradient);
-      }
-    }
-    if (!orders.student_gradient && !orders.teacher_gradient) return;
-    if (orders.small) {
-      write_small(source, orders, !backwards);
-    } else if (soft) {
+    if (team.leads() && team.rank == 0) put_results(row, orders.small);
+    if (orders.small || (!orders.student_gradient && !orders.teacher_gradient)) return;
+    if (soft) {
       write<true>(source, orders, !backwards);
     } else {
       write<false>(source, orders, !backwards);
     }
+    zero_beyond_vocab(arguments, row, team);
+  }
+
+  // A row that run() left, in double precision. By one block.
+  __device__ void run_small(int64_t row, const Source& source, SmallRow& small) const {
+    const ClipOrders<Real> orders = follow([&] { open(row, source); });
+    const RowState<double> state = first_pass<Pass::kNormalizersOnly>(source, team, orders);
+    if (team.leads()) lead.state = state;
+    if (arguments.quantile) find_quantiles(source, false);
+    follow([&] {
+      lead.begin(arguments.quantile, shared_orders);
+      small.set(lead.task, lead.frame, lead.edges, arguments.renormalize);
+    });
+    sum_small(source, orders.kept, small);
+    if (team.leads()) put_results(row, false);
+    if (!orders.student_gradient && !orders.teacher_gradient) return;
+    write_small(source, small);
     zero_beyond_vocab(arguments, row, team);
   }
 
@@ -103,7 +115,19 @@ struct ClipWorker {
       lead.label_logit = lead.task.has_label ? double(source.student_logit(label)) : 0;
     } else if (team.rank == 0) {
       global_store(arguments.losses + row, 0.0);
+      if (arguments.small) global_store(arguments.small + row, false);
       if (arguments.lower_gradient) put_bound_gradients(row, 0, 0);
+    }
+  }
+
+  // small: what comes of the row is left to clipped_divergence_small_kernel. By the leading thread.
+  __device__ __forceinline__ void put_results(int64_t row, bool small) const {
+    if (arguments.small) global_store(arguments.small + row, small);
+    if (small) return;
+    global_store(arguments.losses + row, arguments.row_weight(row) * lead.loss());
+    if (arguments.lower_gradient) {
+      lead.scale_bound_gradients(arguments.quantile, arguments.vocab);
+      put_bound_gradients(row, lead.numbers.lower_gradient, lead.numbers.upper_gradient);
     }
   }
 
@@ -147,82 +171,49 @@ struct ClipWorker {
     if (team.leads()) out[0] = slope.a, out[1] = slope.p, out[2] = slope.q;
   }
 
-  // Two more passes for a row with a small mass, and with soft edges three more.
-  __device__ __forceinline__ void sum_small(const Source& source, int label, bool backwards) const {
-    ClipBases mine{-INFINITY, -INFINITY};
-    for_logits(source, label, backwards, [&](double u, double w, bool kept) {
-      const ClipBases next = lead.small_bases(u, w, kept);
-      mine = {at_least(mine.p, next.p), at_least(mine.q, next.q)};
-    });
-    const ClipBases bases = team.sum(
-        mine, [](ClipBases& all, const ClipBases& next) { all = {at_least(all.p, next.p), at_least(all.q, next.q)}; });
-    if (!follow([&] { lead.begin_small(bases, shared_orders); }).small) return;
-    ClipInside inside{};
-    for_logits(source, label, backwards,
-               [&](double u, double w, bool kept) { inside.add(lead.small_inside(u, w, kept)); });
-    put_inside(inside);
-#pragma unroll 1
-    for (int edge = 0; arguments.softness != 0 && edge < 3; ++edge) {
-      ClipSlope slope{};
-      for_logits(source, label, backwards,
-                 [&](double u, double w, bool kept) { slope.add(lead.small_slope(edge, u, w, kept)); });
-      put_slope(slope, edge == 0 ? lead.sums.lower : edge == 1 ? lead.sums.upper : lead.sums.own);
+  // See clipped_small.h: the bases, then what is relative to them.
+  __device__ __forceinline__ void sum_small(const Source& source, int kept, SmallRow& small) const {
+    SmallBases mine;
+    for (int column = team.thread; column < arguments.vocab; column += team.threads) {
+      const Raw raw = source.template fetch<false>(column);
+      raise(mine, small.bases_of(Source::student_of(raw, 0), Source::teacher_of(raw, 0), column == kept));
     }
-    follow([&] { lead.finish_small(shared_orders); });
-  }
-
-  // Calls f(student's logit, teacher's logit, whether it is the kept label) for each of the thread's entries.
-  template <class Function>
-  __device__ __forceinline__ void for_logits(const Source& source, int kept_label, bool backwards,
-                                             const Function& f) const {
-    for_packs<false>(source, team, backwards, [&](int pack, Raw raw) {
-      const int kept = kept_label < 0 ? -1 : kept_label - source.column(pack);
-#pragma unroll 1
-      for (int first = 0; first < kSize; first += Source::kWord, Source::next_word(raw)) {
-#pragma unroll
-        for (int j = 0; j < Source::kWord; ++j) {
-          f(double(Source::student_of(raw, j)), double(Source::teacher_of(raw, j)), first + j == kept);
-        }
-      }
+    const SmallBases bases = team.sum(mine, [](SmallBases& all, const SmallBases& next) { raise(all, next); });
+    follow([&] { small.set_bases(bases); });
+    ClipSums sums{};
+    for (int column = team.thread; column < arguments.vocab; column += team.threads) {
+      const Raw raw = source.template fetch<false>(column);
+      add_entry(sums, small.entry(Source::student_of(raw, 0), Source::teacher_of(raw, 0), column == kept));
+    }
+    put_inside({sums.k, sums.a, sums.p, sums.q, 0, sums.p_rest, 0});
+    if (arguments.softness != 0) {
+      put_slope({sums.lower[0], sums.lower[1], sums.lower[2]}, lead.sums.lower);
+      put_slope({sums.upper[0], sums.upper[1], sums.upper[2]}, lead.sums.upper);
+      put_slope({sums.own[0], sums.own[1], sums.own[2]}, lead.sums.own);
+    }
+    follow([&] {
+      small.finish(lead.sums);
+      lead.numbers.value = small.numbers.value;
+      lead.numbers.lower_gradient = small.numbers.lower_gradient;
+      lead.numbers.upper_gradient = small.numbers.upper_gradient;
     });
   }
 
-  __device__ __forceinline__ void write_small(const Source& source, const ClipOrders<Real>& orders,
-                                              bool backwards) const {
-    for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
-      const int column = source.column(pack), kept = orders.kept - column, label = orders.label - column;
+  __device__ __forceinline__ void write_small(const Source& source, const SmallRow& small) const {
+    const ClipOrders<Real> orders = shared_load(shared_orders);
+    for (int column = team.thread; column < arguments.vocab; column += team.threads) {
+      const Raw raw = source.template fetch<false>(column);
+      const double u = Source::student_of(raw, 0);
+      const SmallEntry e = small.entry(u, Source::teacher_of(raw, 0), column == orders.kept);
       if (orders.teacher_gradient) {
-        source.store_teacher(pack, map_logits(raw, [&](Real u, Real w, int j) {
-                               const bool own = orders.kept >= 0 && j == kept;
-                               return Real(lead.small_teacher(orders.factors.teacher, double(u), double(w), own));
-                             }));
+        source.store_teacher(column, Real(orders.factors.teacher * small.teacher_gradient(e)));
       }
       if (orders.student_gradient) {
-        source.store_student(
-            pack, map_logits(raw, [&](Real u, Real w, int j) {
-              const bool own = orders.kept >= 0 && j == kept;
-              const GradientFactors<Real>& factors = orders.factors;
-              Real g = Real(lead.small_student(factors.student, factors.label_q, double(u), double(w), own));
-              if (orders.label_scale != Real(0)) g += label_gradient(orders, u);
-              return orders.label >= 0 && j == label ? g - factors.label : g;
-            }));
-      }
-    });
-  }
-
-  // f(student's logit, teacher's logit, place in the pack) for each of a pack's entries.
-  template <class Function>
-  __device__ __forceinline__ Out map_logits(Raw raw, const Function& f) const {
-    Out out{};
-#pragma unroll 1
-    for (int first = 0; first < kSize; first += Source::kWord, Source::next_word(raw)) {
-#pragma unroll
-      for (int j = 0; j < Source::kWord; ++j) {
-        if (j == 0) Source::next_word(out);
-        Source::put_last(out, j, f(Source::student_of(raw, j), Source::teacher_of(raw, j), first + j));
+        double g = orders.factors.student * small.student_gradient(e) + orders.factors.label_q * e.q;
+        if (orders.label_scale != Real(0)) g += label_gradient(orders, Real(u));
+        source.store_student(column, Real(column == orders.label ? g - orders.factors.label : g));
       }
     }
-    return out;
   }
 
   // Of the label's softmax, where that is not q.
@@ -299,6 +290,27 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   });
 }
 
+// Rows that clipped_divergence_kernel left, one a block. What is not flagged costs a look at its flag.
+__global__ void __launch_bounds__(kSmallThreads) clipped_divergence_small_kernel(const ClippedArguments arguments) {
+  unsigned char* const shared = shared_memory();
+  const int64_t team_bytes = clip_team_bytes(false, arguments.quantile), blocks = gridDim.x;
+  const Team team(shared + team_bytes - Team::kSharedBytes, 1);
+  const ClipWorker<AnySource> worker(arguments, team, shared);
+  SmallRow& small = *reinterpret_cast<SmallRow*>(shared + team_bytes);
+  for (int64_t first = blockIdx.x; first < arguments.rows; first += blocks * team.threads) {
+    const int64_t mine = first + team.thread * blocks;
+    const int flagged = mine < arguments.rows && global_load(arguments.small + mine);
+    if (team.block_sum(flagged, [](int& all, int next) { all += next; }, /*everywhere=*/true) == 0) continue;
+#pragma unroll 1
+    for (int i = 0; i < team.threads; ++i) {
+      const int64_t row = first + i * blocks;
+      if (row >= arguments.rows || !global_load(arguments.small + row)) continue;
+      worker.run_small(row, AnySource(arguments, row, RowLaunch{}, 0, shared, nullptr), small);
+      team.sync();
+    }
+  }
+}
+
 template <class Source>
 void launch_source(const Device& device, const ClippedArguments& arguments, int element_size) {
   const int64_t overhead = clip_team_bytes(false, arguments.quantile);
@@ -338,9 +350,18 @@ struct Cuda {
     a.lump = problem.lump;
     a.quantile = problem.quantile;
     a.softness = problem.softness;
+    std::optional<Tensor> small;
+    if (a.lump || a.renormalize != Renormalize::kNone) {
+      small = torch::stable::new_empty(problem.student_tensor, {problem.rows}, ScalarType::Bool);
+      a.small = static_cast<bool*>(small->data_ptr());
+    }
     with_source(source_kind(a), [&](auto source, int element_size) {
       launch_source<typename decltype(source)::Type>(device, a, element_size);
     });
+    if (small) {
+      device.launch(clipped_divergence_small_kernel, problem.rows < kSmallBlocks ? problem.rows : kSmallBlocks,
+                    kSmallThreads, clip_team_bytes(false, a.quantile) + int64_t(sizeof(SmallRow)), 1, a);
+    }
     return losses.finish();
   }
 };

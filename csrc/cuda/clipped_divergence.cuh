@@ -13,13 +13,14 @@ struct ClippedArguments : RowArguments {
   Renormalize renormalize;
   bool keep_label, lump, quantile;
   double softness;
+  bool* small;  // of each row: a mass is too small for the sums of clipped_divergence_kernel; null: it never is
 };
 
 // What the leading thread tells the others.
 template <class Real>
 struct ClipOrders : Orders<Real> {
   int kept;               // the label that is wholly in the part; -1: none
-  bool small;             // a mass is too small for these sums: see clipped_small.h
+  bool small;             // see ClippedArguments
   Real low, high, sharp;  // hard edges are logits; soft ones probabilities, sharp = 1 / softness
   Real alpha, gamma, delta, by_a, by_p, by_own_p, by_q, mean;
 };
@@ -136,11 +137,6 @@ __device__ __forceinline__ Real clip_teacher_gradient(const ClipOrders<Real>& or
   return orders.factors.teacher * o.p * (own - orders.mean);
 }
 
-// What small masses are relative to.
-struct ClipBases {
-  double p, q;
-};
-
 // A quantile: something that grows with the logits, at `below` plus `fraction` of what it differs by at `above`.
 struct ClipQuantile {
   double below, above, fraction;
@@ -156,7 +152,6 @@ struct ClipLead {
   ClipQuantile quantiles[2];  // of both edges
   ClipSums sums;
   ClipNumbers numbers;
-  SmallRow small;
   double label_logit, poison;
 
   // Bounds as given. What no check could see makes the row NaN, and is then not used; a label outside is a NaN weight.
@@ -214,7 +209,6 @@ struct ClipLead {
   __device__ __noinline__ void finish(Renormalize renormalize, bool lump, ClipOrders<Real>* told) {
     ClipOrders<Real> orders = shared_load(told);
     orders.small = poison == 0 && is_small(sums, renormalize, lump);
-    if (orders.small) small.set(task, frame, edges, renormalize);
     numbers = clip_numbers(sums, renormalize, lump, poison);
     orders.factors.teacher = Real(orders.factors.teacher * numbers.gain);
     orders.alpha = Real(numbers.alpha);
@@ -226,49 +220,6 @@ struct ClipLead {
     orders.by_q = Real(numbers.by_q);
     orders.mean = Real(numbers.mean);
     shared_store(told, orders);
-  }
-
-  // The passes of a row with a small mass. Where the part has none, the row goes on as it was.
-  __device__ __noinline__ void begin_small(ClipBases bases, ClipOrders<Real>* told) {
-    small.p_base = bases.p;
-    small.q_base = bases.q;
-    ClipOrders<Real> orders = shared_load(told);
-    orders.small = small.settle_bases();
-    shared_store(told, orders);
-  }
-  __device__ __noinline__ void finish_small(ClipOrders<Real>* told) {
-    small.finish(sums);
-    numbers.value = small.numbers.value;
-    numbers.lower_gradient = small.numbers.lower_gradient;
-    numbers.upper_gradient = small.numbers.upper_gradient;
-    ClipOrders<Real> orders = shared_load(told);
-    orders.factors = GradientFactors<Real>(task, frame);
-    shared_store(told, orders);
-  }
-  // By all threads, of an entry each; by value, since what a reference leads to would be local memory.
-  __device__ __noinline__ ClipBases small_bases(double u, double w, bool kept) const {
-    SmallRow mine = small;
-    mine.raise_bases(u, w, kept);
-    return {mine.p_base, mine.q_base};
-  }
-  __device__ __noinline__ ClipInside small_inside(double u, double w, bool kept) const {
-    ClipSums sums{};
-    add_entry(sums, small.entry(u, w, kept));
-    return {sums.k, sums.a, sums.p, sums.q, 0, sums.p_rest, 0};
-  }
-  // Of the lower edge (0), the upper one (1), or of the probability itself (2).
-  __device__ __noinline__ ClipSlope small_slope(int which, double u, double w, bool kept) const {
-    const SmallEntry e = small.entry(u, w, kept);
-    const double both = -e.p, p = which == 0 ? e.lower_p : which == 1 ? e.upper_p : both * (e.lower_p + e.upper_p);
-    const double q = which == 0 ? e.lower_q : which == 1 ? e.upper_q : both * (e.lower_q + e.upper_q);
-    return {p * e.log_ratio, p, q};
-  }
-  __device__ __noinline__ double small_student(double factor, double label_q, double u, double w, bool kept) const {
-    const SmallEntry entry = small.entry(u, w, kept);
-    return factor * small.student_gradient(entry) + label_q * entry.q;
-  }
-  __device__ __noinline__ double small_teacher(double factor, double u, double w, bool kept) const {
-    return factor * small.teacher_gradient(small.entry(u, w, kept));
   }
 
   __device__ __noinline__ double loss() const {

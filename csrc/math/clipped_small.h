@@ -21,6 +21,11 @@ struct LogShares {
   double own, rest, lower, upper;
 };
 
+// What masses are relative to, as logarithms.
+struct SmallBases {
+  double p = -INFINITY, q = -INFINITY;
+};
+
 // What is known of one entry.
 struct SmallEntry {
   double p, q;       // probabilities
@@ -57,7 +62,7 @@ struct SmallRow {
   double low, high;                                                     // hard edges: logits; soft: probabilities
   double sharp;                                                         // 1 / softness; 0: hard edges
   bool lump, both;
-  double p_base, q_base;  // B and C: -inf while they are looked for where there are any
+  double p_base, q_base;  // B and C
   SmallNumbers numbers;
 
   template <class Real>
@@ -75,8 +80,6 @@ struct SmallRow {
     sharp = soft ? 1 / edges.softness : 0;
     lump = renormalize == Renormalize::kNone;
     both = renormalize == Renormalize::kBoth;
-    p_base = lump ? 0 : -INFINITY;
-    q_base = lump || both ? -INFINITY : 0;
   }
 
   FASTKD_INLINE double log_q(double u) const {
@@ -101,18 +104,15 @@ struct SmallRow {
     return {own, log_of_sum(not_above, above + not_below), own + not_above, own + not_below};
   }
 
-  // The logarithms of an entry's mass relative to nothing: B and C are the largest of them.
-  FASTKD_INLINE void raise_bases(double u, double w, bool kept) {
+  // Of one entry: B and C are the largest of these.
+  FASTKD_INLINE SmallBases bases_of(double u, double w, bool kept) const {
     const double b = log_p(w);
     const LogShares log = shares(w, b, kept);
-    if (!lump) p_base = at_least(p_base, log.own + b);
-    if (lump || both) q_base = at_least(q_base, (lump ? log.rest : log.own) + log_q(u));
+    return {lump ? 0 : log.own + b, lump || both ? (lump ? log.rest : log.own) + log_q(u) : 0};
   }
-
-  // -> whether there is anything to compare.
-  FASTKD_INLINE bool settle_bases() {
-    if (q_base == -INFINITY) q_base = 0;
-    return p_base > -INFINITY;
+  FASTKD_INLINE void set_bases(const SmallBases& largest) {
+    p_base = largest.p == -INFINITY ? 0 : largest.p;  // no mass
+    q_base = largest.q == -INFINITY ? 0 : largest.q;
   }
 
   FASTKD_INLINE SmallEntry entry(double u, double w, bool kept) const {
@@ -153,7 +153,7 @@ struct SmallRow {
       out.by_rest_p = ratio;
       out.by_share_p = -ratio - 1;
       out.by_share_q = -out.by_part_q;
-    } else {
+    } else if (p > 0) {  // else there is nothing to compare
       const bool none = both && q == 0;
       out.value = none ? double(INFINITY) : at_least(0.0, sums.a / p - ::log(p) + (both ? ::log(q) : 0));
       out.by_q = both ? 0 : 1;
@@ -187,6 +187,11 @@ struct SmallRow {
   }
 };
 
+FASTKD_INLINE void raise(SmallBases& all, const SmallBases& next) {
+  all.p = at_least(all.p, next.p);
+  all.q = at_least(all.q, next.q);
+}
+
 // Sums over entries: k is infinite where mass is lost, q = Q'.
 FASTKD_INLINE void add_entry(ClipSums& sums, const SmallEntry& e) {
   if (e.lost) sums.k = INFINITY;
@@ -194,13 +199,14 @@ FASTKD_INLINE void add_entry(ClipSums& sums, const SmallEntry& e) {
   sums.p += e.own_p;
   sums.q += e.part_q;
   sums.p_rest += e.rest_p;
-  const double lower[3] = {e.lower_p * e.log_ratio, e.lower_p, e.lower_q};
-  const double upper[3] = {e.upper_p * e.log_ratio, e.upper_p, e.upper_q};
-  for (int i = 0; i < 3; ++i) {
-    sums.lower[i] += lower[i];
-    sums.upper[i] += upper[i];
-    sums.own[i] -= e.p * (lower[i] + upper[i]);
-  }
+  const auto add = [&](double (&slope)[3], double p, double q) {
+    slope[0] += p * e.log_ratio;
+    slope[1] += p;
+    slope[2] += q;
+  };
+  add(sums.lower, e.lower_p, e.lower_q);
+  add(sums.upper, e.upper_p, e.upper_q);
+  add(sums.own, -e.p * (e.lower_p + e.upper_p), -e.p * (e.lower_q + e.upper_q));
 }
 
 }  // namespace fastkd::FASTKD_ISA
