@@ -66,7 +66,8 @@ FASTKD_INLINE float neighbour(float x, float towards) { return ::nextafterf(x, t
 FASTKD_INLINE double neighbour(double x, double towards) { return ::nextafter(x, towards); }
 
 // The logit that a hard edge at probability p stands for: tokens from it on, or (upper) up to it, are inside. Numbers
-// may lie far apart there: the one next to the edge must be on its right side.
+// may lie far apart there: the one next to the edge must be on its right side, unless it is the edge up to the
+// roundings of lse, a sum of floats.
 template <class Real>
 FASTKD_INLINE double edge_logit(double p, bool upper, double origin, double scale, double lse) {
   if (p <= 0) return -INFINITY;
@@ -74,13 +75,15 @@ FASTKD_INLINE double edge_logit(double p, bool upper, double origin, double scal
   const double step = (::log2(p) + lse) / scale;
   const Real edge = Real(origin + step);
   const double missing = (step - (double(edge) - origin)) * scale;
-  constexpr double kFar = 0x1p-10;
+  constexpr double kFar = 0x1p-16;
   if (upper && missing < -kFar) return neighbour(edge, Real(-INFINITY));
   if (!upper && missing > kFar) return neighbour(edge, Real(INFINITY));
   return edge;
 }
 
-// Whether a mass that the value divides by, or takes the logarithm of, is too small for these sums.
+// Whether a mass that the value divides by, or takes the logarithm of, is too small for these sums. A
+// rest whose sum is 0 on the teacher's side (below 2^-126 each in float) is nothing, whatever the student's: to tell it
+// from an empty one would take another sum in every row.
 FASTKD_INLINE bool is_small(const ClipSums& sums, Renormalize renormalize, bool lump) {
   if (renormalize == Renormalize::kNone) return lump && sums.p_rest > 0 && sums.q_rest < kLeastShare;
   return sums.p < kLeastShare || (renormalize == Renormalize::kBoth && sums.q < kLeastShare);
