@@ -215,11 +215,11 @@ def dtype_of(problem: Problem) -> torch.dtype:
     return min((x.dtype for x in flat), key=lambda d: BITS[d])
 
 
-def gradient_room(problem: Problem, exact: Tensor, dtype: torch.dtype) -> float:
-    """How far, in norm, a gradient may be: rounded, scaled and rounded again."""
+def gradient_room(problem: Problem, exact: Tensor, dtype: torch.dtype, name: str = "") -> float:
+    """How far, in norm, a gradient (of `name`) may be: rounded, scaled and rounded again."""
     divergence = problem.options.get("divergence", "forward_kl")
-    name = divergence if problem.op == "softmax_divergence" else "jsd"
-    room = (4 / 3) * allowed_error(exact, dtype, name)
+    kind = divergence if problem.op == "softmax_divergence" else "jsd"
+    room = (4 / 3) * allowed_error(exact, dtype, kind)
     if problem.op != "alm_loss":
         # Its floor is a rounding of probabilities, which are divided by the temperature.
         low, high = extremes(problem.options.get("temperature", 1.0))
@@ -228,7 +228,10 @@ def gradient_room(problem: Problem, exact: Tensor, dtype: torch.dtype) -> float:
         room = max(room, 2e-5 * exact.norm().item())
     if problem.op == "clipped_divergence":
         # p (h - mean of h) with h and its mean rounded: what is left of it may be much smaller.
-        room += 4 * (2.0**-52 if dtype == torch.float64 else 2.0**-24) * log_ratio(problem)
+        size = log_ratio(problem)
+        if name == "teacher_logits":
+            size = max(size, teacher_terms(problem))
+        room += 4 * (2.0**-52 if dtype == torch.float64 else 2.0**-24) * size
     return room
 
 
@@ -241,8 +244,8 @@ def extremes(temperature: float | Tensor) -> tuple[float, float]:
     return float(temperature.min()), float(temperature.max())
 
 
-def log_ratio(problem: Problem) -> float:
-    """The largest row's sum of p |log p - log q|: the terms of a divergence without their signs."""
+def log_probabilities(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Of the student and of the teacher."""
     options = problem.options
     student_temperature = options.get("temperature", 1.0)
     teacher_temperature = options.get("teacher_temperature", student_temperature)
@@ -256,8 +259,58 @@ def log_ratio(problem: Problem) -> float:
             ("teacher_logits", teacher_temperature),
         )
     )
+    return log_q, log_p
+
+
+def log_ratio(problem: Problem) -> float:
+    """The largest row's sum of p |log p - log q|: the terms of a divergence without their signs."""
+    log_q, log_p = log_probabilities(problem)
     terms = log_p.exp() * (log_p - log_q).abs()
     return terms.nan_to_num(0, 0, 0).sum(-1).max().item() if terms.numel() else 0.0
+
+
+def teacher_terms(problem: Problem) -> float:
+    """The largest row's sum of the terms of clipped_divergence's gradient by the teacher.
+
+    With shares s(p) of the part, r = s p, or r = s p / P where the part is renormalised, and
+    c = log p - log q that is sum r |(1 + p dlog s/dp) c| / temperature; dlog s/dp is at most
+    1 / softness in size.
+    """
+    options, (log_q, log_p) = problem.options, log_probabilities(problem)
+    if not log_p.numel():
+        return 0.0
+    p = log_p.exp()
+    edges = []
+    for name in ("lower", "upper"):
+        edge = torch.as_tensor(options[name], dtype=torch.float64).expand(p.shape[:-1])
+        if options.get("quantile"):
+            ordered, place = p.sort(-1).values, edge * (p.size(-1) - 1)
+            at = place.long()
+            ends = (
+                ordered.gather(-1, i.unsqueeze(-1)).squeeze(-1) for i in (at, place.ceil().long())
+            )
+            edge = torch.lerp(*ends, place - at)
+        edges.append(edge.unsqueeze(-1))
+    if softness := options.get("softness"):
+        above, below = (p - edges[0]) / softness, (edges[1] - p) / softness
+        log_share = torch.nn.functional.logsigmoid(above) + torch.nn.functional.logsigmoid(below)
+    else:
+        inside = (p >= edges[0] * (1 - 1e-6)) & (p <= edges[1] * (1 + 1e-6))
+        log_share = torch.where(inside, 0.0, -torch.inf)
+    labels = options.get("labels")
+    if labels is not None and options.get("keep_label", True) and not options.get("shift"):
+        kept = labels.clamp(0, p.size(-1) - 1).long().unsqueeze(-1)
+        log_share = log_share.scatter(-1, kept, 0.0)
+    weight = log_share + log_p
+    if options.get("renormalize", "none") != "none":
+        weight = weight.log_softmax(-1)
+    slope = 1 + p / softness if softness else 1.0
+    terms = (weight.exp() * slope * (log_p - log_q).abs()).nan_to_num(0, 0, 0).sum(-1)
+    temperature = options.get("temperature", 1.0)
+    terms = terms / torch.as_tensor(options.get("teacher_temperature", temperature))
+    if options.get("square_temperature"):
+        terms = terms * torch.as_tensor(temperature) ** 2
+    return terms.max().item()
 
 
 def edge_room(problem: Problem, exact: Tensor) -> float:

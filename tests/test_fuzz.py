@@ -210,7 +210,8 @@ def check_gradient(problem, exact, name, mine, value, where) -> None:
         over = (found[number] == row.sign() * math.inf) & (row.abs() >= limit)
         error = (found[number] - row).masked_fill(over, 0).norm().item()
         # Of alm_loss what a row's gradient is multiplied with is the chunk's, often large.
-        room = gradient_room(problem, right if problem.op == "alm_loss" else row, mine.dtype)
+        whole = right if problem.op == "alm_loss" else row
+        room = gradient_room(problem, whole, mine.dtype, name)
         room += slope_room(problem, exact)
         if name in ("lower", "upper"):
             room = 2e-5 * row.abs().max().item() + edge_room(exact.problem, row)
