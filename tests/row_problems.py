@@ -270,11 +270,12 @@ def log_ratio(problem: Problem) -> float:
 
 
 def teacher_terms(problem: Problem) -> float:
-    """The largest row's sum of the terms of clipped_divergence's gradient by the teacher.
+    """The largest row's sum of what roundings in clipped_divergence's teacher gradient multiply.
 
-    With shares s(p) of the part, r = s p, or r = s p / P where the part is renormalised, and
-    c = log p - log q that is sum r |(1 + p dlog s/dp) c| / temperature; dlog s/dp is at most
-    1 / softness in size.
+    With shares s(p) of the part, r = s p, or r = s p / P where the part is renormalised,
+    c = log p - log q and t = p dlog s/dp, the gradient is a sum of r (1 + t) c over the
+    temperature. A rounding of c moves a term by r (1 + t) |c|, one of p before the edge is
+    subtracted by r ((1 + |t|) |t| + p^2 |d^2 log s/dp^2|) |c|.
     """
     options, (log_q, log_p) = problem.options, log_probabilities(problem)
     if not log_p.numel():
@@ -294,17 +295,18 @@ def teacher_terms(problem: Problem) -> float:
     if softness := options.get("softness"):
         above, below = (p - edges[0]) / softness, (edges[1] - p) / softness
         log_share = torch.nn.functional.logsigmoid(above) + torch.nn.functional.logsigmoid(below)
+        a, b, steep = above.sigmoid(), below.sigmoid(), p / softness
+        slope = (1 + steep * (b - a).abs()) ** 2 + steep**2 * (a * (1 - a) + b * (1 - b))
     else:
         inside = (p >= edges[0] * (1 - 1e-6)) & (p <= edges[1] * (1 + 1e-6))
-        log_share = torch.where(inside, 0.0, -torch.inf)
-    labels = options.get("labels")
+        log_share, slope = torch.where(inside, 0.0, -torch.inf), 1.0
+    labels = options.get("labels", problem.columns.get("labels"))
     if labels is not None and options.get("keep_label", True) and not options.get("shift"):
         kept = labels.clamp(0, p.size(-1) - 1).long().unsqueeze(-1)
         log_share = log_share.scatter(-1, kept, 0.0)
     weight = log_share + log_p
     if options.get("renormalize", "none") != "none":
         weight = weight.log_softmax(-1)
-    slope = 1 + p / softness if softness else 1.0
     terms = (weight.exp() * slope * (log_p - log_q).abs()).nan_to_num(0, 0, 0).sum(-1)
     temperature = options.get("temperature", 1.0)
     terms = terms / torch.as_tensor(options.get("teacher_temperature", temperature))
