@@ -273,9 +273,10 @@ def teacher_terms(problem: Problem) -> float:
     """The largest row's sum of what roundings in clipped_divergence's teacher gradient multiply.
 
     With shares s(p) of the part, r = s p, or r = s p / P where the part is renormalised,
-    c = log p - log q and t = p dlog s/dp, the gradient is a sum of r (1 + t) c over the
-    temperature. A rounding of c moves a term by r (1 + t) |c|, one of p before the edge is
-    subtracted by r ((1 + |t|) |t| + p^2 |d^2 log s/dp^2|) |c|.
+    h = log p - log q + 1 and t = p dlog s/dp, the gradient is a sum of r (1 + t) h over the
+    temperature. A rounding of h moves a term by r (1 + t) |h|, one of p before the edge is
+    subtracted by r ((1 + |t|) |t| + p^2 |d^2 log s/dp^2|) |h|. Where both sides are
+    renormalised the student's share s q / Q is another such r, with h = 1.
     """
     options, (log_q, log_p) = problem.options, log_probabilities(problem)
     if not log_p.numel():
@@ -304,10 +305,13 @@ def teacher_terms(problem: Problem) -> float:
     if labels is not None and options.get("keep_label", True) and not options.get("shift"):
         kept = labels.clamp(0, p.size(-1) - 1).long().unsqueeze(-1)
         log_share = log_share.scatter(-1, kept, 0.0)
-    weight = log_share + log_p
-    if options.get("renormalize", "none") != "none":
+    renormalize, weight = options.get("renormalize", "none"), log_share + log_p
+    if renormalize != "none":
         weight = weight.log_softmax(-1)
-    terms = (weight.exp() * slope * (log_p - log_q).abs()).nan_to_num(0, 0, 0).sum(-1)
+    terms = weight.exp() * (1 + (log_p - log_q).abs())
+    if renormalize == "both":
+        terms = terms + (log_share + log_q).log_softmax(-1).exp()
+    terms = (slope * terms).nan_to_num(0, 0, 0).sum(-1)
     temperature = options.get("temperature", 1.0)
     terms = terms / torch.as_tensor(options.get("teacher_temperature", temperature))
     if options.get("square_temperature"):
@@ -319,10 +323,12 @@ def edge_room(problem: Problem, exact: Tensor) -> float:
     """How far the gradient of a soft edge may be: a sum of ds/dedge p log(p / q) in both signs.
 
     ds/dedge is up to 1/4 of sharp = 1 / softness, and changes by up to a tenth of its square with
-    p, which is rounded.
+    p, which is rounded. All of it is multiplied as the loss is.
     """
     sharp = 1 / problem.options["softness"]
     eps = (
         2.0**-52 if exact.dtype == torch.float64 and dtype_of(problem) == exact.dtype else 2.0**-24
     )
-    return 4 * eps * sharp * (1 + 0.1 * sharp) * (1 + log_ratio(problem))
+    _, high = extremes(problem.options.get("temperature", 1.0))
+    scale = high**2 if problem.options.get("square_temperature") else 1.0
+    return 4 * eps * scale * sharp * (1 + 0.1 * sharp) * (1 + log_ratio(problem))
