@@ -1,4 +1,4 @@
-"""fastkd.acm and acm_prefix_loss beside one dense GEMM pair and plain PyTorch.
+"""fastkd.acm and acm.prefix_loss beside one dense GEMM pair and plain PyTorch.
 
 Rows choose how many of N learners run on them, f of all on average; the dense pair is as wide as
 all learners together, so that f times its time is what there is to reach. `--quick` takes a second
@@ -26,7 +26,7 @@ from benchmarks.command import RESULTS
 from benchmarks.harness import OURS, SHARED_CORES, TOLERANCES
 from benchmarks.measure import Memory, Timing, cpu_seconds_of_others, memory_of, time_interleaved
 from benchmarks.report import finish_table, milliseconds, require_extra
-from fastkd import _learners, _routed
+from fastkd.acm import _kernels, _products
 
 ROWS, WIDTH, LEARNERS, HIDDEN = 4096, 768, 4, 768
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -181,7 +181,7 @@ def check(name: str, steps: dict[str, Step], exact: Step) -> None:
 
 def torch_prefixes(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, choices: Tensor) -> Tensor:
     """The same over sorted prefixes in torch's products, in place: other dtypes' way."""
-    return _learners.forward(x, w1, b1, w2, choices, None, "gelu", False, False)[0]
+    return _products.forward(x, w1, b1, w2, choices, None, "gelu", False, False)[0]
 
 
 def routed_case(rows: int, share: float, gradient: bool, peers: bool) -> Case:
@@ -196,7 +196,7 @@ def routed_case(rows: int, share: float, gradient: bool, peers: bool) -> Case:
     steps = {name: make(function, operands, choices) for name, function in functions.items()}
     steps[DENSE] = make(dense, (operands[0], *dense_weights(operands)))
     if not gradient and rows == ROWS:
-        steps[ROUTING] = partial(_routed.route, choices, LEARNERS)
+        steps[ROUTING] = partial(_kernels.route, choices, LEARNERS)
     what = "forward + backward" if gradient else "forward"
     name = f"{rows:,} rows, f = {share:g}, {what}"
     exact = [value.double() for value in operands]
@@ -207,12 +207,12 @@ def routed_case(rows: int, share: float, gradient: bool, peers: bool) -> Case:
 
 
 def prefix_case(peers: bool) -> Case:
-    """acm_prefix_loss with gradients of the learners, as phase I takes it."""
+    """acm.prefix_loss with gradients of the learners, as phase I takes it."""
     x, *weights = problem(ROWS)
     target = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(2))
 
     def ours(*leaves: Tensor) -> Tensor:
-        return fastkd.acm_prefix_loss(x, *leaves, target)
+        return fastkd.acm.prefix_loss(x, *leaves, target)
 
     def eager(*leaves: Tensor) -> Tensor:
         return eager_prefix_loss(x, *leaves, target)
@@ -221,7 +221,7 @@ def prefix_case(peers: bool) -> Case:
         return (dense(x, *leaves) - target).square().mean()
 
     def exact(*leaves: Tensor) -> Tensor:
-        return fastkd.reference.acm_prefix_loss(x.double(), *leaves, target.double())
+        return fastkd.reference.acm.prefix_loss(x.double(), *leaves, target.double())
 
     steps = {OURS: forward_backward(ours, weights)}
     if peers:

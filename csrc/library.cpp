@@ -5,14 +5,14 @@
 
 #include <string>
 
-#include "tensor/allocate.h"
-#include "tensor/byte_log_probs_entry.h"
-#include "tensor/chunk_log_likelihood_entry.h"
-#include "tensor/clipped_divergence_entry.h"
-#include "tensor/softmax_divergence_entry.h"
-#include "tensor/teacher_topk_entry.h"
-#include "tensor/token_stats_entry.h"
-#include "tensor/topk_divergence_entry.h"
+#include "arguments/allocate.h"
+#include "arguments/byte_log_probs_entry.h"
+#include "arguments/chunk_log_likelihood_entry.h"
+#include "arguments/clipped_divergence_entry.h"
+#include "arguments/softmax_divergence_entry.h"
+#include "arguments/teacher_topk_entry.h"
+#include "arguments/token_stats_entry.h"
+#include "arguments/topk_divergence_entry.h"
 
 #ifndef FASTKD_LIBRARY
 #define FASTKD_LIBRARY fastkd
@@ -30,7 +30,7 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
   define_op<TokenStats>(m);
   // The names behind the integers of the ops above: "op.field=name,name;op.field=..."
   m.def("_choices() -> str");
-  // Gated routing, as csrc/tensor/gated_routing_entry.h describes it. -> order and counts, int32.
+  // Gated routing, as csrc/arguments/gated_routing_entry.h describes it. -> order and counts, int32.
   m.def("_acm_route(Tensor choices, SymInt learners) -> (Tensor, Tensor)");
   // Both in one, for the value alone; none where the arguments do not lie as the kernels take them.
   m.def(

@@ -1,21 +1,21 @@
 """Adaptive computation modules in SmolLM2-135M on the CPU: tokens choose how many learners run.
 
-`fastkd.acmize` puts an ACM in the place of the MLP of a few layers: N learners, of which each token
-runs the first k, as many as a gate says. What it puts there is new: the weights of learners and
-gates start random and know nothing of the MLPs they replace; all else stays as it was, frozen.
+`fastkd.acm.convert` puts an ACM in the place of the MLP of a few layers: N learners, of which each
+token runs the first k, as many as a gate says. What it puts there is new: the weights of learners
+and gates start random and know nothing of the MLPs they replace; all else stays as it was, frozen.
 They learn in the paper's three phases (Wójcik et al. 2023, arXiv 2312.10193):
 
 I    learners imitate the MLPs. Their inputs and outputs do not depend on the learners, so the model
      reads the text once, and the learners train on many batches of rows out of that, at sixteen
      times the paper's learning rate, for minutes are short.
-II   gates learn how many learners suffice (`fastkd.acm_oracle`).
-III  learners and gates together, by `fastkd.acm_phase3_loss`; the task is to predict what the
+II   gates learn how many learners suffice (`fastkd.acm.oracle`).
+III  learners and gates together, by `fastkd.acm.phase3_loss`; the task is to predict what the
      original predicts (`fastkd.softmax_divergence`). Cross-entropy on the text gets below the
      original's loss (2.935, original 2.951, divergence 3.026 at budget 0.5 with seed 1), but by
      learning this kind of text, which says little about what the layers lost. From budget 1 down
      to 0.125, each stage begins with what the last one left.
 
-`fastkd.acm_set_budget` then makes the gates keep to the stage's budget on training text. Held-out
+`fastkd.acm.set_budget` then makes the gates keep to the stage's budget on training text. Held-out
 text is scored, also with the choices shuffled among the tokens (the same work without the gates'
 knowledge), and with the same number of learners for every token. At N = 4 the learners together
 have the hidden units of the MLP, which is gated (three matrices), but two thirds of its
@@ -169,8 +169,8 @@ def main() -> None:
     )
     chosen = sorted(set(options.layers))
     names = [f"model.layers.{layer}.mlp" for layer in chosen]
-    fastkd.acmize(model, num_learners=options.learners, select=lambda name, _: name in names)
-    layers = list(fastkd.acm_layers(model).values())
+    fastkd.acm.convert(model, num_learners=options.learners, select=lambda name, _: name in names)
+    layers = list(fastkd.acm.layers(model).values())
     whole = model.model.layers
     train, test = (
         read(model, text, whole[chosen[0]], f"The original reads {len(text) * LENGTH:,} tokens")
@@ -185,12 +185,12 @@ def main() -> None:
     lab = Lab(model, layers, dtype, train, test)
 
     outcomes = {"original": Outcome(lab.score(original=True)[0], 1.0)}
-    lab.on_rows("Phase I: learners", fastkd.acm_phase1_loss, lab.groups(IMITATE_RATE), size.imitate)
+    lab.on_rows("Phase I: learners", fastkd.acm.phase1_loss, lab.groups(IMITATE_RATE), size.imitate)
     with instead(layers, 0):
         outcomes["without the MLPs"] = Outcome(*lab.score())
     with instead(layers, options.learners):
         outcomes["phase I, all run"] = Outcome(*lab.score())
-    phase2 = partial(fastkd.acm_phase2_loss, threshold=THRESHOLD)
+    phase2 = partial(fastkd.acm.phase2_loss, threshold=THRESHOLD)
     lab.on_rows("Phase II: gates", phase2, lab.groups(gates=GATE_RATE), size.choose)
     variants = {"original": originals}
     for budget in BUDGETS:
@@ -238,7 +238,7 @@ def read(model: Any, windows: Windows, first: nn.Module, what: str) -> Lesson:
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
     hook = first.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     for ids in track(windows.ids.split(BATCH), description=what):
-        with fastkd.acm_calls(model, originals=True) as calls:
+        with fastkd.acm.calls(model, originals=True) as calls:
             after.append(model.model(ids).last_hidden_state)
         for call in calls:
             pair = call.input.flatten(0, -2), call.output.flatten(0, -2)
@@ -302,9 +302,9 @@ class Lab:
         """Phases I and II."""
 
         def loss_of(which: Tensor) -> Tensor:
-            # As `fastkd.acm_calls` gives them.
+            # As `fastkd.acm.calls` gives them.
             calls = [
-                fastkd.AcmCall("", layer, x[which], y[which], None)
+                fastkd.acm.Call("", layer, x[which], y[which], None)
                 for layer, (x, y) in zip(self.layers, self.train.rows, strict=True)
             ]
             with self.mixed():
@@ -321,11 +321,11 @@ class Lab:
         def loss_of(which: Tensor) -> Tensor:
             with torch.no_grad():
                 original = self.model.lm_head(self.train.after[which])
-            with self.mixed(), fastkd.acm_calls(self.model) as calls:
+            with self.mixed(), fastkd.acm.calls(self.model) as calls:
                 logits = self.model(inputs_embeds=self.train.before[which]).logits
             mask = self.train.windows.mask[which]
             divergence = fastkd.softmax_divergence(logits, original, mask=mask)
-            return fastkd.acm_phase3_loss(divergence, calls, target=target)
+            return fastkd.acm.phase3_loss(divergence, calls, target=target)
 
         what, groups = f"Phase III: budget {target:g}", self.groups(*TOGETHER_RATES)
         optimise(what, groups, steps, len(self.train.windows), BATCH, loss_of)
@@ -335,7 +335,7 @@ class Lab:
         """Make the gates keep to it on training text, and score that and the controls."""
         batches = [{"inputs_embeds": x} for x in self.train.before[: 2 * BATCH].split(BATCH)]
         with self.mixed():
-            fastkd.acm_set_budget(self.model.model, budget, batches, steps=steps)
+            fastkd.acm.set_budget(self.model.model, budget, batches, steps=steps)
         outcome = Outcome(*self.score())
         with instead(self.layers):
             outcome.shuffled, _ = self.score()
@@ -352,7 +352,7 @@ class Lab:
         windows = self.test.windows
         for first in range(0, len(windows), BATCH):
             here = slice(first, first + BATCH)
-            with self.mixed(), fastkd.acm_calls(self.model) as calls:
+            with self.mixed(), fastkd.acm.calls(self.model) as calls:
                 if original:
                     logits = self.model.lm_head(self.test.after[here])
                 else:
@@ -413,7 +413,7 @@ def a_sentence(lab: Lab, tokenizer: Any) -> tuple[list[str], Tensor]:
             if prose and 14 <= end - start <= 26:
                 found.append((row, start, end))
     row, start, end = found[min(1, len(found) - 1)]
-    with lab.mixed(), fastkd.acm_calls(lab.model) as calls:
+    with lab.mixed(), fastkd.acm.calls(lab.model) as calls:
         lab.model(inputs_embeds=lab.test.before[row : row + 1])
     words = [tokenizer.decode([token]) for token in lab.test.windows.ids[row, start:end].tolist()]
     choices = torch.stack([call.gates.argmax(-1)[0, start:end] for call in calls])

@@ -40,7 +40,7 @@ try:
     from torch.utils.data import DataLoader
 
     import fastkd
-    from fastkd.teacher_store import fingerprint
+    from fastkd.teachers import fingerprint
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"offline_teacher: the package {missing.name} is missing; install what the example needs "

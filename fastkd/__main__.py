@@ -5,7 +5,7 @@ import platform
 import torch
 
 import fastkd
-from fastkd._library import _PATH, CUDA_ARCHITECTURES, cpu_capability, usable_instruction_sets
+from fastkd._ops.library import _PATH, CUDA_ARCHITECTURES, cpu_capability, usable_instruction_sets
 
 
 def main() -> None:

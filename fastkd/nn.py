@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._acm_modules import ACM, ACMGate
-from fastkd.alm_loss import alm_loss
-from fastkd.clipped_divergence import clipped_divergence
-from fastkd.kl_div import kl_div
-from fastkd.softmax_divergence import softmax_divergence
-from fastkd.topk_divergence import topk_divergence
+from fastkd.acm._modules import ACM, ACMGate
+from fastkd.losses._clipped_divergence import clipped_divergence
+from fastkd.losses._kl_div import kl_div
+from fastkd.losses._softmax_divergence import softmax_divergence
+from fastkd.losses._topk_divergence import topk_divergence
+from fastkd.tokenizers._alm_loss import alm_loss
 
 __all__ = [
     "ACM",
@@ -20,7 +20,7 @@ __all__ = [
     "ClippedDivergence",
     "KLDivLoss",
     "SoftmaxDivergence",
-    "TopkDivergence",
+    "TopKDivergence",
 ]
 
 
@@ -86,7 +86,7 @@ class SoftmaxDivergence(_Loss):
     function = staticmethod(softmax_divergence)
 
 
-class TopkDivergence(_Loss):
+class TopKDivergence(_Loss):
     """:func:`fastkd.topk_divergence` with its options fixed at construction.
 
     Args:
@@ -95,7 +95,7 @@ class TopkDivergence(_Loss):
     Called with student_logits, teacher_log_probs and teacher_indices.
 
     >>> import torch, fastkd
-    >>> loss = fastkd.nn.TopkDivergence(tail="renormalize")
+    >>> loss = fastkd.nn.TopKDivergence(tail="renormalize")
     >>> best = fastkd.teacher_topk(torch.tensor([[0.0, 1.0, 2.0]]), 2)
     >>> round(loss(torch.tensor([[5.0, 1.0, 2.0]]), *best).item(), 4)
     0.0

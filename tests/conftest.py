@@ -6,8 +6,8 @@ import stores
 import torch
 
 import fastkd
-from fastkd import _routed
-from fastkd._library import usable_instruction_sets
+from fastkd._ops.library import usable_instruction_sets
+from fastkd.acm import _kernels
 
 CPU = [f"cpu-{name}" for name in usable_instruction_sets()]  # best first
 # The CUDA kernels run on the CPU, as a device that has clusters of blocks and as one that has none.
@@ -23,7 +23,7 @@ def pytest_addoption(parser):
         help="comma-separated names, or best, cpu, simt, cuda; default: all that this machine runs",
     )
     parser.addoption(
-        "--fuzz-seconds", type=float, default=0.0, help="of each op on each backend (test_fuzz.py)"
+        "--fuzz-seconds", type=float, default=2.0, help="of each op on each backend (test_fuzz.py)"
     )
     parser.addoption("--fuzz-seed", type=int, default=0, help="of the first random problem")
     parser.addoption("--schedule", type=int, default=0, help="seed of the emulated threads' order")
@@ -70,7 +70,7 @@ def backend(request, monkeypatch):
         emulator.configure(int(which), request.config.getoption("--schedule"))
         monkeypatch.setattr(torch.ops, "fastkd", torch.ops.fastkd_simt)
         half = (torch.bfloat16, torch.float16)
-        monkeypatch.setitem(_routed.DTYPES, "cpu", (torch.float32, *half))
+        monkeypatch.setitem(_kernels.DTYPES, "cpu", (torch.float32, *half))
         yield torch.device("cpu")
         return
     chosen = fastkd.cpu_capability()

@@ -105,11 +105,11 @@ def results(problem: Any) -> list[Tensor]:
 
 def raw_byte_tables(problem: Any) -> None:
     """The vocabulary's own tables at the edge of a page, which the public op does not take."""
-    from fastkd.byte_log_probs import op_arguments
+    from raw import byte_arguments
 
     valid, options = problem.sets.get("valid"), problem.options
     logits = problem.logits["logits"]
-    tables = op_arguments(logits, options["vocab"], options["prefix"], valid)
+    tables = byte_arguments(logits, options["vocab"], options["prefix"], valid)
     tables = every_tensor(tables, lambda x: guarded(x))
     out, sums = torch.ops.fastkd._byte_log_probs(logits, *tables)
     torch.ops.fastkd._byte_log_probs_backward_into(
@@ -146,11 +146,11 @@ def select(backend: str) -> bool:
         return False
     import emulator
 
-    from fastkd import _routed
+    from fastkd.acm import _kernels
 
     emulator.configure(int(which))
     torch.ops.fastkd = emulator.ops()
-    _routed.DTYPES["cpu"] = (torch.float32, torch.bfloat16, torch.float16)
+    _kernels.DTYPES["cpu"] = (torch.float32, torch.bfloat16, torch.float16)
     return True
 
 
@@ -158,7 +158,7 @@ def main(backend: str) -> None:
     """Every kind of problem; gradients go to guarded memory as well."""
     from row_kinds import KINDS, Draw
 
-    from fastkd._gradient import GradientMemory
+    from fastkd._ops.gradient import GradientMemory
 
     emulated = select(backend)
     warnings.simplefilter("ignore")

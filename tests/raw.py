@@ -24,3 +24,10 @@ def check(name: str, arguments: tuple, *, into: torch.Tensor | None = None) -> N
     torch.library.opcheck(getattr(ops, f"_{name}").default, arguments)
     if into is not None:
         torch.library.opcheck(getattr(ops, f"_{name}_into").default, (into, *arguments))
+
+
+def byte_arguments(scores: torch.Tensor, vocab: Any, prefix: Any, valid: Any) -> tuple:
+    """Of `_byte_log_probs`, after the logits."""
+    from fastkd.tokenizers._byte_log_probs import given
+
+    return tuple(given(scores, vocab, {"prefix": prefix, "valid": valid}).values())[1:]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import torch
 
-from fastkd.teacher_store import TeacherStore
+from fastkd.teachers._store import TeacherStore
 
 FORMATS = ["8bit", "float16"]
 VOCABS = [50, 257, 49152, 65537, 151936, 262144]

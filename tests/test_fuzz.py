@@ -132,7 +132,7 @@ class Exact:
 
 def likelihood_slope(problem: Problem) -> float:
     """The largest derivative of an alm_loss in a log-likelihood or boundary's log-probability."""
-    module, found = sys.modules["fastkd.reference.alm_loss"], []
+    module, found = sys.modules["fastkd.reference._alm_loss"], []
     original = module.chunk_log_likelihood_op
 
     def op(logits, *arguments):

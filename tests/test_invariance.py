@@ -34,7 +34,7 @@ from row_problems import (
 )
 
 import fastkd
-from fastkd._library import usable_instruction_sets
+from fastkd._ops.library import usable_instruction_sets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TEMPERATURES = ((1.0, 1.0), (0.1, 0.1), (20.0, 20.0), (0.1, 1.0), (20.0, 1.0), (1.0, 20.0))

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import _library
+from fastkd._ops import library
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = _library._PATH
+LIBRARY = library._PATH
 
 
 def undefined_symbols():

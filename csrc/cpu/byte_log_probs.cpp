@@ -3,9 +3,9 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../tensor/byte_log_probs_entry.h"
+#include "../arguments/byte_log_probs_entry.h"
+#include "common/row_losses.h"
 #include "isa.h"
-#include "row_losses.h"
 
 namespace fastkd {
 namespace {

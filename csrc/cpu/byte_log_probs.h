@@ -10,7 +10,7 @@
 // tables take turns, so that an addition seldom waits for the one before.
 #pragma once
 #include "../math/logit_sum.h"
-#include "row_slices.h"
+#include "common/row_slices.h"
 
 namespace fastkd {
 
@@ -107,7 +107,7 @@ void sum_slice(const ByteRow& row, int64_t slice, double& origin_out, double* ou
     prefetch_next(row.logits, begin, row.ids);
     const Real* u = load_valid(row, begin, count, buffer);
     const bool first = origin.logit == Real(-INFINITY);
-    const double step = origin.follow(largest(u, count), scale);
+    const double step = origin.raise_to(largest(u, count), scale);
     if (step != 0 && !first) {
       const Real factor = Real(::exp2(-step * scale));
       for (int64_t t = 0; t < kTables; ++t) {
@@ -142,15 +142,15 @@ void whole_sums(const ByteRow& row, const SliceRunner& runner, char* scratch, do
     for (int64_t c = 0; c < row.columns; ++c) out[c] += sums[slice * stride + c] * factor;
   }
   for (int64_t c = 0; c < row.columns; ++c) total += out[c];
-  const double poison = top - top;  // NaN without a finite logit
+  const double nan_or_zero = top - top;  // NaN without a finite logit
   for (int64_t c = 0; c < row.columns; ++c) {
     // A share of the row that underflows is summed by itself.
     out[c] = (row.segments[2 * c] == row.segments[2 * c + 1] ? -INFINITY
               : out[c] < 0x1p-100                            ? relative_to(top, segment_sum<Real>(row, c))
                                                              : ::log(out[c])) +
-             poison;
+             nan_or_zero;
   }
-  out[row.columns] = ::log(total) + poison;
+  out[row.columns] = ::log(total) + nan_or_zero;
   out[row.columns + 1] = top;
 }
 

@@ -3,9 +3,9 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../tensor/chunk_log_likelihood_entry.h"
+#include "../arguments/chunk_log_likelihood_entry.h"
+#include "common/row_losses.h"
 #include "isa.h"
-#include "row_losses.h"
 
 namespace fastkd {
 namespace {

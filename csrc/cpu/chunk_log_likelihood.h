@@ -3,7 +3,7 @@
 // Memory: forward one read, backward one read and one write; of the boundary set one byte an entry, from the cache.
 #pragma once
 #include "../math/logit_sum.h"
-#include "row_slices.h"
+#include "common/row_slices.h"
 
 namespace fastkd {
 
@@ -109,7 +109,7 @@ ChunkRowSums chunk_sums(const ChunkRow& row, const SliceRunner& runner, char* pa
           alignas(64) Real buffer[kBlock];
           prefetch_next(row.logits, begin, row.vocab);
           const Real* u = load(row.logits, begin, count, buffer);
-          if (const double step = origin.follow(largest(u, count), scale)) {
+          if (const double step = origin.raise_to(largest(u, count), scale)) {
             const double factor = ::exp2(-step * scale);
             all.all = all.all == 0 ? 0 : all.all * factor;
             all.boundary = all.boundary == 0 ? 0 : all.boundary * factor;
@@ -125,12 +125,12 @@ ChunkRowSums chunk_sums(const ChunkRow& row, const SliceRunner& runner, char* pa
       },
       [&](ChunkPartial& all, const ChunkPartial& next) { all.merge(next, scale); });
   // NaN without a finite logit.
-  const double poison = (sums.origin - sums.origin) + (sums.all - sums.all);
+  const double nan_or_zero = (sums.origin - sums.origin) + (sums.all - sums.all);
   const bool rare = row.boundary != nullptr && sums.boundary < 0x1p-100;
   LogNormalizer boundary =
       rare ? rare_boundary<Real>(row, to_base_2) : LogNormalizer{sums.origin, ::log(sums.boundary)};
-  boundary.log_sum += poison;
-  return {{sums.origin, ::log(sums.all) + poison}, boundary};
+  boundary.log_sum += nan_or_zero;
+  return {{sums.origin, ::log(sums.all) + nan_or_zero}, boundary};
 }
 
 // Everything by value: what a loop reads through references it cannot keep in registers beside its stores.

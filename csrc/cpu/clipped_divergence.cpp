@@ -1,10 +1,10 @@
 // clipped_divergence on the CPU: from tensors to rows.
 #include <torch/csrc/stable/library.h>
 
-#include "../tensor/clipped_divergence_entry.h"
+#include "../arguments/clipped_divergence_entry.h"
+#include "common/row_losses.h"
 #include "isa.h"
 #include "order_statistics.h"
-#include "row_losses.h"
 
 namespace fastkd {
 namespace {

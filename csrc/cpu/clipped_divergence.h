@@ -438,18 +438,18 @@ double clipped_row(ClippedRow& row, const SliceRunner& runner) {
   frame.normalize(task, passes.template accumulate<Pass::kNormalizersOnly, true>());
   passes.set_edges();
   const ClipSums sums = passes.sum_part();
-  const double poison = (frame.student_lse - frame.student_lse) + (frame.teacher_lse - frame.teacher_lse);
+  const double nan_or_zero = (frame.student_lse - frame.student_lse) + (frame.teacher_lse - frame.teacher_lse);
   const GradientFactors<Real> factors(task, frame);
   double value, lower_gradient, upper_gradient;
   SmallPasses<Real> small(passes, frame);
-  if (poison == 0 && is_small(sums, row.renormalize, row.lump)) {
+  if (nan_or_zero == 0 && is_small(sums, row.renormalize, row.lump)) {
     small.sum();
     const SmallNumbers& numbers = small.small.numbers;
     value = numbers.value, lower_gradient = numbers.lower_gradient, upper_gradient = numbers.upper_gradient;
     if (row.base.teacher_gradient) small.write_teacher(factors.teacher);
     if (row.base.student_gradient) small.write_student(factors);
   } else {
-    const ClipNumbers numbers = clip_numbers(sums, row.renormalize, row.lump, poison);
+    const ClipNumbers numbers = clip_numbers(sums, row.renormalize, row.lump, nan_or_zero);
     value = numbers.value, lower_gradient = numbers.lower_gradient, upper_gradient = numbers.upper_gradient;
     if (row.base.teacher_gradient) passes.write_teacher(numbers, factors);
     if (row.base.student_gradient) passes.write_student(numbers, factors, sums.k < kNearSum * sums.p);

@@ -6,9 +6,9 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../tensor/gated_routing_entry.h"
+#include "../arguments/gated_routing_entry.h"
+#include "common/parallel.h"
 #include "isa.h"
-#include "parallel.h"
 
 namespace fastkd {
 namespace {

@@ -1,12 +1,12 @@
 // Learners on sorted rows, for float32: what one thread does with a block of rows, with a share of the columns, or with
-// a share of the weights' gradients. Sizes and order as csrc/tensor/gated_routing_entry.h has them.
+// a share of the weights' gradients. Sizes and order as csrc/arguments/gated_routing_entry.h has them.
 //
 // A pass is two products: rows to the learner's width, something done to each panel of that, and back. Forward that is
 // x w1 + b1, the activation, and w2; backward grad w2^T, the activation's slope, and w1^T. A block of rows is gathered
 // once and stays in the L2 cache while the weights go by; the sums over learners are kept in the rows of the result.
 #pragma once
 #include "../math/activation.h"
-#include "tiles.h"
+#include "common/tiles.h"
 
 namespace fastkd {
 

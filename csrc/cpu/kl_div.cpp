@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../tensor/kl_div_entry.h"
+#include "../arguments/kl_div_entry.h"
 #include "isa.h"
 
 namespace fastkd {

@@ -2,7 +2,7 @@
 // reduction is "none", and both gradients. One read of each input, one write of each result asked for.
 #pragma once
 #include "../math/kl_div.h"
-#include "simd.h"
+#include "common/simd.h"
 
 namespace fastkd {
 

@@ -3,9 +3,9 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../tensor/scale_rows_entry.h"
+#include "../arguments/scale_rows_entry.h"
+#include "common/parallel.h"
 #include "isa.h"
-#include "parallel.h"
 
 namespace fastkd {
 namespace {

@@ -1,6 +1,6 @@
 // One row of a finished gradient times a factor: how a backward pass applies grad_output.
 #pragma once
-#include "simd.h"
+#include "common/simd.h"
 
 namespace fastkd {
 using ScaleRowKernel = void (*)(const Row& row, int64_t width, double factor);

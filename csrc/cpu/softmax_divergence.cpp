@@ -1,9 +1,9 @@
 // softmax_divergence on the CPU: from tensors to rows.
 #include <torch/csrc/stable/library.h>
 
-#include "../tensor/softmax_divergence_entry.h"
+#include "../arguments/softmax_divergence_entry.h"
+#include "common/row_losses.h"
 #include "isa.h"
-#include "row_losses.h"
 
 namespace fastkd {
 namespace {

@@ -1,8 +1,8 @@
 // The passes over one row of softmax_divergence.
 #pragma once
 #include "../math/row_plan.h"
-#include "row_slices.h"
-#include "teachers.h"
+#include "common/row_slices.h"
+#include "common/teachers.h"
 
 namespace fastkd {
 

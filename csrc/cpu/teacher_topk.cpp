@@ -5,9 +5,9 @@
 #include <cmath>
 #include <functional>
 
-#include "../tensor/teacher_topk_entry.h"
+#include "../arguments/teacher_topk_entry.h"
+#include "common/parallel.h"
 #include "isa.h"
-#include "parallel.h"
 
 namespace fastkd {
 namespace {
@@ -66,7 +66,7 @@ void select_row(const Row& row, int64_t vocab, int64_t k, double temperature, Te
   portable::RowSlices{vocab, runner, nullptr}.for_slices(
       [&](int64_t slice) { scan.sums[slice] = kernel.scan(row, vocab, slice, temperature, scan.tops, scan.classes); });
   const portable::LogitSum sum = scan.sum(temperature);
-  if (sum.poison() != 0) {  // NaN, or no finite logit: no order means anything
+  if (sum.nan_or_zero() != 0) {  // NaN, or no finite logit: no order means anything
     for (int64_t i = 0; i < k; ++i) {
       log_probs[i] = NAN;
       columns[i] = int32_t(i);

@@ -5,7 +5,7 @@
 // below, and of n columns in g groups only some g log(g / (g - k)) exceed it, in no more blocks than that.
 #pragma once
 #include "../math/logit_sum.h"
-#include "row_slices.h"
+#include "common/row_slices.h"
 
 namespace fastkd {
 
@@ -67,7 +67,7 @@ SoftmaxSum scan_slice(const Row& row, int64_t vocab, int64_t slice, double tempe
     prefetch_next(row, begin, vocab);
     const Real* u = load(row, begin, count, buffer);
     tops[block] = class_maxima(u, count, classes + block * kClasses);
-    if (const double step = origin.follow(tops[block], scale)) all *= ::exp2(-step * scale);
+    if (const double step = origin.raise_to(tops[block], scale)) all *= ::exp2(-step * scale);
     const Real zero = origin.zero();
     Real sum = 0;
     FASTKD_SIMD_REDUCE(+ : sum)

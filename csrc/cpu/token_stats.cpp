@@ -1,9 +1,9 @@
 // token_stats on the CPU: from tensors to rows.
 #include <torch/csrc/stable/library.h>
 
-#include "../tensor/token_stats_entry.h"
+#include "../arguments/token_stats_entry.h"
+#include "common/parallel.h"
 #include "isa.h"
-#include "parallel.h"
 
 namespace fastkd {
 namespace {

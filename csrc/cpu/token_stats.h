@@ -7,7 +7,7 @@
 #pragma once
 #include "../math/normalized.h"
 #include "../math/token_stats.h"
-#include "row_slices.h"
+#include "common/row_slices.h"
 
 namespace fastkd {
 
@@ -100,7 +100,7 @@ struct StatsPasses : RowSlices {
   // In base 2; an origin that was not there yet had no sums.
   double moved(Origin<Real>& origin, Real top) const {
     const bool first = origin.logit == Real(-INFINITY);
-    const double step = origin.follow(top, scale);
+    const double step = origin.raise_to(top, scale);
     return first ? 0 : step * scale;
   }
 
@@ -248,7 +248,7 @@ struct StatsPasses : RowSlices {
       if (reverse) out.both.reverse_kl = again.reverse_kl;
       out.both.tvd = again.tvd;
     } else {
-      out.both.tvd = total_variation(state) + state.poison();
+      out.both.tvd = total_variation(state) + state.nan_or_zero();
     }
     return out;
   }

@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <atomic>
 
-#include "../tensor/topk_divergence_entry.h"
+#include "../arguments/topk_divergence_entry.h"
+#include "common/row_losses.h"
 #include "isa.h"
-#include "row_losses.h"
 
 namespace fastkd {
 namespace {
@@ -145,8 +145,8 @@ struct Cpu {
     const RestSums rest = kernel.sum_rest(row, runner, task.has_label && row.temperature != 1);
     plan.begin(sums, {rest}, double(row.vocab));
 
-    with_bare_divergence(task.divergence, task.beta, [&](const auto& divergence) {
-      BareSums all{};
+    with_unnormalized_divergence(task.divergence, task.beta, [&](const auto& divergence) {
+      UnnormalizedSums all{};
       for (Entry& entry : support.entries) {
         const auto t = plan.floored_terms(divergence, plan.log_q(entry.z), plan.log_p(entry.l));
         all.add({t.value, t.excess, t.g, t.h});
@@ -154,7 +154,7 @@ struct Cpu {
         entry.h = t.h;
       }
       const bool others = task.tail == Tail::kUniform && row.count < row.vocab;
-      plan.finish(divergence, all, others ? kernel.uniform_terms(row, runner, plan) : BareSums{});
+      plan.finish(divergence, all, others ? kernel.uniform_terms(row, runner, plan) : UnnormalizedSums{});
     });
 
     if (row.gradient) {

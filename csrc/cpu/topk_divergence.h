@@ -5,7 +5,7 @@
 // pass between, over logarithms. Support entries are -inf to all of them: their exact values are the plan's.
 #pragma once
 #include "../math/topk_plan.h"
-#include "row_slices.h"
+#include "common/row_slices.h"
 
 namespace fastkd {
 
@@ -26,7 +26,7 @@ inline int64_t topk_divergence_scratch(int64_t vocab, int64_t real_size) {
 
 struct TopkKernel {
   RestSums (*sum_rest)(const TopkRow&, const SliceRunner&, bool label_apart);
-  BareSums (*uniform_terms)(const TopkRow&, const SliceRunner&, const TopkNumbers&);
+  UnnormalizedSums (*uniform_terms)(const TopkRow&, const SliceRunner&, const TopkNumbers&);
   void (*write_rest)(const TopkRow&, const SliceRunner&, const TopkNumbers&);
 };
 
@@ -96,7 +96,7 @@ struct TopkPasses : RowSlices {
           Origin<Real> origin;
           double sum = 0, label_sum = 0;
           for_rest(slice, [&](const Real* u, int64_t begin, int64_t count) {
-            if (const double step = origin.follow(largest(u, count), steepest)) {
+            if (const double step = origin.raise_to(largest(u, count), steepest)) {
               sum *= ::exp2(-step * scale);
               label_sum *= ::exp2(-step * label_scale);
             }
@@ -130,21 +130,21 @@ struct TopkPasses : RowSlices {
 
   // log q of an entry, natural, and with it the terms against the teacher's share.
   template <class Divergence>
-  BareSums uniform_terms(const TopkPlan& plan, const Divergence divergence) const {
-    return reduce_slices<BareSums>(
+  UnnormalizedSums uniform_terms(const TopkPlan& plan, const Divergence divergence) const {
+    return reduce_slices<UnnormalizedSums>(
         [&](int64_t slice) {
-          BareSums all{};
+          UnnormalizedSums all{};
           for_rest(slice, [&](const Real* u, int64_t begin, int64_t count) {
             all.add(uniform_block(plan, divergence, u, begin, count));
           });
           return all;
         },
-        [](BareSums& all, const BareSums& next) { all.add(next); });
+        [](UnnormalizedSums& all, const UnnormalizedSums& next) { all.add(next); });
   }
 
   template <class Divergence>
-  BareSums uniform_block(const TopkPlan& plan, const Divergence divergence, const Real* u, int64_t begin,
-                         int64_t count) const {
+  UnnormalizedSums uniform_block(const TopkPlan& plan, const Divergence divergence, const Real* u, int64_t begin,
+                                 int64_t count) const {
     alignas(64) Real own[kBlock];
     for (int64_t i = 0; i < count; ++i) own[i] = Real(1);
     for (int64_t s = support_from(begin); s < row.count && row.support[s] < begin + count; ++s)
@@ -154,7 +154,7 @@ struct TopkPasses : RowSlices {
     Real value = 0, excess = 0, g = 0, h = 0;
     FASTKD_SIMD_REDUCE(+ : value, excess, g, h)
     for (int64_t i = 0; i < count; ++i) {
-      const BareTerms<Real> t = plan.floored_terms(divergence, (u[i] - origin) * to_log - log_sum, share);
+      const UnnormalizedTerms<Real> t = plan.floored_terms(divergence, (u[i] - origin) * to_log - log_sum, share);
       // Not by multiplication: the support's own terms may be infinite here.
       value += own[i] == Real(0) ? Real(0) : t.value;
       excess += own[i] * t.excess;
@@ -231,12 +231,12 @@ RestSums sum_rest(const TopkRow& row, const SliceRunner& runner, bool label_apar
 }
 
 template <class Real>
-BareSums uniform_terms(const TopkRow& row, const SliceRunner& runner, const TopkNumbers& numbers) {
+UnnormalizedSums uniform_terms(const TopkRow& row, const SliceRunner& runner, const TopkNumbers& numbers) {
   const TopkPasses<Real> passes(row, runner);
-  BareSums sums;
+  UnnormalizedSums sums;
   const TopkPlan plan{numbers};
-  with_bare_divergence(plan.task.divergence, plan.task.beta,
-                       [&](const auto& divergence) { sums = passes.uniform_terms(plan, divergence); });
+  with_unnormalized_divergence(plan.task.divergence, plan.task.beta,
+                               [&](const auto& divergence) { sums = passes.uniform_terms(plan, divergence); });
   return sums;
 }
 
@@ -244,8 +244,8 @@ template <class Real>
 void write_rest(const TopkRow& row, const SliceRunner& runner, const TopkNumbers& numbers) {
   const TopkPasses<Real> passes(row, runner);
   const TopkPlan plan{numbers};
-  with_bare_divergence(plan.task.divergence, plan.task.beta,
-                       [&](const auto& divergence) { passes.write_rest(plan, divergence); });
+  with_unnormalized_divergence(plan.task.divergence, plan.task.beta,
+                               [&](const auto& divergence) { passes.write_rest(plan, divergence); });
 }
 
 template <class Real>

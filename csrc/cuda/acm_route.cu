@@ -4,10 +4,10 @@
 //
 // Bin 0 holds choice N, bin N choice 0, and bin N + 1 what is out of range: bins rise as rows are to be ordered, and
 // counts[n], the rows with a valid choice above n, is where bin N - n begins; counts[N] where bin N + 1 does.
-#include "../tensor/gated_routing_entry.h"
-#include "block.cuh"
-#include "launch.h"
-#include "policy.cuh"
+#include "../arguments/gated_routing_entry.h"
+#include "common/block.cuh"
+#include "common/launch.h"
+#include "common/policy.cuh"
 
 namespace fastkd::cuda {
 namespace {

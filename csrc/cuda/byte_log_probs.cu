@@ -1,10 +1,10 @@
 // byte_log_probs on CUDA: arguments and launches, and the gradient.
 #include <torch/csrc/stable/library.h>
 
-#include "../tensor/byte_log_probs_entry.h"
+#include "../arguments/byte_log_probs_entry.h"
 #include "byte_log_probs.cuh"
-#include "launch.h"
-#include "register.h"
+#include "common/launch.h"
+#include "common/register.h"
 
 namespace fastkd::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // byte_log_probs on the GPU: its arguments, and sums over a column's ids, which a warp gathers.
 #pragma once
 #include "../math/logit_sum.h"
-#include "sources.cuh"
+#include "common/sources.cuh"
 
 namespace fastkd::cuda {
 

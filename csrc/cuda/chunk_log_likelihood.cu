@@ -5,9 +5,9 @@
 // chunks whose gradients are 0.
 #include <torch/csrc/stable/library.h>
 
-#include "../tensor/chunk_log_likelihood_entry.h"
+#include "../arguments/chunk_log_likelihood_entry.h"
 #include "chunk_log_likelihood.cuh"
-#include "register.h"
+#include "common/register.h"
 
 namespace fastkd::cuda {
 namespace {

@@ -12,7 +12,7 @@
 // Values that no check could see: a token or chunk outside makes the row NaN, without an access out of bounds.
 #pragma once
 #include "../math/logit_sum.h"
-#include "sources.cuh"
+#include "common/sources.cuh"
 
 namespace fastkd::cuda {
 
@@ -68,7 +68,7 @@ struct ChunkArguments : RowArguments {
   }
 };
 
-// A team's shared memory: [orders][slots of the reductions][boundary set].
+// A team's shared memory: [parameters][slots of the reductions][boundary set].
 inline constexpr int kChunkOrdersBytes = 64;
 __host__ __device__ constexpr int64_t chunk_overhead(bool warp) {
   return kChunkOrdersBytes + (warp ? 0 : Team::kSharedBytes);
@@ -163,48 +163,48 @@ struct ChunkSumWorker {
   static constexpr int kSize = Source::kSize;
 
   // What the leading thread tells the others.
-  struct Orders {
+  struct RowParameters {
     bool scored;
     int ended;  // the chunk that ended just before, or -1
   };
-  static_assert(sizeof(Orders) <= kChunkOrdersBytes);
+  static_assert(sizeof(RowParameters) <= kChunkOrdersBytes);
 
   const ChunkArguments& arguments;
   const Team& team;
   TeamBoundary& set;
-  Orders* const told;
+  RowParameters* const published;
 
   __device__ void run(int64_t row, const Source& source) const {
     if (team.leads()) {
       const int64_t ended = arguments.ended_before(row);
-      shared_store(told, Orders{arguments.chunk(row) >= 0, ended < arguments.chunks ? int(ended) : -1});
+      shared_store(published, RowParameters{arguments.chunk(row) >= 0, ended < arguments.chunks ? int(ended) : -1});
     }
     team.sync();
-    const Orders orders = shared_load(told);
-    if (!orders.scored && orders.ended < 0) return;
-    if (orders.ended >= 0) set.fetch();
+    const RowParameters parameters = shared_load(published);
+    if (!parameters.scored && parameters.ended < 0) return;
+    if (parameters.ended >= 0) set.fetch();
     const float scale = float(arguments.to_base_2);
     ChunkShare mine;
     for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
       float z[kSize];
       widen(raw, z);
-      mine.add(z, orders.ended >= 0 ? set.template from<kSize>(source.column(pack)) : 0, scale);
+      mine.add(z, parameters.ended >= 0 ? set.template from<kSize>(source.column(pack)) : 0, scale);
     });
     const ChunkSums sums = mine.total(team, scale);
-    const double origin = mine.origin, poison = (origin - origin) + (sums.all - sums.all);
+    const double origin = mine.origin, nan_or_zero = (origin - origin) + (sums.all - sums.all);
     LogNormalizer of_set{origin, ::log(sums.boundary)};
     // A share of the row that underflows beside the rest, or all but does.
-    if (orders.ended >= 0 && sums.boundary < 0x1p-100) of_set = rare_boundary(source, scale);
+    if (parameters.ended >= 0 && sums.boundary < 0x1p-100) of_set = rare_boundary(source, scale);
     if (!team.leads()) return;
-    const LogNormalizer all{origin, ::log(sums.all) + poison};
-    of_set.log_sum += poison;
+    const LogNormalizer all{origin, ::log(sums.all) + nan_or_zero};
+    of_set.log_sum += nan_or_zero;
     arguments.put_normalizer(row, false, all);
-    if (orders.ended >= 0) {
+    if (parameters.ended >= 0) {
       arguments.put_normalizer(row, true, of_set);
-      const int64_t at = row / arguments.length * arguments.chunks + orders.ended;
+      const int64_t at = row / arguments.length * arguments.chunks + parameters.ended;
       global_store(arguments.boundary_log_prob + at, float(arguments.boundary_share(all, of_set)));
     }
-    if (orders.scored) global_store(arguments.label_log_prob + row, label_log_prob(row, all));
+    if (parameters.scored) global_store(arguments.label_log_prob + row, label_log_prob(row, all));
   }
 
  private:
@@ -243,22 +243,22 @@ template <class Source>
 struct ChunkGradientWorker {
   static constexpr int kSize = Source::kSize;
 
-  struct Orders {
+  struct RowParameters {
     bool read, apart;  // apart: the boundary set has numbers of its own
     int label;
     float origin, shift, factor, own_origin, own_shift, own_factor, label_factor;
   };
-  static_assert(sizeof(Orders) <= kChunkOrdersBytes);
+  static_assert(sizeof(RowParameters) <= kChunkOrdersBytes);
 
   const ChunkArguments& arguments;
   const Team& team;
   TeamBoundary& set;
-  Orders* const told;
+  RowParameters* const published;
 
   __device__ void run(int64_t row, const Source& source) const {
-    if (team.leads()) shared_store(told, plan(row));
+    if (team.leads()) shared_store(published, plan(row));
     team.sync();
-    const Orders at = shared_load(told);
+    const RowParameters at = shared_load(published);
     if (!at.read) return source.write_zeros(team);
     if (at.apart) set.fetch();
     const float scale = float(arguments.to_base_2);
@@ -288,7 +288,7 @@ struct ChunkGradientWorker {
   }
 
  private:
-  __device__ __forceinline__ Orders plan(int64_t row) const {
+  __device__ __forceinline__ RowParameters plan(int64_t row) const {
     const int64_t chunk = arguments.chunk(row), ended = arguments.ended_before(row);
     const LogNormalizer all = arguments.normalizer(row, false), set = arguments.normalizer(row, true);
     const double share = ended >= 0 ? arguments.boundary_share(all, set) : 0;
@@ -296,7 +296,7 @@ struct ChunkGradientWorker {
     const double of_label = scored ? upstream(arguments.likelihood_gradient, row, chunk) : 0;
     // What is impossible takes no gradient.
     const double of_boundary = possible ? upstream(arguments.boundary_gradient, row, ended) : 0;
-    Orders out{};
+    RowParameters out{};
     out.read = of_label != 0 || of_boundary != 0;
     if (!out.read) return out;
     out.apart = of_boundary != 0;
@@ -327,7 +327,7 @@ __device__ __forceinline__ void work_on_rows(const ChunkArguments& arguments, co
   unsigned char* const shared = team_memory(launch, chunk_team_bytes(arguments.boundary, by_warp));
   const Team team(shared + kChunkOrdersBytes, 1, by_warp);
   TeamBoundary set(arguments.boundary, team, shared + chunk_overhead(by_warp));
-  const Worker<Source> worker{arguments, team, set, reinterpret_cast<typename Worker<Source>::Orders*>(shared)};
+  const Worker<Source> worker{arguments, team, set, reinterpret_cast<typename Worker<Source>::RowParameters*>(shared)};
   for_rows(team, launch, arguments.rows,
            [&](int64_t row) { worker.run(row, Source(arguments, row, launch, 0, shared, shared)); });
 }

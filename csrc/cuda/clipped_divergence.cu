@@ -10,18 +10,18 @@
 
 #include <optional>
 
-#include "../tensor/clipped_divergence_entry.h"
+#include "../arguments/clipped_divergence_entry.h"
 #include "clipped_divergence.cuh"
-#include "register.h"
+#include "common/register.h"
 
 namespace fastkd::cuda {
 namespace {
 
-// A team's shared memory: [orders][the leading thread's][selection of quantiles][slots of the reductions][student row]
-// [teacher row].
-constexpr int kClipOrdersBytes = 256, kClipLeadBytes = 512, kSelectBytes = ClipSelect<AnySource>::kBytes;
+// A team's shared memory: [parameters][the leading thread's][selection of quantiles][slots of the reductions][student
+// row] [teacher row].
+constexpr int kClipOrdersBytes = 256, kClipLeaderBytes = 512, kSelectBytes = ClipSelect<AnySource>::kBytes;
 __host__ __device__ constexpr int64_t clip_team_bytes(bool warp, bool quantile) {
-  return kClipOrdersBytes + kClipLeadBytes + (quantile ? kSelectBytes : 0) + (warp ? 0 : Team::kSharedBytes);
+  return kClipOrdersBytes + kClipLeaderBytes + (quantile ? kSelectBytes : 0) + (warp ? 0 : Team::kSharedBytes);
 }
 
 constexpr int kSmallThreads = 192, kSmallBlocks = 264;
@@ -33,86 +33,87 @@ struct ClipWorker {
   using Out = typename Source::Out;
   static constexpr int kSize = Source::kSize;
 
-  static_assert(sizeof(ClipOrders<Real>) <= kClipOrdersBytes && sizeof(ClipLead<Real>) <= kClipLeadBytes &&
+  static_assert(sizeof(ClipParameters<Real>) <= kClipOrdersBytes && sizeof(ClipLeader<Real>) <= kClipLeaderBytes &&
                 ClipSelect<Source>::kBytes == kSelectBytes);
 
   const ClippedArguments& arguments;
   const Team& team;
-  ClipOrders<Real>* shared_orders;
-  ClipLead<Real>& lead;
+  ClipParameters<Real>* shared_parameters;
+  ClipLeader<Real>& leader;
   unsigned char* selection;
 
   __device__ ClipWorker(const ClippedArguments& a, const Team& t, unsigned char* shared)
       : arguments(a),
         team(t),
-        shared_orders(reinterpret_cast<ClipOrders<Real>*>(shared)),
-        lead(*reinterpret_cast<ClipLead<Real>*>(shared + kClipOrdersBytes)),
-        selection(shared + kClipOrdersBytes + kClipLeadBytes) {}
+        shared_parameters(reinterpret_cast<ClipParameters<Real>*>(shared)),
+        leader(*reinterpret_cast<ClipLeader<Real>*>(shared + kClipOrdersBytes)),
+        selection(shared + kClipOrdersBytes + kClipLeaderBytes) {}
 
   __device__ void run(int64_t row, const Source& source) const {
     const bool soft = arguments.softness != 0;
-    ClipOrders<Real> orders = follow([&] { open(row, source); });
-    if (!orders.read) {
+    ClipParameters<Real> parameters = after_leader([&] { open(row, source); });
+    if (!parameters.read) {
       source.write_zeros(team);
       return;
     }
-    const RowState<double> state = first_pass<Pass::kNormalizersOnly>(source, team, orders);
-    if (team.leads()) lead.state = state;
+    const RowState<double> state = first_pass<Pass::kNormalizersOnly>(source, team, parameters);
+    if (team.leads()) leader.state = state;
     bool backwards = true;
     if (arguments.quantile) backwards = find_quantiles(source, backwards);
-    orders = follow([&] { lead.begin(arguments.quantile, shared_orders); });
+    parameters = after_leader([&] { leader.begin(arguments.quantile, shared_parameters); });
     if (soft) {
-      sum_part<true>(source, orders, backwards);
+      sum_part<true>(source, parameters, backwards);
     } else {
-      sum_part<false>(source, orders, backwards);
+      sum_part<false>(source, parameters, backwards);
     }
-    orders = follow([&] { lead.finish(arguments.renormalize, arguments.lump, shared_orders); });
-    if (team.leads() && team.rank == 0) put_results(row, orders.small);
-    if (orders.small || (!orders.student_gradient && !orders.teacher_gradient)) return;
+    parameters = after_leader([&] { leader.finish(arguments.renormalize, arguments.lump, shared_parameters); });
+    if (team.leads() && team.rank == 0) put_results(row, parameters.small);
+    if (parameters.small || (!parameters.student_gradient && !parameters.teacher_gradient)) return;
     if (soft) {
-      write<true>(source, orders, !backwards);
+      write<true>(source, parameters, !backwards);
     } else {
-      write<false>(source, orders, !backwards);
+      write<false>(source, parameters, !backwards);
     }
     zero_beyond_vocab(arguments, row, team);
   }
 
   // A row that run() left, in double precision. By one block.
   __device__ void run_small(int64_t row, const Source& source, SmallRow& small) const {
-    const ClipOrders<Real> orders = follow([&] { open(row, source); });
-    const RowState<double> state = first_pass<Pass::kNormalizersOnly>(source, team, orders);
-    if (team.leads()) lead.state = state;
+    const ClipParameters<Real> parameters = after_leader([&] { open(row, source); });
+    const RowState<double> state = first_pass<Pass::kNormalizersOnly>(source, team, parameters);
+    if (team.leads()) leader.state = state;
     if (arguments.quantile) find_quantiles(source, false);
-    follow([&] {
-      lead.begin(arguments.quantile, shared_orders);
-      small.set(lead.task, lead.frame, lead.edges, arguments.renormalize);
+    after_leader([&] {
+      leader.begin(arguments.quantile, shared_parameters);
+      small.set(leader.task, leader.frame, leader.edges, arguments.renormalize);
     });
-    sum_small(source, orders.kept, small);
+    sum_small(source, parameters.kept, small);
     if (team.leads()) put_results(row, false);
-    if (!orders.student_gradient && !orders.teacher_gradient) return;
+    if (!parameters.student_gradient && !parameters.teacher_gradient) return;
     write_small(source, small);
     zero_beyond_vocab(arguments, row, team);
   }
 
  private:
-  // What the leading thread has to tell.
-  template <class Tell>
-  __device__ __forceinline__ ClipOrders<Real> follow(const Tell& tell) const {
+  // What the leading thread has to publish.
+  template <class Publish>
+  __device__ __forceinline__ ClipParameters<Real> after_leader(const Publish& publish) const {
     team.sync();
-    if (team.leads()) tell();
+    if (team.leads()) publish();
     team.sync();
-    return shared_load(shared_orders);
+    return shared_load(shared_parameters);
   }
 
   // What the row is about, before it is read. By the leading thread.
   __device__ void open(int64_t row, const Source& source) const {
     int label = -1;
-    const bool read = arguments.read_task(row, lead.task, label);
-    lead.open(read, label, arguments.keep_label, shared_orders);
+    const bool read = arguments.read_task(row, leader.task, label);
+    leader.open(read, label, arguments.keep_label, shared_parameters);
     if (read) {
-      lead.set_bounds(arguments.lower.number(row), arguments.upper.number(row), arguments.quantile, arguments.softness);
+      leader.set_bounds(arguments.lower.number(row), arguments.upper.number(row), arguments.quantile,
+                        arguments.softness);
       // Now: the gradient may overwrite it.
-      lead.label_logit = lead.task.has_label ? double(source.student_logit(label)) : 0;
+      leader.label_logit = leader.task.has_label ? double(source.student_logit(label)) : 0;
     } else if (team.rank == 0) {
       global_store(arguments.losses + row, 0.0);
       if (arguments.small) global_store(arguments.small + row, false);
@@ -124,10 +125,10 @@ struct ClipWorker {
   __device__ __forceinline__ void put_results(int64_t row, bool small) const {
     if (arguments.small) global_store(arguments.small + row, small);
     if (small) return;
-    global_store(arguments.losses + row, arguments.row_weight(row) * lead.loss());
+    global_store(arguments.losses + row, arguments.row_weight(row) * leader.loss());
     if (arguments.lower_gradient) {
-      lead.scale_bound_gradients(arguments.quantile, arguments.vocab);
-      put_bound_gradients(row, lead.numbers.lower_gradient, lead.numbers.upper_gradient);
+      leader.scale_bound_gradients(arguments.quantile, arguments.vocab);
+      put_bound_gradients(row, leader.numbers.lower_gradient, leader.numbers.upper_gradient);
     }
   }
 
@@ -139,32 +140,32 @@ struct ClipWorker {
   // -> the direction of the next pass.
   __device__ bool find_quantiles(const Source& source, bool backwards) const {
     const ClipSelect<Source> selected(source, team, selection);
-    if (team.leads()) selected.begin(lead.edges.lower, lead.edges.upper, lead.quantiles);
+    if (team.leads()) selected.begin(leader.edges.lower, leader.edges.upper, leader.quantiles);
     backwards = selected.run(backwards);
-    if (team.leads()) selected.finish(lead.quantiles);
+    if (team.leads()) selected.finish(leader.quantiles);
     return backwards;
   }
 
   template <bool kSoft>
-  __device__ void sum_part(const Source& source, const ClipOrders<Real>& orders, bool backwards) const {
+  __device__ void sum_part(const Source& source, const ClipParameters<Real>& parameters, bool backwards) const {
     ClipThread<kSoft, Real> mine;
     for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
       for_entries<kSoft>(
-          raw, source.column(pack), orders,
+          raw, source.column(pack), parameters,
           [&](Real, Real, const Outcome<Real>& o, const ClipShare<Real>& share, int, int) { mine.add(o, share); });
     });
     put_inside(mine.inside());
     if constexpr (kSoft) {
-      put_slope(mine.slope(mine.lower), lead.sums.lower);
-      put_slope(mine.slope(mine.upper), lead.sums.upper);
-      put_slope(mine.slope(mine.own), lead.sums.own);
+      put_slope(mine.slope(mine.lower), leader.sums.lower);
+      put_slope(mine.slope(mine.upper), leader.sums.upper);
+      put_slope(mine.slope(mine.own), leader.sums.own);
     }
   }
 
   // What all threads found, to the leading one's sums.
   __device__ __forceinline__ void put_inside(const ClipInside& mine) const {
     const ClipInside in = team.sum(mine, [](ClipInside& all, const ClipInside& next) { all.add(next); });
-    if (team.leads()) lead.sums = {in.k, in.a, in.p, in.q, in.difference, in.p_rest, in.q_rest, {}, {}, {}};
+    if (team.leads()) leader.sums = {in.k, in.a, in.p, in.q, in.difference, in.p_rest, in.q_rest, {}, {}, {}};
   }
   __device__ __forceinline__ void put_slope(const ClipSlope& mine, double (&out)[3]) const {
     const ClipSlope slope = team.sum(mine, [](ClipSlope& all, const ClipSlope& next) { all.add(next); });
@@ -179,7 +180,7 @@ struct ClipWorker {
       raise(mine, small.bases_of(Source::student_of(raw, 0), Source::teacher_of(raw, 0), column == kept));
     }
     const SmallBases bases = team.sum(mine, [](SmallBases& all, const SmallBases& next) { raise(all, next); });
-    follow([&] { small.set_bases(bases); });
+    after_leader([&] { small.set_bases(bases); });
     ClipSums sums{};
     for (int column = team.thread; column < arguments.vocab; column += team.threads) {
       const Raw raw = source.template fetch<false>(column);
@@ -187,60 +188,60 @@ struct ClipWorker {
     }
     put_inside({sums.k, sums.a, sums.p, sums.q, 0, sums.p_rest, 0});
     if (arguments.softness != 0) {
-      put_slope({sums.lower[0], sums.lower[1], sums.lower[2]}, lead.sums.lower);
-      put_slope({sums.upper[0], sums.upper[1], sums.upper[2]}, lead.sums.upper);
-      put_slope({sums.own[0], sums.own[1], sums.own[2]}, lead.sums.own);
+      put_slope({sums.lower[0], sums.lower[1], sums.lower[2]}, leader.sums.lower);
+      put_slope({sums.upper[0], sums.upper[1], sums.upper[2]}, leader.sums.upper);
+      put_slope({sums.own[0], sums.own[1], sums.own[2]}, leader.sums.own);
     }
-    follow([&] {
-      small.finish(lead.sums);
-      lead.numbers.value = small.numbers.value;
-      lead.numbers.lower_gradient = small.numbers.lower_gradient;
-      lead.numbers.upper_gradient = small.numbers.upper_gradient;
+    after_leader([&] {
+      small.finish(leader.sums);
+      leader.numbers.value = small.numbers.value;
+      leader.numbers.lower_gradient = small.numbers.lower_gradient;
+      leader.numbers.upper_gradient = small.numbers.upper_gradient;
     });
   }
 
   __device__ __forceinline__ void write_small(const Source& source, const SmallRow& small) const {
-    const ClipOrders<Real> orders = shared_load(shared_orders);
+    const ClipParameters<Real> parameters = shared_load(shared_parameters);
     for (int column = team.thread; column < arguments.vocab; column += team.threads) {
       const Raw raw = source.template fetch<false>(column);
       const double u = Source::student_of(raw, 0);
-      const SmallEntry e = small.entry(u, Source::teacher_of(raw, 0), column == orders.kept);
-      if (orders.teacher_gradient) {
-        source.store_teacher(column, Real(orders.factors.teacher * small.teacher_gradient(e)));
+      const SmallEntry e = small.entry(u, Source::teacher_of(raw, 0), column == parameters.kept);
+      if (parameters.teacher_gradient) {
+        source.store_teacher(column, Real(parameters.factors.teacher * small.teacher_gradient(e)));
       }
-      if (orders.student_gradient) {
-        double g = orders.factors.student * small.student_gradient(e) + orders.factors.label_q * e.q;
-        if (orders.label_scale != Real(0)) g += label_gradient(orders, Real(u));
-        source.store_student(column, Real(column == orders.label ? g - orders.factors.label : g));
+      if (parameters.student_gradient) {
+        double g = parameters.factors.student * small.student_gradient(e) + parameters.factors.label_q * e.q;
+        if (parameters.label_scale != Real(0)) g += label_gradient(parameters, Real(u));
+        source.store_student(column, Real(column == parameters.label ? g - parameters.factors.label : g));
       }
     }
   }
 
   // Of the label's softmax, where that is not q.
-  static __device__ __forceinline__ Real label_gradient(const ClipOrders<Real>& orders, Real u) {
-    const Real x = (u - orders.at.student_origin) * orders.label_scale;
-    return orders.factors.label * exp2_of(x - orders.label_shift);
+  static __device__ __forceinline__ Real label_gradient(const ClipParameters<Real>& parameters, Real u) {
+    const Real x = (u - parameters.at.student_origin) * parameters.label_scale;
+    return parameters.factors.label * exp2_of(x - parameters.label_shift);
   }
 
   template <bool kSoft>
-  __device__ void write(const Source& source, const ClipOrders<Real>& orders, bool backwards) const {
+  __device__ void write(const Source& source, const ClipParameters<Real>& parameters, bool backwards) const {
     for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
       const int column = source.column(pack);
       // The teacher's first: the student's may overwrite its logits.
-      if (orders.teacher_gradient) {
+      if (parameters.teacher_gradient) {
         const auto gradient = [&](Real, const Outcome<Real>& o, const ClipShare<Real>& share, int) {
-          return clip_teacher_gradient<kSoft>(orders, o, share);
+          return clip_teacher_gradient<kSoft>(parameters, o, share);
         };
-        source.store_teacher(pack, map<kSoft>(raw, column, orders, gradient));
+        source.store_teacher(pack, map<kSoft>(raw, column, parameters, gradient));
       }
-      if (orders.student_gradient) {
-        const int label = orders.label - column;
+      if (parameters.student_gradient) {
+        const int label = parameters.label - column;
         const auto gradient = [&](Real u, const Outcome<Real>& o, const ClipShare<Real>& share, int j) {
-          Real g = clip_student_gradient<kSoft>(orders, o, share);
-          if (orders.label_scale != Real(0)) g += label_gradient(orders, u);
-          return orders.label >= 0 && j == label ? g - orders.factors.label : g;
+          Real g = clip_student_gradient<kSoft>(parameters, o, share);
+          if (parameters.label_scale != Real(0)) g += label_gradient(parameters, u);
+          return parameters.label >= 0 && j == label ? g - parameters.factors.label : g;
         };
-        source.store_student(pack, map<kSoft>(raw, column, orders, gradient));
+        source.store_student(pack, map<kSoft>(raw, column, parameters, gradient));
       }
     });
   }
@@ -248,25 +249,25 @@ struct ClipWorker {
   // Calls f(student's logit, teacher's logit, outcome, share, where its word begins in the pack, its place in there)
   // for each of a pack's entries. A word at a time: a whole pack side by side would need more registers than there are.
   template <bool kSoft, class Function>
-  __device__ __forceinline__ void for_entries(Raw raw, int column, const ClipOrders<Real>& orders,
+  __device__ __forceinline__ void for_entries(Raw raw, int column, const ClipParameters<Real>& parameters,
                                               const Function& f) const {
-    const int kept = orders.kept - column;
+    const int kept = parameters.kept - column;
 #pragma unroll 1
     for (int first = 0; first < kSize; first += Source::kWord, Source::next_word(raw)) {
 #pragma unroll
       for (int j = 0; j < Source::kWord; ++j) {
         const Real u = Source::student_of(raw, j), w = Source::teacher_of(raw, j);
-        const Outcome<Real> o = orders.at.template outcome<true>(u, w);
-        f(u, w, o, clip_share<kSoft>(orders, w, o.p, orders.kept >= 0 && first + j == kept), first, j);
+        const Outcome<Real> o = parameters.at.template outcome<true>(u, w);
+        f(u, w, o, clip_share<kSoft>(parameters, w, o.p, parameters.kept >= 0 && first + j == kept), first, j);
       }
     }
   }
 
   template <bool kSoft, class Function>
-  __device__ __forceinline__ Out map(const Raw& raw, int column, const ClipOrders<Real>& orders,
+  __device__ __forceinline__ Out map(const Raw& raw, int column, const ClipParameters<Real>& parameters,
                                      const Function& f) const {
     Out out{};
-    for_entries<kSoft>(raw, column, orders,
+    for_entries<kSoft>(raw, column, parameters,
                        [&](Real u, Real, const Outcome<Real>& o, const ClipShare<Real>& share, int first, int j) {
                          if (j == 0) Source::next_word(out);
                          Source::put_last(out, j, f(u, o, share, first + j));
@@ -281,7 +282,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const bool by_warp = launch.warp_rows > 0;
   const int64_t team_bytes = clip_team_bytes(by_warp, arguments.quantile);
   unsigned char* shared = team_memory(launch, team_bytes + 2 * launch.slice_bytes);
-  const int slots = kClipOrdersBytes + kClipLeadBytes + (arguments.quantile ? kSelectBytes : 0);
+  const int slots = kClipOrdersBytes + kClipLeaderBytes + (arguments.quantile ? kSelectBytes : 0);
   const Team team(shared + slots, unsigned(launch.cluster), by_warp);
   const ClipWorker<Source> worker(arguments, team, shared);
   // With one teacher a source needs no shared memory of its own.

@@ -18,7 +18,7 @@ struct ClippedArguments : RowArguments {
 
 // What the leading thread tells the others.
 template <class Real>
-struct ClipOrders : Orders<Real> {
+struct ClipParameters : RowParameters<Real> {
   int kept;               // the label that is wholly in the part; -1: none
   bool small;             // see ClippedArguments
   Real low, high, sharp;  // hard edges are logits; soft ones probabilities, sharp = 1 / softness
@@ -39,16 +39,17 @@ __device__ __forceinline__ Real clip_sigmoid(Real x, Real& opposite) {
 }
 
 template <bool kSoft, class Real>
-__device__ __forceinline__ ClipShare<Real> clip_share(const ClipOrders<Real>& orders, Real w, Real p, bool kept) {
+__device__ __forceinline__ ClipShare<Real> clip_share(const ClipParameters<Real>& parameters, Real w, Real p,
+                                                      bool kept) {
   if constexpr (kSoft) {
     Real to_a, to_b;
-    const Real a = clip_sigmoid((p - orders.low) * orders.sharp, to_a);
-    const Real b = clip_sigmoid((orders.high - p) * orders.sharp, to_b);
+    const Real a = clip_sigmoid((p - parameters.low) * parameters.sharp, to_a);
+    const Real b = clip_sigmoid((parameters.high - p) * parameters.sharp, to_b);
     if (kept) return {Real(1), Real(0), Real(0), Real(0)};
     const Real own = a * b, not_a = a * to_a, not_b = b * to_b;
-    return {own, not_a + a * not_b, -own * not_a * orders.sharp, own * not_b * orders.sharp};
+    return {own, not_a + a * not_b, -own * not_a * parameters.sharp, own * not_b * parameters.sharp};
   }
-  const Real own = kept || (w >= orders.low && w <= orders.high) ? Real(1) : Real(0);
+  const Real own = kept || (w >= parameters.low && w <= parameters.high) ? Real(1) : Real(0);
   return {own, Real(1) - own, Real(0), Real(0)};
 }
 
@@ -116,25 +117,26 @@ struct ClipThread {
 
 // Gradients of an entry, the student's without the onehot of the label's term.
 template <bool kSoft, class Real>
-__device__ __forceinline__ Real clip_student_gradient(const ClipOrders<Real>& orders, const Outcome<Real>& o,
+__device__ __forceinline__ Real clip_student_gradient(const ClipParameters<Real>& parameters, const Outcome<Real>& o,
                                                       const ClipShare<Real>& share) {
   if (!kSoft && share.own == Real(0)) {
-    const Real rest = orders.factors.student * orders.delta + orders.factors.label_q;
+    const Real rest = parameters.factors.student * parameters.delta + parameters.factors.label_q;
     return rest == Real(0) ? rest : rest * o.q;
   }
-  const Real part = select(o.small, orders.alpha * o.difference + (orders.alpha - orders.gamma) * o.p,
-                           orders.alpha * o.q - orders.gamma * o.p);
-  return orders.factors.student * (share.own * part + share.rest * orders.delta * o.q) + orders.factors.label_q * o.q;
+  const Real part = select(o.small, parameters.alpha * o.difference + (parameters.alpha - parameters.gamma) * o.p,
+                           parameters.alpha * o.q - parameters.gamma * o.p);
+  return parameters.factors.student * (share.own * part + share.rest * parameters.delta * o.q) +
+         parameters.factors.label_q * o.q;
 }
 template <bool kSoft, class Real>
-__device__ __forceinline__ Real clip_teacher_gradient(const ClipOrders<Real>& orders, const Outcome<Real>& o,
+__device__ __forceinline__ Real clip_teacher_gradient(const ClipParameters<Real>& parameters, const Outcome<Real>& o,
                                                       const ClipShare<Real>& share) {
-  Real own = share.own * (orders.by_own_p - orders.by_a * o.d);
+  Real own = share.own * (parameters.by_own_p - parameters.by_a * o.d);
   if constexpr (kSoft) {
-    const Real by_share = orders.by_a * (-o.p * o.d) + orders.by_p * o.p + orders.by_q * o.q;
+    const Real by_share = parameters.by_a * (-o.p * o.d) + parameters.by_p * o.p + parameters.by_q * o.q;
     own -= (share.by_lower + share.by_upper) * by_share;
   }
-  return orders.factors.teacher * o.p * (own - orders.mean);
+  return parameters.factors.teacher * o.p * (own - parameters.mean);
 }
 
 // A quantile: something that grows with the logits, at `below` plus `fraction` of what it differs by at `above`.
@@ -144,7 +146,7 @@ struct ClipQuantile {
 
 // What the leading thread alone holds and does: double precision, once a row.
 template <class Real>
-struct ClipLead {
+struct ClipLeader {
   RowTask task;
   RowFrame<Real> frame;
   RowState<double> state;
@@ -152,39 +154,39 @@ struct ClipLead {
   ClipQuantile quantiles[2];  // of both edges
   ClipSums sums;
   ClipNumbers numbers;
-  double label_logit, poison;
+  double label_logit, nan_or_zero;
 
   // Bounds as given. What no check could see makes the row NaN, and is then not used; a label outside is a NaN weight.
   __device__ __noinline__ void set_bounds(double low, double high, bool quantile, double softness) {
     const bool valid = low <= high && (!quantile || (low >= 0 && high <= 1));
-    poison = valid ? task.label_weight - task.label_weight : double(NAN);
+    nan_or_zero = valid ? task.label_weight - task.label_weight : double(NAN);
     edges.lower = valid ? low : 0;
     edges.upper = valid ? high : 0;
     edges.softness = softness;
   }
 
   // Whether the row is read, and how its logits are scaled.
-  __device__ __noinline__ void open(bool read, int label, bool keep_label, ClipOrders<Real>* told) {
-    ClipOrders<Real> orders{};
-    orders.read = read;
+  __device__ __noinline__ void open(bool read, int label, bool keep_label, ClipParameters<Real>* published) {
+    ClipParameters<Real> parameters{};
+    parameters.read = read;
     if (read) {
-      orders.kept = keep_label ? label : -1;
+      parameters.kept = keep_label ? label : -1;
       task.has_label = task.has_label && task.label_weight != 0;
-      orders.label = task.has_label ? label : -1;
+      parameters.label = task.has_label ? label : -1;
       frame.set_scales(task);
-      orders.student_scale = frame.student_scale;
-      orders.teacher_scale = frame.teacher_scale;
-      orders.label_scale = frame.label_scale;
-      orders.student_gradient = task.student_gradient;
-      orders.teacher_gradient = task.teacher_gradient;
+      parameters.student_scale = frame.student_scale;
+      parameters.teacher_scale = frame.teacher_scale;
+      parameters.label_scale = frame.label_scale;
+      parameters.student_gradient = task.student_gradient;
+      parameters.teacher_gradient = task.teacher_gradient;
     }
-    shared_store(told, orders);
+    shared_store(published, parameters);
   }
 
   // After pass 1: where the edges lie.
-  __device__ __noinline__ void begin(bool quantile, ClipOrders<Real>* told) {
+  __device__ __noinline__ void begin(bool quantile, ClipParameters<Real>* published) {
     frame.normalize(task, state);
-    poison += (frame.student_lse - frame.student_lse) + (frame.teacher_lse - frame.teacher_lse);
+    nan_or_zero += (frame.student_lse - frame.student_lse) + (frame.teacher_lse - frame.teacher_lse);
     if (quantile) {
       edges.lower_logit = quantiles[0].fraction > 0 ? quantiles[0].above : quantiles[0].below;
       edges.upper_logit = quantiles[1].below;
@@ -195,31 +197,31 @@ struct ClipLead {
       edges.upper_logit = logit_of(edges.upper, /*upper=*/true);
     }
     const bool soft = edges.softness != 0;
-    ClipOrders<Real> orders = shared_load(told);
-    orders.at = frame.normalized();
-    orders.factors = GradientFactors<Real>(task, frame);
-    orders.label_shift = Real(frame.label_lse);
-    orders.low = Real(soft ? edges.lower : edges.lower_logit);
-    orders.high = Real(soft ? edges.upper : edges.upper_logit);
-    orders.sharp = soft ? Real(1 / edges.softness) : Real(0);
-    shared_store(told, orders);
+    ClipParameters<Real> parameters = shared_load(published);
+    parameters.at = frame.normalized();
+    parameters.factors = GradientFactors<Real>(task, frame);
+    parameters.label_shift = Real(frame.label_lse);
+    parameters.low = Real(soft ? edges.lower : edges.lower_logit);
+    parameters.high = Real(soft ? edges.upper : edges.upper_logit);
+    parameters.sharp = soft ? Real(1 / edges.softness) : Real(0);
+    shared_store(published, parameters);
   }
 
   // After pass 2.
-  __device__ __noinline__ void finish(Renormalize renormalize, bool lump, ClipOrders<Real>* told) {
-    ClipOrders<Real> orders = shared_load(told);
-    orders.small = poison == 0 && is_small(sums, renormalize, lump);
-    numbers = clip_numbers(sums, renormalize, lump, poison);
-    orders.factors.teacher = Real(orders.factors.teacher * numbers.gain);
-    orders.alpha = Real(numbers.alpha);
-    orders.gamma = Real(numbers.gamma);
-    orders.delta = Real(numbers.delta + poison);  // of entries outside the part nothing else is used
-    orders.by_a = Real(numbers.by_a);
-    orders.by_p = Real(numbers.by_p);
-    orders.by_own_p = Real(numbers.by_a + numbers.by_p);
-    orders.by_q = Real(numbers.by_q);
-    orders.mean = Real(numbers.mean);
-    shared_store(told, orders);
+  __device__ __noinline__ void finish(Renormalize renormalize, bool lump, ClipParameters<Real>* published) {
+    ClipParameters<Real> parameters = shared_load(published);
+    parameters.small = nan_or_zero == 0 && is_small(sums, renormalize, lump);
+    numbers = clip_numbers(sums, renormalize, lump, nan_or_zero);
+    parameters.factors.teacher = Real(parameters.factors.teacher * numbers.gain);
+    parameters.alpha = Real(numbers.alpha);
+    parameters.gamma = Real(numbers.gamma);
+    parameters.delta = Real(numbers.delta + nan_or_zero);  // of entries outside the part nothing else is used
+    parameters.by_a = Real(numbers.by_a);
+    parameters.by_p = Real(numbers.by_p);
+    parameters.by_own_p = Real(numbers.by_a + numbers.by_p);
+    parameters.by_q = Real(numbers.by_q);
+    parameters.mean = Real(numbers.mean);
+    shared_store(published, parameters);
   }
 
   __device__ __noinline__ double loss() const {

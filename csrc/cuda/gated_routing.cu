@@ -3,10 +3,10 @@
 
 #include <algorithm>
 
-#include "../tensor/gated_routing_entry.h"
+#include "../arguments/gated_routing_entry.h"
+#include "common/launch.h"
+#include "common/register.h"
 #include "gated_routing.cuh"
-#include "launch.h"
-#include "register.h"
 
 namespace fastkd::cuda {
 

@@ -1,6 +1,6 @@
 // Where the operands of gated routing's products lie: Lines for a Loader (tiles.cuh).
 #pragma once
-#include "tiles.cuh"
+#include "common/tiles.cuh"
 
 namespace fastkd::cuda {
 

@@ -2,14 +2,14 @@
 // what it passes; a second kernel adds the blocks' sums, in order.
 #include <torch/csrc/stable/library.h>
 
+#include "../arguments/kl_div_entry.h"
 #include "../math/kl_div.h"
-#include "../tensor/kl_div_entry.h"
-#include "block.cuh"
-#include "launch.h"
-#include "policy.cuh"
-#include "register.h"
-#include "rows.cuh"
-#include "vec.cuh"
+#include "common/block.cuh"
+#include "common/launch.h"
+#include "common/policy.cuh"
+#include "common/register.h"
+#include "common/rows.cuh"
+#include "common/vec.cuh"
 
 namespace fastkd::cuda {
 namespace {

@@ -1,12 +1,12 @@
 // _scale_rows_ on CUDA: gradient *= factor. The factor is looked at on the device: where it is 1, nothing is moved.
 #include <torch/csrc/stable/library.h>
 
-#include "../tensor/scale_rows_entry.h"
-#include "launch.h"
-#include "policy.cuh"
-#include "register.h"
-#include "rows.cuh"
-#include "vec.cuh"
+#include "../arguments/scale_rows_entry.h"
+#include "common/launch.h"
+#include "common/policy.cuh"
+#include "common/register.h"
+#include "common/rows.cuh"
+#include "common/vec.cuh"
 
 namespace fastkd::cuda {
 namespace {

@@ -1,8 +1,8 @@
 // softmax_divergence on CUDA: arguments and launches.
 #include <torch/csrc/stable/library.h>
 
-#include "../tensor/softmax_divergence_entry.h"
-#include "register.h"
+#include "../arguments/softmax_divergence_entry.h"
+#include "common/register.h"
 #include "softmax_divergence_launch.h"
 
 namespace fastkd::cuda {

@@ -5,20 +5,20 @@
 // divergence. Longer rows are read again by each pass, in reverse from one pass to the next, since what was read last
 // is what the L2 still has. A row of a few KiB takes one warp.
 //
-// What a row does is RowPlan's to say: its leading thread asks it and everybody follows.
+// RowPlan says what is done with a row: the leading thread runs it and publishes what it finds to the others.
 #pragma once
-#include "../math/exact.h"
+#include "../math/compensated_sum.h"
 #include "../math/row_plan.h"
-#include "block.cuh"
-#include "far_sum.cuh"
-#include "policy.cuh"
-#include "sources.cuh"
+#include "common/block.cuh"
+#include "common/far_sum.cuh"
+#include "common/policy.cuh"
+#include "common/sources.cuh"
 
 namespace fastkd::cuda {
 
 // What the leading thread tells the others: numbers of the row in the precision of the logits.
 template <class Real>
-struct Orders {
+struct RowParameters {
   Step step;
   bool read, near, student_gradient, teacher_gradient;
   int label;  // -1: none
@@ -30,12 +30,12 @@ struct Orders {
   Real label_shift;
 };
 
-// A team's shared memory: [orders][the leading thread's task and plan][the teachers' normalisers and rows][slots of the
-// reductions] [student row][teacher row].
-inline constexpr int kOrdersBytes = 256, kPlanBytes = 448;
+// A team's shared memory: [parameters][the leading thread's task and plan][the teachers' normalisers and rows][slots of
+// the reductions] [student row][teacher row].
+inline constexpr int kParametersBytes = 256, kPlanBytes = 448;
 inline constexpr int kTeachersBytes = kMaxTeachers * int(sizeof(OriginSum<double>) + sizeof(char*));
 __host__ __device__ constexpr int64_t team_bytes(bool warp) {
-  return kOrdersBytes + kPlanBytes + kTeachersBytes + (warp ? 0 : Team::kSharedBytes);
+  return kParametersBytes + kPlanBytes + kTeachersBytes + (warp ? 0 : Team::kSharedBytes);
 }
 
 // Sums of pass 1 relative to one pair of origins.
@@ -58,12 +58,13 @@ struct ThreadState {
 
   Real u_origin = Real(-INFINITY), w_origin = Real(-INFINITY);
   Real u_sum = 0, w_sum = 0, crossing = 0, label_sum = 0;
-  ExactSum ratio;  // the student-weighted one becomes a mean that the gradient subtracts
+  CompensatedSum ratio;  // the student-weighted one becomes a mean that the gradient subtracts
   FarSum<Real> far_ratio, far_crossing;
 
   template <int kSize>
-  __device__ __forceinline__ void add(const Real (&u)[kSize], const Real (&w)[kSize], const Orders<Real>& orders) {
-    const Real us = orders.student_scale, ws = orders.teacher_scale, r = orders.teacher_ratio;
+  __device__ __forceinline__ void add(const Real (&u)[kSize], const Real (&w)[kSize],
+                                      const RowParameters<Real>& parameters) {
+    const Real us = parameters.student_scale, ws = parameters.teacher_scale, r = parameters.teacher_ratio;
     Real u_max = u[0], w_max = w[0];
 #pragma unroll
     for (int j = 1; j < kSize; ++j) {
@@ -71,10 +72,10 @@ struct ThreadState {
       w_max = w[j] > w_max ? w[j] : w_max;
     }
     // The label's softmax is another one, of the same logits: neither sum may overflow.
-    const Real slack = Real(8), steepest = at_least(us, orders.label_scale);
+    const Real slack = Real(8), steepest = at_least(us, parameters.label_scale);
     if (u_origin == Real(-INFINITY) || w_origin == Real(-INFINITY) || (u_max - u_origin) * steepest > slack ||
         (w_max - w_origin) * ws > slack) {
-      raise(at_least(u_origin, u_max), at_least(w_origin, w_max), orders);
+      raise(at_least(u_origin, u_max), at_least(w_origin, w_max), parameters);
     }
     const Real u_zero = u_origin == Real(-INFINITY) ? Real(0) : u_origin;
     const Real w_zero = w_origin == Real(-INFINITY) ? Real(0) : w_origin;
@@ -99,7 +100,7 @@ struct ThreadState {
       if constexpr (kCrossing) {
         if (x > -kFar) crossing -= e_w * x;
       }
-      if (orders.label_scale != Real(0)) label_sum += exp2_of(x * orders.label_scale);
+      if (parameters.label_scale != Real(0)) label_sum += exp2_of(x * parameters.label_scale);
     }
     if constexpr (kRatio) {
       if (farthest >= kFar) {
@@ -114,11 +115,11 @@ struct ThreadState {
   }
 
   // Carries the sums over to larger origins; one that was not there yet had nothing relative to it.
-  __device__ void raise(Real u_new, Real w_new, const Orders<Real>& orders) {
-    const Real r = orders.teacher_ratio;
+  __device__ void raise(Real u_new, Real w_new, const RowParameters<Real>& parameters) {
+    const Real r = parameters.teacher_ratio;
     const Real u_step = u_origin == Real(-INFINITY) ? Real(0) : step_between(u_origin, u_new);
     const Real w_step = w_origin == Real(-INFINITY) ? Real(0) : step_between(w_origin, w_new);
-    const Real u_shrink = u_step * orders.student_scale, w_shrink = w_step * orders.teacher_scale;
+    const Real u_shrink = u_step * parameters.student_scale, w_shrink = w_step * parameters.teacher_scale;
     const Real u_scale = exp2_of(-u_shrink), w_scale = exp2_of(-w_shrink);
     if constexpr (kRatio) {
       const Real weight = kByStudent ? u_sum : w_sum, shrink = kByStudent ? u_shrink : w_shrink;
@@ -131,7 +132,7 @@ struct ThreadState {
       far_crossing.raise(w_sum, w_shrink, u_step);
       crossing = carried(crossing, w_sum, u_step < Real(kDead) ? u_step : Real(0), w_scale);
     }
-    if (orders.label_scale != Real(0)) label_sum *= exp2_of(-u_step * orders.label_scale);
+    if (parameters.label_scale != Real(0)) label_sum *= exp2_of(-u_step * parameters.label_scale);
     u_sum *= u_scale;
     w_sum *= w_scale;
     u_origin = u_new;
@@ -148,7 +149,7 @@ struct ThreadState {
 template <bool kNear, class Divergence, class Real>
 struct ThreadSums {
   Real f = 0, difference = 0;
-  ExactSum qg, ph, q, p;
+  CompensatedSum qg, ph, q, p;
 
   __device__ __forceinline__ void add(const Divergence& divergence, const Outcome<Real>& o, bool teacher) {
     const Terms<Real> t = divergence.template operator()<kNear>(o);
@@ -178,7 +179,7 @@ struct Largest {
 // What the leading thread alone holds, in shared memory to spare registers, and does: double precision, once a row.
 // Not inlined: one copy serves all kernels of a divergence.
 template <class Real, class Divergence>
-struct Lead {
+struct RowLeader {
   RowTask task;
   RowPlan<Real, Divergence> plan;
   RowState<double> state;
@@ -186,44 +187,44 @@ struct Lead {
   double label_logit;
 
   // Whether the row is read, and how its logits are scaled.
-  __device__ __noinline__ void open(bool read, int label, Orders<Real>* told) {
-    Orders<Real> orders{};
-    orders.read = read;
-    orders.label = label;
+  __device__ __noinline__ void open(bool read, int label, RowParameters<Real>* published) {
+    RowParameters<Real> parameters{};
+    parameters.read = read;
+    parameters.label = label;
     if (read) {
       plan.set_scales(task);
-      orders.student_scale = plan.student_scale;
-      orders.teacher_scale = plan.teacher_scale;
-      orders.teacher_ratio = plan.teacher_ratio;
-      orders.label_scale = plan.label_scale;
-      orders.teacher_temperature = task.teacher_temperature;
-      orders.student_gradient = task.student_gradient;
-      orders.teacher_gradient = task.teacher_gradient;
+      parameters.student_scale = plan.student_scale;
+      parameters.teacher_scale = plan.teacher_scale;
+      parameters.teacher_ratio = plan.teacher_ratio;
+      parameters.label_scale = plan.label_scale;
+      parameters.teacher_temperature = task.teacher_temperature;
+      parameters.student_gradient = task.student_gradient;
+      parameters.teacher_gradient = task.teacher_gradient;
     }
-    shared_store(told, orders);
+    shared_store(published, parameters);
   }
 
   __device__ __noinline__ void begin() { plan.begin(task, state); }
   __device__ __noinline__ void add() { plan.add(task, sums); }
 
   // The plan as it stands.
-  __device__ __noinline__ void tell(Orders<Real>* told) const {
-    Orders<Real> orders = shared_load(told);
-    orders.step = plan.step;
-    orders.near = plan.near;
-    orders.at = plan.normalized();
-    orders.factors = GradientFactors<Real>(task, plan);
-    orders.student_mean = Mean<Real>(plan.student_mean);
-    orders.teacher_mean = Mean<Real>(plan.teacher_mean);
-    orders.label_shift = Real(plan.label_lse);
-    shared_store(told, orders);
+  __device__ __noinline__ void publish(RowParameters<Real>* published) const {
+    RowParameters<Real> parameters = shared_load(published);
+    parameters.step = plan.step;
+    parameters.near = plan.near;
+    parameters.at = plan.normalized();
+    parameters.factors = GradientFactors<Real>(task, plan);
+    parameters.student_mean = Mean<Real>(plan.student_mean);
+    parameters.teacher_mean = Mean<Real>(plan.teacher_mean);
+    parameters.label_shift = Real(plan.label_lse);
+    shared_store(published, parameters);
   }
 };
 
 // The states of both softmaxes, valid in leading threads.
 template <Pass kPass, class Source>
 __device__ RowState<double> first_pass(const Source& source, const Team& team,
-                                       const Orders<typename Source::Real>& orders) {
+                                       const RowParameters<typename Source::Real>& parameters) {
   using Real = typename Source::Real;
   constexpr int kSize = Source::kSize;
   ThreadState<Real, kPass> mine;
@@ -234,7 +235,7 @@ __device__ RowState<double> first_pass(const Source& source, const Team& team,
       u[j] = Source::student_of(raw, j);
       w[j] = Source::teacher_of(raw, j);
     }
-    mine.add(u, w, orders);
+    mine.add(u, w, parameters);
   });
   // Relative to the same logits in all threads, sums only add up.
   const auto at_least_both = [](Largest<Real>& all, const Largest<Real>& x) {
@@ -242,15 +243,15 @@ __device__ RowState<double> first_pass(const Source& source, const Team& team,
   };
   const Largest<Real> largest =
       team.block_sum(Largest<Real>{mine.u_origin, mine.w_origin}, at_least_both, /*everywhere=*/true);
-  mine.raise(largest.student, largest.teacher, orders);
+  mine.raise(largest.student, largest.teacher, parameters);
   const PassSums sums = team.block_sum(mine.whole(), [](PassSums& all, const PassSums& next) { all.add(next); });
-  const double us = orders.student_scale;
+  const double us = parameters.student_scale;
   const RowState<double> state{{double(largest.student), sums.student},
                                {double(largest.teacher), sums.teacher},
                                sums.ratio * us,
                                sums.crossing * us,
                                sums.label};
-  const RowScales<double> scales{us, double(orders.teacher_scale), double(orders.label_scale)};
+  const RowScales<double> scales{us, double(parameters.teacher_scale), double(parameters.label_scale)};
   return team.cluster_sum(state,
                           [&](RowState<double>& all, const RowState<double>& next) { all.merge(next, kPass, scales); });
 }
@@ -260,52 +261,52 @@ struct RowWorker {
   using Real = typename Source::Real;
   static constexpr int kSize = Source::kSize;
 
-  static_assert(sizeof(Orders<Real>) <= kOrdersBytes && sizeof(Lead<Real, Divergence>) <= kPlanBytes);
+  static_assert(sizeof(RowParameters<Real>) <= kParametersBytes && sizeof(RowLeader<Real, Divergence>) <= kPlanBytes);
 
   const RowArguments& arguments;
   const Team& team;
   const Divergence divergence;
-  Orders<Real>* shared_orders;
-  Lead<Real, Divergence>& lead;
+  RowParameters<Real>* shared_parameters;
+  RowLeader<Real, Divergence>& leader;
 
   __device__ RowWorker(const RowArguments& a, const Team& t, unsigned char* shared)
       : arguments(a),
         team(t),
         divergence{a.beta},
-        shared_orders(reinterpret_cast<Orders<Real>*>(shared)),
-        lead(*reinterpret_cast<Lead<Real, Divergence>*>(shared + kOrdersBytes)) {}
+        shared_parameters(reinterpret_cast<RowParameters<Real>*>(shared)),
+        leader(*reinterpret_cast<RowLeader<Real, Divergence>*>(shared + kParametersBytes)) {}
 
   __device__ void run(int64_t row, Source& source) const {
-    Orders<Real> orders = opening(row, source);
-    if (!orders.read) {
+    RowParameters<Real> parameters = opening(row, source);
+    if (!parameters.read) {
       source.write_zeros(team);
       return;
     }
-    source.normalize_teachers(team, orders.teacher_temperature);
-    const RowState<double> state = first_pass<Divergence::kPass>(source, team, orders);
+    source.normalize_teachers(team, parameters.teacher_temperature);
+    const RowState<double> state = first_pass<Divergence::kPass>(source, team, parameters);
     if (team.leads()) {
-      lead.state = state;
-      lead.begin();
+      leader.state = state;
+      leader.begin();
     }
     bool backwards = true;
-    for (orders = follow(); orders.step != Step::kWrite; orders = follow()) {
-      const Sums sums = orders.step == Step::kSumNear ? sum_terms<true>(source, orders, backwards)
-                                                      : sum_terms<false>(source, orders, backwards);
+    for (parameters = after_leader(); parameters.step != Step::kWrite; parameters = after_leader()) {
+      const Sums sums = parameters.step == Step::kSumNear ? sum_terms<true>(source, parameters, backwards)
+                                                          : sum_terms<false>(source, parameters, backwards);
       backwards = !backwards;
       if (team.leads()) {
-        lead.sums = sums;
-        lead.add();
+        leader.sums = sums;
+        leader.add();
       }
     }
     if (team.leads() && team.rank == 0) {
-      const double loss = lead.plan.loss(lead.task, lead.label_logit);
+      const double loss = leader.plan.loss(leader.task, leader.label_logit);
       global_store(arguments.losses + row, arguments.row_weight(row) * loss);
     }
-    if (orders.student_gradient || orders.teacher_gradient) {
-      if (orders.near) {
-        write<true>(source, orders, backwards);
+    if (parameters.student_gradient || parameters.teacher_gradient) {
+      if (parameters.near) {
+        write<true>(source, parameters, backwards);
       } else {
-        write<false>(source, orders, backwards);
+        write<false>(source, parameters, backwards);
       }
       zero_beyond_vocab(arguments, row, team);
     }
@@ -313,36 +314,36 @@ struct RowWorker {
 
  private:
   // What the row is about, before it is read.
-  __device__ Orders<Real> opening(int64_t row, const Source& source) const {
+  __device__ RowParameters<Real> opening(int64_t row, const Source& source) const {
     if (team.leads()) {
       int label = -1;
-      const bool read = arguments.read_task(row, lead.task, label);
-      if (read && lead.task.label_weight == 0) {
-        lead.task.has_label = false;
+      const bool read = arguments.read_task(row, leader.task, label);
+      if (read && leader.task.label_weight == 0) {
+        leader.task.has_label = false;
         label = -1;
       }
-      lead.open(read, label, shared_orders);
+      leader.open(read, label, shared_parameters);
       if (read) {
         // Now: the gradient may overwrite it.
-        lead.label_logit = lead.task.has_label ? double(source.student_logit(label)) : 0;
+        leader.label_logit = leader.task.has_label ? double(source.student_logit(label)) : 0;
       } else if (team.rank == 0) {
         global_store(arguments.losses + row, 0.0);
       }
     }
     team.sync();
-    return shared_load(shared_orders);
+    return shared_load(shared_parameters);
   }
 
-  // The plan as it stands, told to all.
-  __device__ __forceinline__ Orders<Real> follow() const {
+  // The plan as it stands, published to all.
+  __device__ __forceinline__ RowParameters<Real> after_leader() const {
     team.sync();
-    if (team.leads()) lead.tell(shared_orders);
+    if (team.leads()) leader.publish(shared_parameters);
     team.sync();
-    return shared_load(shared_orders);
+    return shared_load(shared_parameters);
   }
 
   template <bool kNear>
-  __device__ Sums sum_terms(const Source& source, const Orders<Real>& orders, bool backwards) const {
+  __device__ Sums sum_terms(const Source& source, const RowParameters<Real>& parameters, bool backwards) const {
     ThreadSums<kNear, Divergence, Real> mine;
     for_packs<false>(source, team, backwards, [&](int, typename Source::Raw raw) {
     // A few at a time: a whole pack's logarithms side by side would need more registers than there are.
@@ -351,8 +352,8 @@ struct RowWorker {
 #pragma unroll
         for (int j = 0; j < Source::kWord; ++j) {
           const Outcome<Real> o =
-              orders.at.template outcome<kNear>(Source::student_of(raw, j), Source::teacher_of(raw, j));
-          mine.add(divergence, o, orders.teacher_gradient);
+              parameters.at.template outcome<kNear>(Source::student_of(raw, j), Source::teacher_of(raw, j));
+          mine.add(divergence, o, parameters.teacher_gradient);
         }
       }
     });
@@ -360,26 +361,26 @@ struct RowWorker {
   }
 
   template <bool kNear>
-  __device__ void write(const Source& source, const Orders<Real>& orders, bool backwards) const {
+  __device__ void write(const Source& source, const RowParameters<Real>& parameters, bool backwards) const {
     for_packs<false>(source, team, backwards, [&](int pack, const typename Source::Raw& raw) {
       // The teacher's first: the student's may overwrite its logits.
-      if (orders.teacher_gradient) {
+      if (parameters.teacher_gradient) {
         const auto gradient = [&](Real, const Outcome<Real>& o, int) {
-          return teacher_gradient<kNear>(divergence, o, orders.teacher_mean, orders.factors);
+          return teacher_gradient<kNear>(divergence, o, parameters.teacher_mean, parameters.factors);
         };
-        source.store_teacher(pack, map<kNear>(raw, orders, gradient));
+        source.store_teacher(pack, map<kNear>(raw, parameters, gradient));
       }
-      if (orders.student_gradient) {
-        const int label = orders.label - source.column(pack);
+      if (parameters.student_gradient) {
+        const int label = parameters.label - source.column(pack);
         const auto gradient = [&](Real u, const Outcome<Real>& o, int j) {
-          Real g = student_gradient<kNear>(divergence, o, orders.student_mean, orders.factors);
-          if (orders.label_scale != Real(0)) {
-            const Real x = (u - orders.at.student_origin) * orders.label_scale;
-            g += orders.factors.label * exp2_of(x - orders.label_shift);
+          Real g = student_gradient<kNear>(divergence, o, parameters.student_mean, parameters.factors);
+          if (parameters.label_scale != Real(0)) {
+            const Real x = (u - parameters.at.student_origin) * parameters.label_scale;
+            g += parameters.factors.label * exp2_of(x - parameters.label_shift);
           }
-          return orders.label >= 0 && j == label ? g - orders.factors.label : g;
+          return parameters.label >= 0 && j == label ? g - parameters.factors.label : g;
         };
-        source.store_student(pack, map<kNear>(raw, orders, gradient));
+        source.store_student(pack, map<kNear>(raw, parameters, gradient));
       }
     });
   }
@@ -387,7 +388,7 @@ struct RowWorker {
   // f(student's logit, outcome, place in the pack) of each of a pack's entries. A few at a time: a whole pack's
   // logarithms side by side would need more registers than there are.
   template <bool kNear, class Function>
-  __device__ __forceinline__ typename Source::Out map(typename Source::Raw raw, const Orders<Real>& orders,
+  __device__ __forceinline__ typename Source::Out map(typename Source::Raw raw, const RowParameters<Real>& parameters,
                                                       const Function& f) const {
     typename Source::Out out{};
 #pragma unroll 1
@@ -396,7 +397,7 @@ struct RowWorker {
 #pragma unroll
       for (int j = 0; j < Source::kWord; ++j) {
         const Real u = Source::student_of(raw, j);
-        const Outcome<Real> o = orders.at.template outcome<kNear>(u, Source::teacher_of(raw, j));
+        const Outcome<Real> o = parameters.at.template outcome<kNear>(u, Source::teacher_of(raw, j));
         Source::put_last(out, j, f(u, o, first + j));
       }
     }
@@ -409,10 +410,11 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     softmax_divergence_kernel(const RowArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   unsigned char* shared = team_memory(launch, team_bytes(by_warp) + 2 * launch.slice_bytes);
-  const Team team(shared + kOrdersBytes + kPlanBytes + kTeachersBytes, unsigned(launch.cluster), by_warp);
+  const Team team(shared + kParametersBytes + kPlanBytes + kTeachersBytes, unsigned(launch.cluster), by_warp);
   const RowWorker<Divergence, Source> worker(arguments, team, shared);
   for_rows(team, launch, arguments.rows, [&](int64_t row) {
-    Source source(arguments, row, launch, team.rank, shared + kOrdersBytes + kPlanBytes, shared + team_bytes(by_warp));
+    Source source(arguments, row, launch, team.rank, shared + kParametersBytes + kPlanBytes,
+                  shared + team_bytes(by_warp));
     worker.run(row, source);
   });
 }

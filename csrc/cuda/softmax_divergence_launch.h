@@ -1,7 +1,7 @@
 // How the entry reaches the kernels, which are compiled in several shards.
 #pragma once
-#include "launch.h"
-#include "sources.cuh"
+#include "common/launch.h"
+#include "common/sources.cuh"
 
 namespace fastkd::cuda {
 

@@ -8,11 +8,11 @@
 // A key is a logit's bits in order, then its column from the end: no two are equal, and ties go to the lower column.
 #include <torch/csrc/stable/library.h>
 
+#include "../arguments/teacher_topk_entry.h"
 #include "../math/logit_sum.h"
-#include "../tensor/teacher_topk_entry.h"
-#include "radix_select.cuh"
-#include "register.h"
-#include "sources.cuh"
+#include "common/radix_select.cuh"
+#include "common/register.h"
+#include "common/sources.cuh"
 
 namespace fastkd::cuda {
 namespace {
@@ -28,14 +28,14 @@ struct SelectArguments : RowArguments {
 };
 
 // What the leading thread tells the others of its block.
-struct SelectOrders {
+struct SelectParameters {
   double temperature, origin, log_sum;  // of the softmax's sum: a logit, and natural relative to it
 };
 
-// A team's shared memory: [orders][counters][selection][keys collected][slots of the reductions][row]. The best keys,
-// to be sorted, take over the selection's bins.
+// A team's shared memory: [parameters][counters][selection][keys collected][slots of the reductions][row]. The best
+// keys, to be sorted, take over the selection's bins.
 struct SelectShared {
-  SelectOrders orders;
+  SelectParameters parameters;
   unsigned collected, best;  // how many
   alignas(16) unsigned char selection[RadixSelect::kSharedBytes];
   alignas(16) uint64_t keys[kMaxKeys];
@@ -92,7 +92,7 @@ struct SelectWorker {
   __device__ void run(int64_t row, const Source& source) const {
     const RadixSelect select(team, shared.selection, team.blocks);
     open(row, select);
-    const SelectOrders begun = shared_load(&shared.orders);
+    const SelectParameters begun = shared_load(&shared.parameters);
     const double to_base_2 = kLog2E / begun.temperature;
     const SumShare sum = first_pass(source, float(to_base_2), select);
     if (!normalize(sum, to_base_2)) {  // NaN, or no finite logit: no order means anything
@@ -115,7 +115,7 @@ struct SelectWorker {
   __device__ void open(int64_t row, const RadixSelect& select) const {
     select.clear();
     if (team.leads()) {
-      shared_store(&shared.orders, SelectOrders{arguments.row_temperature(row), 0, 0});
+      shared_store(&shared.parameters, SelectParameters{arguments.row_temperature(row), 0, 0});
       shared_store(&shared.collected, 0u);
       shared_store(&shared.best, 0u);
     }
@@ -161,7 +161,7 @@ struct SelectWorker {
     }
   }
 
-  // The whole row's sum, into the orders -> false where no logit is finite, or one is NaN or +inf.
+  // The whole row's sum, into the parameters -> false where no logit is finite, or one is NaN or +inf.
   __device__ bool normalize(SumShare mine, double to_base_2) const {
     const auto larger = [](float& all, float next) { all = at_least(all, next); };
     const float origin = team.block_sum(mine.origin, larger, /*everywhere=*/true);
@@ -170,11 +170,11 @@ struct SelectWorker {
     const LogitSum all = team.cluster_sum(LogitSum{double(origin), sum},
                                           [&](LogitSum& into, const LogitSum& next) { into.merge(next, to_base_2); });
     if (team.leads()) {
-      shared_store(&shared.orders.origin, all.origin);
-      shared_store(&shared.orders.log_sum, ::log(all.sum) + all.poison());
+      shared_store(&shared.parameters.origin, all.origin);
+      shared_store(&shared.parameters.log_sum, ::log(all.sum) + all.nan_or_zero());
     }
     team.sync();
-    const double found = shared_load(&shared.orders.log_sum);
+    const double found = shared_load(&shared.parameters.log_sum);
     return found == found;
   }
 
@@ -226,7 +226,7 @@ struct SelectWorker {
 
   // The keys collected, from bin.least on, cut to little more than k, sorted and written.
   __device__ void write(int64_t row, KeyBin bin) const {
-    const SelectOrders orders = shared_load(&shared.orders);
+    const SelectParameters parameters = shared_load(&shared.parameters);
     const int k = arguments.k, count = count_of<kMaxKeys>(&shared.collected);
     const auto for_collected = [&](const KeyBin&, const auto& body) {
       for (int i = team.thread; i < count; i += team.threads) body(shared_load(shared.keys + i));
@@ -247,7 +247,7 @@ struct SelectWorker {
       const uint64_t key = shared_load(best + i);
       const float z = from_ordered(unsigned(key >> arguments.column_bits));
       const unsigned place = unsigned(key & ((uint64_t(1) << arguments.column_bits) - 1));
-      const double step = double(z) - orders.origin, log_prob = step / orders.temperature - orders.log_sum;
+      const double step = double(z) - parameters.origin, log_prob = step / parameters.temperature - parameters.log_sum;
       global_store(arguments.log_probs + row * k + i, step < -kImpossible ? -INFINITY : float(log_prob));
       global_store(arguments.indices + row * k + i, int32_t(arguments.vocab - 1) - int32_t(place));
     }

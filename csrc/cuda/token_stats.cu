@@ -1,8 +1,8 @@
 // token_stats on CUDA: arguments and launches.
 #include <torch/csrc/stable/library.h>
 
-#include "../tensor/token_stats_entry.h"
-#include "register.h"
+#include "../arguments/token_stats_entry.h"
+#include "common/register.h"
 #include "token_stats.cuh"
 
 namespace fastkd::cuda {

@@ -6,8 +6,8 @@
 // Rows that come out nearly equal take their divergences from that pass too, where nothing cancels.
 #pragma once
 #include "../math/token_stats.h"
-#include "far_sum.cuh"
-#include "sources.cuh"
+#include "common/far_sum.cuh"
+#include "common/sources.cuh"
 
 namespace fastkd::cuda {
 
@@ -42,35 +42,35 @@ struct StatsSums {
 };
 
 // What the leading thread tells the others.
-struct StatsOrders {
+struct StatsParameters {
   bool read, near;
   float scale;  // log2(e) / temperature
   Normalized<float> at;
 };
 
 // What the leading thread alone holds, in shared memory to spare registers, and does: double precision, once a row.
-struct StatsLead {
+struct StatsLeader {
   double temperature;
   StatsSums found;
   PairStats both;
   bool forward_near, reverse_near;  // the second pass has them
 
-  __device__ __noinline__ void open(double row_temperature, StatsOrders* told) {
+  __device__ __noinline__ void open(double row_temperature, StatsParameters* published) {
     temperature = row_temperature;
-    StatsOrders orders{};
-    orders.read = temperature == temperature;
-    orders.scale = float(kLog2E / temperature);
-    shared_store(told, orders);
+    StatsParameters parameters{};
+    parameters.read = temperature == temperature;
+    parameters.scale = float(kLog2E / temperature);
+    shared_store(published, parameters);
   }
 
   // After the first pass over two sides.
-  __device__ __noinline__ void plan(StatsOrders* told) {
-    StatsOrders orders = shared_load(told);
+  __device__ __noinline__ void plan(StatsParameters* published) {
+    StatsParameters parameters = shared_load(published);
     const PairState state = found.state();
     both = {state.forward_kl(), state.reverse_kl(), 0};
     forward_near = both.forward_kl < state.forward_limit();
     reverse_near = both.reverse_kl < state.reverse_limit();
-    orders.near = forward_near || reverse_near;
+    parameters.near = forward_near || reverse_near;
     RowTask task{};
     task.temperature = task.teacher_temperature = temperature;
     RowFrame<float> frame;
@@ -78,8 +78,8 @@ struct StatsLead {
     frame.normalize(
         task,
         {{state.student_origin, state.sums.student.sum}, {state.teacher_origin, state.sums.teacher.sum}, 0, 0, 0});
-    orders.at = frame.normalized();
-    shared_store(told, orders);
+    parameters.at = frame.normalized();
+    shared_store(published, parameters);
   }
 
   // After the second one.
@@ -118,13 +118,13 @@ struct StatsLead {
     put_side(state.sums.teacher, state.teacher_origin, found.best.teacher.column, teacher_label);
     put(both.forward_kl);
     put(both.reverse_kl);
-    put(both.tvd + state.poison());
+    put(both.tvd + state.nan_or_zero());
   }
 };
 
-// A team's shared memory: [orders][the leading thread's][slots of the reductions][student row][teacher row].
+// A team's shared memory: [parameters][the leading thread's][slots of the reductions][student row][teacher row].
 inline constexpr int kStatsOrdersBytes = 64, kStatsLeadBytes = 128;
-static_assert(sizeof(StatsOrders) <= kStatsOrdersBytes && sizeof(StatsLead) <= kStatsLeadBytes);
+static_assert(sizeof(StatsParameters) <= kStatsOrdersBytes && sizeof(StatsLeader) <= kStatsLeadBytes);
 __host__ __device__ constexpr int64_t stats_overhead(bool warp) {
   return kStatsOrdersBytes + kStatsLeadBytes + (warp ? 0 : Team::kSharedBytes);
 }
@@ -233,37 +233,37 @@ struct StatsWorker {
 
   const StatsArguments& arguments;
   const Team& team;
-  StatsOrders* const told;
-  StatsLead& lead;
+  StatsParameters* const published;
+  StatsLeader& leader;
 
   __device__ StatsWorker(const StatsArguments& a, const Team& t, unsigned char* shared)
       : arguments(a),
         team(t),
-        told(reinterpret_cast<StatsOrders*>(shared)),
-        lead(*reinterpret_cast<StatsLead*>(shared + kStatsOrdersBytes)) {}
+        published(reinterpret_cast<StatsParameters*>(shared)),
+        leader(*reinterpret_cast<StatsLeader*>(shared + kStatsOrdersBytes)) {}
 
   __device__ void run(int64_t row, const Source& source) const {
-    if (team.leads()) lead.open(arguments.row_temperature(row), told);
+    if (team.leads()) leader.open(arguments.row_temperature(row), published);
     team.sync();
-    StatsOrders orders = shared_load(told);
-    if (orders.read) {
-      const StatsSums found = first_pass(source, orders.scale);
-      if (team.leads()) lead.found = found;
+    StatsParameters parameters = shared_load(published);
+    if (parameters.read) {
+      const StatsSums found = first_pass(source, parameters.scale);
+      if (team.leads()) leader.found = found;
       if constexpr (kPair) {
         team.sync();
-        if (team.leads()) lead.plan(told);
+        if (team.leads()) leader.plan(published);
         team.sync();
-        orders = shared_load(told);
+        parameters = shared_load(published);
         const PairStats sums =
-            orders.near ? second_pass<true>(source, orders.at) : second_pass<false>(source, orders.at);
-        if (team.leads()) lead.add(sums);
+            parameters.near ? second_pass<true>(source, parameters.at) : second_pass<false>(source, parameters.at);
+        if (team.leads()) leader.add(sums);
       }
     } else if (team.leads()) {
-      lead.refuse();
+      leader.refuse();
     }
     if (team.leads() && team.rank == 0) {
-      lead.write(arguments.numbers + row, arguments.argmax + row, arguments.rows, label_logit(arguments.student, row),
-                 kPair ? label_logit(arguments.teachers[0], row) : 0, kPair);
+      leader.write(arguments.numbers + row, arguments.argmax + row, arguments.rows, label_logit(arguments.student, row),
+                   kPair ? label_logit(arguments.teachers[0], row) : 0, kPair);
     }
   }
 

@@ -1,8 +1,8 @@
 // topk_divergence on CUDA: arguments and launches.
 #include <torch/csrc/stable/library.h>
 
-#include "../tensor/topk_divergence_entry.h"
-#include "register.h"
+#include "../arguments/topk_divergence_entry.h"
+#include "common/register.h"
 #include "topk_divergence.cuh"
 
 namespace fastkd::cuda {

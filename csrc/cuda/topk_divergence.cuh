@@ -6,7 +6,7 @@
 // Support entries are -inf to the sums over the rest: their exact values are TopkPlan's, in double.
 #pragma once
 #include "../math/topk_plan.h"
-#include "sources.cuh"
+#include "common/sources.cuh"
 
 namespace fastkd::cuda {
 
@@ -29,16 +29,16 @@ struct TopkEntry {
 };
 
 // What the leading thread tells the others.
-struct TopkOrders {
+struct TopkParameters {
   TopkPlan plan;
   bool read;
   int label;
   double label_z;
 };
 
-// A team's shared memory: [orders][entries][map of groups][slots of the reductions][row].
+// A team's shared memory: [parameters][entries][map of groups][slots of the reductions][row].
 inline constexpr int kTopkOrdersBytes = 512;
-static_assert(sizeof(TopkOrders) <= kTopkOrdersBytes);
+static_assert(sizeof(TopkParameters) <= kTopkOrdersBytes);
 __host__ __device__ constexpr int64_t topk_team_bytes(bool warp, int k) {
   return kTopkOrdersBytes + (int64_t(k) * int(sizeof(TopkEntry)) + 15) / 16 * 16 + kTopkBits / 8 +
          (warp ? 0 : Team::kSharedBytes);
@@ -80,21 +80,21 @@ struct TopkWorker {
   static constexpr int kSize = Source::kSize;
   const TopkArguments& arguments;
   const Team& team;
-  TopkOrders* told;
+  TopkParameters* published;
   TopkEntry* entries;
   unsigned* groups;
 
   __device__ TopkWorker(const TopkArguments& a, const Team& t, unsigned char* shared)
       : arguments(a),
         team(t),
-        told(reinterpret_cast<TopkOrders*>(shared)),
+        published(reinterpret_cast<TopkParameters*>(shared)),
         entries(reinterpret_cast<TopkEntry*>(shared + kTopkOrdersBytes)),
         groups(reinterpret_cast<unsigned*>(shared + kTopkOrdersBytes + (a.k * int(sizeof(TopkEntry)) + 15) / 16 * 16)) {
   }
 
   __device__ void run(int64_t row, Source& source) const {
     open(row, source);
-    const TopkOrders start = shared_load(told);
+    const TopkParameters start = shared_load(published);
     if (!start.read) {
       source.write_zeros(team);
       if (team.rank == 0) write_log_probs_zeros(row);
@@ -103,13 +103,13 @@ struct TopkWorker {
     const SupportSums support = gather(row, source, start.plan);
     const StudentSums rest = sum_rest(source, start);
     if (team.leads()) {
-      TopkOrders& orders = *told;
-      orders.plan.begin(support, rest, double(arguments.vocab));
+      TopkParameters& parameters = *published;
+      parameters.plan.begin(support, rest, double(arguments.vocab));
     }
     team.sync();
     finish(source);
     team.sync();
-    const TopkPlan plan = shared_load(&told->plan);
+    const TopkPlan plan = shared_load(&published->plan);
     if (team.leads() && team.rank == 0) {
       const double loss = plan.loss(start.label_z);
       global_store(arguments.losses + row, arguments.row_weight(row) * loss);
@@ -122,12 +122,12 @@ struct TopkWorker {
   __device__ void open(int64_t row, const Source& source) const {
     for (int i = team.thread; i < kTopkBits / 32; i += team.threads) shared_store(groups + i, 0u);
     if (team.leads()) {
-      TopkOrders orders{};
-      TopkTask& task = orders.plan.task;
+      TopkParameters parameters{};
+      TopkTask& task = parameters.plan.task;
       task.scale = arguments.scale(row);
-      orders.read = task.scale != 0;
-      orders.label = -1;
-      if (orders.read) {
+      parameters.read = task.scale != 0;
+      parameters.label = -1;
+      if (parameters.read) {
         task.divergence = arguments.divergence;
         task.beta = arguments.beta;
         task.tail = arguments.tail;
@@ -137,15 +137,15 @@ struct TopkWorker {
         task.cap = arguments.cap;
         task.divergence_scale = arguments.square_temperature ? task.temperature * task.temperature : 1;
         task.rounding = arguments.rounding;
-        orders.label = arguments.read_label(row, task);
+        parameters.label = arguments.read_label(row, task);
         task.has_label = task.has_label && task.label_weight != 0;
-        if (!task.has_label) orders.label = -1;
+        if (!task.has_label) parameters.label = -1;
         // Now: nothing overwrites it later, but it is one element.
-        if (task.has_label) orders.label_z = source.student_logit(orders.label);
+        if (task.has_label) parameters.label_z = source.student_logit(parameters.label);
       } else if (team.rank == 0) {
         global_store(arguments.losses + row, 0.0);
       }
-      shared_store(told, orders);
+      shared_store(published, parameters);
     }
     team.sync();
   }
@@ -223,7 +223,7 @@ struct TopkWorker {
     for (int j = 0; j < kSize; ++j) u[j] = Source::student_of(raw, j);
   }
 
-  __device__ StudentSums sum_rest(const Source& source, const TopkOrders& start) const {
+  __device__ StudentSums sum_rest(const Source& source, const TopkParameters& start) const {
     const double temperature = start.plan.task.temperature;
     const float scale = float(kLog2E / temperature);
     const bool apart = start.plan.task.has_label && temperature != 1;
@@ -249,10 +249,10 @@ struct TopkWorker {
 
   // From the normalisers to the plan's end.
   __device__ void finish(const Source& source) const {
-    const TopkPlan plan = shared_load(&told->plan);
-    const auto add = [](BareSums& all, const BareSums& next) { all.add(next); };
-    BareSums mine{};
-    with_bare_divergence(plan.task.divergence, plan.task.beta, [&](const auto& divergence) {
+    const TopkPlan plan = shared_load(&published->plan);
+    const auto add = [](UnnormalizedSums& all, const UnnormalizedSums& next) { all.add(next); };
+    UnnormalizedSums mine{};
+    with_unnormalized_divergence(plan.task.divergence, plan.task.beta, [&](const auto& divergence) {
 #pragma unroll 1
       for (int e = team.thread; e < arguments.k; e += team.threads) {
         const TopkEntry entry = shared_load(entries + e);
@@ -261,22 +261,23 @@ struct TopkWorker {
         mine.add({t.value, t.excess, t.g, t.h});
       }
     });
-    const BareSums support = team.block_sum(mine, add);
-    BareSums rest{};
+    const UnnormalizedSums support = team.block_sum(mine, add);
+    UnnormalizedSums rest{};
     if (plan.task.tail == Tail::kUniform) {
-      with_bare_divergence(plan.task.divergence, plan.task.beta,
-                           [&](const auto& divergence) { rest = uniform_sums(source, plan, divergence); });
+      with_unnormalized_divergence(plan.task.divergence, plan.task.beta,
+                                   [&](const auto& divergence) { rest = uniform_sums(source, plan, divergence); });
       rest = team.sum(rest, add);
     }
     if (team.leads()) {
-      TopkPlan& lead = told->plan;
-      with_bare_divergence(plan.task.divergence, plan.task.beta,
-                           [&](const auto& divergence) { lead.finish(divergence, support, rest); });
+      TopkPlan& leader = published->plan;
+      with_unnormalized_divergence(plan.task.divergence, plan.task.beta,
+                                   [&](const auto& divergence) { leader.finish(divergence, support, rest); });
     }
   }
 
   template <class Divergence>
-  __device__ BareSums uniform_sums(const Source& source, const TopkPlan& plan, const Divergence& divergence) const {
+  __device__ UnnormalizedSums uniform_sums(const Source& source, const TopkPlan& plan,
+                                           const Divergence& divergence) const {
     const float to_log = float(1 / plan.task.temperature), share = float(plan.log_p_rest);
     const float origin = float(plan.student.origin), log_sum = float(plan.student.log_sum);
     float value = 0, excess = 0, g = 0, h = 0;
@@ -321,7 +322,7 @@ struct TopkWorker {
   // The gradients of the support's entries: the teacher's into memory, the student's for the pass over the row.
   __device__ void write_gradients(int64_t row, const Source& source, const TopkPlan& plan, int label) const {
     if (!arguments.student_gradient && !arguments.log_probs_gradient) return;
-    with_bare_divergence(plan.task.divergence, plan.task.beta, [&](const auto& divergence) {
+    with_unnormalized_divergence(plan.task.divergence, plan.task.beta, [&](const auto& divergence) {
 #pragma unroll 1
       for (int e = team.thread; e < arguments.k; e += team.threads) {
         TopkEntry entry = shared_load(entries + e);
@@ -339,7 +340,7 @@ struct TopkWorker {
     team.sync();
     if (!arguments.student_gradient) return;
     if (plan.task.tail == Tail::kUniform && plan.student_factor != 0) {
-      with_bare_divergence(plan.task.divergence, plan.task.beta, [&](const auto& divergence) {
+      with_unnormalized_divergence(plan.task.divergence, plan.task.beta, [&](const auto& divergence) {
         const float to_log = float(1 / plan.task.temperature), share = float(plan.log_p_rest);
         const float origin = float(plan.student.origin), log_sum = float(plan.student.log_sum);
         const float factor = float(plan.student_factor);

@@ -8,7 +8,7 @@
 
 namespace fastkd {
 
-// The numbers are those of the ops' arguments: ACTIVATIONS in fastkd/_routed.py.
+// The numbers are those of the ops' arguments: ACTIVATIONS in fastkd/acm/_kernels.py.
 enum class Activation : int { kGelu, kGeluTanh, kRelu, kSilu, kIdentity };
 inline constexpr int kActivations = 5;
 

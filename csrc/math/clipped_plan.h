@@ -98,7 +98,7 @@ FASTKD_INLINE double lump_term(double p, double q) {
 }
 
 // K is infinite where the part has mass and the student none; A is not, and neither are gradients.
-FASTKD_INLINE ClipNumbers clip_numbers(const ClipSums& sums, Renormalize renormalize, bool lump, double poison) {
+FASTKD_INLINE ClipNumbers clip_numbers(const ClipSums& sums, Renormalize renormalize, bool lump, double nan_or_zero) {
   ClipNumbers out{};
   const double p = sums.p, q = sums.q, whole = sums.a;
   const double p_rest = sums.p_rest, q_rest = sums.q_rest;
@@ -139,12 +139,12 @@ FASTKD_INLINE ClipNumbers clip_numbers(const ClipSums& sums, Renormalize renorma
   }
   if (sums.k == INFINITY && out.by_a != 0) out.value = INFINITY;
   const auto through = [&](const double (&x)[3]) { return out.by_a * x[0] + out.by_p * x[1] + out.by_q * x[2]; };
-  out.lower_gradient = out.gain * through(sums.lower) + poison;
-  out.upper_gradient = out.gain * through(sums.upper) + poison;
+  out.lower_gradient = out.gain * through(sums.lower) + nan_or_zero;
+  out.upper_gradient = out.gain * through(sums.upper) + nan_or_zero;
   out.mean = out.by_a * (whole + p) + out.by_p * p + through(sums.own);
-  out.value += poison;
-  out.alpha += poison;
-  out.mean += poison;
+  out.value += nan_or_zero;
+  out.alpha += nan_or_zero;
+  out.mean += nan_or_zero;
   return out;
 }
 

@@ -18,6 +18,12 @@ struct Float16 {
   uint16_t bits;
 };
 
+// The same names for what needs no conversion.
+FASTKD_INLINE float to_float(float x) { return x; }
+FASTKD_INLINE double to_float(double x) { return x; }
+FASTKD_INLINE void from_float(double x, float& out) { out = float(x); }
+FASTKD_INLINE void from_float(double x, double& out) { out = x; }
+
 FASTKD_INLINE float to_float(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
 FASTKD_INLINE float to_float(Float16 x) {

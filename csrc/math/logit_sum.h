@@ -45,7 +45,7 @@ struct LogitSum {
     origin = all;
   }
   // NaN where no logit is finite, or one is +inf or NaN.
-  FASTKD_INLINE double poison() const { return (origin - origin) + (sum - sum); }
+  FASTKD_INLINE double nan_or_zero() const { return (origin - origin) + (sum - sum); }
 };
 
 }  // namespace fastkd::FASTKD_ISA

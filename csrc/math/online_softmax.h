@@ -112,21 +112,24 @@ struct RowState {
   // KL in nats of the weighting side from the other one, and the mean log-ratio whose size limits its accuracy.
   FASTKD_INLINE Real kl(Pass pass) const {
     const Real shift = log2_of(student.sum) - log2_of(teacher.sum);
-    return (weights_student(pass) ? ratio / student.sum - shift : ratio / teacher.sum + shift) * Real(kLn2) + poison();
+    return (weights_student(pass) ? ratio / student.sum - shift : ratio / teacher.sum + shift) * Real(kLn2) +
+           nan_or_zero();
   }
   FASTKD_INLINE Real mean_ratio(Pass pass) const {
     return magnitude(ratio / (weights_student(pass) ? student.sum : teacher.sum)) * Real(kLn2);
   }
   // -sum p log q in nats: two terms, neither negative but for the slack in student.origin.
   FASTKD_INLINE Real cross_entropy() const {
-    return (log2_of(student.sum) + crossing / teacher.sum) * Real(kLn2) + poison();
+    return (log2_of(student.sum) + crossing / teacher.sum) * Real(kLn2) + nan_or_zero();
   }
 
  private:
   static FASTKD_INLINE bool weights_student(Pass pass) { return pass == Pass::kStudentWeighted; }
 
   // NaN where a side has no finite logit, or +inf.
-  FASTKD_INLINE Real poison() const { return (student.origin - student.origin) + (teacher.origin - teacher.origin); }
+  FASTKD_INLINE Real nan_or_zero() const {
+    return (student.origin - student.origin) + (teacher.origin - teacher.origin);
+  }
 };
 
 }  // namespace fastkd::FASTKD_ISA

@@ -100,10 +100,10 @@ struct RowPlan : RowFrame<Real> {
   // A normaliser that is NaN makes the whole row so, whatever the logarithms made of it.
   FASTKD_INLINE void finish() {
     if (Divergence::kGIsGradient) student_mean = 0;
-    const double poison = (this->student_lse - this->student_lse) + (this->teacher_lse - this->teacher_lse);
-    value += poison;
-    student_mean += poison;
-    teacher_mean += poison;
+    const double nan_or_zero = (this->student_lse - this->student_lse) + (this->teacher_lse - this->teacher_lse);
+    value += nan_or_zero;
+    student_mean += nan_or_zero;
+    teacher_mean += nan_or_zero;
   }
 };
 

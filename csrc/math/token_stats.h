@@ -92,13 +92,15 @@ struct PairState {
   }
   // KL(p || q) and KL(q || p) in nats. Below its limit one is better taken from the logits again: the mean log-ratio
   // that it is a difference of bounds its accuracy.
-  FASTKD_INLINE double forward_kl() const { return (sums.ratio / sums.teacher.sum + shift()) * kLn2 + poison(); }
-  FASTKD_INLINE double reverse_kl() const { return (sums.reverse / sums.student.sum - shift()) * kLn2 + poison(); }
+  FASTKD_INLINE double forward_kl() const { return (sums.ratio / sums.teacher.sum + shift()) * kLn2 + nan_or_zero(); }
+  FASTKD_INLINE double reverse_kl() const { return (sums.reverse / sums.student.sum - shift()) * kLn2 + nan_or_zero(); }
   FASTKD_INLINE double forward_limit() const { return kNearKl * (1 + magnitude(sums.ratio / sums.teacher.sum) * kLn2); }
   FASTKD_INLINE double reverse_limit() const {
     return kNearKl * (1 + magnitude(sums.reverse / sums.student.sum) * kLn2);
   }
-  FASTKD_INLINE double poison() const { return (student_origin - student_origin) + (teacher_origin - teacher_origin); }
+  FASTKD_INLINE double nan_or_zero() const {
+    return (student_origin - student_origin) + (teacher_origin - teacher_origin);
+  }
 
  private:
   FASTKD_INLINE double shift() const { return ::log2(sums.student.sum) - ::log2(sums.teacher.sum); }
@@ -107,8 +109,8 @@ struct PairState {
 // Of one side; label: its logit (NaN: no label). Differences of logits are taken before they are scaled.
 FASTKD_INLINE SideStats side_stats(double temperature, double origin, const SideSums& sums, const Best<double>& best,
                                    double label) {
-  const double poison = origin - origin;  // NaN where no logit is finite, or one is +inf
-  const double log2_sum = ::log2(sums.sum) + poison, log_sum = log2_sum * kLn2;
+  const double nan_or_zero = origin - origin;  // NaN where no logit is finite, or one is +inf
+  const double log2_sum = ::log2(sums.sum) + nan_or_zero, log_sum = log2_sum * kLn2;
   SideStats out;
   out.lse = origin / temperature + log_sum;
   out.entropy = at_least(0.0, log_sum - sums.weighted / sums.sum * kLn2) + (log_sum - log_sum);

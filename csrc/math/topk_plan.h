@@ -13,8 +13,8 @@
 // Each set of tokens has its own normaliser, relative to a logit of its own: a set whose share of the row underflows is
 // still a distribution.
 #pragma once
-#include "bare.h"
 #include "logit_sum.h"
+#include "unnormalized_terms.h"
 
 namespace fastkd {
 
@@ -32,7 +32,7 @@ constexpr double rounding_of_bits(int bits) { return 0.5 / double(int64_t(1) << 
 
 // What is asked of a row.
 struct TopkTask {
-  int divergence;  // place in BareDivergences
+  int divergence;  // place in UnnormalizedDivergences
   double beta;
   Tail tail;
   double temperature, ratio;       // ratio: r above
@@ -51,7 +51,7 @@ struct TopkNumbers {
   LogNormalizer student;          // of q: over the vocabulary, or the support where both sides are renormalised inside
   LogNormalizer rest, label;      // of the student's rest; of its softmax at temperature 1
   LogNormalizer teacher;          // of r l
-  double poison;                  // NaN where there is no distribution, else 0
+  double nan_or_zero;             // NaN where there is no distribution, else 0
   double rest_mass;               // m
   double log_q_rest, log_p_rest;  // of the rest; uniform: log_p_rest is of one token
   double p_rest;
@@ -128,8 +128,8 @@ struct TopkPlan : TopkNumbers {
     StudentSums all = support.student;
     all.merge(others_sums, scale());
     const double log_all = ::log(all.sum);
-    poison = (all.origin - all.origin) + (all.sum - all.sum) + (stored.mass - stored.mass);
-    if (renormalize && stored.count > 0 && (support.student.sum == 0 || stored.weight.sum == 0)) poison = NAN;
+    nan_or_zero = (all.origin - all.origin) + (all.sum - all.sum) + (stored.mass - stored.mass);
+    if (renormalize && stored.count > 0 && (support.student.sum == 0 || stored.weight.sum == 0)) nan_or_zero = NAN;
     student = renormalize ? LogNormalizer{support.student.origin, ::log(support.student.sum)}
                           : LogNormalizer{all.origin, log_all};
     label = {all.origin, task.has_label ? ::log(all.label_sum) : 0};
@@ -143,7 +143,7 @@ struct TopkPlan : TopkNumbers {
     if (rest_fixed) rest_mass = hidden;
     tail_outcome = task.tail == Tail::kLump && others > 0;
     const double log_rest = rest_mass > 0 ? r * ::log(rest_mass) + (1 - r) * ::log(others) : -INFINITY;
-    // Stored probabilities that with their rest make 1 stay as they are. A bare sum leaves them in any case.
+    // Stored probabilities that with their rest make 1 stay as they are. A plain sum (drop) leaves them in any case.
     const bool as_stored = r == 1 && !renormalize && (task.tail == Tail::kDrop || (others > 0 && stored.mass <= 1));
     teacher = as_stored ? LogNormalizer{0, 0} : with_rest(stored.weight, renormalize ? -INFINITY : log_rest);
     log_p_rest = log_rest - r * teacher.origin - teacher.log_sum;
@@ -156,9 +156,9 @@ struct TopkPlan : TopkNumbers {
 
   // The terms of one outcome, its logarithms raised to the floor; what was raised takes no gradient.
   template <class Divergence, class Real>
-  FASTKD_INLINE BareTerms<Real> floored_terms(const Divergence& divergence, Real a, Real b) const {
+  FASTKD_INLINE UnnormalizedTerms<Real> floored_terms(const Divergence& divergence, Real a, Real b) const {
     const Real least = Real(task.floor);
-    BareTerms<Real> t = bare(divergence, outcome_of(at_least(least, a), at_least(least, b)));
+    UnnormalizedTerms<Real> t = unnormalized_terms(divergence, outcome_of(at_least(least, a), at_least(least, b)));
     t.g = a < least ? Real(0) : t.g;
     t.h = b < least ? Real(0) : t.h;
     return t;
@@ -166,20 +166,21 @@ struct TopkPlan : TopkNumbers {
 
   // support: the sums of its terms; rest: those of the other tokens (uniform), else nothing.
   template <class Divergence>
-  FASTKD_INLINE void finish(const Divergence& divergence, const BareSums& support, const BareSums& others) {
-    BareSums all = support;
+  FASTKD_INLINE void finish(const Divergence& divergence, const UnnormalizedSums& support,
+                            const UnnormalizedSums& others) {
+    UnnormalizedSums all = support;
     all.add(others);
     tail_g = 0;
     tail_h = others.h;
     if (tail_outcome) {
-      const BareTerms<double> t = floored_terms(divergence, log_q_rest, log_p_rest);
+      const UnnormalizedTerms<double> t = floored_terms(divergence, log_q_rest, log_p_rest);
       all.add({t.value, t.excess, t.g, t.h});
       tail_g = t.g;
       tail_h = t.h;
     }
     // Between two distributions the excesses cancel; their sum would be rounding.
     const bool distributions = task.tail != Tail::kDrop && task.floor == -INFINITY;
-    value = (distributions ? all.value : all.value + all.excess) * task.divergence_scale + poison;
+    value = (distributions ? all.value : all.value + all.excess) * task.divergence_scale + nan_or_zero;
     g = all.g;
     h = all.h;
     student_factor = task.scale * task.divergence_scale / task.temperature;
@@ -193,14 +194,14 @@ struct TopkPlan : TopkNumbers {
   // that is at the same temperature. (Uniform: a slope of each token's own is added.)
   FASTKD_INLINE double rest_coefficient(bool label_apart) const {
     const double q_rest = ::exp(log_q_rest);
-    double out = poison;
+    double out = nan_or_zero;
     if (task.tail != Tail::kRenormalize && student_factor != 0) out += student_factor * (tail_g - q_rest * g);
     return label_apart ? out : out + label_factor() * q_rest;
   }
 
   // dz of an entry of the support whose own term has the slope own_g, with the label's term.
   FASTKD_INLINE double student_gradient(double z, double own_g, bool is_label) const {
-    double out = poison;
+    double out = nan_or_zero;
     if (student_factor != 0) out += student_factor * (own_g - ::exp(log_q(z)) * g);
     if (task.has_label) out += label_factor() * (::exp((z - label.origin) - label.log_sum) - (is_label ? 1 : 0));
     return out;
@@ -210,12 +211,12 @@ struct TopkPlan : TopkNumbers {
   // dl of an entry whose own term has the slope own_h.
   FASTKD_INLINE double teacher_gradient(double l, double own_h) const {
     const double factor = task.temperature * student_factor;  // without the student's 1 / temperature
-    if (factor == 0) return poison;
-    if (task.tail == Tail::kDrop && task.ratio == 1) return factor * own_h + poison;
+    if (factor == 0) return nan_or_zero;
+    if (task.tail == Tail::kDrop && task.ratio == 1) return factor * own_h + nan_or_zero;
     double out = own_h - h * ::exp(log_p(l));
     if (task.tail != Tail::kRenormalize && rest_mass > 0 && !rest_fixed)
       out -= (tail_h - h * p_rest) * ::exp(l) / rest_mass;
-    return factor * task.ratio * out + poison;
+    return factor * task.ratio * out + nan_or_zero;
   }
 
   // Divergence and label term, not weighted.
@@ -224,7 +225,7 @@ struct TopkPlan : TopkNumbers {
   }
 
  private:
-  static constexpr int kReverseKl = 1;  // its place in BareDivergences
+  static constexpr int kReverseKl = 1;  // its place in UnnormalizedDivergences
 
   // The normaliser of the support's weights and the rest's, e^log_rest.
   FASTKD_INLINE LogNormalizer with_rest(const LogitSum& weight, double log_rest) const {

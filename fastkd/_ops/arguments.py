@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd._library import CUDA_ARCHITECTURES, is_tracing
+from fastkd._ops.library import CUDA_ARCHITECTURES, is_tracing
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TENSOR, _OPTIONAL, _NUMBER, _INTEGER, _FLAG = "Tensor", "Optional[Tensor]", "float", "int", "bool"
@@ -20,7 +20,7 @@ _NUMBERS = (Real, torch.SymFloat, torch.SymInt)
 
 
 def _parse_choices() -> dict[str, dict[str, int]]:
-    """``{"op.field": {name: place}}``, as csrc/tensor/op.h lists them."""
+    """``{"op.field": {name: place}}``, as csrc/arguments/op.h lists them."""
     found = {}
     for entry in torch.ops.fastkd._choices().rstrip(";").split(";"):
         field, names = entry.split("=")

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._gradient import gradient_for, memory
-from fastkd._library import is_batched, is_tracing
+from fastkd._ops.gradient import gradient_for, memory
+from fastkd._ops.library import is_batched, is_tracing
 from fastkd._ops.op import Op, fake_values, keep, restored
 
 

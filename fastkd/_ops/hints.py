@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd._library import transforms_active
+from fastkd._ops.library import transforms_active
 
 _seen: set[str] = set()
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._gradient import differentiable_gradients, memory, product, scaled
-from fastkd._library import is_tracing
+from fastkd._ops.gradient import differentiable_gradients, memory, product, scaled
 from fastkd._ops.hints import check_loss
+from fastkd._ops.library import is_tracing
 from fastkd._ops.op import Op, fake_values, keep, restored
 
 

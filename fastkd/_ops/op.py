@@ -1,6 +1,6 @@
 """What all ops share: how a call is checked, and which way it takes.
 
-csrc/tensor/op.h and loss_op.h declare the raw ops; their schemas say what each argument is. Here
+csrc/arguments/op.h and loss_op.h declare the raw ops; their schemas say what each argument is. Here
 an op is a name, the tensors that gradients flow to, and its definition in
 :mod:`fastkd.reference`. loss.py and differentiable.py have the autograd Functions, fake kernels and
 formulas for graphs of the two kinds of op.
@@ -22,17 +22,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._library import (
+from fastkd._ops.arguments import Arguments, with_defaults
+from fastkd._ops.library import (
     is_tracing,
     raise_as_python,
     traced_transforms_active,
     transforms_active,
 )
-from fastkd._ops.arguments import Arguments
+
+#: Every op by its name, for the definitions, which are called with the same arguments.
+_DECLARED: dict[str, "Op"] = {}
+
+
+def declared(name: str) -> "Op":
+    """The op of that name."""
+    return _DECLARED[name]
 
 
 class Op:
     """What both kinds of ops share."""
+
+    #: The public function, and what turns its arguments into the op's; see :meth:`serves`.
+    function: Callable[..., Any]
+    given: Callable[..., dict[str, Any]]
 
     #: Looks at the arguments of an eager call for what is seldom meant.
     hints: Callable[[str, Tensor, dict[str, Any]], None] | None = None
@@ -49,6 +61,16 @@ class Op:
         self.places = self.arguments.differentiable
         self.reference = reference
         self._name = f"_{name}"
+        _DECLARED[name] = self
+
+    def serves(self, function: Callable[..., Any], given: Callable[..., dict[str, Any]]) -> None:
+        """Say which public function this op is, and what makes the op's arguments of its own."""
+        self.function, self.given = function, given
+
+    def by_definition(self, *tensors: Any, **options: Any) -> Any:
+        """The public function's result by the definition."""
+        options = with_defaults(self.function, options)
+        return self.define(tensors[0], self.given(*tensors, options))
 
     def raw(self, suffix: str = "") -> Any:
         """The raw op. Looked up in each call: tests put the emulated kernels in their place."""

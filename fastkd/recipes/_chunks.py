@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastkd import _arguments
-from fastkd._arguments import check_normalizer, check_tensors
-from fastkd._constants import fake_mode_of
-from fastkd._library import transforms_active
+from fastkd._ops import checks
 from fastkd._ops.arguments import to_integer
-from fastkd.byte_vocab import ByteVocab
+from fastkd._ops.checks import check_normalizer, check_tensors
+from fastkd._ops.constants import fake_mode_of
+from fastkd._ops.library import transforms_active
+from fastkd.tokenizers._byte_vocab import ByteVocab
 
 
 def wide(values: Tensor) -> Tensor:
@@ -172,4 +172,4 @@ def reduced(
         rows = kept.reshape(loss.shape).flatten(1).sum(1)
         loss, kept = loss.flatten(1).sum(1) / rows.clamp(min=1), torch.ones_like(rows)
         reduction = "mean"
-    return _arguments.reduced(function, loss, kept, reduction, normalizer)
+    return checks.reduced(function, loss, kept, reduction, normalizer)

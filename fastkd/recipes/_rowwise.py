@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._gradient import differentiable_gradients, scaled
+from fastkd._ops.gradient import differentiable_gradients, scaled
 
 #: Entries of the widest table of a block: 16 MB of float32.
 _ENTRIES = 1 << 22

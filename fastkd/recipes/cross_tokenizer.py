@@ -5,10 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastkd._arguments import check_positive, check_tensors
 from fastkd._ops.arguments import check_no_gradient
-from fastkd.alm_loss import alm_loss
-from fastkd.byte_vocab import ByteVocab
+from fastkd._ops.checks import check_positive, check_tensors
 from fastkd.recipes._chunks import (
     boundaries,
     check_batch,
@@ -25,6 +23,8 @@ from fastkd.recipes._chunks import (
     wide,
 )
 from fastkd.recipes._rowwise import at_rows, by_blocks, chosen, placed
+from fastkd.tokenizers._alm_loss import alm_loss
+from fastkd.tokenizers._byte_vocab import ByteVocab
 
 _NORMS = ("l2_channelwise", "l2", "l1_channelwise", "l1")
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._arguments import check_normalizer, check_tensors
 from fastkd._ops.arguments import check_no_gradient
-from fastkd.chunk_log_likelihood import chunk_log_likelihood
+from fastkd._ops.checks import check_normalizer, check_tensors
+from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import (
     check_batch,
     check_integers,
@@ -20,7 +20,7 @@ from fastkd.recipes._chunks import (
     wide,
 )
 from fastkd.recipes._rowwise import at_rows, by_blocks, chosen, placed
-from fastkd.softmax_divergence import softmax_divergence
+from fastkd.tokenizers._chunk_log_likelihood import chunk_log_likelihood
 
 Map = Callable[[Tensor], Tensor]
 

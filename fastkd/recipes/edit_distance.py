@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.byte_vocab import ByteVocab
+from fastkd.tokenizers._byte_vocab import ByteVocab
 
 #: Pairs whose distance is computed at once: some megabytes of working memory.
 _PAIRS = 1 << 17

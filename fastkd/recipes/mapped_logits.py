@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._arguments import check_tensors
 from fastkd._ops.arguments import check_no_gradient
+from fastkd._ops.checks import check_tensors
+from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import (
     check_batch,
     check_integers,
@@ -18,7 +19,6 @@ from fastkd.recipes._chunks import (
     reduced,
 )
 from fastkd.recipes._rowwise import at_rows, by_blocks, chosen, placed
-from fastkd.softmax_divergence import softmax_divergence
 
 
 def mined(

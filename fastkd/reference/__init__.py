@@ -4,25 +4,22 @@ Written for clarity and for all derivatives, not for speed; give it float64 inpu
 arithmetic. The ops themselves use it for second derivatives and under torch.func transforms.
 """
 
-from fastkd.reference._rows import LARGEST_LOG_RATIO, divergence_rows
-from fastkd.reference.alm_loss import alm_loss
-from fastkd.reference.byte_log_probs import byte_log_probs, byte_log_probs_op
-from fastkd.reference.chunk_log_likelihood import (
+from fastkd.reference import acm
+from fastkd.reference._alm_loss import alm_loss
+from fastkd.reference._byte_log_probs import byte_log_probs, byte_log_probs_op
+from fastkd.reference._chunk_log_likelihood import (
     chunk_log_likelihood,
     chunk_log_likelihood_op,
 )
-from fastkd.reference.clipped_divergence import clipped_divergence, clipped_divergence_op
-from fastkd.reference.gated_routing import acm, acm_oracle, acm_prefix_loss, acm_soft
-from fastkd.reference.softmax_divergence import kl_div, softmax_divergence, softmax_divergence_op
-from fastkd.reference.token_stats import token_stats
-from fastkd.reference.topk_divergence import teacher_topk, topk_divergence, topk_divergence_op
+from fastkd.reference._clipped_divergence import clipped_divergence, clipped_divergence_op
+from fastkd.reference._rows import LARGEST_LOG_RATIO, divergence_rows
+from fastkd.reference._softmax_divergence import kl_div, softmax_divergence, softmax_divergence_op
+from fastkd.reference._token_stats import token_stats
+from fastkd.reference._topk_divergence import teacher_topk, topk_divergence, topk_divergence_op
 
 __all__ = [
     "LARGEST_LOG_RATIO",
     "acm",
-    "acm_oracle",
-    "acm_prefix_loss",
-    "acm_soft",
     "alm_loss",
     "byte_log_probs",
     "byte_log_probs_op",

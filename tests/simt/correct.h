@@ -3,7 +3,7 @@
 
 #include <thread>
 
-#include "../../csrc/cuda/mma.cuh"
+#include "../../csrc/cuda/common/mma.cuh"
 
 struct SimtTraffic {
   unsigned long long read, written, read_16, written_16, launches, largest_cluster, largest_shared_memory;

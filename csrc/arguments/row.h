@@ -1,0 +1,19 @@
+// One row of a tensor, as kernels on the CPU take it: no torch, so that files compiled per instruction set may include
+// it.
+#pragma once
+#include <cstdint>
+
+namespace fastkd {
+
+enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Element i lies `i * stride` elements after data.
+struct Row {
+  void* data = nullptr;
+  int64_t stride = 1;
+  Dtype dtype = Dtype::kFloat32;
+  bool streamed = false;  // written past the caches
+  explicit operator bool() const { return data != nullptr; }
+};
+
+}  // namespace fastkd

@@ -1,0 +1,163 @@
+// Blocks of a row between memory (any dtype, any stride) and arithmetic (float, or double for float64).
+// Kernels work on one block at a time: it stays in the L1 cache between the loops that pass over it.
+#pragma once
+#include "../../arguments/row.h"
+#include "../../math/float16.h"
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#define FASTKD_SIMD _Pragma("omp simd")
+#define FASTKD_STRINGIZE(...) #__VA_ARGS__
+#define FASTKD_SIMD_WITH(...) _Pragma(FASTKD_STRINGIZE(omp simd __VA_ARGS__))
+#define FASTKD_SIMD_REDUCE(...) FASTKD_SIMD_WITH(reduction(__VA_ARGS__))
+
+namespace fastkd {
+
+inline constexpr int64_t kBlock = 512;
+
+}  // namespace fastkd
+
+namespace fastkd::FASTKD_ISA {
+
+template <class Real>
+inline constexpr Dtype kDtypeOf = sizeof(Real) == sizeof(float) ? Dtype::kFloat32 : Dtype::kFloat64;
+
+// Calls body with a value of the element type that the dtype names.
+template <class Body>
+FASTKD_INLINE void visit(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return body(float());
+    case Dtype::kFloat64:
+      return body(double());
+    case Dtype::kBFloat16:
+      return body(BFloat16());
+    case Dtype::kFloat16:
+      return body(Float16());
+  }
+}
+
+FASTKD_INLINE int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+
+template <class Element, class Real>
+void load_as(const Row& row, int64_t begin, int64_t count, Real* out) {
+  const Element* in = static_cast<const Element*>(row.data) + begin * row.stride;
+  if (row.stride == 1) {
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) out[i] = Real(to_float(in[i]));
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = Real(to_float(in[i * row.stride]));
+  }
+}
+
+// Asks for the bytes of elements [begin, begin + count): loops that compute much on little data do not run far enough
+// ahead to keep memory busy.
+FASTKD_INLINE void prefetch(const Row& row, int64_t begin, int64_t count) {
+  const int64_t size = size_of(row.dtype);
+  if (row.stride != 1) return;
+  const char* first = static_cast<const char*>(row.data) + begin * size;
+  for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(first + i, 0, 3);
+}
+
+// The block after the one that begins there, of columns up to `end`.
+FASTKD_INLINE void prefetch_next(const Row& row, int64_t begin, int64_t end) {
+  const int64_t ahead = begin + kBlock;
+  if (ahead < end) prefetch(row, ahead, end - ahead < kBlock ? end - ahead : kBlock);
+}
+
+// Elements [begin, begin + count) of the row as Real: in place where they lie so already, else in `buffer`.
+template <class Real>
+const Real* load(const Row& row, int64_t begin, int64_t count, Real* buffer) {
+  if (row.dtype == kDtypeOf<Real> && row.stride == 1) return static_cast<const Real*>(row.data) + begin;
+  visit(row.dtype, [&](auto element) { load_as<decltype(element)>(row, begin, count, buffer); });
+  return buffer;
+}
+
+// Where to compute a block that goes to the row: the row itself, or `buffer`, which `store` then converts.
+template <class Real>
+Real* destination(const Row& row, int64_t begin, Real* buffer) {
+  const bool direct = row.dtype == kDtypeOf<Real> && row.stride == 1 && !row.streamed;
+  return direct ? static_cast<Real*>(row.data) + begin : buffer;
+}
+
+// Past the caches: a gradient larger than they are is not read again before it has left them, and a plain store would
+// first read the line it overwrites. 16-byte pieces fill a line in the write-combining buffer on every x86-64.
+inline void stream_copy(char* out, const char* in, int64_t bytes) {
+#ifdef __SSE2__
+  const int64_t head = (-reinterpret_cast<intptr_t>(out)) & 15;
+  if (head < bytes) {
+    __builtin_memcpy(out, in, head);
+    int64_t i = head;
+    for (; i + 16 <= bytes; i += 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+    }
+    __builtin_memcpy(out + i, in + i, bytes - i);
+    return;
+  }
+#endif
+  __builtin_memcpy(out, in, bytes);
+}
+
+// Before another thread may read what was streamed: those stores are not ordered with the others.
+inline void finish_streaming(const Row& row) {
+#ifdef __SSE2__
+  if (row.streamed) _mm_sfence();
+#else
+  (void)row;
+#endif
+}
+
+template <class Element, class Real>
+void store_as(const Row& row, int64_t begin, int64_t count, const Real* in) {
+  Element* out = static_cast<Element*>(row.data) + begin * row.stride;
+  if (row.stride != 1) {
+    for (int64_t i = 0; i < count; ++i) from_float(in[i], out[i * row.stride]);
+    return;
+  }
+  alignas(64) Element converted[kBlock];
+  Element* to = row.streamed ? converted : out;
+  FASTKD_SIMD
+  for (int64_t i = 0; i < count; ++i) from_float(in[i], to[i]);
+  if (row.streamed)
+    stream_copy(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(to), count * sizeof(Element));
+}
+
+template <class Real>
+void store(const Row& row, int64_t begin, int64_t count, const Real* block) {
+  if (block == destination(row, begin, static_cast<Real*>(nullptr))) return;
+  visit(row.dtype, [&](auto element) { store_as<decltype(element)>(row, begin, count, block); });
+}
+
+FASTKD_INLINE void put_element(const Row& row, int64_t column, double value) {
+  visit(row.dtype, [&](auto element) {
+    using Element = decltype(element);
+    if constexpr (sizeof(Element) == sizeof(double)) {
+      static_cast<Element*>(row.data)[column * row.stride] = value;
+    } else {
+      from_float(float(value), static_cast<Element*>(row.data)[column * row.stride]);
+    }
+  });
+}
+
+template <class Real>
+FASTKD_INLINE Real largest(const Real* x, int64_t count) {
+  Real all = Real(-INFINITY);
+  FASTKD_SIMD_REDUCE(max : all)
+  for (int64_t i = 0; i < count; ++i) all = x[i] > all ? x[i] : all;
+  return all;
+}
+
+inline void fill_zero(const Row& row, int64_t begin, int64_t end) {
+  const int64_t size = size_of(row.dtype);
+  if (!row || end <= begin) return;
+  char* first = static_cast<char*>(row.data) + begin * row.stride * size;
+  if (row.stride == 1) {
+    __builtin_memset(first, 0, (end - begin) * size);
+  } else {
+    for (int64_t i = 0; i < end - begin; ++i) __builtin_memset(first + i * row.stride * size, 0, size);
+  }
+}
+
+}  // namespace fastkd::FASTKD_ISA

@@ -1,0 +1,123 @@
+// What kernels see of the machine: shared and global memory, blocks and clusters. nvcc compiles the left side of each
+// twin; under FASTKD_SIMT g++ compiles the right one, which runs on the CPU, checks every access to shared memory and
+// counts those to global memory (tests/simt).
+#pragma once
+#include "../../math/float16.h"
+
+#ifdef FASTKD_SIMT
+#include "simt.h"
+#define FASTKD_TWIN(device, host) host
+#else
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+#define FASTKD_TWIN(device, host) device
+#endif
+
+namespace fastkd::cuda {
+
+using namespace portable;
+
+#ifndef FASTKD_SIMT
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+#endif
+
+__device__ __forceinline__ unsigned char* shared_memory() { return FASTKD_TWIN(dynamic_shared, simt::shared_memory()); }
+
+template <class T>
+__device__ __forceinline__ T shared_load(const T* from) {
+  FASTKD_TWIN(, simt::shared_read(from, sizeof(T)));
+  return *from;
+}
+template <class T>
+__device__ __forceinline__ void shared_store(T* to, const T& value) {
+  FASTKD_TWIN(, simt::shared_write(to, sizeof(T)));
+  *to = value;
+}
+
+// The thread's number, read anew: what follows from it is reckoned again rather than kept in registers.
+__device__ __forceinline__ int thread_again() {
+#ifdef FASTKD_SIMT
+  return int(threadIdx.x);
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#endif
+}
+
+// Bits set by several threads between two barriers; the place was zeroed before them.
+__device__ __forceinline__ void shared_or(unsigned* to, unsigned bits) { atomicOr(to, bits); }
+// The same with a sum; -> what it was before.
+__device__ __forceinline__ unsigned shared_add(unsigned* to, unsigned more) { return atomicAdd(to, more); }
+
+// Global memory, one element or 16 bytes at a time. What is read once should not push out of the L2 what will be read
+// again, hence the streaming variants.
+template <class T>
+__device__ __forceinline__ T global_load(const T* from) {
+  FASTKD_TWIN(, simt::count_read(sizeof(T), sizeof(T)));
+  return *from;
+}
+template <class T>
+__device__ __forceinline__ void global_store(T* to, const T& value) {
+  FASTKD_TWIN(, simt::count_write(sizeof(T), sizeof(T)));
+  *to = value;
+}
+template <bool kStream>
+__device__ __forceinline__ uint4 global_load16(const void* from) {
+  const uint4* p = static_cast<const uint4*>(from);
+  FASTKD_TWIN(, simt::count_read(16, 16));
+  return FASTKD_TWIN(kStream ? __ldcs(p) : *p, *p);
+}
+template <bool kStream = true>
+__device__ __forceinline__ void global_store16(void* to, const uint4& value) {
+  uint4* p = static_cast<uint4*>(to);
+  FASTKD_TWIN(, simt::count_write(16, 16));
+#ifndef FASTKD_SIMT
+  if constexpr (kStream) return __stcs(p, value);
+#endif
+  *p = value;
+}
+
+// 16 bytes from global to shared memory past the registers (sm_80 and later), or zeros. They come in groups. A thread
+// that has waited for a group sees its own copies; others do after the next barrier.
+__device__ __forceinline__ void async_copy16(void* to, const void* from, bool there) {
+#ifdef FASTKD_SIMT
+  simt::async_copy(to, from, there);
+#else
+  const unsigned place = unsigned(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(there ? 16 : 0) : "memory");
+#endif
+}
+__device__ __forceinline__ void async_commit() {
+  FASTKD_TWIN(asm volatile("cp.async.commit_group;" :: : "memory"), simt::async_commit());
+}
+// For all groups but the latest so many.
+template <int kLatest>
+__device__ __forceinline__ void async_wait() {
+  FASTKD_TWIN(asm volatile("cp.async.wait_group %0;" ::"n"(kLatest) : "memory"), simt::async_wait(kLatest));
+}
+
+// Thread-block clusters exist from sm_90 on. Elsewhere a block is its own cluster, and those kernels are never launched
+// with more.
+#if defined(FASTKD_SIMT) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+__device__ __forceinline__ unsigned cluster_rank() {
+  return FASTKD_TWIN(cooperative_groups::this_cluster().block_rank(), simt::cluster_rank());
+}
+__device__ __forceinline__ void cluster_sync() {
+  FASTKD_TWIN(cooperative_groups::this_cluster().sync(), simt::sync_cluster());
+}
+// The same place in the shared memory of another block of the cluster.
+template <class T>
+__device__ __forceinline__ T* in_peer(T* mine, unsigned rank) {
+  return FASTKD_TWIN(cooperative_groups::this_cluster().map_shared_rank(mine, rank), simt::in_peer(mine, rank));
+}
+#else
+__device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_sync() {}
+template <class T>
+__device__ __forceinline__ T* in_peer(T* mine, unsigned) {
+  return mine;
+}
+#endif
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,115 @@
+// Launching on the current stream of the tensors' device.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../../arguments/check.h"
+#include "device.cuh"
+
+#ifndef FASTKD_SIMT
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+// Weak: libtorch_cuda defines it. A CPU-only torch does not, and has no CUDA tensors that could bring us here.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace fastkd::cuda {
+
+inline void check(cudaError_t error, const char* function, const char* what) {
+  if (error != cudaSuccess) fail("RuntimeError", function, what, " failed: ", cudaGetErrorString(error));
+}
+
+// The device of a call: guards it, and knows its stream and compute capability.
+class Device {
+ public:
+  Device(const torch::stable::Tensor& tensor, const char* function)
+      :
+#ifndef FASTKD_SIMT
+        guard_(tensor.get_device_index()),
+#endif
+        function_(function) {
+    int major = 0, minor = 0, device = 0;
+#ifndef FASTKD_SIMT
+    device = tensor.get_device_index();
+    void* stream = nullptr;
+    if (aoti_torch_get_current_cuda_stream == nullptr || aoti_torch_get_current_cuda_stream(device, &stream) != 0) {
+      fail("RuntimeError", function, "this PyTorch has no CUDA streams");
+    }
+    stream_ = static_cast<cudaStream_t>(stream);
+#else
+    (void)tensor;
+#endif
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), function, "a device query");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), function, "a device query");
+    check(cudaDeviceGetAttribute(&shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), function,
+          "a device query");
+    capability_ = 10 * major + minor;
+  }
+
+  int capability() const { return capability_; }
+
+  // Whether this device, as it stands (partitioned, shared), can run such a cluster at all.
+  template <class... Parameters>
+  bool fits(void (*kernel)(Parameters...), int threads, int64_t shared_bytes, int cluster) const {
+    if (cluster == 1) return true;
+#ifdef FASTKD_SIMT
+    (void)kernel, (void)threads, (void)shared_bytes;
+    return true;
+#else
+    Launch launch(*this, kernel, cluster, threads, shared_bytes, cluster);
+    int clusters = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
+    if (error != cudaSuccess) (void)cudaGetLastError();  // it would be taken for the next launch's
+    return error == cudaSuccess && clusters > 0;
+#endif
+  }
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, int cluster,
+              const Arguments&... arguments) const {
+    if (blocks == 0) return;
+    Launch launch(*this, kernel, blocks, threads, shared_bytes, cluster);
+    check(cudaLaunchKernelEx(&launch.config, kernel, static_cast<Parameters>(arguments)...), function_,
+          "the kernel's launch");
+    check(cudaGetLastError(), function_, "the kernel's launch");
+  }
+
+ private:
+  struct Launch {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute attribute{};
+
+    template <class Kernel>
+    Launch(const Device& device, Kernel kernel, int64_t blocks, int threads, int64_t shared_bytes, int cluster) {
+      config.gridDim = dim3(unsigned(blocks));
+      config.blockDim = dim3(unsigned(threads));
+      config.dynamicSmemBytes = size_t(shared_bytes);
+      config.stream = device.stream_;
+      if (cluster > 1) {
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = unsigned(cluster);
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+      }
+      // The most that is possible, always the same: another thread may be about to launch this kernel with more.
+      if (shared_bytes > 48 << 10) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_),
+              device.function_, "asking for shared memory");
+      }
+      if (cluster > 8) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), device.function_,
+              "asking for a large cluster");
+      }
+    }
+    Launch(const Launch&) = delete;
+  };
+
+#ifndef FASTKD_SIMT
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  const char* function_;
+  cudaStream_t stream_ = nullptr;
+  int capability_ = 0, shared_ = 0;
+};
+
+}  // namespace fastkd::cuda

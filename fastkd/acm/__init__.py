@@ -1,0 +1,39 @@
+"""Adaptive computation modules: each token runs as many learners as its gate chooses.
+
+The ops (:func:`hard`, :func:`soft`, :func:`prefix_loss`, :func:`gate`, :func:`oracle`,
+:func:`regularizers`), and what makes such layers of an existing model's and trains them in three
+phases (:func:`convert` and the functions after it). The modules are :class:`fastkd.nn.ACM` and
+:class:`fastkd.nn.ACMGate`.
+"""
+
+from fastkd.acm._convert import (
+    Call,
+    calls,
+    convert,
+    layers,
+    phase1_loss,
+    phase2_loss,
+    phase3_loss,
+    set_budget,
+)
+from fastkd.acm._gate import Regularizers, gate, regularizers
+from fastkd.acm._hard import hard, soft
+from fastkd.acm._prefix_loss import oracle, prefix_loss
+
+__all__ = [
+    "Call",
+    "Regularizers",
+    "calls",
+    "convert",
+    "gate",
+    "hard",
+    "layers",
+    "oracle",
+    "phase1_loss",
+    "phase2_loss",
+    "phase3_loss",
+    "prefix_loss",
+    "regularizers",
+    "set_budget",
+    "soft",
+]

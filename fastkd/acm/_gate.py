@@ -1,0 +1,242 @@
+"""The gate of adaptive computation modules: a differentiable choice, and what keeps it useful."""
+
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd._ops.checks import check_positive, is_number
+from fastkd.acm._arguments import check_integer
+from fastkd.acm._kernels import traced
+
+
+class Regularizers(NamedTuple):
+    """Terms of phase III's loss, each a scalar, float32 (float64 if a gate is)."""
+
+    #: Distance of the share of the whole computation from the target.
+    budget: Tensor
+    #: -1 where a sequence uses all choices of a layer alike, 0 where it uses one alone.
+    entropy: Tensor
+    #: Falls the more sequences differ in how much they use.
+    diversity: Tensor
+
+
+def gate(
+    logits: Tensor,
+    *,
+    temperature: float = 0.8,
+    hard: bool = True,
+    min_choice: int = 0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Draw a choice from logits so that a gradient reaches them (Gumbel-softmax).
+
+    .. math:: \text{soft} = \mathrm{softmax}((z + g) / \tau), \qquad g_k = -\log E_k,
+              \quad E_k \sim \mathrm{Exp}(1)
+
+    ``hard``: exactly one-hot at the largest :math:`z + g`, which is a draw from softmax(z) at any
+    temperature, with the gradient of the soft gate. The noise is drawn in the order of the
+    logits' elements, whatever their strides, so that a seed gives the same gates again.
+
+    Args:
+        logits: ``[..., N + 1]`` float32, bfloat16, float16 or float64. ``-inf`` is never chosen. A
+            row with a NaN or ``+inf``, or without a finite logit among the choices allowed, is NaN.
+        temperature: :math:`\tau`, positive.
+        hard: see above.
+        min_choice: choices below it have probability 0 and a zero gradient; their logits are not
+            looked at.
+        generator: of the logits' device; None: the default one, which torch.compile needs.
+
+    Returns:
+        ``[..., N + 1]`` in the dtype of the logits, computed in float32 or better.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong value or type.
+
+    Sources: Jang et al. 2017 (arXiv 1611.01144); Wójcik et al. 2023 (arXiv 2312.10193).
+
+    >>> import torch, fastkd
+    >>> logits = torch.tensor([[0.0, 9.0, 0.0]], requires_grad=True)
+    >>> gates = fastkd.acm.gate(logits, generator=torch.Generator().manual_seed(0))
+    >>> gates.tolist()
+    [[0.0, 1.0, 0.0]]
+    """
+    _check_gate("acm.gate", "logits", logits)
+    if isinstance(temperature, Tensor) and temperature.device.type not in (
+        "cpu",
+        logits.device.type,
+    ):
+        raise ValueError(
+            f"acm.gate: temperature must be on {logits.device} as logits is, or on the CPU, got "
+            f"{temperature.device}"
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"acm.gate: generator must be a torch.Generator, got {type(generator).__name__}"
+        )
+    if generator is not None and generator.device.type != logits.device.type:
+        raise ValueError(
+            f"acm.gate: generator must be of {logits.device} as logits is, got {generator.device}"
+        )
+    check_positive("acm.gate", "temperature", temperature)
+    choices = logits.size(-1)
+    min_choice = check_integer("acm.gate", "min_choice", min_choice)
+    if not 0 <= min_choice < choices:
+        raise ValueError(
+            f"acm.gate: min_choice must lie in [0, {choices}), the choices of logits with shape "
+            f"{list(logits.shape)}, got {min_choice}"
+        )
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    allowed = logits[..., min_choice:].to(wide)
+    noise = torch.empty_like(
+        allowed, requires_grad=False, memory_format=torch.contiguous_format
+    ).exponential_(generator=generator)
+    scores = allowed - noise.clamp_min(torch.finfo(wide).tiny).log()
+    # Divided by a small temperature, only differences stay in range.
+    gates = ((scores - scores.detach().amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if hard:
+        chosen = scores.detach().argmax(-1, keepdim=True)
+        one_hot = torch.zeros_like(gates).scatter(-1, chosen, 1.0)
+        # The difference is 0, not merely small, or NaN where the row is.
+        gates = one_hot + (gates - gates.detach())
+    return F.pad(gates, (min_choice, 0)).to(logits.dtype)
+
+
+def regularizers(
+    gates: Sequence[Tensor] | Tensor, costs: Sequence[float] | Tensor, target: float
+) -> Regularizers:
+    r"""Hold gates to a budget, and keep them from choosing the same everywhere.
+
+    With gates :math:`g^l` of layer l, :math:`N_l` its learners and :math:`c_l` the cost of one:
+
+    .. math:: L_b &= \Bigl| \frac{\sum_l c_l\, \mathrm{mean}_{i,t} \sum_k k\, g^l_{itk}}
+              {\sum_l c_l N_l} - \text{target} \Bigr| \\
+              L_e &= -\mathrm{mean}_{i,l}\, H(a^l_i) / \log(N_l + 1), \qquad
+              a^l_{ik} = \frac{\sum_t g^l_{itk}}{\sum_{t,k'} g^l_{itk'}} \\
+              L_d &= -2\, \mathrm{mean}_{i,j} |b_i - b_j|, \qquad
+              b_i = \mathrm{mean}_{l,t}\, \frac{1}{N_l + 1} \sum_k k\, g^l_{itk}
+
+    i and j are sequences of the batch (pairs of one with itself count), t tokens. :math:`L_d` has
+    the sign of the released code, which rewards sequences that differ; the paper prints it with
+    the other one. :math:`0 \log 0 = 0`, and a choice that a sequence never takes gets no gradient
+    from the entropy. Phase III adds 0.1, 0.05 and 0.05 times these to the task's loss.
+
+    Args:
+        gates: one tensor a layer, ``[B, ..., N_l + 1]``: B sequences (the same in all layers), then
+            tokens in any number of dimensions (none: one token a sequence). Or one tensor
+            ``[layers, B, T, ..., N + 1]``.
+        costs: one number a layer, :math:`c_l`: multiply-adds of a learner for one token. A tensor
+            on a GPU is not looked at: nothing waits for it.
+        target: share of the cost of all learners, 0.25 to 0.75 in the paper.
+
+    Returns:
+        :class:`acm.Regularizers`. Without sequences or tokens, means are 0.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong value, shape or type.
+
+    Source: Wójcik et al. 2023 (arXiv 2312.10193).
+
+    >>> import torch, fastkd
+    >>> gates = torch.eye(3)[torch.tensor([[0, 1], [2, 2]])]  # 2 sequences, 2 tokens, N = 2
+    >>> found = fastkd.acm.regularizers([gates], [1.0], target=0.5)
+    >>> [round(x.item(), 4) for x in found]  # 5 of 8 learners ran
+    [0.125, -0.3155, -0.5]
+    """
+    if isinstance(gates, Tensor) and gates.dim() > 3:
+        gates = gates.unbind()
+    if not isinstance(gates, Sequence) or not gates:
+        raise TypeError(
+            "acm.regularizers: gates must be a sequence of tensors, one a layer, got "
+            f"{'none' if isinstance(gates, Sequence) else type(gates).__name__}"
+        )
+    for layer, gate in enumerate(gates):
+        name = f"gates[{layer}]"
+        _check_gate("acm.regularizers", name, gate)
+        if gate.dim() < 2 or gate.size(-1) < 2 or gate.size(0) != gates[0].size(0):
+            raise ValueError(
+                f"acm.regularizers: {name} must have shape [{gates[0].size(0)}, ..., N + 1] with "
+                f"N at least 1, got {list(gate.shape)}"
+            )
+        if gate.device != gates[0].device:
+            raise ValueError(
+                f"acm.regularizers: {name} must be on {gates[0].device} as gates[0] is, got "
+                f"{gate.device}"
+            )
+    costs = _costs(costs, gates)
+    if not is_number(target):
+        raise TypeError(f"acm.regularizers: target must be a number, got {type(target).__name__}")
+    if isinstance(target, Tensor) and target.device.type not in ("cpu", gates[0].device.type):
+        raise ValueError(
+            f"acm.regularizers: target must be on {gates[0].device} as gates[0] is, or on the CPU, "
+            f"got {target.device}"
+        )
+    if not isinstance(target, Tensor) and not math.isfinite(target):
+        raise ValueError(f"acm.regularizers: target must be finite, got {target}")
+    double = any(gate.dtype == torch.float64 for gate in gates)
+    used, shares, entropies = [], [], []
+    for gate in gates:
+        tokens = gate.to(torch.float64 if double else torch.float32)
+        tokens = tokens.flatten(1, -2) if gate.dim() > 2 else tokens.unsqueeze(1)
+        choices = tokens.size(-1)
+        histogram = tokens.sum(1) / max(tokens.size(1), 1)
+        steps = torch.arange(choices, device=gate.device, dtype=tokens.dtype)
+        learners = (histogram * steps).sum(-1)
+        used.append(_mean(learners))
+        shares.append(learners / choices)
+        total = histogram.sum(-1, keepdim=True)
+        histogram = histogram / torch.where(total == 0, 1, total)
+        log = torch.where(histogram == 0, 1, histogram).log()
+        entropies.append(_mean(-(histogram * log).sum(-1)) / math.log(choices))
+    whole: Any = sum(cost * (gate.size(-1) - 1) for cost, gate in zip(costs, gates, strict=True))
+    spent = torch.stack([cost * mean for cost, mean in zip(costs, used, strict=True)]).sum() / whole
+    share = torch.stack(shares).mean(0)
+    differences = share.unsqueeze(0) - share.unsqueeze(1)
+    return Regularizers(
+        (spent - target).abs(), -torch.stack(entropies).mean(), -2 * _mean(differences.abs())
+    )
+
+
+def _costs(costs: Any, gates: Sequence[Tensor]) -> list[Any]:
+    """One a layer; numbers where they can be seen without waiting for them."""
+    if isinstance(costs, Tensor):
+        if costs.is_meta and not gates[0].is_meta:
+            raise ValueError(
+                f"acm.regularizers: costs must be on {gates[0].device} as gates[0] is, or on the "
+                "CPU, got meta"
+            )
+        if costs.shape == (len(gates),) and (traced(costs) or costs.device.type != "cpu"):
+            wide = torch.promote_types(costs.dtype, torch.float32)
+            return list(costs.detach().to(gates[0].device, wide).unbind())
+        costs = costs.tolist()
+    if not isinstance(costs, Iterable):
+        raise TypeError(f"acm.regularizers: costs must be a sequence, got {type(costs).__name__}")
+    costs = list(costs)
+    right = all(isinstance(cost, Real) and 0 < float(cost) < math.inf for cost in costs)
+    if len(costs) != len(gates) or not right:
+        raise ValueError(
+            f"acm.regularizers: costs must be {len(gates)} positive numbers, one a layer, got "
+            f"{costs}"
+        )
+    return costs
+
+
+def _mean(values: Tensor) -> Tensor:
+    """0 of nothing."""
+    return values.sum() / max(values.numel(), 1)
+
+
+def _check_gate(function: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(
+            f"{function}: {name} must have a floating-point dtype, got "
+            f"{str(value.dtype).removeprefix('torch.')}"
+        )
+    if value.dim() == 0:
+        raise ValueError(f"{function}: {name} must have shape [..., N + 1], got a scalar")

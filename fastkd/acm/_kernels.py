@@ -1,0 +1,186 @@
+"""Rows through the learners they choose, where a backend has kernels for that."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd._ops.library import CUDA_ARCHITECTURES, raise_as_python
+
+#: What the kernels take; other dtypes go through torch's products.
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32,)}
+if CUDA_ARCHITECTURES:
+    DTYPES["cuda"] = (torch.float32, torch.bfloat16, torch.float16)
+
+
+#: Activations by the number that the raw ops take; csrc/math/activation.h.
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "identity")
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+
+
+def _multiplied_by_cpu(dtype: str) -> bool:
+    asks = f"_is_mkldnn_{dtype}_supported"  # not there where torch was built without oneDNN
+    return hasattr(torch.ops.mkldnn, asks) and bool(getattr(torch.ops.mkldnn, asks)())
+
+
+#: Which 16-bit products torch has vectorised on this processor; elsewhere it takes them one by one.
+CPU_PRODUCTS = {
+    torch.bfloat16: _multiplied_by_cpu("bf16"),
+    torch.float16: _multiplied_by_cpu("fp16"),
+}
+
+
+def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What operands that promote to a dtype are multiplied in on x's device."""
+    one_by_one = x.device.type == "cpu" and not CPU_PRODUCTS.get(dtype, True)
+    return torch.float32 if one_by_one and not has_kernels(x, dtype) else dtype
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def traced(x: Tensor) -> bool:
+    """Whether there are no numbers to look at: while compiling, and for fake and meta tensors."""
+    return torch.compiler.is_compiling() or type(x) not in _PLAIN or x.is_meta
+
+
+def has_kernels(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products of this dtype on x's device are fastkd's own."""
+    return dtype in DTYPES.get(x.device.type, ())
+
+
+def value(
+    operands: tuple[Tensor, ...], bias: Tensor | None, choices: Tensor, activation: str
+) -> Tensor | None:
+    """What acm gives, in one call, if the arguments lie as the kernels take them and are right."""
+    x = operands[0]
+    if not isinstance(activation, str) or activation not in _NUMBERS:
+        return None
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not has_kernels(x, x.dtype):
+        return None
+    for other in (*operands, choices) if bias is None else (*operands, bias, choices):
+        if type(other) not in _PLAIN or other.device != x.device or other.layout != torch.strided:
+            return None
+    try:
+        return torch.ops.fastkd._acm_value(*operands, bias, choices, _NUMBERS[activation])
+    except RuntimeError as error:
+        raise_as_python(error)
+
+
+def route(choices: Tensor, learners: int) -> tuple[Tensor, Tensor]:
+    """Rows by falling choice, and how many run each learner; see gated_routing_entry.h."""
+    flat = choices.reshape(-1)
+    if flat.dtype not in (torch.int64, torch.int32):
+        flat = flat.long()
+    try:
+        return torch.ops.fastkd._acm_route(flat.contiguous(), learners)
+    except RuntimeError as error:
+        raise_as_python(error)
+
+
+def forward(
+    operands: tuple[Tensor, ...],
+    bias: Tensor | None,
+    order: Tensor,
+    counts: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Outputs ``[rows, D_out]`` and, if kept, pre-activations in sorted order.
+
+    ``[N, rows, b]``, or packed where the host may know how many there are.
+    """
+    bias = None if bias is None else bias.contiguous()
+    operands = tuple(value.contiguous() for value in operands)
+    packed, number = not traced(order), _NUMBERS[activation]
+    return torch.ops.fastkd._acm_rows(*operands, bias, order, counts, number, keep, packed)
+
+
+def backward(
+    grad: Tensor,
+    operands: tuple[Tensor, ...],
+    order: Tensor,
+    counts: Tensor,
+    kept: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, w1, b1 and w2; empty where not needed."""
+    operands = tuple(value.contiguous() for value in operands)
+    return torch.ops.fastkd._acm_rows_backward(
+        grad.contiguous(), *operands, order, counts, kept, _NUMBERS[activation], *needs
+    )
+
+
+def _check_device(x: Tensor, *others: Tensor | None) -> None:
+    """A meta tensor brings the call to a fake, whatever the others are."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(
+                f"ValueError: acm.hard: all tensors must be on {x.device} as x is, got "
+                f"{other.device}"
+            )
+
+
+@torch.library.register_fake("fastkd::_acm_route")
+def _(choices: Tensor, learners: int) -> tuple[Tensor, Tensor]:
+    return (
+        choices.new_empty(choices.shape, dtype=torch.int32),
+        choices.new_empty(learners + 1, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("fastkd::_acm_value")
+def _(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    bias: Tensor | None,
+    choices: Tensor,
+    activation: int,
+) -> Tensor | None:
+    _check_device(x, w1, b1, w2, bias, choices)
+    return x.new_empty((*x.shape[:-1], w2.size(2)))
+
+
+@torch.library.register_fake("fastkd::_acm_rows")
+def _(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    bias: Tensor | None,
+    order: Tensor,
+    counts: Tensor,
+    activation: int,
+    keep: bool,
+    packed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _check_device(x, w1, b1, w2, bias, order, counts)
+    rows: Any = math.prod(x.shape[:-1])
+    learners = w1.size(0) if keep else 0
+    if keep and packed and x.device.type == "cpu":
+        learners, rows = 1, torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty((*x.shape[:-1], w2.size(2))), x.new_empty((learners, rows, w1.size(2)))
+
+
+@torch.library.register_fake("fastkd::_acm_rows_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    kept: Tensor,
+    activation: int,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    _check_device(x, grad, w1, b1, w2, order, counts, kept)
+    return tuple(
+        value.new_empty(value.shape if need else 0)
+        for value, need in zip((x, w1, b1, w2), needs, strict=True)
+    )

@@ -1,0 +1,19 @@
+"""Losses over rows of logits, and what is read beside them: one module an op.
+
+Each has the public function with its documentation, and the declaration of its op.
+"""
+
+from fastkd.losses._clipped_divergence import clipped_divergence
+from fastkd.losses._kl_div import kl_div
+from fastkd.losses._softmax_divergence import softmax_divergence
+from fastkd.losses._token_stats import TokenStats, token_stats
+from fastkd.losses._topk_divergence import topk_divergence
+
+__all__ = [
+    "TokenStats",
+    "clipped_divergence",
+    "kl_div",
+    "softmax_divergence",
+    "token_stats",
+    "topk_divergence",
+]

@@ -1,0 +1,204 @@
+"""Divergences between the softmaxes of two sets of logits, and their gradients, in one op."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import reference
+from fastkd._ops.arguments import check_tensor, numbers_tensor
+from fastkd._ops.checks import check_no_group
+from fastkd._ops.loss import Loss
+
+
+def softmax_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    teacher_weights: Sequence[float] | Tensor | None = None,
+    teacher_mix: str = "logits",
+    labels: Tensor | None = None,
+    label_weight: float = 1.0,
+    ignore_index: int = -100,
+    shift: int = 0,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    square_temperature: bool = False,
+    inplace: bool = False,
+    group: Any = None,
+) -> Tensor:
+    r"""Divergence between a teacher's and a student's next-token distributions.
+
+    With :math:`p = \mathrm{softmax}(z_T / \tau_T)` and :math:`q = \mathrm{softmax}(z_S / \tau)`
+    over the last dimension (the vocabulary), a row's value in nats is
+
+    ==================  ====================================================================
+    ``forward_kl``      :math:`KL(p \| q)`
+    ``reverse_kl``      :math:`KL(q \| p)`
+    ``jsd``             :math:`\beta KL(p \| m) + (1-\beta) KL(q \| m)`,
+                        :math:`m = \beta p + (1-\beta) q`; ``beta`` 0 and 1 stand for forward
+                        and reverse KL
+    ``skew_kl``         :math:`KL(p \| \beta p + (1-\beta) q)`, ``beta`` usually 0.1
+    ``skew_reverse_kl`` :math:`KL(q \| \beta q + (1-\beta) p)`, ``beta`` usually 0.1
+    ``tvd``             :math:`\frac12 \sum_v |p_v - q_v|`; a speculative decoder accepts with
+                        probability 1 - tvd
+    ``cross_entropy``   :math:`-\sum_v p_v \log q_v`
+    ==================  ====================================================================
+
+    Each input is read from memory once and each gradient written once, in the forward call;
+    backward only scales it, and not at all where the incoming gradient is 1. No table of
+    probabilities is stored. Under ``torch.no_grad()`` no gradient is computed. Until backward the
+    gradients are kept and, for second derivatives, the arguments; with ``inplace`` the gradients
+    alone.
+
+    Logits are expected, not probabilities. Labels are read in the row they stand in: those of a
+    causal language model belong to the row before, see ``shift``.
+
+    ``-inf`` logits are probability 0. Mass where the other side has none gives ``inf`` and a
+    finite gradient, as if that entry had probability 2^-126. A column masked with the smallest
+    finite number of its dtype adds nothing where its probability is 0; mass that the other side
+    has there gives the true value, which is huge, and the same finite gradient. A row with a NaN,
+    ``+inf`` or no finite logit gives NaN, that row alone. KL-type values are never negative and
+    stay relatively accurate as the student approaches the teacher, as do the gradients, whatever
+    constant a row's logits carry. Where the teacher is certain of a token that the student hardly
+    expects, the gradients of ``skew_kl`` keep 1e-5; those of ``jsd`` and ``skew_reverse_kl``,
+    which are small there, lose digits, fewer than eager float32.
+
+    Args:
+        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. Every
+            leading dimension counts rows (tokens).
+        teacher_logits: the same shape, its own dtype, or a list of such tensors (which take no
+            gradient; with an only tensor, gradients flow to it when it requires them).
+        divergence: one of the table.
+        beta: share of the mixture, in [0, 1]; for ``jsd``, ``skew_kl`` and ``skew_reverse_kl``.
+        temperature: of the student, positive: a number, or a tensor with one entry a row.
+        teacher_temperature: of the teacher; None: the same as ``temperature``.
+        weight: float, one a row, multiplies the row's loss (also with ``reduction="none"``). No
+            gradient flows to it.
+        mask: bool, one a row. A row with mask False or weight 0 is not read, adds nothing and
+            gets a zero gradient even where its logits are NaN.
+        teacher_weights: of the teachers, or of the only one: K numbers or a ``[..., K]`` tensor.
+            None: 1/K each.
+        teacher_mix: ``"logits"``: the teacher is softmax of :math:`\sum_k w_k z_k`, weights of
+            any sign; a token that is -inf for a teacher that counts is impossible. ``"probs"``:
+            :math:`\sum_k w_k \mathrm{softmax}(z_k / \tau_T)`, weights not negative and taken
+            relative to their sum. Neither mixture is stored.
+        labels: int64 or int32, one a row: adds ``label_weight`` x the cross-entropy of the
+            student at temperature 1. Rows with ``ignore_index`` drop out of both terms.
+        label_weight: see ``labels``; with 0 even an impossible label adds nothing.
+        ignore_index: see ``labels``.
+        shift: with 1, row t of each sequence (the dimension before the vocabulary) takes the label,
+            mask and weight of row t + 1, and the last row drops out: logits and labels as a causal
+            model gives them, without slicing either. With n, of row t + n.
+        vocab_size: only the first ``vocab_size`` columns count on both sides (padded
+            vocabularies); the others get a zero gradient.
+        reduction: ``"none"`` (one loss a row), ``"sum"``, ``"mean"`` (over rows kept by ``mask``
+            and ``ignore_index``), ``"batchmean"`` (over ``student_logits.size(0)``) or
+            ``"elementmean"`` (over rows x vocabulary, what ``nn.KLDivLoss`` does by default). An
+            empty denominator gives 0 with a zero gradient.
+        normalizer: replaces the reduction's denominator: a number or a 0-d tensor, for example
+            the Trainer's ``num_items_in_batch``.
+        square_temperature: multiplies the divergence (not the label term) by temperature².
+        inplace: the gradient overwrites ``student_logits``, whose version counter is bumped: the
+            step then needs no second [rows, vocab] tensor, and the teacher's logits are not kept
+            until backward. The logits are lost: do not read them after the call. Second derivatives
+            are not available. Without grad mode nothing is overwritten.
+            ``logits[:, :-1]`` would undo the saving: its gradient is copied into one of the whole
+            tensor. Use ``shift``.
+        group: reserved for vocabularies split across a process group.
+
+    Returns:
+        float32 (float64 where an input is): a scalar, or with ``reduction="none"`` the leading
+        dimensions' shape.
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument has the wrong value, type, or a label out
+            of range; the message names it, what was expected and what came.
+        NotImplementedError: ``group`` is given.
+
+    Sources: Hinton et al. 2015 (arXiv 1503.02531); GKD (2306.13649) for ``jsd``; DistiLLM
+    (2402.03898) for the skewed divergences; DistillSpec (2310.08461) for ``tvd``.
+
+    >>> import torch, fastkd
+    >>> student = torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]], requires_grad=True)
+    >>> teacher = torch.tensor([[0.0, 1.0, 3.0], [1.0, 1.0, 1.0]])
+    >>> loss = fastkd.softmax_divergence(student, teacher, reduction="none")
+    >>> [round(x, 4) for x in loss.tolist()]
+    [0.0816, 0.0]
+    >>> loss.sum().backward()
+    >>> [round(x, 4) for x in student.grad[0].tolist()]
+    [0.048, 0.1305, -0.1786]
+    """
+    check_no_group("softmax_divergence", group)
+    options = {
+        "divergence": divergence,
+        "beta": beta,
+        "teacher_temperature": teacher_temperature,
+        "teacher_weights": teacher_weights,
+        "teacher_mix": teacher_mix,
+        "temperature": temperature,
+        "weight": weight,
+        "mask": mask,
+        "labels": labels,
+        "label_weight": label_weight,
+        "ignore_index": ignore_index,
+        "shift": shift,
+        "vocab_size": vocab_size,
+        "square_temperature": square_temperature,
+        "reduction": reduction,
+        "normalizer": normalizer,
+    }
+    return OP(student_logits, given(student_logits, teacher_logits, options), inplace)
+
+
+def given(
+    student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor], options: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments by name, as the op takes them."""
+    check_tensor("softmax_divergence", "student_logits", student_logits)
+    options["student_logits"] = student_logits
+    options["teacher_logits"] = _teachers(teacher_logits)
+    options["teacher_weights"] = _weights(options["teacher_weights"], student_logits)
+    return options
+
+
+def _teachers(teacher_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(teacher_logits, Tensor):
+        return [teacher_logits]
+    if not isinstance(teacher_logits, (list, tuple)):
+        raise TypeError(
+            "softmax_divergence: teacher_logits must be a tensor or a list of tensors, got "
+            f"{type(teacher_logits).__name__}"
+        )
+    if torch.is_grad_enabled():
+        for teacher in teacher_logits:
+            if isinstance(teacher, Tensor) and teacher.requires_grad:
+                raise ValueError(
+                    "softmax_divergence: teacher_logits in a list take no gradient, but one "
+                    "requires it; detach it, or pass a single teacher as a tensor"
+                )
+    return list(teacher_logits)
+
+
+def _weights(weights: Sequence[float] | Tensor | None, like: Tensor) -> Tensor | None:
+    if weights is None or isinstance(weights, Tensor):
+        return weights
+    return numbers_tensor("softmax_divergence", "teacher_weights", weights, like)
+
+
+OP = Loss(
+    "softmax_divergence",
+    ("student_logits", "teacher_logits"),
+    reference.softmax_divergence_op,
+    precision=("student_logits", "teacher_logits"),
+    absent={"teacher_temperature": "temperature"},
+)
+OP.serves(softmax_divergence, given)

@@ -1,0 +1,179 @@
+"""Divergence from a teacher of which only the best k tokens are stored."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from fastkd import reference
+from fastkd._ops.arguments import check_tensor
+from fastkd._ops.checks import check_no_group
+from fastkd._ops.loss import Loss
+
+
+def topk_divergence(
+    student_logits: Tensor,
+    teacher_log_probs: Tensor,
+    teacher_indices: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    tail: str = "lump",
+    temperature: float | Tensor = 1.0,
+    stored_temperature: float = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    min_log_prob: float | None = None,
+    max_token_loss: float | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 1.0,
+    ignore_index: int = -100,
+    shift: int = 0,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    square_temperature: bool = False,
+    group: Any = None,
+) -> Tensor:
+    r"""Divergence between a student's logits and a teacher's k stored log-probabilities.
+
+    With :math:`q = \mathrm{softmax}(z_S / \tau)` over the whole vocabulary and the teacher's
+    :math:`\log p_v` for the k tokens of a row, the *support* :math:`S`, the tokens outside count as
+    ``tail`` says:
+
+    ===============  =======================================================================
+    ``lump``         one more outcome on both sides that holds the rest: a divergence between
+                     k + 1 outcomes, never negative, and a lower bound of the true one
+    ``uniform``      the teacher's rest spread evenly over the other vocab - k tokens
+    ``renormalize``  both sides renormalised inside the support
+    ``drop``         the bare sum over the support. **Not a divergence**: it can be negative,
+                     and its minimum is not at q = p. It is what most code computes; here for
+                     comparison.
+    ===============  =======================================================================
+
+    Divergences are those of :func:`fastkd.softmax_divergence`. The student's logits are read once
+    and their gradient written once; the k entries are gathered and corrected in the same passes.
+
+    Log-probabilities stored at temperature ``stored_temperature`` are taken to
+    ``teacher_temperature`` by :math:`r \log p_v - \log Z`, r their ratio. Where it is not 1,
+    :math:`Z` needs the tokens that were not stored: the rest then counts as if spread evenly,
+    :math:`(V - k)^{1-r} (1 - \sum_S p)^r` (``renormalize`` needs none of it and is exact).
+    Storing at the temperature of training is exact for every tail.
+
+    What a row's support leaves open:
+
+    - ``renormalize`` compares nothing where the teacher or the student (by -inf) has no mass on the
+      support: such a row is NaN.
+    - A stored mass near 1 leaves a rest, 1 minus the mass, that is mostly rounding. KL(q‖p) would
+      be infinite or not as the last bit has it. ``reverse_kl`` (and ``jsd`` with ``beta=1``)
+      therefore takes the rest to be at least u · max(Σ p |log p|, u), with u half a unit in the
+      last place of 1 in the stored format, and never less than float32's 2^-24.
+
+    Args:
+        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
+        teacher_log_probs: ``[..., k]`` natural logarithms, any float dtype, in any order,
+            normalised over the whole vocabulary (as :func:`fastkd.teacher_topk` gives them).
+            Gradients flow to them where they require it. Masses that exceed 1 by rounding (2 %)
+            are scaled back, except by ``drop``.
+        teacher_indices: ``[..., k]`` int32 or int64, distinct in a row; -1 pads a short row. An
+            index that a row holds more than once is padding, too, where its log-probability is -1e4
+            or less (as servers pad with id 0 and -inf or -1e9).
+        divergence: ``"forward_kl"``, ``"reverse_kl"``, ``"jsd"`` or ``"cross_entropy"``.
+        beta: share of the mixture of ``jsd``.
+        tail: one of the table.
+        temperature: of the student: a positive number, or a tensor with one entry a row.
+        stored_temperature: at which the log-probabilities were taken.
+        teacher_temperature: at which they are to count; None: the same as ``temperature``.
+        min_log_prob: a floor, negative, for the log-probabilities of both sides. What it raises
+            takes no gradient. Both sides then no longer sum to 1, so that values may fall below 0
+            by about as much as was added.
+        max_token_loss: a cap for a row's divergence (not the label's term). A row above it takes
+            no gradient.
+        weight: see :func:`fastkd.softmax_divergence`, as for all arguments below.
+        mask: rows with False are not read, nor are their indices.
+        labels: adds ``label_weight`` x cross-entropy at temperature 1 from the same read.
+        label_weight: see ``labels``.
+        ignore_index: see ``labels``.
+        shift: see :func:`fastkd.softmax_divergence`. It does not move the teacher's entries.
+        vocab_size: only the first columns of the logits count.
+        reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"elementmean"``.
+        normalizer: replaces the reduction's denominator.
+        square_temperature: multiplies the divergence by temperature².
+        group: reserved for vocabularies split across a process group.
+
+    Returns:
+        float32 (float64 where an input is): a scalar, or with ``reduction="none"`` the leading
+        dimensions' shape.
+
+    Raises:
+        IndexError: an index (or label) outside the vocabulary.
+        ValueError, TypeError: duplicate indices, positive log-probabilities, a mass over 1, or
+            another argument of the wrong value or type. (On CUDA, where looking at values would
+            wait for the device, such a row is NaN instead.)
+        NotImplementedError: ``group`` is given.
+
+    Sources: Hinton et al. 2015 (arXiv 1503.02531); the tails follow FKD's label variants (MEAL V2,
+    2009.08453).
+
+    >>> import torch, fastkd
+    >>> student = torch.tensor([[0.0, 1.0, 2.0, 0.0]], requires_grad=True)
+    >>> teacher = torch.tensor([[0.6, 0.3]]).log()
+    >>> indices = torch.tensor([[2, 1]])
+    >>> loss = fastkd.topk_divergence(student, teacher, indices)
+    >>> round(loss.item(), 4)
+    0.0266
+    >>> loss.backward()
+    >>> [round(x, 4) for x in student.grad[0].tolist()]
+    [0.0326, -0.0755, 0.0103, 0.0326]
+    """
+    check_no_group("topk_divergence", group)
+    options = {
+        "divergence": divergence,
+        "beta": beta,
+        "tail": tail,
+        "stored_temperature": stored_temperature,
+        "teacher_temperature": teacher_temperature,
+        "min_log_prob": min_log_prob,
+        "max_token_loss": max_token_loss,
+        "temperature": temperature,
+        "weight": weight,
+        "mask": mask,
+        "labels": labels,
+        "label_weight": label_weight,
+        "ignore_index": ignore_index,
+        "shift": shift,
+        "vocab_size": vocab_size,
+        "square_temperature": square_temperature,
+        "reduction": reduction,
+        "normalizer": normalizer,
+    }
+    return OP(student_logits, given(student_logits, teacher_log_probs, teacher_indices, options))
+
+
+def given(
+    student_logits: Tensor,
+    teacher_log_probs: Tensor,
+    teacher_indices: Tensor,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The arguments by name, as the op takes them."""
+    check_tensor("topk_divergence", "student_logits", student_logits)
+    options["student_logits"] = student_logits
+    options["teacher_log_probs"] = teacher_log_probs
+    options["teacher_indices"] = teacher_indices
+    return options
+
+
+OP = Loss(
+    "topk_divergence",
+    ("student_logits", "teacher_log_probs"),
+    reference.topk_divergence_op,
+    precision=("student_logits", "teacher_log_probs"),
+    absent={
+        "teacher_temperature": "temperature",
+        "min_log_prob": -math.inf,
+        "max_token_loss": math.inf,
+    },
+)
+OP.serves(topk_divergence, given)

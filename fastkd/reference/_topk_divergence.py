@@ -1,0 +1,158 @@
+"""topk_divergence and teacher_topk."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd._ops.op import declared
+from fastkd.reference._origin import relative_to_largest
+from fastkd.reference._rows import (
+    Rows,
+    divergence_rows,
+    exp,
+    from_largest,
+    log_softmax,
+    log_sum_exp,
+    safe_log,
+    shifted,
+)
+
+#: An index that a row has twice is padding where its log-probability is no more than this.
+PADDING_LOG_PROB = -1e4
+
+
+def topk_divergence_op(
+    student_logits: Tensor,
+    teacher_log_probs: Tensor,
+    teacher_indices: Tensor,
+    divergence: str,
+    beta: float,
+    tail: str,
+    stored_temperature: float,
+    teacher_temperature: float,
+    teacher_temperatures: Tensor | None,
+    min_log_prob: float,
+    max_token_loss: float,
+    **row_options: Any,
+) -> Tensor:
+    """The raw op's loss, from its fields."""
+    rows = Rows(student_logits, [teacher_log_probs], **row_options)
+    as_given = rows.student
+    rows.student = relative_to_largest(as_given)
+    stored = (teacher_indices >= 0) & rows.read.unsqueeze(-1)
+    at = torch.where(stored, teacher_indices, 0).long()
+    times = torch.zeros_like(rows.student, dtype=torch.int64).scatter_add(-1, at, stored.long())
+    stored = stored & ~((times.gather(-1, at) > 1) & (teacher_log_probs <= PADDING_LOG_PROB))
+    log_q_all = log_softmax(rows.student, rows.tau)
+    inside = torch.zeros_like(log_q_all, dtype=torch.int64).scatter_add(-1, at, stored.long()) > 0
+    log_q = torch.where(stored, log_q_all.gather(-1, at), -math.inf)
+    log_q_rest = log_q_all.masked_fill(inside, -math.inf)
+    others = rows.vocab - stored.sum(-1, keepdim=True)
+
+    # The teacher at its temperature: stored entries, and the mass of the rest.
+    log_p = torch.where(stored, teacher_log_probs.to(rows.dtype), -math.inf)
+    ratio = stored_temperature / rows.per_row(teacher_temperature, teacher_temperatures)
+    as_stored = torch.as_tensor(ratio == 1, device=log_p.device)
+    mass = exp(log_p).sum(-1, keepdim=True)
+    rest_mass = torch.where((others > 0) & (mass < 1), 1 - mass, 0.0)
+    if _plain(divergence, beta) == "reverse_kl":
+        # What rounding may hide of the rest: KL(q || p) would be infinite or not as it has it.
+        rounding = max(torch.finfo(x).eps / 2 for x in (teacher_log_probs.dtype, torch.float32))
+        entropy = -(exp(log_p) * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1, keepdim=True)
+        hidden = rounding * entropy.detach().clamp(min=rounding)
+        rest_mass = torch.where((others > 0) & (rest_mass < hidden), hidden, rest_mass)
+    log_p = torch.where(stored & (log_p != -math.inf), log_p.masked_fill(~stored, 0) * ratio, log_p)
+    spread = others.clamp(min=1).to(rows.dtype).log()
+    log_p_rest = torch.where(
+        rest_mass > 0, safe_log(rest_mass) * ratio + (1 - ratio) * spread, -math.inf
+    )
+    if tail == "renormalize":
+        log_z = log_sum_exp(log_p)
+        # Relative to its own largest logit the support is a distribution however far it lies.
+        log_q = torch.where(stored, as_given.gather(-1, at), -math.inf)
+        log_q = from_largest(log_q) / rows.tau
+        student_log_z = log_sum_exp(log_q)
+        log_q = shifted(log_q, torch.where(student_log_z == -math.inf, 0.0, student_log_z))
+        without = ((log_z == -math.inf) | (student_log_z == -math.inf)) & stored.any(-1, True)
+    else:
+        log_z = log_sum_exp(torch.cat([log_p, log_p_rest], -1))
+        whole = as_stored & ((others > 0) & (mass <= 1) | torch.as_tensor(tail == "drop"))
+        log_z = torch.where(whole, 0.0, log_z)
+    log_z = torch.where(log_z == -math.inf, 0.0, log_z)
+    log_p, log_p_rest = shifted(log_p, log_z), shifted(log_p_rest, log_z)
+
+    if tail == "lump":
+        log_p, log_q = (
+            torch.cat([log_p, log_p_rest], -1),
+            torch.cat([log_q, log_sum_exp(log_q_rest)], -1),
+        )
+        outcomes = torch.cat([stored, others > 0], -1)
+    elif tail == "uniform":
+        each = torch.where(inside, -math.inf, log_p_rest - spread)
+        where_stored = torch.where(stored, log_p, 0.0)
+        placed = torch.zeros_like(log_q_all).scatter_add(
+            -1, at, where_stored.nan_to_num(neginf=0.0)
+        )
+        dead = torch.zeros_like(inside, dtype=torch.int64).scatter_add(
+            -1, at, (stored & (log_p == -math.inf)).long()
+        )
+        log_p = torch.where(inside, torch.where(dead > 0, -math.inf, placed), each)
+        log_q = log_q_all
+        outcomes = torch.ones_like(inside)
+    else:
+        outcomes = stored
+    if min_log_prob > -math.inf:
+        log_p = torch.where(outcomes & (log_p < min_log_prob), min_log_prob, log_p)
+        log_q = torch.where(outcomes & (log_q < min_log_prob), min_log_prob, log_q)
+    loss = divergence_rows(log_p, log_q, divergence, beta)
+    # divergence_rows adds q - p to each term of KL(p || q): nothing, over two distributions.
+    if tail == "drop" or min_log_prob > -math.inf:
+        excess = (exp(log_p) - exp(log_q)).sum(-1)
+        loss = loss + {"forward_kl": excess, "reverse_kl": -excess}.get(
+            _plain(divergence, beta), 0.0
+        )
+    if tail == "renormalize":  # no distribution to compare with
+        loss = torch.where(without.squeeze(-1), math.nan, loss)
+    poison = log_q_all.masked_fill(log_q_all == -math.inf, 0).sum(-1) * 0
+    loss = loss + poison.detach()
+    if rows.square_temperature:
+        loss = loss * (rows.tau.squeeze(-1) if isinstance(rows.tau, Tensor) else rows.tau) ** 2
+    return rows.reduce(torch.where(loss > max_token_loss, max_token_loss, loss))
+
+
+def _plain(divergence: str, beta: float) -> str:
+    """The ends of a mixture are the plain divergences."""
+    ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
+    return ends.get(beta, divergence) if divergence == "jsd" else divergence
+
+
+def topk_divergence(
+    student_logits: Tensor, teacher_log_probs: Tensor, teacher_indices: Tensor, **options: Any
+) -> Tensor:
+    """`fastkd.topk_divergence` in plain PyTorch, with the same arguments."""
+    return declared("topk_divergence").by_definition(
+        student_logits, teacher_log_probs, teacher_indices, **options
+    )
+
+
+def teacher_topk(
+    teacher_logits: Tensor,
+    k: int,
+    *,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`fastkd.teacher_topk` in plain PyTorch, in the precision of its input (float32 at least)."""
+    dtype = torch.float64 if teacher_logits.dtype == torch.float64 else torch.float32
+    if isinstance(temperature, Tensor) and temperature.dim():
+        temperature = temperature.to(dtype).unsqueeze(-1)
+    log_probs = log_softmax(
+        relative_to_largest(teacher_logits[..., :vocab_size].to(dtype)), temperature
+    )
+    values, indices = torch.sort(log_probs, dim=-1, descending=True, stable=True)
+    lost = values.isnan().any(-1, keepdim=True)
+    values = torch.where(lost, math.nan, values)
+    indices = torch.where(lost, torch.arange(values.size(-1), device=values.device), indices)
+    return values[..., :k], indices[..., :k].int()

@@ -1,0 +1,7 @@
+"""Teachers stored as their best k tokens: how they are made, and kept on disk."""
+
+from fastkd.teachers._fingerprint import fingerprint
+from fastkd.teachers._store import TeacherStore
+from fastkd.teachers._teacher_topk import TopK, teacher_topk
+
+__all__ = ["TeacherStore", "TopK", "fingerprint", "teacher_topk"]
