@@ -1,6 +1,6 @@
-// Every op's schema, and what was built. Implementations register themselves next to their kernels, autograd and fakes
-// live in Python.
-// FASTKD_LIBRARY: their namespace, another one for the kernels under test (tests/simt).
+// The schema of every op, and what was built. Implementations register themselves next to their kernels; autograd
+// formulas and fakes are in Python. FASTKD_LIBRARY is the ops' namespace; the kernels under test use another one
+// (tests/simt).
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -28,27 +28,30 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
   define_differentiable<ByteLogProbs, ByteLogProbsBackward>(m);
   define_op<TeacherTopk>(m);
   define_op<TokenStats>(m);
-  // The names behind the integers of the ops above: "op.field=name,name;op.field=..."
+  // The names that the integers of the ops above stand for: "op.field=name,name;op.field=..."
   m.def("_choices() -> str");
-  // Gated routing, as csrc/arguments/gated_routing_entry.h describes it. -> order and counts, int32.
+  // Gated routing, as csrc/arguments/gated_routing_entry.h describes it. Returns order and counts, int32.
   m.def("_acm_route(Tensor choices, SymInt learners) -> (Tensor, Tensor)");
-  // Both in one, for the value alone; none where the arguments do not lie as the kernels take them.
+  // Routing and rows in one call, for the value alone. Returns none if the arguments do not have the layout that the
+  // kernels take.
   m.def(
       "_acm_value(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor? bias, Tensor choices, int activation) -> Tensor?");
-  // -> out, and the pre-activations if kept.
+  // Returns out, and the pre-activations if they are stored for the backward.
   m.def(
       "_acm_rows(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor? bias, Tensor order, Tensor counts, int activation, "
       "bool keep, bool packed=False) -> (Tensor, Tensor)");
-  // -> gradients of x, w1, b1 and w2, empty where not asked for.
+  // Returns the gradients of x, w1, b1 and w2; those not requested are empty.
   m.def(
       "_acm_rows_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor order, Tensor counts, "
       "Tensor kept, int activation, bool x_gradient, bool w1_gradient, bool b1_gradient, bool w2_gradient) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   // Memory for a gradient.
   m.def("_gradient_like(Tensor like) -> Tensor");
-  // gradient *= factor, one for all or one a row; rows whose factor is 1 are not touched.
+  // gradient *= factor, in place; factor has one number, or one per row. Rows whose factor is 1 are neither read nor
+  // written.
   m.def("_scale_rows_(Tensor(a!) gradient, Tensor factor) -> ()");
-  // -> loss, gradients of input and target (empty where not asked for). reduction: 0 none, 1 mean, 2 sum, 3 batchmean.
+  // Returns the loss and the gradients of input and target; those not requested are empty.
+  // reduction: 0 none, 1 mean, 2 sum, 3 batchmean.
   m.def(
       "_kl_div(Tensor input, Tensor target, bool log_target, int reduction, bool input_gradient, "
       "bool target_gradient) -> (Tensor, Tensor, Tensor)");
@@ -56,14 +59,14 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
   m.def(
       "_kl_div_into(Tensor(a!) gradient, Tensor input, Tensor target, bool log_target, int reduction, "
       "bool target_gradient) -> (Tensor, Tensor)");
-  // The loss alone, of tensors of any strides and sizes: the op that traced graphs hold. It has an autograd formula.
+  // The loss alone, of tensors of any strides and sizes: the op that traced graphs contain. It has an autograd formula.
   m.def("_kl_div_loss(Tensor input, Tensor target, bool log_target, int reduction) -> Tensor");
-  // input: needed for target_gradient only.
+  // input: only needed for target_gradient.
   m.def(
       "_kl_div_backward(Tensor grad_output, Tensor? input, Tensor target, bool log_target, int reduction, "
       "bool input_gradient, bool target_gradient) -> (Tensor, Tensor)");
   m.def("_cpu_capability(str? use) -> str");
-  // Gives back what CPU kernels keep for their next call.
+  // Frees the memory that CPU kernels keep for their next call.
   m.def("_release_memory() -> ()");
   // The CUDA architectures compiled in, "" if none.
   m.def("_cuda_architectures() -> str");

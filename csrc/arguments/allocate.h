@@ -1,5 +1,6 @@
-// Memory for gradients. A fresh tensor of this size is mapped page by page as it is first written, and on 4 KiB pages
-// that costs more than the arithmetic: huge pages are asked for before the first write, where the system offers them.
+// Memory for gradients. The system maps a new tensor of this size page by page at the first write, and with 4 KiB pages
+// that costs more than the arithmetic. Huge pages are therefore requested before the first write, where the system has
+// them.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -13,10 +14,10 @@
 
 namespace fastkd {
 
-// From here on a gradient is written past the caches: it would push out what is still to be read.
+// Gradients of at least this size are written past the caches: they would evict data that is still to be read.
 inline constexpr int64_t kStreamedBytes = int64_t(32) << 20;
 
-// Of memory that nobody has written yet.
+// For memory that has not been written yet.
 inline void ask_for_huge_pages(const void* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHugePage = uintptr_t(1) << 21;

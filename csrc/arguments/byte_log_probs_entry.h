@@ -1,8 +1,8 @@
 // The op _byte_log_probs and its backward: checks and allocation for a backend.
 //
-// A vocabulary comes as ByteVocab lays it out. order: ids such that those of a column, for any prefix, are neighbours.
-// columns: each id's column for the empty prefix. segments [prefixes, columns, 2]: where in `order` the ids of a column
-// begin and end. Rows with prefix number `whole` are of the empty prefix, that is, of all ids.
+// A vocabulary is passed as ByteVocab lays it out. order: the ids, sorted so that for any prefix the ids of a column
+// are contiguous. columns: each id's column for the empty prefix. segments [prefixes, columns, 2]: where in `order` the
+// ids of a column begin and end. Rows whose prefix number is `whole` have the empty prefix, that is, all ids count.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -36,7 +36,7 @@ struct ByteProblem : RowProblem {
   const int32_t* order;
   const int16_t* column_of;
   const int32_t* segments;
-  Rows prefix, valid;  // none: all are prefix 0; all ids count
+  Rows prefix, valid;  // prefix undefined: all rows have prefix 0; valid undefined: all ids count
   const Tensor *prefix_tensor = nullptr, *valid_tensor = nullptr;
 
   ByteProblem(const ByteLogProbsArguments& own, bool check_values)
@@ -76,8 +76,8 @@ struct ByteProblem : RowProblem {
     if (values_checked) check_tables();
   }
 
-  // Numbers of a row that the forward leaves for the backward: the logarithms of each column's sum of e^(logit -
-  // origin) and of that of all, and the origin, a logit near the row's largest.
+  // How many numbers of a row the forward stores for the backward: for each column and for all together, the logarithm
+  // of the sum of e^(logit - origin), and the origin, a logit near the row's largest.
   int64_t kept() const { return columns + 2; }
   int64_t prefix_of(int64_t row) const { return prefix ? prefix.integer(row) : 0; }
 
@@ -113,7 +113,7 @@ struct ByteProblem : RowProblem {
 struct ByteLogProbs : ByteLogProbsArguments {
   static constexpr int kResults = 2;
 
-  // -> [..., columns] log-probabilities; and for the backward [rows, kept()].
+  // Returns [..., columns] log-probabilities, and [rows, kept()] numbers for the backward.
   template <class Backend>
   std::tuple<Tensor, Tensor> run() const {
     const ByteProblem problem(*this, Backend::kValuesChecked);

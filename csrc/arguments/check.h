@@ -1,5 +1,5 @@
-// Argument errors. A message names the function, the argument, what was expected and what came; its first word is the
-// Python exception that the public function raises (the raw op itself raises RuntimeError).
+// Argument errors. A message names the function, the argument, what was expected and what was passed. Its first word is
+// the Python exception that the public function raises (the raw op itself raises RuntimeError).
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -25,7 +25,7 @@ template <class... Parts>
 #define FASTKD_CHECK_INDEX(condition, ...) \
   if (!(condition)) ::fastkd::fail("IndexError", __VA_ARGS__)
 
-// The first `leading` sizes, as Python prints them.
+// The first `leading` sizes, formatted as Python prints them.
 inline std::string leading_of(const torch::stable::Tensor& tensor, int64_t leading) {
   std::ostringstream out;
   out << "[";

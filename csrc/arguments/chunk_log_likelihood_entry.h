@@ -26,12 +26,12 @@ struct ChunkLogLikelihoodArguments {
   }
 };
 
-// Logits [..., T, vocab] that score token_ids [..., T]; chunk_ids [..., T] name a chunk in [0, chunks) or none, -1.
+// Logits [..., T, vocab] that score token_ids [..., T]. chunk_ids [..., T] name a chunk in [0, chunks), or -1 for none.
 struct ChunkProblem : RowProblem {
   int64_t length, batch = 1, chunks;
   Rows ids, chunk_ids;
   const Tensor *ids_tensor, *chunk_ids_tensor;
-  const bool* boundary = nullptr;  // one a column
+  const bool* boundary = nullptr;  // one per column
 
   ChunkProblem(const ChunkLogLikelihoodArguments& own, bool check_values)
       : RowProblem(kChunkLogLikelihood, own.logits, plain_options(own.temperature), check_values, "logits"),
@@ -62,7 +62,7 @@ struct ChunkProblem : RowProblem {
 
   int64_t chunk(int64_t row) const { return chunk_ids.integer(row); }
   bool scored(int64_t row) const { return chunk(row) >= 0; }
-  // The chunk that ended just before, whose boundary this row's logits tell; -1: none.
+  // The chunk that ended just before this row, whose boundary probability comes from this row's logits; -1: none.
   int64_t ended_before(int64_t row) const {
     if (boundary == nullptr || row % length == 0) return -1;
     const int64_t before = chunk(row - 1);
@@ -71,7 +71,7 @@ struct ChunkProblem : RowProblem {
 
  private:
   void check_chunks() const {
-    int64_t last = -1;  // of this text
+    int64_t last = -1;  // the last chunk id in this text
     for (int64_t row = 0; row < rows; ++row) {
       if (row % length == 0) last = -1;
       const int64_t id = chunk(row);
@@ -90,8 +90,8 @@ struct ChunkProblem : RowProblem {
   }
 };
 
-// log_likelihood, boundary_log_prob: [..., chunks], in the precision of results. numbers: for the backward, [4, rows],
-// of each row that was read its normaliser's origin and log_sum, and the same of its boundary set.
+// Results. log_likelihood, boundary_log_prob: [..., chunks], in the precision of results. numbers: for the backward,
+// [4, rows]: for each row that was read, origin and log_sum of its normaliser, and the same two of its boundary set.
 struct ChunkOutput {
   Tensor log_likelihood, boundary_log_prob, token_count, numbers;
 };
@@ -118,7 +118,7 @@ struct ChunkLogLikelihood : ChunkLogLikelihoodArguments {
 
 struct ChunkLogLikelihoodBackward : ChunkLogLikelihoodArguments {
   Tensor numbers, likelihood_gradient;
-  std::optional<Tensor> boundary_gradient;  // comes with boundary
+  std::optional<Tensor> boundary_gradient;  // defined if and only if boundary is
 
   template <class Visitor>
   void fields(Visitor& v) {

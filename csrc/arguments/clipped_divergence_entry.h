@@ -1,4 +1,4 @@
-// The op _clipped_divergence: checks and allocation for a backend, which solves the problem.
+// The op _clipped_divergence: checks and allocation. The backend computes the result.
 #pragma once
 #include <array>
 #include <tuple>
@@ -52,7 +52,7 @@ struct ClippedTails {
   static std::array<const char*, 2> names() { return {"drop", "lump"}; }
 };
 
-// Where the gradients go; null: not asked for.
+// Where the gradients are written; null: not requested.
 struct ClippedGradients {
   const Tensor *student, *teacher, *lower, *upper;
 };
@@ -83,7 +83,7 @@ struct ClippedDivergence {
   const Tensor& differentiable(int i) const {
     return i == 0 ? student_logits : i == 1 ? teacher_logits : i == 2 ? lower : upper;
   }
-  // The two edges share their sums: both gradients are computed where one is asked for.
+  // The two edges' gradients come from the same sums: if one is requested, both are computed.
   void check_gradients(int64_t wanted) const {
     FASTKD_CHECK_VALUE(softness > 0 || (wanted & 12) == 0, kName, "gradients of lower and upper need a softness");
     FASTKD_CHECK_VALUE((wanted & 12) == 0 || (wanted & 12) == 12, kName, "gradients of lower and upper come together");

@@ -1,4 +1,4 @@
-// Divergences by their place in a list of them.
+// Lookup of divergences by their place in a type list.
 #pragma once
 #include <array>
 #include <string_view>
@@ -8,7 +8,7 @@
 
 namespace fastkd {
 
-// The names of a list of divergences, for a Choice.
+// The names of the divergences in a list, for a Choice.
 template <class List>
 struct DivergenceNames;
 template <class... Divergence>
@@ -16,7 +16,7 @@ struct DivergenceNames<portable::TypeList<Divergence...>> {
   static std::array<const char*, sizeof...(Divergence)> names() { return {Divergence::kName...}; }
 };
 
-// The place in List; the ends of a mixture are the plain divergences.
+// The divergence's place in List. At the ends of a mixture's beta this is the plain divergence.
 template <class List>
 int find_divergence(const char* function, const Choice<DivergenceNames<List>>& divergence, double beta) {
   FASTKD_CHECK_VALUE(beta >= 0 && beta <= 1, function, "beta must lie in [0, 1], got ", beta);

@@ -1,8 +1,9 @@
-// The ops of gated routing: checks and allocation for a backend, which solves the call.
+// The ops of gated routing: checks and allocation. The backend computes the results.
 //
-// Rows are sorted by falling choice. order[i] is the i-th of them, and counts[n] of them run learner n, n = 0..N-1; so
-// the rows of learner n are order[0..counts[n]). counts[N] rows have a choice in 0..N: the others, if any, are last,
-// their results NaN and their gradients 0. Nothing here looks at the numbers: they stay on their device.
+// Rows are sorted by decreasing choice. order[i] is the index of the i-th sorted row, and counts[n] rows run learner n,
+// n = 0..N-1, so the rows of learner n are order[0..counts[n]). counts[N] rows have a choice in 0..N. Rows with a
+// choice out of that range, if any, are sorted last; their results are NaN and their gradients 0. The code here does
+// not read the values of order and counts: they stay on their device.
 #pragma once
 #include <optional>
 #include <stdexcept>
@@ -39,19 +40,19 @@ struct AcmRowsCall {
   AcmOperands operands;
   std::optional<Tensor> bias;  // [outputs], or one for each choice [learners + 1, outputs]
   Tensor out;                  // [..., outputs]
-  // Pre-activations [learners, rows, width], in sorted order: only counts[n] rows of each. Or the backend knows the
-  // numbers and packs them, [1, all counts[n], width].
+  // Pre-activations [learners, rows, width], in sorted order: only counts[n] rows of each learner are used. A backend
+  // that can read the counts on the host packs them instead as [1, sum of counts[n], width].
   std::optional<Tensor> kept;
 };
 
-// What is not there is not wanted.
+// Undefined tensors are not requested.
 struct AcmGradientCall {
   AcmOperands operands;
   const Tensor &grad, &kept;
   std::optional<Tensor> x, w1, b1, w2;
 };
 
-// x's sizes but for the last.
+// The sizes of x, with the last one replaced.
 inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
@@ -126,7 +127,7 @@ std::tuple<Tensor, Tensor> acm_route(const Tensor& choices, int64_t learners) {
   return {call.order, call.counts};
 }
 
-// Rows of all learners together; for a backend whose numbers the host can read.
+// The number of rows of all learners together, for a backend whose counts the host can read.
 inline int64_t all_counts(const Tensor& counts, int64_t learners) {
   int64_t all = 0;
   for (int64_t n = 0; n < learners; ++n) all += static_cast<const int32_t*>(counts.data_ptr())[n];
@@ -175,9 +176,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> acm_rows_backward(const Tensor& grad,
   return {found(call.x), found(call.w1), found(call.b1), found(call.w2)};
 }
 
-// The value alone, in one call: for a few rows several calls cost as much as the products. None where the arguments are
-// wrong or do not lie as the kernels take them, which is all that is caught: Python says what is wrong, or lays them
-// out.
+// The value alone, in one op call: for a few rows, several op calls cost as much as the products. Returns none where
+// the arguments are wrong or do not have the layout that the kernels take. Python then reports the error, or makes the
+// layout right and calls again.
 template <class Backend>
 std::optional<Tensor> acm_value(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
                                 const std::optional<Tensor>& bias, const Tensor& choices, int64_t activation) {

@@ -1,4 +1,4 @@
-// The ops of kl_div: checks and allocation for a backend, which solves the call.
+// The ops of kl_div: checks and allocation. The backend computes the results.
 #pragma once
 #include <optional>
 #include <tuple>
@@ -8,17 +8,17 @@
 
 namespace fastkd {
 
-// The numbers of the reductions in the ops' schemas; the first three are at::Reduction's.
+// The integers of the reductions in the ops' schemas; the first three are those of at::Reduction.
 enum KlDivReduction : int64_t { kKlDivNone = 0, kKlDivMean = 1, kKlDivSum = 2, kKlDivBatchMean = 3 };
 
-// What to compute; what is not there is not wanted.
+// What to compute. Undefined tensors are not requested.
 struct KlDivCall {
-  const Tensor* input;  // null: nothing that is wanted depends on it
+  const Tensor* input;  // null: no requested result depends on it
   const Tensor& target;
   bool log_target;
-  bool reduce;                           // loss is a scalar, scale times the sum of the terms; else the terms
-  double scale;                          // 1 / (what the sum is divided by)
-  std::optional<Tensor> loss, upstream;  // upstream: the gradient of the loss, a scalar or one a term
+  bool reduce;                           // loss is a scalar, scale times the sum of the terms; else it is the terms
+  double scale;                          // 1 / (the divisor of the sum)
+  std::optional<Tensor> loss, upstream;  // upstream: the gradient of the loss, a scalar or one number per term
   std::optional<Tensor> input_gradient, target_gradient;
 };
 
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> kl_div_into(const Tensor& gradient, const Tensor& inp
   return {*call.loss, or_empty(call.target_gradient, target)};
 }
 
-// The loss alone, of tensors of any strides, empty ones included: a graph that serves many sizes cannot look at them.
+// The loss alone, of tensors of any strides, including empty ones: a graph traced for many sizes cannot branch on them.
 template <class Backend>
 Tensor kl_div_loss(const Tensor& input, const Tensor& target, bool log_target, int64_t reduction) {
   FASTKD_CHECK_VALUE(input.dim() == target.dim() && same_leading(input, target, input.dim()), "kl_div",

@@ -1,17 +1,18 @@
-// Losses over rows of logits, whose gradients are computed together with the value. From one declaration (op.h) follow
+// Losses over rows of logits, whose gradients are computed together with the value. One declaration (op.h) defines
+// three ops:
 //
 //   _name(fields, int gradients) -> (loss, gradient of each differentiable tensor, pending)
 //   _name_into(Tensor(a!) gradient, fields, int gradients) -> (loss, the other gradients, pending)
 //       the student's gradient goes into `gradient`, which may be the logits themselves
 //   name(fields, int gradients)
-//       the same as _name: what compiled and exported graphs hold. fastkd/_ops/op.py gives it its autograd formula;
-//       the eager path calls _name, which has none, and spares its cost
+//       the same as _name, for compiled and exported graphs. fastkd/_ops/op.py gives it an autograd formula. The eager
+//       path calls _name, which has none and therefore costs less
 //
-// gradients: bit i asks for the gradient of the i-th differentiable tensor; others come back empty. pending: a factor
-// still to be applied to the gradients (empty: 1), see gradient_waits in row_problem.h.
+// gradients: bit i requests the gradient of the i-th differentiable tensor; gradients not requested are returned empty.
+// pending: a factor still to be applied to the gradients (empty: 1), see gradient_waits in row_problem.h.
 //
-// Arguments: kName, kGradients, fields, differentiable(i), the first of them the student's logits, and
-// solve<Backend>(std::array of pointers to gradients, null where not wanted) -> (loss, pending).
+// Arguments needs kName, kGradients, fields, differentiable(i) (the first one is the student's logits), and
+// solve<Backend>(std::array of pointers to gradients, null where not requested) -> (loss, pending).
 #pragma once
 #include "allocate.h"
 #include "op.h"
@@ -30,7 +31,7 @@ void define_loss(torch::stable::detail::StableLibrary& m) {
             .c_str());
 }
 
-// Where the student's gradient goes if it is given: like the logits, and perhaps in their memory.
+// Checks the tensor passed for the student's gradient: it must be like the logits, and may be their own memory.
 template <class Arguments>
 void check_destination(const Tensor& gradient, Arguments& arguments) {
   const Tensor& student = arguments.differentiable(0);
@@ -89,8 +90,8 @@ void implement_loss(torch::stable::detail::StableLibrary& m) {
   m.impl(("_" + name + "_into").c_str(), &boxed_loss<Arguments, Backend, true>);
 }
 
-// --- Ops with a backward pass of their own, over logits that are read again. Backward: its argument struct, with
-// logits, run<Backend>(gradient):
+// --- Ops with a separate backward pass that reads the logits again. Backward is its argument struct, with logits and
+// run<Backend>(gradient):
 //
 //   name_backward(fields) -> Tensor, for graphs      _name_backward_into(Tensor(a!) gradient, fields) -> ()
 //

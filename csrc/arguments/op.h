@@ -1,13 +1,13 @@
 // An op is declared once: its argument struct names its fields in `fields(visitor)`. The schema, the unboxing of a call
-// and the names of its choices follow from that.
+// and the names of its choices are derived from that.
 //
-// A field is a tensor, a list of tensors, an optional tensor, a number (double), an integer, a flag or a Choice. What
-// the schema calls them:
+// A field is a tensor, a list of tensors, an optional tensor, a number (double), an integer, a flag or a Choice. In the
+// schema,
 //   integers are SymInt: one compiled graph serves every value;
-//   choices are integers: a str argument would leave a std::string behind in every call (torch's boxing frees none);
+//   choices are integers: a str argument would leak a std::string in every call (torch's boxing does not free it);
 //   numbers are floats. torch.compile makes a float argument a constant of the graph. While it traces, Python therefore
-//   passes them in the optional tensor `traced`, float64 on the CPU, in the order of the fields; the floats themselves
-//   then count nothing.
+//   passes the numbers in the optional tensor `traced`, float64 on the CPU, in the order of the fields; the float
+//   arguments are then ignored.
 #pragma once
 #include <torch/csrc/stable/library.h>
 
@@ -23,7 +23,7 @@ namespace fastkd {
 
 using torch::stable::Tensor;
 
-// One of List::names(), as its place there.
+// A name out of List::names(), held as its place there.
 template <class List>
 struct Choice {
   int64_t place = 0;
@@ -138,7 +138,7 @@ std::string choices_of() {
   return writer.text;
 }
 
-// Fills the fields from the stack and moves it past them.
+// Sets the fields from the stack and advances the stack pointer past them.
 template <class Arguments>
 void unbox(Arguments& arguments, StableIValue*& stack) {
   Unboxer unboxer{Arguments::kName, stack};
@@ -163,9 +163,9 @@ inline std::string schema_tensors(int count) {
   return text + ")";
 }
 
-// --- Ops that return tensors and are not differentiated by autograd themselves: `_name`.
+// --- Ops that return tensors and have no autograd formula of their own: `_name`.
 //
-// Arguments: kName, kResults (how many tensors), fields, run<Backend>() -> std::tuple of tensors.
+// Arguments needs kName, kResults (how many tensors), fields, run<Backend>() -> std::tuple of tensors.
 template <class Arguments>
 void define_op(torch::stable::detail::StableLibrary& m, const char* prefix = "_") {
   m.def((prefix + std::string(Arguments::kName) + "(" + schema_fields<Arguments>() + ") -> " +

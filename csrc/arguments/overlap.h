@@ -1,5 +1,5 @@
-// Whether a gradient written into the logits' own memory would overwrite what is still to be read: two elements of the
-// logits in one place, or another argument in the same memory.
+// Whether writing a gradient into the logits' own memory would overwrite data still to be read: two elements of the
+// logits at one address, or another argument in the same memory.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -9,7 +9,7 @@
 
 namespace fastkd {
 
-// The first and one past the last byte.
+// The address of the first byte, and the address after the last byte.
 using Bytes = std::pair<const char*, const char*>;
 
 inline Bytes bytes_of(const Tensor& x) {
@@ -22,7 +22,7 @@ inline Bytes bytes_of(const Tensor& x) {
 
 inline bool meet(const Bytes& a, const Bytes& b) { return a.first < b.second && b.first < a.second; }
 
-// Each row's bytes, in ascending order.
+// The byte range of each row, in ascending order.
 inline std::vector<Bytes> bytes_of_rows(const Tensor& x) {
   const int64_t leading = x.dim() - 1, width = x.size(leading), size = element_size(x.scalar_type());
   const Rows rows(x, leading);
@@ -37,9 +37,9 @@ inline std::vector<Bytes> bytes_of_rows(const Tensor& x) {
   return found;
 }
 
-// Exact for rows whose columns are neighbours; other layouts may be found to overlap where they interleave.
+// Exact for rows with contiguous columns. Other layouts that interleave may be reported as overlapping.
 inline bool overlaps_itself(const Tensor& x) {
-  // Every dimension steps over all that the smaller ones reach: no two elements meet.
+  // If every dimension's stride exceeds the extent of all smaller ones, no two elements share an address.
   std::vector<std::pair<int64_t, int64_t>> dimensions;
   for (int64_t i = 0; i < x.dim(); ++i) {
     if (x.size(i) == 0) return false;
@@ -64,7 +64,7 @@ inline bool overlaps_itself(const Tensor& x) {
 inline bool overlap(const Tensor& x, const Tensor& y) {
   if (!meet(bytes_of(x), bytes_of(y))) return false;
   if (x.dim() == 0 || y.dim() == 0) return true;
-  // Perhaps in turn, as two halves of one [rows, 2 vocab] tensor are.
+  // The ranges may alternate without overlapping, as those of the two halves of one [rows, 2 vocab] tensor do.
   const std::vector<Bytes> a = bytes_of_rows(x), b = bytes_of_rows(y);
   for (size_t i = 0, j = 0; i < a.size() && j < b.size();) {
     if (meet(a[i], b[j])) return true;
@@ -77,7 +77,7 @@ inline bool overlap(const Tensor& x, const Tensor& y) {
   return false;
 }
 
-// Finds the first tensor field, other than the first of all, in the memory of `gradient`.
+// Finds the first tensor field, other than the very first, that shares memory with `gradient`.
 struct OverlapFinder {
   const Tensor& gradient;
   bool first = true;

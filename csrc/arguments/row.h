@@ -1,5 +1,5 @@
-// One row of a tensor, as kernels on the CPU take it: no torch, so that files compiled per instruction set may include
-// it.
+// One row of a tensor, as CPU kernels take it. This file includes nothing of torch, so that files compiled per
+// instruction set may include it.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// The arguments that every loss over rows of logits takes: the student, its temperature, labels, and how rows count.
+// The arguments common to all losses over rows of logits: the student's logits, temperature, labels, and row weighting.
 #pragma once
 #include <array>
 #include <cmath>
@@ -11,7 +11,8 @@
 
 namespace fastkd {
 
-// How rows' losses become the op's result. kBatchMean: over the first dimension; kElementMean: over rows x vocabulary.
+// How the rows' losses are reduced to the op's result. kBatchMean: divided by the first dimension; kElementMean:
+// divided by rows x vocabulary.
 enum class Reduction : int64_t { kNone, kMean, kSum, kBatchMean, kElementMean };
 struct Reductions {
   static std::array<const char*, 5> names() { return {"none", "mean", "sum", "batchmean", "elementmean"}; }
@@ -22,7 +23,7 @@ struct RowOptions {
   std::optional<Tensor> temperatures, weight, mask, labels;
   double label_weight = 0;
   int64_t ignore_index = -100, vocab_size = -1;
-  int64_t shift = 0;  // a row takes the label, mask and weight of the row so many entries after it in its sequence
+  int64_t shift = 0;  // a row uses the label, mask and weight of the row `shift` places later in its sequence
   bool square_temperature = false;
   Choice<Reductions> reduction;
   double denominator = 1;  // with kSum
@@ -38,7 +39,7 @@ struct RowOptions {
   Reduction reduced() const { return Reduction(reduction.place); }
 };
 
-// For functions that take logits, a temperature and labels, and reduce nothing.
+// The options of functions that take logits, a temperature and labels, and have no reduction.
 inline RowOptions plain_options(double temperature, const std::optional<Tensor>& temperatures = std::nullopt,
                                 const std::optional<Tensor>& labels = std::nullopt, int64_t vocab_size = -1) {
   RowOptions options;
@@ -49,8 +50,8 @@ inline RowOptions plain_options(double temperature, const std::optional<Tensor>&
   return options;
 }
 
-// Those arguments, checked, as rows. What depends on values (of temperatures, labels) is checked where they can be read
-// without waiting for a device.
+// Those arguments, checked, as rows. Values (of temperatures, labels) are checked only where they can be read without
+// waiting for a device.
 struct RowProblem {
   const char* function;
   RowOptions options;
@@ -60,13 +61,13 @@ struct RowProblem {
   bool float64;
   Rows student, temperatures, weight, mask, labels;
   int64_t student_width;
-  int64_t sequence = 1;  // its length, where there is a shift
-  // Of ops that have a teacher: set_teacher_temperature.
+  int64_t sequence = 1;  // the sequence length, where there is a shift
+  // Set by set_teacher_temperature, in ops that have a teacher.
   double teacher_temperature = 1;
   const Tensor* teacher_temperatures_tensor = nullptr;
   Rows teacher_temperatures;
 
-  // input: what the function calls the logits.
+  // input: the name that the function gives its logits argument.
   RowProblem(const char* name, const Tensor& s, const RowOptions& o, bool check_values,
              const char* input = "student_logits")
       : function(name), options(o), student_tensor(s), values_checked(check_values) {
@@ -100,7 +101,7 @@ struct RowProblem {
         argument, " must be on the device of student_logits");
   }
 
-  // What a forward call left for its backward, and gradients of what it returned.
+  // Checks a tensor that a forward call stored for its backward, or the gradient of one of its results.
   void check_kept(const Tensor& x, ScalarType type, int64_t count, const char* argument) const {
     check_device(x, argument);
     FASTKD_CHECK_VALUE(x.scalar_type() == type && x.numel() == count && x.is_contiguous(), function, argument,
@@ -114,7 +115,7 @@ struct RowProblem {
     check_device(x, argument);
   }
 
-  // A teacher's logits beside the student's.
+  // Checks a teacher's logits against the student's.
   void check_teacher(const Tensor& teacher) const {
     check_logits(teacher, "teacher_logits");
     FASTKD_CHECK_VALUE(teacher.dim() == student_tensor.dim() && same_leading(teacher, student_tensor, leading),
@@ -191,7 +192,7 @@ struct RowProblem {
     if (options.shift > sequence) options.shift = sequence;
   }
 
-  // Whether the row that the shift points at is in the same sequence.
+  // Whether the row that the shift refers to is in the same sequence.
   bool in_sequence(int64_t row) const { return options.shift == 0 || row % sequence + options.shift < sequence; }
   bool kept(int64_t row) const {
     const int64_t place = row + options.shift;
@@ -205,12 +206,12 @@ struct RowProblem {
   }
   int64_t label(int64_t row) const { return labels && in_sequence(row) ? labels.integer(row + options.shift) : -1; }
 
-  // Rows that the shift leaves.
+  // The number of rows that remain after the shift.
   int64_t shifted_rows() const {
     if (options.shift == 0 || rows == 0) return rows;
     return options.shift < sequence ? rows / sequence * (sequence - options.shift) : 0;
   }
-  // Where no row has to be looked at.
+  // Known without reading any row's data.
   bool denominator_is_known() const {
     const bool counted = options.reduced() == Reduction::kMean && (mask || labels);
     return !options.normalizer && !counted;
@@ -230,7 +231,7 @@ struct RowProblem {
     }
   }
 
-  // 1 / denominator, 0 for an empty one.
+  // 1 / denominator; 0 where the denominator is 0.
   double factor() const {
     double denominator = 0;
     if (options.normalizer) {
@@ -245,14 +246,15 @@ struct RowProblem {
   }
 };
 
-// A float16 gradient divided by thousands of rows would vanish before a loss scaler can lift it: the division waits.
+// Whether the division by the denominator is left to the backward pass. A float16 gradient divided by thousands of rows
+// would underflow before a loss scaler can raise it.
 inline bool gradient_waits(const RowProblem& problem, std::initializer_list<const Tensor*> gradients) {
   bool half = false;
   for (const Tensor* x : gradients) half = half || (x != nullptr && x->scalar_type() == ScalarType::Half);
   return half && problem.options.reduced() != Reduction::kNone;
 }
 
-// Where a backward pass writes the logits' gradient.
+// Checks the tensor that a backward pass writes the logits' gradient to.
 inline void check_gradient(const RowProblem& problem, const Tensor& gradient) {
   const Tensor& logits = problem.student_tensor;
   problem.check_device(gradient, "gradient");
@@ -262,7 +264,7 @@ inline void check_gradient(const RowProblem& problem, const Tensor& gradient) {
                      shape_of(gradient));
 }
 
-// The leading dimensions: one number a row.
+// The leading dimensions: the shape of a tensor with one number per row.
 inline std::vector<int64_t> row_shape(const Tensor& logits) {
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < logits.dim(); ++i) shape.push_back(logits.size(i));

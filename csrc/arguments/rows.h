@@ -1,4 +1,5 @@
-// A tensor of any rank and strides as rows: every leading dimension, and a vocabulary dimension or none.
+// A tensor of any rank and strides as rows: all leading dimensions count rows, followed by a vocabulary dimension or
+// none.
 #pragma once
 #include <utility>
 #include <vector>
@@ -40,7 +41,7 @@ inline int64_t element_size(ScalarType type) {
   }
 }
 
-// The first `leading` dimensions as (size, stride), neighbours that lie in one sequence merged.
+// The first `leading` dimensions as (size, stride), with adjacent dimensions merged where one stride covers both.
 inline std::vector<std::pair<int64_t, int64_t>> merged_dimensions(const Tensor& tensor, int64_t leading) {
   std::vector<std::pair<int64_t, int64_t>> out;
   for (int64_t i = 0; i < leading; ++i) {
@@ -58,7 +59,7 @@ inline std::vector<std::pair<int64_t, int64_t>> merged_dimensions(const Tensor& 
 class Rows {
  public:
   Rows() = default;
-  // leading: how many dimensions count rows; the last of the others, if any, is the vocabulary.
+  // leading: how many dimensions count rows. The last of the other dimensions, if there are any, is the vocabulary.
   Rows(const Tensor& tensor, int64_t leading)
       : data_(static_cast<char*>(tensor.data_ptr())),
         type_(tensor.scalar_type()),
@@ -80,7 +81,7 @@ class Rows {
   Row row(int64_t index) const { return {at(index), column_stride_, dtype_of(type_), streamed_}; }
   void stream() { streamed_ = true; }
 
-  // Element `column` of the row, a float or bool as double.
+  // Element `column` of the row as double. The tensor holds floats or bools.
   double number(int64_t index, int64_t column = 0) const {
     const char* p = at(index) + column * column_stride_ * element_size_;
     switch (type_) {

@@ -1,4 +1,4 @@
-// The op _scale_rows_: checks for a backend, which scales.
+// The op _scale_rows_: checks. The backend does the scaling.
 #pragma once
 #include "rows.h"
 
@@ -8,7 +8,7 @@ inline constexpr const char* kScaleRows = "_scale_rows_";
 
 struct ScaleRowsCall {
   const Tensor &gradient, &factor;
-  bool one;  // factor for all rows
+  bool one;  // one factor for all rows
   int64_t leading, rows, width;
 };
 

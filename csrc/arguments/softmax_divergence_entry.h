@@ -1,4 +1,4 @@
-// The op softmax_divergence: its declaration, for a backend which solves the problem.
+// The op softmax_divergence: its declaration. The backend computes the result.
 #pragma once
 #include "loss_op.h"
 #include "softmax_divergence_problem.h"

@@ -1,4 +1,4 @@
-// The arguments of softmax_divergence, as every backend takes them.
+// The arguments of softmax_divergence, in the form that every backend takes.
 #pragma once
 #include "find_divergence.h"
 #include "row_problem.h"

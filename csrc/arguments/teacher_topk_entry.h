@@ -1,4 +1,4 @@
-// The op _teacher_topk: checks and allocation for a backend, which selects.
+// The op _teacher_topk: checks and allocation. The backend does the selection.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -26,7 +26,7 @@ struct TeacherTopk {
     v("vocab_size", vocab_size);
   }
 
-  // -> log-probabilities (float32) and indices (int32), [..., k].
+  // Returns log-probabilities (float32) and indices (int32), both [..., k].
   template <class Backend>
   std::tuple<Tensor, Tensor> run() const {
     const RowProblem problem(kName, teacher_logits, plain_options(temperature, temperatures, std::nullopt, vocab_size),

@@ -1,4 +1,4 @@
-// The op _token_stats: checks and allocation for a backend, which computes.
+// The op _token_stats: checks and allocation. The backend computes the statistics.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -11,9 +11,9 @@ namespace fastkd {
 
 inline constexpr const char* kTokenStats = "token_stats";
 
-// Where the numbers of a row go: number i of row r is at [i rows + r].
+// Where a row's numbers are written: number i of row r goes to [i rows + r].
 struct StatsOutput {
-  void* numbers;  // 4 of each side, 3 of both
+  void* numbers;  // 4 of the student, 4 of the teacher, 3 of both together
   int64_t* argmax;
   int64_t rows;
   bool float64;
@@ -36,8 +36,8 @@ struct TokenStats {
     v("temperature", temperature), v("temperatures", temperatures), v("vocab_size", vocab_size);
   }
 
-  // -> [11, ...] numbers (of the student, of the teacher, of both) and [2, ...] argmaxes, as TokenStats in Python names
-  // them; [4, ...] and [1, ...] without a teacher.
+  // Returns [11, ...] numbers (of the student, of the teacher, of both) and [2, ...] argmaxes, in the order of
+  // TokenStats in Python; without a teacher [4, ...] and [1, ...].
   template <class Backend>
   std::tuple<Tensor, Tensor> run() const {
     RowProblem problem(kName, student_logits, plain_options(temperature, temperatures, labels, vocab_size),

@@ -1,4 +1,4 @@
-// The op _topk_divergence: checks and allocation for a backend, which solves the problem.
+// The op _topk_divergence: checks and allocation. The backend computes the result.
 #pragma once
 #include <array>
 #include <tuple>

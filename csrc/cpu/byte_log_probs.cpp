@@ -1,4 +1,4 @@
-// byte_log_probs on the CPU: from tensors to rows.
+// byte_log_probs on the CPU: runs the row kernels (byte_log_probs.h) over the rows of the tensors.
 #include "byte_log_probs.h"
 
 #include <torch/csrc/stable/library.h>
@@ -50,7 +50,7 @@ struct Cpu {
       double factors[kMaxColumns], all = 0;
       bool any = false;
       for (int64_t c = 0; c < problem.columns; ++c) {
-        // What is impossible takes no gradient.
+        // A column of probability 0 gets no gradient.
         factors[c] = logs[c] == -INFINITY ? 0 : number(grad_output, index * problem.columns + c);
         all += factors[c];
         any = any || factors[c] != 0;

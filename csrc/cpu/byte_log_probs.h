@@ -1,13 +1,14 @@
-// One row of byte_log_probs: log-sum-exps of the ids of each column, and the gradient.
+// byte_log_probs of one row: the log-sum-exp of each column's ids, and the gradient.
 //
-// Logarithms are relative to the row's origin, a logit near the largest that counts: so no sum loses a digit to a
-// constant that all logits carry, or to their size.
+// Logarithms are relative to the row's origin, a logit near the largest one that counts. Neither a constant added to
+// all logits nor very large logits then reduce the accuracy of a sum.
 //
-// Memory, for the empty prefix: forward one read of the row, backward one read and one write; of the vocabulary two
-// bytes an id, from the cache. For another prefix only the ids that start with it are read.
+// Memory, for the empty prefix: the forward reads the row once, the backward reads it once and writes the gradient
+// once. Two bytes per id of the vocabulary tables are read from the cache. For another prefix only the ids that start
+// with it are read.
 //
-// What 2^x is of a block is computed first, in vectors, and then added up by column, one after the other: several
-// tables take turns, so that an addition seldom waits for the one before.
+// 2^x of a block is computed first, in vectors, and then added to the columns' sums, one entry after the other. Several
+// tables of sums are used in turn, so that an addition seldom has to wait for the previous one to the same column.
 #pragma once
 #include "../math/logit_sum.h"
 #include "common/row_slices.h"
@@ -15,25 +16,25 @@
 namespace fastkd {
 
 struct ByteRow {
-  int64_t ids, columns, width;  // width: of the logits, ids or more
+  int64_t ids, columns, width;  // width: columns of the logits, at least `ids`
   Row logits;
   const bool* valid;  // null: all
   int64_t valid_stride;
   const int32_t* order;
   const int16_t* column_of;
   const int32_t* segments;  // [columns, 2]
-  bool whole;               // the empty prefix
+  bool whole;               // the row has the empty prefix
 };
 
 inline int64_t byte_log_probs_scratch(int64_t ids, int64_t columns) {
   return slices_of(ids) * (kPartialBytes + aligned(columns * int64_t(sizeof(double))));
 }
 
-// [columns + 2]: the natural logarithm of each column's sum of e^(logit - origin), that of all columns, the origin.
-// -inf for a column without a possible id.
+// Writes [columns + 2] numbers: the natural logarithm of the sum of e^(logit - origin), for each column and for all
+// columns together, and the origin. A column without a possible id has -inf.
 using ByteSumKernel = void (*)(const ByteRow& row, const SliceRunner& runner, char* scratch, double* sums);
 
-// Adds up, of column c, factor[c] e^(logit - origin - sums[c]), into the gradient; all else is zero.
+// Writes the gradient: factor[c] e^(logit - origin - sums[c]) for the ids of each column c, and 0 elsewhere.
 using ByteGradientKernel = void (*)(const ByteRow& row, const SliceRunner& runner, const double* sums,
                                     const double* factor, const Row& gradient);
 
@@ -46,7 +47,7 @@ inline constexpr int64_t kTables = 8, kMostColumns = 1024;
 template <class Real>
 struct ByteTables {
   alignas(64) Real sums[kTables][kMostColumns];
-  // u: 2^x of a block whose ids have these columns.
+  // Adds a block. u: 2^x of its ids. column: their columns.
   FASTKD_INLINE void add(const Real* u, const int16_t* column, int64_t count) {
     int64_t i = 0;
     for (; i + kTables <= count; i += kTables) {
@@ -57,7 +58,7 @@ struct ByteTables {
   }
 };
 
-// A block's logits, those that do not count -inf.
+// A block's logits, with -inf for ids that do not count.
 template <class Real>
 const Real* load_valid(const ByteRow& row, int64_t begin, int64_t count, Real* buffer) {
   const Real* u = load(row.logits, begin, count, buffer);
@@ -67,7 +68,7 @@ const Real* load_valid(const ByteRow& row, int64_t begin, int64_t count, Real* b
   return buffer;
 }
 
-// The log-sum-exp of a column's ids, in double, relative to their own largest.
+// The log-sum-exp of a column's ids in double precision, relative to the column's own largest logit.
 template <class Real>
 LogNormalizer segment_sum(const ByteRow& row, int64_t column) {
   const int64_t begin = row.segments[2 * column], end = row.segments[2 * column + 1];
@@ -86,10 +87,10 @@ LogNormalizer segment_sum(const ByteRow& row, int64_t column) {
   return {top, ::log(sum)};
 }
 
-// A column's logarithm relative to the row's origin; -inf where no id of it is possible.
+// A column's logarithm relative to the row's origin; -inf where none of its ids is possible.
 FASTKD_INLINE double relative_to(double origin, const LogNormalizer& column) {
   const double below = column.origin - origin, log = below + column.log_sum;
-  if (log != log) return log;  // of a row that is no distribution
+  if (log != log) return log;  // NaN: the row has no valid softmax
   return below < -kImpossible ? -INFINITY : log;
 }
 
@@ -142,9 +143,9 @@ void whole_sums(const ByteRow& row, const SliceRunner& runner, char* scratch, do
     for (int64_t c = 0; c < row.columns; ++c) out[c] += sums[slice * stride + c] * factor;
   }
   for (int64_t c = 0; c < row.columns; ++c) total += out[c];
-  const double nan_or_zero = top - top;  // NaN without a finite logit
+  const double nan_or_zero = top - top;  // NaN if there is no finite logit
   for (int64_t c = 0; c < row.columns; ++c) {
-    // A share of the row that underflows is summed by itself.
+    // Columns whose share of the row underflows are summed separately.
     out[c] = (row.segments[2 * c] == row.segments[2 * c + 1] ? -INFINITY
               : out[c] < 0x1p-100                            ? relative_to(top, segment_sum<Real>(row, c))
                                                              : ::log(out[c])) +
@@ -172,7 +173,7 @@ void byte_sums(const ByteRow& row, const SliceRunner& runner, char* scratch, dou
   out[row.columns + 1] = top;
 }
 
-// Everything by value: what a loop reads through references it cannot keep in registers beside its stores.
+// All parameters are passed by value: in a loop with stores the compiler must reload what it reads through references.
 template <class Real>
 FASTKD_INLINE void byte_gradient_block(const Real* u, const int16_t* column, const Real* origin, const Real* factor,
                                        int64_t count, Real scale, Real* out) {
@@ -183,7 +184,7 @@ FASTKD_INLINE void byte_gradient_block(const Real* u, const int16_t* column, con
   }
 }
 
-// The same with one origin.
+// The same with one origin for all columns.
 template <class Real>
 FASTKD_INLINE void byte_gradient_block(const Real* u, const int16_t* column, const Real* factor, int64_t count,
                                        Real origin, Real scale, Real* out) {
@@ -191,13 +192,14 @@ FASTKD_INLINE void byte_gradient_block(const Real* u, const int16_t* column, con
   for (int64_t i = 0; i < count; ++i) out[i] = factor[int32_t(column[i])] * exp2_of((u[i] - origin) * scale);
 }
 
-// What a column's gradient is made of: of an id of it, factor e^(logit - origin).
+// The gradient of an id of the column is factor e^(logit - origin).
 struct ColumnGradient {
   double origin, factor;
 };
 
-// origin: near the column's sum, such that no power of e over- or underflows. `Real` holds it; sums and origins so
-// large that it, or their own rounding, would cost digits are found once more, relative to the column's largest logit.
+// The origin is chosen near the column's sum, so that no exponential overflows or underflows, and is representable as
+// Real. If the sum or the row's origin is so large that its rounding would cost accuracy, the sum is computed again
+// relative to the column's own largest logit.
 template <class Real>
 ColumnGradient column_gradient(const ByteRow& row, int64_t c, const double* sums, double factor) {
   constexpr double kFar = sizeof(Real) == 4 ? 0x1p23 : 0x1p13;
@@ -214,7 +216,7 @@ ColumnGradient column_gradient(const ByteRow& row, int64_t c, const double* sums
 template <class Real>
 void whole_gradient(const ByteRow& row, const SliceRunner& runner, const double* sums, const double* factor,
                     const Row& gradient) {
-  // Exponents are relative to the row's origin or, where a column's share of the row is tiny, to one of its own.
+  // Exponents are relative to the row's origin, or to an origin per column where a column's share of the row is tiny.
   const Real scale = Real(kLog2E), origin = Real(sums[row.columns + 1]);
   const double all = sums[row.columns];
   bool apart = false;

@@ -1,4 +1,4 @@
-// chunk_log_likelihood on the CPU: from tensors to rows, and from rows to chunks.
+// chunk_log_likelihood on the CPU: runs the row kernels over the tensors' rows, and combines rows to chunks.
 #include "chunk_log_likelihood.h"
 
 #include <torch/csrc/stable/library.h>
@@ -15,7 +15,7 @@ ChunkRow row_of(const ChunkProblem& problem, int64_t index, bool with_boundary) 
           problem.options.temperature};
 }
 
-// What the forward leaves of each row for the backward: the four numbers of its sums, one after the other.
+// The four numbers of a row's sums that the forward stores for the backward, in the layout [4, rows].
 struct KeptSums {
   double* first;
   int64_t rows;
@@ -73,7 +73,7 @@ struct Cpu {
       const bool scored = problem.scored(index);
       const double of_label = scored ? number(likelihood_gradient, text + problem.chunk(index)) : 0;
       const ChunkRowSums sums = kept.get(index);
-      // What is impossible takes no gradient.
+      // A boundary of probability 0 gets no gradient.
       const bool possible = ended >= 0 && sums.boundary_share(problem.options.temperature) > -INFINITY;
       const double of_boundary = possible ? number(*boundary_gradient, text + ended) : 0;
       const Row out = gradients.row(index);

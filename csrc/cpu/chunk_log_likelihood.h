@@ -1,6 +1,7 @@
-// One row of chunk_log_likelihood: the log-sum-exp of all logits and of those in the boundary set, and the gradient.
+// chunk_log_likelihood of one row: the log-sum-exp of all logits and of those in the boundary set, and the gradient.
 //
-// Memory: forward one read, backward one read and one write; of the boundary set one byte an entry, from the cache.
+// Memory: the forward reads the row once; the backward reads it once and writes the gradient once. One byte per entry
+// of the boundary set is read from the cache.
 #pragma once
 #include "../math/logit_sum.h"
 #include "common/row_slices.h"
@@ -14,23 +15,24 @@ struct ChunkRow {
   double temperature;
 };
 
-// Of e^(logits / temperature), over all columns and over the boundary set. A sum of nothing has the logarithm -inf; one
-// that is none, NaN.
+// Normalisers of e^(logits / temperature), over all columns and over the boundary set. The logarithm of an empty sum is
+// -inf; that of a row without a valid softmax is NaN.
 struct ChunkRowSums {
   LogNormalizer all, boundary;
 
-  // The logarithm of the boundary set's share.
+  // The logarithm of the boundary set's share of the row.
   double boundary_share(double temperature) const {
     const double below = boundary.origin - all.origin;
     return log_share(below, below / temperature + (boundary.log_sum - all.log_sum));
   }
 };
 
-// partials: kPartialBytes a slice.
+// partials: kPartialBytes per slice.
 using ChunkSumKernel = ChunkRowSums (*)(const ChunkRow& row, const SliceRunner& runner, char* partials);
 
-// What a row's gradient is made of: entry v of the softmax over all columns counts `rest` times, in the boundary set
-// `boundary` times that over the set; the label takes `label` more.
+// The factors of a row's gradient. Entry v gets `rest` times its probability in the softmax over all columns. Entries
+// of the boundary set get `boundary` times their probability in the softmax over the set in addition. The label gets
+// `label` in addition.
 struct ChunkFactors {
   double rest, boundary, label;
 };
@@ -76,7 +78,7 @@ FASTKD_INLINE void chunk_block(const Real* u, const bool* in, int64_t count, Rea
   out.boundary += boundary;
 }
 
-// The boundary set's sum relative to the set's own largest: for a set whose share of the row underflows.
+// The boundary set's sum relative to the set's own largest logit. Used where the set's share of the row underflows.
 template <class Real>
 LogNormalizer rare_boundary(const ChunkRow& row, double to_base_2) {
   double top = -INFINITY, sum = 0;
@@ -124,7 +126,7 @@ ChunkRowSums chunk_sums(const ChunkRow& row, const SliceRunner& runner, char* pa
         return all;
       },
       [&](ChunkPartial& all, const ChunkPartial& next) { all.merge(next, scale); });
-  // NaN without a finite logit.
+  // NaN if there is no finite logit.
   const double nan_or_zero = (sums.origin - sums.origin) + (sums.all - sums.all);
   const bool rare = row.boundary != nullptr && sums.boundary < 0x1p-100;
   LogNormalizer boundary =
@@ -133,7 +135,7 @@ ChunkRowSums chunk_sums(const ChunkRow& row, const SliceRunner& runner, char* pa
   return {{sums.origin, ::log(sums.all) + nan_or_zero}, boundary};
 }
 
-// Everything by value: what a loop reads through references it cannot keep in registers beside its stores.
+// All parameters are passed by value: in a loop with stores the compiler must reload what it reads through references.
 template <class Real>
 FASTKD_INLINE void chunk_gradient_block(const Real* u, int64_t count, Real origin, Real scale, Real shift, Real factor,
                                         Real* out) {
@@ -159,8 +161,8 @@ void chunk_gradient(const ChunkRow& row, const SliceRunner& runner, const ChunkR
                     const ChunkFactors& factors, int64_t label, const Row& gradient) {
   const RowSlices slices{row.vocab, runner, nullptr};
   const Real scale = Real(kLog2E / row.temperature);
-  // In the boundary set both softmaxes are in one ratio: 2^x is taken relative to the set's own sum, which cannot
-  // underflow in the row's.
+  // In the boundary set the two softmaxes differ by a constant factor only. 2^x is computed relative to the set's own
+  // sum, since relative to the row's it might underflow.
   const bool apart = row.boundary != nullptr && factors.boundary != 0;
   const double share = apart ? ::exp(sums.boundary_share(row.temperature)) : 0;
   const Real origin = Real(sums.all.origin), own_origin = apart ? Real(sums.boundary.origin) : Real(0);

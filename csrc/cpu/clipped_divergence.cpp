@@ -1,4 +1,4 @@
-// clipped_divergence on the CPU: from tensors to rows.
+// clipped_divergence on the CPU: runs the row kernel (clipped_divergence.h) over the rows of the tensors.
 #include <torch/csrc/stable/library.h>
 
 #include "../arguments/clipped_divergence_entry.h"

@@ -1,15 +1,15 @@
-// One row of clipped_divergence.
+// clipped_divergence of one row: its loss and gradients.
 //
-// Memory: the first pass reads student and teacher, for their normalisers, and keeps 2^x of every entry; the second one
-// sums the part between the edges, from the logits (which are in the cache by then); the last writes the gradients.
-// A label is wholly in the part, whatever its probability.
+// Memory: pass 1 reads student and teacher, computes their normalisers, and stores 2^x of every entry. Pass 2 sums over
+// the part between the edges, from the logits, which are in the cache by then. The last pass writes the gradients. A
+// label belongs to the part wholly, whatever its probability.
 #pragma once
 #include "../math/clipped_small.h"
 #include "softmax_divergence_passes.h"
 
 namespace fastkd {
 
-// An edge given as a quantile level: the two logits that it lies between, and where.
+// An edge given as a quantile level: the two logits that it lies between, and the fraction of the way.
 struct QuantileEdge {
   double below, above, fraction;
 };
@@ -19,10 +19,10 @@ struct ClippedRow {
   int64_t kept_label;         // -1: none
   Renormalize renormalize;
   bool lump, quantile;
-  double lower, upper;  // probabilities, where not quantiles
+  double lower, upper;  // probabilities, where the edges are not quantiles
   QuantileEdge lower_quantile, upper_quantile;
   double softness;
-  // Results beside the value: gradients of the edges as given, times the row's scale.
+  // Results besides the value: gradients of the edges in the form given (level or probability), times the row's scale.
   double lower_gradient, upper_gradient;
 };
 
@@ -32,7 +32,7 @@ using ClippedKernel = double (*)(ClippedRow& row, const SliceRunner& runner);
 
 namespace fastkd::FASTKD_ISA {
 
-// The entries of a block: probabilities from what pass 1 kept, their ratio from the logits.
+// The entries of a block: probabilities from what pass 1 stored, log-ratios from the logits.
 template <class Real>
 struct KeptAndLogits {
   Normalized<Real> at;
@@ -48,7 +48,8 @@ struct KeptAndLogits {
   }
 };
 
-// How much of each entry of a block belongs to the part, and how that follows the edges.
+// The share of each entry of a block in the part (own), its complement (rest), and the derivatives of the share by the
+// edges.
 template <class Real>
 struct Shares {
   alignas(64) Real own[kBlock], rest[kBlock], by_lower[kBlock], by_upper[kBlock];
@@ -90,7 +91,7 @@ struct ClippedPasses : RowPasses<Real> {
     }
   }
 
-  // sigmoid(x), and e^-x, which times it is sigmoid(-x).
+  // Returns sigmoid(x). Sets `opposite` to e^-x: sigmoid(x) e^-x is sigmoid(-x).
   static Real sigmoid(Real x, Real& opposite) {
     constexpr Real kMost = sizeof(Real) == sizeof(double) ? 1000 : 126;
     opposite = exp2_of(at_least(-kMost, at_most(kMost, -x * Real(kLog2E))));
@@ -128,8 +129,8 @@ struct ClippedPasses : RowPasses<Real> {
     }
   }
 
-  // Hard edges first take the short sums, where K is a difference. It is summed for itself where that cancels or is not
-  // finite.
+  // With hard edges the short sums are tried first, in which K is a difference of sums. K is summed directly where that
+  // difference cancels or is not finite.
   ClipSums sum_part() const {
     if (edges.softness == 0) {
       const ClipSums sums =
@@ -250,7 +251,8 @@ struct ClippedPasses : RowPasses<Real> {
     }
   }
 
-  // Everything by value: what a loop reads through references it cannot keep in registers beside its stores.
+  // All parameters are passed by value: in a loop with stores the compiler must reload what it reads through
+  // references.
   template <class AnyEntries>
   static void student_block(const AnyEntries entries, const Real* share, const Real* rest, int64_t count,
                             const GradientFactors<Real> factors, Real alpha, Real gamma, Real delta, Real* out) {
@@ -263,7 +265,7 @@ struct ClippedPasses : RowPasses<Real> {
     }
   }
 
-  // The same for hard edges, from what pass 1 kept.
+  // The same for hard edges, from what pass 1 stored.
   static void hard_block(const Kept<Real, Pass::kNormalizersOnly> kept, const Real* w, Real low, Real high,
                          int64_t count, const GradientFactors<Real> factors, Real alpha, Real gamma, Real delta,
                          Real* out) {
@@ -289,7 +291,7 @@ struct ClippedPasses : RowPasses<Real> {
     for (int64_t i = 0; i < count; ++i) out[i] = factor * exp2_of((u[i] - origin) * scale - shift);
   }
 
-  // near: the two sides nearly agree where it counts, and q - p is not to be had by subtraction.
+  // near: student and teacher nearly agree in the part, and q - p by subtraction would not be accurate.
   void write_student(const ClipNumbers& numbers, const GradientFactors<Real>& factors, bool near) const {
     const bool label_apart = frame.label_scale != Real(0);
     const Real alpha = Real(numbers.alpha), gamma = Real(numbers.gamma), delta = Real(numbers.delta);
@@ -298,7 +300,7 @@ struct ClippedPasses : RowPasses<Real> {
         alignas(64) Real u_buffer[kBlock], w_buffer[kBlock], buffer[kBlock], label_part[kBlock];
         const Real* u = load(this->row.student, begin, count, u_buffer);
         const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
-        // Before the student's logits may be overwritten.
+        // Computed now, since writing the gradient may overwrite the student's logits.
         if (label_apart) label_block(u, count, factors.label, label_part);
         Real* out = destination(this->row.student_gradient, begin, buffer);
         if (edges.softness == 0 && !near && !has_kept_label(begin, count)) {
@@ -361,7 +363,7 @@ struct ClippedPasses : RowPasses<Real> {
   }
 };
 
-// A row in which a mass is too small: see clipped_small.h.
+// The passes over a row in which a mass is too small: see clipped_small.h.
 template <class Real>
 struct SmallPasses {
   const ClippedPasses<Real>& passes;
@@ -459,7 +461,7 @@ double clipped_row(ClippedRow& row, const SliceRunner& runner) {
   const double scale = task.scale * task.divergence_scale;
   row.lower_gradient = lower_gradient * scale;
   row.upper_gradient = upper_gradient * scale;
-  if (row.quantile) {  // by the level, not by the probability that it stands for
+  if (row.quantile) {  // gradients by the level, not by the probability at that level
     const auto slope = [&](const QuantileEdge& q) {
       return double(row.base.vocab - 1) * (passes.probability_of(q.above) - passes.probability_of(q.below));
     };

@@ -1,7 +1,7 @@
-// Gated routing on the CPU: from tensors to what each thread does.
+// Gated routing on the CPU: distributes the work on the tensors to threads.
 //
-// Many rows are shared out, so that each thread has as many learners' rows as the others; few rows make the weights the
-// cost, and the threads share out columns. The choice changes no bit of the result.
+// Many rows: each thread gets some of the rows, with about the same total of learners to run. Few rows: reading the
+// weights is the main cost, and each thread gets some of the columns. Both ways give bit-identical results.
 #include "gated_routing.h"
 
 #include <torch/csrc/stable/library.h>
@@ -13,9 +13,9 @@
 namespace fastkd {
 namespace {
 
-// Rows a thread must have before it is worth reading all weights for them.
+// The number of rows per thread from which on it is worth that every thread reads all weights.
 constexpr int64_t kRowsForAll = 84;
-// Boundaries between threads, in rows: whole tiles.
+// Threads' shares of the rows are multiples of this: whole tiles.
 constexpr int64_t kRowStep = 14;
 
 float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
@@ -25,14 +25,15 @@ int64_t panels_of(int64_t columns) {
   return (columns + at_once - 1) / at_once;
 }
 
-// As many rows as an L2 cache of 2 MiB holds beside a panel; where caches are smaller, they come from the L3 in
-// sequence.
+// How many rows fit into an L2 cache of 2 MiB beside a panel. Where caches are smaller, the rows are read from the L3
+// in sequence.
 int64_t rows_of_block(int64_t inputs, int64_t width) {
   const int64_t rows = (int64_t(3) << 17) / (padded(inputs) + padded(width)) / kRowStep * kRowStep;
   return rows < 2 * kRowStep ? 2 * kRowStep : rows > 16 * kRowStep ? 16 * kRowStep : rows;
 }
 
-// Calls run(begin, end, scratch) on every thread's part of [first, last), as equal in cost_before as may be.
+// Divides [first, last) into one part per thread, with costs (differences of cost_before) as equal as possible, and
+// calls run(begin, end, scratch) on each.
 template <class CostBefore, class Run>
 void share_out(int64_t first, int64_t last, int64_t step, int64_t scratch, const CostBefore& cost_before,
                const Run& run) {
@@ -63,11 +64,11 @@ bool share_rows(const Learners& l) {
   return l.counts[0] >= torch::stable::get_num_threads() * kRowsForAll || l.counts[0] == 0;
 }
 
-// A pass over the sorted rows [first, last): each thread has some of them.
+// A pass over the sorted rows [first, last) in which each thread processes some of the rows.
 void pass_by_rows(Learners& l, int64_t first, int64_t last) {
   const GatedRoutingKernels& kernel = kernels().gated_routing;
   l.block = rows_of_block(l.inputs, l.width);
-  // A row's own cost beside its learners': it is copied. A block's: the learners' weights come from far.
+  // The cost of a row besides its learners: copying it. The cost of a block: fetching the learners' weights.
   const auto cost_before = [&](int64_t row) {
     double all = row / 8.0;
     for (int64_t n = 0; n < l.learners; ++n) {
@@ -80,7 +81,7 @@ void pass_by_rows(Learners& l, int64_t first, int64_t last) {
             [&](int64_t begin, int64_t end, char* scratch) { kernel.rows(l, begin, end, scratch); });
 }
 
-// Transposes the weights of the learners that run, once for all blocks of rows.
+// Transposes the weights of the learners that have rows, once for all blocks of rows.
 void pack_weights(const Learners& l) {
   const int64_t panels = panels_of(l.width) + (l.out ? panels_of(l.outputs) : 0);
   share_out(
@@ -88,7 +89,8 @@ void pack_weights(const Learners& l) {
       [&](int64_t begin, int64_t end, char*) { kernels().gated_routing.pack(l, begin, end); });
 }
 
-// A pass over all rows: each thread has some of the columns, of each product in turn.
+// A pass over all rows in which each thread processes some of the columns, first of the first product, then of the
+// second.
 void pass_by_columns(Learners& l, int64_t rows) {
   const GatedRoutingKernels& kernel = kernels().gated_routing;
   const int64_t chosen = l.counts[0];
@@ -109,7 +111,7 @@ void pass_by_columns(Learners& l, int64_t rows) {
   share_out(0, panels_of(l.outputs), 1, kernel.scratch(l), cost_before,
             [&](int64_t begin, int64_t end, char* scratch) { kernel.second(l, begin, end, scratch); });
   l.gathered = {};
-  pass_by_rows(l, chosen, rows);  // those that run nothing
+  pass_by_rows(l, chosen, rows);  // the rows that run no learner
 }
 
 SortedRows kept_rows(const Tensor& kept, const AcmOperands& operands, std::vector<int64_t>& starts) {
@@ -148,7 +150,7 @@ struct Cpu {
     const Rows choices(call.choices, call.choices.dim());
     int32_t* const order = static_cast<int32_t*>(call.order.data_ptr());
     int32_t* const counts = static_cast<int32_t*>(call.counts.data_ptr());
-    // of_choice[k]: rows that choose k; then where the next of them goes.
+    // of_choice[k]: first the number of rows that choose k, then the place of the next such row.
     std::vector<int32_t> of_choice(learners + 1, 0);
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t choice = choices.integer(row);
@@ -190,8 +192,9 @@ struct Cpu {
     l.kept = kept_rows(call.kept, call.operands, starts);
     l.out = call.x ? floats(*call.x) : nullptr;
     const bool by_rows = share_rows(l);
-    // By rows, two blocks a thread at a time: their hidden rows are still in a cache when the weights' turn comes.
-    // Whole chunks, so that sums over rows are the same for any number of threads.
+    // When divided by rows, two blocks per thread are processed at a time, so that their hidden rows are still in a
+    // cache when the weights' gradients read them. The parts are whole chunks, so that sums over rows are the same for
+    // any number of threads.
     const int64_t blocks = 2 * torch::stable::get_num_threads() * rows_of_block(l.inputs, l.width);
     const int64_t part = by_rows ? (blocks + kChunkRows - 1) / kChunkRows * kChunkRows : chosen;
     const int64_t held = part < chosen ? part : chosen, stride = padded(sizes.width);
@@ -257,7 +260,7 @@ struct Cpu {
       double sum = 0;
       for (int64_t n = 0; n < sizes.learners && n * all < panel; ++n) {
         const int64_t rows = (l.counts[n] < last ? l.counts[n] : last) - first;
-        // A gradient that gets nothing from any rows is written all the same, once.
+        // Gradients of learners without rows are still written once, with zeros.
         const double cost = rows > 0 ? rows + 8.0 : first == 0 ? 8.0 : 0.0;
         sum += cost * (panel - n * all < all ? panel - n * all : all);
       }

@@ -1,17 +1,18 @@
-// Learners on sorted rows, for float32: what one thread does with a block of rows, with a share of the columns, or with
-// a share of the weights' gradients. Sizes and order as csrc/arguments/gated_routing_entry.h has them.
+// Learners of gated routing on sorted rows, in float32: what one thread does with a block of rows, with some of the
+// columns, or with some of the weights' gradients. Sizes and order as in csrc/arguments/gated_routing_entry.h.
 //
-// A pass is two products: rows to the learner's width, something done to each panel of that, and back. Forward that is
-// x w1 + b1, the activation, and w2; backward grad w2^T, the activation's slope, and w1^T. A block of rows is gathered
-// once and stays in the L2 cache while the weights go by; the sums over learners are kept in the rows of the result.
+// A pass is two matrix products: from the rows to the learner's width, then, after an elementwise step on each panel,
+// to the result. Forward: x w1 + b1, the activation, and w2. Backward: grad w2^T, the activation's slope, and w1^T. A
+// block of rows is gathered once and stays in the L2 cache while the weights are read. The sums over learners are
+// accumulated in the result's rows.
 #pragma once
 #include "../math/activation.h"
 #include "common/tiles.h"
 
 namespace fastkd {
 
-// The sorted rows from `first` on, in memory of their own, `stride` floats apart; of a learner, `rows` after those of
-// the one before, or after `starts[learner]` of all. rows 0: one block of one learner at a time.
+// The sorted rows from `first` on, in a buffer of their own, `stride` floats apart. Learner n's rows begin n * rows, or
+// starts[n], rows after the beginning. rows = 0: the buffer holds one block of one learner at a time.
 struct SortedRows {
   float* data = nullptr;
   int64_t first = 0, rows = 0, stride = 0;
@@ -21,24 +22,24 @@ struct SortedRows {
   }
 };
 
-// What the threads of a pass share.
+// The operands that the threads of a pass have in common.
 struct Learners {
-  int64_t learners, inputs, width, outputs;  // of the pass: backward, inputs are D_out
+  int64_t learners, inputs, width, outputs;  // of the pass: in backward, `inputs` is D_out
   Activation activation;
   bool backward;
   const float *in, *w1, *b1, *w2;
   const int32_t *order, *counts;
-  const float* bias;    // null, or of choice 0
-  int64_t bias_stride;  // between choices
-  float* out;           // null: only the first product is wanted
-  int64_t block;        // rows at a time
+  const float* bias;    // null, or that of choice 0
+  int64_t bias_stride;  // floats from one choice's bias to the next
+  float* out;           // null: only the first product is requested
+  int64_t block;        // rows per block
   float* packed;        // backward: null, or all panels of w2^T and w1^T, see PackedWeights
-  SortedRows gathered;  // `in`, where the threads share out columns
-  SortedRows kept;      // pre-activations: written forward, if there, and read backward
-  SortedRows hidden;    // activations: backward if wanted, forward where the threads share out columns
+  SortedRows gathered;  // `in`, sorted, where threads divide the columns
+  SortedRows kept;      // pre-activations: forward writes them if not null, backward reads them
+  SortedRows hidden;    // activations: backward if requested; forward where threads divide the columns
   SortedRows inner;     // gradients of pre-activations
 
-  // How many learners have a row.
+  // The number of learners that have at least one row.
   int64_t running() const {
     int64_t n = 0;
     while (n < learners && counts[n] > 0) ++n;
@@ -46,7 +47,8 @@ struct Learners {
   }
 };
 
-// What the sorted rows [first, last) give to the gradients of weights; null: not wanted. x and grad are not sorted.
+// The contribution of the sorted rows [first, last) to the gradients of the weights. Null gradients are not requested.
+// x and grad are not sorted.
 struct WeightGradients {
   int64_t first, last;
   int64_t learners, inputs, width, outputs;
@@ -56,25 +58,26 @@ struct WeightGradients {
   float *w1, *b1, *w2;
 };
 
-// Floats from row to row: rows below each other shall not meet in one set of the L1 cache.
+// Floats from one row to the next. The padding keeps consecutive rows from mapping to the same set of the L1 cache.
 constexpr int64_t padded(int64_t width) { return (width + 15) / 16 * 16 + 16; }
 
-// Rows whose outer products are added up before they go to a gradient.
+// How many rows' outer products are summed before the sum is added to a gradient.
 inline constexpr int64_t kChunkRows = 224;
 
 struct GatedRoutingKernels {
   int64_t tile_columns;
   int64_t (*scratch)(const Learners&);
-  // The pass for the sorted rows [begin, end).
+  // Runs the pass for the sorted rows [begin, end).
   void (*rows)(const Learners&, int64_t begin, int64_t end, char* scratch);
-  // Panels [begin, end) of the first product, learner after learner, and of the second.
+  // `first` and `second` compute panels [begin, end) of the first and second product; panels are numbered learner by
+  // learner.
   void (*first)(const Learners&, int64_t begin, int64_t end, char* scratch);
   void (*second)(const Learners&, int64_t begin, int64_t end, char* scratch);
   int64_t (*packed_floats)(const Learners&);
-  // Fills panels [begin, end) of `packed`, learner after learner.
+  // Fills panels [begin, end) of `packed`, numbered learner by learner.
   void (*pack)(const Learners&, int64_t begin, int64_t end);
   int64_t (*weights_scratch)(const WeightGradients&);
-  // Panels [begin, end) of w1's gradient and then w2's, learner after learner.
+  // Computes panels [begin, end) of the gradients: for each learner those of w1, then those of w2.
   void (*weights)(const WeightGradients&, int64_t begin, int64_t end, char* scratch);
 };
 
@@ -92,8 +95,8 @@ FASTKD_INLINE Panel panel_of(const float* data, int64_t stride, bool transposed,
   return {data, stride, nullptr, transposed, column, smaller(columns - column, panels * kTileColumns), packed};
 }
 
-// What backward multiplies by: of a learner the panels of w2^T, then those of w1^T if x's gradient is wanted. They are
-// transposed once, where many blocks of rows read them.
+// The matrices that backward multiplies by: for each learner the panels of w2^T, then those of w1^T if x's gradient is
+// requested. They are transposed once where many blocks of rows read them.
 struct PackedWeights {
   const Learners& l;
   int64_t first_panels() const { return panels_of(l.width); }
@@ -135,7 +138,7 @@ inline int64_t learners_scratch(const Learners& l) {
   return (kPackedFloats + floats) * int64_t(sizeof(float)) + 3 * l.block * int64_t(sizeof(float*));
 }
 
-// A block of sorted rows on its way through the learners.
+// Processes a block of sorted rows through the learners.
 class Block {
  public:
   Block(const Learners& l, char* scratch) : l_(l) {
@@ -148,7 +151,7 @@ class Block {
     starts_ = const_cast<const float**>(pointers + 2 * l.block);
   }
 
-  // The sorted rows [first, first + rows), of which the first `running(0)` run a learner.
+  // Starts the block of sorted rows [first, first + rows), of which the first `running(0)` run a learner.
   void begin(int64_t first, int64_t rows) {
     first_ = first;
     size_ = rows;
@@ -183,12 +186,12 @@ class Block {
     }
   }
 
-  // How many panels to take at once, of those up to `end`.
+  // How many panels, of those up to `end`, to process at once.
   int64_t panels_at_once(int64_t index, int64_t end) const {
     return few() ? smaller(end - index, kPackedFloats / (size_ * kTileColumns)) : 1;
   }
 
-  // Panels of what learner n makes of the inputs.
+  // Computes panels of learner n's first product.
   void first_product(int64_t n, int64_t index, int64_t panels) {
     const int64_t rows = running(n);
     const SortedRows activations = hidden(), pre = l_.kept.data ? l_.kept : activations;
@@ -196,7 +199,7 @@ class Block {
     for (int64_t i = 0; i < rows; ++i) targets_[i] = row(target, n, i);
     if (l_.backward) {
       const Panel panel = PackedWeights{l_}.first(n, index);
-      // Pieces of far rows, which no prefetcher foresees.
+      // Prefetches pieces of rows far apart, which the hardware prefetcher does not predict.
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < panel.columns; j += 16) {
           __builtin_prefetch(row(pre, n, i) + panel.column + j, 0, 2);
@@ -222,7 +225,7 @@ class Block {
     });
   }
 
-  // Adds panels of learner n's result.
+  // Adds panels of learner n's second product to the result.
   void second_product(int64_t n, int64_t index, int64_t panels) {
     const int64_t rows = running(n);
     const SortedRows from = l_.backward ? l_.inner : hidden();
@@ -250,7 +253,7 @@ class Block {
     multiply_few(a, rows, panel, depth, packed_, start, out);
   }
 
-  // A thread's own room serves one learner of one block at a time.
+  // A thread's own buffer holds one learner's rows of one block at a time.
   SortedRows hidden() const {
     if (l_.backward || l_.gathered.data) return l_.hidden;
     return {rows_ + l_.block * padded(l_.inputs), 0, 0, padded(l_.width), nullptr};
@@ -339,12 +342,12 @@ inline int64_t weights_scratch(const WeightGradients& g) {
 
 // A^T B over the rows of a learner, chunk by chunk: some panels of one weight's gradient.
 struct OuterProduct {
-  int64_t rows, height, columns;  // of both, of A, of B
-  bool fresh;                     // the gradient holds nothing yet
+  int64_t rows, height, columns;  // of A and B; of A; of B
+  bool fresh;                     // the gradient is not initialised yet
   const float *a, *b;
-  const int32_t *a_order, *b_order;  // null: as they lie
+  const int32_t *a_order, *b_order;  // null: rows are used in memory order
   int64_t a_stride, b_stride;
-  float *gradient, *sums;  // [height, columns], and of B's columns; null: not wanted
+  float *gradient, *sums;  // [height, columns], and the sums of B's columns; null: not requested
 
   void panels(int64_t begin, int64_t end, char* scratch) const {
     float* const packed = reinterpret_cast<float*>(scratch);
@@ -379,7 +382,7 @@ struct OuterProduct {
   }
 
  private:
-  // A row of A is a column of A^T, spread over the tiles.
+  // A row of A is a column of A^T: its elements are distributed over the tiles.
   void pack_column(const float* row, float* tiles, int64_t k, int64_t depth) const {
     float* out = tiles + k * kTileRows;
     int64_t i = 0;

@@ -1,4 +1,4 @@
-// Compiled once for each instruction set, with FASTKD_ISA naming it: the table of its kernels.
+// The table of one instruction set's kernels. This file is compiled once for each set; FASTKD_ISA names the set.
 #include "isa.h"
 
 namespace fastkd {

@@ -30,10 +30,11 @@ struct Kernels {
   ScaleRowKernel scale_row_float, scale_row_double;
 };
 
-// The best set this machine can run, or the one chosen by use_isa.
+// The kernels of the best instruction set that this machine can run, or of the one chosen by use_isa.
 const Kernels& kernels();
 
-// For tests and benchmarks: false if the set is not compiled in or this machine cannot run it.
+// Chooses an instruction set, for tests and benchmarks. Returns false if it is not compiled in or this machine cannot
+// run it.
 bool use_isa(const char* name);
 
 }  // namespace fastkd

@@ -1,4 +1,4 @@
-// Chooses, once, the best instruction set among those compiled in.
+// Chooses, once per process, the best instruction set among those compiled in.
 #include "isa.h"
 
 namespace fastkd {
@@ -18,7 +18,7 @@ struct InstructionSet {
 
 // Best first.
 #ifdef FASTKD_X86
-#if defined(__clang__) && __clang_major__ < 18  // which does not know the levels' names
+#if defined(__clang__) && __clang_major__ < 18  // old clang does not know the levels' names
 const bool kV3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                  __builtin_cpu_supports("fma");
 const bool kV4 = kV3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,4 +1,4 @@
-// kl_div on the CPU: which thread takes which chunk.
+// kl_div on the CPU: distributes chunks of the elements over threads.
 #include "kl_div.h"
 
 #include <torch/csrc/stable/library.h>

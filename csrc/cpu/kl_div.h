@@ -1,5 +1,5 @@
-// One chunk of torch.nn.functional.kl_div on log-probabilities: the sum of its terms, the terms themselves where the
-// reduction is "none", and both gradients. One read of each input, one write of each result asked for.
+// torch.nn.functional.kl_div on log-probabilities for one chunk of elements: the sum of its terms, the terms themselves
+// where the reduction is "none", and both gradients. Each input is read once, and each requested result written once.
 #pragma once
 #include "../math/kl_div.h"
 #include "common/simd.h"
@@ -7,15 +7,15 @@
 namespace fastkd {
 
 struct KlDivChunk {
-  Row input;  // empty: neither the sum, the terms nor the target's gradient is wanted
+  Row input;  // empty: neither the sum, the terms nor the target's gradient is requested
   Row target;
   int64_t begin, end;
   bool log_target;
-  bool reduce;                          // whether the sum is wanted
-  Row terms;                            // empty: not wanted
-  Row upstream;                         // gradient of the terms; empty: `scale` for all
+  bool reduce;                          // whether the sum is requested
+  Row terms;                            // empty: not requested
+  Row upstream;                         // gradient of the terms; empty: `scale` for all of them
   double scale;                         // of the gradients
-  Row input_gradient, target_gradient;  // empty: not wanted
+  Row input_gradient, target_gradient;  // empty: not requested
 };
 using KlDivKernel = double (*)(const KlDivChunk&);
 

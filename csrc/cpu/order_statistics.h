@@ -1,5 +1,5 @@
-// Two neighbours in the sorted order of a row, without sorting it: a histogram of the leading bits tells which values
-// can be meant, and only those are looked at again.
+// Finds two neighbours in the sorted order of a row without sorting it: a histogram of the leading bits limits the
+// search to the values of one bin, and only those are read again.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace fastkd {
 
-// Bits in the order of the numbers.
+// Bits that compare as unsigned integers in the order of the numbers.
 inline uint32_t ordered(float x) {
   const uint32_t bits = portable::bit_cast<uint32_t>(x + 0.0f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -22,12 +22,12 @@ inline uint64_t ordered(double x) {
 template <class Real>
 class OrderStatistics {
  public:
-  // The first `vocab` columns of the row.
+  // Prepares the first `vocab` columns of the row.
   OrderStatistics(const Row& row, int64_t vocab) : row_(row), vocab_(vocab), counts_(size_t(1) << kBits) {
     for_values([&](Real x) { ++counts_[bin(x)]; });
   }
 
-  // Where the quantile level lies, by linear interpolation.
+  // The quantile at `level`, by linear interpolation.
   QuantileEdge at(double level) {
     const double place = level * double(vocab_ - 1);
     const int64_t below = std::min(int64_t(place), vocab_ - 1), above = std::min(below + 1, vocab_ - 1);

@@ -1,4 +1,4 @@
-// _scale_rows_ on the CPU.
+// _scale_rows_ on the CPU: runs the row kernel over the rows of the tensor.
 #include "scale_rows.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,5 @@
-// One row of a finished gradient times a factor: how a backward pass applies grad_output.
+// Multiplies one row of a gradient by a factor, in place: a backward pass applies grad_output this way. One read and
+// one write of the row.
 #pragma once
 #include "common/simd.h"
 
@@ -8,7 +9,7 @@ using ScaleRowKernel = void (*)(const Row& row, int64_t width, double factor);
 
 namespace fastkd::FASTKD_ISA {
 
-// A factor of 0 gives 0 whatever the row holds: a row that the caller switched off must not bring back its NaN.
+// A factor of 0 gives 0 whatever the row holds, so that a row with weight 0 does not produce NaN.
 template <class Real>
 void scale_row(const Row& row, int64_t width, double factor) {
   if (factor == 1) return;

@@ -1,4 +1,4 @@
-// softmax_divergence on the CPU: from tensors to rows.
+// softmax_divergence on the CPU: runs the row kernel (softmax_divergence.h) over the rows of the tensors.
 #include <torch/csrc/stable/library.h>
 
 #include "../arguments/softmax_divergence_entry.h"
@@ -19,7 +19,7 @@ struct Cpu {
             .softmax_divergence[find_divergence<portable::Divergences>(problem.function, own.divergence, own.beta)];
     const auto row_function = problem.float64 ? kernel.double_row : kernel.float_row;
     const int teacher_count = int(problem.teachers.size());
-    // Of probabilities a single one is its own mixture, whatever its weight.
+    // In a mixture of probabilities, a single teacher is the mixture itself, whatever its weight.
     const bool weighted = teacher_count > 1 || own.mix() == TeacherMix::kLogits;
     problem.student_gradient = gradient_rows(student_gradient, problem);
     problem.teacher_gradient = gradient_rows(teacher_gradient, problem);

@@ -1,16 +1,17 @@
-// One row of softmax_divergence: its loss and its gradients.
+// softmax_divergence of one row: its loss and its gradients.
 //
-// Memory: pass 1 reads student and teacher, accumulates the softmax states with the log-ratio sum that is the whole
-// value of the KL divergences, and keeps what it computed of each entry (RowPasses). From there the others go on: they
-// read no logits again and compute no exponential. The last pass writes the gradient; divergences of a mixture need one
-// more before it, for their sums. Rows that came out nearly equal take a careful route (kNear), from the logits: their
-// value and gradient are differences too small for what pass 1 kept.
+// Memory: pass 1 reads student and teacher. It accumulates the softmax states, together with the log-ratio sum that
+// gives the value of the KL divergences, and stores what it computed of each entry (RowPasses). The later passes use
+// what pass 1 stored: they read no logits again and compute no exponential. The last pass writes the gradient;
+// divergences of a mixture need one more pass before it, for their sums. Rows in which student and teacher are nearly
+// equal (kNear) are instead computed from the logits again: their value and gradient are differences too small for what
+// pass 1 stored.
 #pragma once
 #include "softmax_divergence_passes.h"
 
 namespace fastkd::FASTKD_ISA {
 
-// The row's loss (divergence and label term, not weighted), its gradients written where wanted.
+// Returns the row's loss (divergence and label term, before its weight), and writes the requested gradients.
 template <class Real, class Divergence>
 double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner& runner) {
   const RowTask& task = row.task;
@@ -19,7 +20,7 @@ double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner
   plan.set_scales(task);
   const RowPasses<Real> passes(row, runner, plan);
 
-  Real label_logit = 0;  // before the gradient may overwrite it
+  Real label_logit = 0;  // read before the gradient may overwrite it
   if (task.has_label) label_logit = *load(row.student, row.label, 1, &label_logit);
 
   const bool keep = !plan.kOnePass || task.student_gradient;
@@ -29,7 +30,7 @@ double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner
     plan.add(task, plan.step == Step::kSumNear ? passes.template sum_terms<true>(divergence)
                                                : passes.template sum_terms<false>(divergence));
   }
-  // The teacher's first: the student's may overwrite its logits.
+  // The teacher's gradient is written first: writing the student's may overwrite the student's logits.
   if (task.teacher_gradient) {
     if (plan.near)
       passes.template write_teacher_gradient<true>(divergence, plan.teacher_mean);

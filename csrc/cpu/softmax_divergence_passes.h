@@ -1,4 +1,4 @@
-// The passes over one row of softmax_divergence.
+// The passes over one row of softmax_divergence (softmax_divergence.h says which run when).
 #pragma once
 #include "../math/row_plan.h"
 #include "common/row_slices.h"
@@ -13,8 +13,8 @@ struct SoftmaxDivergenceRow {
   double beta;
   int64_t label;  // -1: none
   RowTask task;
-  Row student_gradient, teacher_gradient;  // empty: not wanted
-  int64_t student_width, teacher_width;    // columns of the gradients; those from vocab on are zero
+  Row student_gradient, teacher_gradient;  // empty: not requested
+  int64_t student_width, teacher_width;    // columns of the gradients; those from vocab on are set to 0
   void* scratch;                           // softmax_divergence_scratch(...) bytes, aligned to 64
 };
 
@@ -25,8 +25,8 @@ struct SoftmaxDivergenceKernel {
 };
 inline constexpr int kDivergences = 7;
 
-// What a pass keeps beside a slice's partial sums: of a block, the logits it was taken relative to; of an entry, one
-// number for each side and, where the teacher's gradient is wanted too, g.
+// What a pass stores besides a slice's partial sums. For each block: the logits that its 2^x are relative to. For each
+// entry: one number for each side and, where the teacher's gradient is requested too, g.
 inline constexpr int64_t kOriginBytes = 16;
 
 inline int64_t softmax_divergence_scratch(int64_t vocab, int64_t teachers, int64_t real_size, bool teacher_gradient) {
@@ -47,14 +47,14 @@ struct Accumulator<Real, true> {
   using Type = double;
 };
 
-// A row between its passes.
+// One row's storage between its passes, and the passes.
 template <class Real>
 struct RowPasses : RowSlices {
   const SoftmaxDivergenceRow& row;
-  const RowFrame<Real>& frame;                 // set up to the scales, and after pass 1 wholly
-  Origins<Real>* origins;                      // scratch: one a block,
-  OriginSum<double>* normalizers;              // one a teacher,
-  Real *student_kept, *teacher_kept, *slopes;  // and one an entry: see Kept, and g from its sum to the gradient
+  const RowFrame<Real>& frame;                 // its scales are set at the start, the rest after pass 1
+  Origins<Real>* origins;                      // scratch: one per block
+  OriginSum<double>* normalizers;              // scratch: one per teacher
+  Real *student_kept, *teacher_kept, *slopes;  // scratch: one per entry; see Kept; slopes: g
   TeacherBlocks<Real> teacher;
 
   RowPasses(const SoftmaxDivergenceRow& r, const SliceRunner& s, const RowFrame<Real>& f)
@@ -66,10 +66,10 @@ struct RowPasses : RowSlices {
                                                          slices_of(r.vocab) * (kSlice / kBlock) * kOriginBytes)),
         student_kept(reinterpret_cast<Real*>(reinterpret_cast<char*>(normalizers) + aligned(r.teachers.count * 16))),
         teacher_kept(student_kept + aligned(r.vocab * sizeof(Real)) / sizeof(Real)),
-        // The teacher's gradient is the only one that still needs what was kept of the teacher beside g.
+        // Only the teacher's gradient still needs teacher_kept beside g; without it, g may overwrite teacher_kept.
         slopes(r.teacher_gradient ? teacher_kept + (teacher_kept - student_kept) : teacher_kept),
         teacher{r.teachers, Real(kLog2E / r.task.teacher_temperature), normalizers} {
-    // Where the gradient goes there is room until then.
+    // Until the gradient is written, its memory can hold student_kept.
     Real* const out = r.student_gradient ? destination<Real>(r.student_gradient, 0, nullptr) : nullptr;
     if (out != nullptr && out != r.student.data) student_kept = out;
   }
@@ -110,9 +110,9 @@ struct RowPasses : RowSlices {
         [&](State& sum, const State& next) { sum.merge(next, kPass, frame.template scales<double>()); });
   }
 
-  // Adds a block relative to the slice's origins, finding the block's own maxima on the way. Only where those turn out
-  // much larger, or there was none yet, is the block added again relative to them: an origin is within 2^8 of the
-  // maximum.
+  // Adds a block relative to the slice's origins, and finds the block's own maxima at the same time. Only if those are
+  // much larger than the origins, or there was no origin yet, is the block added again relative to the maxima. An
+  // origin is therefore within a factor of 2^8 of the maximum.
   template <Pass kPass, bool kKeep>
   void add_block(RowState<double>& all, Real& u_origin, Real& w_origin, int64_t begin, int64_t count) const {
     alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], spare[kBlock];
@@ -125,7 +125,7 @@ struct RowPasses : RowSlices {
     const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
     if (u_origin == Real(-INFINITY)) u_origin = largest(u, count);
     if (w_origin == Real(-INFINITY)) w_origin = largest(w, count);
-    // The label's softmax is another one, of the same logits: neither sum may overflow.
+    // The label's softmax uses another temperature on the same logits. Neither sum may overflow.
     const Real u_slack = Real(8) / at_least(frame.label_scale, frame.student_scale);
     const Real w_slack = Real(8) / frame.teacher_scale;
     for (;;) {
@@ -145,10 +145,10 @@ struct RowPasses : RowSlices {
     const Real us = frame.student_scale, ws = frame.teacher_scale, r = frame.teacher_ratio;
     const Real u_zero = u_origin == Real(-INFINITY) ? Real(0) : u_origin;
     const Real w_zero = w_origin == Real(-INFINITY) ? Real(0) : w_origin;
-    // Log-ratios that are infinite or the smallest number's are not summed here but by far_sums, in the rare block that
-    // has one. Those below kLowest are of entries without weight.
+    // Log-ratios that are infinite, or come from the smallest finite number, are not summed here. far_sums adds them,
+    // in the rare block that has one. Log-ratios below kLowest belong to entries without weight.
     constexpr Real kLowest = Real(-kDead);
-    // The student-weighted ratio becomes a mean that the gradient subtracts: see Sums.
+    // The student-weighted sum becomes a mean that the gradient subtracts, hence the type: see Sums.
     using Ratio = typename Accumulator<Real, kPass == Pass::kStudentWeighted>::Type;
     Ratio u_sum = 0, w_sum = 0, ratio = 0;
     Real crossing = 0, u_max = Real(-INFINITY), w_max = Real(-INFINITY), farthest = 0;
@@ -195,8 +195,8 @@ struct RowPasses : RowSlices {
     return {{double(u_origin), u_sum}, {double(w_origin), w_sum}, far.ratio * us, far.crossing * us, label_sum};
   }
 
-  // The same sums of a block in which a log-ratio is infinite or beyond the range of their products, in double
-  // precision. What has no weight adds nothing, whatever its log-ratio.
+  // The sums of a block in which a log-ratio is infinite or so large that its products overflow, in double precision.
+  // An entry without weight contributes nothing, whatever its log-ratio.
   struct FarSums {
     double ratio, crossing;
   };
@@ -216,7 +216,7 @@ struct RowPasses : RowSlices {
       const double log_ratio = kByStudent ? -apart : apart;
       all.ratio += weight * log_ratio;
       if (kPass == Pass::kTeacherCrossing) all.crossing -= weight * x;
-      // In gradients finite: see RowPlan::kept.
+      // Gradients use a finite substitute: see RowPlan::kept.
       if (kByStudent && keep != nullptr) keep[i] = at_most(Real(kDead), Real(log_ratio));
     }
     return all;
@@ -227,14 +227,14 @@ struct RowPasses : RowSlices {
     return {frame.normalized(), u, w};
   }
 
-  // The block that begins there, as pass 1 kept it; log-ratios relative to `centre`.
+  // The block that begins at `begin`, as pass 1 stored it. Log-ratios are relative to `centre`.
   template <Pass kPass>
   Kept<Real, kPass> from_kept(int64_t begin, double centre) const {
     const Origins<Real> at = origins[begin / kBlock];
     const double u_step = (double(at.student) - frame.student_origin) * frame.student_scale;
     const double w_step = (double(at.teacher) - frame.teacher_origin) * frame.teacher_scale;
     const double u_factor = probability(u_step - frame.student_lse), w_factor = probability(w_step - frame.teacher_lse);
-    // Where no probability is left of a block's, its log-ratios may lie anywhere.
+    // Where all of a block's probabilities are 0, its log-ratios are arbitrary.
     const double shift = kPass == Pass::kStudentWeighted && u_factor != 0 ? -log_shift(at) - centre : 0;
     return {student_kept + begin,
             teacher_kept + begin,
@@ -243,18 +243,18 @@ struct RowPasses : RowSlices {
             Mean<Real>(frame.student_scale * kLn2),
             Mean<Real>(shift)};
   }
-  // What log(p / q) is where both logits are at those origins; 0 where a side has none.
+  // The log(p / q) of an entry whose two logits equal these origins; 0 where a side has no origin.
   double log_shift(const Origins<Real>& at) const {
     if (at.student == Real(-INFINITY) || at.teacher == Real(-INFINITY)) return 0;
     const double gap = (double(at.student) - frame.student_origin) -
                        double(frame.teacher_ratio) * (double(at.teacher) - frame.teacher_origin);
     return ((frame.student_lse - frame.teacher_lse) - gap * frame.student_scale) * kLn2;
   }
-  // 2^x, and 0 where arithmetic would become slow: such a factor's products are below 2^-118.
+  // 2^x, or 0 where subnormal arithmetic would be slow: products with such a factor are below 2^-118.
   static double probability(double x) { return x < -126 ? 0 : ::exp2(x); }
 
-  // Calls body(entries, begin, count) for every block of a slice, with the entries' outcomes from what pass 1 kept or
-  // from the logits.
+  // Calls body(entries, begin, count) for every block of a slice. The entries' outcomes come from what pass 1 stored,
+  // or from the logits.
   template <bool kNear, bool kKept, Pass kPass, class Body>
   void for_outcomes(int64_t slice, double centre, const Body& body) const {
     for_blocks(slice, [&](int64_t begin, int64_t count) {
@@ -310,7 +310,7 @@ struct RowPasses : RowSlices {
   template <bool kNear, bool kKept, class Divergence>
   void write_student_gradient(const Divergence& divergence, double g_mean) const {
     const GradientFactors<Real> factors(row.task, frame);
-    // There g is the log-ratio, and its mean subtracted before it is rounded.
+    // In that case g is the log-ratio, from which its mean is subtracted before rounding.
     constexpr bool kCentred = kKept && Divergence::kPass == Pass::kStudentWeighted;
     const double centre = kCentred ? g_mean : 0;
     const Mean<Real> mean(g_mean - centre);
@@ -353,7 +353,7 @@ struct RowPasses : RowSlices {
     }
   }
 
-  // The same from the slopes of the pass before.
+  // The same from the slopes that the pass before stored.
   template <class Entries>
   static void student_block(const Entries entries, const Real* g, int64_t count, const GradientFactors<Real> factors,
                             const Mean<Real> mean, Real* out) {

@@ -1,4 +1,4 @@
-// teacher_topk on the CPU: from tensors to rows, and the selection's bookkeeping.
+// teacher_topk on the CPU: runs the kernels over the rows of the tensors and selects among the candidates.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -17,12 +17,12 @@ bool before(const Candidate<Real>& a, const Candidate<Real>& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.column < b.column);
 }
 
-// Of a row, as the scan leaves it.
+// The results of the scan over a row.
 template <class Real>
 struct Scan {
-  SoftmaxSum* sums;  // one a slice
-  Real* tops;        // one a block
-  Real* classes;     // kClasses a block
+  SoftmaxSum* sums;  // one per slice
+  Real* tops;        // one per block
+  Real* classes;     // kClasses per block
   int64_t slices, blocks;
 
   static int64_t blocks_of(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; }
@@ -44,7 +44,7 @@ struct Scan {
     return all;
   }
 
-  // At most the k-th largest. The fewer groups that serve, the sooner it is found.
+  // A lower bound of the k-th largest logit. It is computed from as few groups as suffice, which is faster.
   Real bound(int64_t k) {
     const auto kth = [&](Real* maxima, int64_t count) {
       std::nth_element(maxima, maxima + (k - 1), maxima + count, std::greater<Real>());
@@ -66,7 +66,7 @@ void select_row(const Row& row, int64_t vocab, int64_t k, double temperature, Te
   portable::RowSlices{vocab, runner, nullptr}.for_slices(
       [&](int64_t slice) { scan.sums[slice] = kernel.scan(row, vocab, slice, temperature, scan.tops, scan.classes); });
   const portable::LogitSum sum = scan.sum(temperature);
-  if (sum.nan_or_zero() != 0) {  // NaN, or no finite logit: no order means anything
+  if (sum.nan_or_zero() != 0) {  // NaN, or no finite logit: the row has no order
     for (int64_t i = 0; i < k; ++i) {
       log_probs[i] = NAN;
       columns[i] = int32_t(i);

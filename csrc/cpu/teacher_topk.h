@@ -1,8 +1,8 @@
-// The passes of teacher_topk over a row: one sums the softmax and keeps the maxima of groups of columns, one looks
-// again at the few blocks that can hold one of the k largest.
+// The passes of teacher_topk over a row: one sums the softmax and stores the maxima of groups of columns; the other
+// reads again the few blocks that can contain one of the k largest.
 //
-// Memory: one read. Where k groups have a maximum of at least T, so have k columns: T bounds the k-th largest from
-// below, and of n columns in g groups only some g log(g / (g - k)) exceed it, in no more blocks than that.
+// Memory: one read. If k groups have a maximum of at least T, at least k columns are at least T: T is a lower bound of
+// the k-th largest. Of n columns in g groups only about g log(g / (g - k)) exceed it, in at most as many blocks.
 #pragma once
 #include "../math/logit_sum.h"
 #include "common/row_slices.h"
@@ -15,19 +15,20 @@ struct Candidate {
   int32_t column;
 };
 
-// Of 2^((z - origin) log2(e) / temperature).
+// The softmax's sum of 2^((z - origin) log2(e) / temperature).
 struct SoftmaxSum {
   double origin, sum;
 };
 
-// A block's maxima: of the columns of each residue class.
+// A block stores the maximum of each residue class of its columns, modulo kClasses.
 inline constexpr int64_t kClasses = 16;
 
-// -> the softmax's sum over a slice; the maxima of its blocks to tops, and those of their classes to classes.
+// Returns the softmax's sum over a slice; writes the maxima of its blocks to tops, and those of their classes to
+// classes.
 template <class Real>
 using TeacherTopkScan = SoftmaxSum (*)(const Row& row, int64_t vocab, int64_t slice, double temperature, Real* tops,
                                        Real* classes);
-// The block's columns with at least that logit, to out, in order -> how many.
+// Writes the block's columns whose logit is at least `least` to out, in order, and returns their number.
 template <class Real>
 using TeacherTopkCollect = int64_t (*)(const Row& row, int64_t vocab, int64_t block, Real least, Candidate<Real>* out);
 

@@ -1,4 +1,4 @@
-// token_stats on the CPU: from tensors to rows.
+// token_stats on the CPU: runs the row kernel (token_stats.h) over the rows of the tensors.
 #include <torch/csrc/stable/library.h>
 
 #include "../arguments/token_stats_entry.h"

@@ -1,9 +1,9 @@
-// One row of token_stats.
+// token_stats of one row.
 //
-// Memory: one read of each input. The pass sums both softmaxes with their entropies and log-ratios, finds both
-// argmaxes, and keeps 2^x of every entry: the total variation distance needs the normalisers, and is a second pass over
-// what was kept. Rows that come out nearly equal take their divergences from the logits once more, where nothing
-// cancels.
+// Memory: one read of each input. The first pass sums both softmaxes with their entropies and log-ratios, finds both
+// argmaxes, and stores 2^x of every entry. The total variation distance needs the normalisers, so a second pass
+// computes it from what was stored. Where the divergences are nearly 0, they are computed from the logits again, by
+// sums in which nothing cancels.
 #pragma once
 #include "../math/normalized.h"
 #include "../math/token_stats.h"
@@ -13,10 +13,10 @@ namespace fastkd {
 
 struct StatsRow {
   int64_t vocab;
-  Row student, teacher;  // teacher: empty where there is none
+  Row student, teacher;  // teacher: empty if there is none
   double temperature;
   bool has_labels;
-  int64_t label;  // -1: this row has none
+  int64_t label;  // -1: no label
   void* scratch;  // token_stats_scratch(...) bytes, aligned to 64
 };
 
@@ -41,9 +41,9 @@ struct StatsPasses : RowSlices {
   struct Found {
     Best<Real> student, teacher;
   };
-  Found* found;           // one a slice
-  Real* origins;          // two a block
-  Real *kept_u, *kept_w;  // one an entry
+  Found* found;           // one per slice
+  Real* origins;          // two per block
+  Real *kept_u, *kept_w;  // one per entry
   const Real scale;
 
   StatsPasses(const StatsRow& r, const SliceRunner& s)
@@ -55,7 +55,7 @@ struct StatsPasses : RowSlices {
         kept_w(kept_u + aligned(r.vocab * sizeof(Real)) / sizeof(Real)),
         scale(Real(kLog2E / r.temperature)) {}
 
-  // The first column of the largest, where the block has one larger than `best`.
+  // Sets `best` to the first column with the largest logit, if the block has a larger one than `best`.
   static void seek(const Real* u, Real top, int64_t begin, int64_t count, Best<Real>& best) {
     if (!(top > best.logit)) return;
     for (int64_t i = 0; i < count; ++i) {
@@ -97,7 +97,7 @@ struct StatsPasses : RowSlices {
         [&](PairState& all, const PairState& next) { all.merge(next, scale); });
   }
 
-  // In base 2; an origin that was not there yet had no sums.
+  // How far the origin moves, in base 2; 0 if there was no origin yet, since there were no sums either.
   double moved(Origin<Real>& origin, Real top) const {
     const bool first = origin.logit == Real(-INFINITY);
     const double step = origin.raise_to(top, scale);
@@ -118,8 +118,8 @@ struct StatsPasses : RowSlices {
 
   PairSums pair_block(const Real* u, const Real* w, int64_t begin, int64_t count, const Origin<Real>& u_origin,
                       const Origin<Real>& w_origin) const {
-    // Log-ratios that are infinite or the smallest number's are not summed here but by far_sums, in the rare block that
-    // has one.
+    // Log-ratios that are infinite, or come from the smallest finite number, are not summed here. far_sums adds them,
+    // in the rare block that has one.
     constexpr Real kFar = Real(kDead);
     const Real us = scale;
     Real *const keep_u = kept_u + begin, *const keep_w = kept_w + begin;
@@ -149,8 +149,8 @@ struct StatsPasses : RowSlices {
     return sums;
   }
 
-  // The log-ratios of a block in which one is infinite or beyond the range of the products, in double precision. What
-  // has no weight adds nothing, whatever its log-ratio.
+  // The log-ratio sums of a block in which one is infinite or so large that its products overflow, in double precision.
+  // An entry without weight contributes nothing, whatever its log-ratio.
   __attribute__((noinline)) void far_sums(const Real* u, const Real* w, int64_t count, double u_zero, double w_zero,
                                           PairSums& sums) const {
     sums.ratio = sums.reverse = 0;
@@ -161,7 +161,7 @@ struct StatsPasses : RowSlices {
     }
   }
 
-  // 1/2 sum |q - p| from what was kept.
+  // 1/2 sum |q - p|, from what pass 1 stored.
   double total_variation(const PairState& state) const {
     const double u_log = ::log2(state.sums.student.sum), w_log = ::log2(state.sums.teacher.sum);
     return reduce_slices<double>(
@@ -182,7 +182,7 @@ struct StatsPasses : RowSlices {
         [](double& all, double next) { all += next; });
   }
 
-  // The same with both divergences, from the logits.
+  // The total variation distance and both divergences, from the logits.
   PairStats near(const PairState& state) const {
     RowTask task{};
     task.temperature = task.teacher_temperature = row.temperature;

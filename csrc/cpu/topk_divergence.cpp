@@ -1,4 +1,4 @@
-// topk_divergence on the CPU: from tensors to rows, and the loops over a row's support.
+// topk_divergence on the CPU: runs the row kernel over the rows of the tensors, and loops over a row's support.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 using namespace portable;
 
 struct Entry {
-  int64_t column, place;  // place: among the k as given
+  int64_t column, place;  // place: index among the k as given
   double z, l;            // the student's logit, the stored log-probability
   double g, h;            // the slopes of its term
 };
@@ -23,12 +23,12 @@ double rounding_of(ScalarType type) {
   return rounding_of_bits(type == ScalarType::BFloat16 ? 7 : type == ScalarType::Half ? 10 : 23);
 }
 
-// A row's support, ascending by column.
+// A row's support, in ascending order of columns.
 struct Support {
   std::vector<Entry> entries;
   std::vector<int64_t> columns;
 
-  // False where the row is not what it should be; explain() then says why.
+  // Reads the row's support. Returns false if it is not valid; explain() then gives the reason.
   bool read(const TopkProblem& problem, int64_t row) {
     entries.clear();
     columns.clear();
@@ -48,7 +48,7 @@ struct Support {
     return true;
   }
 
-  // Of a column that stands here more than once, leaves what is no padding -> whether that is once at most.
+  // Of a column that occurs several times, removes the entries that are padding. Returns whether at most one is left.
   bool drop_padding() {
     const auto same = [](const Entry& a, const Entry& b) { return a.column == b.column; };
     if (std::adjacent_find(entries.begin(), entries.end(), same) == entries.end()) return true;

@@ -1,8 +1,9 @@
-// The passes of topk_divergence over one row of the student's logits; what happens between them is TopkPlan's.
+// The passes of topk_divergence over one row of the student's logits. TopkPlan holds what happens between them.
 //
-// Memory: the first pass reads the logits, sums 2^x outside the support and keeps 2^x of every entry where the gradient
-// goes (or in scratch, where that is of another type). The last one scales what was kept. Uniform tails take one more
-// pass between, over logarithms. Support entries are -inf to all of them: their exact values are the plan's.
+// Memory: the first pass reads the logits, sums 2^x outside the support, and stores 2^x of every entry in the memory of
+// the gradient (or in scratch, if the gradient has another type). The last pass scales what was stored. Uniform tails
+// take one more pass in between, over logarithms. All passes treat the logits of the support as -inf: the plan handles
+// their exact values.
 #pragma once
 #include "../math/topk_plan.h"
 #include "common/row_slices.h"
@@ -10,8 +11,8 @@
 namespace fastkd {
 
 struct TopkRow {
-  int64_t vocab, width;    // width: columns of the gradient; those from vocab on are zero
-  Row student, gradient;   // gradient: empty if not wanted
+  int64_t vocab, width;    // width: columns of the gradient; those from vocab on are set to 0
+  Row student, gradient;   // gradient: empty if not requested
   const int64_t* support;  // columns, ascending
   int64_t count;
   double temperature;
@@ -37,7 +38,7 @@ namespace fastkd::FASTKD_ISA {
 template <class Real>
 struct TopkPasses : RowSlices {
   const TopkRow& row;
-  Real* origins;  // what a block's 2^x are relative to: a logit, -inf where all so far are
+  Real* origins;  // a block's 2^x are relative to this logit; -inf where all so far are
   Real* kept;
   Real scale, label_scale;  // log2(e) / temperature, log2(e)
 
@@ -49,12 +50,12 @@ struct TopkPasses : RowSlices {
                                      slices_of(r.vocab) * (kSlice / kBlock) * int64_t(sizeof(double)))),
         scale(Real(kLog2E / r.temperature)),
         label_scale(Real(kLog2E)) {
-    // Where the gradient goes there is room until then.
+    // Until the gradient is written, its memory can hold `kept`.
     Real* const out = r.gradient ? destination<Real>(r.gradient, 0, nullptr) : nullptr;
     if (out != nullptr) kept = out;
   }
 
-  // The first entry of the support at or after this column.
+  // The index of the first support entry at or after this column.
   int64_t support_from(int64_t column) const {
     int64_t low = 0, high = row.count;
     while (low < high) {
@@ -68,7 +69,7 @@ struct TopkPasses : RowSlices {
     return low;
   }
 
-  // Calls body(logits, begin, count) with the support's logits -inf.
+  // Calls body(logits, begin, count) for each block, with the support's logits set to -inf.
   template <class Body>
   void for_rest(int64_t slice, const Body& body) const {
     int64_t next = support_from(slice * kSlice);
@@ -89,7 +90,7 @@ struct TopkPasses : RowSlices {
   template <bool kKeep>
   StudentSums sum_rest(bool label_apart) const {
     const double to_base_2 = kLog2E / row.temperature;
-    // The origin stays close in units of both temperatures.
+    // The origin must stay close to the largest logit at both temperatures.
     const Real steepest = label_apart ? at_least(label_scale, scale) : scale;
     return reduce_slices<StudentSums>(
         [&](int64_t slice) {
@@ -128,7 +129,7 @@ struct TopkPasses : RowSlices {
     all_label += label_sum;
   }
 
-  // log q of an entry, natural, and with it the terms against the teacher's share.
+  // The sums of the terms outside the support, where each token's teacher probability is its equal share of the tail.
   template <class Divergence>
   UnnormalizedSums uniform_terms(const TopkPlan& plan, const Divergence divergence) const {
     return reduce_slices<UnnormalizedSums>(
@@ -155,7 +156,7 @@ struct TopkPasses : RowSlices {
     FASTKD_SIMD_REDUCE(+ : value, excess, g, h)
     for (int64_t i = 0; i < count; ++i) {
       const UnnormalizedTerms<Real> t = plan.floored_terms(divergence, (u[i] - origin) * to_log - log_sum, share);
-      // Not by multiplication: the support's own terms may be infinite here.
+      // Selected, not multiplied by 0: the value of a support entry may be infinite here.
       value += own[i] == Real(0) ? Real(0) : t.value;
       excess += own[i] * t.excess;
       g += own[i] * t.g;
@@ -164,7 +165,7 @@ struct TopkPasses : RowSlices {
     return {double(value), double(excess), double(g), double(h)};
   }
 
-  // The gradient but for the support's entries.
+  // Writes the gradient except for the support's entries.
   template <class Divergence>
   void write_rest(const TopkPlan& plan, const Divergence divergence) const {
     const bool label_apart = plan.task.has_label && row.temperature != 1;
@@ -177,14 +178,15 @@ struct TopkPasses : RowSlices {
       for_blocks(slice, [&](int64_t begin, int64_t count) {
         alignas(64) Real buffer[kBlock], label_part[kBlock], slopes[kBlock], logits[kBlock];
         const Real origin = origins[begin / kBlock];
-        if (label_apart) {  // before a gradient may overwrite them
+        if (label_apart) {  // before the gradient may overwrite the logits
           const Real* u = load(row.student, begin, count, logits);
           FASTKD_SIMD
           for (int64_t i = 0; i < count; ++i)
             label_part[i] = label_factor * exp2_of((u[i] - label_origin) * ls - label_shift);
         }
         if (uniform) uniform_slopes(plan, divergence, begin, count, slopes);
-        // The share of the rest that the origin's logit would have; nothing was kept of a block that is impossible.
+        // The share of the rest that a token with the origin's logit has. 0 for a block without a finite logit, where
+        // nothing was stored.
         const double at_origin =
             origin == Real(-INFINITY) ? 0 : ::exp2((double(origin) - plan.rest.origin) * to_base_2 - log2_sum);
         const Real factor = Real(at_origin * coefficient);

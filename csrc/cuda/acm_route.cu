@@ -1,9 +1,10 @@
-// _acm_route on CUDA: a stable counting sort of choices, falling, by one block. Each warp has a stretch of the rows and
-// passes over it twice, to count and to place: the second time its choices come out of the L2. Between the passes every
-// counter becomes the place of its warp's first row of that choice.
+// _acm_route on CUDA: a stable counting sort of the choices in decreasing order, by one block. Each warp sorts a
+// contiguous range of the rows and reads it twice: once to count, once to place the rows; the second read comes from
+// the L2. Between the two passes every counter is replaced by the place of its warp's first row with that choice.
 //
-// Bin 0 holds choice N, bin N choice 0, and bin N + 1 what is out of range: bins rise as rows are to be ordered, and
-// counts[n], the rows with a valid choice above n, is where bin N - n begins; counts[N] where bin N + 1 does.
+// Bin 0 holds choice N, bin N choice 0, and bin N + 1 choices out of range: rows are ordered by increasing bin.
+// counts[n], the number of rows with a valid choice above n, is where bin N - n begins; counts[N] is where bin N + 1
+// begins.
 #include "../arguments/gated_routing_entry.h"
 #include "common/block.cuh"
 #include "common/launch.h"
@@ -20,7 +21,7 @@ struct RouteArguments {
   int learners;
 };
 
-// Lanes whose `value`, of so many bits, is this lane's.
+// A mask of the lanes whose `value`, a number of `bits` bits, equals this lane's.
 __device__ __forceinline__ unsigned lanes_with(unsigned value, int bits) {
   unsigned same = ~0u;
 #pragma unroll 1
@@ -32,8 +33,8 @@ __device__ __forceinline__ unsigned lanes_with(unsigned value, int bits) {
   return same;
 }
 
-// Calls body(row, bin, rank, peers) for the rows of a warp's stretch, 32 at a time: a row's rank among the `peers` rows
-// of its bin. Lanes beyond the end have row -1 and a bin of their own.
+// Calls body(row, bin, rank, peers) for the rows of this warp's range, 32 at a time. Of these 32, `peers` rows have the
+// same bin, and the row is number `rank` of them. Lanes beyond the end have row -1 and a bin of their own.
 template <class T, class Body>
 __device__ __forceinline__ void for_stretch(const RouteArguments<T>& a, const Body& body) {
   constexpr int kAhead = 4;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1) acm_route_kernel(const Route
   const int bins = a.learners + 2, threads = int(blockDim.x), warps = threads / kWarp, warp = int(threadIdx.x) / kWarp;
   int* const counters = reinterpret_cast<int*>(shared_memory());  // [warps][bins]
   int* const mine = counters + warp * bins;
-  int* const totals = counters + warps * bins;  // of 32 stretches of bins
+  int* const totals = counters + warps * bins;  // for 32 ranges of bins
   for (int i = int(threadIdx.x); i < warps * bins; i += threads) shared_store(counters + i, 0);
   __syncthreads();
   for_stretch(a, [&](int64_t row, int bin, int rank, int peers) {
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1) acm_route_kernel(const Route
   });
   __syncthreads();
 
-  // Of one warp: a lane has a stretch of the bins.
+  // Done by one warp: each lane has a range of the bins.
   const int stretch = (bins + kWarp - 1) / kWarp, lane = int(threadIdx.x);
   const int begin = lane * stretch, end = begin + stretch < bins ? begin + stretch : bins;
   if (lane < kWarp) {

@@ -1,4 +1,5 @@
-// byte_log_probs on CUDA: arguments and launches, and the gradient.
+// byte_log_probs on CUDA: kernels, arguments and launches, and the gradient. byte_log_probs.cuh explains the forward.
+// The backward reads the logits once and writes the gradient once.
 #include <torch/csrc/stable/library.h>
 
 #include "../arguments/byte_log_probs_entry.h"
@@ -9,7 +10,7 @@
 namespace fastkd::cuda {
 namespace {
 
-// Blocks s, s + slices, ... have slice s; each takes every so many rows.
+// Which rows a block processes. Blocks s, s + slices, ... have slice s; each takes every step-th row.
 struct Turns {
   int slice;
   int64_t first, step;
@@ -19,10 +20,10 @@ struct Turns {
         step(gridDim.x / unsigned(a.slices)) {}
 };
 
-// A row of another prefix, by one block.
+// A row with another prefix than the empty one, by one block.
 __device__ void gather_row(const ByteArguments& a, int64_t row, int64_t prefix, const Team& team, double* found) {
   const int columns = a.columns, lane = team.thread % kWarp;
-  // Each sum takes the place of its segment.
+  // Each sum overwrites its segment.
   Segment* const segments = reinterpret_cast<Segment*>(found);
   SegmentSum* const sums = reinterpret_cast<SegmentSum*>(found);
   static_assert(sizeof(Segment) == sizeof(double) && sizeof(SegmentSum) == sizeof(double));
@@ -69,12 +70,12 @@ __global__ void __launch_bounds__(kRowThreads, 2) byte_log_probs_kernel(const By
     } else {
       gather_row(a, row, prefix, team, worker.found);
     }
-    team.sync();  // before the next row takes over the shared memory
+    team.sync();  // before the next row overwrites the shared memory
   }
-  if (a.slices > 1 && a.partials == nullptr) cluster_sync();  // others may still read this block's sums
+  if (a.slices > 1 && a.partials == nullptr) cluster_sync();  // other blocks may still read this block's sums
 }
 
-// Rows whose slices' sums went through global memory.
+// Completes rows whose slices' sums were passed through global memory.
 __global__ void __launch_bounds__(kRowThreads, 2) byte_merge_kernel(const ByteArguments a) {
   const Team team(shared_memory(), 1);
   double* const found = reinterpret_cast<double*>(shared_memory() + Team::kSharedBytes);
@@ -89,8 +90,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) byte_merge_kernel(const ByteAr
   }
 }
 
-// A block's shared memory for the gradient: [slots of the reductions][what the forward kept, later segments][factors]
-// [origins][columns of the slice's ids].
+// A block's shared memory for the gradient: [slots of the reductions][numbers stored by the forward, later segments]
+// [factors][origins][columns of the slice's ids].
 struct GradientLayout {
   int64_t logs, factors, origins, table, bytes;
   __host__ __device__ GradientLayout(int64_t columns, int64_t slice)
@@ -101,13 +102,14 @@ struct GradientLayout {
         bytes(table + slice * 2) {}
 };
 
-// What a row's columns ask for.
+// Statistics of the upstream gradients of a row's columns (the factors), and of the columns' logarithms.
 struct Upstream {
-  double all, least;  // of the factors, the sum; of the columns' logarithms, the least
+  double all, least;  // all: the sum of the factors; least: the smallest of the columns' logarithms
   bool any;
 };
 
-// One read and one write of a row: of an id v in column c, factor[c] 2^((logit[v] - origin[c]) log2(e)).
+// The gradient of a row, with one read and one write. Id v in column c gets
+// factor[c] 2^((logit[v] - origin[c]) log2(e)).
 template <class Source>
 struct GradientWorker {
   using Slice = ByteSlice<Source>;
@@ -160,7 +162,7 @@ struct GradientWorker {
       const double log = global_load(a.kept(row) + c);
       shared_store(logs + c, log);
       if (c >= a.columns) break;
-      // What is impossible takes no gradient.
+      // A column of probability 0 gets no gradient.
       const float g = log == -INFINITY ? 0 : global_load(a.grad_output + row * a.columns + c);
       shared_store(factors + c, g);
       mine.all += g;
@@ -173,9 +175,9 @@ struct GradientWorker {
     return team.block_sum(mine, merge, /*everywhere=*/true);
   }
 
-  // Exponents are relative to the row's origin or, where a column's share of the row is tiny, to one of its own, near
-  // the column's sum. Where that is so large that roundings would cost digits, it is the column's largest logit, and
-  // the sum is found once more.
+  // Prepares each column's origin and factor. Exponents are relative to the row's origin or, where a column's share of
+  // the row is tiny, to an origin per column, near the column's sum. Where that value is so large that rounding would
+  // cost accuracy, the column's largest logit is used, and the sum is computed again.
   __device__ void prepare(int64_t row, int64_t prefix, const Upstream& upstream, bool apart) const {
     constexpr double kFar = 0x1p23;
     const double all = shared_load(logs + a.columns), row_origin = shared_load(logs + a.columns + 1);
@@ -252,7 +254,7 @@ struct GradientWorker {
     }
   }
 
-  // Of another prefix's row only its ids, over zeros.
+  // A row with another prefix: only its ids are written, over zeros.
   __device__ void gather(int64_t row, int64_t prefix, const Upstream& upstream) const {
     prepare(row, prefix, upstream, /*apart=*/true);
     Segment* const segments = reinterpret_cast<Segment*>(logs);
@@ -285,8 +287,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) byte_log_probs_backward_kernel
   }
 }
 
-// How many blocks the device runs at a time, 0 where no such cluster can be: as many are launched, since each first
-// lists its slice. Under the emulator two teams, so that each has several rows.
+// How many blocks the device runs at the same time; 0 if it cannot run such a cluster. Exactly this many are launched,
+// since each block must first sort its slice. The emulator runs two teams, so that each has several rows.
 template <class Kernel>
 int64_t blocks_at_a_time(Kernel kernel, int threads, int64_t shared_bytes, int cluster) {
 #ifdef FASTKD_SIMT
@@ -314,7 +316,7 @@ int64_t blocks_at_a_time(Kernel kernel, int threads, int64_t shared_bytes, int c
   config.attrs = &attribute;
   config.numAttrs = 1;
   if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) return int64_t(count) * cluster;
-  (void)cudaGetLastError();  // it would be taken for the next launch's
+  (void)cudaGetLastError();  // otherwise the next launch would report it
   return 0;
 #endif
 }
@@ -326,11 +328,11 @@ int64_t teams_for(const ByteArguments& a, int64_t blocks) {
 
 int slice_size(int64_t ids, int64_t slices) { return slices == 0 ? 0 : int((ids + slices * 8 - 1) / (slices * 8) * 8); }
 
-constexpr int kMostIds = 65528;    // of a slice: places are 16 bits
-constexpr int kMostSlices = 4096;  // whose sums go through global memory: each has a factor in shared memory
+constexpr int kMostIds = 65528;    // per slice: places have 16 bits
+constexpr int kMostSlices = 4096;  // if sums go through global memory: each slice has a factor in shared memory
 
-// The fewest equal slices for which two blocks share a multiprocessor, or one where columns would be too many beside
-// their ids.
+// Cuts the ids into equal slices: the fewest for which two blocks fit on a multiprocessor, or only one block where the
+// slices would have too few ids for the number of columns.
 void cut(ByteArguments& a, int capability, int64_t overhead, int bytes_an_id) {
   int64_t most = (half_limit(capability) - overhead) / bytes_an_id;
   if (most < 32 * a.columns) most = (shared_limit(capability) - overhead) / bytes_an_id;
@@ -350,7 +352,7 @@ void launch_sums(const Device& device, ByteArguments a, const Tensor& like) {
     const int64_t blocks = blocks_at_a_time(kernel, kRowThreads, bytes(), 1);
     return device.launch(kernel, teams_for(a, blocks), kRowThreads, bytes(), 1, a);
   }
-  // An id has a logit and a place in the list.
+  // Each id takes a logit and a place in the list.
   const int64_t overhead = bytes() + 128 + a.columns * 8;
   const RowLaunch launch = row_launch(device.capability(), item + 2, a.ids, overhead, /*packed=*/true, /*tensors=*/1);
   int64_t blocks = 0;

@@ -1,19 +1,20 @@
-// byte_log_probs on the GPU: log-sum-exps of a row's logits by column. Logarithms are relative to the row's origin, its
-// largest logit that counts.
+// byte_log_probs on the GPU, forward: log-sum-exps of a row's logits by column. Logarithms are relative to the row's
+// origin, its largest logit that counts.
 //
-// Memory, for the empty prefix: one read of the logits. A block keeps one slice of the ids for all its rows: their
-// places, listed by column, stand in shared memory (4 bytes an id are read for that once a block), and each row's
-// logits of the slice are brought beside them. Every thread adds up an equal piece of the list, so that a column may
-// hold any share of the ids, and no sum depends on the order of threads. The slices of a row are the blocks of a
-// cluster, or where that cannot be, columns' sums of a slice go through global memory to a second kernel.
+// Memory, for the empty prefix: one read of the logits. A block processes the same slice of the ids in all its rows. It
+// keeps a list of the slice's places, sorted by column, in shared memory (4 bytes per id are read for that, once per
+// block), and loads each row's logits of the slice beside it. Every thread sums an equally long piece of the list. A
+// column may therefore have any share of the ids, and no sum depends on the order of threads. The slices of a row
+// belong to the blocks of a cluster. Where that is not possible, the slices' sums by column go through global memory to
+// a second kernel.
 //
-// For other prefixes, and columns whose share of the row is tiny, a warp gathers a column's ids.
+// For other prefixes, and for columns whose share of the row is tiny, one warp gathers a column's ids.
 #pragma once
 #include "byte_segments.cuh"
 
 namespace fastkd::cuda {
 
-// 2^x, and 0 below 2^-126: a single instruction.
+// 2^x, or 0 below 2^-126. A single instruction on the GPU.
 __device__ __forceinline__ float exp2_normal(float x) {
 #ifdef __CUDA_ARCH__
   float out;
@@ -24,10 +25,11 @@ __device__ __forceinline__ float exp2_normal(float x) {
 #endif
 }
 
-// No possible id's power of 2 is taken for less than 2^this: only impossible ones add nothing.
+// A possible id's exponent is never taken to be below this, so that only impossible ids add exactly 0.
 inline constexpr float kLeastPower = -125;
 
-// The power of 2 that e^below is; of a logit, or the largest of a slice, so far below the row's or the slice's largest.
+// The exponent of 2 that corresponds to e^below. `below` is a logit minus its slice's largest one, or a slice's largest
+// logit minus the row's.
 __device__ __forceinline__ float power_of(float below) {
   return below < float(-kImpossible) ? -INFINITY : at_least(kLeastPower, below * float(kLog2E));
 }
@@ -83,7 +85,7 @@ struct ByteSlice<AnySource> {
   }
 };
 
-// A pack's ids that do not count become -inf.
+// Sets the logits of a pack's ids that do not count to -inf.
 template <class Slice>
 __device__ __forceinline__ void drop_invalid(const ByteArguments& a, const Slice& slice, const char* valid_row,
                                              int first, int count, int pack, typename Slice::Raw& raw) {
@@ -96,14 +98,14 @@ __device__ __forceinline__ void drop_invalid(const ByteArguments& a, const Slice
   }
 }
 
-// A row of the empty prefix from its slices' sums. load(slice, column): of 2^((logit - top) log2(e)), and as column
-// `columns` the slice's top. This block writes columns [begin, end). Shared: found, factors, a place a column and a
-// slice.
+// Computes a row of the empty prefix from its slices' sums. load(slice, column) returns the sum of
+// 2^((logit - top) log2(e)), and for column = `columns` the slice's top. This block writes columns [begin, end). Shared
+// memory: found has one number per column, factors one per slice.
 template <class Load>
 __device__ void finish_whole(const ByteArguments& a, int64_t row, const Team& team, double* found, float* factors,
                              const Load& load, int begin, int end) {
-  // A column below this share of the row is summed by itself, unless no id of it is possible: then its sum is 0. Next
-  // to this share all terms that kLeastPower stands for still vanish.
+  // Columns with a smaller share of the row are summed separately, unless the sum is 0, that is, no id is possible.
+  // Compared with this share, all terms that were raised to kLeastPower are negligible.
   constexpr double kSmall = 0x1p-85;
   const int columns = a.columns;
   float top = -INFINITY;
@@ -136,8 +138,8 @@ __device__ void finish_whole(const ByteArguments& a, int64_t row, const Team& te
   if (begin == 0 && team.leads()) a.keep(row, all, top);
 }
 
-// A block's shared memory: [slots of the reductions][found][sums by column, of a row and of the next][runs][sums of
-// pieces' first runs][list][logits, and before them what the sorting counts].
+// A block's shared memory: [slots of the reductions][found][sums by column, of this row and of the next][runs][sums of
+// the first runs of pieces][list][logits; before them, the counters of the sort].
 struct ByteLayout {
   int64_t found, sums, runs, heads, list, logits, bytes;
 
@@ -151,7 +153,7 @@ struct ByteLayout {
         bytes(logits + (slice == 0 ? 0 : at_least(slice * item + 32, columns * 8))) {}
 };
 
-// A block with its slice.
+// A block that processes one slice.
 template <class Source>
 struct ByteWorker {
   using Slice = ByteSlice<Source>;
@@ -163,11 +165,11 @@ struct ByteWorker {
 
   const ByteArguments& a;
   const Team& team;
-  const int slice, first, count;  // the slice's number, and its ids
+  const int slice, first, count;  // the slice's number, its first id and how many ids it has
   double* found;
   float *sums, *heads;
-  unsigned* runs;  // of ids of one column in the list: end << 16 | column; two of kNoRun end them
-  uint16_t* list;  // places in the slice, by column
+  unsigned* runs;  // one per column with ids: end in the list << 16 | column; two kNoRun follow
+  uint16_t* list;  // places in the slice, sorted by column
   Raw* kept;
   int sort_room, piece, first_run = 0;
   bool sorted = false, second = false;
@@ -186,16 +188,16 @@ struct ByteWorker {
     list = reinterpret_cast<uint16_t*>(shared + layout.list);
     kept = reinterpret_cast<Raw*>(shared + layout.logits);
     sort_room = int(layout.bytes - layout.logits);
-    // An odd number of batches, for the banks' sake.
+    // An odd number of batches, to avoid bank conflicts.
     piece = (((count + team.threads - 1) / team.threads + kBatch - 1) / kBatch | 1) * kBatch;
   }
 
-  // A row of the empty prefix.
+  // Processes a row of the empty prefix.
   __device__ void run(int64_t row) {
     if (!sorted) sort();
     sorted = true;
     const Slice logits(a, row, first, count);
-    // Blocks of a cluster may still read what was summed of the row before.
+    // Two buffers alternate, since other blocks of the cluster may still read the previous row's sums.
     float* const into = sums + (second ? a.columns + 1 : 0);
     second = !second;
     const float top = team.block_sum(
@@ -221,7 +223,8 @@ struct ByteWorker {
   }
 
  private:
-  // body(place, column) for places [begin, end) of the slice, a warp's lanes together; column -1: behind the end.
+  // Calls body(place, column) for places [begin, end) of the slice, by all lanes of a warp together. Column -1: beyond
+  // end.
   template <class Body>
   __device__ __forceinline__ void for_columns(int begin, int end, const Body& body) const {
 #pragma unroll 1
@@ -237,7 +240,8 @@ struct ByteWorker {
     }
   }
 
-  // Lists the slice's ids by column, ascending in each. Every warp counts, then places those of a range of its own.
+  // Sorts the slice's ids by column, ascending within each. Every warp counts the ids of a range of its own, then
+  // places them.
   __device__ void sort() {
     const int columns = a.columns, threads = team.threads, warp = team.thread / kWarp;
     const int room = sort_room / (8 * columns), warps = room < threads / kWarp ? room : threads / kWarp;
@@ -295,14 +299,14 @@ struct ByteWorker {
         shared_store(list + next + bits_set(same & (bit - 1)), uint16_t(place));
       }
       __syncwarp();
-      if (c >= 0 && same < 2 * uint64_t(bit)) {  // the last of them
+      if (c >= 0 && same < 2 * uint64_t(bit)) {  // the last such lane
         shared_store(lanes + at, 0u);
         shared_store(counts + at, next + bits_set(same));
       }
       __syncwarp();
     });
     team.sync();
-    // The first run that ends behind the piece's beginning.
+    // The first run that ends after the beginning of this thread's piece.
     int low = 0, high = int(shared_load(runs + columns + 2));
     while (low < high) {
       const int middle = (low + high) / 2;
@@ -313,7 +317,7 @@ struct ByteWorker {
     first_run = low;
   }
 
-  // Whole batches: places behind the last id are 0, and of no run.
+  // The list's length, in whole batches. Places after the last id are 0 and belong to no run.
   __device__ __forceinline__ int listed() const { return (count + kBatch - 1) / kBatch * kBatch; }
   static __device__ __forceinline__ int end_of(unsigned run) { return int(run >> 16); }
   static __device__ __forceinline__ int column_of(unsigned run) { return int(run & 0xffff); }
@@ -322,7 +326,7 @@ struct ByteWorker {
     return unsigned(FASTKD_TWIN(__popc(x), __builtin_popcount(x)));
   }
 
-  // The slice's logits into shared memory; -> the largest of this thread's.
+  // Loads the slice's logits into shared memory. Returns the largest of those that this thread loaded.
   __device__ float fill(int64_t row, const Slice& logits) const {
     const int packs = logits.packs(), threads = team.threads;
     const char* const valid = a.valid ? a.valid.at(row) : nullptr;
@@ -349,8 +353,8 @@ struct ByteWorker {
     return top;
   }
 
-  // By column into `into`, where columns without ids stay 0. A piece's runs that begin in it are its thread's; what it
-  // holds of one begun before goes to `heads`, and is added by whose it is.
+  // Sums by column into `into`, where columns without ids stay 0. A run belongs to the thread in whose piece it begins.
+  // A thread writes its piece's part of a run that began earlier to `heads`; the run's thread adds it.
   __device__ void sum(const Item* logits, float top, float* into) const {
     const float zero = top == -INFINITY ? 0 : top;
     const int begin = team.thread * piece, end = begin + piece, stop = end < listed() ? end : listed();

@@ -1,8 +1,8 @@
-// chunk_log_likelihood on CUDA: from rows to chunks, arguments and launches.
+// chunk_log_likelihood on CUDA: the kernel that combines rows to chunks, arguments and launches.
 //
-// A text whose chunk ids lie outside [-1, chunks), do not ascend or do not stand side by side, or that scores a token
-// outside the vocabulary, comes out NaN with counts of 0. Its gradient is NaN in rows that score a token, but for
-// chunks whose gradients are 0.
+// A text is invalid if its chunk ids lie outside [-1, chunks), do not ascend or are not contiguous, or if it scores a
+// token outside the vocabulary. Its results are NaN with counts of 0. Its gradient is NaN in rows that score a token,
+// except for chunks whose upstream gradients are 0.
 #include <torch/csrc/stable/library.h>
 
 #include "../arguments/chunk_log_likelihood_entry.h"
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kTextThreads = 256;
 
-// 16 columns a thread; column 0 of the set comes out as BoundaryBits::first.
+// Packs the boundary set into bits, 16 columns per thread. Column 0 gets place BoundaryBits::first.
 __global__ void __launch_bounds__(kFlatThreads)
     boundary_bits_kernel(unsigned char* set, int vocab, uint16_t* halves, int count) {
   const PackedRow<unsigned char> row(set, vocab);
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kFlatThreads)
   }
 }
 
-// Of the tokens of a chunk, or some of them.
+// The sum over the tokens of a chunk, or over some of them.
 struct ChunkSum {
   double log_likelihood;
   int64_t tokens;
@@ -38,13 +38,13 @@ struct ChunkSum {
   }
 };
 
-// From the rows of a text, a stretch of them a thread, to its chunks. A thread writes the chunks that begin in its
-// stretch; what later stretches hold of the last of them stands in their heads.
+// Combines the rows of a text to its chunks. Each thread has a contiguous range of rows, and writes the chunks that
+// begin in its range. The part of such a chunk that lies in later ranges is found in those threads' heads.
 struct TextWorker {
   const ChunkArguments& arguments;
   const Team& team;
-  ChunkSum* const heads;  // of each thread: its first rows, as far as they go on with the chunk before them
-  int64_t* const tops;    // of each thread: the largest chunk
+  ChunkSum* const heads;  // per thread: the sum over its first rows that continue the chunk before them
+  int64_t* const tops;    // per thread: the largest chunk id
   const int64_t text, stretch;
 
   __device__ void run() const {
@@ -66,7 +66,7 @@ struct TextWorker {
   __device__ int64_t chunk_before(int64_t place) const { return place > 0 ? chunk(place - 1) : -1; }
   __device__ ChunkSum sum_of(int64_t place) const { return {global_load(arguments.label_log_prob + row(place)), 1}; }
 
-  // Whether this thread's stretch is as it should be: each chunk that begins is larger than all before it.
+  // Whether this thread's range is valid: each chunk that begins in it has a larger id than all chunks before it.
   __device__ bool check() const {
     const int64_t first = begin(team.thread), end = begin(team.thread + 1);
     bool valid = true;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kTextThreads, 1) chunk_text_kernel(const Chunk
   const int64_t stretch = (arguments.length + team.threads - 1) / team.threads;
   for (int64_t text = blockIdx.x; text < arguments.batch; text += gridDim.x) {
     TextWorker{arguments, team, heads, tops, text, stretch}.run();
-    team.sync();  // before the next text takes over the shared memory
+    team.sync();  // before the next text overwrites the shared memory
   }
 }
 
@@ -148,25 +148,25 @@ void launch_texts(const Device& device, const ChunkArguments& arguments) {
                 Team::kSharedBytes + threads * int64_t(sizeof(ChunkSum) + sizeof(int64_t)), 1, arguments);
 }
 
-// kernel_of: the kernel for a type of source.
+// kernel_of: returns the kernel for a type of source.
 template <class KernelOf>
 void launch_rows(const Device& device, const ChunkArguments& arguments, const KernelOf& kernel_of) {
   with_source(source_kind(arguments), [&](auto source, int element_size) {
     using Source = typename decltype(source)::Type;
     RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab, 0, Source::kPacked);
-    launch.cluster = 1;  // one pass
+    launch.cluster = 1;  // there is only one pass
     launch.resident = false;
     const bool by_warp = launch.warp_rows > 0;
     const int64_t block_rows = by_warp ? launch.warp_rows : 1;
     const int64_t blocks = (arguments.rows + block_rows - 1) / block_rows;
-    // With a boundary set to copy, blocks take several rows each.
+    // If there is a boundary set to copy to shared memory, each block takes several rows.
     const bool few = arguments.boundary.words != nullptr && blocks > kFlatBlocks;
     device.launch(kernel_of(source), few ? kFlatBlocks : teams_of(blocks, 1), launch.threads,
                   block_rows * chunk_team_bytes(arguments.boundary, by_warp), 1, arguments, launch);
   });
 }
 
-// What both passes take. A temporary holds the boundary set's bits.
+// The arguments of forward and backward. A temporary tensor holds the boundary set's bits.
 class ChunkCall {
  public:
   ChunkCall(const ChunkProblem& problem, const Tensor& numbers) : device(problem.student_tensor, kChunkLogLikelihood) {

@@ -1,28 +1,29 @@
-// chunk_log_likelihood on the GPU: the rows. Forward, the log-sum-exp of all logits and of those in the boundary set;
-// backward, the gradient of both.
+// chunk_log_likelihood on the GPU, the kernels over rows. Forward: the log-sum-exp of all logits and of those in the
+// boundary set. Backward: the gradient of both.
 //
-// Memory: forward one read of each row that is needed, backward one read and one write; rows without a part in a chunk,
-// or in its gradient, are not read (backward writes them zero). Of the boundary set a bit a column: a team copies it
-// into shared memory once, for all the rows it takes (blocks are kFlatBlocks at most), which adds
-// 1 / (8 element_size rows) to what is read: where a block has one row, 1/32 for float32 and 1/16 for 16-bit logits.
-// Those bits are packed once a call, from a byte a column. A set too large (236,000 columns on sm_75, 384,000 on sm_86,
-// more elsewhere) is read through the L1 instead, a word a pack. A set whose share of a row underflows in float takes a
-// second read of that row.
+// Memory: the forward reads each row that is needed once; the backward reads it once and writes the gradient once. Rows
+// that contribute to no chunk, or to no chunk's gradient, are not read (backward writes zeros). The boundary set is
+// read as one bit per column. A team copies it into shared memory once for all its rows (there are at most kFlatBlocks
+// blocks). That adds 1 / (8 element_size rows) to the bytes read: where a block has one row, 1/32 for float32 and 1/16
+// for 16-bit logits. The bits are packed once per call, from one byte per column. A set too large for shared memory
+// (236,000 columns on sm_75, 384,000 on sm_86, more elsewhere) is read through the L1 instead, one word per pack. A row
+// in which the set's share underflows in float is read a second time.
 //
-// Values that no check could see: a token or chunk outside makes the row NaN, without an access out of bounds.
+// Invalid values that the host could not check, a token or chunk out of range, make the row NaN without an access out
+// of bounds.
 #pragma once
 #include "../math/logit_sum.h"
 #include "common/sources.cuh"
 
 namespace fastkd::cuda {
 
-// The boundary set as bits; column 0 has place `first`.
+// The boundary set as bits. Column 0 has bit number `first`.
 struct BoundaryBits {
   const unsigned* words;  // null: no set
   int bytes, first;
-  bool kept;  // in shared memory
+  bool kept;  // copied to shared memory
 
-  // Columns from -7 to vocab + 6, packs of a row, may be asked for, and the word after them.
+  // Packs of a row may read the bits of columns -7 to vocab + 6, and of the word after them.
   static constexpr int kBefore = 32;
   static constexpr int64_t bytes_for(int64_t vocab) { return (vocab / 8 + 31) / 16 * 16; }
 
@@ -34,14 +35,14 @@ struct ChunkArguments : RowArguments {
   DeviceRows ids, chunk_ids;
   double to_base_2;  // log2(e) / temperature
   BoundaryBits boundary;
-  double* numbers;         // of each row, one after the other: its normaliser, and that of the boundary set
-  double* label_log_prob;  // of each row; forward only
+  double* numbers;         // per row: its normaliser; after those of all rows, that of the boundary set
+  double* label_log_prob;  // per row; forward only
   float *log_likelihood, *boundary_log_prob;
   int64_t* token_count;
   const float *likelihood_gradient, *boundary_gradient;
 
   __device__ int64_t chunk(int64_t row) const { return chunk_ids.integer(row); }
-  // The chunk that ended just before, whose boundary this row's logits tell; -1: none.
+  // The chunk that ended just before this row, whose boundary probability comes from this row's logits; -1: none.
   __device__ int64_t ended_before(int64_t row) const {
     if (boundary.words == nullptr || row % length == 0) return -1;
     const int64_t before = chunk(row - 1);
@@ -61,7 +62,7 @@ struct ChunkArguments : RowArguments {
     const double below = set.origin - all.origin;
     return log_share(below, below / temperature + (set.log_sum - all.log_sum));
   }
-  // The column of the row's token; -1: it has none.
+  // The column of the row's token; -1 if it has no valid token.
   __device__ int token(int64_t row) const {
     const int64_t id = ids.integer(row);
     return id >= 0 && id < vocab ? int(id) : -1;
@@ -77,13 +78,14 @@ __host__ __device__ inline int64_t chunk_team_bytes(const BoundaryBits& boundary
   return chunk_overhead(warp) + boundary.kept_bytes();
 }
 
-// The boundary set as a team reads it.
+// The boundary set as a team reads it, from shared or global memory.
 class TeamBoundary {
  public:
   __device__ TeamBoundary(const BoundaryBits& set, const Team& team, unsigned char* shared)
       : set_(set), team_(team), kept_(reinterpret_cast<unsigned*>(shared)) {}
 
-  // Before the first row that needs it; all of the team call it. Contains a barrier.
+  // Copies the set to shared memory, before the first row that needs it. All threads of the team must call it. Contains
+  // a barrier.
   __device__ void fetch() {
     if (!set_.kept || here_) return;
     for (int i = team_.thread; i < set_.bytes / 16; i += team_.threads) {
@@ -94,7 +96,7 @@ class TeamBoundary {
     here_ = true;
   }
 
-  // Bit j: whether column + j is in the set; more bits may follow.
+  // Bit j of the result says whether column + j is in the set. Bits from kSize on are arbitrary.
   template <int kSize>
   __device__ __forceinline__ unsigned from(int column) const {
     const unsigned place = unsigned(set_.first + column), shift = place % 32;
@@ -114,16 +116,16 @@ class TeamBoundary {
   bool here_ = false;
 };
 
-// Sums of 2^(z scale), relative to the same logit for both.
+// Sums of 2^(z scale) over all columns and over the boundary set, both relative to the same logit.
 struct ChunkSums {
   double all, boundary;
 };
 
-// A thread's share of them, relative to an origin that follows its largest logit at a distance.
+// A thread's share of ChunkSums, relative to an origin near the thread's largest logit so far.
 struct ChunkShare {
   float origin = -INFINITY, all = 0, boundary = 0;
 
-  // in: a bit for each of them that is in the boundary set.
+  // in: bit j says whether z[j] is in the boundary set.
   template <int kSize>
   __device__ __forceinline__ void add(const float (&z)[kSize], unsigned in, float scale) {
     float largest = z[0];
@@ -141,13 +143,13 @@ struct ChunkShare {
 
   __device__ __forceinline__ void raise(float to, float scale) {
     if (to == origin) return;
-    const float factor = exp2_of((origin - to) * scale);  // 0 where there was no origin yet, and no sum
+    const float factor = exp2_of((origin - to) * scale);  // 0 if there was no origin yet; the sums are 0 then
     all *= factor;
     boundary *= factor;
     origin = to;
   }
 
-  // The team's, with its origin, in every thread. Contains barriers.
+  // The team's sums and their origin, in every thread. Contains barriers.
   __device__ ChunkSums total(const Team& team, float scale) {
     raise(team.block_sum(origin, [](float& a, float next) { a = at_least(a, next); }, /*everywhere=*/true), scale);
     return team.block_sum(
@@ -157,12 +159,12 @@ struct ChunkShare {
   }
 };
 
-// The forward's work on a row.
+// The forward pass over a row.
 template <class Source>
 struct ChunkSumWorker {
   static constexpr int kSize = Source::kSize;
 
-  // What the leading thread tells the others.
+  // What the leading thread publishes to the others.
   struct RowParameters {
     bool scored;
     int ended;  // the chunk that ended just before, or -1
@@ -193,7 +195,7 @@ struct ChunkSumWorker {
     const ChunkSums sums = mine.total(team, scale);
     const double origin = mine.origin, nan_or_zero = (origin - origin) + (sums.all - sums.all);
     LogNormalizer of_set{origin, ::log(sums.boundary)};
-    // A share of the row that underflows beside the rest, or all but does.
+    // The set's share of the row underflows beside the rest, or nearly does.
     if (parameters.ended >= 0 && sums.boundary < 0x1p-100) of_set = rare_boundary(source, scale);
     if (!team.leads()) return;
     const LogNormalizer all{origin, ::log(sums.all) + nan_or_zero};
@@ -213,7 +215,7 @@ struct ChunkSumWorker {
     for (int j = 0; j < kSize; ++j) z[j] = Source::student_of(raw, j);
   }
 
-  // The boundary set's sum, relative to the set's own largest.
+  // The boundary set's sum, relative to the set's own largest logit.
   __device__ LogNormalizer rare_boundary(const Source& source, float scale) const {
     ChunkShare mine;
     for_packs<false>(source, team, /*backwards=*/true, [&](int pack, const typename Source::Raw& raw) {
@@ -237,14 +239,15 @@ struct ChunkSumWorker {
   }
 };
 
-// The backward's: entry v of the row is factor 2^((z_v - origin) scale - shift), with such numbers for columns of the
-// boundary set and others for the rest; the token's takes label_factor more.
+// The backward pass over a row. The gradient of entry v is factor 2^((z_v - origin) scale - shift). Columns in the
+// boundary set and the other columns have different values of these numbers. The row's token gets label_factor in
+// addition.
 template <class Source>
 struct ChunkGradientWorker {
   static constexpr int kSize = Source::kSize;
 
   struct RowParameters {
-    bool read, apart;  // apart: the boundary set has numbers of its own
+    bool read, apart;  // apart: columns of the boundary set have numbers of their own
     int label;
     float origin, shift, factor, own_origin, own_shift, own_factor, label_factor;
   };
@@ -294,7 +297,7 @@ struct ChunkGradientWorker {
     const double share = ended >= 0 ? arguments.boundary_share(all, set) : 0;
     const bool scored = chunk >= 0, possible = ended >= 0 && share > double(-INFINITY);
     const double of_label = scored ? upstream(arguments.likelihood_gradient, row, chunk) : 0;
-    // What is impossible takes no gradient.
+    // A boundary of probability 0 gets no gradient.
     const double of_boundary = possible ? upstream(arguments.boundary_gradient, row, ended) : 0;
     RowParameters out{};
     out.read = of_label != 0 || of_boundary != 0;
@@ -307,8 +310,8 @@ struct ChunkGradientWorker {
     out.factor = float(rest);
     out.label_factor = float(of_label * per_logit);
     if (!out.apart) return out;
-    // Both softmaxes are in one ratio over the set: 2^x is taken relative to the set's own sum, which cannot underflow
-    // in the row's.
+    // In the boundary set the two softmaxes differ by a constant factor only. 2^x is computed relative to the set's own
+    // sum, since relative to the row's it might underflow.
     out.own_origin = float(set.origin);
     out.own_shift = float(set.log_sum * kLog2E);
     out.own_factor = float(of_boundary * per_logit + rest * ::exp(share));
@@ -332,7 +335,7 @@ __device__ __forceinline__ void work_on_rows(const ChunkArguments& arguments, co
            [&](int64_t row) { worker.run(row, Source(arguments, row, launch, 0, shared, shared)); });
 }
 
-// A multiprocessor's: with one tensor, each has half the loads on their way of those that kRowThreads is for.
+// Blocks per multiprocessor. With one tensor, each block has half as many loads in flight as kRowThreads assumes.
 inline constexpr int kChunkBlocks = 4;
 
 template <class Source>

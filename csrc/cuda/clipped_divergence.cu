@@ -1,10 +1,10 @@
 // clipped_divergence on CUDA: a row's loss and gradients in one launch.
 //
 // Memory: as in softmax_divergence, two reads and one write of a row where it fits into the shared memory of a block or
-// cluster. Three passes: the normalisers; the sums over the part between the edges; the gradients. Edges that are
-// quantile levels take a pass more for each 8 bits that tell the teacher's logits apart, over shared memory likewise.
-// Rows with a small mass (clipped_small.h) are left to a second kernel: they are rare, and double precision would take
-// the registers of all.
+// cluster. There are three passes: the normalisers, the sums over the part between the edges, and the gradients. If
+// edges are quantile levels, one more pass over the teacher's logits is added for each 8 bits in which they may differ;
+// these passes, too, read shared memory if the row fits. Rows with a small mass (clipped_small.h) are left to a second
+// kernel: they are rare, and double precision in the first kernel would cost registers in every row.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -17,8 +17,8 @@
 namespace fastkd::cuda {
 namespace {
 
-// A team's shared memory: [parameters][the leading thread's][selection of quantiles][slots of the reductions][student
-// row] [teacher row].
+// A team's shared memory: [parameters][the leading thread's data][selection of quantiles][slots of the reductions]
+// [student row][teacher row].
 constexpr int kClipOrdersBytes = 256, kClipLeaderBytes = 512, kSelectBytes = ClipSelect<AnySource>::kBytes;
 __host__ __device__ constexpr int64_t clip_team_bytes(bool warp, bool quantile) {
   return kClipOrdersBytes + kClipLeaderBytes + (quantile ? kSelectBytes : 0) + (warp ? 0 : Team::kSharedBytes);
@@ -77,7 +77,7 @@ struct ClipWorker {
     zero_beyond_vocab(arguments, row, team);
   }
 
-  // A row that run() left, in double precision. By one block.
+  // Computes a row that run() left, in double precision, with one block.
   __device__ void run_small(int64_t row, const Source& source, SmallRow& small) const {
     const ClipParameters<Real> parameters = after_leader([&] { open(row, source); });
     const RowState<double> state = first_pass<Pass::kNormalizersOnly>(source, team, parameters);
@@ -95,7 +95,7 @@ struct ClipWorker {
   }
 
  private:
-  // What the leading thread has to publish.
+  // Calls publish() in the leading thread, between barriers, and returns the published parameters.
   template <class Publish>
   __device__ __forceinline__ ClipParameters<Real> after_leader(const Publish& publish) const {
     team.sync();
@@ -104,7 +104,7 @@ struct ClipWorker {
     return shared_load(shared_parameters);
   }
 
-  // What the row is about, before it is read. By the leading thread.
+  // Reads the row's task, before its logits are read. Called by the leading thread.
   __device__ void open(int64_t row, const Source& source) const {
     int label = -1;
     const bool read = arguments.read_task(row, leader.task, label);
@@ -112,7 +112,7 @@ struct ClipWorker {
     if (read) {
       leader.set_bounds(arguments.lower.number(row), arguments.upper.number(row), arguments.quantile,
                         arguments.softness);
-      // Now: the gradient may overwrite it.
+      // Read now, since writing the gradient may overwrite it.
       leader.label_logit = leader.task.has_label ? double(source.student_logit(label)) : 0;
     } else if (team.rank == 0) {
       global_store(arguments.losses + row, 0.0);
@@ -121,7 +121,7 @@ struct ClipWorker {
     }
   }
 
-  // small: what comes of the row is left to clipped_divergence_small_kernel. By the leading thread.
+  // Writes the row's results. small: they are left to clipped_divergence_small_kernel. Called by the leading thread.
   __device__ __forceinline__ void put_results(int64_t row, bool small) const {
     if (arguments.small) global_store(arguments.small + row, small);
     if (small) return;
@@ -137,7 +137,7 @@ struct ClipWorker {
     arguments.upper_gradient.put(arguments.upper_gradient.at(row), upper);
   }
 
-  // -> the direction of the next pass.
+  // Returns the direction of the next pass.
   __device__ bool find_quantiles(const Source& source, bool backwards) const {
     const ClipSelect<Source> selected(source, team, selection);
     if (team.leads()) selected.begin(leader.edges.lower, leader.edges.upper, leader.quantiles);
@@ -162,7 +162,7 @@ struct ClipWorker {
     }
   }
 
-  // What all threads found, to the leading one's sums.
+  // Adds up all threads' sums into the leading thread's.
   __device__ __forceinline__ void put_inside(const ClipInside& mine) const {
     const ClipInside in = team.sum(mine, [](ClipInside& all, const ClipInside& next) { all.add(next); });
     if (team.leads()) leader.sums = {in.k, in.a, in.p, in.q, in.difference, in.p_rest, in.q_rest, {}, {}, {}};
@@ -172,7 +172,7 @@ struct ClipWorker {
     if (team.leads()) out[0] = slope.a, out[1] = slope.p, out[2] = slope.q;
   }
 
-  // See clipped_small.h: the bases, then what is relative to them.
+  // See clipped_small.h: first the bases, then the sums relative to them.
   __device__ __forceinline__ void sum_small(const Source& source, int kept, SmallRow& small) const {
     SmallBases mine;
     for (int column = team.thread; column < arguments.vocab; column += team.threads) {
@@ -217,7 +217,7 @@ struct ClipWorker {
     }
   }
 
-  // Of the label's softmax, where that is not q.
+  // The gradient of the label's softmax, where that softmax is not q.
   static __device__ __forceinline__ Real label_gradient(const ClipParameters<Real>& parameters, Real u) {
     const Real x = (u - parameters.at.student_origin) * parameters.label_scale;
     return parameters.factors.label * exp2_of(x - parameters.label_shift);
@@ -227,7 +227,7 @@ struct ClipWorker {
   __device__ void write(const Source& source, const ClipParameters<Real>& parameters, bool backwards) const {
     for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
       const int column = source.column(pack);
-      // The teacher's first: the student's may overwrite its logits.
+      // The teacher's gradient is written first: writing the student's may overwrite the student's logits.
       if (parameters.teacher_gradient) {
         const auto gradient = [&](Real, const Outcome<Real>& o, const ClipShare<Real>& share, int) {
           return clip_teacher_gradient<kSoft>(parameters, o, share);
@@ -246,8 +246,8 @@ struct ClipWorker {
     });
   }
 
-  // Calls f(student's logit, teacher's logit, outcome, share, where its word begins in the pack, its place in there)
-  // for each of a pack's entries. A word at a time: a whole pack side by side would need more registers than there are.
+  // Calls f(student's logit, teacher's logit, outcome, share, where the entry's word begins in the pack, its place in
+  // the word) for each entry of a pack. One word is processed at a time: a whole pack would need too many registers.
   template <bool kSoft, class Function>
   __device__ __forceinline__ void for_entries(Raw raw, int column, const ClipParameters<Real>& parameters,
                                               const Function& f) const {
@@ -285,13 +285,13 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const int slots = kClipOrdersBytes + kClipLeaderBytes + (arguments.quantile ? kSelectBytes : 0);
   const Team team(shared + slots, unsigned(launch.cluster), by_warp);
   const ClipWorker<Source> worker(arguments, team, shared);
-  // With one teacher a source needs no shared memory of its own.
+  // With one teacher a source uses no shared memory besides its rows.
   for_rows(team, launch, arguments.rows, [&](int64_t row) {
     worker.run(row, Source(arguments, row, launch, team.rank, shared, shared + team_bytes));
   });
 }
 
-// Rows that clipped_divergence_kernel left, one a block. What is not flagged costs a look at its flag.
+// Computes the rows that clipped_divergence_kernel left, one per block. For the other rows only the flag is read.
 __global__ void __launch_bounds__(kSmallThreads) clipped_divergence_small_kernel(const ClippedArguments arguments) {
   unsigned char* const shared = shared_memory();
   const int64_t team_bytes = clip_team_bytes(false, arguments.quantile), blocks = gridDim.x;

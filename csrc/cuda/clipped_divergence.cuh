@@ -1,5 +1,5 @@
-// What the passes of clipped_divergence over a row are made of: entries' shares in the part between the edges, sums
-// over it, what the leading thread does between the passes, and the selection of quantiles.
+// The parts of clipped_divergence's passes over a row: entries' shares in the part between the edges, the sums over it,
+// the leading thread's work between the passes, and the selection of quantiles.
 #pragma once
 #include <type_traits>
 
@@ -13,10 +13,10 @@ struct ClippedArguments : RowArguments {
   Renormalize renormalize;
   bool keep_label, lump, quantile;
   double softness;
-  bool* small;  // of each row: a mass is too small for the sums of clipped_divergence_kernel; null: it never is
+  bool* small;  // per row: a mass is too small for clipped_divergence_kernel's sums; null: never
 };
 
-// What the leading thread tells the others.
+// What the leading thread publishes to the others.
 template <class Real>
 struct ClipParameters : RowParameters<Real> {
   int kept;               // the label that is wholly in the part; -1: none
@@ -25,13 +25,13 @@ struct ClipParameters : RowParameters<Real> {
   Real alpha, gamma, delta, by_a, by_p, by_own_p, by_q, mean;
 };
 
-// How much of an entry belongs to the part, and how that follows the edges.
+// An entry's share in the part (own), its complement (rest), and the derivatives of the share by the edges.
 template <class Real>
 struct ClipShare {
   Real own, rest, by_lower, by_upper;
 };
 
-// sigmoid(x), and e^-x, which times it is sigmoid(-x).
+// Returns sigmoid(x). Sets `opposite` to e^-x: sigmoid(x) e^-x is sigmoid(-x).
 template <class Real>
 __device__ __forceinline__ Real clip_sigmoid(Real x, Real& opposite) {
   opposite = exp2_of(at_least(Real(-126), at_most(Real(126), -x * Real(kLog2E))));
@@ -53,7 +53,7 @@ __device__ __forceinline__ ClipShare<Real> clip_share(const ClipParameters<Real>
   return {own, Real(1) - own, Real(0), Real(0)};
 }
 
-// ClipSums in pieces that the reductions can take.
+// ClipSums in parts small enough for the reductions.
 struct ClipInside {
   double k, a, p, q, difference, p_rest, q_rest;
   __device__ void add(const ClipInside& o) {
@@ -85,7 +85,7 @@ struct ClipThread {
     const Real s = share.own, rest = share.rest, term = -o.p * o.d;
     p_rest += rest * o.p;
     q_rest += rest * o.q;
-    if (!kSoft && s == Real(0)) return;  // of many entries no more than p and q is needed
+    if (!kSoft && s == Real(0)) return;  // entries outside contribute only to p_rest and q_rest
     lost += o.log2_q < Real(-kInfiniteLogRatio) ? s * o.p : Real(0);
     k += s * kl_term<true>(o);
     a += s * term;
@@ -115,7 +115,7 @@ struct ClipThread {
   static __device__ ClipSlope slope(const Real (&x)[3]) { return {double(x[0]), double(x[1]), double(x[2])}; }
 };
 
-// Gradients of an entry, the student's without the onehot of the label's term.
+// Gradients of an entry. The student's is without the label term's onehot.
 template <bool kSoft, class Real>
 __device__ __forceinline__ Real clip_student_gradient(const ClipParameters<Real>& parameters, const Outcome<Real>& o,
                                                       const ClipShare<Real>& share) {
@@ -139,24 +139,26 @@ __device__ __forceinline__ Real clip_teacher_gradient(const ClipParameters<Real>
   return parameters.factors.teacher * o.p * (own - parameters.mean);
 }
 
-// A quantile: something that grows with the logits, at `below` plus `fraction` of what it differs by at `above`.
+// A quantile of a quantity that grows with the logits: its value at `below` plus `fraction` of the difference to that
+// at `above`.
 struct ClipQuantile {
   double below, above, fraction;
 };
 
-// What the leading thread alone holds and does: double precision, once a row.
+// The data and work of the leading thread, in double precision, once per row.
 template <class Real>
 struct ClipLeader {
   RowTask task;
   RowFrame<Real> frame;
   RowState<double> state;
   ClipEdges edges;
-  ClipQuantile quantiles[2];  // of both edges
+  ClipQuantile quantiles[2];  // of the lower and the upper edge
   ClipSums sums;
   ClipNumbers numbers;
   double label_logit, nan_or_zero;
 
-  // Bounds as given. What no check could see makes the row NaN, and is then not used; a label outside is a NaN weight.
+  // Sets the bounds as given. Invalid values that the host could not check make the row NaN and are replaced by 0. A
+  // label out of range shows as a NaN weight.
   __device__ __noinline__ void set_bounds(double low, double high, bool quantile, double softness) {
     const bool valid = low <= high && (!quantile || (low >= 0 && high <= 1));
     nan_or_zero = valid ? task.label_weight - task.label_weight : double(NAN);
@@ -165,7 +167,7 @@ struct ClipLeader {
     edges.softness = softness;
   }
 
-  // Whether the row is read, and how its logits are scaled.
+  // Publishes whether the row is read, and how its logits are scaled.
   __device__ __noinline__ void open(bool read, int label, bool keep_label, ClipParameters<Real>* published) {
     ClipParameters<Real> parameters{};
     parameters.read = read;
@@ -183,7 +185,7 @@ struct ClipLeader {
     shared_store(published, parameters);
   }
 
-  // After pass 1: where the edges lie.
+  // To be called after pass 1: computes where the edges lie.
   __device__ __noinline__ void begin(bool quantile, ClipParameters<Real>* published) {
     frame.normalize(task, state);
     nan_or_zero += (frame.student_lse - frame.student_lse) + (frame.teacher_lse - frame.teacher_lse);
@@ -207,7 +209,7 @@ struct ClipLeader {
     shared_store(published, parameters);
   }
 
-  // After pass 2.
+  // To be called after pass 2: computes the value and the factors of the gradients.
   __device__ __noinline__ void finish(Renormalize renormalize, bool lump, ClipParameters<Real>* published) {
     ClipParameters<Real> parameters = shared_load(published);
     parameters.small = nan_or_zero == 0 && is_small(sums, renormalize, lump);
@@ -215,7 +217,7 @@ struct ClipLeader {
     parameters.factors.teacher = Real(parameters.factors.teacher * numbers.gain);
     parameters.alpha = Real(numbers.alpha);
     parameters.gamma = Real(numbers.gamma);
-    parameters.delta = Real(numbers.delta + nan_or_zero);  // of entries outside the part nothing else is used
+    parameters.delta = Real(numbers.delta + nan_or_zero);  // the only factor used by entries outside the part
     parameters.by_a = Real(numbers.by_a);
     parameters.by_p = Real(numbers.by_p);
     parameters.by_own_p = Real(numbers.by_a + numbers.by_p);
@@ -229,7 +231,8 @@ struct ClipLeader {
     return numbers.value * task.divergence_scale + (task.has_label ? task.label_weight * label : 0);
   }
 
-  // By the bounds as given: a quantile's level, not the probability that it stands for.
+  // Scales the gradients of the bounds to the form in which they were given: for a quantile its level, not its
+  // probability.
   __device__ __noinline__ void scale_bound_gradients(bool quantile, int vocab) {
     const double scale = task.scale * task.divergence_scale;
     numbers.lower_gradient *= scale;
@@ -253,8 +256,8 @@ struct ClipLeader {
   }
 };
 
-// A row's teacher alone, as for_packs walks over it, and how many of a logit's leading bits may differ where their
-// signs do not.
+// The teacher's logits of a row in the form that for_packs needs. kBits: how many of a logit's leading bits may differ
+// between logits of equal sign; all others follow from the sign.
 template <class Source>
 struct ClipTeacher;
 
@@ -290,9 +293,10 @@ struct ClipTeacher<AnySource> {
   static __device__ __forceinline__ float logit(const Raw& raw, int) { return raw; }
 };
 
-// The teacher's logits that the quantile levels of a row lie between, by their ranks: a radix descent over bits that
-// order as the numbers do, 8 of them a pass, with a histogram for each of the four ranks (those that share their
-// leading bits share one). Integer sums: no order of threads matters. A NaN has a place beyond the infinities.
+// Finds the teacher's logits between which a row's quantile levels lie, by their ranks. It is a radix search over bits
+// that compare in the order of the numbers, 8 bits per pass, with a histogram for each of the four ranks (ranks with
+// equal leading bits share one). The counts are integers, so the order of threads has no effect. A NaN is ordered
+// beyond the infinities.
 template <class Source>
 struct ClipSelect {
   using Teacher = ClipTeacher<Source>;
@@ -300,7 +304,7 @@ struct ClipSelect {
   static constexpr int kTargets = 4, kBins = 256, kLaneBins = kBins / kWarp;
   struct Target {
     unsigned prefix;  // the leading bits known so far; the others are 0
-    int rank;         // among those that share them
+    int rank;         // among the logits with this prefix
   };
   struct alignas(16) Bins {
     unsigned count[4];
@@ -320,7 +324,7 @@ struct ClipSelect {
         targets(reinterpret_cast<Target*>(shared)),
         histograms(reinterpret_cast<unsigned*>(targets + 2 * kTargets)) {}
 
-  // levels in [0, 1]. By the leading thread, as finish().
+  // levels are in [0, 1]. begin() and finish() are called by the leading thread only.
   __device__ void begin(double lower_level, double upper_level, ClipQuantile (&quantiles)[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -332,7 +336,7 @@ struct ClipSelect {
     }
   }
 
-  // -> the last pass's direction, turned.
+  // Returns the direction of the next pass, the opposite of the last one's.
   __device__ bool run(bool backwards) const {
     int from = 0;
 #pragma unroll 1
@@ -365,7 +369,8 @@ struct ClipSelect {
     }
   }
 
-  // Bits in the order of the numbers, and back; of the bits below those that differ all are as the sign.
+  // Bits that compare in the order of the numbers, and the inverse. A key's bits below the leading kBits are all 0 for
+  // positive numbers and all 1 for negative ones.
   static __device__ __forceinline__ unsigned key_of(float x) {
     const unsigned bits = bit_cast<unsigned>(x + 0.0f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -380,11 +385,11 @@ struct ClipSelect {
   }
 
   static __device__ __forceinline__ void add_one(unsigned* to) {
-    FASTKD_TWIN(, simt::shared_read(to, sizeof(*to)));  // zeroed, and by nobody else since the last barrier
+    FASTKD_TWIN(, simt::shared_read(to, sizeof(*to)));  // 0 at the last barrier; only atomics since
     atomicAdd(to, 1u);
   }
 
-  // The next 8 bits of all that share a target's prefix.
+  // Counts the next 8 bits of all logits that share a target's prefix.
   __device__ void count(const Target* now, int shift, bool backwards) const {
     unsigned prefix[kTargets];
     bool own[kTargets];
@@ -409,7 +414,7 @@ struct ClipSelect {
     });
   }
 
-  // Each target's next 8 bits, from the histograms of all blocks; a warp a target.
+  // Extends each target by its next 8 bits, from the histograms of all blocks. Each target is handled by one warp.
   __device__ void descend(const Target* now, Target* next, int shift) const {
     const int lane = team.thread % kWarp, warps = team.threads / kWarp;
 #pragma unroll 1
@@ -429,7 +434,7 @@ struct ClipSelect {
           for (int k = 0; k < 4; ++k) bins[i + k] += four.count[k];
         }
       }
-      unsigned all = 0, before = 0;  // of the lanes so far; of those before this one
+      unsigned all = 0, before = 0;  // all: of the lanes so far; before: of those before this lane
 #pragma unroll
       for (int i = 0; i < kLaneBins; ++i) all += bins[i];
       const unsigned mine = all, rank = unsigned(target.rank);

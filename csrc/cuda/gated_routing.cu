@@ -32,7 +32,7 @@ const T* data_of(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
 }
 
-// The launches of a call.
+// The launches of one call.
 template <class T, int kLevel>
 class Products {
  public:
@@ -124,13 +124,13 @@ class Products {
     a.routes = routes_;
     a.a = lines_of<const T>(a_rows);
     a.b = lines_of<const T>(b_rows);
-    // Gradients are tensors of their own.
+    // Gradients are written to tensors with a layout of their own.
     a.out = {nullptr, a.b.columns, aligned_lines<T>(a.b.columns)};
     return a;
   }
 
-  // Sets the parts of a kernel that has so many tiles, of so many tiles of k, and whose result is so many numbers;
-  // -> their memory.
+  // Divides k into parts for a kernel with `tiles` tiles, each of depth_tiles tiles along k, whose result has `numbers`
+  // numbers. Returns the memory of the parts' sums.
   std::optional<Tensor> divide(Parts& parts, int64_t tiles, int64_t depth_tiles, int64_t numbers) const {
     parts = {nullptr, depth_splits(tiles, depth_tiles)};
     if (parts.count == 1) return {};
@@ -183,7 +183,7 @@ class Products {
   const Routes routes_;
 };
 
-// Calls body(Products) for the tensors' type and the device.
+// Calls body(Products) with the Products for the tensors' type and the device.
 template <class Body>
 void with_products(const AcmOperands& operands, const Body& body) {
   const ScalarType type = operands.x.scalar_type();

@@ -1,5 +1,5 @@
-// Products of gated routing. Rows are sorted: the i-th is row order[i] of the batch, and c_n = counts[n] of them run
-// learner n.
+// The matrix products of gated routing. Rows are sorted: the i-th sorted row is row order[i] of the batch, and
+// c_n = counts[n] rows run learner n.
 //
 //   learner_kernel   pre_n = x w1[n] + b1[n],  hidden_n = act(pre_n)
 //     or backward    inner_n = (grad w2[n]^T) act'(pre_n),  and hidden_n again
@@ -7,35 +7,36 @@
 //     or backward    dx = sum over n of inner_n w1[n]^T
 //   weight_kernel    dw1[n] = x^T inner_n and db1[n],  or dw2[n] = hidden_n^T grad
 //
-// x and grad are gathered as they are loaded, out and dx scattered as they are stored: no sorted copy exists. Scratch
-// (hidden, inner, kept pre-activations) is [learners, rows, width] in sorted order; rows from c_n on are neither
-// written nor read. Each result is written once, by one thread.
+// x and grad are gathered as they are loaded, out and dx scattered as they are stored, so that no sorted copy is made.
+// Scratch (hidden, inner, stored pre-activations) is [learners, rows, width] in sorted order; rows from c_n on are
+// neither written nor read. Each result is written once, by one thread.
 //
-// By tiles of R = 128 rows, or 16 where there are few, and 128 columns, a kernel reads, in elements,
+// Tiles have R = 128 rows, or 16 where there are few, and 128 columns. In elements, the kernels read
 //   learner_kernel   of x or grad the sum of c_n depth ceil(width / 128), each weight ceil(c_n / R) times
 //   sum_kernel       of scratch the sum of c_n width ceil(columns / 128), each weight ceil(c_n / R) times
 //   weight_kernel    the sum of c_n (columns ceil(lines / 128) + lines ceil(columns / 128))
-// for 2 flops a product, and writes its results once. Blocks side by side in the grid share rows: these come about once
-// from memory, and weights and the rest out of the L2. Where tiles are too few for the device, each is the sum of
-// several blocks' (depth_splits in policy.cuh): they go to float32 scratch, and a second kernel adds them up, in order.
+// for 2 flops a product, and write their results once. Adjacent blocks of the grid use the same rows: rows are read
+// about once from memory; the weights and repeated reads come from the L2. Where there are too few tiles for the
+// device, each tile's sum is divided among several blocks (depth_splits in policy.cuh): their sums go to float32
+// scratch, and a second kernel adds them in order.
 #pragma once
 #include "../math/activation.h"
 #include "gated_routing_operands.cuh"
 
 namespace fastkd::cuda {
 
-// What becomes of a sum in sorted row `i`.
+// Each kernel has its Arguments and a Result, whose put() processes and stores a finished sum.
 
 template <class T>
 struct HiddenArguments {
   Routes routes;
   Lines<const T> rows, weights;  // x and w1, or grad and w2
-  int width, tiles;              // tiles of k; 0: the product is not wanted
+  int width, tiles;              // tiles of k; 0: the product is not requested
   Activation activation;
   Parts parts;
-  const T* bias;                 // forward
-  const T* pre;                  // backward
-  Lines<T> kept, hidden, inner;  // data null: not wanted
+  const T* bias;                 // forward only
+  const T* pre;                  // backward only
+  Lines<T> kept, hidden, inner;  // data null: not requested
 };
 
 template <class T, bool kBackward>
@@ -53,7 +54,7 @@ struct HiddenResult {
     const int left = a.width - column;
     const int64_t place = (learner * a.routes.rows + i) * a.width + column;
     if constexpr (kBackward) bits = load_pack(a.pre + place, left, a.hidden.whole);
-    Packed<T> given;  // pre-activations, or the bias
+    Packed<T> given;  // pre-activations (backward), or the bias (forward)
     memcpy(&given, &bits, 16);
     float pre[kPack], hidden[kPack], inner[kPack];
 #pragma unroll
@@ -77,7 +78,7 @@ struct SumArguments {
   Parts parts;
   const T* bias;
   bool bias_by_choice;
-  float lost;  // what a row is whose choice is out of range
+  float lost;  // the value of rows whose choice is out of range
 };
 
 template <class T>
@@ -104,7 +105,7 @@ struct SumResult {
   }
 };
 
-// Of float32 parts: [parts][lines of the result][columns].
+// Parts are float32, [parts][lines of the result][columns].
 template <int kPack>
 __device__ __forceinline__ void store_part(const Parts& parts, int part, int64_t lines, int64_t line, int columns,
                                            int column, const float (&values)[kPack]) {
@@ -139,7 +140,7 @@ struct Operands {
   static constexpr int kBytes = kStages + 2 * Tile::kRows * int(sizeof(int));
 };
 
-// One learner's products. Grid: columns, learners, parts, rows.
+// The products of one learner. Grid order: columns, learners, parts, rows.
 template <class Tile, bool kBackward>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     learner_kernel(const HiddenArguments<typename Tile::T> a) {
@@ -196,8 +197,8 @@ __global__ void __launch_bounds__(kFlatThreads) add_learner_kernel(const HiddenA
   }
 }
 
-// Sums over learners. Grid: columns, parts, rows. A row is ready after the tiles of the learners that it runs, and what
-// is added to its sums later, zeros times weights that may be infinite, is not looked at any more.
+// Sums over learners. Grid order: columns, parts, rows. A row is ready after the tiles of the learners that it runs,
+// and is stored then. What is added to its sums later, zeros times weights that may be infinite, is not used.
 template <class Tile, bool kBackward>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) sum_kernel(const SumArguments<typename Tile::T> a) {
   if constexpr (kCompiledHere<Tile::kLevel>) {
@@ -223,7 +224,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) sum_kernel(cons
     const int most = shared_load(rows.choices), learner_tiles = int(tiles_of(a.rows.columns, Tile::kDepth));
     const Share share(int64_t(most > 0 ? most : 0) * learner_tiles, part, a.parts.count);
     const SumResult<T> result{a};
-    // After how many of the block's tiles a row is ready. Rows run falling numbers of learners: the last are first.
+    // After how many of the block's tiles a row is ready. Rows run decreasing numbers of learners, so the last rows are
+    // ready first.
     const auto ready = [&](int m) {
       const int last = shared_load(rows.choices + m) * learner_tiles;
       return (last < share.begin ? share.begin : last < share.end ? last : share.end) - share.begin;
@@ -270,13 +272,13 @@ template <class T>
 struct WeightArguments {
   Routes routes;
   Lines<const T> a, b;  // x and inner, or hidden and grad
-  int lines;            // of the result that are wanted: all or none
+  int lines;            // lines of the result requested: all or none
   Lines<T> out;
-  T* sums;  // of b's columns; null: not wanted
+  T* sums;  // sums of b's columns; null: not requested
   Parts parts;
 };
 
-// Of each part, one line more: the sums of b's columns.
+// Each part has one more line: the sums of b's columns.
 template <class T>
 __device__ __forceinline__ void put_weight(const WeightArguments<T>& a, int learner, int line, int column,
                                            const float (&values)[16 / sizeof(T)]) {
@@ -289,8 +291,8 @@ __device__ __forceinline__ void put_weight(const WeightArguments<T>& a, int lear
   }
 }
 
-// Gradients of the first weights, with sums if they are wanted, or of the second. Grid: columns, lines, learners,
-// parts.
+// Gradients of the first weights, with the sums if they are requested, or of the second weights. Grid order: columns,
+// lines, learners, parts.
 template <class Tile, bool kFirst>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     weight_kernel(const WeightArguments<typename Tile::T> a) {
@@ -307,7 +309,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const int learner = number.next(a.routes.learners);
     const int count = a.routes.count(learner), live = a.lines > 0 ? Tile::kRows : 0;
     const Share share(tiles_of(count, Tile::kDepth), int(number.rest), a.parts.count);
-    // What only the end needs takes no registers till then.
+    // Kept in shared memory, since it is needed only at the end and would occupy a register until then.
     int* const kept = reinterpret_cast<int*>(shared_memory() + Shape::kStages);
     if (threadIdx.x == 0) shared_store(kept, int(number.rest));
     const auto lines_of = [&](const Lines<const T>& from, int at, auto gathered) {
@@ -319,12 +321,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     };
     using A = std::conditional_t<kFirst, Gathered, Sorted>;
     using B = std::conditional_t<kFirst, Sorted, Gathered>;
-    // Where no line is wanted, none is there.
+    // If no lines are requested, the operand has no columns.
     Loader<Tile, typename Shape::A, A> load_a(
         lines_of({a.a.data, live > 0 ? a.a.columns : 0, a.a.whole}, line, std::bool_constant<kFirst>()), a.a.whole);
     Loader<Tile, typename Shape::B, B> load_b(lines_of(a.b, column, std::bool_constant<!kFirst>()), a.b.whole);
     Core<Tile, typename Shape::A, typename Shape::B> core;
-    // A thread has 4 bytes of columns, and every so many lines of a tile.
+    // For the sums of b's columns: each thread has 4 bytes of columns, and every kGroups-th line of a tile.
     constexpr int kItems = 4 / int(sizeof(T)), kWords = Tile::kColumns / kItems, kGroups = Tile::kThreads / kWords;
     struct alignas(4) Word {
       T item[kItems];

@@ -1,4 +1,4 @@
-// Where the operands of gated routing's products lie: Lines for a Loader (tiles.cuh).
+// Where the operands of gated routing's products are in memory: the Lines arguments of Loader (tiles.cuh).
 #pragma once
 #include "common/tiles.cuh"
 
@@ -11,7 +11,7 @@ struct Routes {
 
   __device__ __forceinline__ int count(int learner) const { return global_load(counts + learner); }
 
-  // How many learners row i runs; -1 where its choice is out of range.
+  // The number of learners that sorted row i runs; -1 if its choice is out of range.
   __device__ __forceinline__ int choice(int64_t i) const {
     if (i >= count(learners)) return -1;
     int low = 0, high = learners;  // counts[n] > i for n < low, not for n >= high
@@ -25,7 +25,7 @@ struct Routes {
   }
 };
 
-// A tensor [learners,] lines, columns. whole: its lines begin and end on 16-byte lines.
+// A tensor [learners,] lines, columns. whole: its lines begin and end on 16-byte boundaries.
 template <class T>
 struct Lines {
   T* data;
@@ -33,20 +33,20 @@ struct Lines {
   bool whole;
 };
 
-// Parts of k, [parts] of what the kernel's result is; null: there is one part.
+// The parts that k is divided into. sums: [parts] times the kernel's result; null: there is one part.
 struct Parts {
   float* sums;
   int count;
 };
 
-// The tiles of k that are a part's.
+// The tiles of k that belong to a part.
 struct Share {
   int begin, end;
   __device__ __forceinline__ Share(int64_t tiles, int part, int parts)
       : begin(int(tiles * part / parts)), end(int(tiles * (part + 1) / parts)) {}
 };
 
-// Tells a block's number apart, the last to change first.
+// Splits a block's number into its coordinates, the fastest-changing one first.
 struct BlockNumber {
   unsigned rest = blockIdx.x;
   __device__ __forceinline__ int next(int count) {
@@ -58,14 +58,14 @@ struct BlockNumber {
 
 constexpr __host__ __device__ int64_t tiles_of(int64_t size, int tile) { return (size + tile - 1) / tile; }
 
-// The rows of a tile, in shared memory: which of the batch they are, and how many learners they run.
+// The rows of a tile, in shared memory: their numbers in the batch, and how many learners each of them runs.
 struct TileRows {
   int *sources, *choices;
   __device__ __forceinline__ TileRows(unsigned char* shared, int rows)
       : sources(reinterpret_cast<int*>(shared)), choices(sources + rows) {}
 };
 
-// A along k: rows gathered from the batch, or sorted ones of scratch, from `first` on.
+// A, along k. GatheredRows: rows of the batch. SortedRows: rows of scratch, from `first` on.
 template <class T, int kSlots>
 struct GatheredRows {
   Lines<const T> from;
@@ -92,7 +92,7 @@ struct SortedRows {
   }
 };
 
-// B of the weights: across k, or along it.
+// B of the weights, across k (WeightsAcross) or along k (WeightsAlong).
 template <class T>
 struct WeightsAcross {
   Lines<const T> from;
@@ -116,14 +116,14 @@ struct WeightsAlong {
   }
 };
 
-// Rows as lines across k, of a learner that has `count` of them: gathered from row `first` on, or sorted ones of
-// scratch.
+// Rows as lines across k, of a learner that has `count` rows. GatheredAcross: rows of the batch, from sorted row
+// `first` on. SortedAcross: rows of scratch.
 template <class T, int kSlots, int kDepth>
 struct GatheredAcross {
   Lines<const T> from;
   const int* order;
   int count, column, first;
-  int next[kSlots];  // asked for a tile ahead
+  int next[kSlots];  // row numbers, loaded one tile ahead
 
   __device__ __forceinline__ void prepare(int slot, int line) { next[slot] = source(first, line); }
   __device__ __forceinline__ const T* at(int slot, int line, const Place& place, int* left) {
@@ -142,7 +142,7 @@ template <class T>
 struct SortedAcross {
   Lines<const T> from;
   int count, column;
-  int64_t first;  // of all learners' rows
+  int64_t first;  // where the learner's rows begin among those of all learners
 
   __device__ __forceinline__ void prepare(int, int) {}
   __device__ __forceinline__ const T* at(int, int line, const Place& place, int* left) const {

@@ -1,5 +1,5 @@
-// kl_div on CUDA: one read of each input, one write of each result asked for, in packs of 16 bytes. Each block sums
-// what it passes; a second kernel adds the blocks' sums, in order.
+// kl_div on CUDA: one read of each input and one write of each requested result, in packs of 16 bytes. Each block sums
+// the terms that it reads; a second kernel adds the blocks' sums in order.
 #include <torch/csrc/stable/library.h>
 
 #include "../arguments/kl_div_entry.h"
@@ -18,14 +18,14 @@ constexpr const char* kName = "kl_div";
 constexpr int kSumThreads = 512;
 
 struct KlDivArguments {
-  const void *input, *target;                      // input: null where no result needs it
-  const void* upstream;                            // one a term, or null
-  void *terms, *input_gradient, *target_gradient;  // null: not wanted
+  const void *input, *target;                      // input: null if no requested result needs it
+  const void* upstream;                            // one per term, or null
+  void *terms, *input_gradient, *target_gradient;  // null: not requested
   int64_t count;
   bool sum;
   double scale;
   DeviceRows upstream_scalar;
-  double* sums;  // one a block
+  double* sums;  // one per block
 };
 
 template <class T>
@@ -61,7 +61,8 @@ __device__ __forceinline__ void store_pack(void* to, int64_t first, const Packed
   }
 }
 
-// kWhole: every tensor begins on a 16-byte line, and thread i's pack is the i-th. Else elements move one by one.
+// kWhole: every tensor begins on a 16-byte boundary, and thread i processes pack i. Otherwise elements are read and
+// written one by one.
 template <bool kLogTarget, class T, bool kWhole>
 __global__ void __launch_bounds__(kFlatThreads) kl_div_kernel(const KlDivArguments a) {
   using P = Packed<T>;
@@ -156,7 +157,7 @@ struct Cuda {
     }
     const int64_t size = whole ? 16 / element_size(type) : 1;
     const int64_t needed = (a.count + size * kFlatThreads - 1) / (size * kFlatThreads);
-    // A fixed number of blocks: the order of the sum does not depend on the device.
+    // The number of blocks is fixed, so that the order of the sum does not depend on the device.
     const int64_t blocks = needed < kFlatBlocks ? needed : kFlatBlocks;
     std::optional<Tensor> sums;
     if (a.sum) {

@@ -1,4 +1,5 @@
-// _scale_rows_ on CUDA: gradient *= factor. The factor is looked at on the device: where it is 1, nothing is moved.
+// _scale_rows_ on CUDA: gradient *= factor, in place, with one read and one write. The kernel reads the factor on the
+// device: where it is 1, the gradient is neither read nor written.
 #include <torch/csrc/stable/library.h>
 
 #include "../arguments/scale_rows_entry.h"
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int64_t kPiece = 16384;
 
-// 0 switches off whatever is there.
+// A factor of 0 gives 0 whatever x is, even NaN.
 __device__ __forceinline__ float scaled(float x, float factor) { return factor == 0 ? 0 : x * factor; }
 
 template <class T>
@@ -59,7 +60,7 @@ struct Cuda {
     const int64_t count = call.rows * call.width;
     DeviceRows gradient;
     int64_t rows = call.rows, width = call.width;
-    if (call.one && call.gradient.is_contiguous()) {  // any shape in pieces of one size
+    if (call.one && call.gradient.is_contiguous()) {  // contiguous: rows are pieces of equal size
       width = kPiece;
       rows = (count + kPiece - 1) / kPiece;
       gradient = device_rows(call.gradient, 0, kScaleRows);

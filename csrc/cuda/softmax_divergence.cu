@@ -24,7 +24,7 @@ RowArguments row_arguments(const Problem& problem, const RowNumbers& numbers) {
   a.beta = problem.own.beta;
   a.teacher_temperature = problem.teacher_temperature;
   if (const Tensor* each = problem.teacher_temperatures_tensor) a.teacher_temperatures = rows_of(*each);
-  // Of probabilities a single one is its own mixture, whatever its weight.
+  // In a mixture of probabilities, a single teacher is the mixture itself, whatever its weight.
   const auto& weights = problem.own.teacher_weights;
   if (weights && (teachers.size() > 1 || problem.own.mix() == TeacherMix::kLogits)) {
     a.teacher_weights = device_rows(*weights, weights->dim() == 1 ? 0 : problem.leading, kSoftmaxDivergence);

@@ -2,10 +2,10 @@
 //
 // Memory: where a row's two logit tensors fit into the shared memory of a block, or of a cluster of blocks (sm_90 and
 // later), they are read once, and every further pass reads shared memory: two reads and one write in all, whatever the
-// divergence. Longer rows are read again by each pass, in reverse from one pass to the next, since what was read last
-// is what the L2 still has. A row of a few KiB takes one warp.
+// divergence. Longer rows are read again by each pass. The direction alternates from pass to pass, since the part read
+// last is still in the L2. A row of a few KiB is processed by one warp.
 //
-// RowPlan says what is done with a row: the leading thread runs it and publishes what it finds to the others.
+// RowPlan determines the passes. The team's leading thread runs it and publishes the results to the other threads.
 #pragma once
 #include "../math/compensated_sum.h"
 #include "../math/row_plan.h"
@@ -16,7 +16,7 @@
 
 namespace fastkd::cuda {
 
-// What the leading thread tells the others: numbers of the row in the precision of the logits.
+// What the leading thread publishes to the others: numbers of the row in the precision of the logits.
 template <class Real>
 struct RowParameters {
   Step step;
@@ -31,7 +31,7 @@ struct RowParameters {
 };
 
 // A team's shared memory: [parameters][the leading thread's task and plan][the teachers' normalisers and rows][slots of
-// the reductions] [student row][teacher row].
+// the reductions][student row][teacher row].
 inline constexpr int kParametersBytes = 256, kPlanBytes = 448;
 inline constexpr int kTeachersBytes = kMaxTeachers * int(sizeof(OriginSum<double>) + sizeof(char*));
 __host__ __device__ constexpr int64_t team_bytes(bool warp) {
@@ -50,7 +50,7 @@ struct PassSums {
   }
 };
 
-// A thread's share of pass 1, relative to origins of its own that follow the largest logits at a distance.
+// A thread's share of pass 1, relative to origins of its own, near the thread's largest logits so far.
 template <class Real, Pass kPass>
 struct ThreadState {
   static constexpr bool kByStudent = kPass == Pass::kStudentWeighted, kRatio = kPass != Pass::kNormalizersOnly,
@@ -58,7 +58,7 @@ struct ThreadState {
 
   Real u_origin = Real(-INFINITY), w_origin = Real(-INFINITY);
   Real u_sum = 0, w_sum = 0, crossing = 0, label_sum = 0;
-  CompensatedSum ratio;  // the student-weighted one becomes a mean that the gradient subtracts
+  CompensatedSum ratio;  // the student-weighted sum becomes a mean that the gradient subtracts
   FarSum<Real> far_ratio, far_crossing;
 
   template <int kSize>
@@ -71,7 +71,7 @@ struct ThreadState {
       u_max = u[j] > u_max ? u[j] : u_max;
       w_max = w[j] > w_max ? w[j] : w_max;
     }
-    // The label's softmax is another one, of the same logits: neither sum may overflow.
+    // The label's softmax uses another temperature on the same logits. Neither sum may overflow.
     const Real slack = Real(8), steepest = at_least(us, parameters.label_scale);
     if (u_origin == Real(-INFINITY) || w_origin == Real(-INFINITY) || (u_max - u_origin) * steepest > slack ||
         (w_max - w_origin) * ws > slack) {
@@ -88,7 +88,7 @@ struct ThreadState {
       u_sum += e_u;
       w_sum += e_w;
       if constexpr (kRatio) {
-        // Below -kFar lie those of entries without weight.
+        // Log-ratios below -kFar belong to entries without weight.
         const Real log_ratio = kByStudent ? x - y * r : y * r - x;
         farthest = log_ratio > farthest ? log_ratio : farthest;
         if constexpr (kByStudent) {
@@ -114,7 +114,7 @@ struct ThreadState {
     }
   }
 
-  // Carries the sums over to larger origins; one that was not there yet had nothing relative to it.
+  // Converts the sums to larger origins. If there was no origin yet, the sums are 0.
   __device__ void raise(Real u_new, Real w_new, const RowParameters<Real>& parameters) {
     const Real r = parameters.teacher_ratio;
     const Real u_step = u_origin == Real(-INFINITY) ? Real(0) : step_between(u_origin, u_new);
@@ -145,7 +145,7 @@ struct ThreadState {
   }
 };
 
-// A thread's share of a pass over the terms.
+// A thread's share of a pass that sums the terms.
 template <bool kNear, class Divergence, class Real>
 struct ThreadSums {
   Real f = 0, difference = 0;
@@ -170,14 +170,14 @@ struct ThreadSums {
   }
 };
 
-// The origins of a block's threads.
+// The largest logits; their maximum over a block's threads becomes the common origin.
 template <class Real>
 struct Largest {
   Real student, teacher;
 };
 
-// What the leading thread alone holds, in shared memory to spare registers, and does: double precision, once a row.
-// Not inlined: one copy serves all kernels of a divergence.
+// The data and work of the leading thread, in double precision, once per row. The data is in shared memory to save
+// registers. The functions are not inlined: all kernels of a divergence use one copy.
 template <class Real, class Divergence>
 struct RowLeader {
   RowTask task;
@@ -186,7 +186,7 @@ struct RowLeader {
   Sums sums;
   double label_logit;
 
-  // Whether the row is read, and how its logits are scaled.
+  // Publishes whether the row is read, and how its logits are scaled.
   __device__ __noinline__ void open(bool read, int label, RowParameters<Real>* published) {
     RowParameters<Real> parameters{};
     parameters.read = read;
@@ -207,7 +207,7 @@ struct RowLeader {
   __device__ __noinline__ void begin() { plan.begin(task, state); }
   __device__ __noinline__ void add() { plan.add(task, sums); }
 
-  // The plan as it stands.
+  // Publishes the present state of the plan.
   __device__ __noinline__ void publish(RowParameters<Real>* published) const {
     RowParameters<Real> parameters = shared_load(published);
     parameters.step = plan.step;
@@ -221,7 +221,7 @@ struct RowLeader {
   }
 };
 
-// The states of both softmaxes, valid in leading threads.
+// Pass 1: the states of both softmaxes, valid in the blocks' leading threads.
 template <Pass kPass, class Source>
 __device__ RowState<double> first_pass(const Source& source, const Team& team,
                                        const RowParameters<typename Source::Real>& parameters) {
@@ -237,7 +237,7 @@ __device__ RowState<double> first_pass(const Source& source, const Team& team,
     }
     mine.add(u, w, parameters);
   });
-  // Relative to the same logits in all threads, sums only add up.
+  // With the same origins in all threads, the sums can simply be added.
   const auto at_least_both = [](Largest<Real>& all, const Largest<Real>& x) {
     all = {at_least(all.student, x.student), at_least(all.teacher, x.teacher)};
   };
@@ -313,7 +313,7 @@ struct RowWorker {
   }
 
  private:
-  // What the row is about, before it is read.
+  // Reads the row's task, before its logits are read.
   __device__ RowParameters<Real> opening(int64_t row, const Source& source) const {
     if (team.leads()) {
       int label = -1;
@@ -324,7 +324,7 @@ struct RowWorker {
       }
       leader.open(read, label, shared_parameters);
       if (read) {
-        // Now: the gradient may overwrite it.
+        // Read now, since writing the gradient may overwrite it.
         leader.label_logit = leader.task.has_label ? double(source.student_logit(label)) : 0;
       } else if (team.rank == 0) {
         global_store(arguments.losses + row, 0.0);
@@ -334,7 +334,7 @@ struct RowWorker {
     return shared_load(shared_parameters);
   }
 
-  // The plan as it stands, published to all.
+  // Publishes the present state of the plan to all threads and returns it.
   __device__ __forceinline__ RowParameters<Real> after_leader() const {
     team.sync();
     if (team.leads()) leader.publish(shared_parameters);
@@ -346,7 +346,7 @@ struct RowWorker {
   __device__ Sums sum_terms(const Source& source, const RowParameters<Real>& parameters, bool backwards) const {
     ThreadSums<kNear, Divergence, Real> mine;
     for_packs<false>(source, team, backwards, [&](int, typename Source::Raw raw) {
-    // A few at a time: a whole pack's logarithms side by side would need more registers than there are.
+    // A few entries are processed at a time: the logarithms of a whole pack would need too many registers.
 #pragma unroll 1
       for (int words = kSize / Source::kWord; words > 0; --words, Source::next_word(raw)) {
 #pragma unroll
@@ -363,7 +363,7 @@ struct RowWorker {
   template <bool kNear>
   __device__ void write(const Source& source, const RowParameters<Real>& parameters, bool backwards) const {
     for_packs<false>(source, team, backwards, [&](int pack, const typename Source::Raw& raw) {
-      // The teacher's first: the student's may overwrite its logits.
+      // The teacher's gradient is written first: writing the student's may overwrite the student's logits.
       if (parameters.teacher_gradient) {
         const auto gradient = [&](Real, const Outcome<Real>& o, int) {
           return teacher_gradient<kNear>(divergence, o, parameters.teacher_mean, parameters.factors);
@@ -385,8 +385,8 @@ struct RowWorker {
     });
   }
 
-  // f(student's logit, outcome, place in the pack) of each of a pack's entries. A few at a time: a whole pack's
-  // logarithms side by side would need more registers than there are.
+  // The pack of f(student's logit, outcome, place in the pack) for each entry. A few entries are processed at a time:
+  // the logarithms of a whole pack would need too many registers.
   template <bool kNear, class Function>
   __device__ __forceinline__ typename Source::Out map(typename Source::Raw raw, const RowParameters<Real>& parameters,
                                                       const Function& f) const {

@@ -1,4 +1,4 @@
-// The kernels of every kShards-th divergence: this file is compiled once a shard, FASTKD_SHARD saying which.
+// The kernels of every kShards-th divergence. This file is compiled once per shard; FASTKD_SHARD is the shard's number.
 #include "softmax_divergence.cuh"
 #include "softmax_divergence_launch.h"
 

@@ -1,4 +1,4 @@
-// How the entry reaches the kernels, which are compiled in several shards.
+// The interface between the op's entry and the kernels, which are compiled in several shards.
 #pragma once
 #include "common/launch.h"
 #include "common/sources.cuh"
@@ -7,7 +7,7 @@ namespace fastkd::cuda {
 
 inline constexpr int kShards = 4;
 
-// Solves all rows if the shard has this divergence (its place in Divergences), else returns false.
+// Computes all rows and returns true if the shard has this divergence (its place in Divergences); else returns false.
 template <int kShard>
 bool launch_shard(int divergence, const Device& device, const RowArguments& arguments, SourceKind kind);
 

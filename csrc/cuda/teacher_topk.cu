@@ -1,11 +1,12 @@
 // teacher_topk on CUDA: the k largest of each row with their log-probabilities, in one launch.
 //
-// Memory: the first pass sums the softmax and counts the logits by their leading bits. Where the row stays in shared
-// memory (a block's, or a cluster's) it is read once; else once more to collect the logits from the k-th largest's bin
-// on, and again for each further digit where too many share that bin. After the first logits of a block their k-th
-// largest bounds the row's from below, so that of the others few need be counted.
+// Memory: the first pass sums the softmax and counts the logits by their leading bits. Where the row fits into shared
+// memory (of a block or a cluster), it is read once. Otherwise it is read once more to collect the logits from the bin
+// of the k-th largest on, and once more for each further digit if too many logits share that bin. The k-th largest of a
+// block's first logits is a lower bound of the row's k-th largest, so that few of the other logits need be counted.
 //
-// A key is a logit's bits in order, then its column from the end: no two are equal, and ties go to the lower column.
+// A key consists of a logit's ordered bits, followed by its column counted from the end of the row. No two keys are
+// equal, and of equal logits the lower column wins.
 #include <torch/csrc/stable/library.h>
 
 #include "../arguments/teacher_topk_entry.h"
@@ -18,7 +19,7 @@ namespace fastkd::cuda {
 namespace {
 
 constexpr int kMaxK = 1024;
-constexpr int kMaxKeys = 2 * kMaxK;  // that are collected: so many spare most rows a further digit
+constexpr int kMaxKeys = 2 * kMaxK;  // keys collected at most; enough that most rows need no further digit
 constexpr int kLogitBits = 32;
 
 struct SelectArguments : RowArguments {
@@ -27,16 +28,16 @@ struct SelectArguments : RowArguments {
   int32_t* indices;
 };
 
-// What the leading thread tells the others of its block.
+// What the leading thread publishes to the other threads of its block.
 struct SelectParameters {
-  double temperature, origin, log_sum;  // of the softmax's sum: a logit, and natural relative to it
+  double temperature, origin, log_sum;  // of the softmax's sum: origin is a logit, log_sum natural and relative to it
 };
 
 // A team's shared memory: [parameters][counters][selection][keys collected][slots of the reductions][row]. The best
-// keys, to be sorted, take over the selection's bins.
+// keys are sorted in the memory of the selection's bins.
 struct SelectShared {
   SelectParameters parameters;
-  unsigned collected, best;  // how many
+  unsigned collected, best;  // number of keys
   alignas(16) unsigned char selection[RadixSelect::kSharedBytes];
   alignas(16) uint64_t keys[kMaxKeys];
   alignas(16) unsigned char slots[Team::kSharedBytes];
@@ -45,7 +46,7 @@ static_assert(RadixSelect::kBinsBytes >= kMaxK * sizeof(uint64_t));
 constexpr int64_t kTeamBytes = sizeof(SelectShared);
 static_assert(kTeamBytes % 16 == 0);
 
-// A thread's share of sum_v 2^(z_v scale), relative to an origin that follows its largest logit at a distance.
+// A thread's share of sum_v 2^(z_v scale), relative to an origin near the thread's largest logit so far.
 struct SumShare {
   float origin = -INFINITY, sum = 0;
 
@@ -58,12 +59,12 @@ struct SumShare {
   }
   __device__ __forceinline__ void raise(float to, float scale) {
     if (to == origin) return;
-    sum *= exp2_of((origin - to) * scale);  // by 0 where there was no origin yet, and no sum
+    sum *= exp2_of((origin - to) * scale);  // a factor of 0 if there was no origin yet; the sum is 0 then
     origin = to;
   }
 };
 
-// Packs [first, first + count) of a source's.
+// Packs [first, first + count) of a source.
 template <class Source>
 struct Stretch {
   using Raw = typename Source::Raw;
@@ -81,7 +82,7 @@ struct Stretch {
 template <class Source>
 struct SelectWorker {
   static constexpr int kSize = Source::kSize;
-  // The first packs of each thread, which bound the k-th largest.
+  // How many packs each thread reads first, to obtain a lower bound of the k-th largest.
   static constexpr int kFirstPacks = 32 / kSize;
   using Raw = typename Source::Raw;
 
@@ -95,14 +96,14 @@ struct SelectWorker {
     const SelectParameters begun = shared_load(&shared.parameters);
     const double to_base_2 = kLog2E / begun.temperature;
     const SumShare sum = first_pass(source, float(to_base_2), select);
-    if (!normalize(sum, to_base_2)) {  // NaN, or no finite logit: no order means anything
+    if (!normalize(sum, to_base_2)) {  // NaN, or no finite logit: the row has no order
       if (team.rank == 0) write_lost(row);
       return;
     }
     const int shift = kLogitBits + arguments.column_bits - RadixSelect::kDigit;
     const RadixSelect::Place digit = select.find(unsigned(arguments.k));
     KeyBin bin{uint64_t(digit.number) << shift, shift, digit.above, digit.inside};
-    bool backwards = true;  // for the L2's sake
+    bool backwards = true;  // alternates, since the part read last is still in the L2
     bin = select.select(bin, unsigned(arguments.k), kMaxKeys, [&](const KeyBin& in, const auto& body) {
       for_keys(source, in.least, backwards, body);
       backwards = !backwards;
@@ -122,7 +123,7 @@ struct SelectWorker {
     team.sync();
   }
 
-  // A pack's logits; -> the largest.
+  // Converts a pack's logits to float. Returns the largest.
   static __device__ __forceinline__ float widen(const Raw& raw, float (&z)[kSize]) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) z[j] = Source::student_of(raw, j);
@@ -132,7 +133,7 @@ struct SelectWorker {
     return largest;
   }
 
-  // Packs may begin before the row and end after it.
+  // Whether a column is in the row: packs may begin before the row and end after it.
   __device__ __forceinline__ bool in_row(int column) const { return unsigned(column) < unsigned(arguments.vocab); }
 
   __device__ SumShare first_pass(const Source& source, float scale, const RadixSelect& select) const {
@@ -161,7 +162,7 @@ struct SelectWorker {
     }
   }
 
-  // The whole row's sum, into the parameters -> false where no logit is finite, or one is NaN or +inf.
+  // Writes the whole row's sum to the parameters. Returns false where no logit is finite, or one is NaN or +inf.
   __device__ bool normalize(SumShare mine, double to_base_2) const {
     const auto larger = [](float& all, float next) { all = at_least(all, next); };
     const float origin = team.block_sum(mine.origin, larger, /*everywhere=*/true);
@@ -178,7 +179,7 @@ struct SelectWorker {
     return found == found;
   }
 
-  // body(key) of this thread's keys from `from` on.
+  // Calls body(key) for this thread's keys that are at least `from`.
   template <class Body>
   __device__ void for_keys(const Source& source, uint64_t from, bool backwards, const Body& body) const {
     const float least = from_ordered(unsigned(from >> arguments.column_bits));
@@ -196,7 +197,8 @@ struct SelectWorker {
     });
   }
 
-  // All keys from `from` on, at most kMaxKeys, into the memory of the team's first block. Ends with a barrier.
+  // Collects all keys that are at least `from`, at most kMaxKeys, in the memory of the team's first block. Ends with a
+  // barrier.
   __device__ void collect(const Source& source, uint64_t from, bool backwards) const {
     uint64_t* keys = shared.keys;
     unsigned* collected = &shared.collected;
@@ -212,7 +214,7 @@ struct SelectWorker {
     }
   }
 
-  // Logits that somebody changes while they are read might be more than were counted.
+  // The capacity is checked: if the logits are modified during the call, there may be more keys than were counted.
   template <int kCapacity>
   static __device__ __forceinline__ void put(uint64_t* keys, unsigned* count, uint64_t key) {
     const unsigned place = shared_add(count, 1u);
@@ -224,7 +226,7 @@ struct SelectWorker {
     return int(n < kCapacity ? n : kCapacity);
   }
 
-  // The keys collected, from bin.least on, cut to little more than k, sorted and written.
+  // Reduces the keys collected, which are at least bin.least, to little more than k, sorts them and writes the results.
   __device__ void write(int64_t row, KeyBin bin) const {
     const SelectParameters parameters = shared_load(&shared.parameters);
     const int k = arguments.k, count = count_of<kMaxKeys>(&shared.collected);

@@ -1,9 +1,10 @@
 // token_stats on the GPU: a row's statistics in one launch.
 //
-// Memory: one read of each input. The first pass sums both softmaxes with their entropies and log-ratios and finds both
-// argmaxes; the student alone needs no more. The total variation distance needs the normalisers, and is a second pass
-// over the rows where they stayed in shared memory (a block's, or a cluster's), else over the inputs again, in reverse.
-// Rows that come out nearly equal take their divergences from that pass too, where nothing cancels.
+// Memory: one read of each input. The first pass sums both softmaxes with their entropies and log-ratios, and finds
+// both argmaxes; for the student alone, it is the only pass. The total variation distance needs the normalisers and
+// therefore a second pass. It reads the rows from shared memory if they fit (into a block's or a cluster's), else the
+// inputs again, in reverse. Divergences that are nearly 0 are also computed in that pass, by sums in which nothing
+// cancels.
 #pragma once
 #include "../math/token_stats.h"
 #include "common/far_sum.cuh"
@@ -11,23 +12,23 @@
 
 namespace fastkd::cuda {
 
-// Where row r's statistics go, number i of them to place i rows + r.
+// Row r's statistics: number i of them is written to place i rows + r.
 struct StatsArguments : RowArguments {
   float* numbers;
   int64_t* argmax;
 };
 
-// Likeliest columns.
+// The most likely column of each side.
 struct BestPair {
   Best<float, int> student, teacher;
-  // By value: what warp_reduce chooses between two stays in registers only if all of it is read.
+  // Passed by value: what warp_reduce selects between two values stays in registers only if all of it is read.
   __device__ __forceinline__ void merge(BestPair o) {
     student.merge(o.student);
     teacher.merge(o.teacher);
   }
 };
 
-// A block's share of the first pass, or more: sums relative to its best logits.
+// The first pass's sums of a block or cluster, relative to its largest logits.
 struct StatsSums {
   PairSums sums;
   BestPair best;
@@ -41,19 +42,20 @@ struct StatsSums {
   }
 };
 
-// What the leading thread tells the others.
+// What the leading thread publishes to the others.
 struct StatsParameters {
   bool read, near;
   float scale;  // log2(e) / temperature
   Normalized<float> at;
 };
 
-// What the leading thread alone holds, in shared memory to spare registers, and does: double precision, once a row.
+// The data and work of the leading thread, in double precision, once per row. The data is in shared memory to save
+// registers.
 struct StatsLeader {
   double temperature;
   StatsSums found;
   PairStats both;
-  bool forward_near, reverse_near;  // the second pass has them
+  bool forward_near, reverse_near;  // computed in the second pass
 
   __device__ __noinline__ void open(double row_temperature, StatsParameters* published) {
     temperature = row_temperature;
@@ -63,7 +65,7 @@ struct StatsLeader {
     shared_store(published, parameters);
   }
 
-  // After the first pass over two sides.
+  // To be called after the first pass, if there is a teacher.
   __device__ __noinline__ void plan(StatsParameters* published) {
     StatsParameters parameters = shared_load(published);
     const PairState state = found.state();
@@ -82,21 +84,21 @@ struct StatsLeader {
     shared_store(published, parameters);
   }
 
-  // After the second one.
+  // To be called after the second pass.
   __device__ __forceinline__ void add(const PairStats& sums) {
     if (forward_near) both.forward_kl = sums.forward_kl;
     if (reverse_near) both.reverse_kl = sums.reverse_kl;
     both.tvd = sums.tvd;
   }
 
-  // What a temperature that is not positive leaves of the row: it makes all the rest NaN.
+  // Sets the results of a row whose temperature is not positive: everything becomes NaN.
   __device__ __forceinline__ void refuse() {
     found = {};
     found.best = {{NAN, 0}, {NAN, 0}};
     both = {NAN, NAN, NAN};
   }
 
-  // The row's statistics, each `rows` places after the last, given its label's logits.
+  // Writes the row's statistics, `rows` places apart. student_label, teacher_label: the label's logits.
   __device__ __noinline__ void write(float* numbers, int64_t* argmax, int64_t rows, double student_label,
                                      double teacher_label, bool pair) const {
     const PairState state = found.state();
@@ -122,7 +124,7 @@ struct StatsLeader {
   }
 };
 
-// A team's shared memory: [parameters][the leading thread's][slots of the reductions][student row][teacher row].
+// A team's shared memory: [parameters][the leading thread's data][slots of the reductions][student row][teacher row].
 inline constexpr int kStatsOrdersBytes = 64, kStatsLeadBytes = 128;
 static_assert(sizeof(StatsParameters) <= kStatsOrdersBytes && sizeof(StatsLeader) <= kStatsLeadBytes);
 __host__ __device__ constexpr int64_t stats_overhead(bool warp) {
@@ -132,7 +134,7 @@ __host__ __device__ constexpr int64_t stats_team_bytes(const RowLaunch& launch) 
   return stats_overhead(launch.warp_rows > 0) + (launch.resident ? 2 * launch.slice_bytes : 0);
 }
 
-// A thread's share of the first pass, relative to origins of its own that follow the largest logits at a distance.
+// A thread's share of the first pass, relative to origins of its own, near the thread's largest logits so far.
 template <bool kPair>
 struct StatsState {
   float u_origin = -INFINITY, w_origin = -INFINITY;
@@ -149,7 +151,7 @@ struct StatsState {
       raise(at_least(u_origin, u_top), at_least(w_origin, w_top), scale);
     }
     const float u_zero = u_origin == -INFINITY ? 0 : u_origin, w_zero = w_origin == -INFINITY ? 0 : w_origin;
-    // Beyond it: see FarSum.
+    // Log-ratios from kFar on are summed separately: see FarSum.
     constexpr float kFar = float(kDead);
     float farthest = 0;
 #pragma unroll
@@ -177,7 +179,7 @@ struct StatsState {
     }
   }
 
-  // Carries the sums over to larger origins.
+  // Converts the sums to larger origins.
   __device__ __forceinline__ void raise(float u_new, float w_new, float scale) {
     const float u_step = step(u_origin, u_new);
     if constexpr (kPair) {
@@ -200,7 +202,7 @@ struct StatsState {
   }
 
  private:
-  // Of a pack; with the first column of the best.
+  // The largest logit of a pack. Updates `best` with its first column.
   template <int kSize>
   static __device__ __forceinline__ float top(const float (&u)[kSize], int column, Best<float, int>& best) {
     float top = u[0];
@@ -221,7 +223,7 @@ struct StatsState {
     return e;
   }
 
-  // An origin that was not there yet has no sums.
+  // How far an origin moves; 0 if there was no origin yet, since the sums are 0 then.
   static __device__ __forceinline__ float step(float from, float to) {
     return from == -INFINITY ? 0 : step_between(from, to);
   }
@@ -268,14 +270,14 @@ struct StatsWorker {
   }
 
  private:
-  // NaN where the row has none, or one outside.
+  // The label's logit; NaN if the row has no label, or one out of range.
   __device__ double label_logit(const DeviceRows& logits, int64_t row) const {
     if (!arguments.labels) return 0;
     const int64_t label = arguments.labels.integer(row);
     return label >= 0 && label < arguments.vocab ? double(logits.float_at(logits.at(row, label))) : double(NAN);
   }
 
-  // Valid in leading threads.
+  // The first pass. The result is valid in leading threads.
   __device__ StatsSums first_pass(const Source& source, float scale) const {
     StatsState<kPair> mine;
     for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
@@ -287,7 +289,7 @@ struct StatsWorker {
       }
       mine.add(u, w, source.column(pack), scale);
     });
-    // Relative to the same logits in all threads, sums only add up.
+    // With the same origins in all threads, the sums can simply be added.
     StatsSums all;
     all.best = team.block_sum(mine.best, [](BestPair& a, const BestPair& b) { a.merge(b); }, /*everywhere=*/true);
     mine.raise(all.best.student.logit, all.best.teacher.logit, scale);
@@ -300,7 +302,7 @@ struct StatsWorker {
     return team.cluster_sum(all, [&](StatsSums& a, const StatsSums& b) { a.merge(b, scale); });
   }
 
-  // The total variation distance, and kNear: both divergences.
+  // The second pass: the total variation distance and, where kNear, both divergences.
   template <bool kNear>
   __device__ PairStats second_pass(const Source& source, const Normalized<float>& at) const {
     float forward = 0, reverse = 0, apart = 0;

@@ -1,9 +1,10 @@
 // topk_divergence on the GPU: a row's loss and gradients in one launch.
 //
-// Memory: the student's row is read once where it stays in shared memory (a block's, or a cluster's), else again for
-// the gradient, in reverse; uniform tails add a pass. The k entries of the support are gathered into every block of the
-// team. A bit for each group of packs says whether any entry lies there, so that all other packs are not looked up.
-// Support entries are -inf to the sums over the rest: their exact values are TopkPlan's, in double.
+// Memory: the student's row is read once if it fits into shared memory (a block's or a cluster's), else read again, in
+// reverse, for the gradient. Uniform tails add a pass. The k entries of the support are gathered into the shared memory
+// of every block of the team. A map has one bit for each group of packs, which says whether the group has any entry, so
+// that packs of other groups need no search. The sums over the rest treat the logits of the support as -inf: TopkPlan
+// handles their exact values, in double precision.
 #pragma once
 #include "../math/topk_plan.h"
 #include "common/sources.cuh"
@@ -11,7 +12,7 @@
 namespace fastkd::cuda {
 
 inline constexpr int kMaxTopk = 1024;
-inline constexpr int kTopkBits = 1 << 15;  // of the map of groups
+inline constexpr int kTopkBits = 1 << 15;  // bits in the map of groups
 
 struct TopkArguments : RowArguments {
   DeviceRows log_probs, indices, log_probs_gradient;
@@ -21,14 +22,14 @@ struct TopkArguments : RowArguments {
   double stored_temperature, floor, cap, rounding;
 };
 
-// One stored token as the team sees it.
+// One stored token, in the team's shared memory.
 struct TopkEntry {
   int column;  // -1: none
   float z, l;  // the student's logit, the stored log-probability
   float gradient;
 };
 
-// What the leading thread tells the others.
+// What the leading thread publishes to the others.
 struct TopkParameters {
   TopkPlan plan;
   bool read;
@@ -44,7 +45,7 @@ __host__ __device__ constexpr int64_t topk_team_bytes(bool warp, int k) {
          (warp ? 0 : Team::kSharedBytes);
 }
 
-// A thread's share of the sums over the rest, relative to an origin that follows its largest logit at a distance.
+// A thread's share of the sums over the rest, relative to an origin near the thread's largest logit so far.
 struct RestState {
   float origin = -INFINITY, sum = 0, label_sum = 0;
 
@@ -53,7 +54,7 @@ struct RestState {
     float top = u[0];
 #pragma unroll
     for (int j = 1; j < kSize; ++j) top = u[j] > top ? u[j] : top;
-    // Close in units of both temperatures.
+    // The origin must stay close to the largest logit at both temperatures.
     if (top > origin + 8 / at_least(label_scale, scale)) raise(top, scale, label_scale);
     const float zero = origin == -INFINITY ? 0 : origin;
 #pragma unroll
@@ -64,7 +65,7 @@ struct RestState {
   }
   __device__ __forceinline__ void raise(float to, float scale, float label_scale) {
     if (to == origin) return;
-    const float step = origin - to;  // -inf where there was none yet: nothing was summed
+    const float step = origin - to;  // -inf if there was no origin yet; the sums are 0 then
     sum *= exp2_of(step * scale);
     label_sum *= exp2_of(step * label_scale);
     origin = to;
@@ -118,7 +119,7 @@ struct TopkWorker {
   }
 
  private:
-  // What the row is about, before it is read; and an empty map.
+  // Reads the row's task, before its logits are read, and clears the map.
   __device__ void open(int64_t row, const Source& source) const {
     for (int i = team.thread; i < kTopkBits / 32; i += team.threads) shared_store(groups + i, 0u);
     if (team.leads()) {
@@ -140,7 +141,7 @@ struct TopkWorker {
         parameters.label = arguments.read_label(row, task);
         task.has_label = task.has_label && task.label_weight != 0;
         if (!task.has_label) parameters.label = -1;
-        // Now: nothing overwrites it later, but it is one element.
+        // Read here, although nothing overwrites it before the end: it is a single element.
         if (task.has_label) parameters.label_z = source.student_logit(parameters.label);
       } else if (team.rank == 0) {
         global_store(arguments.losses + row, 0.0);
@@ -150,7 +151,7 @@ struct TopkWorker {
     team.sync();
   }
 
-  // The support: checked, entered in the map, measured. A row that is not what it should be becomes NaN.
+  // Reads the support: checks its entries, enters them in the map, and computes their sums. An invalid row becomes NaN.
   __device__ SupportSums gather(int64_t row, const Source& source, const TopkPlan& plan) const {
     bool bad = false;
     for (int e = team.thread; e < arguments.k; e += team.threads) {
@@ -183,7 +184,7 @@ struct TopkWorker {
     }
     team.sync();
     if (bad) mine.stored.mass = NAN;
-    // In two parts: the whole does not fit the registers of a shuffle.
+    // Two reductions, since one value of this size would not fit the registers of a shuffle.
     const double scale = plan.scale(), ratio = plan.task.ratio;
     SupportSums all;
     all.student = team.block_sum(mine.student, [&](StudentSums& x, const StudentSums& next) { x.merge(next, scale); });
@@ -192,8 +193,8 @@ struct TopkWorker {
     return all;
   }
 
-  // Whether the entry is padding: its column has another entry, and its log-probability says so. One that says
-  // otherwise makes the row bad.
+  // Whether the entry is padding: another entry has the same column, and this one's log-probability is low enough. If
+  // it is not low enough, the row is invalid.
   __device__ __forceinline__ bool repeated(int e, const TopkEntry& entry, bool& bad) const {
     const bool may_pad = entry.l <= float(kPaddingLogProb);
     bool found = false;
@@ -205,7 +206,7 @@ struct TopkWorker {
     return found && may_pad;
   }
 
-  // The pack's logits with those of the support replaced by -inf.
+  // Replaces the pack's logits that belong to the support by -inf.
   __device__ __forceinline__ void without_support(const Source& source, int pack, float (&u)[kSize]) const {
     const int group = source.whole_pack(pack) >> arguments.group_shift;
     if (!(shared_load(groups + group / 32) >> group % 32 & 1)) return;
@@ -247,7 +248,7 @@ struct TopkWorker {
     return team.cluster_sum(block, [&](StudentSums& all, const StudentSums& next) { all.merge(next, to_base_2); });
   }
 
-  // From the normalisers to the plan's end.
+  // Completes the plan: sums the terms and computes the value.
   __device__ void finish(const Source& source) const {
     const TopkPlan plan = shared_load(&published->plan);
     const auto add = [](UnnormalizedSums& all, const UnnormalizedSums& next) { all.add(next); };
@@ -305,7 +306,7 @@ struct TopkWorker {
 
   __device__ __forceinline__ bool inside(int column) const { return column >= 0 && column < arguments.vocab; }
 
-  // Each element in the next one's place, so that no register is indexed.
+  // Rotates the elements by one place, so that no register array is indexed.
   static __device__ __forceinline__ void rotate(float (&x)[kSize]) {
     const float first = x[0];
 #pragma unroll
@@ -319,7 +320,8 @@ struct TopkWorker {
       arguments.log_probs_gradient.put(arguments.log_probs_gradient.at(row, e), 0);
   }
 
-  // The gradients of the support's entries: the teacher's into memory, the student's for the pass over the row.
+  // Computes the gradients of the support's entries. The teacher's are written to memory; the student's are stored for
+  // the pass over the row.
   __device__ void write_gradients(int64_t row, const Source& source, const TopkPlan& plan, int label) const {
     if (!arguments.student_gradient && !arguments.log_probs_gradient) return;
     with_unnormalized_divergence(plan.task.divergence, plan.task.beta, [&](const auto& divergence) {
@@ -354,7 +356,7 @@ struct TopkWorker {
     zero_beyond_vocab(arguments, row, team);
   }
 
-  // slope: what a token of a uniform tail adds of its own.
+  // slope(u): what a token of a uniform tail adds to its gradient besides the common part.
   template <class Slope>
   __device__ void write_rest(const Source& source, const TopkPlan& plan, int label, bool backwards,
                              const Slope& slope) const {

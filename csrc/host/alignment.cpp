@@ -9,13 +9,13 @@
 namespace fastkd {
 namespace {
 
-constexpr uint8_t kEnd = 1;      // of a token of this side; the text's begin is one
-constexpr uint8_t kMeeting = 2;  // of tokens of both sides, in texts that agree
-constexpr uint8_t kClosing = 4;  // a meeting that a chunk ends at
+constexpr uint8_t kEnd = 1;      // a token of this side ends here, or the text begins
+constexpr uint8_t kMeeting = 2;  // tokens of both sides end here, in parts that agree
+constexpr uint8_t kClosing = 4;  // a kMeeting place where a chunk ends
 
 int64_t leading_spaces(std::string_view text) { return int64_t(std::min(text.find_first_not_of(' '), text.size())); }
 
-// 1 where the text begins with one space more than the other one, as SentencePiece's do.
+// 1 where the text begins with exactly one space more than the other text, as SentencePiece's texts do; else 0.
 int64_t extra_space(std::string_view text, std::string_view other) {
   const bool extra = leading_spaces(text) == leading_spaces(other) + 1;
   return extra && text.size() > 1 && !other.empty() && text[1] == other[0];
@@ -23,7 +23,7 @@ int64_t extra_space(std::string_view text, std::string_view other) {
 
 }  // namespace
 
-// Buffers are not set to zero first: for a long text that takes a good part of the time of reading it.
+// Buffers are not initialised with zeros: for a long text, that would take a good part of the time of reading it.
 void Side::make_room(const char* name, size_t used, size_t needed) {
   if (needed > size_t(std::numeric_limits<int32_t>::max())) {
     throw std::invalid_argument(std::string(name) + " must have less than 2^31 bytes in a text");
@@ -48,7 +48,7 @@ void Side::mark_ends() {
   for (int64_t i = 0; i < count_; ++i) places_[size_t(ends_[size_t(i)])] = kEnd;
 }
 
-// The first one from the place on, or beyond all.
+// The first kMeeting place at or after `place`; size_ + 1 if there is none.
 int64_t Side::meeting_from(int64_t place) const {
   while (place <= size_ && !(places_[size_t(place)] & kMeeting)) ++place;
   return place;
@@ -59,13 +59,14 @@ ChunkCount Aligner::align(int32_t* student_chunks, int32_t* teacher_chunks) {
   teacher.mark_ends();
   const int64_t student_extra = extra_space(student.text(), teacher.text());
   const int64_t teacher_extra = extra_space(teacher.text(), student.text());
-  // Whatever token the extra space is in, the texts meet behind it,
+  // The place after the extra space counts as a token's end, whatever token contains the space, so that the texts meet
+  // there. (The swap below makes the first chunk begin before the space.)
   student.places_[size_t(student_extra)] |= kEnd;
   teacher.places_[size_t(teacher_extra)] |= kEnd;
   const std::vector<Block> blocks = agreeing_parts(student_extra, teacher_extra);
   int64_t chunks = 0;
   for (const Block& block : blocks) chunks += meet(block);
-  // but the first chunk begins before it.
+  // The first chunk begins before the extra space.
   if (student_extra) std::swap(student.places_[0], student.places_[1]);
   if (teacher_extra) std::swap(teacher.places_[0], teacher.places_[1]);
   chunks -= drop_broken(blocks, true);
@@ -87,7 +88,8 @@ std::vector<Block> Aligner::agreeing_parts(int64_t student_extra, int64_t teache
   return blocks;
 }
 
-// Marks where both sides' tokens end within the block, its begin included. Number of the chunks between these places.
+// Marks the places in the block, its beginning included, where tokens of both sides end. Returns the number of chunks
+// between these places.
 int64_t Aligner::meet(const Block& block) {
   uint8_t* __restrict const a = student.places_.data() + block.student;
   uint8_t* __restrict const b = teacher.places_.data() + block.teacher;
@@ -98,7 +100,7 @@ int64_t Aligner::meet(const Block& block) {
   b[i] |= kMeeting;
   int64_t chunks = 0;
   for (++i; i <= block.length;) {
-    constexpr int64_t kStrip = 128;  // the count of so many fits a byte
+    constexpr int64_t kStrip = 128;  // so many fit into a uint8_t count
     const int64_t end = std::min(i + kStrip, block.length + 1);
     uint8_t count = 0;
     for (; i < end; ++i) {
@@ -113,7 +115,7 @@ int64_t Aligner::meet(const Block& block) {
   return chunks;
 }
 
-// Drops the chunks that go on across a special token of one side; their number.
+// Removes the chunks that contain a special token of one side in their middle. Returns their number.
 int64_t Aligner::drop_broken(const std::vector<Block>& blocks, bool in_student) {
   Side &side = in_student ? student : teacher, &other = in_student ? teacher : student;
   int64_t dropped = 0, closing = -1;
@@ -133,8 +135,8 @@ int64_t Aligner::drop_broken(const std::vector<Block>& blocks, bool in_student) 
   return dropped;
 }
 
-// From the last token to the first, since the place where a chunk ends tells that there is one. Returns the number of
-// tokens with bytes in none.
+// Writes each token's chunk, from the last token to the first, since a chunk is marked at its end. Returns the number
+// of tokens that have bytes and belong to no chunk.
 int64_t Side::number_tokens(int64_t chunks, int32_t* out) const {
   const uint8_t* const places = places_.data();
   int32_t first = int32_t(chunks), current = -1, numbered = 0;
@@ -142,7 +144,7 @@ int64_t Side::number_tokens(int64_t chunks, int32_t* out) const {
   const int32_t* const ends = ends_.get();
   for (int64_t i = count_; i-- > 0;) {
     const int32_t end = ends[i];
-    // All bits or none, instead of branches that nobody can foresee.
+    // Masks of all bits or none, instead of branches, which would be unpredictable.
     const int32_t has_bytes = -int32_t(end != (i ? ends[i - 1] : 0));
     const int32_t mark = places[size_t(end)] & has_bytes;
     const int32_t meets = -(mark / kMeeting & 1), closes = -(mark / kClosing);
@@ -179,7 +181,7 @@ void read(const IdRows& rows, int64_t row, Side& side) {
 }  // namespace
 
 void align_batch(const IdRows& student, const IdRows& teacher, int64_t batch, int64_t* chunks, int threads) {
-  constexpr int64_t kLeastTokens = 16384;  // keep a thread busy for longer than it takes to start
+  constexpr int64_t kLeastTokens = 16384;  // fewer do not keep a thread busy as long as it takes to start
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::exception_ptr error;
@@ -210,7 +212,7 @@ void align_batch(const IdRows& student, const IdRows& teacher, int64_t batch, in
   others.reserve(size_t(workers));
   try {
     for (int64_t i = 1; i < workers; ++i) others.emplace_back(work);
-  } catch (const std::exception&) {  // no more threads to be had: those that are do it
+  } catch (const std::exception&) {  // if no more threads can be started, those that run do all the work
   }
   work();
   for (std::thread& thread : others) thread.join();

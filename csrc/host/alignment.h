@@ -1,7 +1,9 @@
-// Chunks of tokens of two tokenizations of one text: a chunk closes where both have come to the same byte.
+// Aligns two tokenizations of one text: divides their tokens into chunks. A chunk ends where tokens of both sides end
+// at the same byte.
 //
-// The tokens' bytes are joined and their ends marked at the places between bytes: where both sides meet is then found
-// by looking at all places, many at once, and no step branches on a token's length.
+// The tokens' bytes are joined to one text per side, and token ends are marked in an array of the places between bytes.
+// The places where both sides' tokens end are found by a loop over all places, which vectorises; no step of it branches
+// on a token's length.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -21,10 +23,10 @@ namespace fastkd {
 struct Token {
   const char* data;
   size_t length;
-  bool special;  // no bytes, and a chunk that goes on across it is none
+  bool special;  // the token has no bytes, and a chunk must not contain it in its middle
 };
 
-// Tokens are shorter than what a call of memcpy is made for.
+// Copies a token's bytes. Tokens are mostly so short that a call of memcpy would cost more than the copy.
 inline void copy_short(char* to, const char* from, size_t length) {
   if (length > 16) {
     std::memcpy(to, from, length);
@@ -41,10 +43,11 @@ inline void copy_short(char* to, const char* from, size_t length) {
   }
 }
 
-// One side's tokens.
+// The tokens of one side.
 class Side {
  public:
-  // token_at(i) for each token; kSlack: as many bytes can be read from its data on, however short it is.
+  // Reads token_at(i) for each token. At least kSlack bytes can be read from a token's data, however short the token
+  // is.
   template <size_t kSlack, class TokenAt>
   void read(const char* name, int64_t count, const TokenAt& token_at) {
     make_room_for_ends(count);
@@ -86,9 +89,9 @@ class Side {
   size_t room_ = 64;
   int64_t ends_room_ = 0, size_ = 0, count_ = 0;
   std::unique_ptr<char[]> text_{new char[room_]};
-  std::unique_ptr<int32_t[]> ends_;  // each token's
-  std::vector<int32_t> special_;     // where special tokens stand
-  Places places_;                    // kEnd, kMeeting, kClosing
+  std::unique_ptr<int32_t[]> ends_;  // for each token the place of its end
+  std::vector<int32_t> special_;     // places of the special tokens
+  Places places_;                    // for each place kEnd, kMeeting, kClosing
 };
 
 struct ChunkCount {
@@ -99,7 +102,7 @@ class Aligner {
  public:
   Side student, teacher;
 
-  // Writes each token's chunk, or -1.
+  // Writes the number of each token's chunk, or -1.
   ChunkCount align(int32_t* student_chunks, int32_t* teacher_chunks);
 
  private:
@@ -108,7 +111,7 @@ class Aligner {
   int64_t drop_broken(const std::vector<Block>& blocks, bool in_student);
 };
 
-// Token ids [batch, length]; of row b the first lengths[b] count.
+// Token ids [batch, length]; in row b the first lengths[b] ids count.
 struct IdRows {
   const char* name;
   const int64_t* ids;
@@ -120,7 +123,7 @@ struct IdRows {
   int64_t* dropped;
 };
 
-// All rows, in up to `threads` threads. Throws std::out_of_range and std::invalid_argument.
+// Aligns all rows, in up to `threads` threads. Throws std::out_of_range and std::invalid_argument.
 void align_batch(const IdRows& student, const IdRows& teacher, int64_t batch, int64_t* chunks, int threads);
 
 }  // namespace fastkd

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int16_t kUnclassed = -1;
 
-// The first eight bytes as a number that sorts as they do; missing ones count as 0.
+// The first eight bytes as a number that sorts in their order; missing bytes count as 0.
 uint64_t leading_bytes(std::string_view token) {
   uint64_t key = 0;
   for (size_t i = 0; i < 8; ++i) key = key << 8 | (i < token.size() ? uint8_t(token[i]) : 0);
@@ -19,7 +19,7 @@ uint64_t leading_bytes(std::string_view token) {
 
 std::string quoted(const std::string& name) { return "'" + name + "'"; }
 
-// Class of each id, kUnclassed for none.
+// The class of each id, kUnclassed if it has none.
 std::vector<int16_t> classes_of(const ByteVocab::Classes& classes, int64_t size) {
   std::vector<int16_t> found(size_t(size), kUnclassed);
   for (size_t c = 0; c < classes.size(); ++c) {
@@ -51,7 +51,7 @@ ByteVocab::ByteVocab(std::string bytes, const std::vector<int64_t>& lengths, con
   std::vector<int16_t> found = classes_of(classes, size);
   for (const auto& named : classes) class_names_.push_back(named.first);
 
-  // Ids that lose their bytes leave no gap.
+  // The bytes of ids in a class are removed, and the following ones moved up.
   begins_.reserve(lengths.size() + 1);
   columns_.reserve(lengths.size());
   const int16_t other = int16_t(classes.size());

@@ -1,5 +1,5 @@
-// fastkd._host. Messages name the public function, the argument, what was expected and what came; std::out_of_range
-// becomes IndexError, std::invalid_argument ValueError.
+// The module fastkd._host. Error messages name the public function, the argument, what was expected and what was
+// passed; std::out_of_range becomes IndexError, std::invalid_argument ValueError.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -21,7 +21,7 @@ constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 
 std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
-// A sequence's entries, while nothing else of Python runs.
+// The entries of a sequence. Valid while no other Python code runs.
 class Entries {
  public:
   Entries(const char* argument, const py::sequence& sequence) : argument_(argument) {
@@ -38,7 +38,7 @@ class Entries {
   }
 
   Py_ssize_t size() const { return size_; }
-  // None has no bytes.
+  // The bytes of entry i; empty for None.
   std::string_view operator[](Py_ssize_t i) const {
     PyObject* const item = items_[i];
     if (PyBytes_Check(item)) return {PyBytes_AS_STRING(item), size_t(Py_SIZE(item))};
@@ -83,7 +83,7 @@ ByteVocab make_vocab(const py::sequence& sequence, const std::vector<std::pair<s
 
 py::bytes to_bytes(std::string_view text) { return py::bytes(text.data(), text.size()); }
 
-// Of an id in range.
+// The bytes of an id in range, or None.
 py::object token(const ByteVocab& vocab, int64_t id) {
   const std::string_view found = vocab.token(id);
   if (found.empty()) return py::none();
@@ -103,7 +103,7 @@ py::bytes decode(const ByteVocab& vocab, const Ids& ids) {
   return to_bytes(text);
 }
 
-// A read-only array of what `owner` holds.
+// A read-only array over the values that `owner` holds.
 template <class T>
 py::array view(const std::vector<T>& values, py::handle owner) {
   py::array_t<T> array({py::ssize_t(values.size())}, values.data(), owner);

@@ -7,7 +7,7 @@ namespace fastkd {
 namespace {
 
 constexpr int64_t kMaxEdits = 256;
-constexpr int64_t kLeastStride = 4 * kMaxEdits;  // bytes of both sides
+constexpr int64_t kLeastStride = 4 * kMaxEdits;  // bytes of both sides together
 constexpr int64_t kGrams[] = {32, 16, 8};
 constexpr int kLevels = 3;
 constexpr int64_t kShortestRun = 4, kSureRun = 32;
@@ -20,7 +20,7 @@ int64_t common_suffix(std::string_view a, std::string_view b) {
   return count;
 }
 
-// A part of each text, none of it compared yet.
+// A part of each text that is still to be compared.
 struct Gap {
   int64_t student, student_end, teacher, teacher_end;
 
@@ -57,7 +57,7 @@ class Difference {
     }
   }
 
-  // Adds the gap's blocks, in order.
+  // Compares the gap and adds its blocks, in order.
   void compare(Gap gap, int level) {
     const int64_t prefix = common_prefix(student(gap), teacher(gap));
     add({gap.student, gap.teacher, prefix});
@@ -75,9 +75,10 @@ class Difference {
     add({gap.student_end, gap.teacher_end, suffix});
   }
 
-  // The shortest edit path, if it has at most kMaxEdits edits. Row e of reached_ holds how far on the student's side
-  // each diagonal 2 i - e, i = 0..e, is reached with e edits, -1 where it is left: from the row before, by a byte
-  // that only the student has (from i - 1) or that only the teacher has (from i), and then along equal bytes.
+  // Finds the shortest edit path, if it has at most kMaxEdits edits, and adds its blocks. Row e of reached_ holds, for
+  // each diagonal 2 i - e, i = 0..e, how far on the student's side e edits reach; -1 where the diagonal leaves the
+  // texts. An entry follows from the previous row, by a byte that only the student has (from i - 1) or only the teacher
+  // has (from i), and then continues along equal bytes.
   bool follow_edits(const Gap& gap) {
     const int64_t n = gap.students(), m = gap.teachers();
     reached_.clear();
@@ -125,8 +126,8 @@ class Difference {
     for (auto block = path_.rbegin(); block != path_.rend(); ++block) add(*block);
   }
 
-  // Where kMaxEdits edits did not suffice, but lead through bytes that mostly agree: adds that part of the path that
-  // goes furthest, and leaves the rest in the gap.
+  // For the case that kMaxEdits edits did not suffice but lead through bytes that mostly agree: adds the path that goes
+  // furthest, and leaves the rest of the texts in the gap. Returns false if the path is too short.
   bool take_stride(Gap& gap) {
     int64_t best = 0, most = -1;
     for (int64_t i = 0; i <= kMaxEdits; ++i) {
@@ -142,7 +143,8 @@ class Difference {
     return true;
   }
 
-  // Whether there were anchors; then all the gap's blocks are added.
+  // Compares the gap between anchors (anchored_runs), if there are any, and adds all its blocks. Returns false if there
+  // are no anchors.
   bool compare_between_anchors(const Gap& gap, int level) {
     const std::vector<Block> runs = anchored_runs(gap, kGrams[level]);
     if (runs.empty()) return false;
@@ -157,7 +159,7 @@ class Difference {
     return true;
   }
 
-  // Calls body(place, hash) for each run of `width` bytes.
+  // Calls body(place, hash) for each run of `width` bytes in the text.
   template <class Body>
   static void for_grams(std::string_view text, int64_t width, const Body& body) {
     constexpr uint64_t kBase = 0x9E3779B97F4A7C15u;
@@ -171,8 +173,8 @@ class Difference {
     }
   }
 
-  // The longest sequence, in order on both sides, of runs of `width` bytes that occur once on each side, grown as far
-  // as the bytes agree.
+  // Anchors: runs of `width` bytes that occur once on each side. Returns their longest sequence that is in order on
+  // both sides, each extended as far as the bytes agree.
   std::vector<Block> anchored_runs(const Gap& gap, int64_t width) const {
     const std::string_view a = student(gap), b = teacher(gap);
     if (int64_t(std::min(a.size(), b.size())) < width) return {};
@@ -213,7 +215,7 @@ class Difference {
     return runs;
   }
 
-  // Of pairs in the student's order, the most that are in the teacher's too.
+  // Given pairs in the student's order, returns the longest subsequence that is in the teacher's order, too.
   template <class Pairs>
   static std::vector<size_t> longest_increasing(const Pairs& pairs) {
     std::vector<size_t> last, before(pairs.size());  // last[l]: the pair with the lowest end of a sequence of l + 1
@@ -236,7 +238,7 @@ class Difference {
   static void grow_run(Block run, std::string_view a, std::string_view b, std::vector<Block>& runs) {
     const Block previous = runs.empty() ? Block{0, 0, 0} : runs.back();
     const int64_t gap_a = run.student - previous.student_end(), gap_b = run.teacher - previous.teacher_end();
-    if (gap_a < 0 || gap_b < 0) return;  // on the previous run, or across it
+    if (gap_a < 0 || gap_b < 0) return;  // overlaps the previous run, or crosses it
     const auto part = [](std::string_view text, int64_t begin, int64_t length) {
       return text.substr(size_t(begin), size_t(length));
     };
@@ -273,7 +275,7 @@ class Difference {
     blocks_ = std::move(kept);
   }
 
-  // Agreements that were dropped may leave equal bytes next to those that stay.
+  // Extends the remaining blocks: equal bytes next to them may have belonged to blocks that were dropped.
   void grow() {
     std::vector<Block> before = std::move(blocks_);
     blocks_.clear();
@@ -334,7 +336,7 @@ void settle_on_tokens(std::vector<Block>& blocks, std::string_view student, std:
     const int64_t earlier =
         common_suffix(text.substr(size_t(begin - most_earlier), size_t(most_earlier)), text.substr(0, size_t(end)));
     int64_t move = later;
-    // The shorter text may end there: then it goes no further than the longer one, and has nothing of its end.
+    // If the texts agree from here to their ends, the stretch is moved to the end of the longer text.
     const bool at_the_end = later == right.length && right.student_end() == int64_t(student.size()) &&
                             right.teacher_end() == int64_t(teacher.size());
     const auto on_tokens = [&] {

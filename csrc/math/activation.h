@@ -1,14 +1,14 @@
-// Activations of a learner and their derivatives, of float or double, host and device.
+// Activation functions of the gated-routing learners and their derivatives, for float and double, on host and device.
 //
-// gelu: x Phi(x), with the normal distribution's Phi; its derivative is Phi(x) + x phi(x).
-// gelu_tanh: x sigma(v), v = sqrt(8/pi) (x + 0.044715 x^3). silu: x sigma(x). Derivative: sigma + x sigma (1 - sigma)
-// v'.
+//   gelu       x Phi(x), Phi and phi the normal distribution and density;  derivative Phi(x) + x phi(x)
+//   gelu_tanh  x sigma(v), v = sqrt(8/pi) (x + 0.044715 x^3);  derivative sigma + x sigma (1 - sigma) v'
+//   silu       the same with v = x
 #pragma once
 #include "elementary.h"
 
 namespace fastkd {
 
-// The numbers are those of the ops' arguments: ACTIVATIONS in fastkd/acm/_kernels.py.
+// The values are the integers of the ops' activation argument: ACTIVATIONS in fastkd/acm/_kernels.py.
 enum class Activation : int { kGelu, kGeluTanh, kRelu, kSilu, kIdentity };
 inline constexpr int kActivations = 5;
 
@@ -21,7 +21,8 @@ struct Activated {
   Real value, slope;
 };
 
-// Phi(-u) e^(u^2/2) for u >= 0, which falls from 1/2 like 1/u. A fit in t = 1 / (1 + 0.21 u), relative error 3e-8.
+// Phi(-u) e^(u^2/2) for u >= 0, which falls from 1/2 like 1/u. A polynomial fit in t = 1 / (1 + 0.21 u), with a
+// relative error of 3e-8.
 FASTKD_INLINE float mills_ratio(float u) {
   const float t = 1.0f / (1.0f + 0.21f * u);
   float p = -0.07094472f;
@@ -39,7 +40,7 @@ FASTKD_INLINE float mills_ratio(float u) {
 FASTKD_INLINE Activated<float> gelu(float x) {
   const float u = at_most(14.0f, magnitude(x));
   const float square = u * u;
-  // The rounding of u^2 would be the exponential's relative error.
+  // The rounding error of u^2 would become a relative error of the exponential; `bell` corrects it by `rest`.
   const float rest = __builtin_fmaf(u, u, -square);
   const float bell = exp2_of(square * float(-0.5 * kLog2E)) * (1.0f - 0.5f * rest);
   const float tail = bell * mills_ratio(u);
@@ -52,10 +53,10 @@ FASTKD_INLINE Activated<double> gelu(double x) {
   return {x * below, below + x * ::exp(-0.5 * x * x) * 0.39894228040143267794};
 }
 
-// x sigma(v), where v' = slope.
+// x sigma(v), v' = slope, and its derivative.
 template <class Real>
 FASTKD_INLINE Activated<Real> gated(Real x, Real v, Real slope) {
-  // Of -|v|, which never overflows; exp2_of does not reach 0 by itself.
+  // The exponential is of -|v|, so it cannot overflow. exp2_of itself does not return 0 for very negative arguments.
   const Real y = magnitude(v) * Real(-kLog2E), e = select(y < Real(-126), Real(0), exp2_of(y));
   const Real scale = Real(1) / (Real(1) + e);
   const Real open = select(v > Real(0), scale, e * scale);
@@ -64,7 +65,7 @@ FASTKD_INLINE Activated<Real> gated(Real x, Real v, Real slope) {
 
 template <class Real>
 FASTKD_INLINE Activated<Real> gelu_tanh(Real x) {
-  // Beyond, sigma is 0 or 1, and a cube might be infinite.
+  // Outside [-32, 32] sigma is 0 or 1. The clamp keeps x^3 finite.
   const Real near = at_most(Real(32), at_least(Real(-32), x)), square = near * near;
   return gated(x, Real(1.5957691216057307) * near * (Real(1) + Real(0.044715) * square),
                Real(1.5957691216057307) * (Real(1) + Real(3 * 0.044715) * square));

@@ -1,14 +1,17 @@
-// Forward KL over a part of the vocabulary, s_v in [0, 1] saying how much of token v belongs to it: what happens
-// between the passes over a row. The same for every backend. With a = log q, b = log p and sums over v
+// clipped_divergence: forward KL over a part of the vocabulary. This file holds the arithmetic between the passes over
+// a row; every backend uses it. s_v in [0, 1] is the share of token v that belongs to the part. With a = log q, b = log
+// p and sums over v
 //   A = sum s p (b - a),  P = sum s p,  Q = sum s q,  P_r = sum (1 - s) p,  Q_r = sum (1 - s) q
 // a row's value is
 //   renormalize none      A                    and with the tail lumped  A + P_r log(P_r / Q_r)
 //   renormalize teacher   A / P - log P
 //   renormalize both      A / P - log P + log Q
-// and A = K + P - Q with K = sum s (p (b - a) + q - p), whose terms are never negative: where the two sides are close,
-// values come from K. With P + P_r = Q + Q_r = 1, P - Q is Q_r - P_r, too, exact where the part is nearly everything.
 //
-// A mass may be less than a number can hold. Rows where that matters take another route: clipped_small.h.
+// A = K + P - Q with K = sum s (p (b - a) + q - p), a sum of terms that are never negative. Where student and teacher
+// are close, the value is computed from K. Since P + P_r = Q + Q_r = 1, P - Q also equals Q_r - P_r; that form is exact
+// where the part is nearly the whole vocabulary.
+//
+// A mass may be smaller than the sums can represent. Rows where that matters are computed by clipped_small.h.
 #pragma once
 #include "divergence.h"
 
@@ -16,11 +19,11 @@ namespace fastkd {
 
 enum class Renormalize : int { kNone, kTeacher, kBoth };
 
-// Sums of probabilities in float are off by no more than 2^-118 an entry, besides their roundings: 2^-20 of this mass
-// in a row of 2^18 entries.
+// The smallest mass that the sums below represent well enough. Besides rounding, a float sum of probabilities is off by
+// at most 2^-118 an entry, which is 2^-20 of this mass in a row of 2^18 entries.
 inline constexpr double kLeastShare = 0x1p-80;
 
-// The part: p between two edges, hard ones given as logits, or soft ones as probabilities.
+// The part: tokens with p between two edges. Hard edges are given as logits, soft edges as probabilities.
 struct ClipEdges {
   double lower, upper;
   double lower_logit, upper_logit;
@@ -29,7 +32,8 @@ struct ClipEdges {
 
 struct ClipSums {
   double k, a, p, q, difference, p_rest, q_rest;  // K, A, P, Q, Q - P, P_r, Q_r
-  // Soft edges: sums of ds/dedge times p (b - a), p and q; and of p ds/dp times the same, for the teacher's gradient.
+  // For soft edges: lower and upper are the sums of ds/dedge times p (b - a), p and q. own holds the sums of p ds/dp
+  // times the same three, for the teacher's gradient.
   double lower[3], upper[3], own[3];
 
   FASTKD_INLINE void add(const ClipSums& o) {
@@ -48,12 +52,12 @@ struct ClipSums {
   }
 };
 
-// What is known of a row once it is summed: its value, and the factors of its gradients.
+// A row's value and the factors of its gradients, computed from its sums.
 struct ClipNumbers {
   double value;
-  // dz_student = s (alpha q - gamma p) + (1 - s) delta q, without scale / temperature.
+  // dz_student = s (alpha q - gamma p) + (1 - s) delta q, before the factor scale / temperature.
   double alpha, gamma, delta;
-  // Over `gain`, 1 / P of a renormalised part: dvalue/dA, dvalue/dP, dvalue/dQ, and sum p dvalue/dp.
+  // dvalue/dA, dvalue/dP, dvalue/dQ and sum p dvalue/dp, each divided by `gain` (1 / P where the part is renormalised).
   double gain, by_a, by_p, by_q, mean;
   double lower_gradient, upper_gradient;  // dvalue/dedge
 };
@@ -65,13 +69,13 @@ namespace fastkd::FASTKD_ISA {
 FASTKD_INLINE float neighbour(float x, float towards) { return ::nextafterf(x, towards); }
 FASTKD_INLINE double neighbour(double x, double towards) { return ::nextafter(x, towards); }
 
-// The logit that a hard edge at probability p stands for: tokens from it on, or (upper) up to it, are inside. Numbers
-// may lie far apart there: the one next to the edge must be on its right side, unless it is the edge up to the
-// roundings of lse, a sum of floats.
+// The logit of a hard edge at probability p. Tokens from it on (lower edge) or up to it (upper edge) are inside.
+// Representable logits may lie far apart at this size, so the result is the neighbour on the correct side of the edge,
+// unless the rounded logit differs from the edge by no more than the rounding error of lse, a sum of floats.
 template <class Real>
 FASTKD_INLINE double edge_logit(double p, bool upper, double origin, double scale, double lse) {
   if (p <= 0) return -INFINITY;
-  if (p >= 1) return INFINITY;  // every token, even where a sum came out a rounding too small
+  if (p >= 1) return INFINITY;  // every token, even where a float sum of p exceeds 1 by its rounding
   const double step = (::log2(p) + lse) / scale;
   const Real edge = Real(origin + step);
   const double missing = (step - (double(edge) - origin)) * scale;
@@ -81,9 +85,9 @@ FASTKD_INLINE double edge_logit(double p, bool upper, double origin, double scal
   return edge;
 }
 
-// Whether a mass that the value divides by, or takes the logarithm of, is too small for these sums. A
-// rest whose sum is 0 on the teacher's side (below 2^-126 each in float) is nothing, whatever the student's: to tell it
-// from an empty one would take another sum in every row.
+// Whether a mass that the value divides by, or takes the logarithm of, is too small for these sums. A teacher's rest
+// whose sum is 0 (each entry below 2^-126 in float) counts as empty, whatever the student's is: distinguishing the two
+// would take another sum in every row.
 FASTKD_INLINE bool is_small(const ClipSums& sums, Renormalize renormalize, bool lump) {
   if (renormalize == Renormalize::kNone) return lump && sums.p_rest > 0 && sums.q_rest < kLeastShare;
   return sums.p < kLeastShare || (renormalize == Renormalize::kBoth && sums.q < kLeastShare);
@@ -97,7 +101,8 @@ FASTKD_INLINE double lump_term(double p, double q) {
   return magnitude(d) < 0.5 ? p * expm1_gap(d) : q - p - p * d;
 }
 
-// K is infinite where the part has mass and the student none; A is not, and neither are gradients.
+// K is infinite where an entry of the part has mass and the student's probability is 0. A and the gradients stay
+// finite.
 FASTKD_INLINE ClipNumbers clip_numbers(const ClipSums& sums, Renormalize renormalize, bool lump, double nan_or_zero) {
   ClipNumbers out{};
   const double p = sums.p, q = sums.q, whole = sums.a;
@@ -109,7 +114,7 @@ FASTKD_INLINE ClipNumbers clip_numbers(const ClipSums& sums, Renormalize renorma
     out.alpha = out.delta = p;
     out.gamma = 1;
     if (lump) {
-      // The two sides' parts and rests sum to 1: what K and the rest's term have too much cancels.
+      // P + P_r = Q + Q_r = 1, so the q - p terms that K and lump_term add cancel between them.
       out.value = sums.k + lump_term(p_rest, q_rest);
       const double ratio = p_rest == 0 ? 0 : p_rest / q_rest;
       out.alpha = 1;
@@ -123,12 +128,13 @@ FASTKD_INLINE ClipNumbers clip_numbers(const ClipSums& sums, Renormalize renorma
     out.gain = out.gamma = 1 / p;
     out.by_p = -whole / p - 1;
     if (renormalize == Renormalize::kTeacher) {
-      // (Q_r - P_r) / P - log(1 - P_r) = Q_r / P - ..., and K / P.
+      // The value is (K + P - Q) / P - log P = (K + Q_r - P_r) / P - log(1 - P_r). P is 1 - P_r, and
+      // missing = -log(1 - P_r) - P_r / P.
       const double missing = -::log1p(-p_rest) - p_rest / (1 - p_rest);
       out.value = at_least(0.0, nearly_all ? (sums.k + q_rest) / p + missing : whole / p - ::log(p));
       out.alpha = out.delta = 1;
     } else {
-      // K / P less what the two masses differ by: x - log(1 + x) with x = Q / P - 1.
+      // The value is K / P - (x - log(1 + x)) with x = Q / P - 1.
       const double x = sums.difference / p;
       const bool close = magnitude(x) < 0.1;
       out.value = close ? sums.k / p - log1p_gap(x) : whole / p + ::log(q / p);

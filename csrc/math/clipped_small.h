@@ -1,7 +1,7 @@
 // clipped_divergence of a row in which a mass that its value divides by, or takes the logarithm of, is so small that
-// sums of probabilities lose it. Everything is in double precision, and that mass is summed relative to its own largest
-// term, as a logarithm, so that each share of it and its logarithm are exact at any distance. With a = log q, b = log
-// p, s the share in the part, and
+// sums of probabilities lose it. Everything here is in double precision. The small mass is summed relative to its own
+// largest term, whose logarithm is kept separately, so that each entry's share of the mass and the mass's logarithm
+// stay accurate however small it is. With a = log q, b = log p, s the entry's share in the part, and
 //   t = s where the part is renormalised, 1 - s where the tail is lumped,
 //   P' = e^-B P and Q' = e^-C sum t q, with B = max (log s + b) (lump: 0) and C = max (log t + a) (teacher: 0),
 //   c = (b - B) - a, for renormalize both (b - B) - (a - C),
@@ -15,30 +15,31 @@
 
 namespace fastkd {
 
-// Natural logarithms: of the share, of what is left of 1, and of what the derivatives by the edges are in size, over
-// 1 / softness. That by the lower edge is negative.
+// Natural logarithms of s, of 1 - s, and of |ds/dedge| softness for the lower and the upper edge. ds/dlower is
+// negative.
 struct LogShares {
   double own, rest, lower, upper;
 };
 
-// What masses are relative to, as logarithms.
+// B and C, natural logarithms.
 struct SmallBases {
   double p = -INFINITY, q = -INFINITY;
 };
 
-// What is known of one entry.
+// One vocabulary entry.
 struct SmallEntry {
   double p, q;       // probabilities
   double own_p;      // s p e^-B
   double rest_p;     // (1 - s) p
   double part_q;     // t q e^-C
   double log_ratio;  // c
-  bool lost;         // mass in the part where the student has none
+  bool lost;         // the teacher has mass in the part and the student's probability is 0
   // ds/dedge p e^-B and ds/dedge q e^-C.
   double lower_p, upper_p, lower_q, upper_q;
 };
 
-// The factors of the gradients, in which no mass is left that could overflow.
+// The value and the factors of the gradients. They are computed from masses relative to B and C, so that none
+// overflows.
 struct SmallNumbers {
   double value, lower_gradient, upper_gradient;
   double by_q, by_own_p, by_part_q;        // dvalue/da, through the softmax
@@ -91,7 +92,7 @@ struct SmallRow {
     return y < -kImpossible ? -INFINITY : y * teacher_scale - teacher_lse;
   }
 
-  // w: the teacher's logit, of log-probability b. kept: wholly in the part.
+  // w: the teacher's logit. b: its log-probability. kept: the entry belongs to the part wholly.
   FASTKD_INLINE LogShares shares(double w, double b, bool kept) const {
     if (kept) return {0, -INFINITY, -INFINITY, -INFINITY};
     if (sharp == 0) {
@@ -104,14 +105,14 @@ struct SmallRow {
     return {own, log_of_sum(not_above, above + not_below), own + not_above, own + not_below};
   }
 
-  // Of one entry: B and C are the largest of these.
+  // One entry's values of the quantities whose maxima are B and C.
   FASTKD_INLINE SmallBases bases_of(double u, double w, bool kept) const {
     const double b = log_p(w);
     const LogShares log = shares(w, b, kept);
     return {lump ? 0 : log.own + b, lump || both ? (lump ? log.rest : log.own) + log_q(u) : 0};
   }
   FASTKD_INLINE void set_bases(const SmallBases& largest) {
-    p_base = largest.p == -INFINITY ? 0 : largest.p;  // no mass
+    p_base = largest.p == -INFINITY ? 0 : largest.p;  // -inf: the part has no mass
     q_base = largest.q == -INFINITY ? 0 : largest.q;
   }
 
@@ -139,7 +140,7 @@ struct SmallRow {
     return e;
   }
 
-  // After a pass that summed the entries.
+  // Computes the value and gradient factors from the sums over all entries.
   FASTKD_INLINE void finish(const ClipSums& sums) {
     const double p = sums.p, q = sums.q, p_rest = sums.p_rest;
     SmallNumbers out{};
@@ -153,7 +154,7 @@ struct SmallRow {
       out.by_rest_p = ratio;
       out.by_share_p = -ratio - 1;
       out.by_share_q = -out.by_part_q;
-    } else if (p > 0) {  // else there is nothing to compare
+    } else if (p > 0) {  // at p = 0 the part is empty: value and factors are 0
       const bool none = both && q == 0;
       out.value = none ? double(INFINITY) : at_least(0.0, sums.a / p - ::log(p) + (both ? ::log(q) : 0));
       out.by_q = both ? 0 : 1;
@@ -174,7 +175,7 @@ struct SmallRow {
     numbers = out;
   }
 
-  // Without scale / temperature.
+  // The gradients without the factor scale / temperature.
   FASTKD_INLINE double student_gradient(const SmallEntry& e) const {
     return numbers.by_q * e.q + numbers.by_own_p * e.own_p + numbers.by_part_q * e.part_q;
   }
@@ -192,7 +193,7 @@ FASTKD_INLINE void raise(SmallBases& all, const SmallBases& next) {
   all.q = at_least(all.q, next.q);
 }
 
-// Sums over entries: k is infinite where mass is lost, q = Q'.
+// Adds one entry to the sums: k becomes infinite where the entry is `lost`, q is Q'.
 FASTKD_INLINE void add_entry(ClipSums& sums, const SmallEntry& e) {
   if (e.lost) sums.k = INFINITY;
   sums.a += e.own_p * e.log_ratio;

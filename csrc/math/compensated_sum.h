@@ -1,11 +1,11 @@
-// Sums of products that keep what their rounding loses, in two numbers of the same type: where double precision is
-// slow.
+// Compensated sums of products in two numbers of the same type, the sum and its accumulated rounding error. Used where
+// double precision is slow.
 #pragma once
 #include "elementary.h"
 
 namespace fastkd::FASTKD_ISA {
 
-// a b and a + b, rounded: never contracted into one operation.
+// a b and a + b rounded to float, never contracted into one fused multiply-add.
 FASTKD_INLINE float product_of(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
@@ -21,7 +21,7 @@ FASTKD_INLINE float sum_of(float a, float b) {
 #endif
 }
 
-// What a b lost in rounding to `product`. A product of two floats is exact in double.
+// The rounding error of `product`, a b rounded. The product of two floats is exact in double.
 FASTKD_INLINE float product_error(float a, float b, float product) {
 #ifdef __CUDA_ARCH__
   return fmaf(a, b, -product);
@@ -46,7 +46,7 @@ struct CompensatedSum {
   FASTKD_INLINE double value() const { return double(sum) + double(rest); }
 
  private:
-  // An infinite or NaN sum has no rest.
+  // Adds to the accumulated rounding error, unless `lost` is infinite or NaN (as it is when the sum is).
   FASTKD_INLINE void keep(float lost) { rest += lost - lost == 0.0f ? lost : 0.0f; }
 };
 

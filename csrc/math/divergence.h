@@ -1,18 +1,20 @@
-// The divergences. To add one: write a struct here and name it in `Divergences`; nothing else changes.
+// The divergences. To add one, write a struct here and name it in `Divergences`; nothing else in C++ changes.
 //
 // A row's value is the sum over the vocabulary of a term f(p, q). With a = log q and b = log p, its gradients are
 //   student logits  (df/da - q sum df/da) / temperature = q (g - mean_q g) / temperature,           g = (df/da) / q
 //   teacher logits  (df/db - p sum df/db) / teacher_temperature = p (h - mean_p h) / teacher_temperature
-// A constant added to g or h cancels: each struct returns those that vanish where p = q, and f as a sum of terms that
-// are never negative, so that nothing cancels as the student converges. Where the gradient has a closed form, q - p or
-// its negative, g or h is that form itself (kGIsGradient, kHIsGradient) and needs no mean.
+// Adding a constant to g or h changes no gradient. Each struct returns those g and h that vanish where p = q, and
+// writes f as a sum of terms that are never negative, so that nothing cancels as the student converges. Where the
+// gradient is q - p or p - q in closed form, g or h holds that form itself (kGIsGradient, kHIsGradient) and needs no
+// mean.
 //
-// kPass says what the first pass must sum: for the KL divergences and the cross-entropy that sum is the value, and the
-// mean of the side that weights; the others take a second pass over f, g and h.
+// kPass names the sum that the first pass accumulates. For the KL divergences and the cross-entropy that sum gives both
+// the value and the mean needed by the gradient of the side that weights. The other divergences take a second pass over
+// f, g and h.
 //
-// Two ways to evaluate, chosen row by row:
-//   kNear = false  q - p by subtraction. Enough while the row's value is not tiny. Divergences of two passes get p, q
-//                  and their difference only; KL(q || p), for its gradient, q and d.
+// There are two ways to evaluate an entry, chosen row by row:
+//   kNear = false  q - p by subtraction. Accurate enough while the row's value is not tiny. Divergences of two passes
+//                  get only p, q and their difference; KL(q || p), for its gradient, gets only q and d.
 //   kNear = true   everything from d = log q - log p, through e^d - 1 - d and x - log(1 + x), where |d| < 1/2.
 #pragma once
 #include "elementary.h"
@@ -20,21 +22,21 @@
 
 namespace fastkd::FASTKD_ISA {
 
-// Stands for an infinite log-ratio in gradients: as if the impossible entry had probability 2^-126.
+// Replaces an infinite log-ratio in gradients, as if the impossible entry had probability 2^-126.
 inline constexpr double kLargestLogRatio = 126.0 * kLn2;
-// Logits that lie kDead below the largest are probability 0, as are those of -inf: the smallest finite number, which
-// masks put there, is one of them. Log-ratios beyond kInfiniteLogRatio are infinite.
+// Logits at least kDead below the largest have probability 0, as those of -inf have: masks often write the smallest
+// finite number instead of -inf. Log-ratios beyond kInfiniteLogRatio count as infinite.
 inline constexpr double kDead = 1e25;
-// A weight that is 0 in double precision, 2^-1075, adds nothing, not even to an infinite log-ratio.
+// A weight below 2^-1075, which is 0 in double precision, contributes nothing, not even with an infinite log-ratio.
 inline constexpr double kNoWeight = 1075;
 inline constexpr double kInfiniteLogRatio = 1e20;
 
-// Rows whose value is below this many nats take the careful route. The one-pass sums are good to about 3e-7 times
-// 1 + |mean log-ratio|, sums of normalised terms to 3e-7: both leave relative errors well under 1e-4, and q - p, which
-// is then of the order of 0.2 p, its own rounding.
+// Rows whose value is below this many nats are evaluated with kNear = true. The one-pass sums are accurate to about
+// 3e-7 times 1 + |mean log-ratio|, sums of normalised terms to 3e-7. At these thresholds both leave relative errors
+// well under 1e-4 in the value. q - p is then of the order of 0.2 p and is as accurate as its own rounding.
 inline constexpr double kNearKl = 0.02, kNearSum = 0.005;
 
-// What is known of one vocabulary entry.
+// One vocabulary entry under both distributions.
 template <class Real>
 struct Outcome {
   Real p, q;  // probabilities under teacher and student
@@ -49,7 +51,7 @@ struct Terms {
   Real f, g, h;
 };
 
-// Student and teacher in each other's place: a reverse divergence is the forward one of mirrored outcomes.
+// Exchanges student and teacher: a reverse divergence is the forward one of mirrored outcomes.
 template <class Real>
 FASTKD_INLINE Outcome<Real> mirrored(const Outcome<Real>& o) {
   return {o.q, o.p, o.log2_q, o.log2_p, -o.d, -o.difference, o.small};
@@ -59,7 +61,7 @@ FASTKD_INLINE Terms<Real> mirrored(const Terms<Real>& t) {
   return {t.f, t.h, t.g};
 }
 
-// p (e^d - 1 - d) = (q - p) - p d >= 0: what one entry adds to KL(p || q).
+// p (e^d - 1 - d) = (q - p) - p d >= 0: one entry's term of KL(p || q).
 template <bool kNear, class Real>
 FASTKD_INLINE Real kl_term(const Outcome<Real>& o) {
   const Real direct = o.difference - o.p * o.d;
@@ -67,12 +69,12 @@ FASTKD_INLINE Real kl_term(const Outcome<Real>& o) {
   return direct;
 }
 
-// How a mixture of p and q compares with one of them, `own`. The other side's share of it is `weight`, and
+// Compares a mixture of p and q with one of the two, `own`. `weight` is the other side's weight in the mixture, and
 // gap = other / own - 1.
 template <class Real>
 struct Mixed {
   Real log_ratio;  // log(mixture / own)
-  Real kl;         // what own adds to KL(own || mixture), over own
+  Real kl;         // own's term of KL(own || mixture), divided by own
 };
 
 template <class Real>
@@ -82,7 +84,7 @@ FASTKD_INLINE Real floored(Real probability) {
 
 template <bool kNear, class Real>
 FASTKD_INLINE Mixed<Real> mix(const Outcome<Real>& o, Real own, Log2<Real> mixture, Real gap, Real weight) {
-  // Without a share of the other side the mixture is `own`, to the last bit.
+  // With weight 0 the mixture is `own` bit for bit, and the result must be exactly 0.
   const Real unit = weight > Real(0) ? Real(kLn2) : Real(0);
   const Real direct = mixture.minus(log2_parts(floored(own))) * unit;
   if constexpr (kNear) {
@@ -92,7 +94,7 @@ FASTKD_INLINE Mixed<Real> mix(const Outcome<Real>& o, Real own, Log2<Real> mixtu
   return {direct, Real(0)};
 }
 
-// e^d - 1 and e^-d - 1: the other side's probability over this one's, minus one.
+// The other side's probability divided by this side's, minus one: e^d - 1 and e^-d - 1.
 template <class Real>
 FASTKD_INLINE Real student_gap(const Outcome<Real>& o) {
   return o.d + expm1_gap(o.d);
@@ -182,8 +184,8 @@ struct SkewKl {
     const auto to_m = mix<kNear>(o, o.p, m, student_gap(o), c);
     const Real direct = c * o.difference - o.p * to_m.log_ratio;
     const Real slope = c * o.difference / mixture;
-    // Far from the teacher, g = c (c (q - p) / m) is nearly c wherever p is nearly 0, and would lose there what it
-    // differs from its mean by: it is c more than -c p / m, which does not.
+    // g = c (c (q - p) / m). Where kNear is false and p is nearly 0, that form is nearly the constant c, and
+    // subtracting the mean would cancel. The form -c p / m differs from it by the constant c only and does not cancel.
     const Real g = kNear ? c * slope : -c * (o.p / mixture);
     return {kNear ? select(o.small, o.p * to_m.kl, direct) : direct, g, b * slope - to_m.log_ratio};
   }

@@ -1,9 +1,10 @@
-// Exponentials and logarithms that vectorise in plain loops, float and double.
+// Exponentials and logarithms of float and double that vectorise in plain loops.
 //
-// Polynomials are minimax fits (relative error below 8e-8) whose constant term is exact, so that every function is
-// exact at its fixed point and keeps relative accuracy next to it: exp2(0) = 1, and the two gaps vanish like x^2/2.
-// Maxima are written `a > b ? a : b` with the variable second: that is x86's MAXPS, and NaN passes through.
-// One condition a value: the compiler turns a nest of them back into branches, and then does not vectorise.
+// Polynomials are minimax fits (relative error below 8e-8) whose constant term is exact. Every function is therefore
+// exact at its fixed point and relatively accurate near it: exp2(0) = 1, and the two gap functions vanish like x^2/2.
+// Maxima are written `a > b ? a : b` with the variable second: that is x86's MAXPS, and a NaN in the variable passes
+// through. Each value depends on one condition only: the compiler turns nested conditions into branches and then does
+// not vectorise the loop.
 #pragma once
 #include <math.h>
 
@@ -39,13 +40,13 @@ FASTKD_INLINE double magnitude(double x) { return __builtin_fabs(x); }
 FASTKD_INLINE float with_sign(float size, float sign) { return __builtin_copysignf(size, sign); }
 FASTKD_INLINE double with_sign(double size, double sign) { return __builtin_copysign(size, sign); }
 
-// What the last bit of a normal number's mantissa stands for.
+// The value of the last bit of x's mantissa, for a normal number x.
 FASTKD_INLINE double last_digit(double x) {
   return bit_cast<double>(bit_cast<uint64_t>(x) & 0x7ff0000000000000u) * 2.220446049250313e-16;
 }
 FASTKD_INLINE double last_digit(float x) { return last_digit(double(x)) * 536870912.0; }
 
-// -1, 0 or 1 without a branch (x counts as 0 gradually below the smallest normal float).
+// The sign of x, -1, 0 or 1, without a branch. Below the smallest normal float the result falls gradually from 1 to 0.
 template <class Real>
 FASTKD_INLINE Real sign_of(Real x) {
   return at_most(Real(1), at_least(Real(-1), x * Real(3e38)));
@@ -56,7 +57,7 @@ FASTKD_INLINE Real select(bool condition, Real yes, Real no) {
   return condition ? yes : no;
 }
 
-// 2^x for x <= 127; 0 for x = -inf, and at most 2^-126 off below -126.
+// 2^x for x <= 127; 0 for x = -inf. Below -126 the error is at most 2^-126.
 FASTKD_INLINE float exp2_of(float x) {
 #ifdef __CUDA_ARCH__
   return exp2f(x);
@@ -77,8 +78,8 @@ FASTKD_INLINE float exp2_of(float x) {
 }
 FASTKD_INLINE double exp2_of(double x) { return ::exp2(x); }
 
-// log2(x) for positive, normal x, as an integer and a fraction in [-1/2, 1/2]: the difference of two logarithms taken
-// part by part does not lose what their common size would round away.
+// log2(x) for positive, normal x, as an integer and a fraction in [-1/2, 1/2]. The difference of two logarithms taken
+// part by part keeps the digits that rounding would lose if both were single large numbers.
 template <class Real>
 struct Log2 {
   Real exponent, fraction;

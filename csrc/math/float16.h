@@ -1,6 +1,6 @@
-// bfloat16 and float16 as bit patterns, to and from float in integer arithmetic that vectorises on every instruction
-// set. Rounding is to nearest even; NaN stays NaN, overflow becomes infinity, subnormals are kept.
-// On a GPU by its own conversions.
+// Conversion of bfloat16 and float16, held as bit patterns, to and from float, in integer arithmetic that vectorises on
+// every instruction set. Rounding is to nearest even, NaN stays NaN, overflow becomes infinity, subnormals are kept. On
+// a GPU its own conversion instructions are used.
 #pragma once
 #include "elementary.h"
 
@@ -18,7 +18,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The same names for what needs no conversion.
+// The same function names for types that need no conversion.
 FASTKD_INLINE float to_float(float x) { return x; }
 FASTKD_INLINE double to_float(double x) { return x; }
 FASTKD_INLINE void from_float(double x, float& out) { out = float(x); }
@@ -33,7 +33,8 @@ FASTKD_INLINE float to_float(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, size = x.bits & 0x7fffu;
   constexpr uint32_t kExponentShift = 112u << 23;
   const uint32_t normal = (size << 13) + kExponentShift;
-  // Subnormals by conversion: as float bit patterns they would be subnormal too, and slow to multiply.
+  // Subnormals are converted from integers: interpreted as float bit patterns they would be subnormal floats, which are
+  // slow to multiply.
   const uint32_t subnormal = bit_cast<uint32_t>(float(int32_t(size)) * 5.9604645e-8f);  // 2^-24
   const uint32_t finite = size < 0x0400u ? subnormal : normal;
   return bit_cast<float>((size >= 0x7c00u ? normal + kExponentShift : finite) | sign);
@@ -56,7 +57,8 @@ FASTKD_INLINE void from_float(float x, Float16& out) {
 #else
   const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
   const uint32_t normal = (size - 0x38000000u + 0x0fffu + ((size >> 13) & 1u)) >> 13;
-  // Below 2^-14 adding 1/2 aligns the value with the subnormals' last bit, and the addition rounds it.
+  // For values below 2^-14: adding 1/2 aligns the value's last bit with that of the float16 subnormals, and the
+  // addition rounds it.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(size) + 0.5f) - 0x3f000000u;
   uint32_t out_bits = size < 0x38800000u ? subnormal : normal;
   out_bits = size >= 0x477ff000u ? 0x7c00u : out_bits;

@@ -2,13 +2,14 @@
 //   term             target (log target - input), 0 where target = 0;   log_target: e^target (target - input)
 //   d / d input      -target;                                            log_target: -e^target
 //   d / d target     log target + 1 - input;                             log_target: term + e^target
-// NaN appears exactly where torch's composite of xlogy and its derivative has it: the target's derivative at 0 is NaN.
+// NaN appears exactly where torch's composite formulas have it. The target's derivative at target 0, for example, is
+// NaN.
 #pragma once
 #include "elementary.h"
 
 namespace fastkd::FASTKD_ISA {
 
-// log(x) for every x >= 0 and NaN: subnormals are scaled up first.
+// log(x) for every x >= 0 and NaN. Subnormals are scaled up first.
 FASTKD_INLINE float full_log(float x) {
   const bool subnormal = x < 1.17549435e-38f;
   const float lifted = subnormal ? x * 8388608.0f : x;

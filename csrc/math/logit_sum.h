@@ -1,26 +1,26 @@
-// The normaliser of a softmax over a set of logits z, built piece by piece and merged in any association:
-//   sum of 2^((z - origin) scale),  scale = log2(e) / temperature,
-// with its origin, a logit near the largest, kept apart. A logit is taken relative to the origin before it is scaled,
-// so that neither a constant that all of them carry nor their size (the smallest finite number, where a mask put it
-// everywhere) costs the sum a digit.
+// The normaliser of a softmax over a set of logits z, accumulated piece by piece; pieces may be merged in any grouping:
+//   sum of 2^((z - origin) scale),  scale = log2(e) / temperature.
+// The origin is a logit near the largest and is stored beside the sum. It is subtracted from a logit before scaling, so
+// that neither a constant added to all logits nor very large logits (a mask may set all of them to the smallest finite
+// number) reduce the sum's accuracy.
 #pragma once
 #include "elementary.h"
 
 namespace fastkd {
 
-// Logits that lie this far below the largest are probability 0, as are those of -inf: the smallest finite number, which
-// masks put there, is one of them.
+// Logits at least this far below the largest have probability 0, as those of -inf have: masks often write the smallest
+// finite number instead of -inf.
 inline constexpr double kImpossible = 1e25;
 
-// A normaliser as an origin and the natural logarithm of the sum relative to it.
+// A normaliser: its origin, and the natural logarithm of the sum relative to it.
 struct LogNormalizer {
   double origin, log_sum;
 };
 
-// The logarithm of a probability that is `log` relative to an origin `below` which its own is so many logits: not above
-// 0, where rounding would take it.
+// `log`, the logarithm of a set's share of a row, corrected: -inf where the set's origin lies too far from the row's,
+// and at most 0, which rounding could exceed. `below` is the set's origin minus the row's, in logits.
 FASTKD_INLINE double log_share(double below, double log) {
-  if (log != log) return log;  // of a row that is no distribution
+  if (log != log) return log;  // NaN: the row has no valid softmax
   return below < -kImpossible ? -INFINITY : log > 0 ? 0 : log;
 }
 
@@ -28,7 +28,8 @@ FASTKD_INLINE double log_share(double below, double log) {
 
 namespace fastkd::FASTKD_ISA {
 
-// The factor that carries a sum relative to the origin `from` over to `to`. There is nothing relative to -inf.
+// The factor that converts a sum relative to the origin `from` to one relative to `to`. A sum relative to -inf is
+// empty.
 FASTKD_INLINE double origin_factor(double from, double to, double scale) {
   return from == to ? 1.0 : ::exp2((from - to) * scale);
 }
@@ -44,7 +45,7 @@ struct LogitSum {
     sum = sum * origin_factor(origin, all, scale) + other.sum * origin_factor(other.origin, all, scale);
     origin = all;
   }
-  // NaN where no logit is finite, or one is +inf or NaN.
+  // NaN where no logit is finite, or where one is +inf or NaN.
   FASTKD_INLINE double nan_or_zero() const { return (origin - origin) + (sum - sum); }
 };
 

@@ -1,26 +1,26 @@
-// From logits to what a divergence needs of every vocabulary entry, once the row's normalisers are known.
+// From logits to the Outcome (divergence.h) of every vocabulary entry, once the row's normalisers are known.
 #pragma once
 #include "divergence.h"
 
 namespace fastkd {
 
-// What is asked of a row, beside its logits.
+// What to compute for a row, besides its logits.
 struct RowTask {
   double temperature, teacher_temperature;
   double divergence_scale;  // of the divergence's value: temperature^2 or 1
   double scale;             // of the row's gradients: weight / denominator
   double label_weight;
   bool has_label;
-  bool mix_probs;  // the teacher comes as log2-probabilities at its temperature
+  bool mix_probs;  // the teacher is given as log2-probabilities at its temperature
   bool student_gradient, teacher_gradient;
-  double teacher_weight = 1;  // of its logits, in its gradient: dz_mixed / dz
+  double teacher_weight = 1;  // dz_mixed / dz: the factor of the teacher's gradient where it is part of a mixture
 };
 
 }  // namespace fastkd
 
 namespace fastkd::FASTKD_ISA {
 
-// A number as a float and the rest: what the gradient subtracts from g and h.
+// A mean as a float and its rounding error. The gradient subtracts both from g or h.
 template <class Real>
 struct Mean {
   Real high, low;
@@ -28,19 +28,19 @@ struct Mean {
   FASTKD_INLINE explicit Mean(double mean) : high(Real(mean)), low(Real(mean - double(Real(mean)))) {}
 };
 
-// From logits to outcomes, once both normalisers are known. Logits are first taken relative to a value near the
-// largest: what counts in a distribution is then exact to rounding, whatever constant the logits carry. Those more than
-// kDead below it are as impossible as -inf.
+// Computes outcomes from logits, once both normalisers are known. A logit is first taken relative to the origin, a
+// value near the largest logit: probabilities that matter are then exact to rounding, whatever constant the logits
+// contain. Logits more than kDead below the origin have probability 0, as those of -inf have.
 template <class Real>
 struct Normalized {
   Real student_scale, teacher_scale, teacher_ratio;
   Real student_origin, teacher_origin;  // logits
   Real student_lse, teacher_lse;        // relative to the origins, base 2
-  // Where kNear takes a log-ratio from: logits less `base`, whose difference is exact where the two sides nearly agree.
+  // kNear takes the log-ratio from logits less `base`, whose difference is exact where the two sides nearly agree.
   Real student_base, teacher_base;
-  Real base_gap;    // what the difference of the origins is there: student_origin - teacher_ratio teacher_origin
-  Real near_shift;  // the difference of the normalisers, natural, with what base_gap lost in rounding
-  Real log_shift;   // the same relative to the origins
+  Real base_gap;    // the difference of origins less bases: student - teacher_ratio teacher
+  Real near_shift;  // the difference of the normalisers, natural, plus the rounding error of base_gap
+  Real log_shift;   // the difference of the normalisers relative to the origins, natural
 
   template <bool kNear>
   FASTKD_INLINE Outcome<Real> outcome(Real u, Real w) const {
@@ -67,10 +67,10 @@ struct Normalized {
   }
 };
 
-// The scales of a row's logits, and its normalisers once pass 1 is over.
+// The scales of a row's logits, and its normalisers, known after pass 1.
 template <class Real>
 struct RowFrame {
-  Real student_scale, teacher_scale, teacher_ratio;  // log2(e) / temperature, and teacher's over student's
+  Real student_scale, teacher_scale, teacher_ratio;  // log2(e) / temperature, and teacher's scale over student's
   Real label_scale;                                  // log2(e), or 0 where pass 1 need not sum it separately
   Real student_origin, teacher_origin;               // logits near the largest
   double student_lse, teacher_lse, label_lse;        // relative to the origins, base 2
@@ -99,8 +99,9 @@ struct RowFrame {
     Real student_base = student_origin, teacher_base = teacher_origin;
     const Real limit = Real(kInfiniteLogRatio);
     if (teacher_ratio == Real(1) && magnitude(student_origin) < limit && magnitude(teacher_origin) < limit) {
-      // The difference of two nearly equal numbers is exact. To make them so, what the origins differ by goes off the
-      // side that is farther from 0, as a multiple of that side's last digit, which the subtraction has room for.
+      // The difference of two nearly equal numbers is exact. To make the two logits nearly equal, the difference of the
+      // origins is subtracted from the side whose origin is farther from 0. It is rounded to a multiple of that side's
+      // last digit, so that this subtraction is exact too.
       const bool of_student = magnitude(student_origin) > magnitude(teacher_origin);
       const double far = of_student ? student_origin : teacher_origin;
       const double close = of_student ? teacher_origin : student_origin;
@@ -127,7 +128,7 @@ struct RowFrame {
   }
 };
 
-// The entries of a block, from their logits.
+// The entries of a block, computed from their logits.
 template <class Real, bool kNear>
 struct FromLogits {
   Normalized<Real> at;
@@ -135,20 +136,21 @@ struct FromLogits {
   FASTKD_INLINE Outcome<Real> outcome(int64_t i) const { return at.template outcome<kNear>(student[i], teacher[i]); }
 };
 
-// What the first pass took a block relative to: logits near the largest so far; -inf where all so far were -inf.
+// The logits that the first pass took a block relative to: near the largest seen so far, -inf where all so far were
+// -inf.
 template <class Real>
 struct Origins {
   Real student, teacher;
 };
 
-// The entries of a block, from what the first pass kept of them instead of having them computed again: 2^x of the
-// student, and 2^x of the teacher or, where the student weights, the log-ratio. Good for rows that are not near, and
-// of an outcome there is only what those divergences ask for: p, q and their difference, or q and d.
+// The entries of a block from what the first pass stored: 2^x of the student, and 2^x of the teacher or, where the
+// student weights, the log-ratio. This saves computing the exponentials again. It serves only rows that are not near,
+// and sets only the fields of an outcome that those divergences use: p, q and their difference, or q and d.
 template <class Real, Pass kPass>
 struct Kept {
   const Real *student, *teacher;
   Real student_factor, teacher_factor;
-  // Of the log-ratio, each in two parts: taken relative to its mean, what is left of it may be tiny.
+  // Scale and shift of the log-ratio, each in two parts, since the log-ratio minus its mean may be tiny.
   Mean<Real> ratio_scale, ratio_shift;
   FASTKD_INLINE Outcome<Real> outcome(int64_t i) const {
     const Real q = student[i] * student_factor, none = Real(0);

@@ -1,4 +1,4 @@
-// The state of two softmaxes over one row, built piece by piece and merged in any association, in base 2:
+// The state of two softmaxes over one row, in base 2, accumulated piece by piece; pieces may be merged in any grouping:
 //   max = max_v x_v,  sum = sum_v 2^(x_v - max),  lse = max + log2(sum),
 // where x = log2(e) * logits / temperature. A piece without a finite logit has max = -inf and sum = 0 (or NaN).
 #pragma once
@@ -10,13 +10,13 @@ namespace fastkd::FASTKD_ISA {
 // kTeacherCrossing also sums what the cross-entropy needs.
 enum class Pass { kNormalizersOnly, kTeacherWeighted, kTeacherCrossing, kStudentWeighted };
 
-// The factor that carries a sum relative to `from` over to `to`.
+// The factor that converts a sum relative to `from` to one relative to `to`.
 template <class Real>
 FASTKD_INLINE Real rescale(Real from, Real to) {
   return from == to ? Real(1) : exp2_of(from - to);
 }
 
-// How far an origin moves. One that was not there yet (-inf) has nothing relative to it: any step does.
+// How far an origin moves. From -inf (no logit so far) the sum is empty, and any step is right.
 template <class Real>
 FASTKD_INLINE Real step_between(Real from, Real to) {
   return from == to ? Real(0) : to - from;
@@ -36,9 +36,9 @@ struct MaxSum {
   }
 };
 
-// The same relative to an origin that is kept as a logit, near the largest: a logit is taken relative to it before it
-// is scaled, so that neither a constant that all logits carry nor their size (the smallest finite number, where a mask
-// put it everywhere) costs the sum a digit.
+// As MaxSum, but relative to an origin that is a logit near the largest. The origin is subtracted from a logit before
+// scaling, so that neither a constant added to all logits nor very large logits (a mask may set all of them to the
+// smallest finite number) reduce the sum's accuracy.
 //   sum = sum_v 2^((z_v - origin) scale),  scale = log2(e) / temperature
 template <class Real>
 struct OriginSum {
@@ -61,8 +61,8 @@ struct RowScales {
   Real student, teacher, label;
 };
 
-// A weighted sum of log-ratios relative to other origins: its weights, which sum to `weight`, shrink by the factor
-// `scale`, and each log-ratio grows by `step`. Infinite it stays, unless nothing is left of the weight.
+// Converts a weighted sum of log-ratios to other origins: the weights, whose sum is `weight`, are multiplied by
+// `scale`, and each log-ratio grows by `step`. An infinite sum stays infinite, unless `scale` is 0.
 template <class Real>
 FASTKD_INLINE Real carried(Real sum, Real weight, Real step, Real scale) {
   if (scale == Real(0)) return sum == sum ? Real(0) : sum;
@@ -70,7 +70,7 @@ FASTKD_INLINE Real carried(Real sum, Real weight, Real step, Real scale) {
   return (weight > Real(0) && step != Real(0) ? sum + weight * step : sum) * scale;
 }
 
-// Sums relative to one pair of origins, student.origin and teacher.origin. In base 2, with x = (z - origin) scale:
+// Sums relative to one pair of origins, student.origin and teacher.origin. In base 2, with x = (z - origin) scale.
 template <class Real>
 struct RowState {
   OriginSum<Real> student, teacher;
@@ -109,7 +109,8 @@ struct RowState {
     student = {student_origin, student.sum * student_scale};
     teacher = {teacher_origin, teacher.sum * teacher_scale};
   }
-  // KL in nats of the weighting side from the other one, and the mean log-ratio whose size limits its accuracy.
+  // The KL divergence in nats, weighted by the side that pass weights by. Its accuracy is limited by the size of
+  // mean_ratio.
   FASTKD_INLINE Real kl(Pass pass) const {
     const Real shift = log2_of(student.sum) - log2_of(teacher.sum);
     return (weights_student(pass) ? ratio / student.sum - shift : ratio / teacher.sum + shift) * Real(kLn2) +
@@ -118,7 +119,8 @@ struct RowState {
   FASTKD_INLINE Real mean_ratio(Pass pass) const {
     return magnitude(ratio / (weights_student(pass) ? student.sum : teacher.sum)) * Real(kLn2);
   }
-  // -sum p log q in nats: two terms, neither negative but for the slack in student.origin.
+  // -sum p log q in nats, as two terms. Both are non-negative except for the distance of student.origin from the
+  // largest logit.
   FASTKD_INLINE Real cross_entropy() const {
     return (log2_of(student.sum) + crossing / teacher.sum) * Real(kLn2) + nan_or_zero();
   }

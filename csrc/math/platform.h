@@ -1,4 +1,4 @@
-// What lets one formula serve the host compiler, every instruction set it is compiled for, and nvcc.
+// Definitions that let one formula compile with the host compiler, for each instruction set, and with nvcc.
 #pragma once
 
 #ifdef __CUDACC__
@@ -7,8 +7,8 @@
 #define FASTKD_INLINE inline __attribute__((always_inline))
 #endif
 
-// Every function below lives in a namespace named after the instruction set of its translation unit.
-// Without that the linker would keep one copy of each, perhaps the AVX-512 one, for all machines.
+// Every function below lives in a namespace named after the instruction set of its translation unit. Otherwise the
+// linker would keep one copy of each function, perhaps the AVX-512 one, for all machines.
 #ifndef FASTKD_ISA
 #define FASTKD_ISA portable
 #endif

@@ -1,15 +1,16 @@
-// What a row does between its passes: which pass comes next, and with which means. The same for every backend, which
-// owns the passes: while step is a sum, it sums the row's terms and calls add(); then it writes the gradients.
+// What happens between the passes over a row: which pass comes next, and with which means. Every backend uses it and
+// implements the passes itself: while `step` is a sum, the backend sums the row's terms and calls add(); then it writes
+// the gradients.
 #pragma once
 #include "normalized.h"
 
 namespace fastkd::FASTKD_ISA {
 
-// Log-ratios that make a row's value this large are not taken from what pass 1 kept: some may be infinite.
+// Where a row's value is at least this large, the log-ratios that pass 1 stored are not used: some may be infinite.
 inline constexpr double kLargestKept = 1e6;
 
-// Over a slice or row. Products with g and h are exact and added in double: a mean must match the very values that it
-// is subtracted from, whose own rounding then cancels.
+// Sums over a slice or row. Products with g and h are exact and summed in double. A mean is then the mean of exactly
+// those rounded values that it is subtracted from, so that their rounding errors cancel.
 struct Sums {
   double f, qg, ph, q, p, difference;
 
@@ -31,13 +32,14 @@ struct RowPlan : RowFrame<Real> {
   static constexpr bool kOnePass = kPass != Pass::kNormalizersOnly, kCrossing = kPass == Pass::kTeacherCrossing;
 
   Step step;
-  bool near;  // all passes from here on are
-  // Whether what pass 1 kept of the entries serves the student's gradient: of an infinite log-ratio only that was kept.
+  bool near;  // all remaining passes use kNear
+  // Whether what pass 1 stored of the entries can be used for the student's gradient. An infinite log-ratio was stored
+  // only as a finite substitute.
   bool kept;
-  double value;  // of the divergence, not weighted
+  double value;  // of the divergence, before its weight
   double student_mean, teacher_mean;
 
-  // After pass 1.
+  // To be called after pass 1.
   FASTKD_INLINE void begin(const RowTask& task, const RowState<double>& all) {
     this->normalize(task, all);
     near = refined_ = false;
@@ -45,7 +47,7 @@ struct RowPlan : RowFrame<Real> {
     value = student_mean = teacher_mean = 0;
     step = Step::kSumFar;
     if constexpr (kOnePass) {
-      // That pass already has the value and the mean that the student's gradient needs, as long as it is finite.
+      // Pass 1 gives the value, and the mean for the student's gradient if that mean is finite.
       student_mean = all.kl(kPass);
       value = kCrossing ? all.cross_entropy() : student_mean;
       near = student_mean < Divergence::kNearBelow * (1 + all.mean_ratio(kPass));
@@ -59,7 +61,7 @@ struct RowPlan : RowFrame<Real> {
     if (step == Step::kWrite) finish();
   }
 
-  // After a pass over the row's terms.
+  // To be called after each pass that sums the row's terms.
   FASTKD_INLINE void add(const RowTask& task, const Sums& sums) {
     if (step == Step::kSumFar) {
       if (!kOnePass) {
@@ -81,7 +83,7 @@ struct RowPlan : RowFrame<Real> {
     if (step == Step::kWrite) finish();
   }
 
-  // With the label's term: log-sum-exp - logit.
+  // The divergence plus the label's term, log-sum-exp - logit.
   FASTKD_INLINE double loss(const RowTask& task, double label_logit) const {
     const double label = task.has_label ? this->label_lse * kLn2 - (label_logit - double(this->student_origin)) : 0;
     return value * task.divergence_scale + (task.has_label ? task.label_weight * label : 0);
@@ -97,7 +99,7 @@ struct RowPlan : RowFrame<Real> {
     return task.teacher_gradient && !Divergence::kHIsGradient;
   }
 
-  // A normaliser that is NaN makes the whole row so, whatever the logarithms made of it.
+  // A NaN normaliser makes the whole row NaN, whatever the logarithms gave.
   FASTKD_INLINE void finish() {
     if (Divergence::kGIsGradient) student_mean = 0;
     const double nan_or_zero = (this->student_lse - this->student_lse) + (this->teacher_lse - this->teacher_lse);
@@ -114,7 +116,7 @@ template <class Real>
 struct GradientFactors {
   Real student, teacher;
   Real label;    // of the label's term
-  Real label_q;  // the same where that term's softmax is q: at temperature 1. Else the softmax is added apart.
+  Real label_q;  // label if its softmax is q (temperature 1), else 0: the softmax is then added separately
   GradientFactors() = default;
   FASTKD_INLINE GradientFactors(const RowTask& task, const RowFrame<Real>& frame)
       : student(Real(task.scale * task.divergence_scale / task.temperature)),

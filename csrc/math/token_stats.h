@@ -1,5 +1,5 @@
-// Statistics of a row under two softmaxes, from sums relative to a pair of origins, which are logits. With e_u = 2^x_u
-// and e_w = 2^x_w, x = (logit - origin) scale in base 2:
+// Statistics of a row under two softmaxes, student (u) and teacher (w), from sums relative to a pair of origins, which
+// are logits. With e_u = 2^x_u and e_w = 2^x_w, x = (logit - origin) scale in base 2:
 //   entropy      log sum e - sum e x / sum e
 //   KL(p || q)   sum e_w (x_w - x_u) / sum e_w + log sum e_u - log sum e_w,   and the reverse likewise
 #pragma once
@@ -7,10 +7,10 @@
 
 namespace fastkd {
 
-// Of one side.
+// Statistics of one side.
 struct SideStats {
   double lse, entropy, top_prob, label_log_prob;
-  int64_t argmax;  // -1: the row is no distribution
+  int64_t argmax;  // -1: the row has no valid softmax
 };
 
 struct PairStats {
@@ -25,7 +25,7 @@ template <class Real, class Column = int64_t>
 struct Best {
   Real logit;
   Column column;
-  // The lower column of equals.
+  // Of equal logits, the one with the lower column.
   FASTKD_INLINE void merge(const Best& o) {
     if (o.logit > logit || (o.logit == logit && o.column < column)) *this = o;
   }
@@ -39,7 +39,7 @@ struct SideSumsOf {
     sum += o.sum;
     weighted += o.weighted;
   }
-  // The same relative to an origin that is `step` higher, in base 2.
+  // Converts the sums to an origin that is `step` higher, in base 2.
   FASTKD_INLINE void raise(Real step) {
     if (step == 0) return;
     const Real scale = exp2_of(-step);
@@ -49,7 +49,7 @@ struct SideSumsOf {
 };
 using SideSums = SideSumsOf<double>;
 
-// Of both, and of their log-ratios: ratio weights x_w - x_u by e_w, reverse x_u - x_w by e_u.
+// Sums of both sides, and of their log-ratios: `ratio` sums e_w (x_w - x_u), `reverse` sums e_u (x_u - x_w).
 template <class Real>
 struct PairSumsOf {
   SideSumsOf<Real> student, teacher;
@@ -63,7 +63,7 @@ struct PairSumsOf {
   FASTKD_INLINE void raise(Real student_step, Real teacher_step) {
     raise(student_step, teacher_step, student_step - teacher_step);
   }
-  // apart: what each x_w - x_u grows by.
+  // apart: the change of each x_w - x_u.
   FASTKD_INLINE void raise(Real student_step, Real teacher_step, Real apart) {
     if (student_step == 0 && teacher_step == 0) return;
     ratio = carried(ratio, teacher.sum, apart, exp2_of(-teacher_step));
@@ -74,7 +74,7 @@ struct PairSumsOf {
 };
 using PairSums = PairSumsOf<double>;
 
-// Sums and the origins, logits, that they are relative to.
+// Sums, and the origins (logits) that they are relative to.
 struct PairState {
   double student_origin, teacher_origin;
   PairSums sums;
@@ -90,8 +90,8 @@ struct PairState {
     student_origin = student;
     teacher_origin = teacher;
   }
-  // KL(p || q) and KL(q || p) in nats. Below its limit one is better taken from the logits again: the mean log-ratio
-  // that it is a difference of bounds its accuracy.
+  // KL(p || q) and KL(q || p) in nats. Each is a difference from a mean log-ratio, whose size limits its accuracy.
+  // Below the limits it is computed from the logits again.
   FASTKD_INLINE double forward_kl() const { return (sums.ratio / sums.teacher.sum + shift()) * kLn2 + nan_or_zero(); }
   FASTKD_INLINE double reverse_kl() const { return (sums.reverse / sums.student.sum - shift()) * kLn2 + nan_or_zero(); }
   FASTKD_INLINE double forward_limit() const { return kNearKl * (1 + magnitude(sums.ratio / sums.teacher.sum) * kLn2); }
@@ -106,7 +106,7 @@ struct PairState {
   FASTKD_INLINE double shift() const { return ::log2(sums.student.sum) - ::log2(sums.teacher.sum); }
 };
 
-// Of one side; label: its logit (NaN: no label). Differences of logits are taken before they are scaled.
+// Statistics of one side. label: the label's logit (NaN: no label). Differences of logits are taken before scaling.
 FASTKD_INLINE SideStats side_stats(double temperature, double origin, const SideSums& sums, const Best<double>& best,
                                    double label) {
   const double nan_or_zero = origin - origin;  // NaN where no logit is finite, or one is +inf

@@ -1,17 +1,20 @@
-// A student's row against a teacher of which only n tokens, the support, are stored: what happens between the passes
-// over the row. The same for every backend, which owns the loops: those over the support call measure, floored_terms
-// and the gradients of each entry; those over the rest of the vocabulary sum 2^x, and write rest_coefficient times the
-// softmax over the rest.
+// topk_divergence: a student's row against a teacher of which only n tokens, the support, are stored. This file holds
+// the arithmetic between the passes over the row. Every backend uses it and implements the loops itself: loops over the
+// support call measure, floored_terms and the gradients of each entry; loops over the rest of the vocabulary sum 2^x,
+// and write rest_coefficient times the softmax over the rest.
 //
 //   a_v = log q_v       of the student, over its whole vocabulary
 //   b_v = r l_v - log Z of the teacher: stored l_v = log p_v, r = stored temperature / teacher temperature
 //
-// The rest of the teacher, m = 1 - sum e^l, becomes by `tail` one outcome t against the student's rest (lump), an equal
-// share of each other token (uniform), nothing (drop), or vanishes from both sides (renormalize). At another
-// temperature than the stored one it counts as if it were spread evenly: (V - n) (m / (V - n))^r.
+// The teacher's mass outside the support is m = 1 - sum e^l. `tail` says how it is used:
+//   lump         one outcome t, compared with the student's mass outside the support
+//   uniform      an equal share for each token outside the support
+//   drop         ignored
+//   renormalize  both sides are renormalised inside the support
+// At another temperature than the stored one, m counts as if it were spread evenly: (V - n) (m / (V - n))^r.
 //
-// Each set of tokens has its own normaliser, relative to a logit of its own: a set whose share of the row underflows is
-// still a distribution.
+// Each set of tokens has its own normaliser, relative to a logit of its own, so that a set whose share of the row
+// underflows still has a valid softmax.
 #pragma once
 #include "logit_sum.h"
 #include "unnormalized_terms.h"
@@ -20,17 +23,18 @@ namespace fastkd {
 
 enum class Tail : int { kLump, kUniform, kRenormalize, kDrop };
 
-// What no probability may exceed, for rounding's sake: log-probabilities stored in 16 bits, or fewer, sum up to this.
+// The largest sum of probabilities, and the largest log-probability, that count as valid. Both exceed their exact
+// limits, 1 and 0, to allow for the rounding of log-probabilities stored in 16 bits or fewer.
 inline constexpr double kMostMass = 1.02, kLargestLogProb = 0.02;
 
-// An index that a row has twice is padding where its log-probability is no more than this.
+// An index that occurs twice in a row is padding where its log-probability is at most this.
 inline constexpr double kPaddingLogProb = -1e4;
 
-// The most that rounding to a format with so many bits after the leading one changes a number by, relatively.
-// Log-probabilities are never taken to be better than float32.
+// The largest relative error of rounding to a format with `bits` bits after the leading one. Stored log-probabilities
+// are never assumed to be more accurate than float32.
 constexpr double rounding_of_bits(int bits) { return 0.5 / double(int64_t(1) << (bits < 23 ? bits : 23)); }
 
-// What is asked of a row.
+// What to compute for a row.
 struct TopkTask {
   int divergence;  // place in UnnormalizedDivergences
   double beta;
@@ -44,25 +48,25 @@ struct TopkTask {
   double rounding = 0;  // of the stored log-probabilities: rounding_of_bits of their format
 };
 
-// What is known of a row.
+// What is computed for a row between the passes.
 struct TopkNumbers {
   TopkTask task;
-  // Set by begin; logarithms are natural.
-  LogNormalizer student;          // of q: over the vocabulary, or the support where both sides are renormalised inside
-  LogNormalizer rest, label;      // of the student's rest; of its softmax at temperature 1
+  // Set by begin. Logarithms are natural.
+  LogNormalizer student;          // of q: over the vocabulary; tail renormalize: over the support
+  LogNormalizer rest, label;      // of the student's logits outside the support; of its softmax at temperature 1
   LogNormalizer teacher;          // of r l
-  double nan_or_zero;             // NaN where there is no distribution, else 0
+  double nan_or_zero;             // NaN where a softmax is not valid, else 0
   double rest_mass;               // m
-  double log_q_rest, log_p_rest;  // of the rest; uniform: log_p_rest is of one token
+  double log_q_rest, log_p_rest;  // log mass outside the support; uniform: log_p_rest is of one token
   double p_rest;
-  bool tail_outcome;  // lump: there is a rest
-  bool rest_fixed;    // m is what rounding may hide, whatever was stored
+  bool tail_outcome;  // tail lump, and there are tokens outside the support
+  bool rest_fixed;    // m was replaced by the largest mass that rounding of the stored values may hide
   // Set by finish.
   double value, g, h, tail_g, tail_h;
-  double student_factor;  // of all the divergence's gradients
+  double student_factor;  // common factor of all gradients of the divergence
 };
 
-// Of a set of the student's logits, relative to one of them: the sums of its softmax, and of that at temperature 1.
+// Sums over a set of the student's logits, relative to `origin`: of its softmax, and of its softmax at temperature 1.
 struct RestSums {
   double origin, sum, label_sum;
 };
@@ -86,7 +90,7 @@ struct StudentSums : RestSums {
   }
 };
 
-// Of the stored log-probabilities: the normaliser of r l, the sums of e^l and -l e^l, and how many there are.
+// Sums over the stored log-probabilities: the normaliser of r l, the sums of e^l and of -l e^l, and their number.
 struct StoredSums {
   LogitSum weight;
   double mass, entropy, count;
@@ -120,7 +124,7 @@ struct TopkPlan : TopkNumbers {
     all.stored.merge(next.stored, task.ratio);
   }
 
-  // rest: of the vocabulary outside the support.
+  // Combines the sums of the support and of the rest of the vocabulary (others_sums).
   FASTKD_INLINE void begin(const SupportSums& support, const StudentSums& others_sums, double vocab) {
     const StoredSums& stored = support.stored;
     const bool renormalize = task.tail == Tail::kRenormalize;
@@ -137,13 +141,15 @@ struct TopkPlan : TopkNumbers {
     rest = {some ? others_sums.origin : 0, some ? ::log(others_sums.sum) : 0};
     log_q_rest = some ? (rest.origin - all.origin) / task.temperature + rest.log_sum - log_all : -INFINITY;
     rest_mass = others > 0 && stored.mass < 1 ? 1 - stored.mass : 0;
-    // KL(q || p) would be infinite or not as the last bit of the mass has it.
+    // Here the last bit of the stored mass would decide whether KL(q || p) is infinite: use the mass that rounding may
+    // hide.
     const double hidden = task.rounding * at_least(task.rounding, stored.entropy);
     rest_fixed = task.divergence == kReverseKl && others > 0 && rest_mass < hidden;
     if (rest_fixed) rest_mass = hidden;
     tail_outcome = task.tail == Tail::kLump && others > 0;
     const double log_rest = rest_mass > 0 ? r * ::log(rest_mass) + (1 - r) * ::log(others) : -INFINITY;
-    // Stored probabilities that with their rest make 1 stay as they are. A plain sum (drop) leaves them in any case.
+    // Stored probabilities whose sum with the rest is 1 are used as they are. So are those of a plain sum (drop),
+    // always.
     const bool as_stored = r == 1 && !renormalize && (task.tail == Tail::kDrop || (others > 0 && stored.mass <= 1));
     teacher = as_stored ? LogNormalizer{0, 0} : with_rest(stored.weight, renormalize ? -INFINITY : log_rest);
     log_p_rest = log_rest - r * teacher.origin - teacher.log_sum;
@@ -154,7 +160,7 @@ struct TopkPlan : TopkNumbers {
   FASTKD_INLINE double log_q(double z) const { return (z - student.origin) / task.temperature - student.log_sum; }
   FASTKD_INLINE double log_p(double l) const { return task.ratio * (l - teacher.origin) - teacher.log_sum; }
 
-  // The terms of one outcome, its logarithms raised to the floor; what was raised takes no gradient.
+  // The terms of one outcome. Logarithms below the floor are raised to it, and those get no gradient.
   template <class Divergence, class Real>
   FASTKD_INLINE UnnormalizedTerms<Real> floored_terms(const Divergence& divergence, Real a, Real b) const {
     const Real least = Real(task.floor);
@@ -164,7 +170,7 @@ struct TopkPlan : TopkNumbers {
     return t;
   }
 
-  // support: the sums of its terms; rest: those of the other tokens (uniform), else nothing.
+  // support: sums of its terms. others: sums over the other tokens where the tail is uniform, else zeros.
   template <class Divergence>
   FASTKD_INLINE void finish(const Divergence& divergence, const UnnormalizedSums& support,
                             const UnnormalizedSums& others) {
@@ -178,7 +184,7 @@ struct TopkPlan : TopkNumbers {
       tail_g = t.g;
       tail_h = t.h;
     }
-    // Between two distributions the excesses cancel; their sum would be rounding.
+    // Between two distributions the exact sum of the excesses is 0; the computed sum would only add rounding errors.
     const bool distributions = task.tail != Tail::kDrop && task.floor == -INFINITY;
     value = (distributions ? all.value : all.value + all.excess) * task.divergence_scale + nan_or_zero;
     g = all.g;
@@ -190,8 +196,8 @@ struct TopkPlan : TopkNumbers {
     }
   }
 
-  // dz of a token outside the support is this times its share of the student's rest: the label's term is in it where
-  // that is at the same temperature. (Uniform: a slope of each token's own is added.)
+  // dz of a token outside the support is this coefficient times the token's share of the student's rest. It includes
+  // the label's softmax where that is at the same temperature. With a uniform tail the token's own slope is added.
   FASTKD_INLINE double rest_coefficient(bool label_apart) const {
     const double q_rest = ::exp(log_q_rest);
     double out = nan_or_zero;
@@ -199,7 +205,7 @@ struct TopkPlan : TopkNumbers {
     return label_apart ? out : out + label_factor() * q_rest;
   }
 
-  // dz of an entry of the support whose own term has the slope own_g, with the label's term.
+  // dz of a support entry whose own term has the slope own_g. Includes the label's term.
   FASTKD_INLINE double student_gradient(double z, double own_g, bool is_label) const {
     double out = nan_or_zero;
     if (student_factor != 0) out += student_factor * (own_g - ::exp(log_q(z)) * g);
@@ -208,9 +214,9 @@ struct TopkPlan : TopkNumbers {
   }
   FASTKD_INLINE double label_factor() const { return task.has_label ? task.scale * task.label_weight : 0; }
 
-  // dl of an entry whose own term has the slope own_h.
+  // dl of a support entry whose own term has the slope own_h.
   FASTKD_INLINE double teacher_gradient(double l, double own_h) const {
-    const double factor = task.temperature * student_factor;  // without the student's 1 / temperature
+    const double factor = task.temperature * student_factor;  // cancels the 1 / temperature of the student's factor
     if (factor == 0) return nan_or_zero;
     if (task.tail == Tail::kDrop && task.ratio == 1) return factor * own_h + nan_or_zero;
     double out = own_h - h * ::exp(log_p(l));
@@ -219,7 +225,7 @@ struct TopkPlan : TopkNumbers {
     return factor * task.ratio * out + nan_or_zero;
   }
 
-  // Divergence and label term, not weighted.
+  // Divergence and label term, before the row's weight.
   FASTKD_INLINE double loss(double label_z) const {
     return value + (task.has_label ? task.label_weight * (label.log_sum - (label_z - label.origin)) : 0);
   }
@@ -227,7 +233,7 @@ struct TopkPlan : TopkNumbers {
  private:
   static constexpr int kReverseKl = 1;  // its place in UnnormalizedDivergences
 
-  // The normaliser of the support's weights and the rest's, e^log_rest.
+  // The normaliser of the support's weights together with the rest's weight, e^log_rest.
   FASTKD_INLINE LogNormalizer with_rest(const LogitSum& weight, double log_rest) const {
     if (weight.sum == 0) return {0, log_rest > -INFINITY ? log_rest : 0};
     const double above = log_rest - task.ratio * weight.origin;

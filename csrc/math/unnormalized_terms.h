@@ -1,5 +1,5 @@
-// Terms of a divergence between sets of outcomes that need not sum to 1: a teacher's best tokens alone, or logarithms
-// that were raised to a floor. With a = log q and b = log p, the gradients of a plain sum of f(a, b) are
+// Terms of a divergence between sets of outcomes that need not sum to 1, such as a teacher's most likely tokens alone,
+// or logarithms raised to a floor. With a = log q and b = log p, the gradients of a plain sum of f(a, b) are
 //   student logits  df/da - q sum df/da,   teacher log-probabilities  df/db.
 #pragma once
 #include "divergence.h"
@@ -22,12 +22,12 @@ namespace fastkd::FASTKD_ISA {
 
 template <class Real>
 struct UnnormalizedTerms {
-  // The term is value + excess. Where both sides sum to 1 the excesses do to 0, and what is left is never negative.
+  // The term is value + excess. Where both sides sum to 1, the excesses sum to 0 and every value is non-negative.
   Real value, excess;
   Real g, h;  // df/da, df/db
 };
 
-// One outcome, from natural logarithms that may be -inf.
+// One outcome, given natural logarithms that may be -inf.
 template <class Real>
 FASTKD_INLINE Outcome<Real> outcome_of(Real log_q, Real log_p) {
   const Real a = at_least(Real(-kDead), log_q), b = at_least(Real(-kDead), log_p), apart = a - b;
@@ -42,7 +42,7 @@ FASTKD_INLINE Outcome<Real> outcome_of(Real log_q, Real log_p) {
   return o;
 }
 
-// Infinite where p has mass and q is impossible.
+// Infinite where p > 0 and q = 0.
 template <class Real>
 FASTKD_INLINE Real lost(Real p, Real log2_q) {
   return p > Real(0) && log2_q < Real(-kInfiniteLogRatio) ? Real(INFINITY) : Real(0);
@@ -69,10 +69,10 @@ FASTKD_INLINE UnnormalizedTerms<Real> unnormalized_terms(const CrossEntropy& div
   return {t.f + lost(o.p, o.log2_q), Real(0), -o.p, o.p * t.h};
 }
 
-// Those that have unnormalized terms.
+// The divergences that have unnormalized terms.
 using UnnormalizedDivergences = TypeList<ForwardKl, ReverseKl, Jsd, CrossEntropy>;
 
-// Calls body with the divergence at this place in UnnormalizedDivergences.
+// Calls body with the divergence at the given place in UnnormalizedDivergences.
 template <class Body>
 FASTKD_INLINE void with_unnormalized_divergence(int place, double beta, const Body& body) {
   switch (place) {

@@ -1,4 +1,4 @@
-// Kernels the emulator must let pass, what counts their traffic and what checks the limits of launches.
+// Kernels without faults, which the emulator must accept, and tests of its traffic counts and its launch limits.
 #pragma once
 
 #include <thread>
@@ -60,7 +60,7 @@ void expect(bool right, const char* what) {
   if (!right) throw std::logic_error(what);
 }
 
-// Correct kernels.
+// Kernels without faults.
 
 struct Moments {
   double sum, square;
@@ -164,7 +164,8 @@ void atomics() {
   accumulate_in<double>();
 }
 
-// Threads that have exited count as arrived, and those the block never had need not arrive in their warp.
+// Threads that have exited count as arrived at a barrier. Lanes that a block does not have need not arrive in their
+// warp.
 __global__ void leave_early(int* out) {
   if (threadIdx.x < 64) return;
   __syncthreads();
@@ -179,7 +180,7 @@ void early_exit() {
   expect(out[63] == 0 && out[64] == 0x55555555 && out[99] == 5, "ballot");
 }
 
-// Half warps under masks of their own, then the whole warp.
+// Warp operations of each half warp under its own mask, then of the whole warp.
 __global__ void votes(int* out) {
   const unsigned lane = threadIdx.x % 32, half = lane < 16 ? 0xffffu : 0xffff0000u;
   int value = int(lane);
@@ -202,7 +203,7 @@ void warp_operations() {
   }
 }
 
-// Three stages of 16 bytes a thread; each thread reads its neighbour's.
+// Copies in three stages of 16 bytes per thread. Each thread reads another thread's data.
 __global__ void copy_in_stages(const uint4* x, uint4* y, unsigned stages) {
   uint4* s = reinterpret_cast<uint4*>(simt::shared_memory());
   const unsigned t = threadIdx.x, other = (t + 37) % kThreads;
@@ -229,7 +230,7 @@ void asynchronous_copies() {
   for (unsigned i = 0; i < x.size(); ++i) expect(y[i].w == (i / kThreads == 4 ? 0 : i + 3), "copy_in_stages");
 }
 
-// Four matrices in shared memory, one below the other, as they are and transposed.
+// Loads four matrices in shared memory, one below the other, unchanged and transposed.
 __global__ void load_fragments(unsigned* out) {
   uint16_t* s = reinterpret_cast<uint16_t*>(simt::shared_memory());
   for (unsigned i = threadIdx.x; i < 4 * 64; i += 32) store(s + i, uint16_t(i));
@@ -243,7 +244,7 @@ __global__ void load_fragments(unsigned* out) {
   }
 }
 
-// A and B by the lanes that the PTX manual names, small whole numbers.
+// A and B, distributed to the lanes as in the PTX manual, with small integers as elements.
 template <class T>
 __global__ void multiply_matrices(float* out) {
   const int g = int(threadIdx.x) / 4, t = int(threadIdx.x) % 4;
@@ -358,7 +359,7 @@ void limits() {
   std::printf("device %d.%d: %d KiB\n", major, minor, optin / kKiB);
 }
 
-// A launch belongs to the OS thread that makes it.
+// Launches from several OS threads are independent of each other.
 void os_threads() {
   std::vector<std::thread> threads;
   std::atomic<int> failures{0};

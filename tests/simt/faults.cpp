@@ -1,5 +1,5 @@
-// What the emulator must report and what it must let pass: faults CASE [SEED] [CAPABILITY] runs one case.
-// Exit code: 0 for a correct kernel, 1 for wrong values, 3 for a reported fault.
+// What the emulator must report and what it must accept: `faults CASE [SEED] [CAPABILITY]` runs one case. Exit code: 0
+// for a correct kernel, 1 for wrong values, 3 for a reported fault.
 #include <chrono>
 
 #include "correct.h"
@@ -47,7 +47,7 @@ __global__ void overwrite() {
   if (threadIdx.x == kThreads / 2) store(floats(), 2.f);
 }
 
-// Neighbouring bytes of one word belong to different threads.
+// Adjacent bytes of one word are written by different threads.
 __global__ void bytes_apart() {
   unsigned char* s = simt::shared_memory();
   store(s + threadIdx.x, (unsigned char)(threadIdx.x));
@@ -139,7 +139,7 @@ __global__ void unwritten() {
   load(floats() + threadIdx.x / 8);
 }
 
-// What another block wrote is not there any more.
+// Shared memory that another block wrote is not valid in this block.
 __global__ void stale() {
   if (blockIdx.x == 0) store(floats() + threadIdx.x, 1.f);
   __syncthreads();
@@ -266,7 +266,7 @@ int main(int argc, char** argv) {
     }
   } catch (const std::runtime_error& fault) {
     std::printf("%s\n", fault.what());
-    block_reduction();  // the machine is still good
+    block_reduction();  // the emulator must still work after a fault
     return 3;
   } catch (const std::logic_error& wrong) {
     std::printf("wrong: %s\n", wrong.what());

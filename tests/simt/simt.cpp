@@ -1,4 +1,4 @@
-// What a test sets and reads of the emulator through ctypes.
+// The functions through which tests configure the emulator and read its counts, by ctypes.
 #include "simt.h"
 
 extern "C" {
@@ -7,7 +7,8 @@ struct SimtTraffic {
   unsigned long long read, written, read_16, written_16, launches, largest_cluster, largest_shared_memory;
 };
 
-// `capability`: 10 * major + minor. Seed 0 runs threads in order, any other in an order of its own.
+// `capability`: 10 * major + minor. Seed 0 runs the threads in order, any other seed in a pseudo-random order of its
+// own.
 __attribute__((visibility("default"))) void simt_configure(int capability, unsigned seed) {
   simt::settings().capability = capability;
   simt::settings().seed = seed;
@@ -18,7 +19,7 @@ __attribute__((visibility("default"))) void simt_reset() {
   simt::settings().totals = {};
 }
 
-// Bytes of global memory since the reset, in all and in accesses of 16 bytes.
+// Bytes of global memory moved since the reset, in all and in accesses of 16 bytes.
 __attribute__((visibility("default"))) void simt_traffic(SimtTraffic* out) {
   const simt::Totals totals = simt::totals();
   *out = {0,

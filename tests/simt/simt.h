@@ -1,11 +1,12 @@
-// Runs CUDA kernels on the CPU: a fiber for each CUDA thread, the blocks of a cluster together, clusters in turn, all
-// on the OS thread that launches. A fault (deadlock, wrong mask, shared memory misuse, race) throws std::runtime_error
-// from cudaLaunchKernelEx. Fibers switch only at barriers and warp operations, straight to the next ready one.
+// Runs CUDA kernels on the CPU. Each CUDA thread is a fiber; the blocks of a cluster run together, clusters one after
+// the other, all on the OS thread that launches. A fault (deadlock, wrong mask, invalid use of shared memory, race)
+// makes cudaLaunchKernelEx throw std::runtime_error. Fibers switch only at barriers and warp operations, directly to
+// the next ready fiber.
 //
-// Races: `clock` ticks when a barrier completes. An access at time t by thread A is ordered before thread B's if a
-// barrier covering both completed after t. For warp barriers "A and B have each passed one after t" stands for that,
-// which is exact for full masks and never reports an order made by a chain of partial masks. Shuffles and votes order
-// nothing: CUDA gives them no memory ordering.
+// Detection of races: `clock` is incremented when a barrier completes. An access at time t by thread A is ordered
+// before one by thread B if a barrier covering both completed after t. For warp barriers the condition used instead is
+// that A and B have each passed a warp barrier after t. That is exact for full masks; a correct order made by a chain
+// of partial masks is never reported as a race. Shuffles and votes order no memory accesses, as in CUDA.
 #pragma once
 
 #include "simt_machine.h"
@@ -35,7 +36,8 @@ inline void sync_cluster() {
   m.leave(me, false);
 }
 
-// The last lane to arrive serves all of them: the others' operands lie still on their stacks.
+// Completes a warp operation for all of its lanes. The last lane to arrive runs this; the operands of the others are
+// still on their stacks.
 inline void complete(Machine& m, Warp& warp, unsigned lanes) {
   const Thread& me = *current;
   unsigned ballot = 0;
@@ -63,7 +65,7 @@ inline void complete(Machine& m, Warp& warp, unsigned lanes) {
   warp.waiting &= ~lanes;
 }
 
-// Lanes that the block's size leaves out of its last warp need not arrive, but cannot be read.
+// Lanes that the block's size leaves out of its last warp need not arrive, but reading them is a fault.
 inline void warp_operation(Operation operation, unsigned mask, const void* in = nullptr, void* out = nullptr,
                            size_t bytes = 0, unsigned source = 0) {
   Thread& me = *current;
@@ -107,7 +109,7 @@ inline unsigned ballot(unsigned mask, bool predicate) {
   return result;
 }
 
-// For instructions that hand a warp's registers around in a pattern of their own.
+// For instructions that exchange registers of a whole warp in a pattern of their own.
 template <class In, class Out>
 void warp_work(WarpWork work, const In& in, Out& out) {
   if (current->warp->launched != ~0u) fail("an operation of a whole warp in a warp of fewer lanes");
@@ -207,8 +209,9 @@ inline void count(unsigned long long* by_width, size_t bytes, int width) {
 inline void count_read(size_t bytes, int width) { count(current->block->machine->traffic.read, bytes, width); }
 inline void count_write(size_t bytes, int width) { count(current->block->machine->traffic.written, bytes, width); }
 
-// An asynchronous copy of 16 bytes, or of zeros: what the place held is gone at once, and what it is to hold is there
-// when the thread has waited for its group. As a write it happens at both times.
+// An asynchronous copy of 16 bytes, or of zeros. The destination's contents become invalid at once, and the new
+// contents are there when the thread has waited for the copy's group. For the detection of races it is a write at both
+// times.
 inline void async_copy(void* to, const void* from, bool there) {
   Thread& me = *current;
   if (uintptr_t(to) % 16 || (there && uintptr_t(from) % 16)) fail("an asynchronous copy off a 16-byte boundary");
@@ -224,7 +227,7 @@ inline void async_copy(void* to, const void* from, bool there) {
   me.copies.push_back(copy);
 }
 inline void async_commit() { ++current->groups; }
-// All groups but the latest so many.
+// Waits for all groups except the latest `latest`.
 inline void async_wait(unsigned latest) {
   Thread& me = *current;
   auto copy = me.copies.begin();
@@ -235,7 +238,7 @@ inline void async_wait(unsigned latest) {
   me.copies.erase(me.copies.begin(), copy);
 }
 
-// Of the last launch from this OS thread.
+// The traffic of the last launch from this OS thread.
 inline Traffic launch_traffic() { return machine().traffic; }
 
 template <class T>

@@ -1,4 +1,4 @@
-// Fibers for simt.h: stacks, the switch between them, and what the sanitizers must be told of it.
+// Fibers for simt.h: their stacks, the switch between them, and the calls that inform the sanitizers of it.
 #pragma once
 
 #include <sys/mman.h>
@@ -27,8 +27,8 @@
 #endif
 
 #ifdef SIMT_X86_64
-// void simt_switch_stack(void** from, void* to). It leaves by a jump, which the branch predictor follows better than a
-// return to a place that did not call.
+// void simt_switch_stack(void** from, void* to). It ends with a jump instead of a return, since the branch predictor
+// mispredicts a return to a place that did not call.
 asm(R"(
   .pushsection .text.simt_switch_stack, "axG", @progbits, simt_switch_stack, comdat
   .weak simt_switch_stack
@@ -78,7 +78,7 @@ struct Context {
 #endif
 };
 
-// The lowest page is never mapped, so that an overflow stops there.
+// The lowest page is inaccessible, so that a stack overflow faults there.
 inline unsigned char* new_stack() {
   void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stack == MAP_FAILED) throw std::bad_alloc();
@@ -86,7 +86,7 @@ inline unsigned char* new_stack() {
   return static_cast<unsigned char*>(stack);
 }
 
-// Tops are staggered: at equal distances modulo 4096 all stacks would share a few sets of the cache.
+// Stacks begin at staggered offsets: at equal addresses modulo 4096 they would all map to a few sets of the cache.
 inline void prepare_context(Context& context, unsigned char* stack, unsigned number, void (*entry)()) {
   const size_t size = kStackBytes - number % 32 * 128;
 #ifdef SIMT_X86_64
@@ -103,7 +103,7 @@ inline void prepare_context(Context& context, unsigned char* stack, unsigned num
   makecontext(&context.registers, entry, 0);
 #endif
 #ifdef SIMT_ASAN
-  // The frames in which the last fiber here ended never returned.
+  // Removes the marks of the stack frames in which the previous fiber on this stack ended, since they never returned.
   __asan_unpoison_memory_region(stack + size - 4096, 4096);
   context.fake_stack = nullptr;
   context.bottom = stack;
@@ -111,7 +111,7 @@ inline void prepare_context(Context& context, unsigned char* stack, unsigned num
 #endif
 }
 
-// `last`: nobody will switch back to `from`.
+// last: `from` will never be resumed.
 inline void switch_context(Context& from, Context& to, [[maybe_unused]] bool last) {
 #ifdef SIMT_ASAN
   __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.bottom, to.size);
@@ -126,7 +126,7 @@ inline void switch_context(Context& from, Context& to, [[maybe_unused]] bool las
 #endif
 }
 
-// The scheduler's stack is the OS thread's: its bounds are learned by the first fiber it starts.
+// The scheduler's stack is that of the OS thread. The first fiber that the scheduler starts records its bounds.
 inline void forget_stack([[maybe_unused]] Context& scheduler) {
 #ifdef SIMT_ASAN
   scheduler.bottom = nullptr;

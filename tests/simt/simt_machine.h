@@ -1,4 +1,4 @@
-// The machine under simt.h: blocks, warps and fibers of the running cluster, and their scheduler.
+// The emulated machine of simt.h: blocks, warps and fibers of the running cluster, and their scheduler.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +33,8 @@ struct dim3 {
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-// All fibers of a launch share these, and cudaLaunchConfig_t has members of their names: variables, not macros.
+// These have the same values in all fibers of a launch. They are variables, not macros, since cudaLaunchConfig_t has
+// members of the same names.
 inline thread_local dim3 blockDim [[gnu::tls_model("initial-exec")]];
 inline thread_local dim3 gridDim [[gnu::tls_model("initial-exec")]];
 
@@ -42,18 +43,19 @@ namespace simt {
 enum class State : unsigned char { kReady, kBlock, kWarp, kCluster, kDone };
 enum class Operation : unsigned char { kSync, kShuffle, kBallot, kWork };
 
-// What one operation of a whole warp does, given every lane's operands and places for its results.
+// The effect of one operation of a whole warp, given every lane's operands and where its results go.
 using WarpWork = void (*)(const void* const* in, void* const* out);
 
 struct Thread;
 struct Machine;
 
-// The last access of its kind to a 4-byte word: `bytes` by this access, `written` by any since the block began.
+// The last access of its kind to a 4-byte word. bytes: a mask of those accessed by it. written: a mask of those written
+// by any access since the block began.
 struct Access {
   uint64_t time : 42, thread : 14, bytes : 4, written : 4;
 };
 struct Word {
-  Access write, read, other_read;  // other_read: the latest by a thread that is not read.thread
+  Access write, read, other_read;  // other_read: the latest read by another thread than read.thread
 };
 
 struct Warp {
@@ -65,7 +67,7 @@ struct FreeShared {
   void operator()(unsigned char* p) const { ::operator delete(p, std::align_val_t(1024)); }
 };
 
-// 16 bytes on their way to shared memory.
+// A copy of 16 bytes to shared memory that has not completed.
 struct AsyncCopy {
   unsigned char* to;
   uint64_t group;
@@ -94,13 +96,13 @@ struct Thread {
   void* out;
   WarpWork work;
   std::vector<AsyncCopy> copies;
-  uint64_t groups;  // of copies, committed
+  uint64_t groups;  // number of groups of copies committed
   Block* block;
   Warp* warp;
   uint64_t warp_time;
 };
 
-// Bytes of global memory by width of access: 1, 2, 4, 8, 16.
+// Bytes of global memory moved, by width of access: 1, 2, 4, 8, 16.
 struct Traffic {
   unsigned long long read[5] = {}, written[5] = {};
 };
@@ -118,7 +120,7 @@ struct FunctionLimits {
 struct Settings {
   std::atomic<int> capability{90};
   std::atomic<unsigned> seed{0};
-  std::mutex mutex;  // guards what follows
+  std::mutex mutex;  // guards the members below
   Totals totals;
   std::map<const void*, FunctionLimits> functions;
 };
@@ -141,7 +143,7 @@ struct Shape {
   size_t shared;
 };
 
-// Not a string: a fiber that ends in a fault frees nothing.
+// Not a std::string: a fiber that ends in a fault frees no memory.
 struct Place {
   char text[96];
 };
@@ -318,7 +320,7 @@ struct Machine {
     return text + overlap;
   }
 
-  // Lets the sanitizer free what it keeps for fibers that will never finish.
+  // Lets the sanitizer free its data of fibers that will never finish.
   void abandon() {
 #ifdef SIMT_ASAN
     abandoning = true;
@@ -373,7 +375,7 @@ inline Place where(const Thread& t) {
   return place;
 }
 
-// Leaves the fiber for good: no destructor of the kernel's runs.
+// Reports a fault and leaves the fiber for good. No destructor in the kernel runs.
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
   Thread& me = *current;
   Machine& m = *me.block->machine;

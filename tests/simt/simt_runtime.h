@@ -65,7 +65,7 @@ inline FunctionLimits function_limits(const void* kernel) {
   return found == settings().functions.end() ? FunctionLimits() : found->second;
 }
 
-// Clusters lie along x.
+// Checks a launch and fills in its shape. Clusters extend along x only.
 inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const FunctionLimits& limits, Shape* shape) {
   const dim3 grid = config.gridDim, block = config.blockDim;
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
@@ -91,7 +91,7 @@ inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const Function
   return cudaSuccess;
 }
 
-// Adds to the totals whether the launch ends or throws.
+// Adds the launch's counts to the totals, whether the launch returns or throws.
 struct Accounting {
   Machine& m;
   ~Accounting() {

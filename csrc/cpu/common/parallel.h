@@ -1,5 +1,5 @@
-// Threads over rows, and over the slices of a row where rows are few and long. Which of the two is chosen changes no
-// result: a row's slices are always the same and always merged in the same order.
+// Distributes rows over threads, or the slices of a row where rows are few and long. The results do not depend on the
+// choice: a row's slices are always the same and are always merged in the same order.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -31,8 +31,8 @@ inline const SliceRunner& all_threads() {
   return runner;
 }
 
-// Memory a thread works in. It stays for the thread's next call: asking the system for it costs a small call more than
-// its arithmetic.
+// A thread's working memory. It is kept for the thread's next call: allocating it anew would cost a small call more
+// than its arithmetic.
 class Scratch {
  public:
   Scratch() = default;
@@ -43,7 +43,7 @@ class Scratch {
     std::swap(size_, other.size_);
   }
   int64_t size() const { return size_; }
-  // Aligned to 64; what was in it is lost.
+  // Returns memory aligned to 64 bytes. The previous contents are lost.
   char* at_least(int64_t bytes) {
     if (bytes > size_) {
       std::free(data_);
@@ -67,8 +67,9 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// Memory that a call works in, so much that the system would take it back and give it out anew page by page, zeroed.
-// The largest is kept for the next call, of any thread, until release().
+// Working memory of one call, so large that the allocator would return it to the system after each call, and the system
+// would map and zero it page by page in the next. The largest such buffer is kept for the next call, of any thread,
+// until release().
 class WorkingMemory {
  public:
   explicit WorkingMemory(int64_t bytes) {
@@ -100,7 +101,7 @@ class WorkingMemory {
 // Calls run_row(row, slice runner, scratch) for every row.
 template <class RunRow>
 void for_rows(int64_t rows, int64_t vocab, int64_t scratch_bytes, const RunRow& run_row) {
-  constexpr int64_t kGrain = 32768;  // elements a thread should at least have
+  constexpr int64_t kGrain = 32768;  // the least number of elements per thread
   const int64_t threads = torch::stable::get_num_threads();
   if (rows < 4 * threads && vocab >= 4 * kSlice && threads > 1) {
     char* const scratch = Scratch::of_thread(scratch_bytes);

@@ -1,4 +1,4 @@
-// The loss of all rows: which are read, what their gradients are multiplied by, and the reduction.
+// The loss over all rows: which rows are read, the factors of their gradients, and the reduction.
 #pragma once
 #include <initializer_list>
 #include <tuple>
@@ -23,7 +23,8 @@ inline double number(const Tensor& tensor, int64_t index) {
                                                     : static_cast<const float*>(tensor.data_ptr())[index];
 }
 
-// As rows to fill; streamed where `gradient` is large and shares no memory with what is still to be read.
+// The gradient as rows to write. They are streamed where `gradient` is large and shares no memory with data still to be
+// read.
 inline Rows gradient_rows(const Tensor* gradient, const RowProblem& problem) {
   if (gradient == nullptr) return Rows();
   Rows rows(*gradient, problem.leading);
@@ -32,9 +33,9 @@ inline Rows gradient_rows(const Tensor* gradient, const RowProblem& problem) {
   return rows;
 }
 
-// -> the loss, and what is left to multiply the gradients by (empty: nothing).
-// solve_row(row, scale, slice runner, scratch): the row's loss, not weighted; its gradients times scale.
-// skip_row(row): zero gradients, for a row that is not read, so that a NaN in it does not show.
+// Returns the loss, and the factor that the gradients are still to be multiplied by (empty: none). solve_row(row,
+// scale, slice runner, scratch) returns the row's loss before its weight, and writes its gradients times scale.
+// skip_row(row) writes zero gradients, for a row that is not read, so that a NaN in that row has no effect.
 template <class SolveRow, class SkipRow>
 std::tuple<Tensor, Tensor> solve_rows(const RowProblem& problem, std::initializer_list<const Tensor*> gradients,
                                       int64_t scratch_bytes, const SolveRow& solve_row, const SkipRow& skip_row) {

@@ -1,14 +1,14 @@
-// A row cut in slices of a fixed number of columns, and those in blocks: what is found in slices is merged in order and
-// does not depend on which thread took which.
+// A row is cut into slices of a fixed number of columns, and slices into blocks. The results of slices are merged in
+// order, and so do not depend on which thread computed which slice.
 #pragma once
 #include "simd.h"
 
 namespace fastkd {
 
 inline constexpr int64_t kSlice = 8192;
-inline constexpr int64_t kPartialBytes = 128;  // of what is found in a slice
+inline constexpr int64_t kPartialBytes = 128;  // room for the result of one slice
 
-// Calls body(context, slice) for every slice, in any order, on any threads.
+// Calls body(context, slice) for every slice, in any order and on any threads.
 struct SliceRunner {
   void (*run)(void* self, int64_t slices, void (*body)(void* context, int64_t slice), void* context);
   void* self;
@@ -21,13 +21,14 @@ inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 namespace fastkd::FASTKD_ISA {
 
-// What a slice's sums of 2^(logit scale) are relative to: a logit that follows the largest at a distance, so that it
-// seldom moves.
+// What a slice's sums of 2^(logit scale) are relative to: a logit near the largest so far. It moves only when a block's
+// largest logit exceeds it by far, so that sums are seldom rescaled.
 template <class Real>
 struct Origin {
   Real logit = Real(-INFINITY);
 
-  // Moves up to `top` where that is much larger: sums are then to be multiplied by 2^(-step scale).
+  // Moves the origin up to `top` if that is much larger, and returns the step. The sums are then to be multiplied by
+  // 2^(-step scale).
   FASTKD_INLINE double raise_to(Real top, Real scale) {
     if (!(top > logit + Real(8) / scale)) return 0;
     const double step = double(top) - double(logit);
@@ -40,7 +41,7 @@ struct Origin {
 struct RowSlices {
   int64_t vocab;
   const SliceRunner& runner;
-  char* partials;  // kPartialBytes a slice
+  char* partials;  // kPartialBytes per slice
 
   template <class Body>
   void for_blocks(int64_t slice, Body body) const {
@@ -57,7 +58,7 @@ struct RowSlices {
         const_cast<Body*>(&body));
   }
 
-  // Sums up what body(slice) returns, in the order of the slices: merge(all, next).
+  // Computes body(slice) for all slices and merges the results in the order of the slices by merge(all, next).
   template <class Partial, class Body, class Merge>
   Partial reduce_slices(const Body& body, const Merge& merge) const {
     static_assert(sizeof(Partial) <= kPartialBytes);

@@ -1,5 +1,5 @@
-// Blocks of a row between memory (any dtype, any stride) and arithmetic (float, or double for float64).
-// Kernels work on one block at a time: it stays in the L1 cache between the loops that pass over it.
+// Moves blocks of a row between memory (any dtype, any stride) and arithmetic (float, or double for float64). Kernels
+// work on one block at a time, so that it stays in the L1 cache between the loops over it.
 #pragma once
 #include "../../arguments/row.h"
 #include "../../math/float16.h"
@@ -24,7 +24,7 @@ namespace fastkd::FASTKD_ISA {
 template <class Real>
 inline constexpr Dtype kDtypeOf = sizeof(Real) == sizeof(float) ? Dtype::kFloat32 : Dtype::kFloat64;
 
-// Calls body with a value of the element type that the dtype names.
+// Calls body with a value of the element type that the dtype stands for.
 template <class Body>
 FASTKD_INLINE void visit(Dtype dtype, const Body& body) {
   switch (dtype) {
@@ -52,8 +52,8 @@ void load_as(const Row& row, int64_t begin, int64_t count, Real* out) {
   }
 }
 
-// Asks for the bytes of elements [begin, begin + count): loops that compute much on little data do not run far enough
-// ahead to keep memory busy.
+// Prefetches elements [begin, begin + count). Loops with much arithmetic on little data do not run far enough ahead to
+// keep the memory system busy.
 FASTKD_INLINE void prefetch(const Row& row, int64_t begin, int64_t count) {
   const int64_t size = size_of(row.dtype);
   if (row.stride != 1) return;
@@ -61,13 +61,13 @@ FASTKD_INLINE void prefetch(const Row& row, int64_t begin, int64_t count) {
   for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(first + i, 0, 3);
 }
 
-// The block after the one that begins there, of columns up to `end`.
+// Prefetches the block after the one that begins at `begin`, as far as column `end`.
 FASTKD_INLINE void prefetch_next(const Row& row, int64_t begin, int64_t end) {
   const int64_t ahead = begin + kBlock;
   if (ahead < end) prefetch(row, ahead, end - ahead < kBlock ? end - ahead : kBlock);
 }
 
-// Elements [begin, begin + count) of the row as Real: in place where they lie so already, else in `buffer`.
+// Elements [begin, begin + count) of the row as Real: in place where the row holds contiguous Reals, else in `buffer`.
 template <class Real>
 const Real* load(const Row& row, int64_t begin, int64_t count, Real* buffer) {
   if (row.dtype == kDtypeOf<Real> && row.stride == 1) return static_cast<const Real*>(row.data) + begin;
@@ -75,15 +75,16 @@ const Real* load(const Row& row, int64_t begin, int64_t count, Real* buffer) {
   return buffer;
 }
 
-// Where to compute a block that goes to the row: the row itself, or `buffer`, which `store` then converts.
+// Where to compute a block that is then stored to the row: in the row itself, or in `buffer`, which `store` converts.
 template <class Real>
 Real* destination(const Row& row, int64_t begin, Real* buffer) {
   const bool direct = row.dtype == kDtypeOf<Real> && row.stride == 1 && !row.streamed;
   return direct ? static_cast<Real*>(row.data) + begin : buffer;
 }
 
-// Past the caches: a gradient larger than they are is not read again before it has left them, and a plain store would
-// first read the line it overwrites. 16-byte pieces fill a line in the write-combining buffer on every x86-64.
+// Copies with stores that bypass the caches. A gradient larger than the caches is evicted before it is read again, and
+// a plain store would first read the cache line that it overwrites. 16-byte stores fill a line in the write-combining
+// buffer on every x86-64.
 inline void stream_copy(char* out, const char* in, int64_t bytes) {
 #ifdef __SSE2__
   const int64_t head = (-reinterpret_cast<intptr_t>(out)) & 15;
@@ -100,7 +101,7 @@ inline void stream_copy(char* out, const char* in, int64_t bytes) {
   __builtin_memcpy(out, in, bytes);
 }
 
-// Before another thread may read what was streamed: those stores are not ordered with the others.
+// To be called before another thread may read streamed data: streaming stores are not ordered with other stores.
 inline void finish_streaming(const Row& row) {
 #ifdef __SSE2__
   if (row.streamed) _mm_sfence();

@@ -1,18 +1,19 @@
-// The teacher of one row: one tensor, or a composite of several that is made block by block and never stored.
+// The teacher of one row: a single tensor, or a mixture of several that is computed block by block and never stored.
 #pragma once
 #include "../../math/online_softmax.h"
 #include "simd.h"
 
 namespace fastkd {
 
-// Where all logits of a block are below this they are a mask, perhaps, and none is near the largest of the row.
+// Where all logits of a block are below this, they are probably masked, and none of them is near the largest of the
+// row.
 inline constexpr double kMasked = -1000;
 
 struct Teachers {
   const Row* rows;
-  const double* weights;  // one each; null: a single teacher, as it is
+  const double* weights;  // one per teacher; null: a single teacher, unweighted
   int count;
-  bool mix_probs;  // else logits
+  bool mix_probs;  // true: the mixture is of probabilities; false: of logits
 };
 
 }  // namespace fastkd
@@ -23,13 +24,13 @@ template <class Real>
 struct TeacherBlocks {
   const Teachers& teachers;
   Real scale;                            // log2(e) / teacher_temperature
-  const OriginSum<double>* normalizers;  // of each teacher; for logits only an origin, which the sum over them lacks
+  const OriginSum<double>* normalizers;  // one per teacher; for a mixture of logits only the origin is used
 
-  // Whether its logits are taken as they are.
+  // Whether the teacher is one tensor whose logits are used unchanged.
   bool alone() const { return teachers.weights == nullptr || (teachers.count == 1 && teachers.weights[0] == 1); }
 
-  // Logits, to be divided by the temperature; of mixed probabilities log2, to be taken as they are. Both up to a
-  // constant.
+  // A block of the teacher's logits, to be divided by the temperature. For mixed probabilities: their log2, not to be
+  // divided. Both are determined up to a constant.
   const Real* load_block(int64_t begin, int64_t count, Real* buffer, Real* spare) const {
     if (alone()) return load(teachers.rows[0], begin, count, buffer);
     return teachers.mix_probs ? mix_probs(begin, count, buffer, spare) : mix_logits(begin, count, buffer, spare);
@@ -39,7 +40,7 @@ struct TeacherBlocks {
     for (int k = 0; k < teachers.count; ++k) prefetch(teachers.rows[k], begin, count);
   }
 
-  // The largest logit of teacher k in its first block that is not masked as a whole; 0 where there is none.
+  // The largest logit of teacher k in its first block that is not masked entirely; 0 if there is none.
   Real some_logit(int k, int64_t vocab) const {
     alignas(64) Real buffer[kBlock];
     Real top = Real(-INFINITY);
@@ -50,7 +51,7 @@ struct TeacherBlocks {
     return top > Real(-INFINITY) ? top : Real(0);
   }
 
-  // origin and sum of teacher k over [begin, begin + count)
+  // Origin and sum of teacher k over [begin, begin + count).
   __attribute__((noinline)) OriginSum<double> normalizer(int k, int64_t begin, int64_t count) const {
     alignas(64) Real buffer[kBlock];
     const Real* z = load(teachers.rows[k], begin, count, buffer);
@@ -62,7 +63,7 @@ struct TeacherBlocks {
   }
 
  private:
-  // sum_k w_k (z_k - origin_k), and -inf wherever one of the z_k that count is impossible.
+  // sum_k w_k (z_k - origin_k), or -inf where z_k is impossible for a teacher with a weight other than 0.
   __attribute__((noinline)) const Real* mix_logits(int64_t begin, int64_t count, Real* mixed, Real* spare) const {
     alignas(64) Real dead[kBlock];
     for (int64_t i = 0; i < count; ++i) mixed[i] = dead[i] = Real(0);
@@ -83,11 +84,12 @@ struct TeacherBlocks {
     return mixed;
   }
 
-  // log2 of a teacher's weight over its sum.
+  // log2 of a teacher's weight divided by its sum of 2^x.
   double log2_share(int k) const { return ::log2(teachers.weights[k]) - normalizers[k].log2(); }
 
-  // log2 sum_k w_k softmax(z_k / teacher_temperature), relative to the largest member so that no tail underflows; less
-  // the largest share, which brings what counts near 0, where a float has most digits.
+  // log2 sum_k w_k softmax(z_k / teacher_temperature). It is computed relative to the largest term, so that no small
+  // probability underflows. The largest share is subtracted, which moves the values that matter near 0, where a float
+  // is most accurate.
   __attribute__((noinline)) const Real* mix_probs(int64_t begin, int64_t count, Real* mixed, Real* spare) const {
     alignas(64) Real sum[kBlock];
     for (int64_t i = 0; i < count; ++i) {
@@ -112,7 +114,7 @@ struct TeacherBlocks {
     }
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i)
-      mixed[i] += log2_of(at_least(Real(1), sum[i])) + (sum[i] - sum[i]);  // NaN stays
+      mixed[i] += log2_of(at_least(Real(1), sum[i])) + (sum[i] - sum[i]);  // keeps NaN
     return mixed;
   }
 };

@@ -1,11 +1,13 @@
-// Matrix products of float32, panel by panel, with whatever the caller does to a panel before the next one.
+// Matrix products of float32, C = A B, one panel of C after the other. Between panels the caller may process the
+// finished panel.
 //
-// A tile is kTileRows x kTileColumns sums that stay in registers while k runs; a panel is one column of tiles. The
-// panel's part of B is copied to where it lies in sequence, by the first tile as it reads it; A is read in place. Sums
-// run over k in the same order in every tile: a row's result does not depend on the other rows.
+// A tile is kTileRows x kTileColumns sums that stay in registers while k advances; a panel is one column of tiles. The
+// first tile of a panel copies the panel's part of B into contiguous memory as it reads it; the other tiles read that
+// copy. A is read in place. Every tile sums over k in the same order, so that a row's result does not depend on the
+// other rows.
 //
-// Vectors are the compiler's, of the width of the instruction set: a tile's registers are the one thing that a loop
-// left to the vectoriser does not get right.
+// The code uses the compiler's vector types, with the width of the instruction set, since the vectoriser does not keep
+// a tile's sums in registers in a plain loop.
 #pragma once
 #include <utility>
 
@@ -13,9 +15,9 @@
 
 namespace fastkd::FASTKD_ISA {
 
-// Sums must leave room for a panel's vectors and an element of A among the 32 registers, or 16. kDepth: so many k at a
-// time, for the panel's part of B to stay in the L2 cache (L1, where a tile of fewer rows asks for it more often).
-// Up to kFewRows rows are multiplied without panels.
+// A tile's sums must leave room for one row of the panel and an element of A among the 32 (or 16) vector registers.
+// kDepth: how many k are processed at a time, so that the panel's part of B stays in the L2 cache (or in L1, where a
+// tile has fewer rows and therefore reads B more often). Up to kFewRows rows are multiplied without panels.
 #if defined(__AVX512F__)
 inline constexpr int kLanes = 16, kTileRows = 14, kTileVectors = 2, kDepth = 768, kFewRows = 12;
 #elif defined(__AVX__)
@@ -26,10 +28,10 @@ inline constexpr int kLanes = 4, kTileRows = 8, kTileVectors = 3, kDepth = 384, 
 inline constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 3, kDepth = 384, kFewRows = 24;
 #endif
 inline constexpr int kTileColumns = kLanes * kTileVectors;
-// As wide as a piece of few rows may be: the fewer rows, the wider.
+// The largest width, in vectors, of a piece in multiply_few: the fewer rows, the wider the piece.
 inline constexpr int kWideVectors = 4 * kTileVectors;
 inline constexpr int64_t kPackedFloats = int64_t(kDepth) * kTileColumns;
-// How far ahead of itself, in k, the first tile asks for B.
+// How many k ahead the first tile prefetches B.
 inline constexpr int kAhead = 16;
 
 using Vector = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
@@ -39,7 +41,7 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-// A(i, k): `stride` between rows; or, in sequence, the kTileRows rows of a tile for each k.
+// A(i, k). RowMajor: `stride` floats between rows. TileMajor: contiguous, for each k the kTileRows rows of a tile.
 struct RowMajor {
   const float* data;
   int64_t stride;
@@ -53,7 +55,7 @@ struct TileMajor {
   }
 };
 
-// What a vector's lanes do with a * b + c.
+// a * b + c, rounded as a vector lane rounds it on this instruction set.
 FASTKD_INLINE float multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__aarch64__)
   return __builtin_fmaf(a, b, c);
@@ -66,18 +68,19 @@ FASTKD_INLINE float multiply_add(float a, float b, float c) {
 using RowPointers = float* const*;
 using ConstRowPointers = const float* const*;
 
-// out(i, j) = start(i, j) + sum_k A(i, k) B(k, j), start being 0 where there is none; it may be `out`. kCopy: B is `b`
-// with `stride`, and is copied to `packed`; else it is `packed`, and `b` what soon will be: for each kAhead k a row of
-// it is asked for.
+// out(i, j) = start(i, j) + sum_k A(i, k) B(k, j), with start = 0 if it is null; start and out may be the same. kCopy:
+// B is read from `b` with `stride` and copied to `packed`. Otherwise B is read from `packed`, and one row of `b`, which
+// is needed soon, is prefetched every kAhead values of k.
 template <int kRows, bool kCopy, class A>
 __attribute__((noinline)) void multiply_tile(A a, const float* b, int64_t stride, float* packed, int64_t depth,
                                              ConstRowPointers start, RowPointers out, int64_t column) {
   Vector sums[kRows][kTileVectors] = {};
-  // Pieces of far rows, which no prefetcher foresees: they come while k runs.
+  // The tile's part of `start`, in rows far apart, which the hardware prefetcher does not predict. It arrives while k
+  // runs.
   for (int i = 0; start && i < kRows; ++i) {
     for (int j = 0; j < kTileColumns; j += 16) __builtin_prefetch(start[i] + column + j, 1, 3);
   }
-  // Three rows a pointer: the others are one and two strides away, which addresses can say.
+  // One pointer per three rows: the other two are one and two strides away, which an address operand can express.
   constexpr int kPointers = (kRows + 2) / 3;
   const float* rows[kPointers];
   if constexpr (__is_same(A, RowMajor)) {
@@ -125,18 +128,18 @@ __attribute__((noinline)) void multiply_tile(A a, const float* b, int64_t stride
   }
 }
 
-// B's columns of one panel, and how to bring them into sequence.
+// The columns of B that belong to one panel, and how they are laid out.
 struct Panel {
   const float* data;  // B(k, 0) at data + k * stride
   int64_t stride;
   ConstRowPointers rows;    // or at rows[k] + column
   bool transposed;          // or B(0, j) at data + j * stride
-  int64_t column, columns;  // of B and of C; at most kTileColumns, but for multiply_few
-  float* packed;            // null, or all of it as pack() leaves it, to be read
+  int64_t column, columns;  // of B and of C; at most kTileColumns, except in multiply_few
+  float* packed;            // null, or the whole panel as pack() writes it
   bool copied_by_tile() const { return packed == nullptr && rows == nullptr && !transposed && columns == kTileColumns; }
 };
 
-// Interleaves the lower halves of two vectors, or the upper ones.
+// Interleaves the lower halves of two vectors, and the upper halves.
 template <int... kLane>
 FASTKD_INLINE void interleave(const Vector& a, const Vector& b, Vector& low, Vector& high,
                               std::integer_sequence<int, kLane...>) {
@@ -144,7 +147,7 @@ FASTKD_INLINE void interleave(const Vector& a, const Vector& b, Vector& low, Vec
   high = __builtin_shufflevector(a, b, (kLanes / 2 + kLane / 2 + kLane % 2 * kLanes)...);
 }
 
-// v[i][j] becomes v[j][i]: each round interleaves vectors that are half of all apart.
+// Transposes: v[i][j] becomes v[j][i]. Each round interleaves pairs of vectors that are kLanes / 2 apart.
 FASTKD_INLINE void transpose(Vector* v) {
   for (int round = 1; round < kLanes; round *= 2) {
     Vector next[kLanes];
@@ -155,7 +158,7 @@ FASTKD_INLINE void transpose(Vector* v) {
   }
 }
 
-// packed[k][j] = B(first + k, column + j), 0 beyond the panel's columns.
+// packed[k][j] = B(first + k, column + j), and 0 beyond the panel's columns.
 inline void pack(const Panel& panel, int64_t first, int64_t depth, float* packed) {
   if (!panel.transposed) {
     for (int64_t k = 0; k < depth; ++k, packed += kTileColumns) {
@@ -186,7 +189,7 @@ inline void pack(const Panel& panel, int64_t first, int64_t depth, float* packed
   }
 }
 
-// `b` and `stride`: what a tile copies, or asks for.
+// A tile of kRows rows. `b` and `stride`: the data that the tile copies, or prefetches.
 template <int kRows, class A>
 FASTKD_INLINE void multiply_rows(bool copy, A a, const Panel& panel, const float* b, int64_t stride, int64_t depth,
                                  float* packed, ConstRowPointers start, RowPointers out) {
@@ -194,7 +197,7 @@ FASTKD_INLINE void multiply_rows(bool copy, A a, const Panel& panel, const float
     const auto multiply = copy ? multiply_tile<kRows, true, A> : multiply_tile<kRows, false, A>;
     return multiply(a, b, stride, packed, depth, start, out, panel.column);
   }
-  // The tile is wider than what there is of C.
+  // The panel is narrower than a tile: compute the tile in a buffer.
   float tile[kRows][kTileColumns] = {};
   float* rows[kRows];
   for (int i = 0; i < kRows; ++i) {
@@ -205,7 +208,7 @@ FASTKD_INLINE void multiply_rows(bool copy, A a, const Panel& panel, const float
   for (int i = 0; i < kRows; ++i) __builtin_memcpy(out[i] + panel.column, tile[i], sizeof(float) * panel.columns);
 }
 
-// sums(i, j) += sum_k A(i, k) B(k, j) for vectors j, one after the other as a tile adds them.
+// sums(i, j) += sum_k A(i, k) B(k, j) for kVectors vectors of columns, adding in the same order as a tile does.
 template <int kRows, int kVectors>
 FASTKD_INLINE void multiply_piece(RowMajor a, const float* b, int64_t stride, int64_t depth, int64_t ahead, float* sums,
                                   int64_t columns) {
@@ -226,7 +229,7 @@ FASTKD_INLINE void multiply_piece(RowMajor a, const float* b, int64_t stride, in
   }
 }
 
-// The same for `width` columns; the sums of a row are `columns` apart.
+// The same for `width` columns. The sums of consecutive rows are `columns` apart.
 template <int kRows>
 __attribute__((noinline)) void multiply_strip(RowMajor a, const float* b, int64_t stride, int64_t depth, int64_t ahead,
                                               float* sums, int64_t columns, int64_t width) {
@@ -247,8 +250,9 @@ __attribute__((noinline)) void multiply_strip(RowMajor a, const float* b, int64_
   }
 }
 
-// The panel's columns for so few rows that B's bytes are the cost: some rows of B at a time, so that B is read as
-// nearly in sequence as the columns allow, and a page of it is left but once. `sums` has room for whole vectors.
+// The panel's columns for so few rows that reading B is the main cost. A few rows of B are processed at a time, so that
+// B is read as nearly in sequence as the columns allow, and each page of it is visited once. `sums` has room for whole
+// vectors.
 inline void multiply_few(RowMajor a, int64_t rows, const Panel& panel, int64_t depth, float* sums,
                          ConstRowPointers start, RowPointers out) {
   const int64_t columns = (panel.columns + kLanes - 1) / kLanes * kLanes, step = rows < 8 ? 8 : 16;
@@ -282,7 +286,7 @@ inline void multiply_few(RowMajor a, int64_t rows, const Panel& panel, int64_t d
   }
 }
 
-// C(i, j) = start(i, j) + sum_k A(i, k) B(k, j) for `rows` rows and the panel's columns. `room`: kPackedFloats.
+// C(i, j) = start(i, j) + sum_k A(i, k) B(k, j) for `rows` rows and the panel's columns. `room` holds kPackedFloats.
 template <class A>
 void multiply_panel(A a, int64_t rows, const Panel& panel, int64_t depth, float* room, ConstRowPointers start,
                     RowPointers out) {
@@ -293,7 +297,7 @@ void multiply_panel(A a, int64_t rows, const Panel& panel, int64_t depth, float*
     float* const packed = panel.packed ? panel.packed + first * kTileColumns : room;
     if (!in_place && panel.packed == nullptr) pack(panel, first, part, packed);
     const float* const b = in_place ? panel.data + first * panel.stride + panel.column : packed;
-    // The tiles ask for the panel beside this one, or the part of packed ones behind this one, some rows each.
+    // The tiles prefetch the next panel of B, or the next part of packed panels, some rows per tile.
     const float* next = in_place ? b + kTileColumns : packed + part * kTileColumns;
     const int64_t stride = in_place ? panel.stride : kTileColumns;
     int64_t row = 0, left = in_place || panel.packed ? part : 0;

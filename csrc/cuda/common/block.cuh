@@ -1,5 +1,5 @@
-// Reductions over the threads that share a row. The order is fixed: the same input gives the same bits.
-// The only file with shuffles.
+// Reductions over the threads that share a row. The order of additions is fixed: the same input gives the same bits.
+// This is the only file with warp shuffles.
 #pragma once
 #include "device.cuh"
 
@@ -7,7 +7,7 @@ namespace fastkd::cuda {
 
 inline constexpr int kWarp = 32;
 
-// The value of the lane whose number differs by `lane_mask`, of any trivially copyable type.
+// The value held by the lane whose number differs by `lane_mask`. T is any trivially copyable type.
 template <class T>
 __device__ __forceinline__ T shuffle_xor(const T& value, int lane_mask) {
 #ifdef FASTKD_SIMT
@@ -24,13 +24,13 @@ __device__ __forceinline__ T shuffle_xor(const T& value, int lane_mask) {
 #endif
 }
 
-// merge(all, next) must be associative up to rounding and take the two in either order.
+// Reduces over a warp. merge(all, next) must be associative up to rounding and accept its arguments in either order.
 template <class T, class Merge>
 __device__ __forceinline__ T warp_reduce(T value, const Merge& merge) {
 #pragma unroll 1
   for (int step = kWarp / 2; step > 0; step /= 2) {
     const T other = shuffle_xor(value, step);
-    // Lower lane first on both sides, so that both compute the same.
+    // Both lanes merge in the same order, the lower lane's value first, so that both get the same result.
     const bool lower = (threadIdx.x & step) == 0;
     T all = lower ? value : other;
     merge(all, lower ? other : value);
@@ -39,16 +39,16 @@ __device__ __forceinline__ T warp_reduce(T value, const Merge& merge) {
   return value;
 }
 
-// Those who work on one row: a warp of the block (whose other warps have rows of their own), a block, or the blocks of
-// a cluster.
+// The threads that work on one row: a warp (the block's other warps work on other rows), a block, or the blocks of a
+// cluster. A block's part of the team is all of these threads that are in one block.
 struct Team {
-  int thread, threads;    // within the block's share of the team
-  unsigned rank, blocks;  // of the cluster
-  bool warp;              // the whole team
+  int thread, threads;    // within the block's part of the team
+  unsigned rank, blocks;  // of the cluster: this block's rank, and how many blocks
+  bool warp;              // the team is one warp
   static constexpr int kMaxWarps = 32;
   static constexpr int kSlotBytes = 64;
   static constexpr int kSharedBytes = (kMaxWarps + 1) * kSlotBytes;
-  unsigned char* slots;  // kSharedBytes, aligned to 16; a warp needs none
+  unsigned char* slots;  // kSharedBytes, aligned to 16; unused if the team is a warp
 
   __device__ __forceinline__ Team(unsigned char* shared, unsigned cluster_blocks, bool warp_team = false)
       : thread(warp_team ? threadIdx.x % kWarp : threadIdx.x),
@@ -60,7 +60,7 @@ struct Team {
 
   __device__ __forceinline__ bool leads() const { return thread == 0; }
 
-  // The block's share of the team.
+  // A barrier for the block's part of the team.
   __device__ __forceinline__ void sync() const {
     if (warp) {
       __syncwarp();
@@ -69,14 +69,15 @@ struct Team {
     }
   }
 
-  // The sum over the block's share of the team, in every thread or only in the leading one. Contains barriers.
+  // The sum over the block's part of the team, valid in all of its threads or only in the leading one. Contains
+  // barriers.
   template <class T, class Merge>
   __device__ __forceinline__ T block_sum(T value, const Merge& merge, bool everywhere = false) const {
     value = warp_reduce(value, merge);
     static_assert(sizeof(T) <= kSlotBytes);
     if (warp) return value;
     const auto slot = [&](int i) { return reinterpret_cast<T*>(slots + i * kSlotBytes); };
-    __syncthreads();  // the slots may still be read from the last time
+    __syncthreads();  // the slots may still be read by the previous reduction
     if (threadIdx.x % kWarp == 0) shared_store(slot(threadIdx.x / kWarp), value);
     __syncthreads();
     if (everywhere || leads()) {
@@ -86,7 +87,7 @@ struct Team {
     return value;
   }
 
-  // The sum over the blocks of what each leading thread holds, valid in them. Contains barriers of the cluster.
+  // The sum over the leading threads of the cluster's blocks, valid in those threads. Contains barriers of the cluster.
   template <class T, class Merge>
   __device__ T cluster_sum(T value, const Merge& merge) const {
     static_assert(sizeof(T) <= kSlotBytes);
@@ -99,7 +100,7 @@ struct Team {
 #pragma unroll 1
       for (unsigned r = 1; r < blocks; ++r) merge(value, shared_load(in_peer(mine, r)));
     }
-    cluster_sync();  // before any block writes its slot again, or leaves
+    cluster_sync();  // before any block writes its slot again, or exits
     return value;
   }
 

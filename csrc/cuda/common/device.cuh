@@ -1,6 +1,6 @@
-// What kernels see of the machine: shared and global memory, blocks and clusters. nvcc compiles the left side of each
-// twin; under FASTKD_SIMT g++ compiles the right one, which runs on the CPU, checks every access to shared memory and
-// counts those to global memory (tests/simt).
+// Access to shared and global memory, blocks and clusters, as kernels use it. FASTKD_TWIN(device, host) has two
+// variants: nvcc compiles the first. Under FASTKD_SIMT g++ compiles the second, which runs on the CPU, checks every
+// access to shared memory and counts those to global memory (tests/simt).
 #pragma once
 #include "../../math/float16.h"
 
@@ -34,7 +34,8 @@ __device__ __forceinline__ void shared_store(T* to, const T& value) {
   *to = value;
 }
 
-// The thread's number, read anew: what follows from it is reckoned again rather than kept in registers.
+// The thread's number, read from the register again. The compiler then recomputes what depends on it instead of keeping
+// it in registers.
 __device__ __forceinline__ int thread_again() {
 #ifdef FASTKD_SIMT
   return int(threadIdx.x);
@@ -45,13 +46,13 @@ __device__ __forceinline__ int thread_again() {
 #endif
 }
 
-// Bits set by several threads between two barriers; the place was zeroed before them.
+// Sets bits that several threads may set between two barriers. The word was set to 0 before the first of them.
 __device__ __forceinline__ void shared_or(unsigned* to, unsigned bits) { atomicOr(to, bits); }
-// The same with a sum; -> what it was before.
+// The same with addition. Returns the previous value.
 __device__ __forceinline__ unsigned shared_add(unsigned* to, unsigned more) { return atomicAdd(to, more); }
 
-// Global memory, one element or 16 bytes at a time. What is read once should not push out of the L2 what will be read
-// again, hence the streaming variants.
+// Global memory, one element or 16 bytes at a time. The streaming variants are for data read or written once, which
+// should not evict from the L2 what will be read again.
 template <class T>
 __device__ __forceinline__ T global_load(const T* from) {
   FASTKD_TWIN(, simt::count_read(sizeof(T), sizeof(T)));
@@ -78,8 +79,9 @@ __device__ __forceinline__ void global_store16(void* to, const uint4& value) {
   *p = value;
 }
 
-// 16 bytes from global to shared memory past the registers (sm_80 and later), or zeros. They come in groups. A thread
-// that has waited for a group sees its own copies; others do after the next barrier.
+// Starts a copy of 16 bytes, or of zeros, from global to shared memory without going through registers (sm_80 and
+// later). Copies are committed in groups. A thread that has waited for a group sees its own copies; other threads see
+// them after the next barrier.
 __device__ __forceinline__ void async_copy16(void* to, const void* from, bool there) {
 #ifdef FASTKD_SIMT
   simt::async_copy(to, from, there);
@@ -91,14 +93,14 @@ __device__ __forceinline__ void async_copy16(void* to, const void* from, bool th
 __device__ __forceinline__ void async_commit() {
   FASTKD_TWIN(asm volatile("cp.async.commit_group;" :: : "memory"), simt::async_commit());
 }
-// For all groups but the latest so many.
+// Waits for all committed groups except the latest kLatest.
 template <int kLatest>
 __device__ __forceinline__ void async_wait() {
   FASTKD_TWIN(asm volatile("cp.async.wait_group %0;" ::"n"(kLatest) : "memory"), simt::async_wait(kLatest));
 }
 
-// Thread-block clusters exist from sm_90 on. Elsewhere a block is its own cluster, and those kernels are never launched
-// with more.
+// Thread-block clusters exist from sm_90 on. On earlier devices a block counts as a cluster of one, and kernels are
+// never launched with larger clusters.
 #if defined(FASTKD_SIMT) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
 __device__ __forceinline__ unsigned cluster_rank() {
   return FASTKD_TWIN(cooperative_groups::this_cluster().block_rank(), simt::cluster_rank());
@@ -106,7 +108,7 @@ __device__ __forceinline__ unsigned cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   FASTKD_TWIN(cooperative_groups::this_cluster().sync(), simt::sync_cluster());
 }
-// The same place in the shared memory of another block of the cluster.
+// The corresponding address in the shared memory of another block of the cluster.
 template <class T>
 __device__ __forceinline__ T* in_peer(T* mine, unsigned rank) {
   return FASTKD_TWIN(cooperative_groups::this_cluster().map_shared_rank(mine, rank), simt::in_peer(mine, rank));

@@ -1,23 +1,25 @@
-// The part of a row's log-ratios that plain sums have no room for.
+// Sums of log-ratios that are infinite or too large for plain sums.
 #pragma once
 #include "../../math/divergence.h"
 #include "device.cuh"
 
 namespace fastkd::cuda {
 
-// A sum of weighted log-ratios of which some are infinite or the smallest number's: in units of 2^30, so that the
-// products stay in range, and a weight that underflows elsewhere counts. What has no weight adds nothing.
+// A sum of weighted log-ratios that are infinite or come from the smallest finite number. It is held in units of 2^30,
+// so that the products do not overflow, and so that weights count that would underflow in a plain sum. An entry without
+// weight adds nothing.
 template <class Real>
 struct FarSum {
   Real sum = 0;
 
-  // log_weight: base 2.
+  // log_weight: logarithm in base 2.
   __device__ __forceinline__ void add(Real log_weight, Real log_ratio) {
     if (log_weight > Real(-kNoWeight) && log_ratio >= Real(kDead)) {
       sum += log_ratio == Real(INFINITY) ? log_ratio : exp2_of(log_weight + Real(60)) * (log_ratio * Real(0x1p-90));
     }
   }
-  // The weights, which sum to `weight`, shrink by 2^-shrink, and each log-ratio grows by `step`.
+  // Converts the sum to other origins: the weights, whose sum is `weight`, shrink by 2^-shrink; log-ratios grow by
+  // `step`.
   __device__ __forceinline__ void raise(Real weight, Real shrink, Real step) {
     if (step >= Real(kDead) && weight > Real(0)) sum += weight * Real(0x1p-30) * step;
     sum = sum < Real(INFINITY) ? sum * exp2_of(-shrink) : shrink < Real(kNoWeight) ? sum : Real(0);

@@ -1,4 +1,4 @@
-// Launching on the current stream of the tensors' device.
+// Launches kernels on the current stream of the tensors' device.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,7 +8,7 @@
 
 #ifndef FASTKD_SIMT
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-// Weak: libtorch_cuda defines it. A CPU-only torch does not, and has no CUDA tensors that could bring us here.
+// Declared weak: libtorch_cuda defines it. A CPU-only torch does not; it has no CUDA tensors, so nothing calls this.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
@@ -18,7 +18,7 @@ inline void check(cudaError_t error, const char* function, const char* what) {
   if (error != cudaSuccess) fail("RuntimeError", function, what, " failed: ", cudaGetErrorString(error));
 }
 
-// The device of a call: guards it, and knows its stream and compute capability.
+// The device of a call: makes it the current one, and holds its stream and compute capability.
 class Device {
  public:
   Device(const torch::stable::Tensor& tensor, const char* function)
@@ -47,7 +47,7 @@ class Device {
 
   int capability() const { return capability_; }
 
-  // Whether this device, as it stands (partitioned, shared), can run such a cluster at all.
+  // Whether this device, in its present configuration (partitioned, shared), can run such a cluster.
   template <class... Parameters>
   bool fits(void (*kernel)(Parameters...), int threads, int64_t shared_bytes, int cluster) const {
     if (cluster == 1) return true;
@@ -58,7 +58,7 @@ class Device {
     Launch launch(*this, kernel, cluster, threads, shared_bytes, cluster);
     int clusters = 0;
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
-    if (error != cudaSuccess) (void)cudaGetLastError();  // it would be taken for the next launch's
+    if (error != cudaSuccess) (void)cudaGetLastError();  // otherwise the next launch would report it
     return error == cudaSuccess && clusters > 0;
 #endif
   }
@@ -91,7 +91,7 @@ class Device {
         config.attrs = &attribute;
         config.numAttrs = 1;
       }
-      // The most that is possible, always the same: another thread may be about to launch this kernel with more.
+      // Always the largest possible value: another thread may be about to launch this kernel with more shared memory.
       if (shared_bytes > 48 << 10) {
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_),
               device.function_, "asking for shared memory");

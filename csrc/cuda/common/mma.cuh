@@ -1,6 +1,6 @@
-// Products of small matrices by a warp: inline PTX and its twins, which hand the registers around in the same pattern.
-// Of a matrix that a warp holds, lane l has two neighbours at a time, in the order of the PTX manual: with g = l / 4
-// and t = 2 (l % 4)
+// Products of small matrices by one warp: inline PTX, and emulator versions that distribute the registers in the same
+// way. A warp holds a matrix in pairs of adjacent elements, in the order given in the PTX manual. Lane l holds, with
+// g = l / 4 and t = 2 (l % 4),
 //   A [16, 16]  {(g, t), (g, t + 1)}, then 8 rows below, then both 8 columns to the right
 //   B [16, 8]   {(t, g), (t + 1, g)}, then 8 rows below
 //   C [16, 8]   {(g, t), (g, t + 1)}, then 8 rows below
@@ -11,8 +11,8 @@
 
 namespace fastkd::cuda {
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory. Lane l brings the address of row l % 8 of matrix l / 8,
-// and gets of each matrix {(g, t), (g, t + 1)}, or of its transpose.
+// Loads four 8 x 8 matrices of 16-bit elements from shared memory. Lane l passes the address of row l % 8 of matrix
+// l / 8, and gets {(g, t), (g, t + 1)} of each matrix, or of its transpose.
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(unsigned (&out)[4], const void* row) {
 #ifdef FASTKD_SIMT
@@ -81,7 +81,7 @@ inline void multiply_fragments(const void* const* in, void* const* results) {
 }
 #endif
 
-// C += A B of BFloat16 (sm_80 and later) or Float16.
+// C += A B. A and B are BFloat16 (sm_80 and later) or Float16.
 template <class T>
 __device__ __forceinline__ void multiply_add(float* c01, float* c23, const unsigned (&a)[4], unsigned b0, unsigned b1) {
 #ifdef FASTKD_SIMT
@@ -111,7 +111,7 @@ __device__ __forceinline__ void multiply_add(float* c01, float* c23, const unsig
 #endif
 }
 
-// Word j of lane i of kSize neighbours goes to word i of lane j.
+// Transposes among kSize adjacent lanes: word j of lane i becomes word i of lane j.
 template <int kSize>
 __device__ __forceinline__ void transpose(float (&words)[kSize]) {
 #pragma unroll

@@ -1,27 +1,28 @@
-// The largest of the keys that a team's threads hold, found by their digits: each block counts, in shared memory, how
-// many keys have which leading 11 bits. That tells in which bin the last of those wanted lies; only this bin is counted
-// again, by the next 11 bits. Integer atomics: the order of threads does not matter.
+// Finds the largest of the keys that a team's threads hold, digit by digit. Each block counts, in shared memory, how
+// many keys have each value of the leading 11 bits. The counts show which bin contains the last of the keys wanted;
+// only this bin is counted again, by the next 11 bits. The counts are integers, added by atomics, so the order of
+// threads has no effect on the result.
 //
-// Keys are unsigned integers of at most 63 bits; teams are blocks or clusters.
+// Keys are unsigned integers of at most 63 bits. Teams are blocks or clusters.
 #pragma once
 #include "block.cuh"
 
 namespace fastkd::cuda {
 
-// 32 bits in the order of the numbers. Both zeros have the same.
+// 32 bits that compare in the order of the numbers. Both zeros have the same bits.
 __device__ __forceinline__ unsigned ordered(float x) {
   const unsigned bits = bit_cast<unsigned>(x + 0.0f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// The number with these bits; -inf for bits that come before every number's.
+// The inverse of ordered(); -inf for bits below those of every number.
 __device__ __forceinline__ float from_ordered(unsigned bits) {
   constexpr unsigned kLeast = 0x007fffffu;  // ordered(-inf)
   const unsigned valid = bits > kLeast ? bits : kLeast;
   return bit_cast<float>(valid & 0x80000000u ? valid & 0x7fffffffu : ~valid);
 }
 
-// Keys [least, least + 2^shift): how many there are, and how many above.
+// The keys in [least, least + 2^shift): how many there are (inside), and how many are larger (above).
 struct KeyBin {
   uint64_t least;
   int shift;
@@ -30,13 +31,14 @@ struct KeyBin {
   __device__ __forceinline__ unsigned from_here() const { return above + inside; }
 };
 
-// blocks: those of the team, or 1 for what this block has alone. Every thread of them makes the same calls.
+// blocks: the number of the team's blocks, or 1 to select among this block's keys only. All threads must make the same
+// calls.
 struct RadixSelect {
   static constexpr int kDigit = 11, kBins = 1 << kDigit, kGroup = kWarp, kGroups = kBins / kGroup;
   static constexpr int kBinsBytes = kBins * 4;
   static constexpr int kSharedBytes = kBinsBytes + kGroups * 4 + 16;
 
-  // A bin by its number, while the search narrows a group of them.
+  // A bin given by its number, while the search narrows down a group of bins.
   struct Place {
     unsigned number, above, inside;
   };
@@ -46,7 +48,8 @@ struct RadixSelect {
   unsigned *const bins, *const groups;
   Place* const found;
 
-  // shared: kSharedBytes, aligned to 16. The bins, at its beginning, are free for other use when nothing is counted.
+  // shared: kSharedBytes, aligned to 16. It begins with the bins, which may be used for other data while nothing is
+  // counted.
   __device__ __forceinline__ RadixSelect(const Team& t, unsigned char* shared, unsigned count)
       : team(t),
         blocks(count),
@@ -54,20 +57,21 @@ struct RadixSelect {
         groups(bins + kBins),
         found(reinterpret_cast<Place*>(groups + kGroups)) {}
 
-  // Before counting, and with a barrier between.
+  // To be called before counting, with a barrier in between.
   __device__ __forceinline__ void clear() const {
     for (int i = team.thread; i < kBins; i += team.threads) shared_store(bins + i, 0u);
   }
   __device__ __forceinline__ void count(unsigned digit) const { shared_add(bins + digit, 1u); }
 
-  // The bin of the `wanted`-th largest key counted (the lowest bin, where fewer were). Counting may go on after it.
+  // The bin that contains the `wanted`-th largest key counted (the lowest bin if fewer were counted). Counting may
+  // continue afterwards.
   __device__ Place find(unsigned wanted) const {
     team.sync();
     for (int g = team.thread; g < kGroups; g += team.threads) {
       unsigned sum = 0;
 #pragma unroll 8
       for (int i = 0; i < kGroup; ++i)
-        sum += shared_load(bins + g * kGroup + (g + i) % kGroup);  // apart in their banks
+        sum += shared_load(bins + g * kGroup + (g + i) % kGroup);  // staggered, to avoid bank conflicts
       shared_store(groups + g, sum);
     }
     sync_all();
@@ -90,8 +94,9 @@ struct RadixSelect {
     return shared_load(found);
   }
 
-  // Narrows `bin`, which holds the `wanted`-th largest key, until no more than `enough` keys lie in it and above, or
-  // only one value may. for_keys(bin, body): calls body(key) for this thread's keys, at least for those in the bin.
+  // Narrows `bin`, which contains the `wanted`-th largest key, until at most `enough` keys lie in it and above it, or
+  // it has only one value. for_keys(bin, body) must call body(key) for this thread's keys, at least for those in the
+  // bin.
   template <class ForKeys>
   __device__ KeyBin select(KeyBin bin, unsigned wanted, unsigned enough, const ForKeys& for_keys) const {
 #pragma unroll 1
@@ -126,7 +131,7 @@ struct RadixSelect {
     return sum;
   }
 
-  // Of all lanes one: the first has what no other found.
+  // True in one lane: the one that has the wanted key, or the first one if no lane has it.
   __device__ __forceinline__ bool has_wanted(unsigned above, unsigned inside, unsigned wanted) const {
     return above < wanted && (wanted <= above + inside || team.thread == 0);
   }
@@ -143,7 +148,7 @@ struct RadixSelect {
   }
 };
 
-// Descending, in shared memory; size: a power of two. Begins and ends with a barrier.
+// Sorts keys in shared memory in descending order. size: a power of two. Begins and ends with a barrier.
 inline __device__ void sort_keys(const Team& team, uint64_t* keys, int size) {
   team.sync();
 #pragma unroll 1

@@ -1,5 +1,5 @@
-// Where kernels register: as the CUDA implementation of fastkd's ops, or under the emulator as ops of their own that
-// take CPU tensors.
+// Where kernels are registered: as the CUDA implementation of fastkd's ops or, in the emulator build, as separate ops
+// that take CPU tensors.
 #pragma once
 
 #ifdef FASTKD_SIMT

@@ -1,4 +1,4 @@
-// The reductions over all rows' losses.
+// Reductions of the losses over all rows.
 #include <torch/csrc/stable/ops.h>
 
 #include "block.cuh"
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kFlatThreads) copy_kernel(const double* losses
     loss.put(loss.data + row * loss.element_size, global_load(losses + row));
 }
 
-// Where the denominator is known without asking the device.
+// Known without reading data from the device.
 double known_factor(const RowProblem& problem) {
   const double denominator = problem.known_denominator();
   return denominator == 0 ? 0 : 1 / denominator;

@@ -1,5 +1,5 @@
-// What every loss over rows asks of each row, and what comes before and after the rows: the denominator where only the
-// device can count it, and the sum of the losses.
+// The arguments of one row that all losses have in common, and the kernels run before and after the rows: counting the
+// denominator where it depends on values on the device, and summing the losses.
 #pragma once
 #include <initializer_list>
 #include <tuple>
@@ -10,7 +10,7 @@
 
 namespace fastkd::cuda {
 
-// Per-row numbers are optional.
+// Tensors with one number per row; all of them are optional.
 struct RowNumbers {
   int64_t rows;
   int vocab, student_width;
@@ -19,9 +19,9 @@ struct RowNumbers {
   bool square_temperature;
   int64_t ignore_index;
   int64_t shift, sequence;         // see RowOptions and RowProblem
-  double gradient_factor;          // 1 / denominator,
-  const double* gradient_factors;  // or where it stands once the rows are counted
-  double* losses;                  // weighted, one a row
+  double gradient_factor;          // 1 / denominator
+  const double* gradient_factors;  // or a pointer to it, where the rows are counted on the device
+  double* losses;                  // weighted, one per row
 
   __device__ bool counts(int64_t row) const {
     if (shift != 0 && row % sequence + shift >= sequence) return false;
@@ -30,17 +30,18 @@ struct RowNumbers {
   }
   __device__ double row_weight(int64_t row) const { return !counts(row) ? 0 : weight ? weight.number(row + shift) : 1; }
 
-  // Of the row's gradients; 0: the row is not read.
+  // The factor of the row's gradients. 0: the row is not read.
   __device__ double scale(int64_t row) const {
     return row_weight(row) * (gradient_factors != nullptr ? global_load(gradient_factors) : gradient_factor);
   }
 
-  // Numbers that no check could see make a row NaN: a temperature that is not positive, a label outside.
+  // Invalid values that the host could not check make a row NaN: a temperature that is not positive, a label out of
+  // range.
   static __device__ double positive(double x) { return x > 0 && x < double(INFINITY) ? x : double(NAN); }
   __device__ double row_temperature(int64_t row) const {
     return positive(temperatures ? temperatures.number(row) : temperature);
   }
-  // Task: RowTask and its like. -> the label's column, -1 for none.
+  // Task: RowTask or a similar struct. Returns the label's column, or -1 if there is none.
   template <class Task>
   __device__ int read_label(int64_t row, Task& task) const {
     task.has_label = bool(labels);
@@ -53,23 +54,23 @@ struct RowNumbers {
   }
 };
 
-// The losses of a call: begun before the rows are launched, finished after.
+// The losses of a call. Constructed before the rows' kernel is launched; finish() is called after it.
 class RowLosses {
  public:
-  // gradients: those asked for, or null.
+  // gradients: those requested; null: not requested.
   RowLosses(const Device& device, const RowProblem& problem, std::initializer_list<const Tensor*> gradients);
 
   RowNumbers numbers{};
 
-  // -> the loss, and what is left to multiply the gradients by (empty: nothing).
+  // Returns the loss, and the factor that the gradients are still to be multiplied by (empty: none).
   std::tuple<Tensor, Tensor> finish() const;
 
  private:
   const Device& device_;
   const RowProblem& problem_;
   bool wait_, counted_;
-  double factor_;  // where it is known without asking the device
-  Tensor losses_;  // one a row, and the counted factor
+  double factor_;  // where it is known without reading data from the device
+  Tensor losses_;  // one per row, then the factor counted on the device
 };
 
 }  // namespace fastkd::cuda

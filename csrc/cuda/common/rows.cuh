@@ -1,15 +1,15 @@
-// A tensor as rows, seen from the device: plain data that a kernel takes by value.
+// A tensor as rows on the device: plain data that a kernel takes by value.
 #pragma once
 #include "../../arguments/rows.h"
 #include "device.cuh"
 
 namespace fastkd::cuda {
 
-// Columns are counted in int, with room for the packs and threads beyond the last.
+// Columns are counted in int. The limit leaves room for the packs and threads beyond the last column.
 inline constexpr int64_t kMaxColumns = INT32_MAX - 1024;
 
 struct DeviceRows {
-  static constexpr int kDimensions = 6;  // that do not merge with their neighbours
+  static constexpr int kDimensions = 6;  // that cannot be merged with their neighbours
   char* data = nullptr;
   int64_t column_stride = 0;
   int64_t sizes[kDimensions], strides[kDimensions];
@@ -20,7 +20,7 @@ struct DeviceRows {
 
   __device__ __forceinline__ char* at(int64_t row, int64_t column = 0) const {
     int64_t offset = column * column_stride;
-#pragma unroll  // with indices known to the compiler the arrays stay out of local memory
+#pragma unroll  // constant indices keep the arrays out of local memory
     for (int i = kDimensions - 1; i >= 0; --i) {
       if (i < dimensions) {
         offset += row % sizes[i] * strides[i];
@@ -30,7 +30,7 @@ struct DeviceRows {
     return data + offset * element_size;
   }
 
-  // Of a tensor of logits.
+  // For a tensor of logits.
   __device__ __forceinline__ float float_at(const char* p) const {
     switch (type) {
       case ScalarType::BFloat16:
@@ -104,8 +104,8 @@ inline DeviceRows device_rows(const Tensor& tensor, int64_t leading, const char*
   return out;
 }
 
-// Whether rows can be moved in packs: unit stride, and every row beginning at the same place of a 16-byte line as those
-// of `like`.
+// Whether rows can be read and written in packs: unit stride, and each row's beginning has the same offset from a
+// 16-byte boundary as that of `like`.
 inline bool moves_like(const DeviceRows& x, const DeviceRows& like) {
   if (x.type != like.type || x.column_stride != 1 || like.column_stride != 1) return false;
   const auto line = [&](const DeviceRows& r) { return reinterpret_cast<uintptr_t>(r.data) % 16; };

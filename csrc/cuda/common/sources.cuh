@@ -1,4 +1,4 @@
-// The logits of one row and the places its gradients go to, as a kernel works on them.
+// Sources: the logits of one row, and where its gradients are written, in the form that kernels use.
 #pragma once
 #include "../../math/row_plan.h"
 #include "row_losses.cuh"
@@ -8,11 +8,11 @@
 namespace fastkd::cuda {
 
 inline constexpr int kMaxTeachers = 16;
-// Where all of many logits are below this they are a mask, perhaps, and none is near the largest of the row.
+// Where all of many logits are below this, they are probably masked, and none of them is near the largest of the row.
 inline constexpr double kMasked = -1000;
 
-// What a call asks, the same for all rows. Without a teacher (teacher_count 0) sources read the student's logits alone
-// and show them for the teacher's, too.
+// The arguments of a call, the same for all rows. Without a teacher (teacher_count 0) sources read only the student's
+// logits, and return them as the teacher's, too.
 struct RowArguments : RowNumbers {
   int teacher_width;
   DeviceRows student, student_gradient, teacher_gradient;
@@ -26,7 +26,7 @@ struct RowArguments : RowNumbers {
     return positive(teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature);
   }
 
-  // Whether the row is read at all.
+  // Fills in the row's task. Returns whether the row is read at all.
   __device__ bool read_task(int64_t row, RowTask& task, int& label) const {
     task.scale = scale(row);
     if (task.scale == 0) return false;
@@ -42,7 +42,7 @@ struct RowArguments : RowNumbers {
   }
 };
 
-// Zeros in columns [begin, end) of a gradient; those beyond the vocabulary belong to no class.
+// Writes zeros to columns [begin, end) of a gradient. Columns beyond the vocabulary belong to no token.
 inline __device__ void zero_columns(const DeviceRows& gradient, int64_t row, int begin, int end, const Team& team) {
   if (!gradient) return;
   const int threads = team.threads * int(team.blocks);
@@ -58,8 +58,8 @@ inline __device__ void zero_beyond_vocab(const RowArguments& arguments, int64_t 
   zero_columns(arguments.teacher_gradient, row, arguments.vocab, arguments.teacher_width, team);
 }
 
-// Student, one teacher and gradients of one dtype, all contiguous along the vocabulary and alike on 16-byte lines:
-// moved in packs. `launch.resident`: the first load leaves the packs in shared memory.
+// Student, one teacher and gradients of one dtype, contiguous along the vocabulary and with equal offsets from 16-byte
+// boundaries: read and written in packs. With `launch.resident` the first load stores the packs in shared memory.
 template <class T>
 struct PackedSource {
   using Real = float;
@@ -72,7 +72,7 @@ struct PackedSource {
   const PackedRow<T> student, teacher, student_gradient, teacher_gradient;
   P *student_kept, *teacher_kept;
   const bool resident;
-  int begin, end;  // packs of this block
+  int begin, end;  // this block's packs
 
   __device__ PackedSource(const RowArguments& a, int64_t r, const RowLaunch& launch, unsigned rank, unsigned char*,
                           unsigned char* kept)
@@ -92,7 +92,7 @@ struct PackedSource {
 
   __device__ __forceinline__ int packs() const { return end - begin; }
   __device__ __forceinline__ int column(int pack) const { return student.column(begin + pack); }
-  // Packs counted from the beginning of the row, whichever block has them.
+  // A pack's number counted from the beginning of the row, across all blocks.
   __device__ __forceinline__ int whole_pack(int pack) const { return begin + pack; }
   __device__ __forceinline__ int pack_of(int column) const { return (column + student.lead) / kSize; }
 
@@ -102,8 +102,8 @@ struct PackedSource {
     P student, teacher;
   };
 
-  // From global memory in the first pass, later from where that left them. A thread gets what it kept itself, and needs
-  // no barrier in between.
+  // Reads from global memory in the first pass, later from where the first pass stored it. Each thread reads only what
+  // it stored itself, so no barrier is needed in between.
   template <bool kFirst>
   __device__ __forceinline__ Raw fetch(int pack) const {
     const T outside = element<T>(float(-INFINITY));
@@ -128,19 +128,19 @@ struct PackedSource {
     if (arguments.teacher_count > 0) shared_store(teacher_kept + pack, raw.teacher);
   }
 
-  // How many logits lie in 4 bytes, and the next of them in the place of the first.
+  // How many logits are in 4 bytes. next_word moves the next word's logits to the place of the first.
   static constexpr int kWord = 4 / int(sizeof(T));
   static __device__ __forceinline__ void next_word(Raw& raw) {
     raw.student.rotate();
     raw.teacher.rotate();
   }
-  // Widened where they are used, 16-bit logits take half the registers.
+  // 16-bit logits are widened to float where they are used, which halves the registers that hold them.
   static __device__ __forceinline__ Real student_of(const Raw& raw, int j) { return to_float(raw.student.item[j]); }
   static __device__ __forceinline__ Real teacher_of(const Raw& raw, int j) { return to_float(raw.teacher.item[j]); }
 
   __device__ float student_logit(int column) const { return to_float(global_load(student.data + column)); }
 
-  // A pack of a gradient, filled from the end: each word moves the ones before it up.
+  // A pack of a gradient. It is filled from the end: each new word moves the previous ones forward.
   using Out = P;
   static __device__ __forceinline__ void next_word(Out& out) { out.rotate(); }
   static __device__ __forceinline__ void put_last(Out& out, int j, Real x) {
@@ -163,7 +163,7 @@ struct PackedSource {
   }
 };
 
-// Any dtypes, strides and number of teachers, an element at a time; never kept on chip.
+// Any dtypes, strides and number of teachers, one element at a time; nothing is stored in shared memory between passes.
 struct AnySource {
   using Real = float;
   static constexpr int kSize = 1;
@@ -171,9 +171,9 @@ struct AnySource {
 
   const RowArguments& arguments;
   const int64_t row;
-  char *const student, *const teacher, *const student_gradient, *const teacher_gradient;  // where the row begins
-  OriginSum<double>* const normalizers;  // of each teacher; of a mixture of logits only an origin; shared
-  char** const firsts;                   // where each teacher's row begins; shared
+  char *const student, *const teacher, *const student_gradient, *const teacher_gradient;  // beginnings of the rows
+  OriginSum<double>* const normalizers;  // one per teacher; for mixed logits only the origin; in shared memory
+  char** const firsts;                   // beginning of each teacher's row; in shared memory
   Real scale;                            // log2(e) / teacher_temperature
 
   __device__ AnySource(const RowArguments& a, int64_t r, const RowLaunch&, unsigned, unsigned char* shared,
@@ -203,12 +203,12 @@ struct AnySource {
     return arguments.teacher_weights ? arguments.teacher_weights.number(row, k) : 1.0 / arguments.teacher_count;
   }
 
-  // Whether there is a teacher whose logits are not taken as they are.
+  // Whether the teacher is a mixture or weighted, not one tensor whose logits are used unchanged.
   __device__ __forceinline__ bool mixed() const {
     return arguments.teacher_count > 1 || (arguments.teacher_count == 1 && arguments.teacher_weights);
   }
 
-  // For a mixture: where its teachers' rows begin, and of probabilities the normaliser of each teacher.
+  // Prepares a mixture: where its teachers' rows begin and, for probabilities, the normaliser of each teacher.
   __device__ void normalize_teachers(const Team& team, double teacher_temperature) {
     scale = Real(kLog2E / teacher_temperature);
     if (!mixed()) return;
@@ -243,7 +243,7 @@ struct AnySource {
     team.sync();
   }
 
-  // The largest logit of teacher k among the first columns that are not masked as a whole; 0 where there is none.
+  // The largest logit of teacher k among the first columns that are not all masked; 0 if there are none.
   __device__ double some_logit(int k, const Team& team) const {
     char* const first = shared_load(firsts + k);
     Real top = Real(-INFINITY);
@@ -256,8 +256,8 @@ struct AnySource {
     return top > Real(-INFINITY) ? double(top) : 0;
   }
 
-  // Each teacher's share of a mixture of probabilities in the place of its sum: log2 of its weight over its sum, less
-  // the largest such, which brings what counts near 0, where a float has most digits.
+  // For a mixture of probabilities: replaces each teacher's sum by its share, log2 of its weight divided by its sum.
+  // The largest share is subtracted, which moves the values that matter near 0, where a float is most accurate.
   __device__ void store_shares() const {
     double most = -double(INFINITY);
 #pragma unroll 1
@@ -293,7 +293,7 @@ struct AnySource {
   static __device__ __forceinline__ Real student_of(const Raw& raw, int) { return raw.student; }
   static __device__ __forceinline__ Real teacher_of(const Raw& raw, int) { return raw.teacher; }
 
-  // sum_k w_k (z_k - origin_k), and -inf wherever one of the z_k that count is impossible.
+  // sum_k w_k (z_k - origin_k), or -inf where z_k is impossible for a teacher with a weight other than 0.
   __device__ Real mixed_logits(int column) const {
     Real mixed = 0;
     bool gone = false;
@@ -309,8 +309,8 @@ struct AnySource {
     return gone ? mixed + Real(-INFINITY) : mixed;
   }
 
-  // log2 sum_k w_k softmax(z_k / teacher_temperature) up to a constant, relative to the largest member so that no tail
-  // underflows.
+  // log2 sum_k w_k softmax(z_k / teacher_temperature) up to a constant. It is computed relative to the largest term, so
+  // that no small probability underflows.
   __device__ Real mixed_probs(int column) const {
     Real top = Real(-INFINITY), sum = 0;
     for (int k = 0; k < arguments.teacher_count; ++k) {
@@ -323,7 +323,7 @@ struct AnySource {
       sum = sum * exp2_of(top - safe) + exp2_of(x - safe);
       top = all;
     }
-    return top + log2_of(at_least(Real(1), sum)) + (sum - sum);  // NaN stays
+    return top + log2_of(at_least(Real(1), sum)) + (sum - sum);  // keeps NaN
   }
 
   __device__ Real student_logit(int column) const { return logit(arguments.student, student, column); }
@@ -343,7 +343,7 @@ struct AnySource {
   }
 };
 
-// Calls body(pack, raw logits) for this thread's packs, forwards or backwards, the next ones on their way.
+// Calls body(pack, raw logits) for this thread's packs, forwards or backwards, while the next pack is being loaded.
 template <bool kFirst, class Source, class Body>
 __device__ __forceinline__ void for_packs(const Source& source, const Team& team, bool backwards, const Body& body) {
   const int packs = source.packs(), thread = team.thread, threads = team.threads;
@@ -364,10 +364,10 @@ __device__ __forceinline__ void for_packs(const Source& source, const Team& team
 
 enum class SourceKind { kPackedFloat32, kPackedBFloat16, kPackedFloat16, kAny };
 
-// Packs need one dtype, contiguous columns and rows that lie alike on 16-byte lines.
+// Packs need one dtype, contiguous columns, and rows with equal offsets from 16-byte boundaries.
 SourceKind source_kind(const RowArguments& arguments);
 
-// Calls body with a Source for its type, and the size of its elements.
+// Calls body with the Source type, and the size of its elements.
 template <class Source>
 struct SourceType {
   using Type = Source;

@@ -1,4 +1,4 @@
-// How the rows of a call are divided among teams, and how a team walks over its own.
+// How the rows of a call are divided among teams, and a team's loop over its rows.
 #pragma once
 #include "block.cuh"
 #include "launch.h"
@@ -6,17 +6,19 @@
 
 namespace fastkd::cuda {
 
-// Grids have an end: a team that ends takes the next row.
+// The size of a grid is limited: a team that finishes its row takes another one.
 inline int64_t teams_of(int64_t rows, int cluster) { return rows < INT32_MAX / cluster ? rows : INT32_MAX / cluster; }
 
-// Launches kernel(arguments, launch) for so many rows. team_bytes(launch): shared memory a team needs. Warps that need
-// too much of it leave the block to one row, and rows whose cluster the device cannot run are read again.
+// Launches kernel(arguments, launch) for arguments.rows rows. team_bytes(launch) is the shared memory per team. If
+// warps would need too much of it, a row gets the whole block instead. If the device cannot run the cluster, each pass
+// reads the rows again.
 template <class Kernel, class Arguments, class TeamBytes>
 void launch_teams(const Device& device, Kernel kernel, const Arguments& arguments, RowLaunch launch,
                   const TeamBytes& team_bytes) {
   if (launch.warp_rows > 0) {
     const int64_t bytes = launch.warp_rows * team_bytes(launch);
-    // Where a multiprocessor has no more than a block may take (sm_75), halving it helps no one.
+    // Where a multiprocessor has no more memory than one block may use (sm_75), limiting a block to half of it gains
+    // nothing.
     const int capability = device.capability();
     if (bytes <= (capability == 75 ? shared_limit(capability) : half_limit(capability))) {
       const int64_t blocks = (arguments.rows + launch.warp_rows - 1) / launch.warp_rows;
@@ -29,7 +31,7 @@ void launch_teams(const Device& device, Kernel kernel, const Arguments& argument
                 launch.cluster, arguments, launch);
 }
 
-// The part of the block's shared memory that is the thread's team's, `bytes` each.
+// The part of the block's shared memory that belongs to the thread's team; each team has `bytes`.
 __device__ __forceinline__ unsigned char* team_memory(const RowLaunch& launch, int64_t bytes) {
   return shared_memory() + (launch.warp_rows > 0 ? threadIdx.x / kWarp * bytes : 0);
 }
@@ -43,7 +45,7 @@ __device__ __forceinline__ void for_rows(const Team& team, const RowLaunch& laun
   const int64_t step = int64_t(gridDim.x) / launch.cluster * block_rows;
   for (int64_t row = first; row < rows; row += step) {
     body(row);
-    team.sync();  // before the next row takes over the shared memory
+    team.sync();  // before the next row overwrites the shared memory
   }
 }
 

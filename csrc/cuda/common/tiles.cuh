@@ -1,12 +1,14 @@
-// C[m, n] = sum over k of A(m, k) B(k, n), one tile of C a block, added up in float32: by tensor cores of 16-bit
-// elements, else by multiply-adds.
+// Matrix products C[m, n] = sum over k of A(m, k) B(k, n), one tile of C per block, accumulated in float32. 16-bit
+// elements use tensor cores, others multiply-adds.
 //
-// A tile of an operand lies in shared memory as it does in global memory, in lines of 16-byte chunks: along k, or
-// across it, with a line for each k. Chunks change places within a line (OperandTile::chunk), so that the eight that
-// are read together, whether neighbours in a line or one below the other, lie in different banks. Only multiply-adds
-// whose B lies along k meet two to a bank, at 40 cycles of shared memory a step of 64.
+// A tile of an operand is stored in shared memory with the same orientation as in global memory, in lines of 16-byte
+// chunks. Lines run along k, or across it, with one line for each k. Chunks are permuted within a line
+// (OperandTile::chunk), so that the eight chunks read together, adjacent in one line or in eight consecutive lines, are
+// in different banks. The exception is multiply-adds whose B lies along k: there two accesses share a bank, at 40
+// cycles of shared memory for a step of 64.
 //
-// From sm_80 on copies pass the registers by, a few tiles ahead. On sm_75 the next tile waits in registers.
+// From sm_80 on, tiles are copied to shared memory a few tiles ahead, without registers. On sm_75 the next tile is held
+// in registers.
 #pragma once
 #include <type_traits>
 
@@ -16,7 +18,7 @@
 
 namespace fastkd::cuda {
 
-// Whether this pass of the compiler is for the machines of that level: 75, or 80 and later.
+// Whether this compiler pass is for devices of this level: 75, or 80 for sm_80 and later.
 template <int kLevel>
 inline constexpr bool kCompiledHere =
 #ifdef __CUDA_ARCH__
@@ -36,7 +38,7 @@ struct Tile {
   static constexpr bool kTensorCores = std::is_same_v<T, Float16> || (std::is_same_v<T, BFloat16> && kLevel >= 80);
 };
 
-// kExtent: of A the rows, of B the columns.
+// The layout of an operand's tile in shared memory. kExtent: for A its rows, for B its columns.
 template <class Tile, int kExtent, bool kAlongK_>
 struct OperandTile {
   static constexpr bool kAlongK = kAlongK_;
@@ -48,24 +50,25 @@ struct OperandTile {
   static __device__ __forceinline__ int chunk(int line, int i) {
     return (line * kChunks + (i ^ (kChunks == 4 ? line / 2 % 4 : line % 8))) * 16;
   }
-  // Element i of A's rows or B's columns, at k.
+  // The offset of element (i, k), i being a row of A or a column of B.
   static __device__ __forceinline__ int element(int i, int k) {
     const int line = kAlongK ? i : k, place = kAlongK ? k : i;
     return chunk(line, place / Tile::kPack) + place % Tile::kPack * int(sizeof(typename Tile::T));
   }
-  // From element (i, k) to (i + more_i, k + more_k) of 16 bits, multiples of 16 that set no bit of i or k again.
+  // The offset of element (i + more_i, k + more_k), given that of (i, k), for 16-bit elements. more_i and more_k are
+  // multiples of 16 and share no set bit with i or k.
   static __device__ __forceinline__ int beyond(int element, int more_i, int more_k) {
     const int lines = kAlongK ? more_i : more_k, place = kAlongK ? more_k : more_i;
     return (element ^ place * 2) + lines * kChunks * 16;
   }
 };
 
-// Where a tile begins: k of a learner. Tiles do not cross from one learner to the next.
+// Where a tile begins: at k of a learner. A tile does not cross from one learner to the next.
 struct Place {
   int learner, k;
 };
 
-// Places of the tiles of some learners in a row.
+// The places of the tiles of consecutive learners, in order.
 struct Walk {
   Place place;
   int depth, step;
@@ -81,7 +84,7 @@ struct Walk {
   }
 };
 
-// 16 bytes of elements get(0), get(1), ... By shifts: no register is indexed.
+// 16 bytes of elements get(0), get(1), ... They are combined by shifts, so that no register array is indexed.
 template <class T, class Get>
 __device__ __forceinline__ uint4 pack_of(const Get& get) {
   unsigned words[4] = {};
@@ -95,14 +98,14 @@ __device__ __forceinline__ uint4 pack_of(const Get& get) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// 16 bytes, of which the first `left` elements are there; the others are 0. whole: all or none are, on a 16-byte line.
+// 16 bytes. Elements from `left` on are 0. whole: either all elements are there or none, and they are 16-byte aligned.
 template <class T>
 __device__ __forceinline__ uint4 load_pack(const T* from, int left, bool whole) {
   if (!whole) return pack_of<T>([&](int j) { return j < left ? global_load(from + j) : T{}; });
   return left > 0 ? global_load16<false>(from) : uint4{0, 0, 0, 0};
 }
 
-// kCount of float32's values.
+// Stores kCount float32 values as T. Those from `left` on are not stored.
 template <bool kStream, int kCount, class T>
 __device__ __forceinline__ void store_values(T* to, int left, bool whole, const float (&values)[kCount]) {
   constexpr int kPack = 16 / sizeof(T);
@@ -120,8 +123,8 @@ __device__ __forceinline__ void store_values(T* to, int left, bool whole, const 
   }
 }
 
-// Brings tiles of an operand to shared memory. Lines tells where a line of a tile begins in global memory and how many
-// elements it has there; what is beyond counts as 0. whole: lines begin and end on 16-byte lines.
+// Copies tiles of an operand to shared memory. Lines says where a line of a tile begins in global memory and how many
+// elements it has there; the elements after those are 0. whole: lines begin and end on 16-byte boundaries.
 template <class Tile, class Shared_, class Lines>
 class Loader {
  public:
@@ -159,7 +162,7 @@ class Loader {
   static constexpr int kStep = Tile::kThreads / Shared::kChunks;
   static_assert(Tile::kThreads % Shared::kChunks == 0);
 
-  // Calls body(slot, line, chunk, where it is in shared memory) for each chunk of a tile that is this thread's.
+  // Calls body(slot, line, chunk, offset in shared memory) for each chunk of a tile that this thread copies.
   template <class Body>
   static __device__ __forceinline__ void each_slot(const Body& body) {
     const int thread = thread_again(), chunk = thread % Shared::kChunks, first = thread / Shared::kChunks;
@@ -167,7 +170,7 @@ class Loader {
     for (int slot = 0; slot < kSlots; ++slot) {
       const int line = slot * kStep + first;
       if (Shared::kLines % kStep != 0 && line >= Shared::kLines) continue;
-      // Eight lines further, or more, chunks have changed places alike.
+      // The permutation of chunks repeats every eight lines.
       const int at = kStep % 8 == 0 ? Shared::chunk(first, chunk) + slot * kStep * Shared::kChunks * 16
                                     : Shared::chunk(line, chunk);
       body(slot, line, chunk, at);
@@ -179,11 +182,11 @@ class Loader {
   uint4 held_[Tile::kAsync ? 1 : kSlots];
 };
 
-// A tile of C in fragments of 16 x 8 (mma.cuh): each warp has kWarpRows rows and 32 columns.
+// A tile of C in fragments of 16 x 8 (mma.cuh). Each warp has kWarpRows rows and 32 columns.
 template <class Tile, class A, class B>
 class TensorCores {
  public:
-  // Rows from `live` on need not be right.
+  // Results of rows from `live` on are not used and may be wrong.
   __device__ __forceinline__ void multiply(const unsigned char* a, const unsigned char* b, int live) {
     const int thread = thread_again(), lane = thread % kWarp, m = first_row(thread), n = first_column(thread);
     if (m >= live) return;
@@ -208,12 +211,13 @@ class TensorCores {
     }
   }
 
-  // Calls put(row, column, values, prepare(column)) with 16 bytes' worth of columns at a time. All of a warp must come.
+  // Calls put(row, column, values, prepare(column)) with 16 bytes' worth of columns at a time. All lanes of a warp must
+  // call this.
   template <class Prepare, class Put>
   __device__ __forceinline__ void each(const Prepare& prepare, const Put& put) {
     const int thread = int(threadIdx.x), lane = thread % kWarp, column = first_column(thread) + lane % 4 * 8;
     const auto state = prepare(column);
-#pragma unroll 1  // a turn of the registers instead of so many copies of the code
+#pragma unroll 1  // rotates the registers instead of unrolling the code
     for (int group = 0; group < kGroups; ++group) {
       float values[8];
 #pragma unroll
@@ -253,7 +257,7 @@ class TensorCores {
   float sums_[kGroups][4][2] = {};
 };
 
-// A tile of C by threads: each has kRows rows and 8 columns.
+// A tile of C computed by multiply-adds: each thread has kRows rows and 8 columns.
 template <class Tile, class A, class B>
 class MultiplyAdds {
  public:
@@ -327,7 +331,7 @@ class MultiplyAdds {
   static constexpr int kPack = Tile::kPack, kColumns = 8, kThreadsAcross = Tile::kColumns / kColumns;
   static constexpr int kThreadsDown = Tile::kThreads / kThreadsAcross, kRows = Tile::kRows / kThreadsDown;
   static constexpr int kGroups = kRows * kColumns / kPack;
-  static constexpr int kStep = A::kAlongK ? 4 : 1;  // of k at a time
+  static constexpr int kStep = A::kAlongK ? 4 : 1;  // values of k per step
   static_assert(A::kAlongK || !B::kAlongK);
 
   static __device__ __forceinline__ int across() { return int(threadIdx.x) % kThreadsAcross; }
@@ -366,21 +370,21 @@ class MultiplyAdds {
 template <class Tile, class A, class B>
 using Core = std::conditional_t<Tile::kTensorCores, TensorCores<Tile, A, B>, MultiplyAdds<Tile, A, B>>;
 
-// Adds `tiles` tiles from `walk` on to core's product. after(done, b) comes when 0, 1, ... of them are added, with B of
-// the last.
+// Adds the products of `tiles` tiles, beginning at `walk`, to core. after(done, b) is called when done = 0, 1, ...
+// tiles are added; b is the last tile's B.
 template <class Tile, class LoadA, class LoadB, class After>
 __device__ __forceinline__ void multiply_tiles(Core<Tile, typename LoadA::Shared, typename LoadB::Shared>& core,
                                                LoadA& a, LoadB& b, Walk walk, int tiles, unsigned char* shared,
                                                const int& live, const After& after) {
   constexpr int kStages = Tile::kStages, kBytesA = LoadA::Shared::kBytes, kStage = kBytesA + LoadB::Shared::kBytes;
-  int filled = 0;  // the stage to be filled; the one after it has been for the longest
+  int filled = 0;  // the stage to be filled next; the stage after it was filled earliest
   const auto after_it = [](int stage) { return stage == (kStages - 1) * kStage ? 0 : stage + kStage; };
-  // Number i is multiplied while number i + kStages - 1 is on its way.
+  // Tile i is multiplied while tile i + kStages - 1 is being copied.
 #pragma unroll 1
   for (int i = 1 - kStages; i < tiles; ++i) {
     if (i >= 0) {
       if constexpr (Tile::kAsync) async_wait<kStages - 2>();
-      __syncthreads();  // number i is there, and all are done with the one before, whose place is to be filled
+      __syncthreads();  // tile i has arrived, and all threads are done with tile i - 1, whose stage is filled next
     }
     const bool more = i + kStages - 1 < tiles;
     if (more) {

@@ -1,4 +1,4 @@
-// 16 bytes of elements in registers, and a row as a sequence of them.
+// 16 bytes of elements in registers (a pack), and a row as a sequence of packs.
 #pragma once
 #include "device.cuh"
 
@@ -9,7 +9,7 @@ struct alignas(16) Packed {
   static constexpr int kSize = 16 / sizeof(T);
   T item[kSize];
 
-  // By 4 bytes.
+  // Rotates by 4 bytes.
   __device__ __forceinline__ void rotate() {
     uint4 bits;
     memcpy(&bits, this, 16);
@@ -18,8 +18,8 @@ struct alignas(16) Packed {
   }
 };
 
-// One row, or the part of it that a block holds, from `first` on. Pack i covers columns [i kSize - lead, ...): packs
-// lie on 16-byte boundaries wherever the row begins, and only the first and the last may be cut.
+// One row, or the part of it that a block works on. Pack i covers columns [i kSize - lead, ...). Packs lie on 16-byte
+// boundaries wherever the row begins, so only the first and the last may extend beyond the row.
 template <class T>
 struct PackedRow {
   using P = Packed<T>;
@@ -36,7 +36,7 @@ struct PackedRow {
     return column(pack) >= 0 && column(pack) + P::kSize <= columns;
   }
 
-  // Columns outside the row read as `outside`.
+  // Loads a pack. Columns outside the row are returned as `outside`.
   template <bool kStream>
   __device__ __forceinline__ P load(int pack, T outside) const {
     const int begin = column(pack);
@@ -58,7 +58,8 @@ struct PackedRow {
   }
 
  private:
-  // Once or twice a row: loops, so that the code stays small, and shifts, so that no register is indexed.
+  // For a pack that extends beyond the row, at most two per row. Loops keep the code small, and shifts avoid indexing a
+  // register array.
   static __device__ __forceinline__ uint4 load_cut(const T* data, int columns, int begin, T outside) {
     uint64_t low = 0, high = 0;
 #pragma unroll 1
@@ -89,7 +90,7 @@ struct PackedRow {
   }
 };
 
-// A float as an element.
+// Converts a float to an element.
 template <class T, class Real>
 __device__ __forceinline__ T element(Real x) {
   T out;
