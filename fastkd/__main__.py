@@ -1,4 +1,4 @@
-"""`python -m fastkd`: what is installed, compiled and usable here."""
+"""`python -m fastkd`: a report of what is installed, compiled and usable here."""
 
 import platform
 

@@ -1,4 +1,4 @@
-"""Modules: one for each loss, and those of gated routing."""
+"""Modules for each loss and for gated routing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +40,7 @@ class KLDivLoss(torch.nn.KLDivLoss):
 
 
 class _Loss(torch.nn.Module):
-    """A loss function whose options are fixed at construction; a call may add to them."""
+    """A loss function with options from the constructor; a call may add or replace some."""
 
     function: Callable[..., Tensor]
 
@@ -56,11 +56,11 @@ class _Loss(torch.nn.Module):
         self.options = options
 
     def forward(self, *inputs: Any, **batch: Any) -> Tensor:
-        """See the function; ``batch`` adds to or replaces the options."""
+        """Call the function; ``batch`` adds or replaces options."""
         return self.function(*inputs, **{**self.options, **batch})
 
     def extra_repr(self) -> str:
-        """The options, as passed."""
+        """The options passed to the constructor."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
@@ -71,9 +71,9 @@ class SoftmaxDivergence(_Loss):
         options: the keyword arguments of :func:`fastkd.softmax_divergence` that stay the same
             from batch to batch (divergence, temperature, reduction, ...).
 
-    Called with student_logits and teacher_logits. Options that change with the batch (``weight``,
-    ``mask``, ``labels``, ``teacher_weights``, ``normalizer``, per-row temperatures) are passed when
-    calling.
+    Call it with student_logits and teacher_logits. Pass options that change with the batch
+    (``weight``, ``mask``, ``labels``, ``teacher_weights``, ``normalizer``, per-row temperatures) to
+    the call.
 
     >>> import torch, fastkd
     >>> loss = fastkd.nn.SoftmaxDivergence(divergence="jsd", reduction="sum")
@@ -92,7 +92,7 @@ class TopKDivergence(_Loss):
     Args:
         options: its keyword arguments that stay the same from batch to batch.
 
-    Called with student_logits, teacher_log_probs and teacher_indices.
+    Call it with student_logits, teacher_log_probs and teacher_indices.
 
     >>> import torch, fastkd
     >>> loss = fastkd.nn.TopKDivergence(tail="renormalize")
@@ -110,7 +110,7 @@ class ClippedDivergence(_Loss):
     Args:
         options: its keyword arguments that stay the same from batch to batch.
 
-    Called with student_logits, teacher_logits, lower and upper.
+    Call it with student_logits, teacher_logits, lower and upper.
 
     >>> import torch, fastkd
     >>> loss = fastkd.nn.ClippedDivergence(tail="lump")
@@ -125,10 +125,10 @@ class AlmLoss(_Loss):
     """:func:`fastkd.alm_loss` with its options fixed at construction.
 
     Args:
-        options: its keyword arguments that stay the same from batch to batch, boundary sets among
-            them.
+        options: its keyword arguments that stay the same from batch to batch, including boundary
+            sets.
 
-    Called with logits, token ids and chunk ids of the student, the same of the teacher, and
+    Call it with logits, token ids and chunk ids of the student, the same of the teacher, and
     num_chunks.
 
     >>> import torch, fastkd

@@ -1,1 +1,1 @@
-"""What all ops share: their arguments, autograd, fakes and transforms."""
+"""Code shared by all ops: arguments, autograd, fake kernels and transforms."""

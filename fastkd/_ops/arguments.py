@@ -1,4 +1,4 @@
-"""Arguments of an op, as its raw op takes them: by the types of its schema, checked by name."""
+"""Conversion and checks of an op's arguments, by the schema of its raw op."""
 
 import math
 import operator
@@ -20,7 +20,7 @@ _NUMBERS = (Real, torch.SymFloat, torch.SymInt)
 
 
 def _parse_choices() -> dict[str, dict[str, int]]:
-    """``{"op.field": {name: place}}``, as csrc/arguments/op.h lists them."""
+    """``{"op.field": {name: index}}``, from the lists in csrc/arguments/op.h."""
     found = {}
     for entry in torch.ops.fastkd._choices().rstrip(";").split(";"):
         field, names = entry.split("=")
@@ -32,12 +32,12 @@ CHOICES = _parse_choices()
 
 
 def choices(op: str, field: str) -> tuple[str, ...]:
-    """The names that an argument of an op may have, for tests and benchmarks."""
+    """The allowed values of an op's string argument, for tests and benchmarks."""
     return tuple(CHOICES[f"{op}.{field}"])
 
 
 def check_tensor(function: str, name: str, value: Any) -> None:
-    """A strided tensor without a layout or wrapper of its own."""
+    """Raise unless the value is a dense, strided tensor and no wrapper subclass."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
     if type(value) not in _PLAIN and torch.utils._python_dispatch.is_traceable_wrapper_subclass(
@@ -55,7 +55,7 @@ def check_tensor(function: str, name: str, value: Any) -> None:
 
 
 def check_no_gradient(function: str, **values: Any) -> None:
-    """An argument whose gradient is not computed must not require one."""
+    """Raise if an argument requires a gradient that is not computed."""
     if not torch.is_grad_enabled():
         return
     for name, value in values.items():
@@ -67,7 +67,7 @@ def check_no_gradient(function: str, **values: Any) -> None:
 
 
 def to_integer(function: str, name: str, value: Any) -> Any:
-    """Python's, numpy's or a 0-d tensor's integer."""
+    """The integer in a Python or numpy number or a 0-d tensor."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
     try:
@@ -81,7 +81,7 @@ def to_integer(function: str, name: str, value: Any) -> Any:
 
 
 def to_number(function: str, name: str, value: Any) -> Any:
-    """A number, or a tensor that holds one; while tracing such a tensor stays one."""
+    """The number in a number or a tensor of one element; while tracing such a tensor itself."""
     if type(value) is float:
         return value
     if isinstance(value, Tensor):
@@ -105,7 +105,7 @@ def to_number(function: str, name: str, value: Any) -> Any:
 
 
 def check_has_value(function: str, name: str, value: Tensor) -> None:
-    """A number in a tensor must be readable, and takes no derivative of any kind."""
+    """Raise if the value of a tensor cannot be read or has a derivative of any kind."""
     if torch.compiler.is_compiling():
         return
     if value.is_meta:
@@ -124,16 +124,17 @@ def to_flag(function: str, name: str, value: Any) -> bool:
 
 
 class Arguments:
-    """Turns the arguments of a public function into those of its raw op, in the schema's order.
+    """Converts the arguments of a public function to those of its raw op, in the schema's order.
 
-    The schema says what each field is. A number ``x`` beside a field ``xs`` may also be a tensor
-    with one entry a row: it then goes into ``xs``. Losses over rows have ``reduction``,
-    ``denominator`` and ``normalizer``, of which the caller gives the first and the last.
+    The type of each field is that of the schema. If the schema has a number ``x`` and a field
+    ``xs``, the argument ``x`` may also be a tensor with one entry a row, which is passed as ``xs``.
+    Losses over rows have the fields ``reduction``, ``denominator`` and ``normalizer``; the caller
+    passes the first and the last.
 
     Args:
         name: of the raw op, and of the public function.
         differentiable: fields that may require a gradient.
-        absent: what None stands for, by field; the name of another field takes that one's value.
+        absent: the value for None, by field; the name of a field stands for that field's value.
     """
 
     def __init__(
@@ -167,10 +168,10 @@ class Arguments:
         self._one_a_row = [self.fields.index(each) for _, _, each in self._plan if each]
 
     def pack(self, rows: Tensor, given: dict[str, Any]) -> list[Any]:
-        """The raw op's arguments up to ``traced``, checked.
+        """Check the arguments and return those of the raw op up to ``traced``.
 
-        ``rows``: the logits, whose leading sizes count rows. ``given``: the public arguments by
-        name, changed here.
+        ``rows``: the logits, whose leading dimensions are rows. ``given``: the public arguments by
+        name, changed in place.
         """
         check_device_has_kernels(self.function, self.fields[0], rows)
         if self._reduces:
@@ -253,7 +254,7 @@ class Arguments:
         raise ValueError(f"{self.function}: {field} must be one of {known}; got {value!r}")
 
     def _reduce(self, rows: Tensor, given: dict[str, Any]) -> None:
-        """A normalizer replaces the denominator: a number, or a tensor that no host waits for."""
+        """Replace the denominator by the normalizer: a number, or a tensor, without a sync."""
         normalizer, given["denominator"] = given.get("normalizer"), 1.0
         if normalizer is None:
             return
@@ -283,11 +284,11 @@ class Arguments:
             given["normalizer"] = None
 
     def eager(self, packed: list[Any]) -> tuple[Any, ...]:
-        """Arguments packed, with an empty ``traced``."""
+        """The packed arguments, with None for ``traced``."""
         return (*packed, None) if self.traced else tuple(packed)
 
     def graph(self, packed: list[Any]) -> tuple[Any, ...]:
-        """The same while tracing: numbers go in a tensor, so that one graph serves every value."""
+        """The same while tracing: numbers are in a tensor, so that a graph works for all values."""
         if not self.traced:
             return tuple(packed)
         numbers = []
@@ -299,7 +300,7 @@ class Arguments:
         return (*packed, torch.cat(numbers))
 
     def untraced(self, arguments: Sequence[Any]) -> list[Any]:
-        """What :meth:`graph` was made from: arguments packed, with numbers as numbers."""
+        """The inverse of :meth:`graph`: packed arguments, with numbers as numbers."""
         packed = list(arguments[: len(self.fields)])
         if self.traced and arguments[len(self.fields)] is not None:
             numbers = iter(arguments[len(self.fields)].tolist())
@@ -309,9 +310,9 @@ class Arguments:
         return packed
 
     def emptied(self, packed: Sequence[Any]) -> list[Any]:
-        """Arguments that only their shapes, types and numbers tell from these; no row is read.
+        """Arguments with the same shapes, types and numbers, masked so that no row is read.
 
-        Tensors without values of their own, of a transform or on the meta device, hold zeros.
+        Tensors without values of their own, of a transform or on the meta device, become zeros.
         """
 
         def empty(value: Any) -> Any:
@@ -337,7 +338,7 @@ class Arguments:
         return values
 
     def unpack(self, packed: Sequence[Any]) -> dict[str, Any]:
-        """Every field by name, as the definitions take them: choices as names."""
+        """Every field by name, for the definitions: choices as names."""
         values = dict(zip(self.fields, packed, strict=False))
         for field, names in self.names.items():
             values[field] = tuple(names)[values[field]]
@@ -345,7 +346,7 @@ class Arguments:
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Not one of a transform's, and not on the meta device."""
+    """Whether a tensor is neither a transform's nor on the meta device."""
     return not (
         tensor.is_meta
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -359,7 +360,7 @@ def _has_values(tensor: Tensor) -> bool:
 def _traced_number(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().reshape(1).to("cpu", torch.float64)
-    # A product, since torch.full and torch.tensor make the number a constant of the graph.
+    # A product, as torch.full and torch.tensor would make the number a constant of the graph.
     return torch.ones(1, dtype=torch.float64, device="cpu") * value
 
 

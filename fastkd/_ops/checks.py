@@ -15,7 +15,7 @@ _REDUCTIONS = tuple(CHOICES["softmax_divergence.reduction"])
 
 
 def check_tensors(function: str, tensors: Mapping[str, Any]) -> None:
-    """Each must be a tensor, and where the first one lies there must be kernels."""
+    """Raise unless all are tensors and the device of the first one has kernels."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
@@ -24,14 +24,14 @@ def check_tensors(function: str, tensors: Mapping[str, Any]) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Also in a tensor or array that holds one."""
+    """Whether the value is a number, or a tensor or array of one element."""
     if isinstance(value, Tensor):
         return value.numel() == 1
     return isinstance(value, Real) or (isinstance(value, np.ndarray) and value.ndim == 0)
 
 
 def check_positive(function: str, name: str, value: Any) -> None:
-    """A number to divide by."""
+    """Raise unless the value is a positive, finite number."""
     if not is_number(value):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
     if torch.compiler.is_compiling() and isinstance(value, Tensor):
@@ -41,7 +41,7 @@ def check_positive(function: str, name: str, value: Any) -> None:
 
 
 def check_normalizer(function: str, normalizer: Any) -> None:
-    """None, a number or a 0-d tensor."""
+    """Raise unless the normalizer is None, a number or a 0-d tensor."""
     wanted = f"{function}: normalizer must be a number or a 0-d tensor"
     if isinstance(normalizer, Tensor):
         if normalizer.dim():
@@ -51,7 +51,7 @@ def check_normalizer(function: str, normalizer: Any) -> None:
 
 
 def check_no_group(function: str, group: Any) -> None:
-    """Vocabularies split across processes come later."""
+    """Raise if a group is given: split vocabularies are not implemented yet."""
     if group is not None:
         raise NotImplementedError(
             f"{function}: group (a vocabulary split across processes) is not available yet"
@@ -65,7 +65,7 @@ def reduced(
     reduction: str,
     normalizer: float | Tensor | None,
 ) -> Tensor:
-    """The losses reduced. ``kept``: which of them ``"mean"`` counts; the others are 0."""
+    """The reduced losses. ``kept``: those that ``"mean"`` counts; the others are 0."""
     if reduction not in _REDUCTIONS:
         raise ValueError(
             f"{function}: reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}"

@@ -1,8 +1,8 @@
-"""Tensors made of data that never changes, cached for calls in every mode of PyTorch.
+"""Tensors of constant data, cached for calls in every mode of PyTorch.
 
 A tensor made under ``torch.inference_mode``, FakeTensorMode, export, a torch.func transform or
-``with torch.device(...)`` belongs to that mode. Cached, it makes later calls fail or return tensors
-of that mode. A mode is at work in one thread only, so cached tensors are made in a new thread.
+``with torch.device(...)`` belongs to that mode. If it were cached, later calls would fail or return
+tensors of that mode. A mode is local to a thread, so cached tensors are made in a new thread.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ Arrays = tuple[np.ndarray, ...]
 
 
 class Constants:
-    """Arrays that are made once, and once for each device as tensors.
+    """A cache of arrays, and of their tensors on each device.
 
-    It may be used by several threads at once: they may do the work twice, but get the same tensors.
-    A copy and a pickle of it are empty: no tensor is shared with, or sent to, another owner.
+    Several threads may use it at once: they may do the work twice, but get the same tensors.
+    A copy or a pickle of it is empty: tensors are neither shared with it nor pickled.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Constants:
         return Constants, ()
 
     def arrays(self, key: Any, make: Callable[[], Arrays]) -> Arrays:
-        """What `make` returns, for each key once."""
+        """The result of `make`, cached for each key."""
         found = self._arrays.get(key)
         return self._arrays.setdefault(key, make()) if found is None else found
 
@@ -45,7 +45,7 @@ class Constants:
         make: Callable[[], Arrays],
         mode: FakeTensorMode | None = None,
     ) -> tuple[Tensor, ...]:
-        """The same on a device. Fake tensors, made anew, where a mode is given."""
+        """The same as tensors on a device; with a mode new fake tensors."""
         if mode is not None:
             return tensors_of(self.arrays(key, make), device, mode)
         found = self._tensors.get((key, device))
@@ -57,11 +57,11 @@ class Constants:
 
 
 def fake_mode_of(like: Tensor) -> FakeTensorMode | None:
-    """The mode at work, if there is one, that takes no ordinary tensors beside its fake ones.
+    """The active mode, if there is one, that does not accept ordinary tensors with fake ones.
 
     ``like`` is an argument of the call: fake tensors have a mode even where none is entered.
     """
-    if torch.compiler.is_compiling():  # the compiler and export turn constants into their own
+    if torch.compiler.is_compiling():  # the compiler and export convert constants themselves
         return None
     modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
     if isinstance(like, FakeTensor):
@@ -73,6 +73,6 @@ def fake_mode_of(like: Tensor) -> FakeTensorMode | None:
 
 
 def tensors_of(arrays: Arrays, device: str, mode: FakeTensorMode | None) -> tuple[Tensor, ...]:
-    """New tensors, of this mode if it is one."""
+    """New tensors, of the mode if there is one."""
     with mode or nullcontext():
         return tuple(torch.tensor(x, device=device) for x in arrays)

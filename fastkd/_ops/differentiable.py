@@ -14,14 +14,14 @@ from fastkd._ops.op import Op, fake_values, keep, restored
 class Differentiable(Op):
     """An op over logits with a backward pass of its own, which reads the logits again.
 
-    The raw op returns its results and, last, numbers for the backward pass. The raw backward op
-    takes those, the gradient of each differentiable result, and the fields.
+    The raw op returns its results and, last, a tensor of numbers for the backward pass. The raw
+    backward op takes it, the gradient of each differentiable result, and the fields.
 
     Args:
         name: of the raw op.
         logits: the tensor that a gradient flows to.
         reference: the definition; takes the fields by name and returns the results.
-        constant: which results take no gradient.
+        constant: the results without a gradient.
         fake: the results for fake tensors, from the fields by name.
     """
 
@@ -60,7 +60,7 @@ class Differentiable(Op):
         return self.graph_op()(*self.arguments.graph(packed))[:-1]
 
     def gradients_of_results(self, grads: Sequence[Any]) -> list[Any]:
-        """Of the differentiable results, as the raw backward op takes them."""
+        """The gradients of the differentiable results, for the raw backward op."""
         return [g.contiguous() for i, g in enumerate(grads) if i not in self.constant]
 
     def _fake(self, *fields: Any) -> tuple[Tensor, ...]:
@@ -118,7 +118,7 @@ class _DifferentiableFunction(torch.autograd.Function):
 
 
 def _by_reference(op: Differentiable, kept: list[Any], logits: Tensor, grads: Sequence) -> Tensor:
-    """The gradient of the definition: for second derivatives, and of a batch of gradients."""
+    """The gradient by the definition: for second derivatives and batches of gradients."""
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
         if not higher:

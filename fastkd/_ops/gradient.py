@@ -1,4 +1,4 @@
-"""What every op's backward shares: gradients computed in the forward call, still to be scaled."""
+"""Code shared by the ops' backward passes: scaling and memory of precomputed gradients."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,10 +18,10 @@ def _plain_cpu(tensor: Tensor) -> bool:
 
 
 def _holders(tensor: Tensor) -> tuple[int, int]:
-    """How many tensors share this one's storage, and how many Python objects its storage object.
+    """Reference counts of a tensor's storage: by tensors, and by Python to its storage object.
 
-    A storage object that somebody keeps adds to the second number only. Both also count what this
-    function itself holds: compare them with `_UNSHARED`.
+    A storage object that the user keeps adds to the second number only. Both also count the
+    references of this function: compare them with `_UNSHARED`.
     """
     storage = tensor.untyped_storage()
     return _use_count(storage._cdata), sys.getrefcount(storage)
@@ -33,12 +33,12 @@ _UNSHARED = _holders(torch.empty(1)) if _use_count is not None else None
 class GradientMemory:
     """Keeps the memory of the last large CPU gradient for the next step.
 
-    A training loop frees a gradient and asks for the same again. The system takes back memory of
-    that size and hands it out page by page, zeroed, which costs more than computing the gradient.
-    Memory is given out again only when no tensor, array, graph or storage object refers to it any
+    A training loop frees a gradient and allocates the same again. Memory of that size goes back to
+    the system, which returns it page by page, zeroed; that takes longer than to compute the
+    gradient. Memory is reused only when no tensor, array, graph or storage object refers to it any
     more and no other process can have mapped it, and only for a gradient of the same shape and
     dtype; another shape replaces it. At most one gradient is kept; :func:`fastkd.release_memory`
-    lets go of it.
+    frees it.
     """
 
     SMALLEST = 128 << 10  # bytes; below it the allocator keeps freed memory itself
@@ -47,24 +47,24 @@ class GradientMemory:
         self._kept: list[Tensor] = []
 
     def take(self, like: Tensor) -> Tensor | None:
-        """A tensor of like's shape, strides and dtype in memory that nothing refers to, or None."""
+        """A tensor of like's shape, strides and dtype in the memory kept, or None."""
         if torch.compiler.is_compiling() or _use_count is None or not _plain_cpu(like):
             return None
         try:
-            kept = self._kept.pop()  # one step at a time gets it
+            kept = self._kept.pop()  # atomic: only one thread gets it
         except IndexError:
             return None
         fits = kept.shape == like.shape and kept.dtype == like.dtype and kept.device == like.device
         if not fits or kept.stride() != torch.empty_like(like, device="meta").stride():
             return None
-        # Shared memory: sent through a queue, another process may still read it.
+        # Shared memory may have been sent through a queue, and another process may still read it.
         if _holders(kept) != _UNSHARED or kept.is_shared():
             return None
         enough = kept.untyped_storage().nbytes() >= kept.numel() * kept.itemsize
         return kept if enough else None
 
     def keep(self, gradient: Tensor | None) -> None:
-        """Remember where this gradient lies."""
+        """Keep the memory of this gradient."""
         if (
             gradient is None
             or torch.compiler.is_compiling()
@@ -76,7 +76,7 @@ class GradientMemory:
             self._kept[:] = [gradient.detach()]
 
     def release(self) -> None:
-        """Give the kept memory back to the system."""
+        """Free the memory kept."""
         self._kept.clear()
         _release_memory_of_kernels()
 
@@ -85,17 +85,18 @@ memory = GradientMemory()
 
 
 def gradient_for(tensor: Tensor) -> Tensor:
-    """Memory for a gradient of this tensor, used again where possible."""
+    """Memory for a gradient of this tensor, reused where possible."""
     kept = memory.take(tensor)
     return torch.ops.fastkd._gradient_like(tensor) if kept is None else kept
 
 
 def release_memory() -> None:
-    """Give back the memory of the last large CPU gradient, which is kept for the next step.
+    """Free the memory of the last large CPU gradient, which is kept for the next step.
 
     Call it after training, or before a phase that needs all memory. At most one gradient's memory
-    is kept, and none below 128 KiB; and what the backward pass of :func:`fastkd.acm.hard` works
-    in, the largest so far: about the weights' size and a few hundred hidden rows of each learner.
+    is kept, and none below 128 KiB. Also kept is the largest working memory so far of the backward
+    pass of :func:`fastkd.acm.hard`: about the weights and a few hundred hidden rows of each
+    learner.
 
     >>> import fastkd
     >>> fastkd.release_memory()
@@ -106,9 +107,9 @@ def release_memory() -> None:
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """Gradient x factor (a scalar, or one a row), as a backward pass returns it.
 
-    In place, since the gradient was computed for this; a copy where the graph lives on and may ask
-    for it again. A factor of 1 costs nothing. While compiling and under vmap (batched gradients)
-    it is a product.
+    It is computed in place, in a copy if the graph is retained and may need the gradient again.
+    With a factor of 1 nothing is done. While compiling and under vmap (batched gradients) it is a
+    product.
     """
     if torch.compiler.is_compiling() or is_batched(factor):
         return product(gradient, factor)
@@ -131,7 +132,7 @@ def differentiable_gradients(
     needs: Sequence[bool],
     grad_output: Tensor | Sequence[Tensor],
 ) -> Iterator[Tensor | None]:
-    """Gradients of what plain PyTorch computed, as functions of inputs, for create_graph=True."""
+    """Gradients of a loss in plain PyTorch as functions of the inputs, for create_graph=True."""
     wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=True))
     return (next(found) if need else None for need in needs)

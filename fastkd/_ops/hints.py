@@ -1,4 +1,4 @@
-"""Warnings, once a process, about arguments that are allowed and seldom meant. Eager mode only."""
+"""Warnings, once a process, about arguments that are allowed but probably wrong. Eager only."""
 
 import warnings
 from typing import Any
@@ -11,15 +11,15 @@ _seen: set[str] = set()
 
 
 def hint(key: str, message: str) -> None:
-    """Warn unless this was said before. Called by what an op calls of this file."""
+    """Warn once for each key. Called by the functions of this file that an op calls."""
     if key not in _seen:
         _seen.add(key)
-        # hint, check_loss, Op.__call__, the public function, and whoever called that
+        # hint, check_loss, Op.__call__, the public function, and its caller
         warnings.warn(message, stacklevel=5)
 
 
 def check_loss(function: str, logits: Tensor, given: dict[str, Any]) -> None:
-    """What is cheap to know of the arguments of a loss over rows, which are checked already."""
+    """Cheap hints about the arguments of a loss over rows, which are checked already."""
     label_weight = given["label_weight"]
     if given["labels"] is None and type(label_weight) is float and label_weight != 1:
         hint(
@@ -43,7 +43,7 @@ def check_loss(function: str, logits: Tensor, given: dict[str, Any]) -> None:
 
 
 def _first_row_sums_to_1(logits: Tensor) -> bool:
-    """Of the first call's logits, on the CPU only, where nothing waits for a device."""
+    """Whether the first row sums to 1. On the CPU only, as it would synchronise elsewhere."""
     if logits.device.type != "cpu" or logits.numel() == 0 or logits.size(-1) < 4:
         return False
     row = logits.detach()
@@ -54,5 +54,5 @@ def _first_row_sums_to_1(logits: Tensor) -> bool:
 
 
 def forget() -> None:
-    """Warn again; for tests."""
+    """Reset, so that all warnings are given again; for tests."""
     _seen.clear()

@@ -14,12 +14,12 @@ except ImportError as error:
         "fastkd needs PyTorch 2.10 or newer: install it first (https://pytorch.org), then fastkd"
     ) from error
 
-#: The package: the compiled libraries lie beside its __init__.py.
+#: The package's folder, which also has the compiled libraries.
 _FOLDER = Path(__file__).parent.parent
 
 
 def _version() -> str:
-    """pyproject.toml has it: beside the sources, or as the metadata of what is installed."""
+    """The version, from pyproject.toml beside the sources or from the installed metadata."""
     project = _FOLDER.with_name("pyproject.toml")
     if project.exists():
         text = project.read_text(encoding="utf-8")
@@ -36,11 +36,11 @@ VERSION: str = _version()
 
 
 def _find() -> tuple[Path, str]:
-    """Where _C.so is, and what to say if it is not there.
+    """The path of _C.so, and a remark for the error message if it is missing.
 
     After `pip install .`, Python run in the source folder finds the folder's fastkd before the
-    installed one, and nothing compiled in it. The compiled modules of an installed fastkd of the
-    same version are then used, by the package's search path.
+    installed one, without compiled modules. The compiled modules of an installed fastkd of the same
+    version are then used: its folder is added to the package's search path.
     """
     beside, others = _FOLDER / "_C.so", ""
     if beside.exists():
@@ -92,7 +92,7 @@ _KIND = re.compile(r"(ValueError|TypeError|IndexError): ([\w.]+: .*)", re.DOTALL
 
 
 def raise_as_python(error: RuntimeError) -> NoReturn:
-    """Raise what an op's error message says it is: ValueError, TypeError or IndexError."""
+    """Raise the error that an op's message begins with: ValueError, TypeError or IndexError."""
     found = _KIND.search(str(error))
     if found is None:
         raise error
@@ -101,17 +101,17 @@ def raise_as_python(error: RuntimeError) -> NoReturn:
 
 
 def is_tracing(tensor: torch.Tensor) -> bool:
-    """Whether there are no values to look at: while compiling or exporting, for fakes and meta."""
+    """Whether values cannot be read: while compiling or exporting, for fake and meta tensors."""
     return (
         torch.compiler.is_compiling()
         or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
         or tensor.is_meta
-        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, FakeTensorMode and their like
+        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, FakeTensorMode and similar modes
     )
 
 
 def transforms_active() -> bool:
-    """Whether torch.func transforms or forward-mode AD are at work, which need plain PyTorch."""
+    """Whether torch.func transforms or forward-mode AD are active, which need plain PyTorch."""
     return (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
@@ -119,14 +119,14 @@ def transforms_active() -> bool:
 
 @torch.compiler.assume_constant_result
 def traced_transforms_active() -> bool:
-    """The same of the code that a compiler traces."""
+    """The same in code that torch.compile traces."""
     return transforms_active()
 
 
 def is_batched(*tensors: torch.Tensor | None) -> bool:
-    """Whether one of these gradients is a batch of them: under vmap, or `is_grads_batched=True`.
+    """Whether one of the tensors is a batch of gradients: by vmap or `is_grads_batched=True`.
 
-    The latter uses tensors of an older kind than torch.func's.
+    The latter uses an older kind of batched tensors than torch.func.
     """
     return transforms_active() or any(
         x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors
@@ -134,7 +134,7 @@ def is_batched(*tensors: torch.Tensor | None) -> bool:
 
 
 def cpu_capability(use: str | None = None) -> str:
-    """Name the instruction set of the CPU kernels in use.
+    """Return the name of the instruction set of the CPU kernels in use.
 
     Args:
         use: switch to this set first, for tests and benchmarks: ``"x86_64_v2"``, ``"x86_64_v3"``

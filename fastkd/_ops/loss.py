@@ -19,8 +19,8 @@ class Loss(Op):
         name: of the raw op.
         differentiable: its tensors that gradients flow to, the student's logits first.
         reference: the definition; takes the raw op's fields by name, choices as names.
-        precision: of these tensors' dtypes, float64 makes the loss float64.
-        together: fields with one number a row, whose gradients the kernel computes only together.
+        precision: tensors of which one in float64 makes the loss float64.
+        together: fields with one number a row whose gradients the kernel always computes together.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Loss(Op):
         self.register("fastkd")
 
     def register(self, library: str) -> None:
-        """The fake kernels and the formula for graphs, for the raw ops of a library."""
+        """Register the fake kernels and the autograd formula of graphs for a library's raw ops."""
         for name in (self.name, self._name):
             torch.library.register_fake(f"{library}::{name}", self._fake)
         torch.library.register_fake(f"{library}::{self._name}_into", self._fake_into)
@@ -50,7 +50,7 @@ class Loss(Op):
         )
 
     def wanted(self, needs: Sequence[bool]) -> int:
-        """The raw op's ``gradients``."""
+        """The bit mask ``gradients`` of the raw op."""
         bits = 0
         for i, need in enumerate(needs):
             if need:
@@ -72,7 +72,7 @@ class Loss(Op):
         needs, inputs = [], self.inputs(packed)
         if torch.is_grad_enabled():
             needs = [x is not None and x.requires_grad for x in inputs]
-        # An exported graph needs the op's own formula, which trains.
+        # An exported graph needs the op's own autograd formula, so that it can be trained.
         if inplace and needs and needs[0] and not torch.compiler.is_exporting():
             return _LossFunction.apply(self, packed, True, *inputs)
         return self.graph_op()(*self.arguments.graph(packed), self.wanted(needs))[0]
@@ -110,8 +110,8 @@ class Loss(Op):
         *fields, ctx.gradients = inputs
         _, *gradients, pending = output
         ctx.set_materialize_grads(False)
-        # An exported graph is run with other tensors than it was traced with: they may require
-        # gradients that those did not, and second derivatives.
+        # An exported graph is run with other tensors than it was traced with. They may require
+        # other gradients, and second derivatives.
         ctx.fields = None if is_tracing(gradients[0]) else fields
         ctx.lists = {
             field: len(value)
@@ -146,7 +146,7 @@ class Loss(Op):
     def _by_reference(
         self, fields: list[Any], needs: Sequence[bool], grad_output: Tensor
     ) -> dict[str, Tensor]:
-        """Gradients by the definition, which are functions of the inputs in turn."""
+        """Gradients by the definition, which can be differentiated again."""
         packed = self.arguments.untraced(fields)
         higher, inputs = torch.is_grad_enabled(), self.inputs(packed)
         with torch.enable_grad():
@@ -160,10 +160,10 @@ class Loss(Op):
 
 
 class _LossFunction(torch.autograd.Function):
-    """Gradients come with the loss; backward applies what is left to multiply.
+    """The gradients are computed with the loss; backward multiplies them by the factors left.
 
     Kept until backward: the gradients, and for second derivatives the op's arguments; with
-    ``inplace`` the gradients alone.
+    ``inplace`` only the gradients.
     """
 
     @staticmethod

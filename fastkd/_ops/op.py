@@ -1,11 +1,11 @@
-"""What all ops share: how a call is checked, and which way it takes.
+"""Base class of all ops: checks of a call, and the path that it takes.
 
-csrc/arguments/op.h and loss_op.h declare the raw ops; their schemas say what each argument is. Here
-an op is a name, the tensors that gradients flow to, and its definition in
+csrc/arguments/op.h and loss_op.h declare the raw ops; their schemas have the type of each argument.
+Here an op is a name, the tensors that gradients flow to, and its definition in
 :mod:`fastkd.reference`. loss.py and differentiable.py have the autograd Functions, fake kernels and
-formulas for graphs of the two kinds of op.
+autograd formulas of graphs for the two kinds of op.
 
-A call takes one of four ways:
+A call takes one of four paths:
 
 ============================  ====================================================================
 eager, with a gradient        an autograd Function around ``_name``
@@ -30,7 +30,7 @@ from fastkd._ops.library import (
     transforms_active,
 )
 
-#: Every op by its name, for the definitions, which are called with the same arguments.
+#: Every op by its name, for the public definitions, which take the same arguments.
 _DECLARED: dict[str, "Op"] = {}
 
 
@@ -40,13 +40,13 @@ def declared(name: str) -> "Op":
 
 
 class Op:
-    """What both kinds of ops share."""
+    """Base class of both kinds of ops."""
 
-    #: The public function, and what turns its arguments into the op's; see :meth:`serves`.
+    #: The public function, and the conversion of its arguments to the op's; see :meth:`serves`.
     function: Callable[..., Any]
     given: Callable[..., dict[str, Any]]
 
-    #: Looks at the arguments of an eager call for what is seldom meant.
+    #: Warns about arguments of an eager call that are probably wrong.
     hints: Callable[[str, Tensor, dict[str, Any]], None] | None = None
 
     def __init__(
@@ -64,24 +64,24 @@ class Op:
         _DECLARED[name] = self
 
     def serves(self, function: Callable[..., Any], given: Callable[..., dict[str, Any]]) -> None:
-        """Say which public function this op is, and what makes the op's arguments of its own."""
+        """Set the public function of this op, and the conversion of its arguments to the op's."""
         self.function, self.given = function, given
 
     def by_definition(self, *tensors: Any, **options: Any) -> Any:
-        """The public function's result by the definition."""
+        """The result of the public function, by the definition."""
         options = with_defaults(self.function, options)
         return self.define(tensors[0], self.given(*tensors, options))
 
     def raw(self, suffix: str = "") -> Any:
-        """The raw op. Looked up in each call: tests put the emulated kernels in their place."""
+        """The raw op, looked up in each call, as tests replace it by the emulated kernels."""
         return getattr(torch.ops.fastkd, self._name + suffix)
 
     def graph_op(self, suffix: str = "") -> Any:
-        """The raw op of graphs, with an autograd formula."""
+        """The raw op for graphs, with an autograd formula."""
         return getattr(torch.ops.fastkd, self.name + suffix)
 
     def inputs(self, packed: Sequence[Any]) -> list[Tensor | None]:
-        """The differentiable tensors; None for a list of several, which takes no gradient."""
+        """The differentiable tensors; None for a list of several, which gets no gradient."""
         return [_only(packed[place]) for place in self.places]
 
     def define(self, rows: Tensor, given: dict[str, Any]) -> Any:
@@ -92,7 +92,7 @@ class Op:
         """The op's result. ``rows``: the logits; ``given``: the public arguments by name."""
         packed = self.arguments.pack(rows, given)
         try:
-            # A graph's op has no rules for transforms of the function that is traced.
+            # The op for graphs has no rules for transforms inside the traced function.
             if torch.compiler.is_compiling():
                 if traced_transforms_active():
                     return self.reference(**self.arguments.unpack(packed))
@@ -115,11 +115,11 @@ class Op:
             raise_as_python(error)
 
     def check(self, packed: list[Any]) -> None:
-        """What the raw op checks, where it is not called itself."""
+        """Do the raw op's checks where it is not called for its result."""
         self.compute(self.arguments.emptied(packed))
 
     def compute(self, packed: list[Any]) -> Any:
-        """The result alone."""
+        """The result without autograd."""
         raise NotImplementedError
 
     def record(self, packed: list[Any], inputs: list[Tensor | None], inplace: bool) -> Any:
@@ -132,7 +132,7 @@ class Op:
 
 
 def check_devices(function: str, values: Mapping[str, Any], tensors: Sequence[str]) -> None:
-    """A fake kernel answers for meta tensors: those of another device must not reach it."""
+    """Raise if a tensor is on another device, also for meta tensors, which use the fake kernel."""
     device = values[tensors[0]].device
     for field in tensors:
         value = values[field]
@@ -145,23 +145,23 @@ def check_devices(function: str, values: Mapping[str, Any], tensors: Sequence[st
 
 
 def fake_values(arguments: Arguments, fields: Sequence[Any]) -> dict[str, Any]:
-    """A fake kernel's arguments by name, their devices checked."""
+    """A fake kernel's arguments by name, after a check of their devices."""
     values = dict(zip(arguments.fields, fields, strict=False))
     check_devices(arguments.function, values, arguments.tensors)
     return values
 
 
 def _only(value: Any) -> Any:
-    """A tensor, or the one tensor of a list; lists of several take no gradient."""
+    """A tensor, or the only tensor of a list; None for a list of several."""
     if isinstance(value, (list, tuple)):
         return value[0] if len(value) == 1 else None
     return value
 
 
 def keep(ctx: Any, op: Op, packed: Sequence[Any], needs: Sequence[bool]) -> None:
-    """Keep the arguments but for the tensors that need a gradient, which autograd saves.
+    """Keep the arguments in ctx, except the tensors that need a gradient, which autograd saves.
 
-    It cannot save others, as those that a teacher gave under ``torch.inference_mode()``.
+    Autograd cannot save some others, such as a teacher's from ``torch.inference_mode()``.
     """
     ctx.op, ctx.packed = op, list(packed)
     for place, need in zip(op.places, needs, strict=True):
@@ -170,7 +170,7 @@ def keep(ctx: Any, op: Op, packed: Sequence[Any], needs: Sequence[bool]) -> None
 
 
 def restored(kept: list[Any], places: Sequence[int], inputs: Sequence[Tensor | None]) -> list[Any]:
-    """The arguments again."""
+    """The arguments of :func:`keep`, with the saved tensors put back."""
     packed = list(kept)
     for place, tensor in zip(places, inputs, strict=True):
         if tensor is not None:

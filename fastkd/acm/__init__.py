@@ -1,8 +1,8 @@
 """Adaptive computation modules: each token runs as many learners as its gate chooses.
 
-The ops (:func:`hard`, :func:`soft`, :func:`prefix_loss`, :func:`gate`, :func:`oracle`,
-:func:`regularizers`), and what makes such layers of an existing model's and trains them in three
-phases (:func:`convert` and the functions after it). The modules are :class:`fastkd.nn.ACM` and
+The ops are :func:`hard`, :func:`soft`, :func:`prefix_loss`, :func:`gate`, :func:`oracle` and
+:func:`regularizers`. :func:`convert` and the functions after it replace layers of an existing model
+and train the new ones in three phases. The modules are :class:`fastkd.nn.ACM` and
 :class:`fastkd.nn.ACMGate`.
 """
 

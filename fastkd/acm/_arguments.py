@@ -1,4 +1,4 @@
-"""Arguments of gated routing: what is checked before learners run, and how they are laid out."""
+"""Arguments of gated routing: checks and layout."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +47,7 @@ def check_learners(
     activation: str,
     bias: Tensor | None = None,
 ) -> torch.dtype:
-    """The dtype that all promote to."""
+    """Check the arguments and return the dtype that all promote to."""
     if not isinstance(activation, str):
         raise TypeError(f"{function}: activation must be a string, got {type(activation).__name__}")
     if activation not in ACTIVATIONS:
@@ -109,14 +109,14 @@ def flat_rows(x: Tensor) -> Tensor:
 
 
 def requires_grad(*tensors: Tensor) -> bool:
-    """Whether autograd is to know of a function of these."""
+    """Whether autograd must record a function of these tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def by_definition(grad: Tensor) -> bool:
-    """Whether a backward pass must be plain PyTorch: it has a derivative, or takes many vectors.
+    """Whether a backward pass must be plain PyTorch: for second derivatives, or batched gradients.
 
-    The second is what ``is_grads_batched`` and ``jacobian(vectorize=True)`` ask for.
+    Batched gradients come from ``is_grads_batched`` and ``jacobian(vectorize=True)``.
     """
     if torch.compiler.is_compiling():
         return False
@@ -132,9 +132,9 @@ def gradients_by_definition(
     needs: Sequence[bool],
     grad: Tensor,
 ) -> Iterator[Tensor | None]:
-    """Of a function in plain PyTorch; as functions of the inputs under create_graph.
+    """Gradients of a function in plain PyTorch; under create_graph as functions of the inputs.
 
-    Else in float32 at least: there is no kernel that adds up 16-bit products in it.
+    Otherwise in float32 at least, as torch has no product of 16-bit tensors with sums in float32.
     """
     if torch.is_grad_enabled():
         return differentiable_gradients(function(*inputs), inputs, needs, grad)
@@ -153,7 +153,7 @@ def gradients_by_definition(
 
 
 def needed(values: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None, ...]:
-    """None in the place of gradients that nobody asks for, as autograd wants it."""
+    """The gradients for autograd: None for those that are not needed."""
     return tuple(value if need else None for value, need in zip(values, needs, strict=False))[
         : len(needs)
     ]

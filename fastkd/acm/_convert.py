@@ -1,4 +1,4 @@
-"""Adaptive computation modules in place of the Linears and MLPs of a model, and their training."""
+"""Replace the Linears and MLPs of a model by adaptive computation modules, and train these."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,19 +14,19 @@ from fastkd.acm._modules import ACM, ACMGate, SplitMLP, mlp_sizes, projection_si
 from fastkd.acm._prefix_loss import oracle, prefix_loss
 
 _KINDS = ("mlp", "linear")
-#: Not looked into.
+#: Modules whose children are not replaced.
 _WHOLE = (ACM, ACMGate, nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class Call(NamedTuple):
-    """One call of an :class:`fastkd.nn.ACM`, as :func:`acm.calls` saw it."""
+    """One call of an :class:`fastkd.nn.ACM`, recorded by :func:`acm.calls`."""
 
     #: The module's name in the model.
     name: str
     module: ACM
     #: ``[..., D]``, without gradient.
     input: Tensor
-    #: ``[..., D_out]``: the original's, without gradient, where originals run.
+    #: ``[..., D_out]``; where originals run it is the original's, without gradient.
     output: Tensor
     #: ``[..., N + 1]``; None where originals run, choices were given, or there is no gate.
     gates: Tensor | None
@@ -45,15 +45,15 @@ def convert(
 ) -> nn.Module:
     r"""Replace MLPs and Linears of a model by :class:`fastkd.nn.ACM`, in place.
 
-    ``"mlp"`` takes every ``Sequential(Linear, activation, Linear)`` (dropout allowed), every
+    ``"mlp"`` replaces every ``Sequential(Linear, activation, Linear)`` (dropout allowed), every
     module with projections named as in transformers (Llama, Mistral, Qwen, Gemma, ViT, CLIP, GPT-2,
-    NeoX, T5, ...), and the pair ``intermediate`` and ``output.dense`` of BERT and its kin, of which
-    the ACM takes ``intermediate``'s place and ``output.dense`` becomes the identity. ``"linear"``
-    takes every ``nn.Linear`` that is no part of such an MLP, nor of ``nn.MultiheadAttention`` or
+    NeoX, T5, ...), and the pair ``intermediate`` and ``output.dense`` of BERT and similar models:
+    the ACM replaces ``intermediate``, and ``output.dense`` becomes the identity. ``"linear"``
+    replaces every ``nn.Linear`` that is not part of such an MLP, of ``nn.MultiheadAttention`` or of
     ``nn.TransformerEncoderLayer``, which read the weights themselves. Sizes are the paper's
     (:meth:`ACM.from_mlp <fastkd.nn.ACM.from_mlp>`, :meth:`ACM.from_linear
-    <fastkd.nn.ACM.from_linear>`), weights new: the model must be trained before it is good for
-    anything.
+    <fastkd.nn.ACM.from_linear>`). The weights are new: the model must be trained before it is
+    useful.
 
     Training has three phases::
 
@@ -67,25 +67,25 @@ def convert(
             task_loss = criterion(model(batch), labels)
         fastkd.acm.phase3_loss(task_loss, calls, target=0.5).backward()
 
-    and :func:`acm.set_budget` makes what is trained keep to a budget.
+    After training, :func:`acm.set_budget` makes the model keep to a budget.
 
-    A module's parameters and buffers stay in ``state_dict``, under ``<name>.original`` if they are
-    kept. ``acm.convert`` with the same arguments on a new model makes one that such a dictionary
-    loads.
+    A replaced module's parameters and buffers are in ``state_dict`` under ``<name>.original`` if
+    they are kept. To load such a dictionary, call ``acm.convert`` with the same arguments on a new
+    model.
 
     Args:
-        model: changed, unless it is itself what is to be replaced.
+        model: changed in place, unless it is itself replaced.
         num_learners: N.
         kinds: any of ``"mlp"`` and ``"linear"``.
-        select: of a candidate's name and module, whether it is replaced. None: all are; with
-            ``"linear"`` that includes output layers, so name what you mean:
+        select: from a candidate's name and module, whether it is replaced. None: all are. With
+            ``"linear"`` these include output layers, so select by name, for example:
             ``lambda name, module: name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))``.
-        min_choice: the least number of learners. None: 0 for MLPs, which a residual connection
-            goes around, and 1 for Linears.
+        min_choice: the least number of learners. None: 0 for MLPs, which have a residual
+            connection around them, and 1 for Linears.
         gate_depth: of :class:`fastkd.nn.ACMGate`.
         gate_hidden: of :class:`fastkd.nn.ACMGate`.
-        keep_original: keep what is replaced, as :attr:`ACM.original`, for phases I and II. Set
-            that to None once they are over.
+        keep_original: keep each replaced module, as :attr:`ACM.original`, for phases I and II. Set
+            it to None after them.
 
     Returns:
         ``model``, or the ACM in its place.
@@ -128,7 +128,7 @@ def convert(
     made: dict[nn.Module, ACM] = {}
 
     def replacement(name: str, module: nn.Module) -> ACM | None:
-        """The same one for a module that is found twice."""
+        """The ACM for a module, the same one for a module that is found twice."""
         is_mlp = mlp_sizes(module) is not None
         if ("mlp" if is_mlp else "linear") not in kinds:
             return None
@@ -177,7 +177,7 @@ def convert(
 
 
 def _split_mlp(module: nn.Module) -> SplitMLP | None:
-    """The MLP whose halves are `intermediate` and `output.dense`, as BERT's layers have it."""
+    """The MLP whose halves are `intermediate` and `output.dense`, as in BERT's layers."""
     first = getattr(module, "intermediate", None)
     last = getattr(getattr(module, "output", None), "dense", None)
     if not (
@@ -201,19 +201,19 @@ def layers(model: nn.Module) -> dict[str, ACM]:
 
 @contextmanager
 def calls(model: nn.Module, *, originals: bool = False) -> Iterator[list[Call]]:
-    """Write down every call of an ACM inside the context.
+    """Record every call of an ACM inside the context.
 
     Args:
         model: of :func:`fastkd.acm.convert`.
-        originals: run what was replaced instead, without gradients: the model as it was, whose
-            inputs and outputs phases I and II need.
+        originals: run the replaced modules instead, without gradients: this is the model before
+            :func:`acm.convert`, whose inputs and outputs are needed in phases I and II.
 
     Returns:
-        A context that gives a list of :class:`acm.Call`, empty at first. It belongs to one thread.
-        A context within it takes the calls until it ends.
+        A context manager that returns a list of :class:`acm.Call`, empty at first. Use it in one
+        thread. In a nested context the calls go to the inner list only.
 
     Raises:
-        ValueError: the model has no ACM, or an original that is asked for was dropped.
+        ValueError: the model has no ACM, or ``originals`` is set and an original was dropped.
 
     >>> import torch, fastkd
     >>> nn = torch.nn
@@ -257,7 +257,7 @@ def calls(model: nn.Module, *, originals: bool = False) -> Iterator[list[Call]]:
 
 
 def phase1_loss(calls: Sequence[Call], *, detach: bool = False) -> Tensor:
-    """Learners imitate what they replace: the mean over modules and prefixes of squared errors.
+    """Squared error of learners against the replaced modules, mean over modules and prefixes.
 
     Modules do not depend on each other; gates get no gradient.
 
@@ -284,11 +284,11 @@ def phase1_loss(calls: Sequence[Call], *, detach: bool = False) -> Tensor:
 def phase2_loss(
     calls: Sequence[Call], *, threshold: float = 1 / 1.2, rule: str = "paper"
 ) -> Tensor:
-    """Gates learn how many learners suffice: cross-entropy with :func:`fastkd.acm.oracle`'s labels.
+    """Cross-entropy of the gates with the numbers of learners that :func:`fastkd.acm.oracle` finds.
 
-    The mean over modules; learners and what comes before them get no gradient. The logits are
-    scored themselves: the released code scores sampled one-hot gates, whose logarithm has gradients
-    of 1e20. Labels below a gate's ``min_choice`` count as that.
+    The mean over modules; learners and the layers before them get no gradient. The loss is computed
+    from the gates' logits: the released code takes the logarithm of sampled one-hot gates, which
+    has gradients of 1e20. Labels below a gate's ``min_choice`` are replaced by ``min_choice``.
 
     Args:
         calls: of :func:`acm.calls` with ``originals=True``.
@@ -322,7 +322,7 @@ def phase2_loss(
 def _imitations(
     function: str, calls: Sequence[Call]
 ) -> Iterator[tuple[ACM, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]]:
-    """Modules, their operands, and what their learners should give."""
+    """Modules, their operands, and the target of their learners."""
     if not calls:
         raise ValueError(f"{function}: calls is empty; no ACM ran inside acm.calls")
     for call in calls:
@@ -343,9 +343,9 @@ def phase3_loss(
     """The task's loss and :func:`fastkd.acm.regularizers` of the gates, weighted and added.
 
     Args:
-        task_loss: scalar, of a model in training inside :func:`acm.calls`.
-        calls: of that context. Their gates' first dimension is the batch.
-        target: share of the computation of all learners, the paper's 0.25 to 0.75.
+        task_loss: scalar, of a model in training mode inside :func:`acm.calls`.
+        calls: of that context. The first dimension of their gates is the batch.
+        target: share of the computation of all learners; 0.25 to 0.75 in the paper.
         budget_weight: of the distance from the target.
         entropy_weight: of the entropy term.
         diversity_weight: of the diversity term.
@@ -381,26 +381,27 @@ def _regularizers(function: str, calls: Sequence[Call], target: float) -> Regula
 def set_budget(
     model: nn.Module, budget: float, batches: Iterable[Any], *, steps: int = 16
 ) -> float:
-    r"""Make the gates keep to a budget on average: the least price of a learner that does it.
+    r"""Make the gates keep to a budget on average, by the smallest price of a learner that does.
 
     Evaluation chooses the k with the largest :math:`z_k - \lambda_l k`, where :math:`\lambda_l` is
-    a common price times the cost of a learner of that layer over the largest one: the choices that
-    are worth most for what they cost. The price is found by bisection, each step a run over
-    ``batches`` (later layers see what earlier ones leave), and the one kept has been seen to meet
-    the budget on them. On other data the share is met as far as they are alike. What a row
-    computes never depends on its batch mates.
+    a common price times the ratio of the cost of a learner of that layer to the largest such cost.
+    The price is found by bisection. Each step is a run over ``batches``, in which the inputs of
+    later layers depend on the choices of earlier ones. The price that is set meets the budget on
+    ``batches``; on other data the share depends on how similar they are. The learners that a row
+    runs never depend on the other rows of its batch.
 
     Args:
         model: with gated ACMs; its prices are overwritten.
         budget: share of the multiply-adds of all learners, in (0, 1].
-        batches: representative inputs: tensors, or tuples or dictionaries of arguments. A list.
+        batches: a list of representative inputs: tensors, or tuples or dictionaries of arguments.
         steps: of the bisection.
 
     Returns:
         The share used on ``batches``.
 
     Raises:
-        ValueError: no budget of that kind, nothing to set it on, or ``min_choice`` needs more.
+        ValueError: the budget is out of range or below what ``min_choice`` needs, the model has no
+            gated ACM, or there are no rows.
 
     >>> import torch, fastkd
     >>> model, x = fastkd.nn.ACM(8, width=4), torch.randn(100, 8)

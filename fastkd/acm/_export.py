@@ -1,7 +1,7 @@
-"""acm, acm.soft and acm.prefix_loss as one op each in exported graphs, which has its own gradient.
+"""acm, acm.soft and acm.prefix_loss as one op with its own gradient in exported graphs.
 
-torch.export keeps the ops that an autograd.Function calls, and drops its backward: a graph of the
-kernels alone would not train.
+torch.export keeps the ops that an autograd.Function calls, and drops its backward, so that a graph
+of the kernels alone could not be trained.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fastkd.acm._products import wide
 
-#: name: (x, w1, b1, w2, other, bias, activation, flag) to what the public function gives.
+#: By name: from (x, w1, b1, w2, other, bias, activation, flag) to the public function's result.
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {}
 
 
 def exporting(*tensors: Tensor | None) -> bool:
-    """Whether torch.export is at work, on a call that autograd is to know of."""
+    """Whether torch.export traces a call that autograd must record."""
     return (
         torch.compiler.is_exporting()
         and torch.is_grad_enabled()
@@ -26,7 +26,7 @@ def exporting(*tensors: Tensor | None) -> bool:
 
 
 def exportable(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Make a function one that :func:`call` calls by name."""
+    """Register a function for :func:`call` under a name."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         _FUNCTIONS[name] = function
@@ -79,7 +79,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """By the function's own backward, after another forward pass."""
+    """The gradients by the function's own backward, after another forward pass."""
     name, *options = ctx.options
     needs = ctx.needs_input_grad[1:7]
     again = torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""The gate of adaptive computation modules: a differentiable choice, and what keeps it useful."""
+"""The gate of adaptive computation modules: a differentiable choice, and its regularizers."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -19,9 +19,9 @@ class Regularizers(NamedTuple):
 
     #: Distance of the share of the whole computation from the target.
     budget: Tensor
-    #: -1 where a sequence uses all choices of a layer alike, 0 where it uses one alone.
+    #: -1 where a sequence uses all choices of a layer equally, 0 where it uses only one.
     entropy: Tensor
-    #: Falls the more sequences differ in how much they use.
+    #: Smaller the more the sequences differ in the number of learners they use.
     diversity: Tensor
 
 
@@ -33,12 +33,12 @@ def gate(
     min_choice: int = 0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Draw a choice from logits so that a gradient reaches them (Gumbel-softmax).
+    r"""Sample a choice from logits with a gradient for them (Gumbel-softmax).
 
     .. math:: \text{soft} = \mathrm{softmax}((z + g) / \tau), \qquad g_k = -\log E_k,
               \quad E_k \sim \mathrm{Exp}(1)
 
-    ``hard``: exactly one-hot at the largest :math:`z + g`, which is a draw from softmax(z) at any
+    ``hard``: exactly one-hot at the largest :math:`z + g`, which is a sample from softmax(z) at any
     temperature, with the gradient of the soft gate. The noise is drawn in the order of the
     logits' elements, whatever their strides, so that a seed gives the same gates again.
 
@@ -47,8 +47,8 @@ def gate(
             row with a NaN or ``+inf``, or without a finite logit among the choices allowed, is NaN.
         temperature: :math:`\tau`, positive.
         hard: see above.
-        min_choice: choices below it have probability 0 and a zero gradient; their logits are not
-            looked at.
+        min_choice: choices below it have probability 0 and a zero gradient; their logits are
+            ignored.
         generator: of the logits' device; None: the default one, which torch.compile needs.
 
     Returns:
@@ -96,12 +96,12 @@ def gate(
         allowed, requires_grad=False, memory_format=torch.contiguous_format
     ).exponential_(generator=generator)
     scores = allowed - noise.clamp_min(torch.finfo(wide).tiny).log()
-    # Divided by a small temperature, only differences stay in range.
+    # Less the largest: the scores themselves may overflow when divided by a small temperature.
     gates = ((scores - scores.detach().amax(-1, keepdim=True)) / temperature).softmax(-1)
     if hard:
         chosen = scores.detach().argmax(-1, keepdim=True)
         one_hot = torch.zeros_like(gates).scatter(-1, chosen, 1.0)
-        # The difference is 0, not merely small, or NaN where the row is.
+        # The difference is exactly 0, or NaN where the row is.
         gates = one_hot + (gates - gates.detach())
     return F.pad(gates, (min_choice, 0)).to(logits.dtype)
 
@@ -109,7 +109,7 @@ def gate(
 def regularizers(
     gates: Sequence[Tensor] | Tensor, costs: Sequence[float] | Tensor, target: float
 ) -> Regularizers:
-    r"""Hold gates to a budget, and keep them from choosing the same everywhere.
+    r"""Terms that hold gates to a budget and make their choices vary.
 
     With gates :math:`g^l` of layer l, :math:`N_l` its learners and :math:`c_l` the cost of one:
 
@@ -121,16 +121,16 @@ def regularizers(
               b_i = \mathrm{mean}_{l,t}\, \frac{1}{N_l + 1} \sum_k k\, g^l_{itk}
 
     i and j are sequences of the batch (pairs of one with itself count), t tokens. :math:`L_d` has
-    the sign of the released code, which rewards sequences that differ; the paper prints it with
-    the other one. :math:`0 \log 0 = 0`, and a choice that a sequence never takes gets no gradient
-    from the entropy. Phase III adds 0.1, 0.05 and 0.05 times these to the task's loss.
+    the sign of the released code, so that it falls as sequences differ; the paper prints the other
+    sign. :math:`0 \log 0 = 0`, and a choice that a sequence never uses gets no gradient from the
+    entropy. Phase III adds 0.1, 0.05 and 0.05 times these to the task's loss.
 
     Args:
         gates: one tensor a layer, ``[B, ..., N_l + 1]``: B sequences (the same in all layers), then
             tokens in any number of dimensions (none: one token a sequence). Or one tensor
             ``[layers, B, T, ..., N + 1]``.
-        costs: one number a layer, :math:`c_l`: multiply-adds of a learner for one token. A tensor
-            on a GPU is not looked at: nothing waits for it.
+        costs: one number a layer, :math:`c_l`: multiply-adds of a learner for one token. The values
+            of a tensor on a GPU are not checked, which would synchronise.
         target: share of the cost of all learners, 0.25 to 0.75 in the paper.
 
     Returns:
@@ -202,7 +202,7 @@ def regularizers(
 
 
 def _costs(costs: Any, gates: Sequence[Tensor]) -> list[Any]:
-    """One a layer; numbers where they can be seen without waiting for them."""
+    """The costs of the layers, as numbers where they can be read without a synchronisation."""
     if isinstance(costs, Tensor):
         if costs.is_meta and not gates[0].is_meta:
             raise ValueError(
@@ -226,7 +226,7 @@ def _costs(costs: Any, gates: Sequence[Tensor]) -> list[Any]:
 
 
 def _mean(values: Tensor) -> Tensor:
-    """0 of nothing."""
+    """The mean, 0 for no values."""
     return values.sum() / max(values.numel(), 1)
 
 

@@ -33,25 +33,24 @@ def hard(
     activation: str = "gelu",
     bias: Tensor | None = None,
 ) -> Tensor:
-    r"""Run as many learners on each row as it chooses, and no others.
+    r"""Run as many learners on each row as its choice says, and no others.
 
     .. math:: y = \sum_{n \le k} \mathrm{act}(x W^1_n + b^1_n) W^2_n \;[+\, \text{bias}], \qquad
               k \in \{0, \dots, N\}
 
     Rows are sorted by choice (once, stable), so that the rows that run learner n are the first
-    ones: N pairs of matrix products with ever fewer rows. Backward keeps the pre-activations of the
-    learners that ran, and runs over these alone; on a GPU, and while compiling, room is set aside
-    for those of all learners.
+    ones: there are N pairs of matrix products with fewer and fewer rows. The pre-activations of the
+    learners that ran are kept for backward, which runs over the same rows only; on a GPU, and while
+    compiling, memory is allocated for those of all learners.
 
-    float32 on the CPU, and float32, bfloat16 and float16 on a GPU, run in kernels of fastkd's own:
-    the gather is a product's load, bias and activation its end, each row of the result is written
-    in its place. On the CPU a row has the same bits whatever other rows there are, and with any
-    number of threads; a GPU is not waited for. Other dtypes go through torch's products over the
-    same prefixes: last bits may depend on the other rows and on threads, and a GPU is waited for
-    once a pass.
+    float32 on the CPU, and float32, bfloat16 and float16 on a GPU, run in fastkd's own kernels. The
+    gather, bias, activation and scatter are fused into the matrix products. On the CPU a row's
+    result is bitwise the same with any other rows and any number of threads; on a GPU there is no
+    synchronisation. Other dtypes use torch's products over the same prefixes: last bits may depend
+    on the other rows and on threads, and a GPU synchronises once a pass.
 
-    Outside the CPU choices are not checked, but a row whose choice is out of range is NaN and takes
-    no gradient. Second derivatives and torch.func transforms go through
+    Outside the CPU choices are not checked, but a row whose choice is out of range is NaN and gets
+    no gradient. Second derivatives and torch.func transforms use
     :func:`fastkd.reference.acm.hard`, which runs every learner on every row.
 
     Args:
@@ -65,16 +64,16 @@ def hard(
             each choice.
 
     Returns:
-        ``[..., D_out]`` in the dtype that x, the weights and the bias promote to, which is also
-        what the products take; 16-bit products are added up in float32, and taken in float32 on
-        processors that have none of their own. Autocast changes nothing.
+        ``[..., D_out]`` in the dtype that x, the weights and the bias promote to, which is also the
+        dtype of the products. 16-bit products are accumulated in float32, and computed in float32
+        on processors without 16-bit instructions. Autocast has no effect.
 
     Raises:
         IndexError: a choice out of range (CPU).
         ValueError, TypeError: an argument has the wrong shape or type.
 
-    Source: Wójcik et al. 2023 (arXiv 2312.10193). Their released code runs one learner less on
-    tokens with the largest choice of the batch; this does not.
+    Source: Wójcik et al. 2023 (arXiv 2312.10193). Their released code, unlike this, runs one
+    learner less on tokens with the largest choice of the batch.
 
     >>> import torch, fastkd
     >>> w1, b1, w2 = torch.ones(2, 1, 1), torch.zeros(2, 1), torch.tensor([[[1.0]], [[10.0]]])
@@ -130,19 +129,18 @@ def soft(
     activation: str = "gelu",
     straight_through: bool = False,
 ) -> Tensor:
-    r"""Weigh learners by the probability that a gate runs them: what trains the gate.
+    r"""Weight learners by the probability that a gate runs them, to train the gate.
 
     .. math:: y = \sum_{n=1}^N G_n\, \mathrm{act}(x W^1_n + b^1_n) W^2_n, \qquad
               G_n = \sum_{k \ge n} \text{gates}_k
 
-    One-hot gates give :func:`acm.hard`'s value (where learners are finite: 0 times a NaN is one).
-    Every learner runs on every row. The gradient of
-    :math:`G_n` is the product of the learner's output and the gradient, which comes from the
-    activations without that output being formed.
+    One-hot gates give :func:`acm.hard`'s value (where learners are finite, as 0 times NaN is NaN).
+    Every learner runs on every row. The gradient of :math:`G_n` is the product of the learner's
+    output and the incoming gradient. It is computed from the activations, without that output.
 
-    ``straight_through``: the value is ``acm.hard(x, ..., gates.argmax(-1))``, computed as such, and
-    the gradient, of gates and of all others, that of the sum above; pre-activations come again in
-    backward instead of being kept. A row whose gates hold a NaN is NaN.
+    ``straight_through``: the value is that of ``acm.hard(x, ..., gates.argmax(-1))``, and computed
+    like it. The gradients of all arguments are those of the sum above; pre-activations are
+    recomputed in backward instead of being kept. A row whose gates hold a NaN is NaN.
 
     Args:
         x: ``[..., D]`` float32, bfloat16, float16 or float64, any strides.
@@ -221,7 +219,7 @@ def _acm_soft(
 
 
 class _AcmRouted(torch.autograd.Function):
-    """By the kernels, from one routing for both directions."""
+    """By the kernels, with the same routing forward and backward."""
 
     @staticmethod
     def forward(
@@ -269,7 +267,7 @@ class _AcmRouted(torch.autograd.Function):
 
 
 def _bias_gradient(grad: Tensor, bias: Tensor, choices: Tensor) -> Tensor:
-    # A sum to a single number would be split over the threads.
+    # A sum to a single number would be split over threads, and its bits depend on their number.
     if bias.dim() == 1 and bias.numel() != 1:
         return grad.sum(0)
     index = choices if bias.dim() == 2 else torch.zeros_like(choices)
@@ -289,7 +287,7 @@ def _routed_value(
 def _soft_value(
     operands: tuple[Tensor, ...], scale: Tensor, choices: Tensor | None, activation: str
 ) -> Tensor:
-    """Of choices if they are given, else of the weights of learners."""
+    """The value for choices if they are given, else for the weights of learners."""
     if choices is not None and _kernels.has_kernels(operands[0], operands[0].dtype):
         return _routed_value(operands, None, choices, activation)
     weights = scale if choices is None else None
@@ -324,7 +322,7 @@ class _Acm(torch.autograd.Function):
 
 
 class _AcmSoft(torch.autograd.Function):
-    """With choices: their value, and the gradient of the weighted sum."""
+    """With choices: the value for them, and the gradient of the weighted sum."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Rows through the learners they choose, where a backend has kernels for that."""
+"""Kernels of gated routing, on the backends that have them."""
 
 import math
 from typing import Any
@@ -8,23 +8,23 @@ from torch import Tensor
 
 from fastkd._ops.library import CUDA_ARCHITECTURES, raise_as_python
 
-#: What the kernels take; other dtypes go through torch's products.
+#: The dtypes of the kernels; other dtypes use torch's products.
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32,)}
 if CUDA_ARCHITECTURES:
     DTYPES["cuda"] = (torch.float32, torch.bfloat16, torch.float16)
 
 
-#: Activations by the number that the raw ops take; csrc/math/activation.h.
+#: Activations, at the numbers that the raw ops take; see csrc/math/activation.h.
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "identity")
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
 def _multiplied_by_cpu(dtype: str) -> bool:
-    asks = f"_is_mkldnn_{dtype}_supported"  # not there where torch was built without oneDNN
+    asks = f"_is_mkldnn_{dtype}_supported"  # missing where torch was built without oneDNN
     return hasattr(torch.ops.mkldnn, asks) and bool(getattr(torch.ops.mkldnn, asks)())
 
 
-#: Which 16-bit products torch has vectorised on this processor; elsewhere it takes them one by one.
+#: Whether torch's 16-bit products are vectorised on this processor; otherwise they are scalar.
 CPU_PRODUCTS = {
     torch.bfloat16: _multiplied_by_cpu("bf16"),
     torch.float16: _multiplied_by_cpu("fp16"),
@@ -32,7 +32,7 @@ CPU_PRODUCTS = {
 
 
 def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What operands that promote to a dtype are multiplied in on x's device."""
+    """The dtype of products, on x's device, of operands that promote to a dtype."""
     one_by_one = x.device.type == "cpu" and not CPU_PRODUCTS.get(dtype, True)
     return torch.float32 if one_by_one and not has_kernels(x, dtype) else dtype
 
@@ -41,19 +41,19 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def traced(x: Tensor) -> bool:
-    """Whether there are no numbers to look at: while compiling, and for fake and meta tensors."""
+    """Whether values cannot be read: while compiling, and for fake and meta tensors."""
     return torch.compiler.is_compiling() or type(x) not in _PLAIN or x.is_meta
 
 
 def has_kernels(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether products of this dtype on x's device are fastkd's own."""
+    """Whether fastkd has kernels for this dtype on x's device."""
     return dtype in DTYPES.get(x.device.type, ())
 
 
 def value(
     operands: tuple[Tensor, ...], bias: Tensor | None, choices: Tensor, activation: str
 ) -> Tensor | None:
-    """What acm gives, in one call, if the arguments lie as the kernels take them and are right."""
+    """acm's result in one call, or None where the arguments need checks or conversions first."""
     x = operands[0]
     if not isinstance(activation, str) or activation not in _NUMBERS:
         return None
@@ -69,7 +69,7 @@ def value(
 
 
 def route(choices: Tensor, learners: int) -> tuple[Tensor, Tensor]:
-    """Rows by falling choice, and how many run each learner; see gated_routing_entry.h."""
+    """Rows by descending choice, and how many run each learner; see gated_routing_entry.h."""
     flat = choices.reshape(-1)
     if flat.dtype not in (torch.int64, torch.int32):
         flat = flat.long()
@@ -89,7 +89,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Outputs ``[rows, D_out]`` and, if kept, pre-activations in sorted order.
 
-    ``[N, rows, b]``, or packed where the host may know how many there are.
+    These are ``[N, rows, b]``, or packed where the host may know how many there are.
     """
     bias = None if bias is None else bias.contiguous()
     operands = tuple(value.contiguous() for value in operands)
@@ -114,7 +114,7 @@ def backward(
 
 
 def _check_device(x: Tensor, *others: Tensor | None) -> None:
-    """A meta tensor brings the call to a fake, whatever the others are."""
+    """Raise for tensors on different devices: one meta tensor suffices to call the fake kernel."""
     for other in others:
         if other is not None and other.device != x.device:
             raise RuntimeError(

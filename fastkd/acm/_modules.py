@@ -1,4 +1,4 @@
-"""Modules of gated routing: learners with their gate, and what they replace."""
+"""Modules of gated routing: learners with their gate, and the modules that they can replace."""
 
 import math
 from collections.abc import Callable
@@ -29,7 +29,7 @@ _MLP_NAMES = (
 
 
 def projection_sizes(module: Any) -> tuple[int, int] | None:
-    """Inputs and outputs of an ``nn.Linear`` or of what transformers calls Conv1D, else None."""
+    """Inputs and outputs of an ``nn.Linear`` or of a Conv1D of transformers, else None."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     weight = getattr(module, "weight", None)
@@ -39,15 +39,15 @@ def projection_sizes(module: Any) -> tuple[int, int] | None:
 
 
 class SplitMLP(nn.Sequential):
-    """A module that ends in an activation and holds its projection as `dense`, and another one."""
+    """A module with a projection `dense` and an activation at its end, then a second projection."""
 
 
 def mlp_sizes(module: nn.Module) -> tuple[int, int, int] | None:
     """Inputs, hidden units and outputs of a module that is an MLP by its submodules, else None.
 
     An MLP is a Sequential that begins with a projection and ends with another one (and dropout),
-    with nothing that has parameters between; or a module that has two projections by one of the
-    pairs of names in use, and no other parameters but projections beside the first one.
+    with no parameters between them; or a module with two projections named as one of the pairs in
+    _MLP_NAMES, and no other parameters except projections parallel to the first one.
     """
     if isinstance(module, SplitMLP):
         return _chained(module[0].dense, module[1])
@@ -74,7 +74,7 @@ def mlp_sizes(module: nn.Module) -> tuple[int, int, int] | None:
 
 
 def _chained(first: Any, last: Any) -> tuple[int, int, int] | None:
-    """Sizes of two projections of which the second takes what the first gives, else None."""
+    """Sizes of two projections if the second takes the outputs of the first, else None."""
     inner, outer = projection_sizes(first), projection_sizes(last)
     if inner is None or outer is None or inner[1] != outer[0]:
         return None
@@ -82,7 +82,7 @@ def _chained(first: Any, last: Any) -> tuple[int, int, int] | None:
 
 
 def _one_hot(choices: Tensor, learners: int, dtype: torch.dtype) -> Tensor:
-    """F.one_hot, which looks at the numbers, has no rule under vmap."""
+    """As F.one_hot, which reads values and has no rule under vmap."""
     steps = torch.arange(learners + 1, device=choices.device)
     return (choices.unsqueeze(-1) == steps).to(dtype)
 
@@ -90,16 +90,17 @@ def _one_hot(choices: Tensor, learners: int, dtype: torch.dtype) -> Tensor:
 class ACMGate(nn.Module):
     """Choose how many of N learners each row runs.
 
-    Training draws one-hot gates whose gradient is that of the Gumbel-softmax
-    (:func:`fastkd.acm.gate`). Evaluation takes the largest of ``logits - price * k``: ``price`` is
-    a buffer, 0 until :func:`fastkd.acm.set_budget` sets it, and is saved with the weights.
+    Training samples one-hot gates with the gradient of the Gumbel-softmax
+    (:func:`fastkd.acm.gate`). Evaluation chooses the k with the largest ``logits - price * k``.
+    ``price`` is a buffer, which is saved with the weights, and 0 until
+    :func:`fastkd.acm.set_budget` sets it.
 
     Args:
         in_features: D.
         num_learners: N.
-        depth: linear layers, with GELU between them where there are several. (The released code
-            has stacks of them with nothing between.)
-        hidden: units between them.
+        depth: number of linear layers, with GELU between them. (The released code has no
+            activation between them.)
+        hidden: units between the layers.
         min_choice: the least number of learners.
         temperature: of :func:`fastkd.acm.gate`.
         device: of the parameters.
@@ -149,18 +150,18 @@ class ACMGate(nn.Module):
         self.register_buffer("price", torch.zeros((), device=device, dtype=torch.float32))
 
     def logits(self, x: Tensor) -> Tensor:
-        """``[..., N + 1]``, before prices; those of choices below ``min_choice`` mean nothing."""
+        """``[..., N + 1]``, before prices; those of choices below ``min_choice`` are not used."""
         return self.layers(x)
 
     def choices(self, x: Tensor) -> Tensor:
-        """int64 ``[...]``, what evaluation runs; every learner where a logit is NaN."""
+        """int64 ``[...]``, the choices in evaluation; every learner where a logit is NaN."""
         logits = self.logits(x)[..., self.min_choice :].float()
         steps = torch.arange(logits.size(-1), device=logits.device)
         best = (logits - self.price.float() * steps).argmax(-1) + self.min_choice
         return torch.where(logits.isnan().any(-1), self.num_learners, best)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One-hot ``[..., N + 1]``: drawn in training, of :meth:`choices` in evaluation."""
+        """One-hot ``[..., N + 1]``: sampled in training, of :meth:`choices` in evaluation."""
         if self.training:
             return gate(
                 self.logits(x),
@@ -171,16 +172,16 @@ class ACMGate(nn.Module):
         return _one_hot(self.choices(x), self.num_learners, x.dtype)
 
     def extra_repr(self) -> str:
-        """What is not seen in the layers."""
+        """The options that the layers do not show."""
         return f"min_choice={self.min_choice}, temperature={self.temperature}"
 
 
 class ACM(nn.Module):
-    """N learners and a gate that says how many of them each row runs.
+    """N learners and a gate that chooses how many of them each row runs.
 
-    Training runs :func:`fastkd.acm.soft` with the gate's one-hot gates, so that the task's loss
-    reaches the gate; evaluation runs :func:`fastkd.acm.hard` with its choices, and only the
-    learners chosen. Under autocast the operands are cast first, as Linear's are.
+    Training runs :func:`fastkd.acm.soft` with the gate's one-hot gates, so that the gate gets a
+    gradient from the task's loss. Evaluation runs :func:`fastkd.acm.hard` with the gate's choices,
+    and only the learners chosen. Under autocast the operands are cast first, as for Linear.
 
     Args:
         in_features: D.
@@ -190,10 +191,10 @@ class ACM(nn.Module):
         activation: as for :func:`fastkd.acm.hard`.
         bias: whether there is an output bias ``[D_out]``; the paper has none.
         gate: whether there is a gate (:attr:`gate` is None otherwise, and every learner runs), or
-            a module to use as such: :class:`ACMGate` or what has its methods.
-        min_choice: of the gate that is made.
-        gate_depth: of the gate that is made.
-        gate_hidden: of the gate that is made.
+            a module to use as gate: an :class:`ACMGate` or a module with its methods.
+        min_choice: of the gate that is created.
+        gate_depth: of the gate that is created.
+        gate_hidden: of the gate that is created.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -249,17 +250,17 @@ class ACM(nn.Module):
                 min_choice=min_choice,
                 **place,
             )
-        #: What this replaces, if it is kept: see :func:`fastkd.acm.convert`.
+        #: The module that this replaces, if it is kept: see :func:`fastkd.acm.convert`.
         self.original: nn.Module | None = None
         self._watch: Callable[[ACM, Tensor, Tensor | None], Tensor] | None = None
         self.reset_parameters()
 
     @classmethod
     def from_linear(cls, linear: nn.Module, num_learners: int = 4, **options: Any) -> "ACM":
-        r"""As many parameters as a Linear has: the paper's size for attention projections.
+        r"""An ACM with as many parameters as a Linear: the paper's size for attention projections.
 
-        :math:`b = \mathrm{round}((D + 1) D_\text{out} / (N (D + D_\text{out} + 1)))`. Activation
-        ``"identity"`` and ``min_choice`` 1 unless given; the weights are new, not the Linear's.
+        :math:`b = \mathrm{round}((D + 1) D_\text{out} / (N (D + D_\text{out} + 1)))`. Defaults:
+        activation ``"identity"`` and ``min_choice`` 1. The weights are new, not the Linear's.
 
         >>> import torch, fastkd
         >>> fastkd.nn.ACM.from_linear(torch.nn.Linear(768, 768)).w1.shape
@@ -278,7 +279,7 @@ class ACM(nn.Module):
 
     @classmethod
     def from_mlp(cls, mlp: nn.Module, num_learners: int = 4, **options: Any) -> "ACM":
-        r"""As many hidden units as an MLP has: :math:`b = \mathrm{round}(\text{hidden} / N)`.
+        r"""An ACM with an MLP's hidden units: :math:`b = \mathrm{round}(\text{hidden} / N)`.
 
         An MLP is a ``Sequential(Linear, activation, Linear)``, dropout allowed, or a module with
         projections named as in transformers (``gate_proj``, ``up_proj`` and ``down_proj``, ``fc1``
@@ -305,13 +306,13 @@ class ACM(nn.Module):
     def _like(
         cls, module: nn.Module, inputs: int, outputs: int, learners: int, options: dict[str, Any]
     ) -> "ACM":
-        """Where the module's parameters are, and in their dtype."""
+        """An ACM on the device of the module's parameters, and in their dtype."""
         weight = next(module.parameters())
         place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         return cls(inputs, outputs, num_learners=learners, **place | options)
 
     def reset_parameters(self) -> None:
-        """Each learner as Linears of its own: uniform up to 1 over the root of the inputs."""
+        """Initialise each learner like two Linears: uniform up to 1 over the root of the inputs."""
         _, inputs, width = self.w1.shape
         for weight, fan_in in (
             *((self.w1, inputs), (self.b1, inputs)),
@@ -333,14 +334,14 @@ class ACM(nn.Module):
     def forward(self, x: Tensor, choices: Tensor | None = None) -> Tensor:
         """``[..., D]`` to ``[..., D_out]``.
 
-        ``choices`` (integers ``[...]`` in 0..N) take the place of the gate.
+        ``choices`` (integers ``[...]`` in 0..N) replace those of the gate.
         """
         if self._watch is not None:
             return self._watch(self, x, choices)
         return self.route(x, choices)[0]
 
     def route(self, x: Tensor, choices: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Output, and the gates that the gate gave: ``[..., N + 1]``, None without it."""
+        """Output, and the gates ``[..., N + 1]``, None where the gate did not run."""
         operands, bias = self.operands(x)
         gates = None
         if choices is None and self.gate is not None and self.training:
@@ -355,7 +356,7 @@ class ACM(nn.Module):
         return hard(*operands, choices, activation=self.activation, bias=bias), gates
 
     def operands(self, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]:
-        """x, w1, b1, w2, and the bias, in autocast's dtype where it is on."""
+        """x, w1, b1, w2, and the bias, in autocast's dtype if it is enabled."""
         values = [x, self.w1, self.b1, self.w2, self.bias]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

@@ -1,4 +1,4 @@
-"""What trains learners and labels rows for the gate: the error of every prefix of learners."""
+"""The error of every prefix of learners, which trains learners and gives the gate's labels."""
 
 from typing import Any
 
@@ -34,18 +34,18 @@ def prefix_loss(
     activation: str = "gelu",
     detach: bool = False,
 ) -> Tensor:
-    r"""Mean squared error of every prefix of learners: phase I, which trains the learners.
+    r"""Mean squared error of every prefix of learners: the loss of phase I, for the learners.
 
     .. math:: L_k = \frac{1}{\text{rows} \cdot D_\text{out}} \sum_{\text{rows}}
               \Bigl\lVert \sum_{n \le k} \mathrm{act}(x W^1_n + b^1_n) W^2_n - o \Bigr\rVert^2,
               \qquad k = 0, \dots, N
 
-    Prefix 0 is zero: :math:`L_0` is the mean square of the target. Rows are walked in blocks, so
-    that no ``[rows, N + 1, D_out]`` tensor and no hidden layer of all rows is held: besides the
-    gradients about two ``[rows, D]`` at a time. The call computes gradients as for
-    ``losses.sum()``, or any multiple of it (``losses.mean()``, ``losses[1:].sum()``); backward
-    from other combinations walks the rows once more (which of the two, the host decides: on a GPU
-    backward waits for the factors).
+    Prefix 0 is zero: :math:`L_0` is the mean square of the target. Rows are processed in blocks, so
+    that no ``[rows, N + 1, D_out]`` tensor and no hidden layer of all rows is stored; the memory
+    besides the gradients is about two ``[rows, D]``. The call computes the gradients of
+    ``losses.sum()``, which also give those of its multiples (``losses.mean()``,
+    ``losses[1:].sum()``). Backward from other combinations goes over the rows once more. On a GPU
+    backward synchronises, to read the factors that decide this.
 
     Args:
         x: ``[..., D]`` float32, bfloat16, float16 or float64: the replaced module's input.
@@ -54,8 +54,8 @@ def prefix_loss(
         w2: ``[N, b, D_out]``.
         target: ``[..., D_out]``: its output. Subtract an output bias from it first.
         activation: as for :func:`fastkd.acm.hard`.
-        detach: learner k gets the gradient of prefix k's term alone, those before it are
-            constants there. (The released code has this switch, but never turns it on.)
+        detach: learner k gets only the gradient of prefix k's term, in which the learners before
+            it are constants. (The released code has this option, but never enables it.)
 
     Returns:
         ``[N + 1]``, float32 (float64 if an input is); 0 without rows.
@@ -101,18 +101,18 @@ def oracle(
 ) -> Tensor:
     r"""How many learners each row needs: phase II's labels for the gate.
 
-    With :math:`d_n` the distance of prefix n from the target, another learner no longer helps
-    where it leaves at least :math:`\theta` of the distance, :math:`d_n \ge \theta d_{n-1}`.
+    With :math:`d_n` the distance of prefix n from the target, learner n does not help if it leaves
+    at least :math:`\theta` of the distance: :math:`d_n \ge \theta d_{n-1}`.
 
     ============  =================================================================================
     ``"paper"``   the first such n of 2..N; N if there is none (every learner helps)
     ``"code"``    the first n of 1..N with :math:`d_{n-1} / d_n < 1 / \theta`; N if there is none,
-                  and N also if that is n = 1: a row that not even learner 1 helps runs them all,
+                  and N also if that n is 1: a row that learner 1 does not help runs all learners,
                   as in the released code
     ============  =================================================================================
 
-    No division is done: :math:`d_{n-1} = 0` stops the paper's rule at n, and so do infinite
-    distances. A row with a NaN gets N.
+    The rules are computed without division: :math:`d_{n-1} = 0` stops the paper's rule at n, and so
+    do infinite distances. A row with a NaN gets N.
 
     Args:
         x: ``[..., D]`` float32, bfloat16, float16 or float64.
@@ -174,7 +174,7 @@ def _acm_prefix_loss(
 
 
 class _AcmPrefixLoss(torch.autograd.Function):
-    """Gradients of the sum of losses come with them; backward multiplies, or computes others."""
+    """Forward computes the gradients of the losses' sum; backward scales or recomputes them."""
 
     @staticmethod
     def forward(

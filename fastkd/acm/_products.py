@@ -1,13 +1,14 @@
-"""Learners over rows in torch's own matrix products: passes of gated routing.
+"""Passes of gated routing in torch's own matrix products.
 
-For what has no kernels (see _kernels): soft gates, prefix losses, and other dtypes' choices.
+They are used where there are no kernels (see _kernels): for soft gates, prefix losses, and choices
+in other dtypes.
 
-Rows are sorted by falling choice, so that the rows which run learner n are the first counts[n]: one
-gather, N pairs of products with ever fewer rows into memory allocated once, one scatter. Prefix
-losses go over blocks of rows and hold the residuals of a block alone.
+Rows are sorted by descending choice, so that the rows that run learner n are the first counts[n]:
+one gather, N pairs of products with fewer and fewer rows into memory allocated once, one scatter.
+Prefix losses go over blocks of rows and store the residuals of one block only.
 
-Each pass runs at once on tensors that hold numbers. Where a graph is traced it is an op of that
-graph (the lengths of the prefixes are numbers on the host, which no graph may depend on).
+A pass is called directly in eager mode. While tracing it is an op of the graph, as a graph must not
+depend on the lengths of the prefixes, which are numbers on the host.
 """
 
 import functools
@@ -22,7 +23,7 @@ from fastkd.acm._kernels import ACTIVATIONS, traced
 
 _aten = torch.ops.aten
 
-#: In: pre-activations; out: where to write, which may be the same memory.
+#: From pre-activations to activations; `out` may be the same memory.
 _ACTIVATE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda pre, out: _aten.gelu.out(pre, out=out),
     "gelu_tanh": lambda pre, out: _aten.gelu.out(pre, approximate="tanh", out=out),
@@ -30,7 +31,7 @@ _ACTIVATE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": lambda pre, out: _aten.silu.out(pre, out=out),
     "identity": lambda pre, out: pre,
 }
-#: Gradients of activations to those of pre-activations, in place.
+#: From gradients of activations to those of pre-activations, in place.
 _DIFFERENTIATE_: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda grad, pre: _aten.gelu_backward.grad_input(grad, pre, grad_input=grad),
     "gelu_tanh": lambda grad, pre: _aten.gelu_backward.grad_input(
@@ -42,19 +43,19 @@ _DIFFERENTIATE_: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 assert tuple(_ACTIVATE) == ACTIVATIONS
 
-#: So few rows, if they choose the same, take two products in all.
+#: Up to so many rows with the same choice are computed in two products in all.
 _FEW_ROWS = 4
-#: Rows of a block of the prefix losses: enough for the products, few enough for the memory.
+#: Rows of a block of the prefix losses: enough for fast products, few enough for the memory.
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 1024
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums over learners are kept in."""
+    """The dtype of sums over learners."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 class _Pass:
-    """A function of tensors, as an op where a graph is traced. Autocast does not reach inside."""
+    """A function of tensors, which is an op while tracing. It runs without autocast."""
 
     def __init__(self, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
         @functools.wraps(run)
@@ -78,7 +79,7 @@ def _pass(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], _Pass]:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
-    """Add a @ b to total, or begin it; a total of more precision takes the rounded product."""
+    """Add a @ b to total, or set it if `fresh`; a wider total gets the rounded product."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0 if fresh else 1, out=total)
     elif fresh:
@@ -90,8 +91,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
 def _sorted(choices: Tensor | None, rows: int, learners: int) -> tuple[Tensor | None, list[int]]:
     """The rows that run a learner, those of the highest choice first, and how many run each one.
 
-    No order stands for the rows as they are. A choice out of range is an error on the CPU;
-    elsewhere its row runs no learner, and `_spoiled` finds it.
+    None instead of an order means all rows in place. A choice out of range is an error on the CPU;
+    elsewhere its row runs no learner, and `_out_of_range` finds it.
     """
     if choices is None:
         return None, [rows] * learners
@@ -111,7 +112,7 @@ def _gathered(x: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _scattered(values: Tensor, order: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
-    """Sorted rows back in their places, 0 in the others."""
+    """Sorted rows at their original positions, 0 at the others."""
     values = values.to(dtype)
     if values.size(0) == rows and order is None:
         return values
@@ -144,7 +145,7 @@ def _acm(
     """Sum over learners of scale[n] act(x w1[n] + b1[n]) w2[n], and the pre-activations, packed.
 
     Row r runs learners 1..choices[r] (None: all). The pre-activations of learner n are counts[n]
-    rows after those of n - 1; `padded` gives them the size that a graph knows beforehand.
+    rows after those of n - 1; with `padded` the tensor has a size that does not depend on them.
     """
     (learners, _, width), rows = w1.shape, x.size(0)
     order, counts = _sorted(choices, rows, learners)
@@ -187,7 +188,7 @@ def _all_at_once(
     activation: str,
     pre: Tensor,
 ) -> Tensor:
-    """Every learner on every row: calls and the weights' bytes are what few rows cost."""
+    """Every learner on every row: for few rows the cost is that of calls and of reading weights."""
     learners, rows, width = pre.shape
     torch.baddbmm(b1.unsqueeze(1), x.expand(learners, -1, -1), w1, out=pre)
     active = _ACTIVATE[activation](pre, torch.empty_like(pre))
@@ -198,7 +199,7 @@ def _all_at_once(
 
 
 class _Gradients:
-    """Gradients of learners, added up over calls. Those that nobody needs are empty."""
+    """Gradients of learners, added up over calls. Those that are not needed are empty."""
 
     def __init__(
         self,
@@ -219,7 +220,7 @@ class _Gradients:
         self.hidden, self.inner = (w1.new_empty((most_rows, w1.size(2))) for _ in range(2))
 
     def clear(self, n: int) -> None:
-        """Learner n runs on no row."""
+        """Set the gradients of learner n, which runs on no row, to 0."""
         for total, need in zip((self.w1, self.b1, self.w2), self.needs[1:4], strict=True):
             if need:
                 total[n].zero_()
@@ -236,7 +237,7 @@ class _Gradients:
         scale: Tensor | None = None,
         of_scale: Tensor | None = None,
     ) -> None:
-        """Of learner n's output on rows x; `fresh`: nothing has been added to learner n before."""
+        """Add those of learner n's output on rows x; `fresh`: they are the first of learner n."""
         w1, w2 = self.weights
         need_x, need_w1, need_b1, need_w2, need_scale = self.needs
         hidden, inner = self.hidden[: x.size(0)], self.inner[: x.size(0)]
@@ -286,7 +287,7 @@ def _acm_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, b1, w2 and scale; without pre-activations kept, they come again."""
+    """Gradients of x, w1, b1, w2 and scale; pre-activations that were not kept are recomputed."""
     learners, rows = w1.size(0), x.size(0)
     order, counts = _sorted(choices, rows, learners)
     chosen = counts[0]
@@ -321,7 +322,7 @@ def _acm_backward(
 
 
 def _rows_of_block(x: Tensor, w1: Tensor, w2: Tensor) -> int:
-    """As many as keep a block's memory below twice that of x or of the target."""
+    """The number of rows for which a block's memory is below twice that of x or of the target."""
     learners, inputs, width = w1.shape
     outputs = w2.size(2)
     a_row = (learners + 1) * outputs + (learners + 3) * width
@@ -451,16 +452,16 @@ def _acm_prefixes_backward(
     needs: list[bool],
     last_use: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients found for equal factors, times the factor; other factors take another pass.
+    """The gradients `found`, for equal factors, times the factor; others take another pass.
 
-    `last_use`: the ones found may be overwritten.
+    `last_use`: `found` may be overwritten.
     """
     factors = grad.to(wide(x.dtype)) * (2 / max(target.numel(), 1))
-    # Prefix 0 is the target alone: no learner depends on its factor.
+    # Prefix 0 depends on the target only: no learner's gradient depends on its factor.
     counted = factors[0 if needs[4] else 1 :].tolist()
     unit = prefix_unit(target, w1.size(0))
     if any(factor != counted[0] for factor in counted):
-        # A product of float16 takes numbers around 1; what is small is multiplied at the end.
+        # float16 products need numbers of about 1; the small factor is multiplied at the end.
         top = factors[-len(counted) :].abs().amax()
         shares = factors / top if unit is None else factors / top * unit
         _, *found = _acm_prefixes.kernel(x, w1, b1, w2, target, shares, activation, detach, needs)

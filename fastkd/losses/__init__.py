@@ -1,6 +1,6 @@
-"""Losses over rows of logits, and what is read beside them: one module an op.
+"""Losses and statistics over rows of logits, one module per op.
 
-Each has the public function with its documentation, and the declaration of its op.
+Each module has the public function with its documentation, and the declaration of its op.
 """
 
 from fastkd.losses._clipped_divergence import clipped_divergence

@@ -39,49 +39,49 @@ def clipped_divergence(
     r"""KL(p || q) over the tokens whose teacher probability lies between two bounds.
 
     With :math:`p = \mathrm{softmax}(z_T / \tau_T)`, :math:`q = \mathrm{softmax}(z_S / \tau)` over
-    the whole vocabulary, the support :math:`S = \{v : lower \le p_v \le upper\}`, with the label
-    where ``keep_label``, and its masses :math:`P = \sum_S p`, :math:`Q = \sum_S q`, a row gives
+    the whole vocabulary, the support :math:`S = \{v : lower \le p_v \le upper\}`, plus the label
+    if ``keep_label``, and its masses :math:`P = \sum_S p`, :math:`Q = \sum_S q`, a row's loss is
 
     =============  =========  ======================================================================
     renormalize    tail
     =============  =========  ======================================================================
-    ``"none"``     ``drop``   :math:`A = \sum_S p \log(p / q)`, the bare sum: can be negative
-    ``"none"``     ``lump``   :math:`A + (1 - P) \log((1 - P) / (1 - Q))`: all else as one outcome
+    ``"none"``     ``drop``   :math:`A = \sum_S p \log(p / q)`, the plain sum: can be negative
+    ``"none"``     ``lump``   :math:`A + (1 - P) \log((1 - P) / (1 - Q))`: the rest as one outcome
     ``"teacher"``  either     :math:`A / P - \log P`: the teacher renormalised inside S
     ``"both"``     either     :math:`A / P - \log P + \log Q`: both renormalised inside S
     =============  =========  ======================================================================
 
-    All but the first are never negative. Where both sides are renormalised or only the teacher is,
-    nothing is left for a tail. An empty support gives 0.
+    All but the first are never negative. After renormalisation of the teacher or of both sides
+    there is no tail. An empty support gives 0.
 
-    With ``softness`` the edges are soft: a token belongs to the support by :math:`s_v =
-    \sigma((p_v - lower) / softness)\, \sigma((upper - p_v) / softness)`, every sum over S
-    is a sum weighted by s, and gradients flow to ``lower`` and ``upper``, so that a network can
+    With ``softness`` the edges are soft: a token has the weight :math:`s_v =
+    \sigma((p_v - lower) / softness)\, \sigma((upper - p_v) / softness)` in the support, every sum
+    over S is weighted by s, and gradients flow to ``lower`` and ``upper``, so that a network can
     learn them.
 
     Args:
         student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
         teacher_logits: the same shape, its own dtype. Gradients flow to it where it requires them
-            (a hard support, and the place of a quantile, count as constant).
+            (a hard support and the position of a quantile are constants).
         lower: the smallest probability of the support: a number, or a float tensor with one a row.
-        upper: the largest.
-        labels: int64 or int32, one a row. Rows with ``ignore_index`` drop out entirely.
-        keep_label: the label belongs to the support whatever its probability.
+        upper: the largest probability of the support, in the same form.
+        labels: int64 or int32, one a row. Rows with ``ignore_index`` are ignored entirely.
+        keep_label: the label is in the support whatever its probability.
         renormalize: see the table.
         tail: see the table.
         softness: width of the soft edges in units of probability, positive; None: hard edges.
         quantile: ``lower`` and ``upper`` are quantile levels in [0, 1] of the row's p over the
-            vocabulary, interpolated linearly as `torch.quantile` does. A hard edge between two
-            probabilities keeps those inside.
+            vocabulary, interpolated linearly as in `torch.quantile`. A hard edge between two
+            probabilities keeps the one inside.
         temperature: of the student: a positive number, or a tensor with one entry a row.
         teacher_temperature: of the teacher; None: the same as ``temperature``.
         weight: see :func:`fastkd.softmax_divergence`, as for all arguments below.
         mask: rows with False are not read.
         label_weight: adds this times the student's cross-entropy at temperature 1 with the labels;
-            0: labels serve ``keep_label`` alone.
+            0: labels are used for ``keep_label`` only.
         shift: see :func:`fastkd.softmax_divergence`.
         ignore_index: see ``labels``.
-        vocab_size: only the first columns count on both sides.
+        vocab_size: only the first ``vocab_size`` columns are used, on both sides.
         reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"elementmean"``.
         normalizer: replaces the reduction's denominator.
         square_temperature: multiplies the divergence by temperature squared.
@@ -93,14 +93,14 @@ def clipped_divergence(
 
     Raises:
         ValueError: lower > upper, a quantile level outside [0, 1], or bounds that require grad
-            without ``softness`` (hard edges have none). On CUDA, where looking at values would wait
-            for the device, a row with such bounds is NaN instead.
+            without ``softness`` (hard edges have no gradient). On CUDA, where a check of values
+            would synchronise, a row with such bounds is NaN instead.
         ValueError, TypeError, IndexError: another argument has the wrong value or type, or a label
-            lies outside.
+            is out of range.
         NotImplementedError: ``group`` is given.
 
     Source: DAC-KL of Multi-Granularity Semantic Revision (arXiv 2407.10068), whose bounds a small
-    network learns; whether it renormalises is not said there.
+    network learns. The paper does not say whether it renormalises.
 
     >>> import torch, fastkd
     >>> student = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
@@ -156,7 +156,7 @@ def given(
 def _check_edges(lower: Any, upper: Any, softness: Any) -> None:
     if softness is not None:
         softness = to_number("clipped_divergence", "softness", softness)
-        # The raw op takes 0 for hard edges. While compiling there is no number to look at.
+        # The raw op takes 0 for hard edges. While compiling the value is not known.
         if not torch.compiler.is_compiling() and not softness > 0:
             raise ValueError(f"clipped_divergence: softness must be positive, got {softness}")
     elif torch.is_grad_enabled():

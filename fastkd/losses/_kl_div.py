@@ -1,11 +1,11 @@
-"""torch.nn.functional.kl_div, fused where that pays and torch's own everywhere else.
+"""torch.nn.functional.kl_div: fused for the common cases, torch's own function for the others.
 
-Three ways through this file:
-  - torch's (``_torch_kl_div``): whatever the kernels do not take.
-  - eager: ``_KlDiv``, an autograd Function around the op ``_kl_div``, which gives the loss and, in
-    the same read, the gradients; backward scales them.
-  - traced (torch.compile, torch.export): the op ``_kl_div_loss``, which gives the loss alone and
-    has an autograd formula in torch's operations, so that an exported graph trains, and so that a
+A call takes one of three paths:
+  - torch's (``_torch_kl_div``): everything that the kernels do not support.
+  - eager: ``_KlDiv``, an autograd Function around the op ``_kl_div``, which computes the loss and,
+    in the same read, the gradients; backward scales them.
+  - traced (torch.compile, torch.export): the op ``_kl_div_loss``, which computes only the loss. Its
+    autograd formula uses torch's operations, so that an exported graph can be trained, and a
     compiled graph fuses it with the operations around it.
 """
 
@@ -26,12 +26,12 @@ from fastkd._ops.library import CUDA_ARCHITECTURES, transforms_active
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TRACED = (*_PLAIN, FakeTensor)
-#: What the ops take for a reduction.
+#: The reductions as numbers, as the ops take them.
 _NONE, _MEAN, _SUM, _BATCHMEAN = range(4)
 _REDUCTIONS = {"none": _NONE, "mean": _MEAN, "sum": _SUM, "batchmean": _BATCHMEAN}
 
-# torch.kl_div and F.kl_div as they are now and at a place that nobody replaces: both names may come
-# to stand for fastkd.kl_div.
+# torch's own functions, saved at import: users may replace torch.kl_div and F.kl_div by
+# fastkd.kl_div.
 _torch_terms = torch._C._VariableFunctions.kl_div
 _functional_kl_div = F.kl_div
 
@@ -52,11 +52,11 @@ def kl_div(
     second derivatives are torch's.
 
     Two contiguous CPU or CUDA tensors of one shape and floating dtype (float64 on the CPU only) are
-    read once, and each gradient asked for is written once. Anything else (broadcasting, mixed
-    dtypes, legacy arguments, tensor subclasses, torch.func transforms) is handed to torch as it is.
+    read once, and each required gradient is written once. In all other cases (broadcasting, mixed
+    dtypes, legacy arguments, tensor subclasses, torch.func transforms) torch's function is called.
     ``torch.nn.functional.kl_div`` may be replaced by this function.
 
-    What is kept for backward, where G stands for the gradients asked for, computed with the loss:
+    Kept for backward (G: the required gradients, which are computed with the loss):
 
     ========================  ====================  ==============  ==============================
     kept for the gradient of  ``input`` only        both            ``target`` only
@@ -66,12 +66,12 @@ def kl_div(
     ``log_target=True``       G                     G               G, ``target``
     ========================  ====================  ==============  ==============================
 
-    The second line also holds for float16 (``log_target=True``: copies of them). Only what is kept
-    must not be changed in place before backward; that is never more than torch keeps. ``target`` in
-    the last line counts only for second derivatives.
+    The second row also holds for float16 (with ``log_target=True`` copies are kept). Only kept
+    tensors must not be changed in place before backward; torch keeps at least the same ones. In the
+    last row ``target`` is used only for second derivatives.
 
-    Under torch.compile and torch.export the op ``fastkd::_kl_div_loss`` keeps what its derivatives
-    are computed from in backward: ``target``, and ``input`` for the gradient of ``target``.
+    Under torch.compile and torch.export the op ``fastkd::_kl_div_loss`` computes its gradients in
+    backward and keeps ``target``, and ``input`` for the gradient of ``target``.
 
     Args:
         input: log-probabilities, any shape.
@@ -86,7 +86,7 @@ def kl_div(
         A scalar, or with ``reduction="none"`` a tensor of the inputs' shape, in their dtype.
 
     Raises:
-        What torch raises.
+        The errors of torch.nn.functional.kl_div.
 
     >>> import torch, fastkd
     >>> x = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
@@ -188,7 +188,7 @@ def _fusable(input: Any, target: Any) -> bool:
 
 
 def _traceable(input: Any, target: Any) -> bool:
-    """Nothing here looks at a size: strides and empty tensors are the op's own business."""
+    """As _fusable, without guards on sizes: the op itself handles strides and empty tensors."""
     return (
         type(input) in _TRACED
         and type(target) in _TRACED
@@ -218,7 +218,7 @@ def _gradients(
     reduction: int,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients as differentiable functions of all three tensors, as torch writes them.
+    """The gradients by torch's formulas, differentiable in all three tensors.
 
     ``input`` is needed for the gradient of ``target`` only.
     """
@@ -238,12 +238,12 @@ def _gradients(
 
 
 class _KlDiv(torch.autograd.Function):
-    """The eager path. The table of what is kept is in :func:`kl_div`.
+    """The eager path. :func:`kl_div` lists the tensors kept for backward.
 
     ``early``: the gradients are computed with the loss, and backward multiplies them by the
-    gradient of the loss. Not so in float16, where a gradient divided by the number of elements
-    would vanish before a loss scaler lifts it, and not for the terms of probabilities, where
-    backward needs no more than ``target``.
+    gradient of the loss. It is False in float16, where a gradient divided by the number of elements
+    would underflow before the loss scale is applied, and for unreduced losses of probabilities,
+    where backward needs only ``target``.
     """
 
     @staticmethod
@@ -255,7 +255,7 @@ class _KlDiv(torch.autograd.Function):
         if not ctx.early:
             loss = ops._kl_div(input, target, log_target, reduction, False, False)[0]
             input = input if need_target else None
-            if log_target:  # torch keeps e^target and target - input: both arguments may change
+            if log_target:  # copied: torch keeps e^target and target - input, so both may change
                 with torch.enable_grad():
                     input = None if input is None else input.clone()
                     target = target.clone()
@@ -302,7 +302,7 @@ class _KlDiv(torch.autograd.Function):
 
 
 def _is_one_plain_tensor(grad_output: Tensor) -> bool:
-    """Not a batch of gradients (``is_grads_batched=True`` has its own kind), not a subclass."""
+    """Neither a batch of gradients (of a transform or ``is_grads_batched=True``) nor a subclass."""
     return not (
         torch.compiler.is_compiling()
         or type(grad_output) not in _PLAIN
@@ -312,7 +312,7 @@ def _is_one_plain_tensor(grad_output: Tensor) -> bool:
 
 
 def _times(gradient: Tensor, grad_output: Tensor) -> Tensor:
-    """The product, in the gradient's memory unless the graph is kept."""
+    """The product, in place unless the graph is retained."""
     if gradient.requires_grad:
         gradient = gradient.detach()
     if grad_output.dim() == 0:
@@ -323,11 +323,11 @@ def _times(gradient: Tensor, grad_output: Tensor) -> Tensor:
 
 
 class _LogTargetGradients(torch.autograd.Function):
-    """Both gradients of a loss with log_target, given, as functions of its arguments.
+    """Makes the two gradients of a loss with log_target differentiable in its arguments.
 
-    With m = scale e^target, that of input is -m and that of target m (target - input) + m: the
-    derivatives are sums of the two. That of input is None where input is a constant; then m is
-    computed from target, if a second derivative is asked for.
+    With m = scale e^target, the gradient of input is -m and that of target m (target - input) + m:
+    their derivatives are sums of the two. The gradient of input is None where input is a constant;
+    m is then computed from target if a second derivative is required.
     """
 
     @staticmethod

@@ -53,30 +53,31 @@ def softmax_divergence(
     ``cross_entropy``   :math:`-\sum_v p_v \log q_v`
     ==================  ====================================================================
 
-    Each input is read from memory once and each gradient written once, in the forward call;
-    backward only scales it, and not at all where the incoming gradient is 1. No table of
-    probabilities is stored. Under ``torch.no_grad()`` no gradient is computed. Until backward the
-    gradients are kept and, for second derivatives, the arguments; with ``inplace`` the gradients
-    alone.
+    Each input is read from memory once and each gradient written once, in the forward call.
+    Backward only scales the gradients, and does nothing where the incoming gradient is 1. No
+    [rows, vocab] tensor of probabilities is stored. Under ``torch.no_grad()`` no gradient is
+    computed. Kept until backward: the gradients and, for second derivatives, the arguments; with
+    ``inplace`` only the gradients.
 
-    Logits are expected, not probabilities. Labels are read in the row they stand in: those of a
-    causal language model belong to the row before, see ``shift``.
+    Pass logits, not probabilities. Row t uses label t. The labels of a causal language model
+    belong to the row before: see ``shift``.
 
-    ``-inf`` logits are probability 0. Mass where the other side has none gives ``inf`` and a
-    finite gradient, as if that entry had probability 2^-126. A column masked with the smallest
-    finite number of its dtype adds nothing where its probability is 0; mass that the other side
-    has there gives the true value, which is huge, and the same finite gradient. A row with a NaN,
-    ``+inf`` or no finite logit gives NaN, that row alone. KL-type values are never negative and
-    stay relatively accurate as the student approaches the teacher, as do the gradients, whatever
-    constant a row's logits carry. Where the teacher is certain of a token that the student hardly
-    expects, the gradients of ``skew_kl`` keep 1e-5; those of ``jsd`` and ``skew_reverse_kl``,
-    which are small there, lose digits, fewer than eager float32.
+    ``-inf`` logits are probability 0. Mass where the other side's probability is 0 gives ``inf``
+    and a finite gradient, as if that probability were 2^-126. A column masked with the smallest
+    finite number of its dtype adds nothing where its probability is 0; mass of the other side
+    there gives the true value, which is huge, and the same finite gradient. A row with a NaN,
+    ``+inf`` or no finite logit gives NaN; other rows are not affected. KL-type values are never
+    negative. They and their gradients stay relatively accurate as the student approaches the
+    teacher, also if a constant is added to a row's logits. Where the teacher is nearly certain of
+    a token to which the student gives little probability, the gradients of ``skew_kl`` are within
+    1e-5; those of ``jsd`` and ``skew_reverse_kl``, which are small there, lose digits, fewer than
+    eager float32.
 
     Args:
-        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. Every
-            leading dimension counts rows (tokens).
-        teacher_logits: the same shape, its own dtype, or a list of such tensors (which take no
-            gradient; with an only tensor, gradients flow to it when it requires them).
+        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. The
+            leading dimensions are rows (tokens).
+        teacher_logits: the same shape, its own dtype, or a list of such tensors. A single tensor
+            gets a gradient if it requires one; tensors in a list do not.
         divergence: one of the table.
         beta: share of the mixture, in [0, 1]; for ``jsd``, ``skew_kl`` and ``skew_reverse_kl``.
         temperature: of the student, positive: a number, or a tensor with one entry a row.
@@ -85,34 +86,33 @@ def softmax_divergence(
             gradient flows to it.
         mask: bool, one a row. A row with mask False or weight 0 is not read, adds nothing and
             gets a zero gradient even where its logits are NaN.
-        teacher_weights: of the teachers, or of the only one: K numbers or a ``[..., K]`` tensor.
-            None: 1/K each.
-        teacher_mix: ``"logits"``: the teacher is softmax of :math:`\sum_k w_k z_k`, weights of
-            any sign; a token that is -inf for a teacher that counts is impossible. ``"probs"``:
-            :math:`\sum_k w_k \mathrm{softmax}(z_k / \tau_T)`, weights not negative and taken
-            relative to their sum. Neither mixture is stored.
+        teacher_weights: one for each of the K teachers (K may be 1): K numbers or a ``[..., K]``
+            tensor. None: 1/K each.
+        teacher_mix: ``"logits"``: the teacher is softmax of :math:`\sum_k w_k z_k`, weights of any
+            sign; a token with logit -inf for a teacher of nonzero weight has probability 0.
+            ``"probs"``: :math:`\sum_k w_k \mathrm{softmax}(z_k / \tau_T)`, weights not negative
+            and divided by their sum. Neither mixture is stored.
         labels: int64 or int32, one a row: adds ``label_weight`` x the cross-entropy of the
             student at temperature 1. Rows with ``ignore_index`` drop out of both terms.
-        label_weight: see ``labels``; with 0 even an impossible label adds nothing.
+        label_weight: see ``labels``; with 0 even a label of probability 0 adds nothing.
         ignore_index: see ``labels``.
-        shift: with 1, row t of each sequence (the dimension before the vocabulary) takes the label,
-            mask and weight of row t + 1, and the last row drops out: logits and labels as a causal
-            model gives them, without slicing either. With n, of row t + n.
-        vocab_size: only the first ``vocab_size`` columns count on both sides (padded
+        shift: with 1, row t of each sequence (the dimension before the vocabulary) uses the label,
+            mask and weight of row t + 1, and the last row is ignored: for the logits and labels of
+            a causal model, without slicing either. With n: those of row t + n.
+        vocab_size: only the first ``vocab_size`` columns are used, on both sides (padded
             vocabularies); the others get a zero gradient.
         reduction: ``"none"`` (one loss a row), ``"sum"``, ``"mean"`` (over rows kept by ``mask``
             and ``ignore_index``), ``"batchmean"`` (over ``student_logits.size(0)``) or
-            ``"elementmean"`` (over rows x vocabulary, what ``nn.KLDivLoss`` does by default). An
-            empty denominator gives 0 with a zero gradient.
+            ``"elementmean"`` (over rows x vocabulary, as ``nn.KLDivLoss`` by default). A
+            denominator of 0 gives 0 with a zero gradient.
         normalizer: replaces the reduction's denominator: a number or a 0-d tensor, for example
             the Trainer's ``num_items_in_batch``.
         square_temperature: multiplies the divergence (not the label term) by temperature².
-        inplace: the gradient overwrites ``student_logits``, whose version counter is bumped: the
-            step then needs no second [rows, vocab] tensor, and the teacher's logits are not kept
-            until backward. The logits are lost: do not read them after the call. Second derivatives
-            are not available. Without grad mode nothing is overwritten.
-            ``logits[:, :-1]`` would undo the saving: its gradient is copied into one of the whole
-            tensor. Use ``shift``.
+        inplace: the gradient overwrites ``student_logits``, whose version counter is incremented.
+            The step then needs no second [rows, vocab] tensor, and the teacher's logits are not
+            kept until backward. Do not read the logits after the call. Second derivatives are not
+            available. Without grad mode nothing is overwritten. Use ``shift`` instead of
+            ``logits[:, :-1]``, whose gradient autograd copies into one of the whole tensor.
         group: reserved for vocabularies split across a process group.
 
     Returns:
@@ -120,8 +120,8 @@ def softmax_divergence(
         dimensions' shape.
 
     Raises:
-        ValueError, TypeError, IndexError: an argument has the wrong value, type, or a label out
-            of range; the message names it, what was expected and what came.
+        ValueError, TypeError, IndexError: an argument has the wrong value or type, or a label is
+            out of range; the message names it, the expected and the actual value.
         NotImplementedError: ``group`` is given.
 
     Sources: Hinton et al. 2015 (arXiv 1503.02531); GKD (2306.13649) for ``jsd``; DistiLLM

@@ -1,4 +1,4 @@
-"""What selective methods look at before they choose tokens: statistics of each row of logits."""
+"""Statistics of each row of logits, for methods that select tokens."""
 
 from typing import Any, NamedTuple
 
@@ -16,9 +16,9 @@ class TokenStats(NamedTuple):
     student_lse: Tensor
     #: Shannon entropy in nats.
     student_entropy: Tensor
-    #: int64, the likeliest token, the lower of equals; -1 where the row is no distribution.
+    #: int64, the likeliest token, of equal ones the lowest; -1 where the row is no distribution.
     student_argmax: Tensor
-    #: Its probability.
+    #: Probability of that token.
     student_top_prob: Tensor
     #: log-probability of the label; NaN where the label is -100.
     student_label_log_prob: Tensor | None
@@ -45,12 +45,12 @@ def token_stats(
 ) -> TokenStats:
     r"""Entropy, likeliest token, label likelihood and divergences of each row, from one read.
 
-    With :math:`q = \mathrm{softmax}(z_S / \tau)` and :math:`p = \mathrm{softmax}(z_T / \tau)`:
-    every field of :class:`TokenStats`, each logits tensor read from memory once and no table of
-    probabilities stored. No gradient flows.
+    Computes every field of :class:`TokenStats` with :math:`q = \mathrm{softmax}(z_S / \tau)` and
+    :math:`p = \mathrm{softmax}(z_T / \tau)`. Each logits tensor is read from memory once, and no
+    tensor of probabilities is stored. The results have no gradient.
 
     ``-inf`` logits are probability 0; a row with a NaN, ``+inf`` or no finite logit gives NaN (and
-    argmax -1), that row alone. The divergences are as accurate near 0 as those of
+    argmax -1), and other rows are not affected. The divergences are as accurate near 0 as those of
     :func:`fastkd.softmax_divergence`.
 
     Args:
@@ -58,15 +58,15 @@ def token_stats(
         teacher_logits: the same shape, its own dtype, or None.
         labels: int64 or int32, one a row; -100 for none.
         temperature: of both sides, positive: a number, or a tensor with one entry a row.
-        vocab_size: only the first columns count on both sides.
+        vocab_size: only the first ``vocab_size`` columns are used, on both sides.
 
     Returns:
         :class:`TokenStats` of float32 tensors (float64 where an input is) in the leading
         dimensions' shape.
 
     Raises:
-        ValueError, TypeError, IndexError: an argument has the wrong value or type, or a label lies
-            outside (on CUDA its log-probability is NaN instead).
+        ValueError, TypeError, IndexError: an argument has the wrong value or type, or a label is
+            out of range (on CUDA its log-probability is NaN instead).
 
     Used by AdaSPEC (arXiv 2510.19779), R2R (2505.21600), dParallel (2509.26488), DistillSpec
     (2310.08461), AlignDistil (2503.02832) and DDK (2407.16154).

@@ -38,65 +38,65 @@ def topk_divergence(
 ) -> Tensor:
     r"""Divergence between a student's logits and a teacher's k stored log-probabilities.
 
-    With :math:`q = \mathrm{softmax}(z_S / \tau)` over the whole vocabulary and the teacher's
-    :math:`\log p_v` for the k tokens of a row, the *support* :math:`S`, the tokens outside count as
-    ``tail`` says:
+    Let :math:`q = \mathrm{softmax}(z_S / \tau)` over the whole vocabulary, and :math:`\log p_v` the
+    teacher's log-probabilities of the k tokens of a row, its *support* :math:`S`. ``tail``
+    says how the tokens outside the support are treated:
 
     ===============  =======================================================================
-    ``lump``         one more outcome on both sides that holds the rest: a divergence between
-                     k + 1 outcomes, never negative, and a lower bound of the true one
+    ``lump``         the rest as one more outcome on both sides: a divergence between k + 1
+                     outcomes, never negative, and a lower bound of the true one
     ``uniform``      the teacher's rest spread evenly over the other vocab - k tokens
     ``renormalize``  both sides renormalised inside the support
-    ``drop``         the bare sum over the support. **Not a divergence**: it can be negative,
-                     and its minimum is not at q = p. It is what most code computes; here for
+    ``drop``         the plain sum over the support. **Not a divergence**: it can be negative,
+                     and its minimum is not at q = p. Most code computes this; it is here for
                      comparison.
     ===============  =======================================================================
 
     Divergences are those of :func:`fastkd.softmax_divergence`. The student's logits are read once
     and their gradient written once; the k entries are gathered and corrected in the same passes.
 
-    Log-probabilities stored at temperature ``stored_temperature`` are taken to
-    ``teacher_temperature`` by :math:`r \log p_v - \log Z`, r their ratio. Where it is not 1,
-    :math:`Z` needs the tokens that were not stored: the rest then counts as if spread evenly,
-    :math:`(V - k)^{1-r} (1 - \sum_S p)^r` (``renormalize`` needs none of it and is exact).
+    Log-probabilities stored at ``stored_temperature`` are converted to ``teacher_temperature`` by
+    :math:`r \log p_v - \log Z`, where r is the ratio of the two. Where r is not 1, :math:`Z`
+    depends on the tokens that were not stored: they are then assumed to be spread evenly,
+    :math:`(V - k)^{1-r} (1 - \sum_S p)^r` (``renormalize`` does not need them and is exact).
     Storing at the temperature of training is exact for every tail.
 
-    What a row's support leaves open:
+    Special cases:
 
-    - ``renormalize`` compares nothing where the teacher or the student (by -inf) has no mass on the
-      support: such a row is NaN.
-    - A stored mass near 1 leaves a rest, 1 minus the mass, that is mostly rounding. KL(q‖p) would
-      be infinite or not as the last bit has it. ``reverse_kl`` (and ``jsd`` with ``beta=1``)
-      therefore takes the rest to be at least u · max(Σ p |log p|, u), with u half a unit in the
-      last place of 1 in the stored format, and never less than float32's 2^-24.
+    - With ``renormalize``, a row where the teacher or the student (by -inf) has no mass on the
+      support is NaN.
+    - Where the stored mass is near 1, the rest (1 minus the mass) is mostly rounding error, and its
+      last bit would decide whether KL(q‖p) is infinite. ``reverse_kl`` (and ``jsd`` with
+      ``beta=1``) therefore uses a rest of at least u · max(Σ p |log p|, u), with u half a unit in
+      the last place of 1 in the stored format, and never less than float32's 2^-24.
 
     Args:
         student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
         teacher_log_probs: ``[..., k]`` natural logarithms, any float dtype, in any order,
             normalised over the whole vocabulary (as :func:`fastkd.teacher_topk` gives them).
             Gradients flow to them where they require it. Masses that exceed 1 by rounding (2 %)
-            are scaled back, except by ``drop``.
-        teacher_indices: ``[..., k]`` int32 or int64, distinct in a row; -1 pads a short row. An
-            index that a row holds more than once is padding, too, where its log-probability is -1e4
-            or less (as servers pad with id 0 and -inf or -1e9).
+            are scaled to 1, except by ``drop``.
+        teacher_indices: ``[..., k]`` int32 or int64, distinct in a row; -1 pads a short row. A
+            repeated index is also padding where its log-probability is -1e4 or less (servers pad
+            with id 0 and -inf or -1e9).
         divergence: ``"forward_kl"``, ``"reverse_kl"``, ``"jsd"`` or ``"cross_entropy"``.
         beta: share of the mixture of ``jsd``.
         tail: one of the table.
         temperature: of the student: a positive number, or a tensor with one entry a row.
-        stored_temperature: at which the log-probabilities were taken.
-        teacher_temperature: at which they are to count; None: the same as ``temperature``.
-        min_log_prob: a floor, negative, for the log-probabilities of both sides. What it raises
-            takes no gradient. Both sides then no longer sum to 1, so that values may fall below 0
-            by about as much as was added.
-        max_token_loss: a cap for a row's divergence (not the label's term). A row above it takes
-            no gradient.
+        stored_temperature: at which the log-probabilities were computed.
+        teacher_temperature: to which they are converted; None: the same as ``temperature``.
+        min_log_prob: a floor, negative, for the log-probabilities of both sides. Entries below it
+            get no gradient. Both sides then no longer sum to 1, so that values may fall below 0 by
+            about the mass that was added.
+        max_token_loss: a cap for a row's divergence (not the label's term). A row above it gets no
+            gradient.
         weight: see :func:`fastkd.softmax_divergence`, as for all arguments below.
         mask: rows with False are not read, nor are their indices.
         labels: adds ``label_weight`` x cross-entropy at temperature 1 from the same read.
         label_weight: see ``labels``.
         ignore_index: see ``labels``.
-        shift: see :func:`fastkd.softmax_divergence`. It does not move the teacher's entries.
-        vocab_size: only the first columns of the logits count.
+        shift: see :func:`fastkd.softmax_divergence`. It does not shift the teacher's entries.
+        vocab_size: only the first ``vocab_size`` columns of the logits are used.
         reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"elementmean"``.
         normalizer: replaces the reduction's denominator.
         square_temperature: multiplies the divergence by temperature².
@@ -109,8 +109,8 @@ def topk_divergence(
     Raises:
         IndexError: an index (or label) outside the vocabulary.
         ValueError, TypeError: duplicate indices, positive log-probabilities, a mass over 1, or
-            another argument of the wrong value or type. (On CUDA, where looking at values would
-            wait for the device, such a row is NaN instead.)
+            another argument of the wrong value or type. (On CUDA, where a check of values would
+            synchronise, such a row is NaN instead.)
         NotImplementedError: ``group`` is given.
 
     Sources: Hinton et al. 2015 (arXiv 1503.02531); the tails follow FKD's label variants (MEAL V2,

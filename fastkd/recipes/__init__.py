@@ -2,13 +2,13 @@
 
 ===================  ============================================================================
 :func:`alm`          approximate likelihood matching of chunks of two tokenizers (2503.20083)
-:func:`alm_latents`  hidden states where chunks end (2503.20083)
+:func:`alm_latents`  hidden states at the ends of chunks (2503.20083)
 :func:`uld`          sorted probabilities (2402.12030)
-:func:`mined`        logits carried over by :func:`edit_distance_map` (2301.12726, 2401.10491)
+:func:`mined`        logits mapped by :func:`edit_distance_map` (2301.12726, 2401.10491)
 :func:`dskd`         hidden states through the other model's head (2406.17328)
 ===================  ============================================================================
 
-Each is a method's distillation term; cross-entropy on the text is the caller's to add.
+Each is a method's distillation term only. Add the cross-entropy on the text where it is needed.
 """
 
 from fastkd.recipes.cross_tokenizer import alm, alm_latents, uld

@@ -1,4 +1,4 @@
-"""What the recipes share: chunks as places, checks of arguments, reductions."""
+"""Code shared by the recipes: chunks as indices, checks of arguments, reductions."""
 
 import functools
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from fastkd.tokenizers._byte_vocab import ByteVocab
 
 
 def wide(values: Tensor) -> Tensor:
-    """float32, or float64 as it is."""
+    """The values in float32, or unchanged if they are float64."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def check_integers(function: str, name: str, values: Tensor, shape: Sequence[int]) -> None:
-    """int64 or int32 of this shape."""
+    """Raise unless the values are int64 or int32 of this shape."""
     check_tensors(function, {name: values})
     if values.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{function}: {name} must be int64 or int32, got {values.dtype}")
@@ -34,7 +34,7 @@ def check_integers(function: str, name: str, values: Tensor, shape: Sequence[int
 
 
 def readable(values: Tensor) -> bool:
-    """Whether a check may look at the values: they are there, and nothing has to be waited for."""
+    """Whether a check can read the values without a synchronisation."""
     return not (
         torch.compiler.is_compiling()
         or values.device.type != "cpu"
@@ -45,7 +45,7 @@ def readable(values: Tensor) -> bool:
 
 
 def check_range(function: str, name: str, values: Tensor, lowest: int, end: int) -> None:
-    """All in [lowest, end), where that can be known."""
+    """Raise unless all values are in [lowest, end), if they can be read."""
     if not readable(values) or not values.numel():
         return
     for found in (int(values.min()), int(values.max())):
@@ -54,7 +54,7 @@ def check_range(function: str, name: str, values: Tensor, lowest: int, end: int)
 
 
 def check_mask(function: str, name: str, mask: Tensor | None, shape: Sequence[int]) -> None:
-    """Bool of this shape, or None."""
+    """Raise unless the mask is None or bool of this shape."""
     if mask is None:
         return
     check_tensors(function, {name: mask})
@@ -65,7 +65,7 @@ def check_mask(function: str, name: str, mask: Tensor | None, shape: Sequence[in
 
 
 def check_batch(function: str, name: str, values: Tensor, like: Tensor) -> None:
-    """``[B, T, width]`` with the same B as the student's."""
+    """Raise unless the values are ``[B, T, width]`` with the same B as the student's."""
     if values.dim() != 3 or values.size(0) != like.size(0):
         raise ValueError(
             f"{function}: {name} must be [{like.size(0)}, length, width], got {list(values.shape)}"
@@ -73,7 +73,7 @@ def check_batch(function: str, name: str, values: Tensor, like: Tensor) -> None:
 
 
 def check_number(function: str, num_chunks: int) -> int:
-    """A count."""
+    """The number of chunks as an integer; raise if it is negative."""
     num_chunks = to_integer(function, "num_chunks", num_chunks)
     if num_chunks < 0:
         raise ValueError(f"{function}: num_chunks must not be negative, got {num_chunks}")
@@ -88,7 +88,7 @@ def chunk_slots(chunks: Tensor, num_chunks: int) -> Tensor:
 def chunk_ends(
     function: str, name: str, rows: Tensor, chunks: Tensor, num_chunks: int
 ) -> tuple[Tensor, Tensor]:
-    """Last token of each chunk, -1 for a chunk without, and number of its tokens, ``[B, chunks]``.
+    """Last token of each chunk, -1 if it has none, and number of its tokens, ``[B, chunks]``.
 
     ``rows`` is the ``[B, T, width]`` that the chunks ``[B, T]`` belong to.
     """
@@ -105,7 +105,7 @@ def chunk_ends(
 def first_token_chunks(mask: Tensor | None, places: Tensor, num_chunks: int) -> Tensor:
     """Chunks with a token that no row scores, bool ``[B, num_chunks + 1]``.
 
-    Such are the tokens at the beginning of a row, and where there is a mask those after padding.
+    These are the first tokens of a row, and with a mask the first tokens after padding.
     """
     first = torch.arange(places.size(1), device=places.device).expand_as(places) == 0
     if mask is not None:
@@ -115,14 +115,14 @@ def first_token_chunks(mask: Tensor | None, places: Tensor, num_chunks: int) -> 
 
 
 def shifted(values: Tensor, fill: int) -> Tensor:
-    """At t what was at t + 1."""
+    """The values moved from t + 1 to t."""
     return F.pad(values[:, 1:], (0, min(1, values.size(1))), value=fill)
 
 
 def boundaries(
     student: ByteVocab, student_logits: Tensor, teacher: ByteVocab, teacher_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Boundary sets of vocabularies, False for columns of the logits behind them."""
+    """Boundary sets of vocabularies, False for additional columns of the logits."""
     device, mode = str(student_logits.device), fake_mode_of(student_logits)
     found = []
     for boundary, vocab, logits in zip(
@@ -144,7 +144,7 @@ def _boundary_of(vocab: ByteVocab) -> tuple[Any, ...]:
 def _known_boundaries(
     student: ByteVocab, teacher: ByteVocab, device: str, mode: Any
 ) -> tuple[Tensor, ...]:
-    # Both in one call: the compiler takes two constant tensors of one function for the same.
+    # Both in one call: the compiler treats two constant tensors of one function as the same.
     return tuple(
         v._constants.tensors("boundary", device, functools.partial(_boundary_of, v), mode)[0]
         for v in (student, teacher)
@@ -158,7 +158,7 @@ def reduced(
     reduction: str,
     normalizer: float | Tensor | None,
 ) -> Tensor:
-    """The losses, their sum, or it over a denominator; nothing to divide by gives 0.
+    """The losses, their sum, or the sum over a denominator; a denominator of 0 gives 0.
 
     ``"sequence_mean"``: the mean over a text's rows, then over the texts (dimension 0).
     """

@@ -1,4 +1,4 @@
-"""Losses of rows, a block of rows at a time: no table over all rows but the gradient."""
+"""Losses of rows, a block of rows at a time: of all rows only the gradient is stored."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fastkd._ops.gradient import differentiable_gradients, scaled
 
-#: Entries of the widest table of a block: 16 MB of float32.
+#: Entries of the widest tensor of a block: 16 MB of float32.
 _ENTRIES = 1 << 22
 
-#: Gets which of the rows it is asked for, and these rows of the inputs; returns a value for each.
+#: Takes a slice of the chosen rows, and these rows of the inputs; returns a value for each.
 RowLoss = Callable[..., Tensor]
 
 
@@ -27,7 +27,7 @@ def chosen(values: Tensor, kept: Tensor) -> Tensor:
 
 
 def placed(values: Tensor, kept: Tensor) -> Tensor:
-    """Values ``[M]`` of the chosen rows at their places, 0 elsewhere."""
+    """Values ``[M]`` of the chosen rows at their positions, 0 elsewhere."""
     if torch.compiler.is_compiling():
         return torch.where(kept, values.view(kept.shape), 0)
     (rows,) = kept.flatten().nonzero(as_tuple=True)
@@ -35,7 +35,7 @@ def placed(values: Tensor, kept: Tensor) -> Tensor:
 
 
 def at_rows(values: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
-    """Some of a tensor's rows; in a compiled graph 0 where one is not kept, so as to be finite."""
+    """Some of a tensor's rows; in a compiled graph 0 for those not kept, which may hold NaN."""
     found = values[rows]
     if torch.compiler.is_compiling():
         return torch.where(kept.reshape(-1, *[1] * (found.dim() - 1)), found, 0)
@@ -45,13 +45,12 @@ def at_rows(values: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
 def by_blocks(
     loss: RowLoss, inputs: Sequence[Tensor], rows: Sequence[Tensor], kept: Tensor, width: int
 ) -> Tensor:
-    """Loss of each of the M chosen rows, which autograd sees as a function of the inputs.
+    """Loss of each of the M chosen rows, as a differentiable function of the inputs.
 
-    ``inputs[i]`` is ``[N_i, ...]`` and may take a gradient, ``rows[i]`` (int64 ``[M]``, no number
-    twice, of :func:`chosen` by ``kept``) says where its rows are. The gradient is computed with the
-    value, block by block, and backward only scales it. ``width`` is that of the widest table that
-    `loss` makes. In a compiled graph there is one block, of all rows, differentiated by the
-    compiler.
+    ``inputs[i]`` is ``[N_i, ...]`` and may require a gradient. ``rows[i]``, int64 ``[M]``, are the
+    distinct indices of its rows, from :func:`chosen` by ``kept``. The gradient is computed with the
+    value, block by block, and backward only scales it. ``width`` is that of the widest tensor in
+    `loss`. In a compiled graph there is one block of all rows, and the compiler differentiates it.
     """
     if torch.compiler.is_compiling():
         parts = [at_rows(x, places, kept) for x, places in zip(inputs, rows, strict=True)]
@@ -105,7 +104,7 @@ class _ByBlocks(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         count = len(ctx.needs)
-        saved = ctx.saved_tensors  # once: a checkpoint gives them once
+        saved = ctx.saved_tensors  # read once: under a checkpoint it can be read only once
         inputs, gradients = saved[:count], iter(saved[count:])
         if torch.is_grad_enabled():  # create_graph=True
             every = slice(0, ctx.rows[0].numel())

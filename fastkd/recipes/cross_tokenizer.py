@@ -50,33 +50,33 @@ def alm(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    r"""Approximate likelihood matching on what two causal models return, with its published values.
+    r"""Approximate likelihood matching of two causal models' outputs, with the published defaults.
 
-    :func:`fastkd.alm_loss` of each chunk of :func:`fastkd.align_batch`, where row t of the logits
-    scores token t + 1, and a token begins a word if its bytes start with a space, tab or newline,
-    or if it has none (:meth:`fastkd.ByteVocab.boundary`). Nothing is copied for the shift. The row
-    of a text's last token tells whether a word begins after it, so that its last chunk is debiased
-    like the others.
+    This is :func:`fastkd.alm_loss` for the chunks of :func:`fastkd.align_batch`. Row t of the
+    logits scores token t + 1; nothing is copied for the shift. A token begins a word if its bytes
+    start with a space, tab or newline, or if it has none (:meth:`fastkd.ByteVocab.boundary`). The
+    row of a text's last token has the probability that a word begins after it, so that the last
+    chunk is debiased like the others.
 
     No row scores the first token of a text. A chunk that contains it on either side is left out on
-    both: what remains of it covers different bytes for the two models, whose likelihoods cannot be
+    both, as its other tokens cover different bytes in the two models, whose likelihoods cannot be
     compared. (The paper's code leaves out only that token.) Where both texts begin with a token
-    without bytes, nothing is lost.
+    without bytes, no chunk is left out.
 
     Args:
         student_logits: ``[B, T_S, vocab_S]``, all rows; at least as many columns as the vocabulary
-            has ids. Columns that it does not have begin no word.
-        student_ids: ``[B, T_S]``, the tokens that went in. Those in chunks must be of the
-            vocabulary (checked on the CPU, outside of compiled graphs).
+            has ids. Additional columns are not in the boundary set.
+        student_ids: ``[B, T_S]``, the input tokens. Those in chunks must be ids of the vocabulary
+            (checked on the CPU, outside of compiled graphs).
         student_chunks: ``[B, T_S]``, -1 for none.
         teacher_logits: ``[B, T_T, vocab_T]``.
         teacher_ids: ``[B, T_T]``.
         teacher_chunks: ``[B, T_T]``.
-        num_chunks: how many chunks a text may have.
+        num_chunks: the largest number of chunks of a text.
         student_vocab: for its boundary set.
-        teacher_vocab: for its boundary set, which also decides on merging.
-        student_mask: bool ``[B, T_S]``, False for padding: where texts are padded on the left, or
-            several share a row with padding between them, tells which tokens come first.
+        teacher_vocab: for its boundary set, which is also used for merging.
+        student_mask: bool ``[B, T_S]``, False for padding. Needed to find the first tokens where
+            texts are padded on the left, or several texts are in a row with padding between them.
         teacher_mask: bool ``[B, T_T]``.
         divergence, temperature, epsilon, merge_threshold, debias, reduction, normalizer: see
             :func:`fastkd.alm_loss`.
@@ -164,7 +164,7 @@ def alm_latents(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    r"""Distance of two models' hidden states at the last token of each chunk, in units of its size.
+    r"""Relative distance of two models' hidden states at the last token of each chunk.
 
     With :math:`s_c` and :math:`t_c` the two rows of chunk c, D channels and n chunks that have
     tokens on both sides, a chunk's loss is :math:`\frac1D \sum_d |s_{cd} - t_{cd}|^k /
@@ -176,15 +176,15 @@ def alm_latents(
     ``l2``, ``l1``      the same with one v for all channels, the mean of the above
     ==================  =========================================================
 
-    Rows of no chunk are not looked at. Gradients flow to whatever requires them. For several
-    layers, add up their losses.
+    Rows in no chunk are ignored. All inputs that require a gradient get one. For several layers,
+    add up their losses.
 
     Args:
         student_hidden: ``[B, T_S, D_S]``.
         teacher_hidden: ``[B, T_T, D]``.
-        student_chunks: ``[B, T_S]``, of :func:`fastkd.align_batch`; -1 for none.
+        student_chunks: ``[B, T_S]``, from :func:`fastkd.align_batch`; -1 for none.
         teacher_chunks: ``[B, T_T]``.
-        num_chunks: how many chunks a text may have.
+        num_chunks: the largest number of chunks of a text.
         norm: one of the table.
         projection: maps the student's rows ``[B, num_chunks, D_S]`` to D channels, for example an
             ``nn.Linear``; needed where the widths differ.
@@ -255,22 +255,23 @@ def uld(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    r"""Universal logit distillation: how far two vocabularies' sorted probabilities are apart.
+    r"""Universal logit distillation: distance between two vocabularies' sorted probabilities.
 
     With q and p the softmaxes of a pair of rows, sorted descending and padded with zeros to the
-    wider vocabulary, a row's loss is :math:`\sum_i |q_{(i)} - p_{(i)}|`: what a token means plays
-    no part, only how likely the first, second, ... token is.
+    wider vocabulary, a row's loss is :math:`\sum_i |q_{(i)} - p_{(i)}|`. It depends only on the
+    probabilities of the first, second, ... token, not on which tokens these are.
 
-    Rows are paired by place, or, with chunks, the rows of the last tokens of each chunk, after
-    which both models have read the same bytes. They are sorted some at a time; what is stored of
-    all rows is the student's gradient only.
+    Rows are paired by position. With chunks, the rows of the last tokens of each chunk are paired,
+    where both models have read the same bytes. Rows are sorted in blocks; of all rows only the
+    student's gradient is stored.
 
     Args:
         student_logits: ``[..., vocab_S]``; with chunks ``[B, T_S, vocab_S]``.
-        teacher_logits: ``[..., vocab_T]``, takes no gradient; with chunks ``[B, T_T, vocab_T]``.
-        student_chunks: ``[B, T_S]``, of :func:`fastkd.align_batch`; all three or none.
+        teacher_logits: ``[..., vocab_T]``, gets no gradient; with chunks ``[B, T_T, vocab_T]``.
+        student_chunks: ``[B, T_S]``, from :func:`fastkd.align_batch`. Pass this, teacher_chunks and
+            num_chunks, or none of them.
         teacher_chunks: ``[B, T_T]``.
-        num_chunks: how many chunks a text may have.
+        num_chunks: the largest number of chunks of a text.
         mask: bool, the shape of the loss of rows: False leaves a row out.
         temperature: of the student, positive.
         teacher_temperature: None: the same.
@@ -288,8 +289,8 @@ def uld(
 
     Source: Boizard et al. 2024 (arXiv 2402.12030) and its code (Nicolas-BZRD/llm-recipes), which
     adds 1.5 times this with ``reduction="sequence_mean"`` to the cross-entropy, at temperature 1.
-    It pairs rows by place from the beginning of the answer, cut to the shorter one, without the
-    student's end of text: pass slices or a mask for that.
+    The code pairs rows by position from the beginning of the answer, truncated to the shorter one,
+    without the student's end of text: pass slices or a mask for that.
 
     >>> import torch, fastkd
     >>> student, teacher = torch.tensor([[0.0, 9.0]]), torch.tensor([[9.0, 0.0, -50.0]])

@@ -26,17 +26,17 @@ Map = Callable[[Tensor], Tensor]
 
 
 class DskdSide(NamedTuple):
-    """What :func:`dskd` needs of one model, of whole texts: nothing is shifted."""
+    """The tensors of one model for :func:`dskd`, of whole texts, without any shift."""
 
     #: ``[B, T, vocab]``: row t scores token t + 1.
     logits: Tensor
-    #: ``[B, T, D]``: the hidden states that the head makes the logits of.
+    #: ``[B, T, D]``: the hidden states, the inputs of the head.
     hidden: Tensor
-    #: ``[B, T, E]``: embeddings of the tokens that went in; the teacher's have E = D.
+    #: ``[B, T, E]``: embeddings of the input tokens; the teacher's have E = D.
     embeddings: Tensor
-    #: ``[vocab, D]``: the weight of the head. It takes no gradient from here.
+    #: ``[vocab, D]``: the weight of the head. It gets no gradient.
     head: Tensor
-    #: bool ``[B, T]``, False for tokens that are not to be learned: padding, a prompt, and behind
+    #: bool ``[B, T]``, False for tokens that are not to be learned: padding, a prompt, and after
     #: padding on the left the first token of the text.
     mask: Tensor | None = None
 
@@ -59,8 +59,8 @@ def dskd(
 ) -> Tensor:
     r"""Dual-space distillation with cross-model attention between the tokens of two tokenizers.
 
-    Row t stands for the step from token t to token t + 1. With e the embeddings, h the hidden
-    states, and :math:`\bar x = x / \mathrm{std}(x)` over all entries of rows that count:
+    Row t is the step from token t to token t + 1. With e the embeddings, h the hidden states, and
+    :math:`\bar x = x / \mathrm{std}(x)` over all entries of rows that count:
 
     .. math:: A = \frac{\text{query}([e^S_t; e^S_{t+1}])\, \bar{[e^T_u; e^T_{u+1}]}^\top}
                        {\sqrt{2 E_T}}, \qquad
@@ -68,28 +68,28 @@ def dskd(
               \qquad
               h^{S \to T} = \mathrm{softmax}(A^\top)\, \text{to\_teacher}(h^S_t)
 
-    In the student's space, with :math:`z = h^{T \to S} \text{head}_S^\top`, a row's loss is the
-    cross-entropy of z, which trains the maps, and the divergence of the student's logits from z
-    (as a constant), with ``only_correct`` where z's best token is the right one. In the teacher's
-    space it is the forward KL divergence of :math:`h^{S \to T} \text{head}_T^\top` from the
-    teacher's logits, both at ``temperature``.
-    The result is the sum of both spaces' means. Logits of the other space are made and used some
-    rows at a time, never stored whole.
+    In the student's space, with :math:`z = h^{T \to S} \text{head}_S^\top`, a row's loss is the sum
+    of the cross-entropy of z, which trains the maps, and the divergence of the student's logits
+    from z (as a constant); with ``only_correct`` the divergence is added only where z's best token
+    is the right one. In the teacher's space it is the forward KL divergence of
+    :math:`h^{S \to T} \text{head}_T^\top` from the teacher's logits, both at ``temperature``. The
+    result is the sum of both spaces' means. Logits of the other space are computed in blocks of
+    rows and not stored.
 
     Args:
         student: :class:`DskdSide`; gradients flow to its logits, hidden states and embeddings.
-        teacher: :class:`DskdSide`; its logits take no gradient.
+        teacher: :class:`DskdSide`; its logits get no gradient.
         student_ids: ``[B, T_S]``, the tokens.
         query: maps ``[B, T_S - 1, 2 E_S]`` to ``2 E_T``, for example an ``nn.Linear``. None: both
-            have one tokenizer, and rows are paired by place (dual-space distillation without
-            attention, :math:`h^{T \to S} = \text{to\_student}(h^T)`).
+            have the same tokenizer, and rows are paired by position (dual-space distillation
+            without attention, :math:`h^{T \to S} = \text{to\_student}(h^T)`).
         to_student: maps ``D_T`` to ``D_S``; None leaves the student's space out.
         to_teacher: maps ``D_S`` to ``D_T``; None leaves the teacher's space out.
-        only_correct: see above. None: with a query, as in the paper's code.
+        only_correct: see above. None: True with a query, as in the paper's code.
         divergence, beta, temperature, teacher_temperature: see :func:`fastkd.softmax_divergence`,
-            in the student's space; of these only the temperature counts in the teacher's.
+            in the student's space; of these only the temperature is used in the teacher's.
         reduction: ``"mean"`` over each space's rows, or ``"sum"``.
-        normalizer: the two denominators, of the student's and the teacher's space, instead.
+        normalizer: replaces the two denominators, of the student's and the teacher's space.
 
     Returns:
         A scalar, float32 (float64 if a side is).
@@ -98,10 +98,10 @@ def dskd(
         ValueError, TypeError, IndexError: an argument has the wrong value or type.
 
     Source: Zhang et al. 2024 (arXiv 2406.17328) and its code (songmzhang/DSKD), whose total is the
-    mean of this and the cross-entropy of the student. Its scripts have temperature 2, without its
-    square. Differences: there no gradient flows to the embeddings (pass them detached), both spaces
-    are divided by the student's number of tokens n (``normalizer=(n, n)``), and the standard
-    deviation is taken over padding too.
+    mean of this and the cross-entropy of the student. Its scripts have temperature 2, without a
+    factor of its square. Differences: in the code no gradient flows to the embeddings (pass them
+    detached), both spaces are divided by the student's number of tokens n (``normalizer=(n, n)``),
+    and the standard deviation includes padding.
 
     >>> import torch, fastkd
     >>> def side(vocab, width):
@@ -184,7 +184,7 @@ def dskd(
 
 
 def _check_side(name: str, side: DskdSide, like: Tensor) -> None:
-    """Shapes that fit one another."""
+    """Raise unless the shapes of a side match."""
     tensors = {f"{name}.{field}": getattr(side, field) for field in side._fields[:4]}
     check_tensors("dskd", tensors)
     for field in ("logits", "hidden", "embeddings"):
@@ -208,7 +208,7 @@ def _carried(
     to_student: Map | None,
     to_teacher: Map | None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Which steps count on each side, and hidden states for each carried over from the other."""
+    """The steps that count on each side, and the hidden states mapped to it from the other."""
     own, other = _steps(student), _steps(teacher)
     hidden = [_only(side.hidden[:, :-1], x) for side, x in ((student, own), (teacher, other))]
     if query is None:
@@ -222,7 +222,7 @@ def _carried(
             None if function is None else function(x)
             for function, x in zip(maps, reversed(hidden), strict=True)
         ]
-    # Where the other side has no step there is nothing to attend to.
+    # A text without steps on the other side has nothing to attend to.
     kept = [own & other.any(1, keepdim=True), other & own.any(1, keepdim=True)]
     questions, keys = (
         torch.cat([_only(x[:, :-1], at), _only(x[:, 1:], at)], -1)
@@ -260,12 +260,12 @@ def _steps(side: DskdSide) -> Tensor:
 
 
 def _only(values: Tensor, kept: Tensor) -> Tensor:
-    """Rows that do not count become 0, whatever they hold."""
+    """The values with 0 for rows that do not count, also where these hold NaN."""
     return torch.where(kept.unsqueeze(-1), values, 0)
 
 
 def _of_unit_size(values: Tensor, kept: Tensor) -> Tensor:
-    """Over the standard deviation of all entries of the rows that count, the others being 0."""
+    """Values over the standard deviation of the rows that count; the other rows must be 0."""
     precise = wide(values)
     count = kept.sum() * values.size(-1)
     mean = precise.sum() / count.clamp(min=1)
@@ -281,7 +281,7 @@ def _attended(scores: Tensor, values: Tensor, kept: Tensor) -> Tensor:
 
 
 def _rows(kept: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Where the steps that count lie among all rows, and among the steps."""
+    """Indices of the steps that count among all rows, and among the steps."""
     texts = torch.arange(kept.size(0), device=kept.device).unsqueeze(-1)
     steps = torch.arange(kept.size(1), device=kept.device)
     return chosen(texts * length + steps, kept), chosen(texts * kept.size(1) + steps, kept)
@@ -290,5 +290,5 @@ def _rows(kept: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def _total(
     losses: Tensor, kept: Tensor, reduction: str, normalizer: float | Tensor | None
 ) -> Tensor:
-    """Sum, over the denominator if there is one; an empty one gives 0."""
+    """The sum, over the denominator if there is one; a denominator of 0 gives 0."""
     return reduced("dskd", placed(losses, kept), kept, reduction, normalizer)

@@ -1,4 +1,4 @@
-"""The token of another vocabulary that is nearest in bytes."""
+"""The nearest token of another vocabulary, by edit distance in bytes."""
 
 from collections.abc import Iterator
 
@@ -16,17 +16,17 @@ def edit_distance_map(student_vocab: ByteVocab, teacher_vocab: ByteVocab) -> Ten
     r"""For each student token the teacher token with the smallest edit distance in bytes.
 
     Edits are insertions, deletions and replacements of one byte (Levenshtein). A token with the
-    same bytes is the nearest one; of several nearest the one with the longest common prefix is
-    taken, of those the lowest id, in a byte-pair vocabulary the most frequent. An id without bytes
-    goes to the first id of the teacher's class of the same name (``"eos"`` to ``"eos"``), or to
-    none.
+    same bytes is the nearest one. Of several nearest tokens the one with the longest common prefix
+    is used, of those the lowest id, which in a byte-pair vocabulary is the most frequent. An id
+    without bytes is mapped to the first id of the teacher's class of the same name (``"eos"`` to
+    ``"eos"``), or to none.
 
-    Equal tokens are found in a dictionary. The others ask for a token within k = 1, 2, 3, ...
-    edits: only lengths that differ by at most k, and of those only tokens with
-    :math:`\max(|s|, |t|) - |s \cap t| \leq k` can be (an edit changes the multiset of bytes by one;
-    the intersections are sums over columns of byte counts), and of these the distance is computed
-    in a band of 2k + 1 diagonals, for many pairs at once. SmolLM2 (49,152) to GPT-2 (50,256) takes
-    seconds, Qwen (151,643) to SmolLM2 a minute: keep the result.
+    Equal tokens are found in a dictionary. For the others, tokens within k = 1, 2, 3, ... edits are
+    searched. Candidates have a length that differs by at most k and
+    :math:`\max(|s|, |t|) - |s \cap t| \leq k` (an edit changes the multiset of bytes by one; the
+    intersections are sums over columns of byte counts). Their distance is computed in a band of
+    2k + 1 diagonals, for many pairs at once. SmolLM2 (49,152) to GPT-2 (50,256) takes seconds, Qwen
+    (151,643) to SmolLM2 a minute: keep the result.
 
     Args:
         student_vocab: the tokens to be mapped.
@@ -39,8 +39,8 @@ def edit_distance_map(student_vocab: ByteVocab, teacher_vocab: ByteVocab) -> Ten
         TypeError: a vocabulary is no :class:`fastkd.ByteVocab`. ValueError: the teacher has no
             token with bytes.
 
-    Sources: the mapping of Fu et al. 2023 (arXiv 2301.12726) and FuseLLM (arXiv 2401.10491),
-    recalled, not verified.
+    Sources: the mapping of Fu et al. 2023 (arXiv 2301.12726) and FuseLLM (arXiv 2401.10491), from
+    memory, not verified.
 
     >>> import fastkd
     >>> student = fastkd.ByteVocab([b"cat", b"cats", b"dog", None], special={"eos": [3]})
@@ -72,7 +72,7 @@ def edit_distance_map(student_vocab: ByteVocab, teacher_vocab: ByteVocab) -> Ten
 
 
 def _classes(vocab: ByteVocab) -> Iterator[tuple[str, list[int]]]:
-    """Each class of ids without bytes that has some."""
+    """Each class of ids without bytes that is not empty."""
     places = vocab.segments(b"")[257:].tolist()
     for name, (begin, end) in zip(vocab.special_classes, places, strict=True):
         if begin < end:
@@ -80,7 +80,7 @@ def _classes(vocab: ByteVocab) -> Iterator[tuple[str, list[int]]]:
 
 
 class _Tokens:
-    """Byte strings by length: all bytes in a row, where each begins, byte counts."""
+    """Byte strings sorted by length: concatenated bytes, where each begins, byte counts."""
 
     def __init__(self, tokens: list[bytes]) -> None:
         self.lengths = np.array([len(token) for token in tokens], dtype=np.int64)
@@ -96,13 +96,13 @@ class _Tokens:
         return np.bincount(places, minlength=256 * size).astype(self.kind).reshape(256, size)
 
     def matrix(self, which: np.ndarray, length: int) -> np.ndarray:
-        """The first ``length`` bytes of some tokens, ``[length, which]``; anything behind ends."""
+        """The first ``length`` bytes of some tokens, ``[length, which]``; arbitrary after ends."""
         places = self.begins[which] + np.arange(length)[:, None]
         return self.buffer[np.minimum(places, len(self.buffer) - 1)]
 
 
 def _nearest(rest: list[bytes], ids: dict[bytes, int]) -> Iterator[tuple[bytes, int]]:
-    """Nearest teacher id of tokens that the teacher has not."""
+    """Nearest teacher id of tokens that the teacher does not have."""
     if not rest:
         return
     by_length = sorted(ids, key=lambda token: (len(token), ids[token]))
@@ -145,7 +145,7 @@ def _best(
     pairs: list[tuple[np.ndarray, np.ndarray]],
     limit: int,
 ) -> dict[int, int]:
-    """Teacher id of each student that has one within the limit."""
+    """Teacher id of each student token that has one within the limit."""
     if not pairs:
         return {}
     student, teacher = (np.concatenate(side) for side in zip(*pairs, strict=True))

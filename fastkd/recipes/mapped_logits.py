@@ -1,4 +1,4 @@
-"""Teacher logits carried over to the student's vocabulary, token by token."""
+"""Teacher logits mapped to the student's vocabulary, token by token."""
 
 import math
 
@@ -40,37 +40,38 @@ def mined(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    r"""Divergence from teacher logits carried over to the student's vocabulary by edit distance.
+    r"""Divergence from teacher logits mapped to the student's vocabulary by edit distance.
 
-    Row t of the student scores token t + 1. It has a teacher where one of the two tokens, as
-    ``match`` says, is alone in its chunk on both sides, u being the teacher's token of that chunk:
+    Row t of the student scores token t + 1. It has a teacher row if one of the tokens t and t + 1
+    is the only token of its chunk on both sides. With u the teacher's token of that chunk,
+    ``match`` says which token that is:
 
     ============  ===================================================================
-    ``"scored"``  that of token t + 1, and the row u - 1 of the teacher, which scores
-                  the same text; needs u > 0
-    ``"read"``    that of token t, and the row u of the teacher, which has read the
-                  same text and may score a longer or a shorter token
+    ``"scored"``  token t + 1, with the row u - 1 of the teacher, which scores the
+                  same text; needs u > 0
+    ``"read"``    token t, with the row u of the teacher, which has read the same
+                  text and may score a longer or a shorter token
     ============  ===================================================================
 
     The row's target has for the student's token v the teacher's logit of ``vocab_map[v]``
-    (:math:`-\infty` where that is -1). Rows without a teacher have the one-hot distribution of
+    (:math:`-\infty` where that is -1). Rows without a teacher row have the one-hot distribution of
     token t + 1, or none. The loss of a row is :func:`fastkd.softmax_divergence` of the two.
 
-    Teacher rows are gathered some at a time; what is stored of all rows is the student's gradient.
+    Teacher rows are gathered in blocks; of all rows only the student's gradient is stored.
 
     Args:
         student_logits: ``[B, T_S, vocab_S]``, all rows: row t scores token t + 1.
         student_ids: ``[B, T_S]``.
-        student_chunks: ``[B, T_S]``, of :func:`fastkd.align_batch`; -1 for none.
-        teacher_logits: ``[B, T_T, vocab_T]``, all rows; takes no gradient.
+        student_chunks: ``[B, T_S]``, from :func:`fastkd.align_batch`; -1 for none.
+        teacher_logits: ``[B, T_T, vocab_T]``, all rows; gets no gradient.
         teacher_chunks: ``[B, T_T]``.
-        num_chunks: how many chunks a text may have.
-        vocab_map: int64, a teacher id or -1 for each student id, of
-            :func:`fastkd.recipes.edit_distance_map`. Columns of the student behind its end have
+        num_chunks: the largest number of chunks of a text.
+        vocab_map: int64, a teacher id or -1 for each student id, from
+            :func:`fastkd.recipes.edit_distance_map`. Columns of the student after its end have
             probability 0.
         mask: bool ``[B, T_S]``, False for tokens that are not to be learned (padding, a prompt).
-            The first token of a row never is.
-        unmatched: ``"label"`` or ``"drop"``: what becomes of rows without a teacher row.
+            The first token of a row is never learned.
+        unmatched: for rows without a teacher row: ``"label"``, the one-hot target, or ``"drop"``.
         match: ``"scored"`` or ``"read"``, see above; the sources have ``"read"``.
         divergence, beta, temperature, teacher_temperature: see :func:`fastkd.softmax_divergence`.
             ``"reverse_kl"`` is infinite for a one-hot target and needs ``unmatched="drop"``.
@@ -89,10 +90,10 @@ def mined(
     2401.10491; code FuseAI), which pair a row of the student with the row of the teacher at the
     aligned token, ``match="read"``. The former keeps the teacher's 5 largest probabilities; the
     latter adds 0.1 times the cross-entropy with the target to 0.9 times that of the text. One-hot
-    targets as in the code of DSKD (arXiv 2406.17328), which also takes the largest of several
-    teacher entries that fall on one student token, and a teacher only where the two tokens of a
-    chunk are each other's image; here each student token reads the one entry of ``vocab_map``, and
-    every chunk of one token on both sides has a teacher.
+    targets are used in the code of DSKD (arXiv 2406.17328). That code also takes the largest of
+    several teacher entries that map to one student token, and uses a teacher row only where the two
+    tokens of a chunk map to each other. Here each student token has the one entry of ``vocab_map``,
+    and every chunk of one token on both sides has a teacher row.
 
     >>> import torch, fastkd
     >>> student, teacher = torch.zeros(1, 2, 3), torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])
@@ -136,7 +137,7 @@ def mined(
         other = other - 1  # nothing scores the teacher's first token
     single = F.pad((count == 1) & (others == 1) & (other >= 0), (0, 1))
     matched, taught_by = single.gather(1, at), F.pad(other, (0, 1)).gather(1, at)
-    if match == "read":  # what token t is matched with teaches row t, which stands at token t + 1
+    if match == "read":  # the teacher row of token t is for row t, which is stored at token t + 1
         matched, taught_by = (F.pad(x, (1, 0))[:, :-1] for x in (matched, taught_by))
     texts = torch.arange(at.size(0), device=at.device).unsqueeze(-1)
     tokens = torch.arange(at.size(1), device=at.device).expand_as(at)

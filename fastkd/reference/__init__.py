@@ -1,7 +1,7 @@
-"""Every op in plain PyTorch: its definition, and the only oracle of tests, benchmarks and docs.
+"""Definitions of all ops in plain PyTorch, with which tests, benchmarks and docs compare.
 
-Written for clarity and for all derivatives, not for speed; give it float64 inputs for float64
-arithmetic. The ops themselves use it for second derivatives and under torch.func transforms.
+They are written for clarity and for all derivatives, not for speed. Pass float64 inputs for float64
+arithmetic. The ops themselves use them for second derivatives and under torch.func transforms.
 """
 
 from fastkd.reference import acm

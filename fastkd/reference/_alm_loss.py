@@ -10,7 +10,7 @@ from fastkd.reference._chunk_log_likelihood import chunk_log_likelihood_op
 
 
 def _chunk_loss(divergence: str, t: Tensor, s: Tensor, temperature: float, eps: float) -> Tensor:
-    """Of the two log-likelihoods, finite ones."""
+    """The loss of a chunk from its two log-likelihoods, which must be finite."""
     if divergence == "binary_kl_limit":
         t, s = t - eps, s - eps
         return t - s + t * torch.log(-s) - t * torch.log(-t)

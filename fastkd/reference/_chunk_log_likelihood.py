@@ -30,7 +30,7 @@ def chunk_log_likelihood_op(
     label = scaled.gather(-1, torch.where(scored, token_ids, 0).long().unsqueeze(-1)).squeeze(-1)
 
     def summed(values: Tensor, chunks: Tensor) -> Tensor:
-        """Values added up by chunk; those of chunk -1 go to a place that is cut off."""
+        """Sums of the values by chunk; those of chunk -1 go to an extra entry that is dropped."""
         places = torch.where(chunks < 0, num_chunks, chunks).long()
         out = values.new_zeros((*shape[:-1], num_chunks + 1))
         return out.scatter_add(-1, places, values)[..., :-1]

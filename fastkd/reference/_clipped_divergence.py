@@ -13,16 +13,16 @@ from fastkd.reference._rows import NO_WEIGHT, Rows, exp, finite, log_softmax, lo
 
 
 def _quantile(log_p: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A quantile of each row by linear interpolation of probabilities.
+    """A quantile of each row by linear interpolation, and the two log-probabilities around it.
 
-    And the logarithms of the two that it lies between: the first one twice where it is that.
+    The two are the same where the quantile is one of the row's probabilities.
     """
     ordered = log_p.detach().sort(-1).values
     place = level.detach().double() * (log_p.size(-1) - 1)
     below = place.floor().long().clamp(0, log_p.size(-1) - 1)
     above = (below + 1).clamp(max=log_p.size(-1) - 1)
     first, second = (ordered.gather(-1, i.unsqueeze(-1)).squeeze(-1) for i in (below, above))
-    # By the level, for the gradient.
+    # From the level and not `place`, which is detached, for the gradient.
     share = level.to(log_p.dtype) * (log_p.size(-1) - 1) - below
     at = first.exp() + share * (second.exp() - first.exp())
     return at, first, torch.where(place > below, second, first)
@@ -39,7 +39,7 @@ def _total(log: Tensor) -> Tensor:
 
 
 def _log_shares(p: Tensor, low: Tensor, high: Tensor, softness: float) -> tuple[Tensor, Tensor]:
-    """Of soft edges: the logarithms of s and 1 - s."""
+    """The logarithms of the weight s of soft edges and of 1 - s."""
     above, below = (p - low.unsqueeze(-1)) / softness, (high.unsqueeze(-1) - p) / softness
     inside = F.logsigmoid(above) + F.logsigmoid(below)
     outside = torch.stack(
@@ -87,7 +87,7 @@ def clipped_divergence_op(
         kept = torch.zeros_like(p, dtype=torch.bool).scatter(-1, at, True)
         log_share = log_share.masked_fill(kept, 0)
         log_rest = log_rest.masked_fill(kept, -math.inf)
-    # Masses are logarithms: they and the shares of them are right whatever they are.
+    # Masses are kept as logarithms, so that small ones do not underflow.
     own = _product(log_share, log_p)
     by_p, by_q = torch.zeros_like(p[..., :1]), torch.zeros_like(p[..., :1])
     infinite = torch.zeros_like(rows.read)
@@ -99,7 +99,7 @@ def clipped_divergence_op(
             infinite = ((log_mass != -math.inf) & (log_other == -math.inf)).squeeze(-1)
             by_q = torch.where(log_other == -math.inf, 0.0, log_other)
     weight = _product(own, -by_p) if renormalize != "none" else own
-    # What has no weight adds nothing, whatever the other side.
+    # Entries of weight 0 add nothing, whatever the other side's probability.
     infinite = infinite | ((weight >= NO_WEIGHT) & (log_q == -math.inf)).any(-1)
     ratio = (finite(log_p) - by_p) - (finite(log_q) - by_q)
     loss = torch.where(weight == -math.inf, 0.0, exp(weight) * ratio).sum(-1)

@@ -1,4 +1,4 @@
-"""Logits relative to the largest of their row: a softmax does not see the constant."""
+"""Logits relative to the largest of their row, which does not change a softmax."""
 
 import math
 
@@ -8,7 +8,7 @@ from fastkd.reference._rows import DEAD, from_largest
 
 
 def relative_to_largest(logits: Tensor) -> Tensor:
-    """Logits less their row's largest, so that no logarithm of a sum is added to a huge number."""
+    """Logits minus their row's largest, so that rounding does not depend on a common constant."""
     if logits.size(-1) == 0:
         return logits
     relative = from_largest(logits)

@@ -1,4 +1,4 @@
-"""What the definitions share: safe logarithms, divergences of rows, reductions."""
+"""Code shared by the definitions: safe logarithms, divergences of rows, reductions."""
 
 import math
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: Stands for an infinite log-ratio in gradients: as if the impossible entry had probability 2^-126.
+#: Replaces an infinite log-ratio in gradients, as if the probability 0 were 2^-126.
 LARGEST_LOG_RATIO = 126 * math.log(2)
-#: Logits that lie this far below the largest are probability 0, as -inf is.
+#: Logits that are this much below the largest are probability 0, as -inf is.
 DEAD = 1e25
-#: A log-probability whose probability is 0 in float64: it adds nothing, whatever the other side.
+#: Below this log-probability the probability is 0 in float64: such an entry adds nothing.
 NO_WEIGHT = -1075 * math.log(2)
 
 
 def from_largest(logits: Tensor) -> Tensor:
-    """Logits less the row's largest finite one, which no softmax sees, before they are scaled."""
+    """Logits minus the row's largest finite one, before scaling; this does not change a softmax."""
     top = logits.detach().amax(-1, keepdim=True)
     return logits - torch.where(torch.isfinite(top), top, 0.0)
 
@@ -30,18 +30,18 @@ def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
 
 
 def exp(log: Tensor) -> Tensor:
-    # What is 0 has no slope either: its product with an overflow would be NaN.
+    # Where the result is 0, so is the gradient: its product with an overflow would be NaN.
     dead = log < NO_WEIGHT
     return torch.where(dead, 0.0, log.masked_fill(dead, 0).exp())
 
 
 def finite(log: Tensor) -> Tensor:
-    """-inf replaced by a large negative constant that takes no gradient, for 0 x log 0 = 0."""
+    """-inf replaced by a large negative constant without gradient, for 0 x log 0 = 0."""
     return log.masked_fill(log == -math.inf, -LARGEST_LOG_RATIO)
 
 
 def log_sum_exp(log: Tensor) -> Tensor:
-    """Log-sum-exp over the last dimension, kept, whose gradient stays finite where all are -inf."""
+    """Log-sum-exp over the last dimension (kept); its gradient is finite where all are -inf."""
     if log.size(-1) == 0:
         return log.new_full((*log.shape[:-1], 1), -math.inf)
     top = log.detach().amax(-1, keepdim=True)
@@ -55,7 +55,7 @@ def safe_log(x: Tensor) -> Tensor:
 
 
 def shifted(log: Tensor, by: Tensor) -> Tensor:
-    """log - by, and -inf where log is, whatever `by` is."""
+    """log - by, and -inf where log is -inf, whatever `by` is."""
     dead = log == -math.inf
     return torch.where(dead, -math.inf, log.masked_fill(dead, 0) - by)
 
@@ -69,7 +69,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     gap = torch.where(near, d.masked_fill(~near, 0) + torch.expm1(-d.masked_fill(~near, 0)), 0.0)
     far = p * d + q - p
     terms = torch.where(near & both, p * gap, far)
-    # Mass where the other side has none: the value is inf, the gradient that of 2^-126 there.
+    # Mass where the other side's is 0: the value is inf, the gradient as if that were 2^-126.
     lost = (log_p >= NO_WEIGHT) & (log_q == -math.inf)
     capped = p * LARGEST_LOG_RATIO - p
     terms = torch.where(lost, capped + (math.inf - capped).detach(), terms)
@@ -110,12 +110,12 @@ def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) 
 
 
 def _ahead(x: Tensor | None, shift: int) -> Tensor | None:
-    """Each sequence's entries moved so many places to its front; the last ones stay."""
+    """Each sequence rotated by `shift` towards its front; the last `shift` entries are not used."""
     return None if x is None else torch.cat([x[..., shift:], x[..., : min(shift, x.size(-1))]], -1)
 
 
 class Rows:
-    """What the losses over rows share: which rows are read, their temperature, label, reduction."""
+    """Options shared by the losses over rows: rows that are read, temperature, label, reduction."""
 
     def __init__(
         self,
@@ -159,22 +159,22 @@ class Rows:
         self.student = self.logits(student_logits)
 
     def per_row(self, number: float, numbers: Tensor | None) -> float | Tensor:
-        """A number for all rows, or a column of them."""
+        """The number for all rows, or a column with one a row."""
         return number if numbers is None else numbers.to(self.dtype).unsqueeze(-1)
 
     def logits(self, logits: Tensor) -> Tensor:
-        """The columns that count; rows that are not read are 0."""
+        """The columns below vocab_size; rows that are not read are 0."""
         return torch.where(self.read.unsqueeze(-1), logits[..., : self.vocab].to(self.dtype), 0.0)
 
     def finish(self, loss: Tensor) -> Tensor:
-        """From the divergence of each row to what the op returns."""
+        """The op's result from the divergence of each row."""
         if self.square_temperature:
             loss = loss * (self.tau.squeeze(-1) if isinstance(self.tau, Tensor) else self.tau) ** 2
         return self.reduce(loss)
 
     def reduce(self, loss: Tensor) -> Tensor:
-        """With the label's term, weighted and reduced."""
-        # A weight of 0 adds nothing, even to an impossible label.
+        """Add the label's term, weight and reduce."""
+        # With label_weight 0 even a label of probability 0 adds nothing.
         if self.labels is not None and not (
             isinstance(self.label_weight, float | int) and self.label_weight == 0
         ):

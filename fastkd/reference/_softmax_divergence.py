@@ -34,7 +34,7 @@ def _teacher_log_probs(
         dead = (stacked < -DEAD) & counts
         live = torch.where(dead | ~counts, 0.0, stacked)
         mixed = (live * per_row).sum(-1)
-        # NaN beside -inf is NaN, and so is +inf.
+        # NaN and +inf give NaN, also together with -inf.
         mixed = torch.where(dead.any(-1) & mixed.isfinite(), -math.inf, mixed + (mixed - mixed))
         return log_softmax(mixed, temperature)
     logs = stacked + per_row.log()

@@ -29,7 +29,7 @@ def token_stats(
         lse = (kept / temperature).logsumexp(-1)
         lost = log_q.isnan().any(-1)
         lse = torch.where(lost, math.nan, lse)
-        # torch.argmax may take any of equals.
+        # The lowest index: torch.argmax may return any of equal ones.
         columns = torch.arange(log_q.size(-1), device=log_q.device)
         best = kept == kept.amax(-1, keepdim=True)
         argmax = torch.where(best, columns, log_q.size(-1)).amin(-1)

@@ -19,7 +19,7 @@ from fastkd.reference._rows import (
     shifted,
 )
 
-#: An index that a row has twice is padding where its log-probability is no more than this.
+#: A repeated index of a row is padding where its log-probability is at most this.
 PADDING_LOG_PROB = -1e4
 
 
@@ -58,7 +58,7 @@ def topk_divergence_op(
     mass = exp(log_p).sum(-1, keepdim=True)
     rest_mass = torch.where((others > 0) & (mass < 1), 1 - mass, 0.0)
     if _plain(divergence, beta) == "reverse_kl":
-        # What rounding may hide of the rest: KL(q || p) would be infinite or not as it has it.
+        # Rounding may hide so much of the rest, and would decide whether KL(q || p) is infinite.
         rounding = max(torch.finfo(x).eps / 2 for x in (teacher_log_probs.dtype, torch.float32))
         entropy = -(exp(log_p) * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1, keepdim=True)
         hidden = rounding * entropy.detach().clamp(min=rounding)
@@ -70,7 +70,7 @@ def topk_divergence_op(
     )
     if tail == "renormalize":
         log_z = log_sum_exp(log_p)
-        # Relative to its own largest logit the support is a distribution however far it lies.
+        # Relative to the support's own largest logit, which may be far below the row's largest.
         log_q = torch.where(stored, as_given.gather(-1, at), -math.inf)
         log_q = from_largest(log_q) / rows.tau
         student_log_z = log_sum_exp(log_q)
@@ -107,13 +107,13 @@ def topk_divergence_op(
         log_p = torch.where(outcomes & (log_p < min_log_prob), min_log_prob, log_p)
         log_q = torch.where(outcomes & (log_q < min_log_prob), min_log_prob, log_q)
     loss = divergence_rows(log_p, log_q, divergence, beta)
-    # divergence_rows adds q - p to each term of KL(p || q): nothing, over two distributions.
+    # divergence_rows adds q - p to each term of KL(p || q), in sum 0 for two distributions.
     if tail == "drop" or min_log_prob > -math.inf:
         excess = (exp(log_p) - exp(log_q)).sum(-1)
         loss = loss + {"forward_kl": excess, "reverse_kl": -excess}.get(
             _plain(divergence, beta), 0.0
         )
-    if tail == "renormalize":  # no distribution to compare with
+    if tail == "renormalize":  # NaN for rows without mass on the support
         loss = torch.where(without.squeeze(-1), math.nan, loss)
     poison = log_q_all.masked_fill(log_q_all == -math.inf, 0).sum(-1) * 0
     loss = loss + poison.detach()
@@ -123,7 +123,7 @@ def topk_divergence_op(
 
 
 def _plain(divergence: str, beta: float) -> str:
-    """The ends of a mixture are the plain divergences."""
+    """The divergence's name, for jsd with beta 0 or 1 that of the KL divergence it is."""
     ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
     return ends.get(beta, divergence) if divergence == "jsd" else divergence
 

@@ -18,7 +18,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _as_they_are(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Autocast casts no operand."""
+    """Disable autocast in a function."""
 
     @functools.wraps(function)
     def run(x: Tensor, *others: Any, **options: Any) -> Tensor:
@@ -29,7 +29,7 @@ def _as_they_are(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _promoted(*tensors: Tensor | None) -> tuple[torch.dtype, list[Tensor]]:
-    """The dtype that results have, and the tensors in the one that they are computed in."""
+    """The dtype of the result, and the tensors in the dtype of the computation."""
     given = [x for x in tensors if x is not None]
     dtype = given[0].dtype
     for x in given[1:]:
@@ -60,7 +60,7 @@ def hard(
     out = x.new_zeros((*x.shape[:-1], w2.size(-1)))
     for n in range(learners):
         runs = (choices > n).unsqueeze(-1)
-        # Rows that do not run a learner are no part of its gradient, even where they hold NaN.
+        # Rows that do not run a learner add nothing to its gradient, even where they hold NaN.
         learned = _learner(n, torch.where(runs, x, 0), w1, b1, w2, activation)
         out = out + torch.where(runs, learned, 0)
     for added in others:
@@ -138,7 +138,7 @@ def oracle(
             prefix = prefix + _learner(n - 1, x, w1, b1, w2, activation)
         distances.append((prefix - target).norm(dim=-1))
     labels = torch.full_like(distances[0], learners, dtype=torch.int64)
-    # From the last learner down: the first that fits is written last.
+    # From the last learner down, so that the first one that stops is written last.
     for n in range(learners, 1 if rule == "paper" else 0, -1):
         before, after = threshold * distances[n - 1], distances[n]
         stops = after >= before if rule == "paper" else after > before

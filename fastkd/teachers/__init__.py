@@ -1,4 +1,4 @@
-"""Teachers stored as their best k tokens: how they are made, and kept on disk."""
+"""Teachers stored as their k likeliest tokens: computing them, and storing them on disk."""
 
 from fastkd.teachers._fingerprint import fingerprint
 from fastkd.teachers._store import TeacherStore

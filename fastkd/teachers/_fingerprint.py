@@ -1,4 +1,4 @@
-"""What tells one tokenizer, or one model, from another."""
+"""A hash that identifies a tokenizer or a model."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -9,19 +9,20 @@ from torch import Tensor
 
 
 def fingerprint(tokenizer: Any = None, model: Any = None) -> str:
-    """16 hex digits that tell one tokenizer, or one model, from another.
+    """A hash of 16 hex digits that identifies a tokenizer or a model.
 
     Args:
         tokenizer: anything with ``get_vocab()`` (text to id; transformers and tokenizers objects
-            have it), or every id's bytes in order, None for ids without. Counts: each id's token.
-        model: a module or its state dict. Counts: names, shapes, dtypes and 64 values of each
-            tensor, spread evenly; the device does not.
+            have it), or every id's bytes in order, None for ids without. Hashed: each id's token.
+        model: a module or its state dict. Hashed: names, shapes, dtypes and 64 evenly spaced values
+            of each tensor; not the device.
 
     Returns:
         the same text in every process and on every machine.
 
     Raises:
-        TypeError: something else was given. ValueError: nothing was, or a tensor has no values.
+        TypeError: an argument has another type. ValueError: both are None, or a tensor has no
+            values.
 
     >>> from fastkd.teachers import fingerprint
     >>> fingerprint([b"a", b"b", None])

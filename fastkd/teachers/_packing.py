@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-_ELEMENTS = 1 << 16  # of one array at a time, so that all of them stay in cache
+_ELEMENTS = 1 << 16  # of one array at a time, so that all arrays stay in cache
 _LAST = 254  # largest 8-bit code of a finite log-probability
-_LOG_SHARE = 1 / 8  # of the 8-bit codes, spread evenly over log p
-_FAR = 80.0  # nats; the density is nil there, and exp stays finite in float32
+_LOG_SHARE = 1 / 8  # share of the 8-bit codes that are spread evenly over log p
+_FAR = 80.0  # nats; the density is about 0 there, and exp stays finite in float32
 _RANGES = np.exp2(np.linspace(-6, 8, 256))  # nats between a row's largest and smallest
 
 
@@ -21,13 +21,13 @@ def _density_left(u: np.ndarray, k: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _density_total(k: int) -> np.ndarray:
-    """The density's integral over each of the ranges."""
+    """The integral of the density over each range."""
     return _density_left(np.zeros(1), k) - _density_left(_RANGES, k)
 
 
 @lru_cache(maxsize=8)
 def _decoded(k: int, log_probs: str) -> np.ndarray:
-    """Nats below the row's largest, float32, at 256 * range + code, or at a float16's bits."""
+    """Nats below the row's largest, float32, by 256 * range + code, or by a float16's bits."""
     if log_probs == "float16":
         return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     ranges, total = _RANGES[:, None], _density_total(k)[:, None]
@@ -62,23 +62,23 @@ def _array(where: str, name: str, value: Any, dtypes: tuple[str, ...]) -> np.nda
 
 
 class Packing:
-    r"""Rows of k log-probabilities and indices to records of ``record_bytes`` bytes, and back.
+    r"""Converts rows of k log-probabilities and indices to records of bytes, and back.
 
-    A record is, little-endian: log of the row's mass (float32), entries that are not padding
-    (uint16), range (uint8, for 8-bit codes), k codes (uint8, or float16), the indices. Entries
-    stand in the order of their indices, which are Elias-Fano coded: the
-    :math:`l = \lfloor \log_2(V/k) \rfloor` low bits as they are (in planes of 8, 4, 2 and 1 bits;
-    in a plane, byte b holds the entries b, b + bytes, b + 2 bytes, ...), then bit
-    ``(index >> l) + i`` of a bit set for the i-th entry.
+    A record has ``record_bytes`` bytes, little-endian: log of the row's mass (float32), number of
+    entries that are not padding (uint16), range (uint8, for 8-bit codes), k codes (uint8, or
+    float16), the indices. Entries are sorted by their indices, which are Elias-Fano coded: the
+    :math:`l = \lfloor \log_2(V/k) \rfloor` low bits unchanged (in planes of 8, 4, 2 and 1 bits;
+    in a plane, byte b holds the entries b, b + bytes, b + 2 bytes, ...), then a bit set with bit
+    ``(index >> l) + i`` for the i-th entry.
 
-    A code says how far the entry is below the row's largest, u nats. 8-bit codes 0..254 are spread
-    over u from 0 to the row's range, 1/8 of them evenly, so that rare tokens keep their
-    log-probability, and 7/8 with density :math:`(1 + e^u/k)^{-1/2}`: a row's
-    KL(exact || decoded) is half the sum of p x error², and with this density no row's is larger
-    than another's, at most :math:`(\ln(4k+1) / 444.5)^2 / 2`: 7.8e-5 nats for k = 64, 1.8e-4 for
-    k = 1024. Code 255 is probability 0. The largest itself is not stored: it follows from the
-    row's mass. Range r stands for :math:`2^{-6 + 14r/255}` nats; what is further down than 256
-    nats (with float16, 65504) is stored as if it were there.
+    A code is the distance u of the entry from the row's largest, in nats. 8-bit codes 0..254 are
+    spread over u from 0 to the row's range: 1/8 of them evenly, so that rare tokens keep their
+    log-probability, and 7/8 with density :math:`(1 + e^u/k)^{-1/2}`. A row's KL(exact || decoded)
+    is half the sum of p x error². With this density no row's is larger than another's, at most
+    :math:`(\ln(4k+1) / 444.5)^2 / 2`: 7.8e-5 nats for k = 64, 1.8e-4 for k = 1024. Code 255 is
+    probability 0. The largest log-probability is not stored: it follows from the row's mass.
+    Range r means :math:`2^{-6 + 14r/255}` nats; a distance of more than 256 nats (with float16,
+    65504) is stored as that.
 
     Source of the index code: Elias 1974, "Efficient storage and retrieval by content and address
     of static files"; Fano 1971.
@@ -87,7 +87,7 @@ class Packing:
     def __init__(self, vocab_size: int, k: int, log_probs: str) -> None:
         self.vocab_size, self.k, self.log_probs = vocab_size, k, log_probs
         self.low_bits = (vocab_size // k).bit_length() - 1
-        self.planes: list[tuple[int, int]] = []  # bits, and how far up in the index
+        self.planes: list[tuple[int, int]] = []  # number of bits, and their shift in the index
         shift = 0
         for bits in (8, 8, 8, 4, 2, 1):
             if shift + bits <= self.low_bits:
@@ -102,7 +102,7 @@ class Packing:
         self.record_bytes: int = ends[-1]
 
     def checked(self, log_probs: Any, indices: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The arguments of ``TeacherStore.append`` as :meth:`pack` takes them, or an error."""
+        """Check the arguments of ``TeacherStore.append``, and convert them for :meth:`pack`."""
         where = "TeacherStore.append"
         log_probs = _array(where, "log_probs", log_probs, ("float32",))
         indices = _array(where, "indices", indices, ("int32", "int64")).astype(np.int64)
@@ -159,8 +159,8 @@ class Packing:
         """Records, uint8 ``[tokens, record_bytes]``.
 
         Args:
-            log_probs: float32 ``[tokens, k]``, descending, no NaN, padding -inf.
-            indices: int64 ``[tokens, k]``, no two the same, padding -1 and last.
+            log_probs: float32 ``[tokens, k]``, descending, no NaN; -inf for padding.
+            indices: int64 ``[tokens, k]``, distinct in a row; -1 for padding, at the end.
         """
         records = np.zeros((len(indices), self.record_bytes), dtype=np.uint8)
         step = max(1, _ELEMENTS // self.k)
@@ -174,7 +174,7 @@ class Packing:
         top = log_probs[:, :1]
         with np.errstate(invalid="ignore"):  # -inf - -inf in rows without mass
             below = np.where(log_probs == -np.inf, np.float32(np.inf), top - log_probs)
-        rest = np.exp(-below[:, 1:]).sum(1, dtype=np.float64)  # of a largest that is 1
+        rest = np.exp(-below[:, 1:]).sum(1, dtype=np.float64)  # relative to the largest
         log_mass = np.minimum(top[:, 0] + np.log1p(rest), 0).astype("<f4")
         records[:, mass_field] = log_mass[:, None].view(np.uint8)
         records[:, count_field] = valid.sum(1).astype("<u2")[:, None].view(np.uint8)
@@ -185,7 +185,7 @@ class Packing:
             far = np.float32(np.finfo(np.float16).max)
             nearest = np.where(below < np.inf, np.minimum(below, far), below).astype("<f2")
             codes = nearest.view("<u2")
-        # One sort for both; padding takes the last places, and the largest index there is.
+        # One sort for both; padding comes last, with the largest index.
         keys = np.where(valid, indices.astype(np.uint64) << np.uint64(16), np.uint64(1 << 47))
         keys |= np.where(valid, codes, 0).astype(np.uint64)
         keys.sort(axis=1)
@@ -219,12 +219,11 @@ class Packing:
     def unpack(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """float32 log-probabilities and int32 indices, ``[tokens, k]``, of uint8 records.
 
-        Descending, equal ones by index; padding (-inf, -1) last. A row's probabilities sum to the
-        mass it was stored with.
+        Descending, equal ones by index; padding (-inf, -1) last. A row's probabilities sum to its
+        stored mass. Indices are in [0, vocab_size) and distinct in a row, or -1.
 
         Raises:
-            ValueError: records that :meth:`pack` does not make. All indices returned lie in
-                [0, vocab_size) and differ in a row, or are -1.
+            ValueError: a record that :meth:`pack` cannot have made.
         """
         log_probs = np.empty((len(records), self.k), dtype=np.float32)
         indices = np.empty((len(records), self.k), dtype=np.int32)
@@ -262,7 +261,7 @@ class Packing:
         if unordered.any() or most > self.k:
             raise ValueError(f"a record has {most} indices or equal ones, expected {self.k}")
         codes: np.ndarray = np.ascontiguousarray(records[:, code_field])
-        impossible = 0xFFFF  # of the largest range, so that it comes last
+        impossible = 0xFFFF  # code 255 of the largest range, so that it is sorted last
         if self.log_probs == "8bit":
             codes = (records[:, range_field].astype(np.int64) << 8) | codes
         else:

@@ -1,4 +1,4 @@
-"""The files of a :class:`fastkd.TeacherStore`: its index, and the shards that hold records."""
+"""The files of a :class:`fastkd.TeacherStore`: the index, and the shards with the records."""
 
 import json
 import math
@@ -20,16 +20,16 @@ FORMATS = ("8bit", "float16")
 KIND, VERSION = "fastkd.TeacherStore", 1
 
 BLOCK = 64  # tokens under one checksum
-_MOST = 1 << 48  # sequences or tokens of a shard: more than any disk holds
+_MOST = 1 << 48  # sequences or tokens of a shard: more than fit on any disk
 
-#: What reading a file that is not as it was written may end in.
+#: Exceptions from reading a damaged file.
 _UNREADABLE = (
     *(AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError),
 )
 
 
 class Settings(NamedTuple):
-    """What store.json holds, and every shard repeats."""
+    """The settings of a store, in store.json and in every shard."""
 
     vocab_size: int
     k: int
@@ -40,7 +40,7 @@ class Settings(NamedTuple):
 
     @classmethod
     def checked(cls, where: str, *values: Any) -> "Settings":
-        """The values, or an error that names the one that is out of range."""
+        """Settings from values, or an error that names a wrong one."""
         vocab_size, k, temperature, fingerprint, log_probs, shard_tokens = values
         vocab_size = integer(where, "vocab_size", vocab_size, 1, 2**31 - 1)
         k = integer(where, "k", k, 1, min(vocab_size, 1024))
@@ -63,7 +63,7 @@ class Settings(NamedTuple):
         return cls(vocab_size, k, float(temperature), fingerprint, log_probs, shard_tokens)
 
     def check_match(self, where: str, path: Path, **wanted: Any) -> None:
-        """An error for the first setting that is wanted, not None, and another one here."""
+        """Raise for the first of the wanted settings that is not None and differs from this."""
         for name, value in wanted.items():
             if value is not None and value != getattr(self, name):
                 raise ValueError(
@@ -72,11 +72,11 @@ class Settings(NamedTuple):
                 )
 
     def text(self) -> str:
-        """As shards repeat it."""
+        """The settings as text, as in the shards."""
         return json.dumps(self._asdict())
 
     def packing(self) -> Packing:
-        """Of the records."""
+        """The packing of the records."""
         return Packing(self.vocab_size, self.k, self.log_probs)
 
 
@@ -96,12 +96,12 @@ def integer(
 
 
 def damaged(path: Path, what: str) -> ValueError:
-    """The error for a file that is not as it was written."""
+    """The error for a damaged file."""
     return ValueError(f"teacher_store: {path} is damaged: {what}")
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """All of the file or none of it, whenever the process or the machine stops.
+    """Write a file atomically, also if the process or the machine stops.
 
     After an error the file is the old one, or, if only its directory was not synced, the new one.
     """
@@ -111,7 +111,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         _sync(temporary)
         temporary.replace(path)
     except BaseException:
-        with suppress(OSError):  # the space may be what is missing
+        with suppress(OSError):  # the error may be a full disk
             temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
@@ -139,7 +139,7 @@ def write_index(path: Path, settings: Settings, shards: list[tuple[int, int]]) -
 
 
 def index_is(path: Path, settings: Settings, shards: list[tuple[int, int]]) -> bool:
-    """Whether store.json is what :func:`write_index` makes of this."""
+    """Whether store.json is the file that :func:`write_index` writes for these arguments."""
     try:
         return (path / "store.json").read_bytes() == _index(settings, shards).encode()
     except OSError:
@@ -147,7 +147,7 @@ def index_is(path: Path, settings: Settings, shards: list[tuple[int, int]]) -> b
 
 
 def read_index(path: Path, where: str) -> tuple[Settings, list[tuple[int, int]], str]:
-    """Settings, shards as in :func:`write_index`, and what is wrong with shards beyond those."""
+    """Settings, shards as in :func:`write_index`, and a message if the next shard is damaged."""
     file = path / "store.json"
     try:
         content = json.loads(file.read_bytes())
@@ -186,9 +186,9 @@ def _count(value: Any) -> int:
 
 
 class Shard:
-    """One file, opened, its header, size and sequence offsets checked.
+    """One open file; its header, size and sequence offsets are checked.
 
-    Read by position and not by a memory map: a file that gets shorter under a map ends the process.
+    It is read by position, not memory-mapped: truncation of a mapped file would kill the process.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class Shard:
     def write(
         cls, path: Path, number: int, settings: Settings, sequences: list[np.ndarray], save: Any
     ) -> tuple[int, int]:
-        """Write the records of sequences, by ``safetensors.numpy.save_file``; returns counts."""
+        """Write sequences of records with ``safetensors.numpy.save_file``; returns counts."""
         records = np.concatenate(sequences)
         tensors: dict[str, np.ndarray] = {
             "offsets": np.cumsum([0, *map(len, sequences)], dtype=np.int64),
@@ -265,7 +265,7 @@ class Shard:
 
     @classmethod
     def remove(cls, path: Path, number: int) -> None:
-        """Take back what :meth:`write` has written, if anything."""
+        """Delete the file that :meth:`write` has written, if it exists."""
         cls.file(path, number).unlink(missing_ok=True)
 
     def _bytes(self, start: int, size: int) -> bytes:
@@ -287,7 +287,7 @@ class Shard:
         return content
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The records of the tokens [start, stop), their blocks' checksums checked."""
+        """The records of the tokens [start, stop), after a check of their blocks' checksums."""
         if start == stop:
             return np.empty((0, self.record_bytes), dtype=np.uint8)
         begin, end = start // BLOCK * BLOCK, min(-(-stop // BLOCK) * BLOCK, self.tokens)
@@ -304,7 +304,7 @@ class Shard:
         return records[start - begin : stop - begin]
 
     def verify(self) -> None:
-        """Check what opening the shard did not: the records."""
+        """Check the records, which are not checked when the shard is opened."""
         found, step = 0, BLOCK << 10
         for start in range(0, self.tokens, step):
             part = self.read(start, min(start + step, self.tokens))

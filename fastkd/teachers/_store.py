@@ -35,27 +35,27 @@ _LEFTOVER = re.compile(r"(shard-\d+\.safetensors|store\.json)\.tmp")
 class TeacherStore:
     """A teacher's top-k log-probabilities, read from disk by sequence and token position.
 
-    :meth:`create` and :meth:`append_to` give a writer; ``TeacherStore(path)`` opens what was
-    written. An entry takes one byte (log_probs="8bit") or two ("float16"), its index
+    :meth:`create` and :meth:`append_to` return a writer; ``TeacherStore(path)`` opens a store for
+    reading. An entry takes one byte (log_probs="8bit") or two ("float16"), its index
     :math:`2 + \\log_2(V/k)` bits: 183 bytes a token for k = 64 and 262,144 tokens. The mass of
     each row, and so of its tail, is exact to float32. With 8 bits a row, tail included, differs
     from the original by less than 1e-4 nats of KL up to k = 128 and 2e-4 up to k = 1024.
 
-    Reading checks the checksums (CRC-32, one for 64 tokens) of what it returns and touches nothing
-    else of a shard but its header and sequence offsets. A store is a ``torch`` map-style dataset;
-    pickled, or in a DataLoader's worker, it opens its files anew. It shows what was on disk when
-    it was opened.
+    Reading a part of a shard checks the checksums (CRC-32, one for 64 tokens) of that part, and
+    reads otherwise only the header and sequence offsets. A store is a ``torch`` map-style dataset;
+    pickled, or in a DataLoader's worker, it opens its files again. Sequences that are written after
+    it was opened are not seen.
 
     Args:
         path: the directory.
-        vocab_size: what the caller's student has; None: not checked.
+        vocab_size: of the caller's student; None: not checked.
         fingerprint: of the caller's tokenizer or teacher (:func:`fingerprint`); None: not checked.
 
     Raises:
         ValueError: vocab_size or fingerprint are not the store's; store.json or (when read from) a
             shard is damaged: the message names the file. Other shards stay readable.
         FileNotFoundError: there is no store.
-        TypeError, IndexError: from reading, for a sequence or position that is none.
+        TypeError, IndexError: from reading, for a sequence or position that does not exist.
 
     >>> import tempfile, torch
     >>> from fastkd import TeacherStore
@@ -92,7 +92,7 @@ class TeacherStore:
         self._shards: dict[int, Shard] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files."""
+        """The state without open files."""
         return {**self.__dict__, "_shards": {}}
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class TeacherStore:
         return int(self._first[-1])
 
     def __repr__(self) -> str:
-        """The path and what is in it."""
+        """The path, sizes and settings."""
         return (
             f"TeacherStore({str(self.path)!r}, {len(self)} sequences, {self.num_tokens} tokens, "
             f"vocab_size={self.vocab_size}, k={self.k}, log_probs={self._settings.log_probs!r})"
@@ -123,12 +123,12 @@ class TeacherStore:
 
     @property
     def temperature(self) -> float:
-        """The temperature the log-probabilities were taken at."""
+        """The temperature of the stored log-probabilities."""
         return self._settings.temperature
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the tokenizer or teacher, as given to :meth:`create`."""
+        """The fingerprint of the tokenizer or teacher, as passed to :meth:`create`."""
         return self._settings.fingerprint
 
     def length(self, i: int) -> int:
@@ -147,7 +147,7 @@ class TeacherStore:
         Args:
             i: the sequence; -1 is the last.
             start: the first position.
-            stop: behind the last one; None: the sequence's end.
+            stop: the position after the last one; None: the sequence's end.
 
         Returns:
             float32 log_probs and int32 indices, ``[stop - start, k]``: descending, ties by lower
@@ -192,7 +192,7 @@ class TeacherStore:
             raise ValueError("\n".join(problems))
 
     def _locate(self, where: str, i: int) -> tuple[Shard, int, int]:
-        """The shard with sequence i, and its tokens there."""
+        """The shard with sequence i, and the range of its tokens there."""
         i = integer(
             where, f"the sequence, of {len(self)},", i, -len(self), len(self) - 1, IndexError
         )
@@ -202,7 +202,7 @@ class TeacherStore:
         if shard is None:
             shard = Shard(self.path, number, self._settings, self._counts[number])
         self._shards[number] = shard
-        # Closed once no thread reads from it.
+        # A shard is closed when no thread reads from it any more.
         for oldest in list(self._shards)[:-_OPEN_SHARDS]:
             self._shards.pop(oldest, None)
         start, stop = shard.offsets[i - self._first[number] :][:2].tolist()
@@ -212,7 +212,7 @@ class TeacherStore:
         records = shard.read(start, stop)
         try:
             log_probs, indices = self._packing.unpack(records)
-        except ValueError as error:  # its checksum is right: it was written so
+        except ValueError as error:  # with a correct checksum: the record was written like this
             raise damaged(shard.path, f"tokens {start}..{stop - 1}: {error}") from None
         return TopK(torch.from_numpy(log_probs), torch.from_numpy(indices))
 
@@ -234,17 +234,17 @@ class TeacherStore:
             path: the directory.
             vocab_size: 1 to 2^31 - 1; all indices are below it.
             k: entries of a row, 1 to min(vocab_size, 1024).
-            temperature: the log-probabilities are taken at; kept for the reader.
-            fingerprint: of the tokenizer or teacher (:func:`fingerprint`); kept for the reader.
+            temperature: of the log-probabilities; stored for the reader.
+            fingerprint: of the tokenizer or teacher (:func:`fingerprint`); stored for the reader.
             log_probs: ``"8bit"`` or ``"float16"``.
-            shard_tokens: a shard is written when it has so many tokens. The unfinished one is in
-                memory, and is what a killed writer loses.
+            shard_tokens: a shard is written when it has this number of tokens. The unfinished one
+                is in memory, and is lost if the writer is killed.
             exist_ok: continue a store that exists and has the same settings.
 
         Raises:
             FileExistsError: the directory is not empty. ValueError, TypeError: a setting is out of
-                range, or not that of the store to continue. RuntimeError: another writer is at
-                work there. ImportError: the safetensors package is missing.
+                range, or differs from the store to continue. RuntimeError: the store has another
+                writer. ImportError: the safetensors package is missing.
         """
         where = "TeacherStore.create"
         settings = Settings.checked(
@@ -262,18 +262,18 @@ class TeacherStore:
         vocab_size: int | None = None,
         fingerprint: str | None = None,
     ) -> "TeacherStoreWriter":
-        """Continue a store with the settings it has; ``len(writer)`` sequences are in it.
+        """Continue a store with its settings; ``len(writer)`` sequences are in it.
 
         Args:
             path: the directory.
-            vocab_size: what the store must have; None: not checked.
-            fingerprint: what the store must have; None: not checked.
+            vocab_size: expected of the store; None: not checked.
+            fingerprint: expected of the store; None: not checked.
 
         Raises:
             FileNotFoundError: there is no store. ValueError: vocab_size or fingerprint are not the
-                store's, or its last shard is missing or damaged, which is read for that.
-                RuntimeError: another writer is at work there. ImportError: the safetensors package
-                is missing.
+                store's, or its last shard, which is checked here, is missing or damaged.
+                RuntimeError: the store has another writer. ImportError: the safetensors package is
+                missing.
         """
         where, path = "TeacherStore.append_to", Path(path).absolute()
         settings = read_index(path, where)[0]
@@ -298,11 +298,11 @@ def _check_new(path: Path, where: str, exist_ok: bool) -> None:
 class TeacherStoreWriter:
     """Appends sequences to a store; from :meth:`TeacherStore.create` or :meth:`~.append_to`.
 
-    Sequences are held in memory until they fill a shard, which is then written and given its name
-    in one step; :meth:`flush` writes them now. Leaving the ``with`` block flushes, also on an
-    exception. A writer that is killed loses what was not written, and nothing else. Where writing
-    fails (OSError: no space, for example), the store stays as it was, sequences in memory stay
-    there, and the call may be repeated. One writer at a time; readers may be at work.
+    Sequences are held in memory until they fill a shard, which is then written atomically;
+    :meth:`flush` writes them at once. Leaving the ``with`` block flushes, also on an exception. If
+    the writer is killed, only the sequences in memory are lost. Where writing fails (OSError: no
+    space, for example), the store and the sequences in memory are unchanged, and the call may be
+    repeated. A store can have one writer and any number of readers at a time.
 
     >>> import tempfile, torch
     >>> from fastkd import TeacherStore
@@ -356,11 +356,11 @@ class TeacherStoreWriter:
         write_index(self.path, self._settings, self._counts)
 
     def __enter__(self) -> "TeacherStoreWriter":
-        """The writer itself."""
+        """Return the writer."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """:meth:`close`, on an exception too; if writing fails, another writer is let in."""
+        """:meth:`close`, also on an exception; the lock is released even if writing fails."""
         try:
             self.close()
         finally:
@@ -382,15 +382,15 @@ class TeacherStoreWriter:
             log_probs: float32 tensor or array ``[tokens, k]``, any device, nats, sorted
                 descending, normalised over the whole vocabulary: a row's exp sums to at most 1.
                 -inf is probability 0.
-            indices: int32 or int64, the same shape: the tokens, different ones in a row. -1, with
-                any log_prob, pads a short row at its end.
+            indices: int32 or int64, the same shape: the tokens, distinct in a row. -1, with any
+                log_prob, pads a short row at its end.
 
         Returns:
             the sequence's number.
 
         Raises:
-            ValueError, TypeError, IndexError: something above does not hold; nothing is stored.
-                The message names the argument, what was expected and what came.
+            ValueError, TypeError, IndexError: an argument is not as above; nothing is stored. The
+                message names the argument, the expected and the actual value.
             OSError: the shard that this fills cannot be written; the sequence is not stored.
         """
         self._check_usable("TeacherStore.append")
@@ -404,7 +404,7 @@ class TeacherStoreWriter:
         return number
 
     def flush(self) -> None:
-        """Write what is in memory as a shard of its own."""
+        """Write the sequences in memory as a shard."""
         self._check_usable("TeacherStore.flush")
         if self._pending:
             self._write(self._pending)
@@ -412,9 +412,9 @@ class TeacherStoreWriter:
             self._undo()
 
     def close(self) -> None:
-        """Flush, and let another writer in. Closing again does nothing.
+        """Flush, and release the lock for other writers. Closing again does nothing.
 
-        If flushing fails, the writer stays open with what is in memory: close it again.
+        If flushing fails, the writer stays open with the sequences in memory: close it again.
         """
         if self._lock.closed:
             return
@@ -424,7 +424,7 @@ class TeacherStoreWriter:
 
     def _unlock(self) -> None:
         if not self._lock.closed and os.getpid() == self._process:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # forked processes hold it too
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # explicitly: forked processes hold it too
             self._lock.close()
 
     def _check_usable(self, where: str) -> None:
@@ -434,7 +434,7 @@ class TeacherStoreWriter:
             raise RuntimeError(f"{where}: the writer belongs to process {self._process}")
 
     def _write(self, pending: list[np.ndarray]) -> None:
-        """Store the sequences as a shard: all of them, or after an error none."""
+        """Write the sequences as a shard: all of them, or none after an error."""
         self._undo()
         number = len(self._counts)
         self._unfinished = True
@@ -442,7 +442,7 @@ class TeacherStoreWriter:
             counts = Shard.write(self.path, number, self._settings, pending, self._save_file)
             write_index(self.path, self._settings, [*self._counts, counts])
         except BaseException:
-            with suppress(OSError):  # tried again before the next write
+            with suppress(OSError):  # repeated before the next write
                 self._undo()
             raise
         self._unfinished = False
@@ -451,7 +451,7 @@ class TeacherStoreWriter:
         self._pending, self._pending_tokens = [], 0
 
     def _undo(self) -> None:
-        """Take back a write that failed, in an order in which the store is whole at any time."""
+        """Undo a failed write; the order of the steps keeps the store valid at any time."""
         if self._unfinished:
             if not index_is(self.path, self._settings, self._counts):
                 write_index(self.path, self._settings, self._counts)
@@ -460,7 +460,7 @@ class TeacherStoreWriter:
 
 
 def _save_file(where: str) -> Callable[..., None]:
-    """``safetensors.numpy.save_file``, its errors of writing as OSError."""
+    """``safetensors.numpy.save_file``, which raises errors of writing as OSError."""
     try:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file

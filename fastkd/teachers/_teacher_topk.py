@@ -1,4 +1,4 @@
-"""A teacher's best k tokens, as they are stored."""
+"""A teacher's k likeliest tokens, as they are stored."""
 
 from typing import Any, NamedTuple
 
@@ -28,17 +28,17 @@ def teacher_topk(
     r"""Log-probabilities and indices of a teacher's k likeliest tokens, in one read of its logits.
 
     :math:`\log p_v = z_v / \tau - \log \sum_u e^{z_u / \tau}` over the whole vocabulary, for the k
-    largest, sorted descending; equal ones by lower index. What `torch.log_softmax` and `torch.topk`
-    give in several passes and a table of log-probabilities; no gradient flows.
+    largest, sorted descending; equal ones by lower index. It replaces `torch.log_softmax` and
+    `torch.topk`, without a tensor of all log-probabilities. The results have no gradient.
 
     A ``-inf`` logit is probability 0 and comes last, with log-probability ``-inf``. A row with a
-    NaN, ``+inf`` or no finite logit has no order: NaN for all k, with indices 0 to k - 1.
+    NaN, ``+inf`` or no finite logit gives NaN for all k, with indices 0 to k - 1.
 
     Args:
         teacher_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
         k: from 1 to the size of the vocabulary; on CUDA 1,024 at most.
         temperature: positive: a number, or a tensor with one entry a row.
-        vocab_size: only the first columns count (padded vocabularies).
+        vocab_size: only the first ``vocab_size`` columns are used (padded vocabularies).
 
     Returns:
         ``TopK(log_probs, indices)``, float32 and int32 of shape ``[..., k]``.

@@ -1,4 +1,4 @@
-"""Distillation across tokenizers: bytes of tokens, alignment, likelihoods of chunks and bytes."""
+"""Distillation across tokenizers: token bytes, alignment, likelihoods of chunks and bytes."""
 
 from fastkd.tokenizers._alignment import Alignment, align, align_batch
 from fastkd.tokenizers._alm_loss import alm_loss

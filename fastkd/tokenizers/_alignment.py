@@ -20,11 +20,11 @@ _MOST_TOKENS = 2**31 - 1
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """``student_chunks, teacher_chunks, num_chunks = alignment``, with more by name.
+    """``student_chunks, teacher_chunks, num_chunks = alignment``; other fields by name.
 
-    All six fields take part in copies, pickles, ``torch.utils._pytree`` and what builds on it,
-    ``default_collate`` (which stacks the fields, as if the texts had been aligned in one batch),
-    :meth:`to`, :meth:`pin_memory` and :func:`dataclasses.replace`.
+    All six fields are part of copies, pickles, ``torch.utils._pytree``, ``default_collate`` (which
+    stacks the fields, as if the texts had been aligned in one batch), :meth:`to`,
+    :meth:`pin_memory` and :func:`dataclasses.replace`.
 
     >>> import dataclasses, fastkd
     >>> alignment = fastkd.align([b"a", b"b"], [b"ab"])
@@ -32,31 +32,31 @@ class Alignment:
     (1, 2)
     """
 
-    #: int32, a chunk's number for each token, -1 for none. Numbers ascend from 0.
+    #: int32, the number of each token's chunk, ascending from 0; -1 for none.
     student_chunks: Any
     teacher_chunks: Any
-    #: Chunks of the pair of texts; of a batch: the most of a row.
+    #: Number of chunks of the pair of texts; of a batch: the largest of a row.
     num_chunks: int
-    #: Number of chunks, of a batch: of each row, int64 ``[batch]``.
+    #: Number of chunks; of a batch: of each row, int64 ``[batch]``.
     chunks: Any = None
     #: Number of tokens that have bytes and are in no chunk; of a batch: int64 ``[batch]``.
     dropped_student: Any = None
     dropped_teacher: Any = None
 
     def __iter__(self) -> Iterator[Any]:
-        """The chunks of both sides and their number."""
+        """Iterate over student_chunks, teacher_chunks and num_chunks."""
         return iter((self.student_chunks, self.teacher_chunks, self.num_chunks))
 
     def __len__(self) -> int:
-        """3, as :meth:`__iter__` gives them."""
+        """3, the number of items of :meth:`__iter__`."""
         return 3
 
     def __getitem__(self, index: Any) -> Any:
-        """Of what :meth:`__iter__` gives."""
+        """Index into the items of :meth:`__iter__`."""
         return (self.student_chunks, self.teacher_chunks, self.num_chunks)[index]
 
     def _replace(self, **changes: Any) -> "Alignment":
-        """Return a copy with other fields, as that of a named tuple."""
+        """Return a copy with other fields, as a named tuple's method does."""
         return replace(self, **changes)
 
     def _asdict(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ _FIELDS = tuple(field.name for field in fields(Alignment))
 
 
 def _collate(batch: Sequence[Alignment], *, collate_fn_map: Any = None) -> Alignment:
-    """Fields stacked, as :func:`align_batch` returns them; the largest number of chunks."""
+    """Stack the fields as :func:`align_batch` returns them, with the largest number of chunks."""
     found: dict[str, Any] = {name: [getattr(x, name) for x in batch] for name in _FIELDS}
     most = max(found.pop("num_chunks"))
     for name, values in found.items():
@@ -112,24 +112,24 @@ def align(
 ) -> Alignment:
     r"""Split two tokenizations of one text into the smallest chunks that both have.
 
-    With the byte offsets at which the tokens end, :math:`E_S` and :math:`E_T`, chunks end at
-    :math:`E_S \cap E_T`: token t belongs to the chunk in which it ends, on both sides the same
-    bytes. This is the finest chunking there is. Offsets count bytes, so that a character may be
+    With :math:`E_S` and :math:`E_T` the byte offsets at which the tokens end, chunks end at
+    :math:`E_S \cap E_T`, and token t belongs to the chunk in which it ends. A chunk has the same
+    bytes on both sides, and no finer chunking exists. Offsets are in bytes, so a character may be
     split over tokens.
 
-    * A token without bytes (None or ``b""``) is in no chunk. One that stands between two tokens of
-      a chunk, on either side, breaks the chain of its likelihood: no token of it gets a number.
-    * Where the texts differ, the tokens of what differs, and the rest of chunks that reach into it,
-      are in no chunk; all others are. The difference is the smallest one (Myers, O((n + m) d))
-      while it has up to 256 insertions and deletions of a byte; more are parted at the runs of 32,
-      16 or 8 bytes that occur once on each side, and where there are none the path is followed on
-      while at most a quarter of the bytes are edits. What is left counts as different, and so does
-      a run of equal bytes between two differences that has less than 4 bytes, or less than 32 and
-      less than a quarter of the smaller difference's.
-    * If one text starts with one space more than the other (SentencePiece writes one before the
-      text), this space is no difference, but part of the first chunk.
-    * Where one text ends before the other, the tokens behind, and a chunk that only one side
-      completes, have no number.
+    * A token without bytes (None or ``b""``) is in no chunk. Between two tokens of a chunk, on
+      either side, it breaks the chain of the chunk's likelihood: all its tokens get -1.
+    * Where the texts differ, the tokens of the difference, and of chunks that overlap it, are in no
+      chunk; all others are. The difference is the smallest one (Myers, O((n + m) d)) up to 256
+      insertions and deletions of a byte. Larger ones are split at the runs of 32, 16 or 8 bytes
+      that occur once on each side; where there are none, the search continues while at most a
+      quarter of the bytes are edits. The rest counts as different, and so does a run of equal
+      bytes between two differences that has less than 4 bytes, or less than 32 and less than a
+      quarter of the smaller difference's.
+    * If one text starts with one space more than the other (SentencePiece adds one before the
+      text), this space is not a difference, but part of the first chunk.
+    * Where one text ends before the other, the remaining tokens of the longer one, and a chunk that
+      only one side completes, get -1.
 
     Args:
         student_tokens: each token's bytes; None for tokens that stand for no text.
@@ -179,14 +179,14 @@ def align_batch(
         teacher_ids: the same number of rows, any length.
         student_vocab: each id's bytes.
         teacher_vocab: the same.
-        pad_id: this id, or the one of (student, teacher), which may be negative, is no token: it
-            has no number and breaks no chunk.
+        pad_id: the id of padding, one for both or (student, teacher); may be negative. Padding gets
+            -1 and breaks no chunk.
 
     Returns:
         :class:`Alignment`: int32 ``student_chunks`` and ``teacher_chunks`` in the ids' shapes (of
-        lists: padded with -1), the largest number of chunks of a row; int64 ``[batch]`` counts. For
-        ids that are a tensor their chunks are one, on their device, else a numpy array; ``chunks``
-        goes with the student's.
+        lists: padded with -1), the largest number of chunks of a row; int64 ``[batch]`` counts. The
+        chunks of a tensor of ids are a tensor on its device, otherwise a numpy array; ``chunks`` is
+        of the same kind as the student's.
 
     Raises:
         IndexError: an id lies outside its vocabulary. TypeError: ids are not integers, a vocabulary
@@ -236,7 +236,7 @@ def align_batch(
 
 
 def _rows(where: str, ids: Any) -> tuple[np.ndarray, np.ndarray]:
-    """int64 ``[batch, length]`` and how many of each row count."""
+    """int64 ``[batch, length]``, padded with 0, and the length of each row."""
     if isinstance(ids, (list, tuple)):
         rows = [integers(f"{where}[{i}]", row) for i, row in enumerate(ids)]
         for i, row in enumerate(rows):

@@ -18,9 +18,9 @@ from fastkd._ops.checks import (
 )
 from fastkd.tokenizers._chunk_log_likelihood import ChunkLogLikelihood, chunk_log_likelihood
 
-#: Stands for the log-likelihood of what is impossible: e^-10,000 is 0 in float64.
+#: Replaces a log-likelihood of -inf: e^-10,000 is 0 in float64.
 _IMPOSSIBLE = -1e4
-#: Of chunk_log_likelihood's arguments the names that are others here, each after its side.
+#: Arguments of chunk_log_likelihood that have another name here, after "student_" or "teacher_".
 _NAMES = {"token_ids": "ids", "chunk_ids": "chunks"}
 
 
@@ -64,36 +64,36 @@ def alm_loss(
     ====================  ==================================================================
 
     ``debias`` adds, on both sides, the log-probability that the chunk ends in a token boundary
-    (``student_boundary``, ``teacher_boundary``): a model whose tokens are longer otherwise pays
-    for text that its next token covers, too. Where a text ends with a chunk, no row tells that
-    probability, and neither side takes it.
+    (``student_boundary``, ``teacher_boundary``). Without it a model with longer tokens also pays
+    for the text that its next token covers. Where a chunk ends the text, no row has that
+    probability, and it is left out on both sides.
 
-    ``merge_threshold`` joins each chunk with the one before unless the teacher gives a boundary
-    after that one more than this probability: likelihoods add up, and the boundary is the last
-    one's. Only the teacher decides.
+    ``merge_threshold`` joins each chunk with the one before unless the teacher's probability of a
+    boundary after that one is larger than this: likelihoods add up, and the boundary is that of the
+    last chunk. The student's probabilities are not used.
 
-    Both models' logits are read once, and the gradient's pass reads the student's again and writes
-    its gradient; the arithmetic on chunks is float64, with :math:`\log(1 - e^x)` by a branch.
-    Gradients flow to the teacher where it requires them. A chunk that one side calls impossible
+    Both models' logits are read once; the backward pass reads the student's again and writes its
+    gradient. The arithmetic on chunks is in float64, with :math:`\log(1 - e^x)` in two branches.
+    Gradients flow to the teacher where it requires them. A chunk with probability 0 on one side
     has the true value, often infinity, and gives no gradient.
 
     Args:
         student_logits: ``[B, T_S, vocab_S]``; row t scores ``student_ids[:, t]``: pass
             ``logits[:, :-1]`` with ``ids[:, 1:]`` and ``chunks[:, 1:]``.
         student_ids: ``[B, T_S]``, the student's tokens.
-        student_chunks: ``[B, T_S]``, of :func:`fastkd.align_batch`; -1 for none.
+        student_chunks: ``[B, T_S]``, from :func:`fastkd.align_batch`; -1 for none.
         teacher_logits: ``[B, T_T, vocab_T]``.
         teacher_ids: ``[B, T_T]``.
         teacher_chunks: ``[B, T_T]``.
-        num_chunks: how many chunks a text may have.
+        num_chunks: the largest number of chunks of a text.
         divergence: one of the table.
         temperature: :math:`\tau`, of chunk likelihoods, not of logits; positive.
         epsilon: keeps likelihoods below 1.
         student_boundary: bool ``[vocab_S]``, the tokens that begin a word
             (:meth:`fastkd.ByteVocab.boundary`). Both boundaries or none, for ``debias``.
         teacher_boundary: bool ``[vocab_T]``; ``merge_threshold`` needs it.
-        debias: see above; without boundary sets there is nothing to add.
-        merge_threshold: a probability; the paper's code has 0.1. None: chunks stay as they are.
+        debias: see above; without boundary sets nothing is added.
+        merge_threshold: a probability; the paper's code has 0.1. None: no chunks are joined.
         reduction: over chunks that have tokens on both sides: ``"mean"``, ``"sum"``,
             ``"batchmean"`` (over B), ``"elementmean"`` (over B x num_chunks), or ``"none"``:
             ``[B, num_chunks]``, 0 where there is no chunk.
@@ -154,7 +154,7 @@ def alm_loss(
         raise TypeError(
             f"alm_loss: merge_threshold must be a number, got {type(merge_threshold).__name__}"
         )
-    # A tensor that is traced has no value to look at.
+    # The value of a traced tensor is not known.
     traced = torch.compiler.is_compiling() and isinstance(merge_threshold, Tensor)
     if merge_threshold is not None and not traced and math.isnan(merge_threshold):
         raise ValueError("alm_loss: merge_threshold must be a number, got nan")
@@ -204,7 +204,7 @@ def _likelihoods(
     num_chunks: int,
     boundary: Tensor | np.ndarray | None,
 ) -> ChunkLogLikelihood:
-    """chunk_log_likelihood of a side; its errors are alm_loss's, and name alm_loss's arguments."""
+    """chunk_log_likelihood of a side; in its errors the names are those of alm_loss's arguments."""
     if torch.compiler.is_compiling():
         return chunk_log_likelihood(logits, ids, chunks, num_chunks, boundary=boundary)
     try:
@@ -222,7 +222,7 @@ def _likelihoods(
 
 
 def _row_follows(chunk: Tensor, chunk_ids: Tensor) -> Tensor:
-    """Whether a row tells what comes after these chunks: not after one that ends the text."""
+    """Whether a row scores the token after these chunks: False for a chunk that ends the text."""
     if chunk_ids.size(-1) == 0:
         return torch.ones_like(chunk, dtype=torch.bool)
     return chunk != chunk_ids[..., -1:]
@@ -234,7 +234,7 @@ def _merged(values: Tensor, segment: Tensor) -> Tensor:
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0, each branch fed only with what it is good for."""
+    """log(1 - e^x) for x < 0; each of the two branches gets only the x for which it is accurate."""
     far = x < -math.log(2)
     by_log1p = torch.log1p(-torch.where(far, x, -1.0).exp())
     return torch.where(far, by_log1p, (-torch.expm1(torch.where(far, -1.0, x))).log())
@@ -293,7 +293,7 @@ def _k3(a: Tensor, b: Tensor) -> Tensor:
     return torch.expm1(a - b) - (a - b)
 
 
-#: Of a, b; whether it is infinite where only the student, or only the teacher, gives a chunk up.
+#: Function of a, b; whether it is inf where only the student's, or the teacher's, likelihood is 0.
 _DIVERGENCES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool, bool]] = {
     "binary_ce": (_binary_ce, True, False),
     "reverse_binary_kl": (_reverse_binary_kl, False, True),

@@ -1,4 +1,4 @@
-"""Byte-level probabilities of a model of tokens: what follows some bytes inside one token."""
+"""Byte-level probabilities of a model of tokens: the next byte inside a token."""
 
 import math
 from collections.abc import Sequence
@@ -23,29 +23,29 @@ def byte_log_probs(
 ) -> Tensor:
     r"""Log-probability of each next byte inside a token that is known to start with ``prefix``.
 
-    With :math:`q = \mathrm{softmax}(z)` and :math:`T(x)` the tokens whose bytes start with x:
+    With :math:`q = \mathrm{softmax}(z)`, and :math:`T(x)` the tokens whose bytes start with x:
 
     .. math:: \text{out}_b = \log \sum_{v \in T(\text{prefix} \cdot b)} q_v
               - \log \sum_{v \in T(\text{prefix})} q_v
 
-    Columns 0 to 255 are the next byte, column 256 a token that ends at the prefix (``-inf`` for the
-    empty one), and from 257 on the classes of special ids (``-inf`` for a non-empty prefix): each
-    row of the result sums to 1. ``T(b"")`` is every id of the vocabulary.
+    Columns 0 to 255 are the next byte, column 256 is a token that ends at the prefix (``-inf`` for
+    the empty one), and columns from 257 on are the classes of special ids (``-inf`` for a non-empty
+    prefix). The probabilities of a row sum to 1. ``T(b"")`` is every id of the vocabulary.
 
     For the empty prefix each row of logits is read once, and its gradient written once; for
-    another one only the tokens that start with it are read. No ``[257, vocab]`` matrix is formed.
-    The result is the same on any number of threads, bit for bit.
+    another prefix only the tokens that start with it are read. No ``[257, vocab]`` matrix is
+    formed. The result is bitwise the same on any number of threads.
 
-    ``-inf`` logits are probability 0. What is impossible is ``-inf`` and takes no gradient; a row
-    with a NaN, ``+inf``, or no possible token that starts with the prefix is NaN.
+    ``-inf`` logits are probability 0. Entries of probability 0 are ``-inf`` and get no gradient. A
+    row with a NaN, ``+inf``, or no possible token that starts with the prefix is NaN.
 
     Args:
         logits: ``[..., width]`` float32, bfloat16, float16 or float64, any strides; columns from
-            ``len(vocab)`` on count nothing.
+            ``len(vocab)`` on are ignored.
         vocab: see :class:`fastkd.ByteVocab`.
-        prefix: bytes, or one for each row, nested as the leading dimensions are.
-        valid: bool ``[..., width]``, broadcast to the logits: False takes an id out, as if its
-            logit were ``-inf``.
+        prefix: bytes for all rows, or for each row, nested as the leading dimensions.
+        valid: bool ``[..., width]``, broadcast to the logits: False excludes an id, as a logit of
+            ``-inf`` does.
 
     Returns:
         ``[..., vocab.num_columns]`` float32 (float64 for float64 logits).
@@ -53,8 +53,8 @@ def byte_log_probs(
     Raises:
         ValueError, TypeError: an argument has the wrong value, shape or type.
 
-    Source: Phan et al. 2024 (arXiv 2410.09303), whose step this is; :class:`fastkd.ByteStream` is
-    the whole of it.
+    Source: Phan et al. 2024 (arXiv 2410.09303). This is one step of the method;
+    :class:`fastkd.ByteStream` is the whole.
 
     >>> import torch, fastkd
     >>> vocab = fastkd.ByteVocab([b"a", b"ab", b"b", None])
@@ -113,7 +113,7 @@ def _tables(vocab: ByteVocab, device: str, mode: Any) -> tuple[Tensor, ...]:
 
 @torch.compiler.assume_constant_result
 def _segments(vocab: ByteVocab, prefix: bytes, device: str, mode: Any) -> tuple[Tensor, ...]:
-    # A tuple: the compiler takes two constant tensors of one function for the same.
+    # A tuple: the compiler treats two constant tensors of one function as the same.
     if prefix == b"":
         return vocab._constants.tensors(
             "segments", device, lambda: (vocab.segments(b"")[None],), mode
@@ -125,7 +125,7 @@ def _segments(vocab: ByteVocab, prefix: bytes, device: str, mode: Any) -> tuple[
 def _segments_of_rows(
     vocab: ByteVocab, prefixes: Any, leading: tuple[int, ...], device: str, mode: Any
 ) -> tuple[Tensor, ...]:
-    """The segments of distinct prefixes, the empty one first, and which of them each row has."""
+    """The segments of distinct prefixes, the empty one first, and each row's index into them."""
     flat = list(prefixes)
     for size in leading[:-1]:
         flat = [inner for outer in flat for inner in outer] if size else []

@@ -1,4 +1,4 @@
-"""The distribution of the next byte under a language model of tokens, however a text is cut."""
+"""The distribution of the next byte under a language model of tokens, over all tokenisations."""
 
 import codecs
 import copy
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastkd.tokenizers._byte_log_probs import byte_log_probs
 from fastkd.tokenizers._byte_vocab import ByteVocab, integers
 
-#: What the kept answers of a model take at most.
+#: Largest memory of a model's cached results, in bytes.
 _CACHE_BYTES = 1 << 28
 _UNASKED, _VALID, _INVALID = 0, 1, 2
 
@@ -29,7 +29,7 @@ def _log_sum_exp(scores: np.ndarray) -> float:
 
 
 def _unfinished(text: bytes) -> int | None:
-    """Bytes of a UTF-8 character that the text ends inside; None: it is not UTF-8 before."""
+    """Length of an incomplete UTF-8 character at the text's end; None: not UTF-8 before it."""
     try:
         return len(text) - codecs.utf_8_decode(text, "strict", False)[1]
     except UnicodeDecodeError:
@@ -41,20 +41,20 @@ def _shown(text: bytes) -> str:
 
 
 def _shared(first: Ids, second: Ids) -> int:
-    """How many ids both begin with."""
+    """Length of the common prefix."""
     return sum(1 for _ in takewhile(lambda x: x[0] == x[1], zip(first, second, strict=False)))
 
 
 @dataclass(slots=True)
 class _Node:
-    """What follows some tokens: log-probabilities, float64 [vocab], and verdicts, uint8 [vocab]."""
+    """The token after some ids: log-probabilities, float64 [vocab], verdicts, uint8 [vocab]."""
 
     log_probs: np.ndarray
     verdicts: np.ndarray
 
 
 class _Model:
-    """The callables, and their last answers."""
+    """The user's callables, with a cache of their last results."""
 
     def __init__(self, next_token_logits: Any, vocab: ByteVocab, encode: Any) -> None:
         self.next_token_logits, self.vocab, self.encode = next_token_logits, vocab, encode
@@ -62,7 +62,7 @@ class _Model:
         self._nodes: OrderedDict[Ids, _Node] = OrderedDict()
 
     def node(self, ids: Ids) -> _Node:
-        """Ask the model what follows, if it was not asked lately."""
+        """The model's result for these ids, from the cache if it is there."""
         node = self._nodes.pop(ids, None)
         if node is None:
             node = _Node(self._log_probs(ids), np.zeros(len(self.vocab), dtype=np.uint8))
@@ -86,7 +86,7 @@ class _Model:
         return log_probs.numpy()
 
     def relative_log_probs(self, sequences: list[Ids]) -> list[float]:
-        """log P of token sequences, given the tokens that all of them begin with."""
+        """log P of token sequences, given their common prefix."""
         shared = min((_shared(sequences[0], ids) for ids in sequences), default=0)
         return [
             sum(float(self.node(ids[:i]).log_probs[ids[i]]) for i in range(shared, len(ids)))
@@ -110,7 +110,7 @@ class _Model:
             raise ValueError(f"ByteStream: encode must return ids < {size}, got {last}") from None
 
     def beginnings(self, text: bytes) -> list[Ids]:
-        """The token sequences that decode to a text and begin a valid encoding."""
+        """The token sequences that decode to a text and are a prefix of a valid encoding."""
         found: list[Ids] = []
         for more in (b"", self.probe):
             ids = self._encoded(text + more)
@@ -130,7 +130,7 @@ class _Model:
         return found
 
     def is_valid(self, ids: Ids, text: bytes) -> bool:
-        """Whether ids that decode to a text begin a valid encoding, or nothing can be asked."""
+        """Whether ids that decode to a text begin a valid encoding, or this cannot be checked."""
         found = self._encoded(text)
         if found == ids:
             return True
@@ -152,13 +152,13 @@ class _Cover:
 
 @dataclass(slots=True)
 class _Part:
-    """The next tokens v of a cover T that start with what the text has behind it."""
+    """The next tokens v of a cover T that start with the remainder, the text after T."""
 
     cover: _Cover
-    #: The first `equal` ones end where the text does.
+    #: The tokens v; the first `equal` ones end where the text does.
     ids: np.ndarray
     equal: int
-    #: log P(T v), -inf for invalid ones; of all special ids, which only follow a whole text.
+    #: log P(T v), -inf for invalid v; `special`: of all special ids, which follow a whole text.
     scores: np.ndarray
     special: float
 
@@ -169,26 +169,27 @@ class _Part:
 
     @property
     def ahead(self) -> float:
-        """Of this, what goes on behind the text."""
+        """The part of `mass` that continues after the text."""
         return float(np.logaddexp(_log_sum_exp(self.scores[self.equal :]), self.special))
 
 
 class Cover(NamedTuple):
-    """Tokens that a text may begin with, and what the next one then has to start with."""
+    """Tokens of the text's beginning, and the bytes that the next token must start with."""
 
     ids: Ids
     #: The text's end, inside the next token; ``b""`` if the tokens are the whole text.
     remainder: bytes
-    #: Log of their part in the probability of all that follows the text.
+    #: Log of this cover's share of the probability of all continuations of the text.
     log_weight: float
 
 
 class ByteStream:
-    r"""A tokenised language model as a model of bytes: what follows a text, however it is cut.
+    r"""A tokenised language model as a model of bytes: a sum over the tokenisations of a text.
 
-    A prompt that ends inside a token ("the city of Par", where the model knows " Paris") misleads
-    a model that is given its tokens. A sum over tokenisations is right: with the covers of a text
-    x, token sequences :math:`t_1 \ldots t_k` that decode to x or more, without the last to less,
+    For a prompt that ends inside a token ("the city of Par", where the vocabulary has " Paris"), a
+    model gives wrong predictions from the prompt's tokens. A sum over tokenisations is right. The
+    covers of a text x are the token sequences :math:`t_1 \ldots t_k` that decode to x or more, and
+    without the last token to less:
 
     .. math:: P(x) = \sum_{t \in \text{cover}(x)} \prod_i p(t_i \mid t_{<i}), \qquad
               P(b \mid x) = P(x b) / P(x)
@@ -196,38 +197,38 @@ class ByteStream:
     and for a class c of special ids (end of text, for example), which has no bytes,
     :math:`P(c \mid x) = \sum_{\text{decode}(t) = x} P(t) \, p(c \mid t) / P(x)`.
 
-    **Which tokenisations.** Without ``encode`` every token sequence counts: exact, with a model
+    **Which tokenisations.** Without ``encode`` all token sequences are used: exact, with a model
     call for each (exponential in the text's length), or the ``max_covers`` likeliest. With
-    ``encode`` only those that begin an encoding, as what models are trained on does: about one
-    model call a byte. That is where :math:`\text{encode}(\text{decode}(t) + s)` begins with t, for
-    s empty or "a" (another token where "a" is none): encoders that look ahead cut a blank line
-    otherwise once text follows. The mass of others goes to none; the result is normalised.
+    ``encode`` only prefixes of an encoding are valid, as in the training data of models: about one
+    model call a byte. t is valid if :math:`\text{encode}(\text{decode}(t) + s)` begins with t, for
+    s empty or "a" (another token if "a" is none): encoders that look ahead split a blank line
+    differently if text follows. Other sequences are left out, and the result is normalised.
 
-    **Cost of encode.** It is asked, once for each cover, which tokens may follow, the likeliest
-    first, until the rest has less than ``tolerance`` of the probability of all that follows, and
-    counts as valid. Vocabularies have long tails: 1e-9 asks for nearly every token, 1e-4 for one in
-    six of SmolLM2's. It gets the whole text, and may remember the ids of what lies before a place
-    where its tokenizer always cuts.
+    **Cost of encode.** For each cover it checks once which tokens may follow, the likeliest first,
+    until the rest has less than ``tolerance`` of the probability of all continuations; the rest is
+    treated as valid. Vocabularies have long tails: 1e-9 checks nearly every token, 1e-4 one in six
+    of SmolLM2's. ``encode`` gets the whole text, and may cache the ids of the text before a
+    position where its tokenizer always splits.
 
     **Inside a character.** Where the text ends inside a UTF-8 character and ``encode`` raises
-    ValueError (as UnicodeDecodeError is) or returns other bytes, there is nothing to ask: all ways
-    on from the valid tokens before count until the character is complete. So a prompt may end
-    anywhere; covers of whole characters are exact, inside one useless partial tokens count too.
+    ValueError (as UnicodeDecodeError is) or returns other bytes, tokens cannot be checked: all
+    continuations of the valid tokens are used until the character is complete. So a prompt may end
+    anywhere. Covers of whole characters are exact; inside one, useless partial tokens count too.
 
     Args:
-        next_token_logits: from a list of ids, ``[]`` for no text (it may put a token for the
-            beginning before them), to ``[width]`` logits of the next one, any dtype and device;
-            columns from ``len(vocab)`` on count nothing. Called without gradients, once for a list
-            while its answer is among the last, of which 256 MiB are kept.
+        next_token_logits: from a list of ids, ``[]`` for no text (it may prepend a token for the
+            beginning), to ``[width]`` logits of the next one, any dtype and device; columns from
+            ``len(vocab)`` on are ignored. Called without gradients. The last results are cached,
+            up to 256 MiB.
         vocab: see :class:`fastkd.ByteVocab`.
-        prompt: bytes that the text begins with. Without ``encode`` they cost what pushing them
-            costs, with it a few model calls.
-        encode: bytes to ids that decode to the same bytes. Ids without bytes may stand in front.
-        max_covers: after each byte keep so many covers, of the largest parts in what follows (of
-            equal ones the one whose tokens end first, then by ids), and if none of them ends with
-            the text, the likeliest that does: the text can go on. With ``encode``, a byte that only
-            dropped covers give is ``-inf``, but can be pushed. None: all.
-        tolerance: see above; 0 asks everything.
+        prompt: bytes that the text begins with. Without ``encode`` they cost as much as pushing
+            them, with it a few model calls.
+        encode: bytes to ids that decode to the same bytes. Ids without bytes may precede them.
+        max_covers: number of covers kept after each byte, those of the largest share of the
+            continuations (of equal ones the one whose tokens end first, then by ids), and the
+            likeliest that ends with the text if none of them does, so that the text can go on. With
+            ``encode``, a byte that only dropped covers give is -inf, but can be pushed. None: all.
+        tolerance: see above; 0 checks every token.
 
     Raises:
         TypeError: an argument, or what a callable returns, has the wrong type. ValueError: it has
@@ -300,7 +301,7 @@ class ByteStream:
 
     @property
     def covers(self) -> list[Cover]:
-        """What the text may be made of, the likeliest first."""
+        """The covers of the text, the likeliest first."""
         parts = self._parts(self._text, self._covers)
         total = _log_sum_exp(np.array([part.ahead for part in parts]))
         found = [Cover(x.cover.ids, self._text[x.cover.end :], x.ahead - total) for x in parts]
@@ -308,11 +309,11 @@ class ByteStream:
         return sorted(alive, key=lambda x: (-x.log_weight, -len(x.remainder), x.ids))
 
     def copy(self) -> "ByteStream":
-        """Return a stream that goes its own way from here; the model's answers stay shared."""
+        """Return an independent stream with the same text; the cache of model results is shared."""
         return copy.copy(self)
 
     def next_byte_log_probs(self) -> Tensor:
-        """Log-probabilities of what follows the text, ``-inf`` where impossible.
+        """Log-probabilities of the next byte or special class, ``-inf`` where impossible.
 
         Returns:
             float64 ``[256 + special classes]`` on the CPU: each next byte, then each class of
@@ -338,7 +339,7 @@ class ByteStream:
             prefix=[self._text[part.cover.end :] for part in parts],
             valid=valid,
         )
-        # A row is given that the next token starts with the remainder: P(T) M_T(remainder).
+        # Rows are conditional on a next token that starts with the remainder: P(T) M_T(remainder).
         joint = rows + torch.from_numpy(np.array([[part.mass] for part in parts]))
         follows = torch.cat((joint[:, :256], joint[:, 257:]), 1).logsumexp(0)
         return follows - follows.logsumexp(0)
@@ -347,7 +348,7 @@ class ByteStream:
         """Append a byte, or any number of them.
 
         Raises:
-            ValueError: one cannot follow; the stream stays as it was. TypeError: no byte or bytes.
+            ValueError: a byte is impossible; the stream is unchanged. TypeError: no byte or bytes.
         """
         try:
             data = byte if isinstance(byte, bytes) else bytes([byte])
@@ -365,8 +366,8 @@ class ByteStream:
     def log_prob(self, text: bytes) -> float:
         """Log-probability that these bytes come next, one after the other.
 
-        ``-inf`` if impossible, 0 for ``b""``; the stream does not move. With ``encode`` each byte's
-        is within ``tolerance`` relatively, not absolutely as in :meth:`next_byte_log_probs`.
+        ``-inf`` if impossible, 0 for ``b""``; the stream is unchanged. With ``encode`` the relative
+        error of each byte is within ``tolerance``, in :meth:`next_byte_log_probs` the absolute one.
 
         Raises:
             TypeError: not bytes.
@@ -384,13 +385,13 @@ class ByteStream:
         return found
 
     def _begin(self, prompt: bytes) -> bool:
-        """Take a prompt and its valid covers, if there is one."""
+        """Set the text to a prompt with its valid covers, if there are any."""
         model, vocab = self._model, self._model.vocab
         longest = max((len(token) for token in vocab.tokens if token), default=0)
         known: dict[int, list[Ids]] = {}
 
         def into(end: int) -> list[Ids]:
-            """Tokens for prompt[:end]; inside a character all ways from those before it."""
+            """Tokens for prompt[:end]; inside a character all that continue valid ones before."""
             if end not in known:
                 text = prompt[:end]
                 known[end] = model.beginnings(text)
@@ -404,7 +405,7 @@ class ByteStream:
             return known[end]
 
         def reaching(end: int) -> list[Ids]:
-            """Those that may go on: to ask about 64 tokens takes less than a call of the model."""
+            """Those with a valid next token; up to 64 checks are cheaper than a model call."""
             some = vocab.order[slice(*vocab.interval(prompt[end:]))].tolist()
             if end == len(prompt) or len(some) > 64:
                 return into(end)
@@ -430,7 +431,7 @@ class ByteStream:
         for ids in self._model.beginnings(text) if possible else ():
             near = max(self._covers, key=lambda cover: _shared(cover.ids, ids))
             old, new = self._model.relative_log_probs([near.ids, ids])
-            if old == -math.inf:  # So are all covers: what they have in common is impossible.
+            if old == -math.inf:  # All covers have -inf then: their common prefix is impossible.
                 parts, old = [], near.log_prob
             whole.append(_Cover(ids, len(text), near.log_prob + new - old))
         if not whole and (self._model.encode is None or _unfinished(text)):
@@ -442,7 +443,7 @@ class ByteStream:
         return joint if self._keep(text, parts, whole) else -math.inf
 
     def _keep(self, text: bytes, parts: list[_Part], whole: list[_Cover]) -> bool:
-        """Take a text and the likeliest of its covers, if any is possible."""
+        """Set the text and the likeliest of its covers, if any is possible."""
         shares = [(part.ahead, part.cover) for part in parts]
         shares += [(cover.log_prob, cover) for cover in whole]
         alive = sorted((-share, x.end, x.ids, x) for share, x in shares if share > -math.inf)
@@ -454,7 +455,7 @@ class ByteStream:
         return bool(kept)
 
     def _parts(self, text: bytes, covers: list[_Cover]) -> list[_Part]:
-        """What covers go on with, the text given."""
+        """The possible next tokens of each cover, given the text."""
         vocab, parts = self._model.vocab, []
         for cover in covers:
             node = cover.node = cover.node or self._model.node(cover.ids)
@@ -469,7 +470,7 @@ class ByteStream:
         return parts
 
     def _check(self, text: bytes, parts: list[_Part]) -> None:
-        """Ask which tokens are valid, the likeliest first, and take the invalid ones out."""
+        """Check which tokens are valid, the likeliest first; set scores of invalid ones to -inf."""
         model, unasked, valid, special = self._model, [], -math.inf, -math.inf
         for part in parts:
             verdicts = part.cover.node.verdicts[part.ids]
@@ -496,4 +497,4 @@ class ByteStream:
                 part.scores[places[index]] = -math.inf
                 part.cover.node.verdicts[id] = _INVALID
         if refused and valid == -math.inf:
-            model.beginnings(refused)  # An error where the encoder does not round-trip.
+            model.beginnings(refused)  # Raises if the encoder does not round-trip.

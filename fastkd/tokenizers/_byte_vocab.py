@@ -1,4 +1,4 @@
-"""Token ids and their bytes, ordered so that the tokens that share a prefix are an interval."""
+"""Token ids and their bytes, sorted so that the tokens with a common prefix are an interval."""
 
 import operator
 import sys
@@ -27,7 +27,7 @@ __all__ = ["ByteVocab"]
 
 
 def integers(where: str, values: Any) -> np.ndarray:
-    """A contiguous int64 array of what holds integers: a list, an array, a tensor on any device."""
+    """A contiguous int64 array of the integers in a list, an array or a tensor on any device."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
     array = np.asarray(values)
@@ -46,28 +46,28 @@ def _bytes(where: str, value: Any) -> bytes:
 
 
 class ByteVocab:
-    r"""What each token id stands for in bytes.
+    r"""The bytes of each token id.
 
-    Real vocabularies hold equal bytes under two ids, ids without a token, tokens that are not
-    UTF-8 and tokens of 1,024 bytes; all of that is fine. An object never changes, compares by
-    content, and can be a dictionary's key and be pickled.
+    Two ids may have the same bytes, ids may have no token, and tokens may be invalid UTF-8 or have
+    1,024 bytes, as in real vocabularies. Objects are immutable and hashable, are compared by
+    content, and can be pickled.
 
-    The *columns* of an answer to "what follows these bytes?" are: 0 to 255 the next byte, 256 the
+    The distribution of what follows a prefix has the *columns*: 0 to 255 the next byte, 256 the
     token ends here, 257 and on the classes of special ids. :attr:`order` sorts the ids by (bytes,
-    id), with the special ids behind, class by class; there the ids of each column of any prefix
-    are neighbours: :meth:`segments`.
+    id), then the special ids class by class. In this order the ids of each column of any prefix
+    are contiguous: :meth:`segments`.
 
     Args:
-        tokens: each id's bytes; None or ``b""``: the id stands for no bytes.
-        special: names of classes of ids, in the order of their columns. An id in it stands for no
-            bytes even where ``tokens`` has some. Ids without bytes that are in no class form one
-            last class, ``"other"``, if there are any; only then is the name taken.
+        tokens: each id's bytes; None or ``b""``: the id has no bytes.
+        special: names of classes and their ids, in the order of their columns. An id in a class has
+            no bytes even where ``tokens`` has some. Ids without bytes that are in no class form one
+            last class, ``"other"``, if there are any; only then is the name reserved.
 
     Raises:
         TypeError: an entry is not bytes or None, an id no integer, a name no string.
-            IndexError: an id in ``special`` lies outside. ValueError: an id is named twice, a class
-            is named ``"other"`` beside the one of the other ids, or there are more than 2^31 - 1
-            ids or bytes.
+            IndexError: an id in ``special`` is out of range. ValueError: an id is in ``special``
+            twice, a class is named ``"other"`` and that name is reserved, or there are more than
+            2^31 - 1 ids or bytes.
 
     >>> from fastkd import ByteVocab
     >>> vocab = ByteVocab([b"a", b"ab", b"b", None, b"</s>"], special={"eos": [4]})
@@ -111,7 +111,7 @@ class ByteVocab:
                 )
             classes.append((name, found))
         self._core = _host.ByteVocab(tokens, classes)
-        #: An int that torch.compile can read.
+        #: len(self) as an int that torch.compile can read.
         self._size = len(tokens)
         #: Tables of the ops, for each device; a copy or a pickle has its own.
         self._constants = Constants()
@@ -121,21 +121,21 @@ class ByteVocab:
         r"""Read a tokenizer's bytes.
 
         Byte-level tokens are translated back from the characters that stand for bytes;
-        SentencePiece's ``▁`` is a space and its ``<0x41>`` a byte. Added tokens that are no
-        tokens of the model are literal text; those marked special have no bytes. What a
-        tokenizer's normalizer does to a text before (lower case, NFKC) is no part of its
-        vocabulary. Some texts are encoded, and the bytes of their ids compared with them, up to
-        a space in front, and for tokenizers that write spaces as ``▁`` up to white space.
+        SentencePiece's ``▁`` is a space and its ``<0x41>`` a byte. Added tokens that are not
+        tokens of the model are literal text; those marked special have no bytes. Changes of the
+        text by the normalizer (lower case, NFKC) are not part of the vocabulary. As a check, some
+        texts are encoded, and the bytes of their ids compared with them, except for a leading
+        space, and for tokenizers that write spaces as ``▁`` except for white space.
 
-        Classes, each of one id where the tokenizer names it: ``"eos"``, ``"bos"``, ``"pad"``,
+        The classes have one id each, where the tokenizer names it: ``"eos"``, ``"bos"``, ``"pad"``,
         ``"unk"``; an id with several roles is in the first of these classes. A
         ``tokenizers.Tokenizer`` names only pad and unk, a ``tiktoken.Encoding`` only eos.
 
         Args:
             tokenizer: from transformers (fast or slow), ``tokenizers.Tokenizer``,
                 ``tiktoken.Encoding`` or ``sentencepiece.SentencePieceProcessor``.
-            vocab_size: the model's number of logits, where that is more than there are tokens; the
-                ids between have no bytes. None: the largest id of the tokenizer, and one.
+            vocab_size: the model's number of logits, where it has more than there are tokens; the
+                additional ids have no bytes. None: the tokenizer's largest id plus one.
 
         Raises:
             TypeError: the tokenizer is none of these, or its tokens do not hold the text byte by
@@ -179,11 +179,11 @@ class ByteVocab:
         return self._core is other._core or self._core == other._core
 
     def __hash__(self) -> int:
-        """Of sizes and a few places only: equal vocabularies have equal ones."""
+        """Hash of the sizes and a few positions of the order: the same for equal vocabularies."""
         return hash((len(self), self.special_classes, self.order[::997].tobytes()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Tokens and classes: a copy sorts them anew."""
+        """Pickle the tokens and classes; a copy sorts them again."""
         return _rebuild, (self._core.tokens(), self._special())
 
     def __repr__(self) -> str:
@@ -210,7 +210,7 @@ class ByteVocab:
 
     @property
     def num_columns(self) -> int:
-        """257 and the number of special classes."""
+        """257 plus the number of special classes."""
         return self._core.num_columns()
 
     @cached_property
@@ -230,7 +230,7 @@ class ByteVocab:
             ids: integers ``[length]``: a list, an array, a tensor.
 
         Raises:
-            IndexError: an id lies outside. TypeError: not integers. ValueError: not one dimension.
+            IndexError: an id is out of range. TypeError: not integers. ValueError: not 1-d.
 
         >>> from fastkd import ByteVocab
         >>> ByteVocab([b"a", b"bc", None]).decode([1, 2, 0])
@@ -255,27 +255,27 @@ class ByteVocab:
     def interval(self, prefix: bytes) -> tuple[int, int]:
         """Begin and end in :attr:`order` of the tokens that start with ``prefix``.
 
-        ``b""``: of all that have bytes. Where there is none, begin and end are the same.
+        For ``b""``: of all tokens with bytes. Without such tokens begin and end are the same.
         """
         return self._core.interval(_bytes("ByteVocab.interval: prefix", prefix))
 
     def segments(self, prefix: bytes) -> np.ndarray:
-        """Begin and end in :attr:`order` of each column's tokens, given what they start with.
+        """Begin and end in :attr:`order` of each column's tokens, after a prefix.
 
         Returns:
             int32 ``[num_columns, 2]``: the tokens that start with ``prefix`` by the byte that
             follows it (0 to 255), those equal to it (256; none for ``b""``), and the classes of
             special ids (257 and on; none for any prefix but ``b""``). Begin and end are the same
-            where there is none.
+            for a column without tokens.
         """
         return self.segments_of([_bytes("ByteVocab.segments: prefix", prefix)])[0][0]
 
     def segments_of(self, prefixes: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """:meth:`segments` of many prefixes, of equal ones once.
+        """:meth:`segments` of many prefixes, once for each distinct prefix.
 
         Returns:
-            int32 ``[unique, num_columns, 2]``, in the order in which the prefixes first come, and
-            int64 ``[len(prefixes)]``: which of them each prefix is.
+            int32 ``[unique, num_columns, 2]``, in the order of first occurrence, and int64
+            ``[len(prefixes)]``: each prefix's index into them.
 
         >>> from fastkd import ByteVocab
         >>> segments, index = ByteVocab([b"a", b"ab"]).segments_of([b"a", b"", b"a"])
@@ -298,7 +298,7 @@ class ByteVocab:
 
         Returns:
             bool ``[len(self)]``: with the defaults the set S of approximate likelihood matching
-            (arXiv 2503.20083), whose total probability tells how likely a word ends.
+            (arXiv 2503.20083), whose total probability is that of the end of a word.
 
         >>> from fastkd import ByteVocab
         >>> ByteVocab([b" a", b"a", None]).boundary().tolist()
@@ -310,7 +310,7 @@ class ByteVocab:
         return of_column[self.columns]
 
 
-# Without this torch.compile of PyTorch 2.10 takes no ByteVocab for a constant.
+# torch.compile of PyTorch 2.10 needs this to treat a ByteVocab as a constant.
 pytree.register_constant(ByteVocab)
 
 

@@ -1,4 +1,4 @@
-"""Log-likelihoods of chunks: runs of tokens that cover the same bytes for two tokenizers."""
+"""Log-likelihoods of chunks: runs of tokens that cover the same bytes in two tokenizations."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from fastkd._ops.differentiable import Differentiable
 
 
 class ChunkLogLikelihood(NamedTuple):
-    """What a model says of each chunk, ``[..., num_chunks]``. Logarithms are natural."""
+    """A model's likelihoods of each chunk, ``[..., num_chunks]``. Logarithms are natural."""
 
     #: Sum of the log-probabilities of the chunk's tokens; 0 for a chunk without tokens.
     log_likelihood: Tensor
@@ -40,23 +40,23 @@ def chunk_log_likelihood(
     .. math:: \ell_c = \sum_{t \in c} \log q_t(\text{token}_t), \qquad
               b_c = \log \sum_{v \in \text{boundary}} q_{t_c + 1}(v)
 
-    with :math:`t_c` the chunk's last token. Row t of the logits scores token t: of a causal model
+    with :math:`t_c` the chunk's last token. Row t of the logits scores token t: for a causal model
     pass ``logits[:, :-1]`` with the ids ``[:, 1:]`` and the chunks ``[:, 1:]``.
 
     Each row of logits that is needed is read once (the backward pass reads it again and writes its
-    gradient); rows of tokens in no chunk are not read, add nothing, and get a zero gradient even
+    gradient). Rows of tokens in no chunk are not read, add nothing, and get a zero gradient even
     where they hold NaN. No ``[tokens, chunks]`` matrix is formed. ``-inf`` logits are probability
     0; a row with a NaN or without a finite logit makes the chunks that need it NaN.
 
     Args:
         logits: ``[..., T, vocab]`` float32, bfloat16, float16 or float64, any strides.
-        token_ids: ``[..., T]`` int64 or int32. Ids of tokens in no chunk are not looked at.
-        chunk_ids: ``[..., T]`` int64 or int32: -1 for none, else a chunk. The tokens of a chunk
-            are neighbours and chunks ascend, as :func:`fastkd.align` gives them.
-        num_chunks: how many chunks a text may have.
+        token_ids: ``[..., T]`` int64 or int32. Ids of tokens in no chunk are ignored.
+        chunk_ids: ``[..., T]`` int64 or int32: the token's chunk, -1 for none. The tokens of a
+            chunk are contiguous and chunks ascend, as :func:`fastkd.align` returns them.
+        num_chunks: the largest number of chunks of a text.
         boundary: bool ``[vocab]``, a tensor or an array, for instance
             :meth:`fastkd.ByteVocab.boundary`. A set without a possible token has log-probability
-            ``-inf``, which takes no gradient.
+            ``-inf``, which gets no gradient.
         temperature: positive.
 
     Returns:
@@ -64,7 +64,7 @@ def chunk_log_likelihood(
 
     Raises:
         IndexError: a chunk or token id out of range (on CUDA such a text is NaN instead).
-        ValueError, TypeError: chunks whose tokens are no neighbours, or another argument of the
+        ValueError, TypeError: chunks whose tokens are not contiguous, or another argument of the
             wrong value or type.
 
     Source: Minixhofer et al. 2025 (arXiv 2503.20083).

@@ -7,16 +7,16 @@ from functools import cache
 from typing import Any
 
 Tokens = list[bytes | None]
-#: Roles and the ids a tokenizer gives them.
+#: Roles and their ids in a tokenizer.
 Named = dict[str, int]
 
 _WHERE = "ByteVocab.from_tokenizer"
 #: An id with several roles counts for the first.
 _ROLES = ("eos", "bos", "pad", "unk")
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
-#: Pre-tokenizers that throw away what is between tokens.
+#: Pre-tokenizers that drop the characters between tokens.
 _LOSSY = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit")
-#: What a tokenizer has to give back: punctuation, runs of white space, scripts.
+#: Texts for the check that a text's ids have its bytes: punctuation, runs of white space, scripts.
 _TEXTS = (
     'The quick brown fox\'s 12,345 jumps: x_1 = [a*b] + {c/d}; "no" - 50% #!?',
     "ends with space \n\n  two  spaces,\ta tab\n\tand lines\n",
@@ -26,7 +26,7 @@ _PLAIN_TEXT = "the quick brown fox jumps over the lazy dog"
 
 
 def token_bytes(tokenizer: Any) -> tuple[Tokens, dict[str, list[int]]]:
-    """Read each id's bytes and the special classes. What a tokenizer is, its methods tell."""
+    """Read each id's bytes and the special classes. A tokenizer's kind is known by its methods."""
     if _has(tokenizer, "n_vocab", "decode_single_token_bytes"):
         tokens, named = _from_tiktoken(tokenizer)
     elif _has(tokenizer, "id_to_piece", "is_byte", "is_control"):
@@ -78,9 +78,9 @@ def _check(tokens: Tokens, text: str, ids: Iterable[int], **options: Any) -> Non
 
 
 def _agree(found: Tokens, text: str, *, any_space: bool = False, cut: bool = False) -> bool:
-    """Whether tokens are those of a text; one without bytes may stand for anything.
+    """Whether tokens are those of a text; one without bytes matches any text.
 
-    ``any_space``: a run of white space is as good as another one. ``cut``: the text may go on.
+    ``any_space``: all runs of white space are equal. ``cut``: the text may be longer.
     """
     pieces, whole = b"\0".join([b"".join(x) for x in _runs(found)]), text.encode()
     if any_space:
@@ -101,7 +101,7 @@ def _runs(found: Tokens) -> list[list[bytes]]:
 
 
 def _spellable(tokens: Tokens, pieces: Iterable[str], text: str) -> str:
-    """What of a text there are tokens for, one a character."""
+    """The characters of a text that have a token each, or all if every byte has one."""
     known = {token for token in tokens if token}
     if all(bytes([byte]) in known for byte in range(256)):
         return text
@@ -110,7 +110,7 @@ def _spellable(tokens: Tokens, pieces: Iterable[str], text: str) -> str:
 
 
 def _refuse_strip(content: str, added: Any) -> None:
-    """An added token that takes white space beside it."""
+    """Raise for an added token that absorbs the white space beside it."""
     for side in ("lstrip", "rstrip"):
         if added[side] if isinstance(added, dict) else getattr(added, side):
             raise TypeError(
@@ -167,10 +167,11 @@ def _piece_bytes(piece: str, spaces: tuple[str, ...], byte_fallback: bool) -> by
 
 @cache
 def _byte_level() -> dict[int, int]:
-    """For str.translate: the character that stands for a byte to that byte.
+    """For str.translate: from the character that stands for a byte to that byte.
 
-    Printable characters of Latin-1 stand for themselves, and those from 256 on, in turn, for the
-    other bytes. These others as characters stand for none: they become one beyond Latin-1.
+    Printable Latin-1 characters stand for themselves, and the characters from 256 on, in turn, for
+    the other bytes. Characters with the codes of those other bytes stand for no byte: they are
+    mapped outside Latin-1.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -181,12 +182,12 @@ def _byte_level() -> dict[int, int]:
 def _byte_level_bytes(token: str) -> bytes:
     try:
         return token.translate(_byte_level()).encode("latin-1")
-    except UnicodeEncodeError:  # literal text, as decoders of this kind take it
+    except UnicodeEncodeError:  # literal text, as in decoders of this kind
         return token.encode()
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """A normalizer, pre-tokenizer or decoder, those of a sequence one by one."""
+    """A normalizer, pre-tokenizer or decoder; for a sequence each of its parts."""
     if part is None:
         return
     if part["type"] != "Sequence":
@@ -257,14 +258,14 @@ def _from_tokenizers(
 
 
 def _replacement(step: dict[str, Any]) -> tuple[str, str] | None:
-    """Text and what stands for it, if that is what a step does."""
+    """The replaced text and its replacement, if the step is a plain replacement."""
     if step["type"] != "Replace" or "String" not in step["pattern"]:
         return None
     return step["pattern"]["String"], step["content"]
 
 
 def _undone(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Replacements of the decoder that take back one of the normalizer's."""
+    """Replacements of the decoder that undo one of the normalizer or pre-tokenizer."""
     made = {_replacement(step) for step in before}
     pairs = [x for step in after if (x := _replacement(step)) is not None]
     return [(written, meant) for written, meant in pairs if (meant, written) in made]
@@ -277,7 +278,7 @@ def _check_tokenizers(
     spaces: tuple[str, ...],
     any_space: bool,
 ) -> None:
-    """Encode texts and compare, up to what the normalizer does to a text."""
+    """Encode texts and compare with the normalized texts."""
     cut = parts["truncation"] or {}
     if cut.get("direction") == "Left":
         return
@@ -320,7 +321,7 @@ def _named_by_transformers(tokenizer: Any) -> Named:
 
 
 def _from_slow(tokenizer: Any) -> tuple[Tokens, Named]:
-    """Of transformers, written in Python."""
+    """Read a tokenizer of transformers that is written in Python."""
     processor = getattr(tokenizer, "sp_model", None)
     if processor is not None:
 
@@ -329,7 +330,7 @@ def _from_slow(tokenizer: Any) -> tuple[Tokens, Named]:
 
     elif hasattr(tokenizer, "byte_decoder"):
         read = _byte_level_bytes
-    elif hasattr(tokenizer, "_utf_vocab_size"):  # a character of Latin-1 a byte
+    elif hasattr(tokenizer, "_utf_vocab_size"):  # each byte is a Latin-1 character
 
         def read(token: str) -> bytes | None:
             return token.encode("latin-1")
@@ -349,7 +350,7 @@ def _from_slow(tokenizer: Any) -> tuple[Tokens, Named]:
             _refuse_strip(token.content, token)
             found[index] = token.content.encode()
     tokens = _by_id(found)
-    # Those of SentencePiece do more to a text before than its normalizer tells.
+    # SentencePiece tokenizers change a text by more than their normalizer.
     for text in _TEXTS if processor is None else (_PLAIN_TEXT,):
         ids = tokenizer.encode(text, add_special_tokens=False)
         _check(tokens, text, ids, any_space=processor is not None)
