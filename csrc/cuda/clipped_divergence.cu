@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 }
 
 // Computes the rows that clipped_divergence_kernel left, one per block. For the other rows only the flag is read.
-__global__ void __launch_bounds__(kSmallThreads) clipped_divergence_small_kernel(const ClippedArguments arguments) {
+__global__ void __launch_bounds__(kSmallThreads, 1) clipped_divergence_small_kernel(const ClippedArguments arguments) {
   unsigned char* const shared = shared_memory();
   const int64_t team_bytes = clip_team_bytes(false, arguments.quantile), blocks = gridDim.x;
   const Team team(shared + team_bytes - Team::kSharedBytes, 1);
