@@ -168,7 +168,9 @@ def check_output(problem, exact, name, mine, value, where) -> None:
         return
     rtol, atol = tolerance(problem, dtype_of(problem))
     if problem.op == "teacher_topk":
-        rtol, atol = 2e-6, 4e-6
+        # A block of 512 columns is summed in four lanes or more: where one lane's sum is near 1,
+        # each of its 128 additions rounds by up to 2^-24.
+        rtol, atol = 2e-6, 128 * 2.0**-24
     atol += part_room(problem, exact)
     mine, huge = mine.double(), value.abs() > HUGE
     good = huge & (mine.abs() > 1e18) & (mine.sign() == value.sign())

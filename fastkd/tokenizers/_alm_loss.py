@@ -154,9 +154,12 @@ def alm_loss(
         raise TypeError(
             f"alm_loss: merge_threshold must be a number, got {type(merge_threshold).__name__}"
         )
-    # The value of a traced tensor is not known.
-    traced = torch.compiler.is_compiling() and isinstance(merge_threshold, Tensor)
-    if merge_threshold is not None and not traced and math.isnan(merge_threshold):
+    # While compiling, the value is not known.
+    if (
+        not torch.compiler.is_compiling()
+        and merge_threshold is not None
+        and math.isnan(merge_threshold)
+    ):
         raise ValueError("alm_loss: merge_threshold must be a number, got nan")
     check_normalizer("alm_loss", normalizer)
     check_no_gradient("alm_loss", merge_threshold=merge_threshold, normalizer=normalizer)
