@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastkd._ops.arguments import choices
+
 LLAMA_2, GPT_2, LLAMA_3, QWEN, GEMMA_3 = 32_000, 50_257, 128_256, 151_936, 262_144
 VOCABULARIES = (LLAMA_2, GPT_2, LLAMA_3, QWEN, GEMMA_3)
 ROWS = (1, 4, 16, 64, 256, 1024)
@@ -14,15 +16,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_kl",
-    "skew_reverse_kl",
-    "tvd",
-    "cross_entropy",
-)
+DIVERGENCES = choices("softmax_divergence", "divergence")
 #: `beta` of the divergences that take one, as their papers use it.
 BETAS = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
 

@@ -235,6 +235,11 @@ def gradient_room(problem: Problem, exact: Tensor, dtype: torch.dtype, name: str
     return room
 
 
+def column(number: float | Tensor) -> float | Tensor:
+    """A number, or one a row beside the columns of the vocabulary."""
+    return number.unsqueeze(-1) if isinstance(number, Tensor) and number.dim() else number
+
+
 def extremes(temperature: float | Tensor) -> tuple[float, float]:
     """The least and the greatest of the rows' temperatures."""
     if not isinstance(temperature, Tensor):
@@ -250,10 +255,9 @@ def log_probabilities(problem: Problem) -> tuple[Tensor, Tensor]:
     student_temperature = options.get("temperature", 1.0)
     teacher_temperature = options.get("teacher_temperature", student_temperature)
     log_q, log_p = (
-        (
-            problem.logits[name][..., : options.get("vocab_size")].double()
-            / (t.unsqueeze(-1) if isinstance(t, Tensor) and t.dim() else t)
-        ).log_softmax(-1)
+        (problem.logits[name][..., : options.get("vocab_size")].double() / column(t)).log_softmax(
+            -1
+        )
         for name, t in (
             ("student_logits", student_temperature),
             ("teacher_logits", teacher_temperature),
