@@ -21,7 +21,7 @@ HOST_TESTS := $(addprefix tests/tokenizers/test_,byte_vocab.py byte_vocab_tokeni
 
 # Side by side; a thread that waits must leave its core to the other process.
 JOBS ?= 2
-PYTEST := $(BIN)/pytest --quiet -n $(JOBS) --dist loadfile
+PYTEST := $(BIN)/pytest --quiet -n $(JOBS) --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY := passive
 export PATH := $(abspath $(BIN)):$(PATH)
 export CMAKE_ARGS := -DFASTKD_CUDA=$(CUDA) -DFASTKD_WERROR=on

@@ -1,5 +1,7 @@
 """Backends, devices and the --slow switch, shared by every test."""
 
+from collections import Counter
+
 import emulator
 import pytest
 import stores
@@ -39,6 +41,9 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
+    # Files run side by side: first the one that waits for nvcc, then the longest.
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda x: (x.path.name != "test_cuda_build.py", -tests[x.path], x.path))
     if config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="slow: run with --slow")

@@ -1,6 +1,6 @@
 """What nvcc makes of the kernels: no warning, no spill, wide accesses, one loadable library.
 
-For the oldest and the newest feature level by default; for all architectures with --slow.
+For sm_90, which has the most code, by default; for all architectures with --slow.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOME, ALL = ["75", "90"], ["75", "80", "86", "89", "90", "100", "120"]
+SOME, ALL = ["90"], ["75", "80", "86", "89", "90", "100", "120"]
 ROW_THREADS, BLOCKS, REGISTERS = 192, 2, 65536
 KERNELS = 7 + 9  # softmax_divergence's, the others', each for four kinds of source
 
@@ -47,6 +47,7 @@ def build(architectures):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DFASTKD_CUDA_ARCHS={';'.join(architectures)}",
             "-DCMAKE_CUDA_FLAGS=-Xptxas=-v",
+            "-DCMAKE_CXX_FLAGS_RELEASE=-O0",  # the CPU kernels only have to be linked
         )
         log.write_text(run("cmake", "--build", folder, "--target", "_C", "--verbose"))
         mark.write_text(state.hexdigest())
