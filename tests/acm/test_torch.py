@@ -157,7 +157,8 @@ def test_exported_functions_train(name, strict):
             self.weights = torch.nn.ParameterList(v.detach() for v in leaves[1:4])
 
         def forward(self, x, other):
-            return CALLS[name](x, *self.weights, other)
+            w = self.weights  # not *self.weights, which torch 2.10 cannot trace
+            return CALLS[name](x, w[0], w[1], w[2], other)
 
     leaves = arguments_of(name, torch.float32)
     model, (x, *_, other) = Model(leaves), (v.detach() for v in leaves)
