@@ -279,7 +279,10 @@ template <class Source>
 void launch_rows(const Device& device, const SelectArguments& arguments, int element_size) {
   RowLaunch launch =
       row_launch(device.capability(), element_size, arguments.vocab, kTeamBytes, Source::kPacked, /*tensors=*/1);
-  launch.warp_rows = 0;  // each row needs a histogram
+  if (launch.warp_rows > 0) {
+    launch.warp_rows = 0;
+    launch.reason = LaunchReason::kHistogram;
+  }
   launch_teams(device, teacher_topk_kernel<Source>, arguments, launch,
                [](const RowLaunch& with) { return kTeamBytes + with.slice_bytes; });
 }
