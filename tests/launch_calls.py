@@ -46,9 +46,12 @@ def rows() -> None:
     fastkd.softmax_divergence(logits((2, 5000)), logits((2, 5000), BF16))
     begin("one pass")
     fastkd.token_stats(logits((2, 5000)))
-    begin("histogram")
+    begin("short, one pass")
+    fastkd.token_stats(logits((6, 1000)))
+    begin("block per row")
     fastkd.teacher_topk(logits((2, 100)), 3)
     best = top_k((2, 1000), 900)
+    emulator.configure(86)
     begin("warps' memory")
     fastkd.topk_divergence(logits((2, 1000)), *best)
     begin("no rows")
@@ -69,7 +72,7 @@ def every_op() -> None:
     fastkd.clipped_divergence(*pair(100), 0.1, 0.9, tail="lump")
     begin("acm")
     ops, choices = emulator.ops(), torch.arange(40) % 4
-    tensors = [torch.randn(shape) for shape in ((40, 64), (3, 64, 32), (3, 32), (3, 32, 64))]
+    tensors = [torch.randn(shape) for shape in ((40, 256), (3, 256, 32), (3, 32), (3, 32, 64))]
     routes = ops._acm_route(choices, 3)
     out, kept = ops._acm_rows(*tensors, None, *routes, 0, True)
     ops._acm_rows_backward(out, *tensors, *routes, kept, 0, *[True] * 4)

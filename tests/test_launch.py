@@ -149,10 +149,11 @@ def test_every_launch_is_possible_and_holds_its_rows(capability):
 
 # --- The log --------------------------------------------------------------------------------------
 
-ROWS = ("short", "dtypes differ", "one pass", "histogram", "warps' memory", "no rows")
+ROWS = ("short", "dtypes differ", "one pass", "short, one pass", "block per row", "warps' memory")
+ROWS += ("no rows",)
 
 HEAD = (
-    r": (?P<op>\w+) \((?P<role>[^)]+)\) (?P<rows>\d+)x(?P<columns>\d+) (?P<dtype>\w+) "
+    r": (?P<op>[\w.]+) \((?P<role>[^)]+)\) (?P<rows>\d+)x(?P<columns>\d+) (?P<dtype>\w+) "
     r"sm_(?P<sm>\d+) threads=(?P<threads>\d+) cluster=(?P<cluster>\d+) shared=(?P<shared>\d+)"
 )
 LINE = re.compile(
@@ -211,9 +212,10 @@ def test_a_line_has_the_launch(log, capability):
     ("call", "threads", "blocks", "resident", "reason"),
     [
         ("short", 128, 2, "yes", "one warp per row, 4 rows per block"),
-        ("dtypes differ", 192, 2, "no", "dtypes, strides or 16-byte alignments differ"),
+        ("dtypes differ", 192, 2, "no", "rows are read element by element"),
         ("one pass", 192, 2, "no", "there is one pass"),
-        ("histogram", 128, 2, "yes", "its histogram needs a block"),
+        ("short, one pass", 128, 2, "no", "4 rows per block; there is one pass"),
+        ("block per row", 128, 2, "yes", "this op needs a whole block"),
         ("warps' memory", 128, 2, "yes", "4 rows per block would need too much shared memory"),
     ],
 )
@@ -255,8 +257,9 @@ def test_every_kernel_has_a_line(log):
         *(("chunk_log_likelihood", role) for role in ("rows", "texts", "boundary set", "gradient")),
         *(("byte_log_probs", role) for role in ("rows", "slices", "sum of slices", "gradient")),
         *(("kl_div", role) for role in ("terms", "sum")),
-        ("scale_rows", "rows"),
-        *(("acm", role) for role in ("route", "learners", "outputs", "weights")),
+        ("_scale_rows_", "rows"),
+        *(("acm.hard", role) for role in ("route", "learners", "outputs", "weights")),
+        ("acm.hard", "sum of parts"),
     }
     assert log["no rows"] == []  # nothing is launched
 

@@ -355,7 +355,8 @@ void launch_sums(const Device& device, ByteArguments a, const Tensor& like) {
   }
   // Each id takes a logit and a place in the list.
   const int64_t overhead = bytes() + 128 + a.columns * 8;
-  const RowLaunch launch = row_launch(device.capability(), item + 2, a.ids, overhead, /*packed=*/true, /*tensors=*/1);
+  const RowLaunch launch =
+      block_per_row(row_launch(device.capability(), item + 2, a.ids, overhead, /*packed=*/true, /*tensors=*/1));
   int64_t blocks = 0;
   a.slices = launch.cluster;
   a.slice = slice_size(a.ids, a.slices);

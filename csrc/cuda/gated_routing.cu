@@ -98,7 +98,7 @@ class Products {
  private:
   template <class Tile>
   static constexpr const char* tile_reason() {
-    return Tile::kRows == kFewRows ? "few rows: tiles of 16 rows" : "many rows: tiles of 128 rows";
+    return Tile::kRows == kFewRows ? "few rows: tiles of 16 rows" : "tiles of 128 rows";
   }
 
   Tensor scratch() const { return torch::stable::new_empty(operands_.x, {sizes_.learners, sizes_.rows, sizes_.width}); }

@@ -28,7 +28,7 @@ enum class LaunchReason : uint8_t {
   kElements,
   kWarp,
   kWarpMemory,
-  kHistogram,
+  kBlockPerRow,
   kHalf,
   kWhole,
   kSixteenBlocks,
@@ -36,20 +36,21 @@ enum class LaunchReason : uint8_t {
   kExceedsEightBlocks,
   kExceedsSixteenBlocks,
   kRefused,
-  kOnePass
+  kOnePass,
+  kOnePassWarp
 };
 
 constexpr const char* text_of(LaunchReason reason) {
   switch (reason) {
     case LaunchReason::kElements:
-      return "dtypes, strides or 16-byte alignments differ, or there are several teachers: rows are read element by "
-             "element, again in each pass";
+      return "the tensors cannot be moved in packs of 16 bytes (dtypes, strides, alignment, or several teachers): rows "
+             "are read element by element, again in each pass";
     case LaunchReason::kWarp:
       return "a row has at most 4096 bytes: one warp per row, 4 rows per block";
     case LaunchReason::kWarpMemory:
       return "a row has at most 4096 bytes, but 4 rows per block would need too much shared memory: one block per row";
-    case LaunchReason::kHistogram:
-      return "a row has at most 4096 bytes, but its histogram needs a block: one block per row";
+    case LaunchReason::kBlockPerRow:
+      return "a row has at most 4096 bytes, but this op needs a whole block: one block per row";
     case LaunchReason::kHalf:
       return "the rows fit with half of the shared memory of a multiprocessor per block: two blocks run on each";
     case LaunchReason::kWhole:
@@ -66,6 +67,9 @@ constexpr const char* text_of(LaunchReason reason) {
       return "the device cannot run the cluster: each pass reads the rows again";
     case LaunchReason::kOnePass:
       return "there is one pass: rows are not kept in shared memory";
+    case LaunchReason::kOnePassWarp:
+      return "a row has at most 4096 bytes: one warp per row, 4 rows per block; there is one pass: rows are not kept "
+             "in shared memory";
   }
   return "";
 }
@@ -127,6 +131,22 @@ constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, 
   return reread_launch(capability < 90 ? LaunchReason::kExceedsBlock
                        : sixteen       ? LaunchReason::kExceedsSixteenBlocks
                                        : LaunchReason::kExceedsEightBlocks);
+}
+
+// The same launch for an op with a single pass.
+constexpr RowLaunch one_pass(RowLaunch launch) {
+  launch.resident = false;
+  if (launch.reason != LaunchReason::kElements) {
+    launch.reason = launch.warp_rows > 0 ? LaunchReason::kOnePassWarp : LaunchReason::kOnePass;
+  }
+  return launch;
+}
+
+// The same launch for an op that needs a block for each row, however short.
+constexpr RowLaunch block_per_row(RowLaunch launch) {
+  if (launch.warp_rows > 0) launch.reason = LaunchReason::kBlockPerRow;
+  launch.warp_rows = 0;
+  return launch;
 }
 
 // Elementwise kernels loop over their packs in a fixed number of blocks, enough for any device.
