@@ -72,7 +72,10 @@ def backend(request, monkeypatch):
             yield torch.device("cuda")
         return
     if kind == "simt":
-        emulator.configure(int(which), request.config.getoption("--schedule"))
+        # "simt-90-refused": a device that refuses clusters; it has to be asked for by --backends.
+        capability, _, refused = which.partition("-")
+        schedule = request.config.getoption("--schedule")
+        emulator.configure(int(capability), schedule, clusters=not refused)
         monkeypatch.setattr(torch.ops, "fastkd", torch.ops.fastkd_simt)
         half = (torch.bfloat16, torch.float16)
         monkeypatch.setitem(_kernels.DTYPES, "cpu", (torch.float32, *half))

@@ -80,9 +80,13 @@ def ops():
     return torch.ops.fastkd_simt
 
 
-def configure(capability: int, seed: int = 0) -> None:
-    """Emulate this compute capability, and an order of threads: 0 theirs, else a random one."""
+def configure(capability: int, seed: int = 0, *, clusters: bool = True) -> None:
+    """Emulate this compute capability, and an order of threads: 0 theirs, else a random one.
+
+    clusters=False: a device that refuses clusters of several blocks.
+    """
     library().simt_configure(capability, ctypes.c_uint(seed))
+    library().simt_refuse_clusters(not clusters)
 
 
 def traffic_of(run) -> Traffic:

@@ -115,7 +115,8 @@ void route(const Device& device, const AcmRouteCall& call) {
                             static_cast<int*>(call.counts.data_ptr()), call.choices.numel(), int(call.learners)};
   const int64_t bins = call.learners + 2;
   const int threads = route_threads(a.rows, bins);
-  device.launch(acm_route_kernel<T>, 1, threads, (threads / kWarp * bins + kWarp) * 4, 1, a);
+  device.launch({"route", "one block sorts; its warps have counters of their own"}, acm_route_kernel<T>, 1, threads,
+                (threads / kWarp * bins + kWarp) * 4, 1, a);
 }
 
 }  // namespace

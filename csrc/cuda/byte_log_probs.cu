@@ -293,7 +293,7 @@ template <class Kernel>
 int64_t blocks_at_a_time(Kernel kernel, int threads, int64_t shared_bytes, int cluster) {
 #ifdef FASTKD_SIMT
   (void)kernel, (void)threads, (void)shared_bytes;
-  return 2 * cluster;
+  return cluster > 1 && simt::settings().refuse_clusters ? 0 : 2 * cluster;
 #else
   const auto ask = [](cudaError_t error) { check(error, kByteLogProbs, "a query of the device"); };
   int device = 0, processors = 0, most = 0, count = 0;
@@ -350,19 +350,26 @@ void launch_sums(const Device& device, ByteArguments a, const Tensor& like) {
   a.slice = 0;
   if (a.whole == a.kNeverWhole) {
     const int64_t blocks = blocks_at_a_time(kernel, kRowThreads, bytes(), 1);
-    return device.launch(kernel, teams_for(a, blocks), kRowThreads, bytes(), 1, a);
+    return device.launch({"rows", "no row has the empty prefix: only the tokens of its prefix are read"}, kernel,
+                         teams_for(a, blocks), kRowThreads, bytes(), 1, a);
   }
   // Each id takes a logit and a place in the list.
   const int64_t overhead = bytes() + 128 + a.columns * 8;
-  const RowLaunch launch = row_launch(device.capability(), item + 2, a.ids, overhead, /*packed=*/true, /*tensors=*/1);
+  const RowLaunch launch =
+      block_per_row(row_launch(device.capability(), item + 2, a.ids, overhead, /*packed=*/true, /*tensors=*/1));
   int64_t blocks = 0;
   a.slices = launch.cluster;
   a.slice = slice_size(a.ids, a.slices);
   if (launch.resident && a.slice <= kMostIds) {
     blocks = blocks_at_a_time(kernel, launch.threads, bytes(), launch.cluster);
+    if (blocks == 0) {
+      device.log_refused("rows", launch.threads, bytes(), launch.cluster,
+                         "slices without a cluster; a second kernel adds their sums");
+    }
   }
   if (blocks > 0) {
-    return device.launch(kernel, teams_for(a, blocks) * a.slices, launch.threads, bytes(), launch.cluster, a);
+    return device.launch({"rows", launch}, kernel, teams_for(a, blocks) * a.slices, launch.threads, bytes(),
+                         launch.cluster, a);
   }
   cut(a, device.capability(), overhead, item + 2);
   FASTKD_CHECK_VALUE(a.slices <= kMostSlices, kByteLogProbs, "vocab on this device may have at most ",
@@ -371,8 +378,10 @@ void launch_sums(const Device& device, ByteArguments a, const Tensor& like) {
   const Tensor partials = torch::stable::new_empty(like, {a.rows, a.slices, a.columns + 1}, ScalarType::Float);
   a.partials = static_cast<float*>(partials.data_ptr());
   blocks = blocks_at_a_time(kernel, kRowThreads, bytes(), 1);
-  device.launch(kernel, teams_for(a, blocks) * a.slices, kRowThreads, bytes(), 1, a);
-  device.launch(byte_merge_kernel, teams_of(a.rows, 1), kRowThreads, merge_bytes, 1, a);
+  device.launch({"slices", "no block or cluster holds a row: one block per slice"}, kernel,
+                teams_for(a, blocks) * a.slices, kRowThreads, bytes(), 1, a);
+  device.launch({"sum of slices", "one block per row"}, byte_merge_kernel, teams_of(a.rows, 1), kRowThreads,
+                merge_bytes, 1, a);
 }
 
 template <class Source>
@@ -381,7 +390,8 @@ void launch_gradient(const Device& device, ByteArguments a) {
   cut(a, device.capability(), GradientLayout(a.columns, 0).bytes, 2);
   const int64_t shared_bytes = GradientLayout(a.columns, a.slice).bytes;
   const int64_t blocks = blocks_at_a_time(kernel, kRowThreads, shared_bytes, 1);
-  device.launch(kernel, teams_for(a, blocks) * a.slices, kRowThreads, shared_bytes, 1, a);
+  device.launch({"gradient", "one block per slice of the vocabulary"}, kernel, teams_for(a, blocks) * a.slices,
+                kRowThreads, shared_bytes, 1, a);
 }
 
 ByteArguments arguments_of(const ByteProblem& problem) {

@@ -144,24 +144,24 @@ __global__ void __launch_bounds__(kTextThreads, 1) chunk_text_kernel(const Chunk
 void launch_texts(const Device& device, const ChunkArguments& arguments) {
   const int64_t warps = (arguments.length + kWarp - 1) / kWarp;
   const int threads = warps < kTextThreads / kWarp ? int(warps) * kWarp : kTextThreads;
-  device.launch(chunk_text_kernel, arguments.batch < kFlatBlocks ? arguments.batch : kFlatBlocks, threads,
+  device.launch({"texts", "one block per text, one thread per token up to the limit"}, chunk_text_kernel,
+                arguments.batch < kFlatBlocks ? arguments.batch : kFlatBlocks, threads,
                 Team::kSharedBytes + threads * int64_t(sizeof(ChunkSum) + sizeof(int64_t)), 1, arguments);
 }
 
 // kernel_of: returns the kernel for a type of source.
 template <class KernelOf>
-void launch_rows(const Device& device, const ChunkArguments& arguments, const KernelOf& kernel_of) {
+void launch_rows(const char* role, const Device& device, const ChunkArguments& arguments, const KernelOf& kernel_of) {
   with_source(source_kind(arguments), [&](auto source, int element_size) {
     using Source = typename decltype(source)::Type;
-    RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab, 0, Source::kPacked);
-    launch.cluster = 1;  // there is only one pass
-    launch.resident = false;
+    RowLaunch launch = one_pass(row_launch(device.capability(), element_size, arguments.vocab, 0, Source::kPacked));
+    launch.cluster = 1;
     const bool by_warp = launch.warp_rows > 0;
     const int64_t block_rows = by_warp ? launch.warp_rows : 1;
     const int64_t blocks = (arguments.rows + block_rows - 1) / block_rows;
     // If there is a boundary set to copy to shared memory, each block takes several rows.
     const bool few = arguments.boundary.words != nullptr && blocks > kFlatBlocks;
-    device.launch(kernel_of(source), few ? kFlatBlocks : teams_of(blocks, 1), launch.threads,
+    device.launch({role, launch}, kernel_of(source), few ? kFlatBlocks : teams_of(blocks, 1), launch.threads,
                   block_rows * chunk_team_bytes(arguments.boundary, by_warp), 1, arguments, launch);
   });
 }
@@ -202,7 +202,8 @@ class ChunkCall {
                           BoundaryBits::kBefore + int(reinterpret_cast<uintptr_t>(problem.boundary) % 16),
                           bytes <= half_limit(device.capability()) - chunk_overhead(false)};
     const int64_t blocks = (halves + kFlatThreads - 1) / kFlatThreads;
-    device.launch(boundary_bits_kernel, blocks < kFlatBlocks ? blocks : kFlatBlocks, kFlatThreads, 0, 1,
+    device.launch({"boundary set", "one thread for 16 ids"}, boundary_bits_kernel,
+                  blocks < kFlatBlocks ? blocks : kFlatBlocks, kFlatThreads, 0, 1,
                   reinterpret_cast<unsigned char*>(const_cast<bool*>(problem.boundary)), int(problem.vocab),
                   static_cast<uint16_t*>(bits_->data_ptr()), int(halves));
   }
@@ -222,7 +223,7 @@ struct Cuda {
     a.log_likelihood = static_cast<float*>(out.log_likelihood.data_ptr());
     a.boundary_log_prob = static_cast<float*>(out.boundary_log_prob.data_ptr());
     a.token_count = static_cast<int64_t*>(out.token_count.data_ptr());
-    launch_rows(call.device, a,
+    launch_rows("rows", call.device, a,
                 [](auto source) { return chunk_log_likelihood_kernel<typename decltype(source)::Type>; });
     launch_texts(call.device, a);
   }
@@ -236,7 +237,8 @@ struct Cuda {
     if (boundary_gradient != nullptr) {
       a.boundary_gradient = static_cast<const float*>(boundary_gradient->data_ptr());
     }
-    launch_rows(call.device, a, [](auto source) { return chunk_gradient_kernel<typename decltype(source)::Type>; });
+    launch_rows("gradient", call.device, a,
+                [](auto source) { return chunk_gradient_kernel<typename decltype(source)::Type>; });
   }
 };
 

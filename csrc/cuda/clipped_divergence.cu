@@ -360,7 +360,8 @@ struct Cuda {
       launch_source<typename decltype(source)::Type>(device, a, element_size);
     });
     if (small) {
-      device.launch(clipped_divergence_small_kernel, problem.rows < kSmallBlocks ? problem.rows : kSmallBlocks,
+      device.launch({"rows of small mass", "one block for each row that the first kernel left: double precision"},
+                    clipped_divergence_small_kernel, problem.rows < kSmallBlocks ? problem.rows : kSmallBlocks,
                     kSmallThreads, clip_team_bytes(false, a.quantile) + int64_t(sizeof(SmallRow)), 1, a);
     }
     return losses.finish();

@@ -96,6 +96,11 @@ class Products {
   }
 
  private:
+  template <class Tile>
+  static constexpr const char* tile_reason() {
+    return Tile::kRows == kFewRows ? "few rows: tiles of 16 rows" : "tiles of 128 rows";
+  }
+
   Tensor scratch() const { return torch::stable::new_empty(operands_.x, {sizes_.learners, sizes_.rows, sizes_.width}); }
 
   HiddenArguments<T> hidden_arguments(const Tensor& rows, const Tensor& weights, const Tensor* hidden) const {
@@ -142,7 +147,8 @@ class Products {
   template <class Kernel, class Arguments>
   void add(Kernel kernel, const Arguments& a, int64_t numbers) const {
     const int64_t blocks = tiles_of(tiles_of(numbers, Many::kPack), kFlatThreads);
-    device_.launch(kernel, std::min<int64_t>(blocks, kFlatBlocks), kFlatThreads, 0, 1, a);
+    device_.launch({"sum of parts", "one thread for 16 bytes of the result"}, kernel,
+                   std::min<int64_t>(blocks, kFlatBlocks), kFlatThreads, 0, 1, a);
   }
 
   template <class Tile, bool kBackward>
@@ -150,8 +156,8 @@ class Products {
     const int64_t tiles = tiles_of(sizes_.width, Tile::kColumns) * sizes_.learners * tiles_of(sizes_.rows, Tile::kRows);
     const int64_t numbers = sizes_.learners * sizes_.rows * sizes_.width;
     const auto sums = divide(a.parts, tiles, a.tiles, numbers);
-    device_.launch(learner_kernel<Tile, kBackward>, tiles * a.parts.count, Tile::kThreads,
-                   Operands<Tile, !kBackward>::kBytes, 1, a);
+    device_.launch({"learners", tile_reason<Tile>()}, learner_kernel<Tile, kBackward>, tiles * a.parts.count,
+                   Tile::kThreads, Operands<Tile, !kBackward>::kBytes, 1, a);
     if (sums) add(add_learner_kernel<T, kBackward>, a, numbers);
   }
 
@@ -160,7 +166,7 @@ class Products {
     const int64_t tiles = tiles_of(a.out.columns, Tile::kColumns) * tiles_of(sizes_.rows, Tile::kRows);
     const int64_t numbers = sizes_.rows * a.out.columns;
     const auto sums = divide(a.parts, tiles, sizes_.learners * tiles_of(sizes_.width, Tile::kDepth), numbers);
-    device_.launch(sum_kernel<Tile, kBackward>, tiles * a.parts.count, Tile::kThreads,
+    device_.launch({"outputs", tile_reason<Tile>()}, sum_kernel<Tile, kBackward>, tiles * a.parts.count, Tile::kThreads,
                    Operands<Tile, !kBackward>::kBytes, 1, a);
     if (sums) add(add_sum_kernel<T>, a, numbers);
   }
@@ -172,8 +178,8 @@ class Products {
         tiles_of(a.out.columns, Many::kColumns) * (a.lines > 0 ? lines : a.sums != nullptr) * sizes_.learners;
     const int64_t numbers = sizes_.learners * (a.lines + 1) * a.out.columns;
     const auto sums = divide(a.parts, tiles, tiles_of(sizes_.rows, Many::kDepth), numbers);
-    device_.launch(weight_kernel<Many, kFirst>, tiles * a.parts.count, Many::kThreads,
-                   Operands<Many, true, false>::kBytes, 1, a);
+    device_.launch({"weights", "tiles of the weights' gradient"}, weight_kernel<Many, kFirst>, tiles * a.parts.count,
+                   Many::kThreads, Operands<Many, true, false>::kBytes, 1, a);
     if (sums) add(add_weight_kernel<T>, a, numbers);
   }
 

@@ -118,9 +118,11 @@ __global__ void __launch_bounds__(kSumThreads)
 template <bool kLogTarget, class T>
 void launch_kl_div(const Device& device, const KlDivArguments& a, int64_t blocks, bool whole) {
   if (whole) {
-    device.launch(kl_div_kernel<kLogTarget, T, true>, blocks, kFlatThreads, Team::kSharedBytes, 1, a);
+    device.launch({"terms", "all tensors begin on 16-byte boundaries: 16 bytes at a time"},
+                  kl_div_kernel<kLogTarget, T, true>, blocks, kFlatThreads, Team::kSharedBytes, 1, a);
   } else {
-    device.launch(kl_div_kernel<kLogTarget, T, false>, blocks, kFlatThreads, Team::kSharedBytes, 1, a);
+    device.launch({"terms", "a tensor does not begin on a 16-byte boundary: element by element"},
+                  kl_div_kernel<kLogTarget, T, false>, blocks, kFlatThreads, Team::kSharedBytes, 1, a);
   }
 }
 
@@ -170,8 +172,8 @@ struct Cuda {
       launch_kl_div<false>(device, a, type, blocks, whole);
     }
     if (a.sum) {
-      device.launch(kl_div_sum_kernel, 1, kSumThreads, Team::kSharedBytes, 1, a.sums, int(blocks), call.scale,
-                    device_rows(*call.loss, 0, kName));
+      device.launch({"sum", "one block adds the blocks' sums in order"}, kl_div_sum_kernel, 1, kSumThreads,
+                    Team::kSharedBytes, 1, a.sums, int(blocks), call.scale, device_rows(*call.loss, 0, kName));
     }
   }
 };

@@ -74,8 +74,9 @@ struct Cuda {
       gradient = device_rows(call.gradient, call.leading, kScaleRows);
     }
     const DeviceRows factor = device_rows(call.factor, call.one ? 0 : call.leading, kScaleRows);
-    device.launch(scale_rows_kernel, rows < kFlatBlocks ? rows : kFlatBlocks, kFlatThreads, 0, 1, gradient, factor,
-                  call.one, rows, int(width), count);
+    device.launch({"rows", "one block per row, or per piece of a contiguous gradient"}, scale_rows_kernel,
+                  rows < kFlatBlocks ? rows : kFlatBlocks, kFlatThreads, 0, 1, gradient, factor, call.one, rows,
+                  int(width), count);
   }
 };
 

@@ -277,10 +277,9 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 
 template <class Source>
 void launch_rows(const Device& device, const SelectArguments& arguments, int element_size) {
-  RowLaunch launch =
+  const RowLaunch launch =
       row_launch(device.capability(), element_size, arguments.vocab, kTeamBytes, Source::kPacked, /*tensors=*/1);
-  launch.warp_rows = 0;  // each row needs a histogram
-  launch_teams(device, teacher_topk_kernel<Source>, arguments, launch,
+  launch_teams(device, teacher_topk_kernel<Source>, arguments, block_per_row(launch),  // a row needs a histogram
                [](const RowLaunch& with) { return kTeamBytes + with.slice_bytes; });
 }
 

@@ -12,7 +12,7 @@ template <bool kPair, class Source>
 void launch_rows(const Device& device, const StatsArguments& arguments, int element_size) {
   RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab, stats_overhead(false),
                                 Source::kPacked, kPair ? 2 : 1);
-  if (!kPair) launch.resident = false;  // there is only one pass
+  if (!kPair) launch = one_pass(launch);
   launch_teams(device, token_stats_kernel<kPair, Source>, arguments, launch, stats_team_bytes);
 }
 

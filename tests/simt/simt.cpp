@@ -14,6 +14,12 @@ __attribute__((visibility("default"))) void simt_configure(int capability, unsig
   simt::settings().seed = seed;
 }
 
+// A device that cannot run clusters of several blocks, for example a partition of one. No query finds room for one, and
+// a launch of one fails.
+__attribute__((visibility("default"))) void simt_refuse_clusters(int refuse) {
+  simt::settings().refuse_clusters = refuse != 0;
+}
+
 __attribute__((visibility("default"))) void simt_reset() {
   std::lock_guard<std::mutex> lock(simt::settings().mutex);
   simt::settings().totals = {};

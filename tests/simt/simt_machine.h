@@ -120,6 +120,7 @@ struct FunctionLimits {
 struct Settings {
   std::atomic<int> capability{90};
   std::atomic<unsigned> seed{0};
+  std::atomic<bool> refuse_clusters{false};
   std::mutex mutex;  // guards the members below
   Totals totals;
   std::map<const void*, FunctionLimits> functions;

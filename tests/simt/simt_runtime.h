@@ -164,6 +164,17 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
   return cudaSuccess;
 }
 
+template <class... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Parameters...),
+                                           const cudaLaunchConfig_t* config) {
+  simt::Shape shape;
+  const auto limits = simt::function_limits(reinterpret_cast<const void*>(kernel));
+  const cudaError_t error = simt::check_launch(*config, limits, &shape);
+  if (error != cudaSuccess) return simt::note_error(error);
+  *clusters = shape.cluster > 1 && simt::settings().refuse_clusters ? 0 : 1;
+  return cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
@@ -171,6 +182,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const auto limits = simt::function_limits(reinterpret_cast<const void*>(kernel));
   const cudaError_t error = simt::check_launch(*config, limits, &shape);
   if (error != cudaSuccess) return simt::note_error(error);
+  if (shape.cluster > 1 && simt::settings().refuse_clusters) return simt::note_error(cudaErrorInvalidConfiguration);
   using Call = std::pair<void (*)(Parameters...), std::tuple<Parameters...>>;
   const Call call(kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...));
   const auto run = [](const void* closure) {

@@ -5,6 +5,7 @@
 
 #include "../../arguments/check.h"
 #include "device.cuh"
+#include "launch_log.h"
 
 #ifndef FASTKD_SIMT
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -35,14 +36,13 @@ class Device {
       fail("RuntimeError", function, "this PyTorch has no CUDA streams");
     }
     stream_ = static_cast<cudaStream_t>(stream);
-#else
-    (void)tensor;
 #endif
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), function, "a device query");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), function, "a device query");
     check(cudaDeviceGetAttribute(&shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), function,
           "a device query");
     capability_ = 10 * major + minor;
+    if (logs_launches()) shape_ = launch_shape(tensor);
   }
 
   int capability() const { return capability_; }
@@ -51,22 +51,26 @@ class Device {
   template <class... Parameters>
   bool fits(void (*kernel)(Parameters...), int threads, int64_t shared_bytes, int cluster) const {
     if (cluster == 1) return true;
-#ifdef FASTKD_SIMT
-    (void)kernel, (void)threads, (void)shared_bytes;
-    return true;
-#else
     Launch launch(*this, kernel, cluster, threads, shared_bytes, cluster);
     int clusters = 0;
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
     if (error != cudaSuccess) (void)cudaGetLastError();  // otherwise the next launch would report it
     return error == cudaSuccess && clusters > 0;
-#endif
+  }
+
+  // Logs that the device cannot run such a cluster, and what runs instead.
+  void log_refused(const char* role, int threads, int64_t shared_bytes, int cluster, const char* instead) const {
+    if (!logs_launches()) return;
+    LoggedLaunch{function_, shape_, capability_, 0, threads, shared_bytes, cluster}.print_refused(role, instead);
   }
 
   template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, int cluster,
-              const Arguments&... arguments) const {
+  void launch(const LaunchNote& note, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+              int cluster, const Arguments&... arguments) const {
     if (blocks == 0) return;
+    if (logs_launches()) {
+      LoggedLaunch{function_, shape_, capability_, blocks, threads, shared_bytes, cluster}.print(note);
+    }
     Launch launch(*this, kernel, blocks, threads, shared_bytes, cluster);
     check(cudaLaunchKernelEx(&launch.config, kernel, static_cast<Parameters>(arguments)...), function_,
           "the kernel's launch");
@@ -110,6 +114,7 @@ class Device {
   const char* function_;
   cudaStream_t stream_ = nullptr;
   int capability_ = 0, shared_ = 0;
+  std::string shape_;  // for the log; empty if nothing is logged
 };
 
 }  // namespace fastkd::cuda

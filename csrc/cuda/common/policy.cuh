@@ -2,6 +2,7 @@
 // vocabulary.
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 
 namespace fastkd::cuda {
 
@@ -22,12 +23,64 @@ constexpr int64_t shared_limit(int capability) {
   }
 }
 
+// Why a launch has its configuration.
+enum class LaunchReason : uint8_t {
+  kElements,
+  kWarp,
+  kWarpMemory,
+  kBlockPerRow,
+  kHalf,
+  kWhole,
+  kSixteenBlocks,
+  kExceedsBlock,
+  kExceedsEightBlocks,
+  kExceedsSixteenBlocks,
+  kRefused,
+  kOnePass,
+  kOnePassWarp
+};
+
+constexpr const char* text_of(LaunchReason reason) {
+  switch (reason) {
+    case LaunchReason::kElements:
+      return "the tensors cannot be moved in packs of 16 bytes (dtypes, strides, alignment, or several teachers): rows "
+             "are read element by element, again in each pass";
+    case LaunchReason::kWarp:
+      return "a row has at most 4096 bytes: one warp per row, 4 rows per block";
+    case LaunchReason::kWarpMemory:
+      return "a row has at most 4096 bytes, but 4 rows per block would need too much shared memory: one block per row";
+    case LaunchReason::kBlockPerRow:
+      return "a row has at most 4096 bytes, but this op needs a whole block: one block per row";
+    case LaunchReason::kHalf:
+      return "the rows fit with half of the shared memory of a multiprocessor per block: two blocks run on each";
+    case LaunchReason::kWhole:
+      return "the rows fit with all the shared memory of a multiprocessor per block: one block runs on each";
+    case LaunchReason::kSixteenBlocks:
+      return "the rows fit only with all the shared memory of 16 multiprocessors";
+    case LaunchReason::kExceedsBlock:
+      return "the rows exceed the shared memory of one block, and there are no clusters: each pass reads them again";
+    case LaunchReason::kExceedsEightBlocks:
+      return "the rows exceed the shared memory of 8 blocks, the largest cluster: each pass reads them again";
+    case LaunchReason::kExceedsSixteenBlocks:
+      return "the rows exceed the shared memory of 16 blocks, the largest cluster: each pass reads them again";
+    case LaunchReason::kRefused:
+      return "the device cannot run the cluster: each pass reads the rows again";
+    case LaunchReason::kOnePass:
+      return "there is one pass: rows are not kept in shared memory";
+    case LaunchReason::kOnePassWarp:
+      return "a row has at most 4096 bytes: one warp per row, 4 rows per block; there is one pass: rows are not kept "
+             "in shared memory";
+  }
+  return "";
+}
+
 // How the threads are assigned to a row of one or two logit tensors.
 struct RowLaunch {
   int threads;
-  int warp_rows;        // rows per block, one per warp; 0: a row has a whole block or cluster
-  int cluster;          // blocks per row
-  bool resident;        // rows stay in shared memory between passes, so that they are read once
+  int warp_rows;  // rows per block, one per warp; 0: a row has a whole block or cluster
+  int cluster;    // blocks per row
+  bool resident;  // rows stay in shared memory between passes, so that they are read once
+  LaunchReason reason;
   int64_t slice_bytes;  // bytes of one row in one block's shared memory
 };
 
@@ -37,9 +90,10 @@ inline constexpr int kRowThreads = 192;
 inline constexpr int kWarpRows = 4;
 // The longest row, in bytes, for which one warp is enough: it reads the row in a few loads.
 inline constexpr int64_t kWarpRowBytes = 4096;
+static_assert(kWarpRowBytes == 4096 && kWarpRows == 4, "text_of names both");
 
 // The launch in which each pass reads the rows from global memory again.
-constexpr RowLaunch reread_launch() { return {kRowThreads, 0, 1, false, 0}; }
+constexpr RowLaunch reread_launch(LaunchReason reason) { return {kRowThreads, 0, 1, false, reason, 0}; }
 
 // The shared memory per block if two blocks share a multiprocessor. The multiprocessor has 1 KiB more than one block
 // may use, and reserves 1 KiB for each block. (On sm_75 it has no more than one block may use.)
@@ -53,8 +107,10 @@ constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, 
                                int tensors = 2) {
   // One more pack, for a row that does not begin on a 16-byte boundary.
   const int64_t bytes = (vocab * element_size + 15) / 16 * 16 + 16;
-  if (!packed) return {vocab >= 4096 ? kRowThreads : vocab >= 1024 ? 128 : 32, 0, 1, false, 0};
-  if (bytes <= kWarpRowBytes) return {kWarpRows * 32, kWarpRows, 1, true, bytes};
+  if (!packed) {
+    return {vocab >= 4096 ? kRowThreads : vocab >= 1024 ? 128 : 32, 0, 1, false, LaunchReason::kElements, 0};
+  }
+  if (bytes <= kWarpRowBytes) return {kWarpRows * 32, kWarpRows, 1, true, LaunchReason::kWarp, bytes};
   const int64_t limit = shared_limit(capability) - overhead;
   const int64_t half = half_limit(capability) - overhead;
   // Using half of the limit leaves room for a second block, whose loads overlap this block's arithmetic. Using all of
@@ -64,12 +120,33 @@ constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, 
     for (int cluster = 1; cluster <= (capability >= 90 ? 8 : 1); cluster *= 2) {
       const int64_t slice = ((bytes / 16 + cluster - 1) / cluster) * 16;
       const bool many = cluster > 1 && slice < 16384;  // too little work per block for the barriers
-      if (tensors * slice <= room && !many) return {kRowThreads, 0, cluster, true, slice};
+      if (tensors * slice <= room && !many) {
+        return {kRowThreads, 0, cluster, true, room == half ? LaunchReason::kHalf : LaunchReason::kWhole, slice};
+      }
     }
   }
   const int64_t slice = ((bytes / 16 + 15) / 16) * 16;
-  if ((capability == 90 || capability == 100) && tensors * slice <= limit) return {kRowThreads, 0, 16, true, slice};
-  return reread_launch();
+  const bool sixteen = capability == 90 || capability == 100;
+  if (sixteen && tensors * slice <= limit) return {kRowThreads, 0, 16, true, LaunchReason::kSixteenBlocks, slice};
+  return reread_launch(capability < 90 ? LaunchReason::kExceedsBlock
+                       : sixteen       ? LaunchReason::kExceedsSixteenBlocks
+                                       : LaunchReason::kExceedsEightBlocks);
+}
+
+// The same launch for an op with a single pass.
+constexpr RowLaunch one_pass(RowLaunch launch) {
+  launch.resident = false;
+  if (launch.reason != LaunchReason::kElements) {
+    launch.reason = launch.warp_rows > 0 ? LaunchReason::kOnePassWarp : LaunchReason::kOnePass;
+  }
+  return launch;
+}
+
+// The same launch for an op that needs a block for each row, however short.
+constexpr RowLaunch block_per_row(RowLaunch launch) {
+  if (launch.warp_rows > 0) launch.reason = LaunchReason::kBlockPerRow;
+  launch.warp_rows = 0;
+  return launch;
 }
 
 // Elementwise kernels loop over their packs in a fixed number of blocks, enough for any device.

@@ -9,6 +9,7 @@ namespace fastkd::cuda {
 namespace {
 
 constexpr int kReduceThreads = 512;
+constexpr const char* kOneBlock = "one block adds in a fixed order";
 
 // factor = 1 / the number of rows that count, or 1 / normalizer; 0 where there is none.
 __global__ void __launch_bounds__(kReduceThreads)
@@ -92,7 +93,8 @@ RowLosses::RowLosses(const Device& device, const RowProblem& problem, std::initi
   if (counted_) {
     const DeviceRows normalizer =
         o.normalizer ? device_rows(*o.normalizer, o.normalizer->dim(), function) : DeviceRows();
-    device.launch(denominator_kernel, 1, kReduceThreads, Team::kSharedBytes, 1, numbers, normalizer, place);
+    device.launch({"denominator", kOneBlock}, denominator_kernel, 1, kReduceThreads, Team::kSharedBytes, 1, numbers,
+                  normalizer, place);
   }
   numbers.gradient_factor = wait_ && factor_ != 0 ? 1 : factor_;
   numbers.gradient_factors = counted_ && !wait_ ? place : nullptr;
@@ -105,13 +107,13 @@ std::tuple<Tensor, Tensor> RowLosses::finish() const {
                                : torch::stable::new_empty(student, {0}, ScalarType::Float);
   const DeviceRows loss_rows = device_rows(loss, 0, problem_.function);
   if (problem_.options.reduced() != Reduction::kNone) {
-    device_.launch(sum_kernel, 1, kReduceThreads, Team::kSharedBytes, 1, numbers.losses, problem_.rows,
-                   counted_ ? numbers.losses + problem_.rows : nullptr, factor_, loss_rows,
-                   wait_ ? device_rows(pending, 0, problem_.function) : DeviceRows());
+    device_.launch({"sum of the losses", kOneBlock}, sum_kernel, 1, kReduceThreads, Team::kSharedBytes, 1,
+                   numbers.losses, problem_.rows, counted_ ? numbers.losses + problem_.rows : nullptr, factor_,
+                   loss_rows, wait_ ? device_rows(pending, 0, problem_.function) : DeviceRows());
   } else {
     const int64_t blocks = (problem_.rows + kFlatThreads - 1) / kFlatThreads;
-    device_.launch(copy_kernel, blocks < 65536 ? blocks : 65536, kFlatThreads, 0, 1, numbers.losses, problem_.rows,
-                   loss_rows);
+    device_.launch({"losses", "one thread per row"}, copy_kernel, blocks < 65536 ? blocks : 65536, kFlatThreads, 0, 1,
+                   numbers.losses, problem_.rows, loss_rows);
   }
   return {loss, pending};
 }

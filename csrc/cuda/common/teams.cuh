@@ -22,13 +22,18 @@ void launch_teams(const Device& device, Kernel kernel, const Arguments& argument
     const int capability = device.capability();
     if (bytes <= (capability == 75 ? shared_limit(capability) : half_limit(capability))) {
       const int64_t blocks = (arguments.rows + launch.warp_rows - 1) / launch.warp_rows;
-      return device.launch(kernel, teams_of(blocks, 1), launch.threads, bytes, 1, arguments, launch);
+      return device.launch({"rows", launch}, kernel, teams_of(blocks, 1), launch.threads, bytes, 1, arguments, launch);
     }
     launch.warp_rows = 0;
+    launch.reason = LaunchReason::kWarpMemory;
   }
-  if (!device.fits(kernel, launch.threads, team_bytes(launch), launch.cluster)) launch = reread_launch();
-  device.launch(kernel, teams_of(arguments.rows, launch.cluster) * launch.cluster, launch.threads, team_bytes(launch),
-                launch.cluster, arguments, launch);
+  if (!device.fits(kernel, launch.threads, team_bytes(launch), launch.cluster)) {
+    device.log_refused("rows", launch.threads, team_bytes(launch), launch.cluster,
+                       "one block per row, without a cluster; each pass reads the rows again");
+    launch = reread_launch(LaunchReason::kRefused);
+  }
+  device.launch({"rows", launch}, kernel, teams_of(arguments.rows, launch.cluster) * launch.cluster, launch.threads,
+                team_bytes(launch), launch.cluster, arguments, launch);
 }
 
 // The part of the block's shared memory that belongs to the thread's team; each team has `bytes`.

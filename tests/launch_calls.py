@@ -1,0 +1,86 @@
+"""Calls whose launches tests/test_launch.py reads from stderr; arguments: groups of them.
+
+A process of its own, since FASTKD_LOG is read once. "== name" precedes the lines of a call.
+"""
+
+import sys
+
+import emulator
+import registry
+import torch
+from cases import logits, top_k
+
+import fastkd
+
+BF16 = torch.bfloat16
+
+
+def begin(name: str) -> None:
+    print(f"== {name}", file=sys.stderr, flush=True)
+
+
+def pair(vocab: int, dtype: torch.dtype = BF16, rows: int = 2) -> tuple[torch.Tensor, ...]:
+    return logits((rows, vocab), dtype), logits((rows, vocab), dtype)
+
+
+def devices() -> None:
+    """The same call on every device, and on one that refuses clusters."""
+    for capability in (75, 80, 86, 89, 90, 100, 120):
+        emulator.configure(capability)
+        begin(f"{capability}")
+        fastkd.softmax_divergence(*pair(32_000))
+    emulator.configure(90, clusters=False)
+    begin("refused")
+    fastkd.softmax_divergence(*pair(32_000))
+    begin("byte_log_probs refused")
+    vocab = fastkd.ByteVocab([bytes([i % 256, i // 256]) for i in range(60_000)])
+    fastkd.byte_log_probs(logits((2, 60_000)), vocab)
+
+
+def rows() -> None:
+    """Rows of every kind on sm_90."""
+    emulator.configure(90)
+    begin("short")
+    fastkd.softmax_divergence(*pair(1000, rows=6))
+    begin("dtypes differ")
+    fastkd.softmax_divergence(logits((2, 5000)), logits((2, 5000), BF16))
+    begin("one pass")
+    fastkd.token_stats(logits((2, 5000)))
+    begin("short, one pass")
+    fastkd.token_stats(logits((6, 1000)))
+    begin("block per row")
+    fastkd.teacher_topk(logits((2, 100)), 3)
+    best = top_k((2, 1000), 900)
+    emulator.configure(86)
+    begin("warps' memory")
+    fastkd.topk_divergence(logits((2, 1000)), *best)
+    begin("no rows")
+    fastkd.softmax_divergence(*pair(1000, rows=0), reduction="none")
+
+
+def every_op() -> None:
+    emulator.configure(90)
+    for entry in registry.EVERY:
+        begin(entry.name)
+        student = logits((2, 6, registry.VOCAB)).requires_grad_(entry.differentiable)
+        out = entry.call(student, **entry.tensors((2, 6)))
+        if entry.differentiable:
+            (3 * out.sum()).backward()
+    begin("reduction")
+    fastkd.softmax_divergence(*pair(100), reduction="none")
+    begin("lump")
+    fastkd.clipped_divergence(*pair(100), 0.1, 0.9, tail="lump")
+    begin("acm")
+    ops, choices = emulator.ops(), torch.arange(40) % 4
+    tensors = [torch.randn(shape) for shape in ((40, 256), (3, 256, 32), (3, 32), (3, 32, 64))]
+    routes = ops._acm_route(choices, 3)
+    out, kept = ops._acm_rows(*tensors, None, *routes, 0, True)
+    ops._acm_rows_backward(out, *tensors, *routes, kept, 0, *[True] * 4)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    emulator.library()
+    torch.ops.fastkd = torch.ops.fastkd_simt
+    for name in sys.argv[1:]:
+        {"devices": devices, "rows": rows, "every_op": every_op}[name]()
