@@ -37,6 +37,8 @@ struct RowOptions {
     v("denominator", denominator), v("normalizer", normalizer);
   }
   Reduction reduced() const { return Reduction(reduction.place); }
+  LogitMap student_map() const { return {}; }
+  LogitMap teacher_map() const { return {}; }
 };
 
 // The options of functions that take logits, a temperature and labels, and have no reduction.
@@ -76,6 +78,7 @@ struct RowProblem {
     leading = s.dim() - 1;
     for (int64_t i = 0; i < leading; ++i) rows *= s.size(i);
     student = Rows(s, leading);
+    student.set_map(o.student_map());
     student_width = s.size(leading);
     float64 = s.scalar_type() == ScalarType::Double;
     vocab = o.vocab_size < 0 ? student_width : o.vocab_size;
@@ -129,6 +132,14 @@ struct RowProblem {
     }
     FASTKD_CHECK_VALUE(vocab <= width, function, "vocab_size is ", vocab, ", teacher_logits has only ", width,
                        " columns");
+  }
+
+  // A teacher's logits, checked.
+  Rows teacher_rows(const Tensor& teacher) const {
+    check_teacher(teacher);
+    Rows rows(teacher, leading);
+    rows.set_map(options.teacher_map());
+    return rows;
   }
 
   template <class Allowed>
