@@ -19,6 +19,8 @@ DIVERGENCES = (
     "tvd",
     "cross_entropy",
 )
+#: Numbers of all losses over rows, with two values of each.
+ROW_NUMBERS = {"temperature": (1.5, 2.5), "label_weight": (0.3, 0.7), "normalizer": (3.0, 7.0)}
 SHAPES = ((0, 5), (1, 1), (3, 1), (4, 7), (2, 3, 33), (5, 1031), (2, 20011), (7,), (0, 3, 4))
 GRADIENT_ERROR = {
     torch.float64: 1e-11,
@@ -58,6 +60,13 @@ def _labels(leading, vocab):
     return {"labels": torch.where(torch.rand(leading) < 0.2, -100, labels)}
 
 
+def _row_options() -> Iterator[Case]:
+    """Options of all losses over rows that need no value of their own for each."""
+    yield Case("labels-same-temperature", {"label_weight": 2.0}, _labels)
+    yield Case("elementmean", {"reduction": "elementmean"})
+    yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
+
+
 def _softmax_divergence() -> Iterator[Case]:
     for name in DIVERGENCES:
         yield Case(name, {"divergence": name, "reduction": "none"})
@@ -75,11 +84,9 @@ def _softmax_divergence() -> Iterator[Case]:
     yield Case("jsd-beta-1", {"divergence": "jsd", "beta": 1.0})
     yield Case("skew-beta-0", {"divergence": "skew_kl", "beta": 0.0})
     yield Case("skew-reverse-beta-0", {"divergence": "skew_reverse_kl", "beta": 0.0})
-    yield Case("labels-same-temperature", {"label_weight": 2.0}, _labels)
     yield Case("square", {"temperature": 2.0, "square_temperature": True, "reduction": "batchmean"})
-    yield Case("elementmean", {"reduction": "elementmean"})
+    yield from _row_options()
     yield Case("normalizer", {"normalizer": 17.0})
-    yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
     yield Case(
         "weight-and-mask",
         {"reduction": "mean"},
@@ -139,7 +146,6 @@ def _topk_divergence() -> Iterator[Case]:
         options = {"tail": tail, "temperature": 3.0, "teacher_temperature": 1.0}
         yield Case(f"{tail}-labels", {**options, "label_weight": 0.3, "reduction": "sum"}, _labels)
         yield Case(f"{tail}-cap", {"tail": tail, "max_token_loss": 0.5, "reduction": "none"})
-    yield Case("labels-same-temperature", {"label_weight": 2.0}, _labels)
     yield Case("jsd-beta-0", {"divergence": "jsd", "beta": 0.0, "tail": "drop"})
     yield Case("jsd-beta-1", {"divergence": "jsd", "beta": 1.0, "tail": "drop"})
     yield Case(
@@ -148,8 +154,7 @@ def _topk_divergence() -> Iterator[Case]:
     yield Case(
         "square-cap", {"temperature": 2.0, "square_temperature": True, "max_token_loss": 3.0}
     )
-    yield Case("elementmean", {"reduction": "elementmean"})
-    yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
+    yield from _row_options()
     yield Case(
         "weight-and-mask",
         {"reduction": "batchmean"},
@@ -183,8 +188,7 @@ def _clipped_divergence() -> Iterator[Case]:
     yield Case("label-term", {"label_weight": 0.7, "reduction": "sum"}, _labels)
     yield Case("label-term-temperature", {"label_weight": 0.7, "temperature": 2.0}, _labels)
     yield Case("square", {"temperature": 2.0, "square_temperature": True, "tail": "lump"})
-    yield Case("elementmean", {"reduction": "elementmean"})
-    yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
+    yield from _row_options()
     yield Case(
         "weight-and-mask",
         {"reduction": "batchmean", "tail": "lump"},

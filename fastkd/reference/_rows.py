@@ -156,13 +156,17 @@ class Rows:
         self.weight, self.labels, self.label_weight = weight, labels, label_weight
         self.square_temperature, self.reduction = square_temperature, reduction
         self.denominator, self.normalizer = denominator, normalizer
-        self.student = self.logits(student_logits)
+        self.student = self._logits(student_logits)
 
     def per_row(self, number: float, numbers: Tensor | None) -> float | Tensor:
         """The number for all rows, or a column with one a row."""
         return number if numbers is None else numbers.to(self.dtype).unsqueeze(-1)
 
-    def logits(self, logits: Tensor) -> Tensor:
+    def teacher(self, logits: Tensor) -> Tensor:
+        """A teacher's logits as they are read."""
+        return self._logits(logits)
+
+    def _logits(self, logits: Tensor) -> Tensor:
         """The columns below vocab_size; rows that are not read are 0."""
         return torch.where(self.read.unsqueeze(-1), logits[..., : self.vocab].to(self.dtype), 0.0)
 
