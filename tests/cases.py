@@ -19,6 +19,13 @@ DIVERGENCES = (
     "tvd",
     "cross_entropy",
 )
+#: Numbers of all losses over rows, with two values of each.
+ROW_NUMBERS = {
+    "temperature": (1.5, 2.5),
+    "label_weight": (0.3, 0.7),
+    "normalizer": (3.0, 7.0),
+    "logit_softcap": (4.0, 9.0),
+}
 SHAPES = ((0, 5), (1, 1), (3, 1), (4, 7), (2, 3, 33), (5, 1031), (2, 20011), (7,), (0, 3, 4))
 GRADIENT_ERROR = {
     torch.float64: 1e-11,
@@ -58,6 +65,21 @@ def _labels(leading, vocab):
     return {"labels": torch.where(torch.rand(leading) < 0.2, -100, labels)}
 
 
+def _row_options(teacher_logits: bool = True) -> Iterator[Case]:
+    """Options of all losses over rows that need no value of their own for each."""
+    yield Case("softcap", {"logit_softcap": 3.0, "reduction": "none"})
+    yield Case("softcap-large", {"logit_softcap": 1e4, "temperature": 1.5})
+    labelled = {"logit_softcap": (4.0, None), "label_weight": 0.3, "reduction": "sum"}
+    yield Case("softcap-labels", labelled, _labels)
+    yield Case("softcap-labels-temperature", {**labelled, "temperature": 2.0}, _labels)
+    if teacher_logits:
+        yield Case("softcap-teacher", {"logit_softcap": (None, 2.5)})
+        yield Case("softcaps", {"logit_softcap": (7.0, 2.5), "teacher_temperature": 0.7})
+    yield Case("labels-same-temperature", {"label_weight": 2.0}, _labels)
+    yield Case("elementmean", {"reduction": "elementmean"})
+    yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
+
+
 def _softmax_divergence() -> Iterator[Case]:
     for name in DIVERGENCES:
         yield Case(name, {"divergence": name, "reduction": "none"})
@@ -75,11 +97,9 @@ def _softmax_divergence() -> Iterator[Case]:
     yield Case("jsd-beta-1", {"divergence": "jsd", "beta": 1.0})
     yield Case("skew-beta-0", {"divergence": "skew_kl", "beta": 0.0})
     yield Case("skew-reverse-beta-0", {"divergence": "skew_reverse_kl", "beta": 0.0})
-    yield Case("labels-same-temperature", {"label_weight": 2.0}, _labels)
     yield Case("square", {"temperature": 2.0, "square_temperature": True, "reduction": "batchmean"})
-    yield Case("elementmean", {"reduction": "elementmean"})
+    yield from _row_options()
     yield Case("normalizer", {"normalizer": 17.0})
-    yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
     yield Case(
         "weight-and-mask",
         {"reduction": "mean"},
@@ -96,6 +116,11 @@ def _softmax_divergence() -> Iterator[Case]:
             "teacher_temperature": torch.rand(leading).double() + 0.5,
         },
     )
+    for name in DIVERGENCES:
+        yield Case(f"{name}-softcap", {"divergence": name, "logit_softcap": 5.0})
+    for mix in ("logits", "probs"):
+        capped = {"logit_softcap": (5.0, 3.0), "teacher_mix": mix, "temperature": 1.5}
+        yield Case(f"softcap-teachers-{mix}", capped, teachers=3)
     for name in ("forward_kl", "jsd"):
         yield Case(f"{name}-teachers-logits", {"divergence": name, "temperature": 1.5}, teachers=3)
         yield Case(
@@ -122,6 +147,9 @@ def _softmax_divergence() -> Iterator[Case]:
 
 
 def _topk_divergence() -> Iterator[Case]:
+    yield Case("softcap-uniform", {"logit_softcap": 3.0, "tail": "uniform"})
+    yield Case("softcap-renormalize", {"logit_softcap": 3.0, "tail": "renormalize"})
+    yield Case("softcap-uniform-labels", {"logit_softcap": 3.0, "tail": "uniform"}, _labels)
     divergences, tails = (
         ("forward_kl", "reverse_kl", "jsd", "cross_entropy"),
         ("lump", "uniform", "renormalize", "drop"),
@@ -139,7 +167,6 @@ def _topk_divergence() -> Iterator[Case]:
         options = {"tail": tail, "temperature": 3.0, "teacher_temperature": 1.0}
         yield Case(f"{tail}-labels", {**options, "label_weight": 0.3, "reduction": "sum"}, _labels)
         yield Case(f"{tail}-cap", {"tail": tail, "max_token_loss": 0.5, "reduction": "none"})
-    yield Case("labels-same-temperature", {"label_weight": 2.0}, _labels)
     yield Case("jsd-beta-0", {"divergence": "jsd", "beta": 0.0, "tail": "drop"})
     yield Case("jsd-beta-1", {"divergence": "jsd", "beta": 1.0, "tail": "drop"})
     yield Case(
@@ -148,8 +175,7 @@ def _topk_divergence() -> Iterator[Case]:
     yield Case(
         "square-cap", {"temperature": 2.0, "square_temperature": True, "max_token_loss": 3.0}
     )
-    yield Case("elementmean", {"reduction": "elementmean"})
-    yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
+    yield from _row_options(teacher_logits=False)
     yield Case(
         "weight-and-mask",
         {"reduction": "batchmean"},
@@ -169,6 +195,11 @@ def _topk_divergence() -> Iterator[Case]:
 
 
 def _clipped_divergence() -> Iterator[Case]:
+    capped = {"logit_softcap": 5.0, "tail": "lump"}
+    yield Case("softcap-soft", {**capped, "softness": 0.02}, _labels)
+    # Soft: which of two nearly equal capped logits a hard edge keeps is up to their rounding.
+    yield Case("softcap-quantile", {**capped, "quantile": True, "softness": 0.05})
+    yield Case("softcap-renormalized", {**capped, "renormalize": "both"})
     for renormalize in ("none", "teacher", "both"):
         for tail in ("drop", "lump"):
             options = {"renormalize": renormalize, "tail": tail}
@@ -183,8 +214,7 @@ def _clipped_divergence() -> Iterator[Case]:
     yield Case("label-term", {"label_weight": 0.7, "reduction": "sum"}, _labels)
     yield Case("label-term-temperature", {"label_weight": 0.7, "temperature": 2.0}, _labels)
     yield Case("square", {"temperature": 2.0, "square_temperature": True, "tail": "lump"})
-    yield Case("elementmean", {"reduction": "elementmean"})
-    yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
+    yield from _row_options()
     yield Case(
         "weight-and-mask",
         {"reduction": "batchmean", "tail": "lump"},

@@ -2,11 +2,12 @@
 
 import math
 import random
+from dataclasses import replace
 
 import torch
 from cases import DIVERGENCES
 from row_kinds import ALM_DIVERGENCES, TAILS, Draw, byte_vocab
-from row_problems import Problem
+from row_problems import Problem, mapped
 
 VOCABULARIES = (1, 2, 3, 5, 17, 33, 100, 511, 512, 513, 1025, 4097, 8193, 9000)
 TEMPERATURES = (0.05, 0.1, 0.5, 1.0, 1.0, 1.0, 2.0, 7.0, 20.0, 100.0)
@@ -106,7 +107,7 @@ class Fuzz:
             return self.rand(*self.leading) * 3 + 0.2
         return self.pick.choice(TEMPERATURES)
 
-    def row_options(self) -> dict:
+    def row_options(self, two_sides: bool = True) -> dict:
         """What all losses over rows take."""
         options: dict = {"temperature": self.temperature()}
         if self.often(0.4):
@@ -129,7 +130,39 @@ class Fuzz:
         if options["reduction"] != "none" and self.often(0.2):
             options["normalizer"] = self.pick.choice((7.0, torch.tensor(3.0)))
         options["square_temperature"] = self.often(0.2)
+        if self.often(0.3):
+            options["logit_softcap"] = self.softcap(two_sides)
         return options
+
+    def softcap(self, two_sides: bool) -> float | tuple[float | None, float | None]:
+        caps = [self.pick.choice((0.3, 5.0, 30.0, 50.0, 1e4, 1e30)) for _ in range(2)]
+        if not two_sides:
+            return self.pick.choice((caps[0], (caps[0], None)))
+        return self.pick.choice((caps[0], (caps[0], caps[1]), (None, caps[1]), (caps[0], None)))
+
+
+def as_read(problem: Problem) -> tuple[Problem, dict[str, torch.Tensor]]:
+    """A problem in float64 whose logits are those that the op reads, without the options for that.
+
+    Also the derivatives of its logits by the logits as given, by argument, where they are not 1.
+    """
+    caps = problem.options.get("logit_softcap")
+    if caps is None:
+        return problem, {}
+    caps = caps if isinstance(caps, tuple) else (caps, caps)
+    sides = dict(zip(("student_logits", "teacher_logits"), caps, strict=True))
+    options = {name: x for name, x in problem.options.items() if name != "logit_softcap"}
+
+    def cap(name: str, x: torch.Tensor) -> torch.Tensor:
+        c = sides[name]
+        return x if c is None else torch.where(x.isinf(), x, c * (x / c).tanh())
+
+    slopes = {
+        name: torch.where(x.isfinite(), (x / sides[name]).cosh() ** -2, 1.0)
+        for name, x in problem.logits.items()
+        if sides[name] is not None and not isinstance(x, list)
+    }
+    return replace(mapped(problem, cap), options=options), slopes
 
 
 def softmax(f: Fuzz) -> Problem:
@@ -156,7 +189,7 @@ def softmax(f: Fuzz) -> Problem:
 
 
 def topk(f: Fuzz) -> Problem:
-    options = f.row_options()
+    options = f.row_options(two_sides=False)
     width = options.get("vocab_size", f.vocab)
     k = f.pick.choice((1, min(2, width), min(5, width), min(40, width), min(3, width)))
     student = f.logits()
@@ -216,6 +249,9 @@ def clipped(f: Fuzz) -> Problem:
         options["softness"] = f.pick.choice((0.01, 0.05, 0.3))
         wanted += ["lower", "upper"]
     logits = {"student_logits": student, "teacher_logits": f.logits(student)}
+    if options["quantile"] and "softness" not in options:
+        # Saturated logits may be equal in float32: which of them a quantile keeps is open.
+        options.pop("logit_softcap", None)
     if options["keep_label"] and options.get("label_weight") == 0:
         options["label_weight"] = 0.3  # see label_weight_of_0
     # The definition takes masses, not their logarithms: in float64 they must not underflow. Whether

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cases import logits
+from cases import ROW_NUMBERS, logits
 
 import fastkd
 
@@ -78,20 +78,19 @@ def _alm(student: torch.Tensor, **given: Any) -> torch.Tensor:
     return fastkd.alm_loss(*sides, student.size(-2), **{"temperature": 2.0, **given})
 
 
-NUMBERS = {"temperature": (1.5, 2.5), "label_weight": (0.3, 0.7), "normalizer": (3.0, 7.0)}
 LOSSES = [
     Entry(
         "softmax_divergence",
         lambda student, **given: fastkd.softmax_divergence(student, divergence="jsd", **given),
         _teacher,
-        {**NUMBERS, "beta": (0.3, 0.6), "teacher_temperature": (1.2, 2.2)},
+        {**ROW_NUMBERS, "beta": (0.3, 0.6), "teacher_temperature": (1.2, 2.2)},
     ),
     Entry(
         "topk_divergence",
         fastkd.topk_divergence,
         _topk,
         {
-            **NUMBERS,
+            **ROW_NUMBERS,
             "stored_temperature": (1.2, 0.8),
             "min_log_prob": (-9.0, -7.0),
             "max_token_loss": (5.0, 8.0),
@@ -108,7 +107,7 @@ LOSSES = [
             **{"softness": 0.1, **given},
         ),
         _bounds,
-        {**NUMBERS, "softness": (0.1, 0.2)},
+        {**ROW_NUMBERS, "softness": (0.1, 0.2)},
     ),
 ]
 OPS = [

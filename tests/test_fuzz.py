@@ -10,7 +10,8 @@ What float32 cannot hold, and the reference therefore not decide, is defined her
 - Mass below 2^-1075 against a logit of -inf is nothing or an infinite loss; mass that underflows in
   float32 against the smallest number is anything between.
 - A float32 op rounds the distance of a logit from its row's maximum, and each exponential: it may
-  be as far off as such roundings move the exact results, and a few roundings of its own.
+  be as far off as such roundings move the exact results, and a few roundings of its own. Where an
+  option changes logits as they are read, it rounds what comes of that, too.
 - The gradient of a token's log-probability is 1 - p at the token: a rounding of p, a probability,
   is all that is left of it where p is near 1. In alm_loss it is multiplied with the slope of the
   loss in the chunk's likelihood, and so is the rounding.
@@ -24,7 +25,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from fuzz_problems import BUILDERS, Fuzz
+from fuzz_problems import BUILDERS, Fuzz, as_read
 from row_problems import (
     Problem,
     centred,
@@ -46,8 +47,13 @@ HUGE = 1e20
 TWO_SIDED = ("softmax_divergence", "token_stats", "clipped_divergence")
 
 
-def rounded_distances(problem: Problem, double: bool, seed: int) -> Problem:
-    """Logits relative to their row's maximum, each off by a rounding, and so its exponential."""
+def rounded_distances(
+    problem: Problem, double: bool, seed: int, read: Problem | None = None
+) -> Problem:
+    """Logits relative to their row's maximum, each off by a rounding, and so its exponential.
+
+    read: the same logits, not relative, where they are rounded themselves.
+    """
     generator = torch.Generator().manual_seed(seed)
     eps = 2.0**-52 if double else 2.0**-23
 
@@ -62,7 +68,23 @@ def rounded_distances(problem: Problem, double: bool, seed: int) -> Problem:
             temperature = 1.0
         return torch.where(x.isfinite(), x * (1 + noise(x)) + column(temperature) * noise(x), x)
 
-    return mapped(problem, move)
+    def move_read(name: str, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x.isfinite(), x * noise(x), 0.0)
+
+    if read is None:
+        return mapped(problem, move)
+    moved, roundings = mapped(problem, move), mapped(read, move_read)
+    return replace(moved, logits=added(moved.logits, roundings.logits))
+
+
+def added(one: dict, other: dict) -> dict:
+    """The sums of tensors, or of lists of them, by name."""
+    return {
+        name: [a + b for a, b in zip(x, other[name], strict=True)]
+        if isinstance(x, list)
+        else x + other[name]
+        for name, x in one.items()
+    }
 
 
 def label_weight_of_0(problem: Problem) -> Problem:
@@ -118,9 +140,10 @@ class Exact:
     """The results in float64, and how far roundings move them, which is found when it is needed."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = label_weight_of_0(centred(in_float64(problem)))
+        self.read, self.slopes = as_read(in_float64(problem))
+        self.problem = label_weight_of_0(centred(self.read))
         self.double = dtype_of(problem) == torch.float64
-        self.outputs, self.gradients = evaluate(fastkd.reference, self.problem)
+        self.outputs, self.gradients = self.evaluate(self.problem)
         self.constants: dict[str, torch.Tensor] = {}
         for side in ("student", "teacher"):
             if f"{side}_lse" in self.outputs:  # the only results that see a constant
@@ -130,12 +153,20 @@ class Exact:
             self.outputs[name] = self.outputs[name] + constant
         self._moved: list[tuple[dict, dict]] = []
 
+    def evaluate(self, problem: Problem, keep: dict | None = None) -> tuple[dict, dict]:
+        outputs, gradients = evaluate(fastkd.reference, problem, keep)
+        for name, slope in self.slopes.items():
+            if name in gradients:
+                gradients[name] = gradients[name] * slope
+        return outputs, gradients
+
     def moved(self, name: str, gradient: bool) -> torch.Tensor:
         """The largest change of an output or gradient, entry by entry."""
         if not self._moved:
             for seed in range(4):
-                moved = rounded_distances(self.problem, self.double, seed)
-                self._moved.append(evaluate(fastkd.reference, moved, self.outputs))
+                read = self.read if self.slopes else None
+                moved = rounded_distances(self.problem, self.double, seed, read)
+                self._moved.append(self.evaluate(moved, self.outputs))
         right = self.gradients[name] if gradient else self.outputs[name]
         others = [x[gradient][name] + self.constants.get(name, 0) for x in self._moved]
         return torch.stack([(x - right).abs().nan_to_num(0, 0, 0) for x in others]).amax(0).double()
@@ -161,9 +192,9 @@ def likelihood_slope(problem: Problem) -> float:
 
 
 def check(problem: Problem, label: str) -> None:
-    if little_mass_against_the_smallest(problem):
-        return
     exact = Exact(problem)
+    if little_mass_against_the_smallest(exact.read):
+        return
     found, gradients = evaluate(fastkd, problem, exact.outputs)
     where = f"{label}: {problem}"
     undecided = False
@@ -172,7 +203,7 @@ def check(problem: Problem, label: str) -> None:
         if value.is_floating_point():
             infinite = (mine == math.inf) & (value.abs() <= HUGE)
             if infinite.any():
-                assert no_mass_against_nothing(problem), f"{where}: {name} is infinite"
+                assert no_mass_against_nothing(exact.read), f"{where}: {name} is infinite"
                 mine, undecided = torch.where(infinite, value.to(mine.dtype), mine), True
         check_output(problem, exact, name, mine, value, where)
     if undecided:  # infinite slopes are a convention
@@ -234,7 +265,7 @@ def check_gradient(problem, exact, name, mine, value, where) -> None:
         error = (found[number] - row).masked_fill(over, 0).norm().item()
         # Of alm_loss what a row's gradient is multiplied with is the chunk's, often large.
         whole = right if problem.op == "alm_loss" else row
-        room = gradient_room(problem, whole, mine.dtype, name)
+        room = gradient_room(exact.read, whole, mine.dtype, name)
         room += slope_room(problem, exact)
         if name in ("lower", "upper"):
             room = 2e-5 * row.abs().max().item() + edge_room(exact.problem, row)

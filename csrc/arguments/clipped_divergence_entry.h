@@ -25,8 +25,7 @@ struct ClippedProblem : RowProblem {
         teacher_tensor(t),
         lower_tensor(l),
         upper_tensor(u) {
-    check_teacher(t);
-    teacher = Rows(t, leading);
+    teacher = teacher_rows(t);
     teacher_width = t.size(leading);
     float64 = float64 || t.scalar_type() == ScalarType::Double;
     lower = per_row(std::optional<Tensor>(l), "lower", is_float, "floating-point");

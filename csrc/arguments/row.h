@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../math/logit_map.h"
+
 namespace fastkd {
 
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -13,6 +15,9 @@ struct Row {
   int64_t stride = 1;
   Dtype dtype = Dtype::kFloat32;
   bool streamed = false;  // written past the caches
+  LogitMap map{};         // of logits: applied where they are loaded
+  // Of a gradient of mapped logits: the logits, by whose slopes the gradient is multiplied where it is stored.
+  const Row* logits = nullptr;
   explicit operator bool() const { return data != nullptr; }
 };
 

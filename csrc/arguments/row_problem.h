@@ -22,6 +22,7 @@ struct RowOptions {
   double temperature = 1;
   std::optional<Tensor> temperatures, weight, mask, labels;
   double label_weight = 0;
+  double student_logit_softcap = INFINITY, teacher_logit_softcap = INFINITY;  // infinite: none
   int64_t ignore_index = -100, vocab_size = -1;
   int64_t shift = 0;  // a row uses the label, mask and weight of the row `shift` places later in its sequence
   bool square_temperature = false;
@@ -33,10 +34,13 @@ struct RowOptions {
   void fields(Visitor& v) {
     v("temperature", temperature), v("temperatures", temperatures), v("weight", weight), v("mask", mask);
     v("labels", labels), v("label_weight", label_weight), v("ignore_index", ignore_index), v("vocab_size", vocab_size);
+    v("student_logit_softcap", student_logit_softcap), v("teacher_logit_softcap", teacher_logit_softcap);
     v("shift", shift), v("square_temperature", square_temperature), v("reduction", reduction);
     v("denominator", denominator), v("normalizer", normalizer);
   }
   Reduction reduced() const { return Reduction(reduction.place); }
+  LogitMap student_map() const { return {student_logit_softcap}; }
+  LogitMap teacher_map() const { return {teacher_logit_softcap}; }
 };
 
 // The options of functions that take logits, a temperature and labels, and have no reduction.
@@ -76,6 +80,7 @@ struct RowProblem {
     leading = s.dim() - 1;
     for (int64_t i = 0; i < leading; ++i) rows *= s.size(i);
     student = Rows(s, leading);
+    student.set_map(o.student_map());
     student_width = s.size(leading);
     float64 = s.scalar_type() == ScalarType::Double;
     vocab = o.vocab_size < 0 ? student_width : o.vocab_size;
@@ -91,6 +96,9 @@ struct RowProblem {
         "int64 or int32");
     check_positive(o.temperature, temperatures, "temperature");
     FASTKD_CHECK_VALUE(std::isfinite(o.label_weight), function, "label_weight must be finite, got ", o.label_weight);
+    for (const double cap : {o.student_logit_softcap, o.teacher_logit_softcap}) {
+      FASTKD_CHECK_VALUE(cap > 0, function, "logit_softcap must be positive and finite, got ", cap);
+    }
     check_labels();
     check_normalizer();
   }
@@ -129,6 +137,14 @@ struct RowProblem {
     }
     FASTKD_CHECK_VALUE(vocab <= width, function, "vocab_size is ", vocab, ", teacher_logits has only ", width,
                        " columns");
+  }
+
+  // A teacher's logits, checked.
+  Rows teacher_rows(const Tensor& teacher) const {
+    check_teacher(teacher);
+    Rows rows(teacher, leading);
+    rows.set_map(options.teacher_map());
+    return rows;
   }
 
   template <class Allowed>

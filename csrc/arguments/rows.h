@@ -78,8 +78,9 @@ class Rows {
     return data_ + offset * element_size_;
   }
 
-  Row row(int64_t index) const { return {at(index), column_stride_, dtype_of(type_), streamed_}; }
+  Row row(int64_t index) const { return {at(index), column_stride_, dtype_of(type_), streamed_, map_}; }
   void stream() { streamed_ = true; }
+  void set_map(const LogitMap& map) { map_ = map; }
 
   // Element `column` of the row as double. The tensor holds floats or bools.
   double number(int64_t index, int64_t column = 0) const {
@@ -108,6 +109,7 @@ class Rows {
   ScalarType type_ = ScalarType::Float;
   int64_t element_size_ = 4, column_stride_ = 1;
   bool streamed_ = false;
+  LogitMap map_{};
   std::vector<std::pair<int64_t, int64_t>> dimensions_;
 };
 

@@ -51,8 +51,7 @@ struct Problem : RowProblem {
     const std::vector<Tensor>& t = teacher_tensors;
     find_divergence<portable::Divergences>(kSoftmaxDivergence, own.divergence, own.beta);
     for (const Tensor& teacher : t) {
-      check_teacher(teacher);
-      teachers.emplace_back(teacher, leading);
+      teachers.push_back(teacher_rows(teacher));
       float64 = float64 || teacher.scalar_type() == ScalarType::Double;
     }
     teacher_width = t[0].size(leading);

@@ -34,8 +34,8 @@ struct Cpu {
       row.base.vocab = problem.vocab;
       row.base.student = problem.student.row(index);
       row.base.teachers = {&teacher_row, &one, 1, false};
-      if (student) row.base.student_gradient = student.row(index);
-      if (teacher) row.base.teacher_gradient = teacher.row(index);
+      row.base.student_gradient = gradient_row(student, index, row.base.student);
+      row.base.teacher_gradient = gradient_row(teacher, index, teacher_row);
       row.base.student_width = problem.student_width;
       row.base.teacher_width = problem.teacher_width;
       row.base.scratch = scratch;

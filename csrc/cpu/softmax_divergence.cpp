@@ -36,8 +36,8 @@ struct Cpu {
       row.student = problem.student.row(index);
       row.teachers = {teachers.data(), weights.data(), teacher_count, problem.mix_probs};
       row.beta = own.beta;
-      if (problem.student_gradient) row.student_gradient = problem.student_gradient.row(index);
-      if (problem.teacher_gradient) row.teacher_gradient = problem.teacher_gradient.row(index);
+      row.student_gradient = gradient_row(problem.student_gradient, index, row.student);
+      row.teacher_gradient = gradient_row(problem.teacher_gradient, index, teachers[0]);
       row.student_width = problem.student_width;
       row.teacher_width = problem.teacher_width;
       RowTask& task = row.task;

@@ -111,7 +111,7 @@ struct Cpu {
       TopkRow row{};
       row.vocab = problem.vocab;
       row.student = problem.student.row(index);
-      if (gradients) row.gradient = gradients.row(index);
+      row.gradient = gradient_row(gradients, index, row.student);
       row.support = support.columns.data();
       row.count = int64_t(support.columns.size());
       row.temperature = problem.temperature(index);
@@ -130,9 +130,11 @@ struct Cpu {
 
   static double run(const TopkProblem& problem, const TopkKernel& kernel, const TopkRow& row, const SliceRunner& runner,
                     Support& support, const TopkTask& task, const Row& teacher_gradient) {
+    // In the kernel's precision, so that mapped logits are rounded as those of the passes over the row are.
     const auto logit = [&](int64_t column) {
       double value;
-      return *load(row.student, column, 1, &value);
+      float single;
+      return problem.float64 ? *load(row.student, column, 1, &value) : double(*load(row.student, column, 1, &single));
     };
     TopkPlan plan{};
     plan.task = task;

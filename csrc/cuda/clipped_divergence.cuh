@@ -287,7 +287,7 @@ struct ClipTeacher<AnySource> {
   __device__ __forceinline__ int packs() const { return source.packs(); }
   template <bool kFirst>
   __device__ __forceinline__ Raw fetch(int column) const {
-    return AnySource::logit(source.arguments.teachers[0], source.teacher, column);
+    return source.teacher_logit(0, source.teacher, column);
   }
   __device__ __forceinline__ void keep(int, const Raw&) const {}
   static __device__ __forceinline__ float logit(const Raw& raw, int) { return raw; }

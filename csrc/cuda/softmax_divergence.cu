@@ -62,7 +62,8 @@ struct Cuda {
 }  // namespace
 
 SourceKind source_kind(const RowArguments& a) {
-  const bool packed = a.teacher_count <= 1 && !a.teacher_weights && moves_like(a.student, a.student) &&
+  const bool packed = !a.student_map && !a.teacher_map && a.teacher_count <= 1 && !a.teacher_weights &&
+                      moves_like(a.student, a.student) &&
                       (a.teacher_count == 0 || moves_like(a.teachers[0], a.student)) &&
                       (!a.student_gradient || moves_like(a.student_gradient, a.student)) &&
                       (!a.teacher_gradient || moves_like(a.teacher_gradient, a.student));

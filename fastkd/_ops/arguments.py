@@ -129,7 +129,8 @@ class Arguments:
     The type of each field is that of the schema. If the schema has a number ``x`` and a field
     ``xs``, the argument ``x`` may also be a tensor with one entry a row, which is passed as ``xs``.
     Losses over rows have the fields ``reduction``, ``denominator`` and ``normalizer``; the caller
-    passes the first and the last.
+    passes the first and the last. If the schema has the numbers ``student_x`` and ``teacher_x``,
+    the argument is ``x``: a limit of each side's logits, see :meth:`_both_limits`.
 
     Args:
         name: of the raw op, and of the public function.
@@ -165,6 +166,11 @@ class Arguments:
             for field, kind in self.kinds.items()
         )
 
+        self._limits = tuple(
+            (field.removeprefix("student_"), field, field.replace("student", "teacher"))
+            for field, kind in kinds.items()
+            if kind == _NUMBER and field.startswith("student_")
+        )
         self._one_a_row = [self.fields.index(each) for _, _, each in self._plan if each]
 
     def pack(self, rows: Tensor, given: dict[str, Any]) -> list[Any]:
@@ -176,6 +182,10 @@ class Arguments:
         check_device_has_kernels(self.function, self.fields[0], rows)
         if self._reduces:
             self._reduce(rows, given)
+        for name, student, teacher in self._limits:
+            value = given.get(name)
+            both = (math.inf, math.inf) if value is None else self._both_limits(name, value)
+            given[student], given[teacher] = both
         packed = []
         for field, kind, each in self._plan:
             value = given.get(field)
@@ -252,6 +262,31 @@ class Arguments:
                 f"{type(value).__name__}"
             )
         raise ValueError(f"{self.function}: {field} must be one of {known}; got {value!r}")
+
+    def _both_limits(self, name: str, value: Any) -> list[Any]:
+        """The limits of the student's and the teacher's logits by an argument: a number or a pair.
+
+        A number is for both sides. Limits are positive and finite; None in a pair is none, which
+        is infinite. Without the teacher's logits there is no limit of the teacher.
+        """
+        alone = "teacher_logits" not in self.kinds
+        sides = value if isinstance(value, (tuple, list)) else (value, None if alone else value)
+        if len(sides) != 2 or (alone and sides[1] is not None):
+            expected = "(number, None)" if alone else "a pair (student, teacher)"
+            why = ", as the teacher's logits are not given" if alone else ""
+            raise ValueError(
+                f"{self.function}: {name} must be a number or {expected}{why}, got {value}"
+            )
+        both: list[Any] = [math.inf, math.inf]
+        for side, one in enumerate(sides):
+            if one is None:
+                continue
+            both[side] = number = to_number(self.function, name, one)
+            if torch.compiler.is_compiling() or isinstance(number, Tensor):
+                continue
+            if not (number > 0 and math.isfinite(number)):
+                raise ValueError(f"{self.function}: {name} must be positive and finite, got {one}")
+        return both
 
     def _reduce(self, rows: Tensor, given: dict[str, Any]) -> None:
         """Replace the denominator by the normalizer: a number, or a tensor, without a sync."""

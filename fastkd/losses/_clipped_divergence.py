@@ -31,6 +31,7 @@ def clipped_divergence(
     ignore_index: int = -100,
     shift: int = 0,
     vocab_size: int | None = None,
+    logit_softcap: float | tuple[float | None, float | None] | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     square_temperature: bool = False,
@@ -82,6 +83,7 @@ def clipped_divergence(
         shift: see :func:`fastkd.softmax_divergence`.
         ignore_index: see ``labels``.
         vocab_size: only the first ``vocab_size`` columns are used, on both sides.
+        logit_softcap: see :func:`fastkd.softmax_divergence`. Bounds are of the capped teacher's p.
         reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"elementmean"``.
         normalizer: replaces the reduction's denominator.
         square_temperature: multiplies the divergence by temperature squared.
@@ -129,6 +131,7 @@ def clipped_divergence(
         "ignore_index": ignore_index,
         "shift": shift,
         "vocab_size": vocab_size,
+        "logit_softcap": logit_softcap,
         "square_temperature": square_temperature,
         "reduction": reduction,
         "normalizer": normalizer,

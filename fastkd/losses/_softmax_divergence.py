@@ -29,6 +29,7 @@ def softmax_divergence(
     ignore_index: int = -100,
     shift: int = 0,
     vocab_size: int | None = None,
+    logit_softcap: float | tuple[float | None, float | None] | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     square_temperature: bool = False,
@@ -101,6 +102,16 @@ def softmax_divergence(
             a causal model, without slicing either. With n: those of row t + n.
         vocab_size: only the first ``vocab_size`` columns are used, on both sides (padded
             vocabularies); the others get a zero gradient.
+        logit_softcap: logits become :math:`c \tanh(z / c)` where they are read, before anything
+            else: a number c for both sides, or a pair (student, teacher) of which None leaves its
+            side as it is. Positive and finite. The label term uses the capped logits, a list's
+            teachers are capped one by one, and gradients flow to the logits as given. ``-inf``
+            stays probability 0. Any other number is capped, also the smallest finite one:
+            mask columns with ``-inf``, or after the cap as such models do. The capped logits are
+            accurate to 2 or 3 roundings of float32, however large c is; what is said above of a
+            student near its teacher holds of the logits so rounded. The gradient of a logit far
+            beyond c is relatively accurate to about (1 + 2 |z| / c) roundings. On CUDA the rows
+            are read one element at a time, and again in each pass, as mixtures are.
         reduction: ``"none"`` (one loss a row), ``"sum"``, ``"mean"`` (over rows kept by ``mask``
             and ``ignore_index``), ``"batchmean"`` (over ``student_logits.size(0)``) or
             ``"elementmean"`` (over rows x vocabulary, as ``nn.KLDivLoss`` by default). A
@@ -152,6 +163,7 @@ def softmax_divergence(
         "ignore_index": ignore_index,
         "shift": shift,
         "vocab_size": vocab_size,
+        "logit_softcap": logit_softcap,
         "square_temperature": square_temperature,
         "reduction": reduction,
         "normalizer": normalizer,

@@ -31,6 +31,7 @@ def topk_divergence(
     ignore_index: int = -100,
     shift: int = 0,
     vocab_size: int | None = None,
+    logit_softcap: float | tuple[float | None, float | None] | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     square_temperature: bool = False,
@@ -97,6 +98,9 @@ def topk_divergence(
         ignore_index: see ``labels``.
         shift: see :func:`fastkd.softmax_divergence`. It does not shift the teacher's entries.
         vocab_size: only the first ``vocab_size`` columns of the logits are used.
+        logit_softcap: of the student's logits, see :func:`fastkd.softmax_divergence`: a number, or
+            (number, None). The stored log-probabilities are those of a teacher capped already: a
+            cap for it is an error.
         reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"elementmean"``.
         normalizer: replaces the reduction's denominator.
         square_temperature: multiplies the divergence by temperature².
@@ -144,6 +148,7 @@ def topk_divergence(
         "ignore_index": ignore_index,
         "shift": shift,
         "vocab_size": vocab_size,
+        "logit_softcap": logit_softcap,
         "square_temperature": square_temperature,
         "reduction": reduction,
         "normalizer": normalizer,

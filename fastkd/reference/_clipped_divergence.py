@@ -67,7 +67,7 @@ def clipped_divergence_op(
     rows.student = relative_to_largest(rows.student)
     log_q = log_softmax(rows.student, rows.tau)
     tau = rows.per_row(teacher_temperature, teacher_temperatures)
-    log_p = log_softmax(relative_to_largest(rows.logits(teacher_logits)), tau)
+    log_p = log_softmax(relative_to_largest(rows.teacher(teacher_logits)), tau)
     p, q = exp(log_p), exp(log_q)
     low, high = (torch.where(rows.read, x, 0.0).to(rows.dtype) for x in (lower, upper))
     if softness:

@@ -109,6 +109,15 @@ def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) 
     raise ValueError(f"softmax_divergence: unknown divergence {divergence!r}")
 
 
+def softcapped(logits: Tensor, cap: float | Tensor) -> Tensor:
+    """cap tanh(logits / cap); infinite logits stay, so that a mask stays one. inf is no cap."""
+    if not isinstance(cap, Tensor) and cap == math.inf:
+        return logits
+    infinite = logits.isinf()
+    finite_logits = logits.masked_fill(infinite, 0)
+    return torch.where(infinite, logits, cap * torch.tanh(finite_logits / cap))
+
+
 def _ahead(x: Tensor | None, shift: int) -> Tensor | None:
     """Each sequence rotated by `shift` towards its front; the last `shift` entries are not used."""
     return None if x is None else torch.cat([x[..., shift:], x[..., : min(shift, x.size(-1))]], -1)
@@ -127,6 +136,8 @@ class Rows:
         mask: Tensor | None,
         labels: Tensor | None,
         label_weight: float,
+        student_logit_softcap: float,
+        teacher_logit_softcap: float,
         ignore_index: int,
         vocab_size: int,
         shift: int,
@@ -156,15 +167,21 @@ class Rows:
         self.weight, self.labels, self.label_weight = weight, labels, label_weight
         self.square_temperature, self.reduction = square_temperature, reduction
         self.denominator, self.normalizer = denominator, normalizer
-        self.student = self.logits(student_logits)
+        self.student = self._logits(student_logits, student_logit_softcap)
+        self.teacher_softcap = teacher_logit_softcap
 
     def per_row(self, number: float, numbers: Tensor | None) -> float | Tensor:
         """The number for all rows, or a column with one a row."""
         return number if numbers is None else numbers.to(self.dtype).unsqueeze(-1)
 
-    def logits(self, logits: Tensor) -> Tensor:
-        """The columns below vocab_size; rows that are not read are 0."""
-        return torch.where(self.read.unsqueeze(-1), logits[..., : self.vocab].to(self.dtype), 0.0)
+    def teacher(self, logits: Tensor) -> Tensor:
+        """A teacher's logits as they are read."""
+        return self._logits(logits, self.teacher_softcap)
+
+    def _logits(self, logits: Tensor, softcap: float) -> Tensor:
+        """The columns below vocab_size, capped; rows that are not read are 0."""
+        logits = logits[..., : self.vocab].to(self.dtype)
+        return softcapped(torch.where(self.read.unsqueeze(-1), logits, 0.0), softcap)
 
     def finish(self, loss: Tensor) -> Tensor:
         """The op's result from the divergence of each row."""

@@ -56,7 +56,7 @@ def softmax_divergence_op(
     rows = Rows(student_logits, teacher_logits, **row_options)
     log_q = log_softmax(rows.student, rows.tau)
     log_p = _teacher_log_probs(
-        [rows.logits(t) for t in teacher_logits],
+        [rows.teacher(t) for t in teacher_logits],
         teacher_weights,
         teacher_mix,
         rows.per_row(teacher_temperature, teacher_temperatures),

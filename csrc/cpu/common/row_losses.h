@@ -33,6 +33,14 @@ inline Rows gradient_rows(const Tensor* gradient, const RowProblem& problem) {
   return rows;
 }
 
+// The row to write the gradient of `logits` to; empty if it is not requested.
+inline Row gradient_row(const Rows& gradients, int64_t index, const Row& logits) {
+  if (!gradients) return Row();
+  Row row = gradients.row(index);
+  if (logits.map) row.logits = &logits;
+  return row;
+}
+
 // Returns the loss, and the factor that the gradients are still to be multiplied by (empty: none). solve_row(row,
 // scale, slice runner, scratch) returns the row's loss before its weight, and writes its gradients times scale.
 // skip_row(row) writes zero gradients, for a row that is not read, so that a NaN in that row has no effect.

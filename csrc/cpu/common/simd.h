@@ -67,18 +67,36 @@ FASTKD_INLINE void prefetch_next(const Row& row, int64_t begin, int64_t end) {
   if (ahead < end) prefetch(row, ahead, end - ahead < kBlock ? end - ahead : kBlock);
 }
 
-// Elements [begin, begin + count) of the row as Real: in place where the row holds contiguous Reals, else in `buffer`.
+// Elements [begin, begin + count) of the row as given, not mapped: in place where the row holds contiguous Reals, else
+// in `buffer`.
 template <class Real>
-const Real* load(const Row& row, int64_t begin, int64_t count, Real* buffer) {
+const Real* load_plain(const Row& row, int64_t begin, int64_t count, Real* buffer) {
   if (row.dtype == kDtypeOf<Real> && row.stride == 1) return static_cast<const Real*>(row.data) + begin;
   visit(row.dtype, [&](auto element) { load_as<decltype(element)>(row, begin, count, buffer); });
   return buffer;
 }
 
+template <class Real>
+__attribute__((noinline)) const Real* load_mapped(const Row& row, int64_t begin, int64_t count, Real* buffer) {
+  const Real* const z = load_plain(row, begin, count, buffer);
+  const LogitFunction<Real> function(row.map);
+  FASTKD_SIMD
+  for (int64_t i = 0; i < count; ++i) buffer[i] = function.value(z[i]);
+  return buffer;
+}
+
+// Elements [begin, begin + count) of the row as Real, mapped if they are logits with a map: in place where the row
+// holds contiguous Reals without a map, else in `buffer`.
+template <class Real>
+const Real* load(const Row& row, int64_t begin, int64_t count, Real* buffer) {
+  return row.map ? load_mapped(row, begin, count, buffer) : load_plain(row, begin, count, buffer);
+}
+
 // Where to compute a block that is then stored to the row: in the row itself, or in `buffer`, which `store` converts.
+// The gradient of mapped logits is never computed in place: it may overwrite the logits, which `store` still needs.
 template <class Real>
 Real* destination(const Row& row, int64_t begin, Real* buffer) {
-  const bool direct = row.dtype == kDtypeOf<Real> && row.stride == 1 && !row.streamed;
+  const bool direct = row.dtype == kDtypeOf<Real> && row.stride == 1 && !row.streamed && row.logits == nullptr;
   return direct ? static_cast<Real*>(row.data) + begin : buffer;
 }
 
@@ -125,13 +143,29 @@ void store_as(const Row& row, int64_t begin, int64_t count, const Real* in) {
     stream_copy(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(to), count * sizeof(Element));
 }
 
+// Stores the gradient by mapped logits as that by the logits as given.
+template <class Real>
+__attribute__((noinline)) void store_by_slopes(const Row& row, int64_t begin, int64_t count, const Real* block) {
+  alignas(64) Real buffer[kBlock], scaled[kBlock];
+  const Real* const z = load_plain(*row.logits, begin, count, buffer);
+  const LogitFunction<Real> function(row.logits->map);
+  FASTKD_SIMD
+  for (int64_t i = 0; i < count; ++i) scaled[i] = block[i] * function.slope(z[i]);
+  visit(row.dtype, [&](auto element) { store_as<decltype(element)>(row, begin, count, scaled); });
+}
+
 template <class Real>
 void store(const Row& row, int64_t begin, int64_t count, const Real* block) {
   if (block == destination(row, begin, static_cast<Real*>(nullptr))) return;
+  if (row.logits != nullptr) return store_by_slopes(row, begin, count, block);
   visit(row.dtype, [&](auto element) { store_as<decltype(element)>(row, begin, count, block); });
 }
 
 FASTKD_INLINE void put_element(const Row& row, int64_t column, double value) {
+  if (row.logits != nullptr) {
+    double z;
+    value *= LogitFunction<double>(row.logits->map).slope(*load_plain(*row.logits, column, 1, &z));
+  }
   visit(row.dtype, [&](auto element) {
     using Element = decltype(element);
     if constexpr (sizeof(Element) == sizeof(double)) {

@@ -84,6 +84,8 @@ RowLosses::RowLosses(const Device& device, const RowProblem& problem, std::initi
   numbers.labels = optional_rows(o.labels);
   numbers.temperature = o.temperature;
   numbers.label_weight = o.label_weight;
+  numbers.student_map = LogitFunction<float>(o.student_map());
+  numbers.teacher_map = LogitFunction<float>(o.teacher_map());
   numbers.square_temperature = o.square_temperature;
   numbers.ignore_index = o.ignore_index;
   numbers.shift = o.shift;

@@ -16,6 +16,7 @@ struct RowNumbers {
   int vocab, student_width;
   DeviceRows temperatures, weight, mask, labels;
   double temperature, label_weight;
+  LogitFunction<float> student_map, teacher_map;
   bool square_temperature;
   int64_t ignore_index;
   int64_t shift, sequence;         // see RowOptions and RowProblem

@@ -163,7 +163,12 @@ struct PackedSource {
   }
 };
 
-// Any dtypes, strides and number of teachers, one element at a time; nothing is stored in shared memory between passes.
+// Not inlined: the kernels' code without a map stays as small as it is, and so does what the compiler makes of it.
+__device__ __noinline__ inline float mapped_logit(const LogitFunction<float> map, float z) { return map.value(z); }
+__device__ __noinline__ inline float slope_at(const LogitFunction<float> map, float z) { return map.slope(z); }
+
+// Any dtypes, strides, maps of logits and number of teachers, one element at a time; nothing is stored in shared memory
+// between passes.
 struct AnySource {
   using Real = float;
   static constexpr int kSize = 1;
@@ -199,6 +204,15 @@ struct AnySource {
   static __device__ __forceinline__ Real logit(const DeviceRows& rows, char* first, int column) {
     return rows.float_at(place(rows, first, column));
   }
+  // Mapped logits. `first`: where the teacher's row begins.
+  __device__ __forceinline__ Real student_logit(int column) const {
+    const Real z = logit(arguments.student, student, column);
+    return arguments.student_map ? mapped_logit(arguments.student_map, z) : z;
+  }
+  __device__ __forceinline__ Real teacher_logit(int k, char* first, int column) const {
+    const Real z = logit(arguments.teachers[k], first, column);
+    return arguments.teacher_map ? mapped_logit(arguments.teacher_map, z) : z;
+  }
   __device__ double teacher_weight(int k) const {
     return arguments.teacher_weights ? arguments.teacher_weights.number(row, k) : 1.0 / arguments.teacher_count;
   }
@@ -226,7 +240,7 @@ struct AnySource {
       Real top = Real(-INFINITY), sum = 0;
       char* const first = shared_load(firsts + k);
       for (int i = team.thread; i < arguments.vocab; i += team.threads) {
-        const Real z = logit(arguments.teachers[k], first, i);
+        const Real z = teacher_logit(k, first, i);
         if (z > top) {
           sum = top == Real(-INFINITY) ? Real(0) : sum * exp2_of((top - z) * scale);
           top = z;
@@ -250,7 +264,7 @@ struct AnySource {
 #pragma unroll 1
     for (int begin = 0; begin < arguments.vocab && !(top > Real(kMasked)); begin += team.threads) {
       const int i = begin + team.thread;
-      const Real z = i < arguments.vocab ? logit(arguments.teachers[k], first, i) : Real(-INFINITY);
+      const Real z = i < arguments.vocab ? teacher_logit(k, first, i) : Real(-INFINITY);
       top = at_least(top, team.block_sum(z, [](Real& a, const Real& b) { a = b > a ? b : a; }, /*everywhere=*/true));
     }
     return top > Real(-INFINITY) ? double(top) : 0;
@@ -281,9 +295,9 @@ struct AnySource {
   };
   template <bool kFirst>
   __device__ __forceinline__ Raw fetch(int column) const {
-    const Real u = logit(arguments.student, student, column);
+    const Real u = student_logit(column);
     return {u, arguments.teacher_count == 0 ? u
-               : !mixed()                   ? logit(arguments.teachers[0], teacher, column)
+               : !mixed()                   ? teacher_logit(0, teacher, column)
                : arguments.mix_probs        ? mixed_probs(column)
                                             : mixed_logits(column)};
   }
@@ -300,7 +314,7 @@ struct AnySource {
     for (int k = 0; k < arguments.teacher_count; ++k) {
       const Real weight = Real(teacher_weight(k));
       if (weight == Real(0)) continue;
-      const Real z = logit(arguments.teachers[k], shared_load(firsts + k), column);
+      const Real z = teacher_logit(k, shared_load(firsts + k), column);
       const Real x = z - Real(shared_load(normalizers + k).origin);
       const bool dead = x < Real(-kDead);
       gone = gone || dead;
@@ -317,7 +331,7 @@ struct AnySource {
       const double weight = teacher_weight(k);
       if (weight == 0) continue;
       const OriginSum<double> share = shared_load(normalizers + k);
-      const Real z = logit(arguments.teachers[k], shared_load(firsts + k), column);
+      const Real z = teacher_logit(k, shared_load(firsts + k), column);
       const Real x = (z - Real(share.origin)) * scale + Real(share.sum), all = at_least(top, x);
       const Real safe = all == Real(-INFINITY) ? Real(0) : all;
       sum = sum * exp2_of(top - safe) + exp2_of(x - safe);
@@ -326,14 +340,15 @@ struct AnySource {
     return top + log2_of(at_least(Real(1), sum)) + (sum - sum);  // keeps NaN
   }
 
-  __device__ Real student_logit(int column) const { return logit(arguments.student, student, column); }
   using Out = Real;
   static __device__ __forceinline__ void next_word(Out&) {}
   static __device__ __forceinline__ void put_last(Out& out, int, Real x) { out = x; }
   __device__ __forceinline__ void store_student(int column, Out out) const {
+    if (arguments.student_map) out *= slope_at(arguments.student_map, logit(arguments.student, student, column));
     arguments.student_gradient.put(place(arguments.student_gradient, student_gradient, column), out);
   }
   __device__ __forceinline__ void store_teacher(int column, Out out) const {
+    if (arguments.teacher_map) out *= slope_at(arguments.teacher_map, logit(arguments.teachers[0], teacher, column));
     arguments.teacher_gradient.put(place(arguments.teacher_gradient, teacher_gradient, column), out);
   }
 
