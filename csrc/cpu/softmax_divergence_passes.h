@@ -23,7 +23,7 @@ struct SoftmaxDivergenceKernel {
   double (*float_row)(const SoftmaxDivergenceRow&, const SliceRunner&);
   double (*double_row)(const SoftmaxDivergenceRow&, const SliceRunner&);
 };
-inline constexpr int kDivergences = 7;
+inline constexpr int kDivergences = length(FASTKD_ISA::Divergences{});
 
 // What a pass stores besides a slice's partial sums. For each block: the logits that its 2^x are relative to. For each
 // entry: one number for each side and, where the teacher's gradient is requested too, g.

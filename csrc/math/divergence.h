@@ -1,5 +1,8 @@
 // The divergences. To add one, write a struct here and name it in `Divergences`; nothing else in C++ changes.
 //
+// kAtZero and kAtOne name the divergence that is computed where beta is exactly 0 or 1: a mixture's ends are plain
+// divergences, or the divergence itself.
+//
 // A row's value is the sum over the vocabulary of a term f(p, q). With a = log q and b = log p, its gradients are
 //   student logits  (df/da - q sum df/da) / temperature = q (g - mean_q g) / temperature,           g = (df/da) / q
 //   teacher logits  (df/db - p sum df/db) / teacher_temperature = p (h - mean_p h) / teacher_temperature
@@ -107,6 +110,7 @@ FASTKD_INLINE Real teacher_gap(const Outcome<Real>& o) {
 // KL(p || q)
 struct ForwardKl {
   static constexpr const char* kName = "forward_kl";
+  static constexpr const char *kAtZero = kName, *kAtOne = kName;
   static constexpr Pass kPass = Pass::kTeacherWeighted;
   static constexpr bool kGIsGradient = true, kHIsGradient = false;
   static constexpr double kNearBelow = kNearKl;
@@ -121,6 +125,7 @@ struct ForwardKl {
 // KL(q || p)
 struct ReverseKl {
   static constexpr const char* kName = "reverse_kl";
+  static constexpr const char *kAtZero = kName, *kAtOne = kName;
   static constexpr Pass kPass = Pass::kStudentWeighted;
   static constexpr bool kGIsGradient = false, kHIsGradient = true;
   static constexpr double kNearBelow = kNearKl;
@@ -135,6 +140,7 @@ struct ReverseKl {
 // -sum p log q
 struct CrossEntropy {
   static constexpr const char* kName = "cross_entropy";
+  static constexpr const char *kAtZero = kName, *kAtOne = kName;
   static constexpr Pass kPass = Pass::kTeacherCrossing;
   static constexpr bool kGIsGradient = true, kHIsGradient = false;
   static constexpr double kNearBelow = kNearKl;
@@ -151,6 +157,7 @@ struct CrossEntropy {
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
 struct Jsd {
   static constexpr const char* kName = "jsd";
+  static constexpr const char *kAtZero = "forward_kl", *kAtOne = "reverse_kl";
   static constexpr Pass kPass = Pass::kNormalizersOnly;
   static constexpr bool kGIsGradient = false, kHIsGradient = false;
   static constexpr double kNearBelow = kNearSum;
@@ -171,6 +178,7 @@ struct Jsd {
 // KL(p || m), m = beta p + (1 - beta) q
 struct SkewKl {
   static constexpr const char* kName = "skew_kl";
+  static constexpr const char *kAtZero = "forward_kl", *kAtOne = kName;
   static constexpr Pass kPass = Pass::kNormalizersOnly;
   static constexpr bool kGIsGradient = false, kHIsGradient = false;
   static constexpr double kNearBelow = kNearSum;
@@ -194,6 +202,7 @@ struct SkewKl {
 // KL(q || m), m = beta q + (1 - beta) p
 struct SkewReverseKl {
   static constexpr const char* kName = "skew_reverse_kl";
+  static constexpr const char *kAtZero = "reverse_kl", *kAtOne = kName;
   static constexpr Pass kPass = Pass::kNormalizersOnly;
   static constexpr bool kGIsGradient = false, kHIsGradient = false;
   static constexpr double kNearBelow = kNearSum;
@@ -208,6 +217,7 @@ struct SkewReverseKl {
 // 1/2 sum |p - q|
 struct Tvd {
   static constexpr const char* kName = "tvd";
+  static constexpr const char *kAtZero = kName, *kAtOne = kName;
   static constexpr Pass kPass = Pass::kNormalizersOnly;
   static constexpr bool kGIsGradient = false, kHIsGradient = false;
   static constexpr double kNearBelow = kNearSum;
@@ -222,6 +232,10 @@ struct Tvd {
 
 template <class...>
 struct TypeList {};
+template <class... Divergence>
+constexpr int length(TypeList<Divergence...>) {
+  return int(sizeof...(Divergence));
+}
 using Divergences = TypeList<ForwardKl, ReverseKl, Jsd, SkewKl, SkewReverseKl, Tvd, CrossEntropy>;
 
 }  // namespace fastkd::FASTKD_ISA

@@ -3,7 +3,7 @@
 import emulator
 import pytest
 import torch
-from cases import logits
+from cases import DIVERGENCES, logits
 
 import fastkd
 
@@ -11,7 +11,6 @@ pytestmark = pytest.mark.skipif(not emulator.is_built(), reason="run through `ma
 
 QWEN = 151_936
 WIDE = [torch.bfloat16, torch.float32]
-DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"]
 
 
 @pytest.fixture(autouse=True)
