@@ -154,14 +154,14 @@ struct ThreadSums {
   __device__ __forceinline__ void add(const Divergence& divergence, const Outcome<Real>& o, bool teacher) {
     const Terms<Real> t = divergence.template operator()<kNear>(o);
     f += t.f;
-    if constexpr (!Divergence::kGIsGradient) {
+    if constexpr (Divergence::kStudent != Form::kClosed) {
       qg.add_product(o.q, t.g);
       q.add(o.q);
     }
-    if constexpr (!Divergence::kHIsGradient) {
+    if constexpr (Divergence::kTeacher != Form::kClosed) {
       if (teacher) ph.add_product(o.p, t.h);
     }
-    if (kNear || (teacher && !Divergence::kHIsGradient)) p.add(o.p);
+    if (kNear || (teacher && Divergence::kTeacher != Form::kClosed)) p.add(o.p);
     if constexpr (kNear) difference += o.difference;
   }
 
