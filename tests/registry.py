@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cases import logits
+from cases import betas, logits
 
 import fastkd
 
@@ -97,6 +97,16 @@ LOSSES = [
             "max_token_loss": (5.0, 8.0),
             "beta": (0.2, 0.4),
         },
+    ),
+    Entry(
+        "softmax_divergence",
+        lambda student, **given: fastkd.softmax_divergence(student, divergence="jsd", **given),
+        lambda leading: {**_teacher(leading), "beta": betas(leading)},
+    ),
+    Entry(
+        "topk_divergence",
+        lambda student, **given: fastkd.topk_divergence(student, divergence="jsd", **given),
+        lambda leading: {**_topk(leading), "beta": betas(leading)},
     ),
     Entry(
         "clipped_divergence",

@@ -18,18 +18,19 @@ struct DivergenceNames<portable::TypeList<Divergence...>> {
   static std::array<const char*, sizeof...(Divergence)> names_at_one() { return {Divergence::kAtOne...}; }
 };
 
-// The divergence's place in List. At the ends of a mixture's beta this is the plain divergence.
+// Where the divergence, and what it is at the ends of beta, stand in List.
 template <class List>
-int find_divergence(const char* function, const Choice<DivergenceNames<List>>& divergence, double beta) {
-  FASTKD_CHECK_VALUE(beta >= 0 && beta <= 1, function, "beta must lie in [0, 1], got ", beta);
+portable::DivergencePlaces find_divergence(const Choice<DivergenceNames<List>>& divergence) {
   using Names = DivergenceNames<List>;
-  if (beta > 0 && beta < 1) return int(divergence.place);
-  const auto ends = beta == 0 ? Names::names_at_zero() : Names::names_at_one();
   const auto names = Names::names();
-  for (size_t i = 0; i < names.size(); ++i) {
-    if (std::string_view(names[i]) == ends[size_t(divergence.place)]) return int(i);
-  }
-  return int(divergence.place);
+  const auto place_of = [&](std::string_view name) {
+    for (size_t i = 0; i < names.size(); ++i) {
+      if (names[i] == name) return int(i);
+    }
+    return int(divergence.place);
+  };
+  const size_t place = size_t(divergence.place);
+  return {int(place), place_of(Names::names_at_zero()[place]), place_of(Names::names_at_one()[place])};
 }
 
 }  // namespace fastkd

@@ -223,9 +223,12 @@ class Arguments:
         if each is not None and isinstance(value, Tensor):
             check_tensor(self.function, name, value)
             check_no_gradient(self.function, **{name: value})
-            given[each] = (
-                value.to(rows.device).expand(rows.shape[:-1]) if value.dim() == 0 else value
-            )
+            if value.dim() == 0:
+                if value.is_meta and not rows.is_meta:
+                    check_has_value(self.function, name, value)
+                number = value if value.is_floating_point() else value.to(torch.float64)
+                value = number.to(rows.device).expand(rows.shape[:-1])
+            given[each] = value
             return 1.0
         return to_number(self.function, name, value)
 
