@@ -197,6 +197,25 @@ struct Jsd {
   }
 };
 
+// beta KL(p || q) + (1 - beta) KL(q || p)
+struct MixedKl {
+  static constexpr const char* kName = "mixed_kl";
+  static constexpr const char *kAtZero = "reverse_kl", *kAtOne = "forward_kl";
+  static constexpr Pass kPass = Pass::kNormalizersOnly;
+  static constexpr Form kStudent = Form::kBoth, kTeacher = Form::kBoth;
+  static constexpr bool kUsesRatio = true;
+  static constexpr double kNearBelow = kNearKl;
+
+  double beta;
+  template <bool kNear, class Real>
+  FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
+    const Real b = Real(beta), c = Real(1 - beta);
+    const Real f = b * kl_term<kNear>(o) + c * kl_term<kNear>(mirrored(o));
+    const Real lost = kNear ? Real(0) : lost_mass(o, select(o.d > Real(0), c * o.q, b * o.p));
+    return {f + lost, c * o.d, -b * o.d, b * o.difference, -c * o.difference};
+  }
+};
+
 // KL(p || m), m = beta p + (1 - beta) q
 struct SkewKl {
   static constexpr const char* kName = "skew_kl";
@@ -268,6 +287,6 @@ template <class... Divergence>
 constexpr int length(TypeList<Divergence...>) {
   return int(sizeof...(Divergence));
 }
-using Divergences = TypeList<ForwardKl, ReverseKl, Jsd, SkewKl, SkewReverseKl, Tvd, CrossEntropy>;
+using Divergences = TypeList<ForwardKl, ReverseKl, Jsd, SkewKl, SkewReverseKl, Tvd, CrossEntropy, MixedKl>;
 
 }  // namespace fastkd::FASTKD_ISA

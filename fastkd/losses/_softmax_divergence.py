@@ -51,6 +51,7 @@ def softmax_divergence(
     ``tvd``             :math:`\frac12 \sum_v |p_v - q_v|`; a speculative decoder accepts with
                         probability 1 - tvd
     ``cross_entropy``   :math:`-\sum_v p_v \log q_v`
+    ``mixed_kl``        :math:`\beta KL(p \| q) + (1-\beta) KL(q \| p)`
     ==================  ====================================================================
 
     Each input is read from memory once and each gradient written once, in the forward call.

@@ -117,6 +117,8 @@ def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float |
             return share * kl(log_p, m) + (1 - share) * kl(log_q, m)
 
         return by_beta(beta, forward, reverse, jsd)
+    if divergence == "mixed_kl":
+        return by_beta(beta, reverse, forward, lambda b: b * forward() + (1 - b) * reverse())
     if divergence == "skew_kl":
         own = lambda: kl(log_p, log_p)  # noqa: E731
         return by_beta(beta, forward, own, lambda share: kl(log_p, mixture(log_p, log_q, share)))
