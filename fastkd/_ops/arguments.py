@@ -166,6 +166,8 @@ class Arguments:
         )
 
         self._one_a_row = [self.fields.index(each) for _, _, each in self._plan if each]
+        #: The public argument of a field that has its tensor with one entry a row.
+        self.called = {each: field for field, _, each in self._plan if each}
 
     def pack(self, rows: Tensor, given: dict[str, Any]) -> list[Any]:
         """Check the arguments and return those of the raw op up to ``traced``.
