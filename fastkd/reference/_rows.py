@@ -79,9 +79,10 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def mixture(log_p: Tensor, log_q: Tensor, beta: float | Tensor) -> Tensor:
     """Log of beta p + (1 - beta) q, 0 < beta < 1."""
+    share: Any
+    rest: Any
     if isinstance(beta, Tensor):
-        beta = beta.unsqueeze(-1)
-        share, rest = beta.log(), torch.log1p(-beta)
+        share, rest = (x.unsqueeze(-1) for x in (beta.log(), torch.log1p(-beta)))
     else:
         share, rest = math.log(beta), math.log1p(-beta)
     dead = (log_p == -math.inf) & (log_q == -math.inf)
