@@ -332,8 +332,11 @@ class Arguments:
 
         values = [empty(value) for value in packed]
         for place in self._one_a_row:
-            if values[place] is not None and not _has_values(packed[place]):
-                values[place] = None  # the number beside them is 1
+            value = values[place]
+            if value is not None and not _has_values(packed[place]):
+                # 1 is a valid temperature and beta, also in ops without a mask.
+                one = torch.ones((), dtype=value.dtype, device=value.device)
+                values[place] = one.expand(value.shape)
         if "mask" in self.fields:
             no_row = torch.zeros((), dtype=torch.bool, device=values[0].device)
             mask = values[self.fields.index("mask")]
