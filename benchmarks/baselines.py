@@ -53,7 +53,7 @@ def softmax_divergence_contestants(
 
     # It keeps the last gradient's memory for the next step; nobody else keeps any.
     contestants = [Contestant(OURS, ours, release=fastkd.release_memory)]
-    if peers:
+    if peers and divergence in _EAGER:
         eager = _EAGER[divergence]
         copies = _EAGER_COPIES[divergence]
         contestants += [
@@ -155,6 +155,7 @@ def _cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
     return F.cross_entropy(_scaled(student), F.softmax(_scaled(teacher), dim=-1))
 
 
+#: Divergences that training loops spell in PyTorch; the others are compared with nobody.
 _EAGER: dict[str, Loss] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,

@@ -10,15 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_kl",
-    "skew_reverse_kl",
-    "tvd",
-    "cross_entropy",
-)
+import fastkd
+from fastkd._ops.arguments import choices
+
+#: Of softmax_divergence, as the library lists them. One without a definition fails every test.
+DIVERGENCES = choices("softmax_divergence", "divergence")
 #: Numbers of all losses over rows, with two values of each.
 ROW_NUMBERS = {
     "temperature": (1.5, 2.5),
@@ -80,6 +76,25 @@ def _row_options(teacher_logits: bool = True) -> Iterator[Case]:
     yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
 
 
+def _betas(leading, vocab):
+    """One a row, some of them 0 and 1, where jsd and its like are other divergences."""
+    return {"beta": betas(leading)}
+
+
+def depends_on_beta(divergence: str) -> bool:
+    student, teacher = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.5])
+    values = [
+        fastkd.reference.softmax_divergence(student, teacher, divergence=divergence, beta=beta)
+        for beta in (0.3, 0.6)
+    ]
+    return values[0] != values[1]
+
+
+def betas(leading: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
+    beta, kind = (torch.rand(leading, generator=generator) for _ in range(2))
+    return torch.where(kind < 0.25, 0.0, torch.where(kind > 0.75, 1.0, beta))
+
+
 def _softmax_divergence() -> Iterator[Case]:
     for name in DIVERGENCES:
         yield Case(name, {"divergence": name, "reduction": "none"})
@@ -97,6 +112,18 @@ def _softmax_divergence() -> Iterator[Case]:
     yield Case("jsd-beta-1", {"divergence": "jsd", "beta": 1.0})
     yield Case("skew-beta-0", {"divergence": "skew_kl", "beta": 0.0})
     yield Case("skew-reverse-beta-0", {"divergence": "skew_reverse_kl", "beta": 0.0})
+    for name in filter(depends_on_beta, DIVERGENCES):
+        yield Case(f"{name}-row-betas", {"divergence": name, "reduction": "none"}, _betas)
+        yield Case(
+            f"{name}-row-betas-mask",
+            {"divergence": name, "temperature": 1.5},
+            lambda leading, vocab: {
+                **_betas(leading, vocab),
+                "mask": torch.rand(leading) < 0.7,
+                **_labels(leading, vocab),
+            },
+        )
+    yield Case("forward_kl-row-betas", {"reduction": "none"}, _betas)
     yield Case("square", {"temperature": 2.0, "square_temperature": True, "reduction": "batchmean"})
     yield from _row_options()
     yield Case("normalizer", {"normalizer": 17.0})
@@ -167,6 +194,9 @@ def _topk_divergence() -> Iterator[Case]:
         options = {"tail": tail, "temperature": 3.0, "teacher_temperature": 1.0}
         yield Case(f"{tail}-labels", {**options, "label_weight": 0.3, "reduction": "sum"}, _labels)
         yield Case(f"{tail}-cap", {"tail": tail, "max_token_loss": 0.5, "reduction": "none"})
+    for tail in tails:
+        yield Case(f"row-betas-{tail}", {"divergence": "jsd", "tail": tail}, _betas)
+    yield Case("forward_kl-row-betas", {"reduction": "none"}, _betas)
     yield Case("jsd-beta-0", {"divergence": "jsd", "beta": 0.0, "tail": "drop"})
     yield Case("jsd-beta-1", {"divergence": "jsd", "beta": 1.0, "tail": "drop"})
     yield Case(

@@ -107,6 +107,12 @@ class Fuzz:
             return self.rand(*self.leading) * 3 + 0.2
         return self.pick.choice(TEMPERATURES)
 
+    def share(self, values: tuple[float, ...]):
+        """One of these, or one of them for each row."""
+        if self.often(0.15):
+            return torch.tensor(values)[self.randint(0, len(values), *self.leading)]
+        return self.pick.choice(values)
+
     def row_options(self, two_sides: bool = True) -> dict:
         """What all losses over rows take."""
         options: dict = {"temperature": self.temperature()}
@@ -170,7 +176,7 @@ def softmax(f: Fuzz) -> Problem:
     divergence = f.pick.choice(DIVERGENCES)
     # Skewed divergences at beta 1: test_skewed_divergences_at_beta_1.
     betas = (0.0, 0.1, 0.5, 0.9) if "skew" in divergence else (0.0, 0.1, 0.5, 0.9, 1.0)
-    beta = f.pick.choice(betas)
+    beta = f.share(betas)
     student = f.logits()
     if f.often(0.2):
         teachers: object = [f.logits(student) for _ in range(f.pick.choice((2, 3)))]
@@ -215,7 +221,7 @@ def topk(f: Fuzz) -> Problem:
         "teacher_log_probs": f.layout(log_probs.to(stored)),
         "teacher_indices": indices.to(f.pick.choice((torch.int32, torch.int64))),
         "divergence": f.pick.choice(("forward_kl", "reverse_kl", "jsd", "cross_entropy")),
-        "beta": f.pick.choice((0.0, 0.1, 0.5, 1.0)),
+        "beta": f.share((0.0, 0.1, 0.5, 1.0)),
         "tail": f.pick.choice(TAILS),
     }
     wanted = ("student_logits", "teacher_log_probs")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cases import ROW_NUMBERS, logits
+from cases import ROW_NUMBERS, betas, logits
 
 import fastkd
 
@@ -96,6 +96,16 @@ LOSSES = [
             "max_token_loss": (5.0, 8.0),
             "beta": (0.2, 0.4),
         },
+    ),
+    Entry(
+        "softmax_divergence",
+        lambda student, **given: fastkd.softmax_divergence(student, divergence="jsd", **given),
+        lambda leading: {**_teacher(leading), "beta": betas(leading)},
+    ),
+    Entry(
+        "topk_divergence",
+        lambda student, **given: fastkd.topk_divergence(student, divergence="jsd", **given),
+        lambda leading: {**_topk(leading), "beta": betas(leading)},
     ),
     Entry(
         "clipped_divergence",

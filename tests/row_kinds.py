@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import DIVERGENCES
+from cases import DIVERGENCES, betas
 from row_problems import BITS, Problem
 from torch import Tensor
 
@@ -58,7 +58,7 @@ def softmax_problem(draw: Draw, divergence: str, teachers: int = 1, **options: A
     if teachers == 1:
         (teacher,) = teacher
     labels = {"labels": draw.labels()} if options.pop("labelled", False) else {}
-    beta = draw.choice([0.1, 0.5, 0.9])
+    beta = draw.choice([0.1, 0.5, 0.9, betas((draw.rows,), draw.generator)])
     wanted = ("student_logits",)
     if teachers == 1 and draw.choice([True, False]):
         wanted = ("student_logits", "teacher_logits")

@@ -14,22 +14,23 @@ struct DivergenceNames;
 template <class... Divergence>
 struct DivergenceNames<portable::TypeList<Divergence...>> {
   static std::array<const char*, sizeof...(Divergence)> names() { return {Divergence::kName...}; }
+  static std::array<const char*, sizeof...(Divergence)> names_at_zero() { return {Divergence::kAtZero...}; }
+  static std::array<const char*, sizeof...(Divergence)> names_at_one() { return {Divergence::kAtOne...}; }
 };
 
-// The divergence's place in List. At the ends of a mixture's beta this is the plain divergence.
+// Where the divergence, and what it is at the ends of beta, stand in List.
 template <class List>
-int find_divergence(const char* function, const Choice<DivergenceNames<List>>& divergence, double beta) {
-  FASTKD_CHECK_VALUE(beta >= 0 && beta <= 1, function, "beta must lie in [0, 1], got ", beta);
-  const std::string_view name = divergence.name();
-  const char* plain = nullptr;
-  if (beta == 0 && (name == "jsd" || name == "skew_kl")) plain = "forward_kl";
-  if ((beta == 1 && name == "jsd") || (beta == 0 && name == "skew_reverse_kl")) plain = "reverse_kl";
-  if (plain == nullptr) return int(divergence.place);
-  const auto names = DivergenceNames<List>::names();
-  for (size_t i = 0; i < names.size(); ++i) {
-    if (std::string_view(names[i]) == plain) return int(i);
-  }
-  return int(divergence.place);
+portable::DivergencePlaces find_divergence(const Choice<DivergenceNames<List>>& divergence) {
+  using Names = DivergenceNames<List>;
+  const auto names = Names::names();
+  const auto place_of = [&](std::string_view name) {
+    for (size_t i = 0; i < names.size(); ++i) {
+      if (names[i] == name) return int(i);
+    }
+    return int(divergence.place);
+  };
+  const size_t place = size_t(divergence.place);
+  return {int(place), place_of(Names::names_at_zero()[place]), place_of(Names::names_at_one()[place])};
 }
 
 }  // namespace fastkd

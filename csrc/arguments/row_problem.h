@@ -160,14 +160,23 @@ struct RowProblem {
   }
 
   void check_positive(double all, const Rows& each, const char* argument) const {
+    check_numbers(all, each, argument, " must be positive and finite, got ",
+                  [](double x) { return x > 0 && std::isfinite(x); });
+  }
+  void check_share(double all, const Rows& each, const char* argument) const {
+    check_numbers(all, each, argument, " must lie in [0, 1], got ", [](double x) { return x >= 0 && x <= 1; });
+  }
+
+  // Checks a number for all rows or, where there are any, the numbers of the rows that count.
+  template <class Valid>
+  void check_numbers(double all, const Rows& each, const char* argument, const char* expected, Valid valid) const {
     if (!each) {
-      FASTKD_CHECK_VALUE(all > 0 && std::isfinite(all), function, argument, " must be positive and finite, got ", all);
+      FASTKD_CHECK_VALUE(valid(all), function, argument, expected, all);
       return;
     }
     for (int64_t row = 0; values_checked && row < rows; ++row) {
       const double value = each.number(row);
-      FASTKD_CHECK_VALUE((value > 0 && std::isfinite(value)) || !kept(row), function, argument,
-                         " must be positive and finite, got ", value, " in row ", row);
+      FASTKD_CHECK_VALUE(valid(value) || !kept(row), function, argument, expected, value, " in row ", row);
     }
   }
 

@@ -19,7 +19,7 @@ struct SoftmaxDivergenceArguments {
   std::vector<Tensor> teacher_logits;
   Choice<DivergenceNames<portable::Divergences>> divergence;
   double beta = 0.5, teacher_temperature = 1;
-  std::optional<Tensor> teacher_temperatures, teacher_weights;
+  std::optional<Tensor> betas, teacher_temperatures, teacher_weights;
   Choice<TeacherMixes> teacher_mix;
   RowOptions rows;
 
@@ -28,8 +28,9 @@ struct SoftmaxDivergenceArguments {
   template <class Visitor>
   void fields(Visitor& v) {
     v("student_logits", student_logits), v("teacher_logits", teacher_logits), v("divergence", divergence);
-    v("beta", beta), v("teacher_temperature", teacher_temperature), v("teacher_temperatures", teacher_temperatures);
-    v("teacher_weights", teacher_weights), v("teacher_mix", teacher_mix);
+    v("beta", beta), v("betas", betas), v("teacher_temperature", teacher_temperature);
+    v("teacher_temperatures", teacher_temperatures), v("teacher_weights", teacher_weights);
+    v("teacher_mix", teacher_mix);
     rows.fields(v);
   }
 };
@@ -41,7 +42,8 @@ struct Problem : RowProblem {
   Rows student_gradient, teacher_gradient;
   std::vector<Rows> teachers;
   int64_t teacher_width;
-  Rows teacher_weights;
+  Rows betas, teacher_weights;
+  portable::DivergencePlaces divergence;
   bool mix_probs;
 
   Problem(const SoftmaxDivergenceArguments& arguments, bool check_values)
@@ -49,7 +51,9 @@ struct Problem : RowProblem {
         own(arguments),
         teacher_tensors(arguments.teacher_logits) {
     const std::vector<Tensor>& t = teacher_tensors;
-    find_divergence<portable::Divergences>(kSoftmaxDivergence, own.divergence, own.beta);
+    divergence = find_divergence<portable::Divergences>(own.divergence);
+    betas = per_row(own.betas, "beta", is_float, "floating-point");
+    check_share(own.beta, betas, "beta");
     for (const Tensor& teacher : t) {
       teachers.push_back(teacher_rows(teacher));
       float64 = float64 || teacher.scalar_type() == ScalarType::Double;
@@ -59,6 +63,8 @@ struct Problem : RowProblem {
     set_teacher_temperature(own.teacher_temperature, own.teacher_temperatures);
     check_teacher_weights(own.student_logits, t.size());
   }
+
+  double beta(int64_t row) const { return betas ? betas.number(row) : own.beta; }
 
   void check_teacher_weights(const Tensor& s, size_t count) {
     if (!own.teacher_weights) return;

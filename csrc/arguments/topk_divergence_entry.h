@@ -17,8 +17,10 @@ struct Tails {  // in the order of Tail
 };
 
 struct TopkProblem : RowProblem {
-  int divergence;
-  double beta;
+  portable::DivergencePlaces divergence;
+  double beta = 0.5;
+  const Tensor* betas_tensor = nullptr;
+  Rows betas;
   Tail tail;
   double stored_temperature, floor, cap;
   const Tensor &log_probs_tensor, &indices_tensor;
@@ -42,10 +44,17 @@ struct TopkProblem : RowProblem {
     float64 = float64 || l.scalar_type() == ScalarType::Double;
   }
 
+  void set_beta(double all, const std::optional<Tensor>& each) {
+    beta = all;
+    if (each) betas_tensor = &*each;
+    betas = per_row(each, "beta", is_float, "floating-point");
+    check_share(all, betas, "beta");
+  }
+
   TopkTask task(int64_t row, double scale) const {
-    const double t = temperature(row);
-    return {divergence,
-            beta,
+    const double t = temperature(row), share = betas ? betas.number(row) : beta;
+    return {divergence.at(share),
+            share,
             tail,
             t,
             stored_temperature / row_teacher_temperature(row),
@@ -67,14 +76,15 @@ struct TopkDivergence {
   double beta = 0.5;
   Choice<Tails> tail;
   double stored_temperature = 1, teacher_temperature = 1;
-  std::optional<Tensor> teacher_temperatures;
+  std::optional<Tensor> betas, teacher_temperatures;
   double min_log_prob = -INFINITY, max_token_loss = INFINITY;
   RowOptions rows;
 
   template <class Visitor>
   void fields(Visitor& v) {
     v("student_logits", student_logits), v("teacher_log_probs", teacher_log_probs);
-    v("teacher_indices", teacher_indices), v("divergence", divergence), v("beta", beta), v("tail", tail);
+    v("teacher_indices", teacher_indices), v("divergence", divergence), v("beta", beta), v("betas", betas);
+    v("tail", tail);
     v("stored_temperature", stored_temperature), v("teacher_temperature", teacher_temperature);
     v("teacher_temperatures", teacher_temperatures), v("min_log_prob", min_log_prob);
     v("max_token_loss", max_token_loss);
@@ -87,8 +97,8 @@ struct TopkDivergence {
   template <class Backend>
   std::tuple<Tensor, Tensor> solve(const std::array<const Tensor*, kGradients>& gradients) const {
     TopkProblem problem(student_logits, rows, teacher_log_probs, teacher_indices, Backend::kValuesChecked);
-    problem.divergence = find_divergence<portable::UnnormalizedDivergences>(kName, divergence, beta);
-    problem.beta = beta;
+    problem.divergence = find_divergence<portable::UnnormalizedDivergences>(divergence);
+    problem.set_beta(beta, betas);
     problem.tail = Tail(tail.place);
     problem.stored_temperature = stored_temperature;
     problem.check_positive(stored_temperature, Rows(), "stored_temperature");

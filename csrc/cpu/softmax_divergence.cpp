@@ -14,10 +14,7 @@ struct Cpu {
   static std::tuple<Tensor, Tensor> solve(Problem& problem, const Tensor* student_gradient,
                                           const Tensor* teacher_gradient) {
     const SoftmaxDivergenceArguments& own = problem.own;
-    const SoftmaxDivergenceKernel& kernel =
-        kernels()
-            .softmax_divergence[find_divergence<portable::Divergences>(problem.function, own.divergence, own.beta)];
-    const auto row_function = problem.float64 ? kernel.double_row : kernel.float_row;
+    const SoftmaxDivergenceKernel* const divergences = kernels().softmax_divergence;
     const int teacher_count = int(problem.teachers.size());
     // In a mixture of probabilities, a single teacher is the mixture itself, whatever its weight.
     const bool weighted = teacher_count > 1 || own.mix() == TeacherMix::kLogits;
@@ -35,7 +32,7 @@ struct Cpu {
       row.vocab = problem.vocab;
       row.student = problem.student.row(index);
       row.teachers = {teachers.data(), weights.data(), teacher_count, problem.mix_probs};
-      row.beta = own.beta;
+      row.beta = problem.beta(index);
       row.student_gradient = gradient_row(problem.student_gradient, index, row.student);
       row.teacher_gradient = gradient_row(problem.teacher_gradient, index, teachers[0]);
       row.student_width = problem.student_width;
@@ -53,7 +50,8 @@ struct Cpu {
       task.student_gradient = bool(row.student_gradient);
       task.teacher_gradient = bool(row.teacher_gradient);
       row.scratch = scratch;
-      return row_function(row, runner);
+      const SoftmaxDivergenceKernel& kernel = divergences[problem.divergence.at(row.beta)];
+      return (problem.float64 ? kernel.double_row : kernel.float_row)(row, runner);
     };
     const auto skip_row = [&](int64_t index) {
       if (problem.student_gradient) portable::fill_zero(problem.student_gradient.row(index), 0, problem.student_width);

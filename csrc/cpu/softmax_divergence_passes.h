@@ -23,7 +23,7 @@ struct SoftmaxDivergenceKernel {
   double (*float_row)(const SoftmaxDivergenceRow&, const SliceRunner&);
   double (*double_row)(const SoftmaxDivergenceRow&, const SliceRunner&);
 };
-inline constexpr int kDivergences = 7;
+inline constexpr int kDivergences = length(FASTKD_ISA::Divergences{});
 
 // What a pass stores besides a slice's partial sums. For each block: the logits that its 2^x are relative to. For each
 // entry: one number for each side and, where the teacher's gradient is requested too, g.
@@ -254,17 +254,22 @@ struct RowPasses : RowSlices {
   static double probability(double x) { return x < -126 ? 0 : ::exp2(x); }
 
   // Calls body(entries, begin, count) for every block of a slice. The entries' outcomes come from what pass 1 stored,
-  // or from the logits.
-  template <bool kNear, bool kKept, Pass kPass, class Body>
+  // or from the logits, or from both.
+  template <bool kNear, bool kKept, class Divergence, class Body>
   void for_outcomes(int64_t slice, double centre, const Body& body) const {
+    constexpr Pass kPass = Divergence::kPass;
     for_blocks(slice, [&](int64_t begin, int64_t count) {
-      if constexpr (kKept) {
+      if constexpr (kKept && !Divergence::kUsesRatio) {
         body(from_kept<kPass>(begin, centre), begin, count);
       } else {
         alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], spare[kBlock];
         const Real* u = load(row.student, begin, count, student_buffer);
         const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
-        body(from_logits<kNear>(u, w), begin, count);
+        if constexpr (kKept) {
+          body(KeptWithRatio<Real, kPass>{from_kept<kPass>(begin, centre), from_logits<false>(u, w)}, begin, count);
+        } else {
+          body(from_logits<kNear>(u, w), begin, count);
+        }
       }
     });
   }
@@ -275,12 +280,11 @@ struct RowPasses : RowSlices {
     return reduce_slices<Sums>(
         [&](int64_t slice) {
           Sums all{};
-          for_outcomes<kNear, kKept, Divergence::kPass>(
-              slice, 0, [&](const auto& entries, int64_t begin, int64_t count) {
-                Real* keep = slopes + begin;
-                all.add(row.teacher_gradient ? block_sums<kNear, true>(divergence, entries, count, keep)
-                                             : block_sums<kNear, false>(divergence, entries, count, keep));
-              });
+          for_outcomes<kNear, kKept, Divergence>(slice, 0, [&](const auto& entries, int64_t begin, int64_t count) {
+            Real* keep = slopes + begin;
+            all.add(row.teacher_gradient ? block_sums<kNear, true>(divergence, entries, count, keep)
+                                         : block_sums<kNear, false>(divergence, entries, count, keep));
+          });
           return all;
         },
         [](Sums& all, const Sums& next) { all.add(next); });
@@ -295,17 +299,24 @@ struct RowPasses : RowSlices {
       const Outcome<Real> o = entries.outcome(i);
       const Terms<Real> t = divergence.template operator()<kNear>(o);
       f += t.f;
-      if constexpr (!Divergence::kGIsGradient) {
+      if constexpr (Divergence::kStudent != Form::kClosed) {
         qg += double(o.q) * double(t.g);
         q += double(o.q);
-        keep[i] = t.g;
+        keep[i] = Divergence::kStudent == Form::kBoth ? t.student + o.q * t.g : t.g;
       }
-      if constexpr (kTeacher && !Divergence::kHIsGradient) ph += double(o.p) * double(t.h);
-      if constexpr (kNear || (kTeacher && !Divergence::kHIsGradient)) p += double(o.p);
+      if constexpr (kTeacher && Divergence::kTeacher != Form::kClosed) ph += double(o.p) * double(t.h);
+      if constexpr (kNear || (kTeacher && Divergence::kTeacher != Form::kClosed)) p += double(o.p);
       if constexpr (kNear) difference += o.difference;
     }
     return {f, qg, ph, q, p, difference};
   }
+
+  // What the student's gradient needs of the entries beside the stored slopes: q alone.
+  template <class Divergence>
+  struct StudentEntries {
+    static constexpr Pass kPass = Divergence::kPass;
+    static constexpr bool kUsesRatio = Divergence::kUsesRatio && kPass != Pass::kNormalizersOnly;
+  };
 
   template <bool kNear, bool kKept, class Divergence>
   void write_student_gradient(const Divergence& divergence, double g_mean) const {
@@ -317,7 +328,7 @@ struct RowPasses : RowSlices {
     const bool label_apart = frame.label_scale != Real(0);
     const Real label_shift = Real(frame.label_lse), origin = frame.student_origin, scale = frame.label_scale;
     for_slices([&](int64_t slice) {
-      for_outcomes<kNear, kKept, Divergence::kPass>(
+      for_outcomes<kNear, kKept, StudentEntries<Divergence>>(
           slice, centre, [&](const auto& entries, int64_t begin, int64_t count) {
             alignas(64) Real buffer[kBlock], label_part[kBlock];
             if (label_apart) {  // before the student's logits may be overwritten
@@ -329,7 +340,7 @@ struct RowPasses : RowSlices {
             }
             Real* out = destination(row.student_gradient, begin, buffer);
             if constexpr (Divergence::kPass == Pass::kNormalizersOnly) {
-              student_block(entries, slopes + begin, count, factors, mean, out);
+              student_block<Divergence::kStudent>(entries, slopes + begin, count, factors, mean, out);
             } else {
               student_block<kNear>(divergence, entries, count, factors, mean, out);
             }
@@ -353,13 +364,19 @@ struct RowPasses : RowSlices {
     }
   }
 
-  // The same from the slopes that the pass before stored.
-  template <class Entries>
-  static void student_block(const Entries entries, const Real* g, int64_t count, const GradientFactors<Real> factors,
-                            const Mean<Real> mean, Real* out) {
+  // The same from the slopes that the pass before stored: g or, where the gradient has both forms, their sum before the
+  // mean is subtracted.
+  template <Form kForm, class Entries>
+  static void student_block(const Entries entries, const Real* stored, int64_t count,
+                            const GradientFactors<Real> factors, const Mean<Real> mean, Real* out) {
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
-      out[i] = (factors.student * ((g[i] - mean.high) - mean.low) + factors.label_q) * entries.outcome(i).q;
+      const Real q = entries.outcome(i).q, s = stored[i];
+      if constexpr (kForm == Form::kBoth) {
+        out[i] = factors.student * ((s - q * mean.high) - q * mean.low) + factors.label_q * q;
+      } else {
+        out[i] = (factors.student * ((s - mean.high) - mean.low) + factors.label_q) * q;
+      }
     }
   }
 
@@ -369,7 +386,7 @@ struct RowPasses : RowSlices {
     const GradientFactors<Real> factors(row.task, frame);
     const Mean<Real> mean(h_mean);
     for_slices([&](int64_t slice) {
-      for_outcomes<kNear, kKept, Divergence::kPass>(slice, 0, [&](const auto& entries, int64_t begin, int64_t count) {
+      for_outcomes<kNear, kKept, Divergence>(slice, 0, [&](const auto& entries, int64_t begin, int64_t count) {
         alignas(64) Real buffer[kBlock];
         Real* out = destination(row.teacher_gradient, begin, buffer);
         teacher_block<kNear>(divergence, entries, count, factors, mean, out);

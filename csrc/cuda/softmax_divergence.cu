@@ -22,6 +22,7 @@ RowArguments row_arguments(const Problem& problem, const RowNumbers& numbers) {
   for (const Tensor& teacher : teachers) a.teachers[a.teacher_count++] = rows_of(teacher);
   a.mix_probs = problem.mix_probs;
   a.beta = problem.own.beta;
+  if (problem.own.betas) a.betas = rows_of(*problem.own.betas);
   a.teacher_temperature = problem.teacher_temperature;
   if (const Tensor* each = problem.teacher_temperatures_tensor) a.teacher_temperatures = rows_of(*each);
   // In a mixture of probabilities, a single teacher is the mixture itself, whatever its weight.
@@ -46,16 +47,29 @@ struct Cuda {
     if (teacher_gradient != nullptr) {
       arguments.teacher_gradient = device_rows(*teacher_gradient, problem.leading, kSoftmaxDivergence);
     }
-    const int divergence =
-        find_divergence<portable::Divergences>(problem.function, problem.own.divergence, problem.own.beta);
+    const portable::DivergencePlaces& places = problem.divergence;
+    if (!arguments.betas) {
+      launch(places.at(arguments.beta), device, arguments, kAnyBeta);
+    } else {
+      // Rows at the ends of beta are computed by launches of their own where they have another divergence.
+      const int zero = places.at_zero != places.inside ? kBetaZero : 0;
+      const int one = places.at_one != places.inside ? kBetaOne : 0;
+      launch(places.inside, device, arguments, kAnyBeta & ~(zero | one));
+      if (zero) launch(places.at_zero, device, arguments, zero);
+      if (one) launch(places.at_one, device, arguments, one);
+    }
+    return losses.finish();
+  }
+
+ private:
+  static void launch(int divergence, const Device& device, RowArguments arguments, int beta_kinds) {
+    arguments.beta_kinds = beta_kinds;
     const SourceKind kind = source_kind(arguments);
     if (!launch_shard<0>(divergence, device, arguments, kind) &&
         !launch_shard<1>(divergence, device, arguments, kind) &&
         !launch_shard<2>(divergence, device, arguments, kind)) {
       launch_shard<3>(divergence, device, arguments, kind);
     }
-
-    return losses.finish();
   }
 };
 

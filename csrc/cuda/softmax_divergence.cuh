@@ -23,7 +23,7 @@ struct RowParameters {
   bool read, near, student_gradient, teacher_gradient;
   int label;  // -1: none
   Real student_scale, teacher_scale, teacher_ratio, label_scale;
-  double teacher_temperature;
+  double teacher_temperature, beta;
   Normalized<Real> at;
   GradientFactors<Real> factors;
   Mean<Real> student_mean, teacher_mean;
@@ -154,14 +154,14 @@ struct ThreadSums {
   __device__ __forceinline__ void add(const Divergence& divergence, const Outcome<Real>& o, bool teacher) {
     const Terms<Real> t = divergence.template operator()<kNear>(o);
     f += t.f;
-    if constexpr (!Divergence::kGIsGradient) {
+    if constexpr (Divergence::kStudent != Form::kClosed) {
       qg.add_product(o.q, t.g);
       q.add(o.q);
     }
-    if constexpr (!Divergence::kHIsGradient) {
+    if constexpr (Divergence::kTeacher != Form::kClosed) {
       if (teacher) ph.add_product(o.p, t.h);
     }
-    if (kNear || (teacher && !Divergence::kHIsGradient)) p.add(o.p);
+    if (kNear || (teacher && Divergence::kTeacher != Form::kClosed)) p.add(o.p);
     if constexpr (kNear) difference += o.difference;
   }
 
@@ -198,6 +198,7 @@ struct RowLeader {
       parameters.teacher_ratio = plan.teacher_ratio;
       parameters.label_scale = plan.label_scale;
       parameters.teacher_temperature = task.teacher_temperature;
+      parameters.beta = task.beta;
       parameters.student_gradient = task.student_gradient;
       parameters.teacher_gradient = task.teacher_gradient;
     }
@@ -265,14 +266,12 @@ struct RowWorker {
 
   const RowArguments& arguments;
   const Team& team;
-  const Divergence divergence;
   RowParameters<Real>* shared_parameters;
   RowLeader<Real, Divergence>& leader;
 
   __device__ RowWorker(const RowArguments& a, const Team& t, unsigned char* shared)
       : arguments(a),
         team(t),
-        divergence{a.beta},
         shared_parameters(reinterpret_cast<RowParameters<Real>*>(shared)),
         leader(*reinterpret_cast<RowLeader<Real, Divergence>*>(shared + kParametersBytes)) {}
 
@@ -344,6 +343,7 @@ struct RowWorker {
 
   template <bool kNear>
   __device__ Sums sum_terms(const Source& source, const RowParameters<Real>& parameters, bool backwards) const {
+    const Divergence divergence{parameters.beta};
     ThreadSums<kNear, Divergence, Real> mine;
     for_packs<false>(source, team, backwards, [&](int, typename Source::Raw raw) {
     // A few entries are processed at a time: the logarithms of a whole pack would need too many registers.
@@ -362,6 +362,7 @@ struct RowWorker {
 
   template <bool kNear>
   __device__ void write(const Source& source, const RowParameters<Real>& parameters, bool backwards) const {
+    const Divergence divergence{parameters.beta};
     for_packs<false>(source, team, backwards, [&](int pack, const typename Source::Raw& raw) {
       // The teacher's gradient is written first: writing the student's may overwrite the student's logits.
       if (parameters.teacher_gradient) {
@@ -413,6 +414,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const Team team(shared + kParametersBytes + kPlanBytes + kTeachersBytes, unsigned(launch.cluster), by_warp);
   const RowWorker<Divergence, Source> worker(arguments, team, shared);
   for_rows(team, launch, arguments.rows, [&](int64_t row) {
+    if (!arguments.takes(row)) return;
     Source source(arguments, row, launch, team.rank, shared + kParametersBytes + kPlanBytes,
                   shared + team_bytes(by_warp));
     worker.run(row, source);

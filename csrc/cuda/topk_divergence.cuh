@@ -17,7 +17,7 @@ inline constexpr int kTopkBits = 1 << 15;  // bits in the map of groups
 struct TopkArguments : RowArguments {
   DeviceRows log_probs, indices, log_probs_gradient;
   int k, group_shift;
-  int divergence;
+  DivergencePlaces divergence;
   Tail tail;
   double stored_temperature, floor, cap, rounding;
 };
@@ -129,10 +129,10 @@ struct TopkWorker {
       parameters.read = task.scale != 0;
       parameters.label = -1;
       if (parameters.read) {
-        task.divergence = arguments.divergence;
-        task.beta = arguments.beta;
+        task.beta = arguments.row_beta(row);
+        task.divergence = arguments.divergence.at(task.beta);
         task.tail = arguments.tail;
-        task.temperature = arguments.row_temperature(row);
+        task.temperature = arguments.row_temperature(row) + (task.beta - task.beta);  // NaN: the row is NaN
         task.ratio = arguments.stored_temperature / arguments.row_teacher_temperature(row);
         task.floor = arguments.floor;
         task.cap = arguments.cap;

@@ -1,20 +1,23 @@
 // The divergences. To add one, write a struct here and name it in `Divergences`; nothing else in C++ changes.
 //
+// kAtZero and kAtOne name the divergence that is computed where beta is exactly 0 or 1: a mixture's ends are plain
+// divergences, or the divergence itself.
+//
 // A row's value is the sum over the vocabulary of a term f(p, q). With a = log q and b = log p, its gradients are
 //   student logits  (df/da - q sum df/da) / temperature = q (g - mean_q g) / temperature,           g = (df/da) / q
 //   teacher logits  (df/db - p sum df/db) / teacher_temperature = p (h - mean_p h) / teacher_temperature
 // Adding a constant to g or h changes no gradient. Each struct returns those g and h that vanish where p = q, and
 // writes f as a sum of terms that are never negative, so that nothing cancels as the student converges. Where the
-// gradient is q - p or p - q in closed form, g or h holds that form itself (kGIsGradient, kHIsGradient) and needs no
-// mean.
+// gradient, or a part of it, is a multiple of q - p in closed form, `student` or `teacher` holds that part, which needs
+// no mean (kStudent, kTeacher).
 //
 // kPass names the sum that the first pass accumulates. For the KL divergences and the cross-entropy that sum gives both
 // the value and the mean needed by the gradient of the side that weights. The other divergences take a second pass over
-// f, g and h.
+// f, g and h, which has p, q and their difference from the first; kUsesRatio: also d, log q and log p, from the logits.
 //
 // There are two ways to evaluate an entry, chosen row by row:
-//   kNear = false  q - p by subtraction. Accurate enough while the row's value is not tiny. Divergences of two passes
-//                  get only p, q and their difference; KL(q || p), for its gradient, gets only q and d.
+//   kNear = false  q - p by subtraction. Accurate enough while the row's value is not tiny. KL(q || p), for its
+//                  gradient, gets only q and d.
 //   kNear = true   everything from d = log q - log p, through e^d - 1 - d and x - log(1 + x), where |d| < 1/2.
 #pragma once
 #include "elementary.h"
@@ -44,21 +47,28 @@ struct Outcome {
   Real d;           // log q - log p, natural, finite
   Real difference;  // q - p, relatively accurate where kNear
   bool small;       // kNear and |d| < 1/2: the gap functions apply
+  // Where d is a finite substitute: log q - log p up to the normalisers, as logits and what converts them to nats.
+  Real logits_apart = 0, nats = 0;
 };
+
+// How a side's gradient is given: centred, q (g - mean of g), from g; closed, as it is; or as the sum of both.
+enum class Form { kCentred, kClosed, kBoth };
 
 template <class Real>
 struct Terms {
-  Real f, g, h;
+  Real f;
+  Real g, h;              // of the centred parts
+  Real student, teacher;  // the closed parts
 };
 
 // Exchanges student and teacher: a reverse divergence is the forward one of mirrored outcomes.
 template <class Real>
 FASTKD_INLINE Outcome<Real> mirrored(const Outcome<Real>& o) {
-  return {o.q, o.p, o.log2_q, o.log2_p, -o.d, -o.difference, o.small};
+  return {o.q, o.p, o.log2_q, o.log2_p, -o.d, -o.difference, o.small, -o.logits_apart, o.nats};
 }
 template <class Real>
 FASTKD_INLINE Terms<Real> mirrored(const Terms<Real>& t) {
-  return {t.f, t.h, t.g};
+  return {t.f, t.h, t.g, t.teacher, t.student};
 }
 
 // p (e^d - 1 - d) = (q - p) - p d >= 0: one entry's term of KL(p || q).
@@ -67,6 +77,17 @@ FASTKD_INLINE Real kl_term(const Outcome<Real>& o) {
   const Real direct = o.difference - o.p * o.d;
   if constexpr (kNear) return select(o.small, o.p * expm1_gap(o.d), direct);
   return direct;
+}
+
+// mass |log q - log p| where one side's mass meets a token that is impossible for the other, or has the smallest finite
+// logit, so that d is a substitute; else 0. An underflow of the mass does not make it finite.
+template <class Real>
+FASTKD_INLINE Real lost_mass(const Outcome<Real>& o, Real mass) {
+  constexpr Real kLargest = Real(sizeof(Real) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38);
+  const bool some = at_least(o.log2_p, o.log2_q) > Real(-kNoWeight);
+  const bool impossible = at_most(o.log2_p, o.log2_q) < Real(-kInfiniteLogRatio);
+  const Real apart = magnitude(o.logits_apart), finite = at_most(kLargest, apart);
+  return select(bool(some & impossible), (mass * finite) * o.nats + (apart - finite), Real(0));
 }
 
 // Compares a mixture of p and q with one of the two, `own`. `weight` is the other side's weight in the mixture, and
@@ -107,22 +128,26 @@ FASTKD_INLINE Real teacher_gap(const Outcome<Real>& o) {
 // KL(p || q)
 struct ForwardKl {
   static constexpr const char* kName = "forward_kl";
+  static constexpr const char *kAtZero = kName, *kAtOne = kName;
   static constexpr Pass kPass = Pass::kTeacherWeighted;
-  static constexpr bool kGIsGradient = true, kHIsGradient = false;
+  static constexpr Form kStudent = Form::kClosed, kTeacher = Form::kCentred;
+  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearKl;
 
   double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
-    return {kl_term<kNear>(o), o.difference, -o.d};
+    return {kl_term<kNear>(o), Real(0), -o.d, o.difference, Real(0)};
   }
 };
 
 // KL(q || p)
 struct ReverseKl {
   static constexpr const char* kName = "reverse_kl";
+  static constexpr const char *kAtZero = kName, *kAtOne = kName;
   static constexpr Pass kPass = Pass::kStudentWeighted;
-  static constexpr bool kGIsGradient = false, kHIsGradient = true;
+  static constexpr Form kStudent = Form::kCentred, kTeacher = Form::kClosed;
+  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearKl;
 
   double beta;
@@ -135,8 +160,10 @@ struct ReverseKl {
 // -sum p log q
 struct CrossEntropy {
   static constexpr const char* kName = "cross_entropy";
+  static constexpr const char *kAtZero = kName, *kAtOne = kName;
   static constexpr Pass kPass = Pass::kTeacherCrossing;
-  static constexpr bool kGIsGradient = true, kHIsGradient = false;
+  static constexpr Form kStudent = Form::kClosed, kTeacher = Form::kCentred;
+  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearKl;
 
   double beta;
@@ -144,15 +171,17 @@ struct CrossEntropy {
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     const Real dead = Real(-kLargestLogRatio);
     const Real log_q = o.log2_q < Real(-kInfiniteLogRatio) ? dead : o.log2_q * Real(kLn2);
-    return {-o.p * log_q, o.difference, -log_q};
+    return {-o.p * log_q, Real(0), -log_q, o.difference, Real(0)};
   }
 };
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
 struct Jsd {
   static constexpr const char* kName = "jsd";
+  static constexpr const char *kAtZero = "forward_kl", *kAtOne = "reverse_kl";
   static constexpr Pass kPass = Pass::kNormalizersOnly;
-  static constexpr bool kGIsGradient = false, kHIsGradient = false;
+  static constexpr Form kStudent = Form::kCentred, kTeacher = Form::kCentred;
+  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearSum;
 
   double beta;
@@ -164,15 +193,36 @@ struct Jsd {
     const auto q_to_m = mix<kNear>(o, o.q, m, teacher_gap(o), b);
     const Real direct = -b * o.p * p_to_m.log_ratio - c * o.q * q_to_m.log_ratio;
     const Real f = kNear ? select(o.small, b * o.p * p_to_m.kl + c * o.q * q_to_m.kl, direct) : direct;
-    return {f, -c * q_to_m.log_ratio, -b * p_to_m.log_ratio};
+    return {f, -c * q_to_m.log_ratio, -b * p_to_m.log_ratio, Real(0), Real(0)};
+  }
+};
+
+// beta KL(p || q) + (1 - beta) KL(q || p)
+struct MixedKl {
+  static constexpr const char* kName = "mixed_kl";
+  static constexpr const char *kAtZero = "reverse_kl", *kAtOne = "forward_kl";
+  static constexpr Pass kPass = Pass::kNormalizersOnly;
+  static constexpr Form kStudent = Form::kBoth, kTeacher = Form::kBoth;
+  static constexpr bool kUsesRatio = true;
+  static constexpr double kNearBelow = kNearKl;
+
+  double beta;
+  template <bool kNear, class Real>
+  FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
+    const Real b = Real(beta), c = Real(1 - beta);
+    const Real f = b * kl_term<kNear>(o) + c * kl_term<kNear>(mirrored(o));
+    const Real lost = kNear ? Real(0) : lost_mass(o, select(o.d > Real(0), c * o.q, b * o.p));
+    return {f + lost, c * o.d, -b * o.d, b * o.difference, -c * o.difference};
   }
 };
 
 // KL(p || m), m = beta p + (1 - beta) q
 struct SkewKl {
   static constexpr const char* kName = "skew_kl";
+  static constexpr const char *kAtZero = "forward_kl", *kAtOne = kName;
   static constexpr Pass kPass = Pass::kNormalizersOnly;
-  static constexpr bool kGIsGradient = false, kHIsGradient = false;
+  static constexpr Form kStudent = Form::kCentred, kTeacher = Form::kCentred;
+  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearSum;
 
   double beta;
@@ -187,15 +237,18 @@ struct SkewKl {
     // g = c (c (q - p) / m). Where kNear is false and p is nearly 0, that form is nearly the constant c, and
     // subtracting the mean would cancel. The form -c p / m differs from it by the constant c only and does not cancel.
     const Real g = kNear ? c * slope : -c * (o.p / mixture);
-    return {kNear ? select(o.small, o.p * to_m.kl, direct) : direct, g, b * slope - to_m.log_ratio};
+    const Real f = kNear ? select(o.small, o.p * to_m.kl, direct) : direct;
+    return {f, g, b * slope - to_m.log_ratio, Real(0), Real(0)};
   }
 };
 
 // KL(q || m), m = beta q + (1 - beta) p
 struct SkewReverseKl {
   static constexpr const char* kName = "skew_reverse_kl";
+  static constexpr const char *kAtZero = "reverse_kl", *kAtOne = kName;
   static constexpr Pass kPass = Pass::kNormalizersOnly;
-  static constexpr bool kGIsGradient = false, kHIsGradient = false;
+  static constexpr Form kStudent = Form::kCentred, kTeacher = Form::kCentred;
+  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearSum;
 
   double beta;
@@ -208,20 +261,32 @@ struct SkewReverseKl {
 // 1/2 sum |p - q|
 struct Tvd {
   static constexpr const char* kName = "tvd";
+  static constexpr const char *kAtZero = kName, *kAtOne = kName;
   static constexpr Pass kPass = Pass::kNormalizersOnly;
-  static constexpr bool kGIsGradient = false, kHIsGradient = false;
+  static constexpr Form kStudent = Form::kCentred, kTeacher = Form::kCentred;
+  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearSum;
 
   double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     const Real half = Real(0.5) * sign_of(o.difference);
-    return {half * o.difference, half, -half};
+    return {half * o.difference, half, -half, Real(0), Real(0)};
   }
+};
+
+// Places in a list of divergences: of one, and of what it is at the ends of beta.
+struct DivergencePlaces {
+  int inside, at_zero, at_one;
+  FASTKD_INLINE int at(double beta) const { return beta == 0 ? at_zero : beta == 1 ? at_one : inside; }
 };
 
 template <class...>
 struct TypeList {};
-using Divergences = TypeList<ForwardKl, ReverseKl, Jsd, SkewKl, SkewReverseKl, Tvd, CrossEntropy>;
+template <class... Divergence>
+constexpr int length(TypeList<Divergence...>) {
+  return int(sizeof...(Divergence));
+}
+using Divergences = TypeList<ForwardKl, ReverseKl, Jsd, SkewKl, SkewReverseKl, Tvd, CrossEntropy, MixedKl>;
 
 }  // namespace fastkd::FASTKD_ISA

@@ -13,6 +13,7 @@ struct RowTask {
   bool has_label;
   bool mix_probs;  // the teacher is given as log2-probabilities at its temperature
   bool student_gradient, teacher_gradient;
+  double beta = 0;            // the divergence's
   double teacher_weight = 1;  // dz_mixed / dz: the factor of the teacher's gradient where it is part of a mixture
 };
 
@@ -61,6 +62,8 @@ struct Normalized {
     o.log2_q = at_least(Real(-kDead), a);
     o.d = magnitude(ratio) > Real(kInfiniteLogRatio) ? with_sign(Real(kLargestLogRatio), ratio) : ratio;
     o.small = kNear && magnitude(o.d) < Real(0.5);
+    o.logits_apart = x - y * teacher_ratio;
+    o.nats = student_scale * Real(kLn2);
     o.difference = o.q - o.p;
     if constexpr (kNear) o.difference = select(o.small, o.p * (o.d + expm1_gap(o.d)), o.difference);
     return o;
@@ -161,6 +164,21 @@ struct Kept {
       const Real p = teacher[i] * teacher_factor;
       return {p, q, none, none, none, q - p, false};
     }
+  }
+};
+
+// The entries of a block with p and q as the first pass stored them, and what else there is from the logits.
+template <class Real, Pass kPass>
+struct KeptWithRatio {
+  Kept<Real, kPass> kept;
+  FromLogits<Real, false> logits;
+  FASTKD_INLINE Outcome<Real> outcome(int64_t i) const {
+    Outcome<Real> o = logits.outcome(i);
+    const Outcome<Real> stored = kept.outcome(i);
+    o.p = stored.p;
+    o.q = stored.q;
+    o.difference = stored.difference;
+    return o;
   }
 };
 

@@ -93,15 +93,15 @@ struct RowPlan : RowFrame<Real> {
   bool refined_;
 
   static FASTKD_INLINE bool needs_student_mean(const RowTask& task) {
-    return task.student_gradient && !Divergence::kGIsGradient;
+    return task.student_gradient && Divergence::kStudent != Form::kClosed;
   }
   static FASTKD_INLINE bool needs_teacher_mean(const RowTask& task) {
-    return task.teacher_gradient && !Divergence::kHIsGradient;
+    return task.teacher_gradient && Divergence::kTeacher != Form::kClosed;
   }
 
   // A NaN normaliser makes the whole row NaN, whatever the logarithms gave.
   FASTKD_INLINE void finish() {
-    if (Divergence::kGIsGradient) student_mean = 0;
+    if (Divergence::kStudent == Form::kClosed) student_mean = 0;
     const double nan_or_zero = (this->student_lse - this->student_lse) + (this->teacher_lse - this->teacher_lse);
     value += nan_or_zero;
     student_mean += nan_or_zero;
@@ -125,19 +125,25 @@ struct GradientFactors {
         label_q(frame.label_scale == Real(0) ? label : Real(0)) {}
 };
 
-// The gradient of one entry.
+// The gradient of one entry of probability `own`, before its factor.
+template <Form kForm, class Real>
+FASTKD_INLINE Real in_form(Real centred, Real closed, Real own, const Mean<Real>& mean) {
+  if constexpr (kForm == Form::kClosed) return closed;
+  const Real part = own * ((centred - mean.high) - mean.low);
+  if constexpr (kForm == Form::kBoth) return closed + part;
+  return part;
+}
 template <bool kNear, class Divergence, class Real>
 FASTKD_INLINE Real student_gradient(const Divergence& divergence, const Outcome<Real>& o, const Mean<Real>& mean,
                                     const GradientFactors<Real>& factors) {
-  const Real g = divergence.template operator()<kNear>(o).g;
-  const Real gradient = Divergence::kGIsGradient ? g : o.q * ((g - mean.high) - mean.low);
-  return factors.student * gradient + factors.label_q * o.q;
+  const Terms<Real> t = divergence.template operator()<kNear>(o);
+  return factors.student * in_form<Divergence::kStudent>(t.g, t.student, o.q, mean) + factors.label_q * o.q;
 }
 template <bool kNear, class Divergence, class Real>
 FASTKD_INLINE Real teacher_gradient(const Divergence& divergence, const Outcome<Real>& o, const Mean<Real>& mean,
                                     const GradientFactors<Real>& factors) {
-  const Real h = divergence.template operator()<kNear>(o).h;
-  return factors.teacher * (Divergence::kHIsGradient ? h : o.p * ((h - mean.high) - mean.low));
+  const Terms<Real> t = divergence.template operator()<kNear>(o);
+  return factors.teacher * in_form<Divergence::kTeacher>(t.h, t.teacher, o.p, mean);
 }
 
 }  // namespace fastkd::FASTKD_ISA

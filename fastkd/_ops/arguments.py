@@ -172,6 +172,8 @@ class Arguments:
             if kind == _NUMBER and field.startswith("student_")
         )
         self._one_a_row = [self.fields.index(each) for _, _, each in self._plan if each]
+        #: The public argument of a field that has its tensor with one entry a row.
+        self.called = {each: field for field, _, each in self._plan if each}
 
     def pack(self, rows: Tensor, given: dict[str, Any]) -> list[Any]:
         """Check the arguments and return those of the raw op up to ``traced``.
@@ -233,9 +235,12 @@ class Arguments:
         if each is not None and isinstance(value, Tensor):
             check_tensor(self.function, name, value)
             check_no_gradient(self.function, **{name: value})
-            given[each] = (
-                value.to(rows.device).expand(rows.shape[:-1]) if value.dim() == 0 else value
-            )
+            if value.dim() == 0:
+                if value.is_meta and not rows.is_meta:
+                    check_has_value(self.function, name, value)
+                number = value if value.is_floating_point() else value.to(torch.float64)
+                value = number.to(rows.device).expand(rows.shape[:-1])
+            given[each] = value
             return 1.0
         return to_number(self.function, name, value)
 
@@ -362,8 +367,11 @@ class Arguments:
 
         values = [empty(value) for value in packed]
         for place in self._one_a_row:
-            if values[place] is not None and not _has_values(packed[place]):
-                values[place] = None  # the number beside them is 1
+            value = values[place]
+            if value is not None and not _has_values(packed[place]):
+                # 1 is a valid temperature and beta, also in ops without a mask.
+                one = torch.ones((), dtype=value.dtype, device=value.device)
+                values[place] = one.expand(value.shape)
         if "mask" in self.fields:
             no_row = torch.zeros((), dtype=torch.bool, device=values[0].device)
             mask = values[self.fields.index("mask")]

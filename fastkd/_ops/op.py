@@ -131,15 +131,21 @@ class Op:
         raise NotImplementedError
 
 
-def check_devices(function: str, values: Mapping[str, Any], tensors: Sequence[str]) -> None:
+def check_devices(
+    function: str,
+    values: Mapping[str, Any],
+    tensors: Sequence[str],
+    called: Mapping[str, str],
+) -> None:
     """Raise if a tensor is on another device, also for meta tensors, which use the fake kernel."""
     device = values[tensors[0]].device
     for field in tensors:
         value = values[field]
         for tensor in value if isinstance(value, (list, tuple)) else [value]:
             if tensor is not None and tensor.device != device:
+                name = called.get(field, field)
                 raise ValueError(
-                    f"{function}: {field} must be on the device of {tensors[0]}, {device}, got "
+                    f"{function}: {name} must be on the device of {tensors[0]}, {device}, got "
                     f"{tensor.device}"
                 )
 
@@ -147,7 +153,7 @@ def check_devices(function: str, values: Mapping[str, Any], tensors: Sequence[st
 def fake_values(arguments: Arguments, fields: Sequence[Any]) -> dict[str, Any]:
     """A fake kernel's arguments by name, after a check of their devices."""
     values = dict(zip(arguments.fields, fields, strict=False))
-    check_devices(arguments.function, values, arguments.tensors)
+    check_devices(arguments.function, values, arguments.tensors, arguments.called)
     return values
 
 

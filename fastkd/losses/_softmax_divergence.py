@@ -17,7 +17,7 @@ def softmax_divergence(
     teacher_logits: Tensor | Sequence[Tensor],
     *,
     divergence: str = "forward_kl",
-    beta: float = 0.5,
+    beta: float | Tensor = 0.5,
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
     weight: Tensor | None = None,
@@ -52,6 +52,7 @@ def softmax_divergence(
     ``tvd``             :math:`\frac12 \sum_v |p_v - q_v|`; a speculative decoder accepts with
                         probability 1 - tvd
     ``cross_entropy``   :math:`-\sum_v p_v \log q_v`
+    ``mixed_kl``        :math:`\beta KL(p \| q) + (1-\beta) KL(q \| p)`
     ==================  ====================================================================
 
     Each input is read from memory once and each gradient written once, in the forward call.
@@ -80,7 +81,8 @@ def softmax_divergence(
         teacher_logits: the same shape, its own dtype, or a list of such tensors. A single tensor
             gets a gradient if it requires one; tensors in a list do not.
         divergence: one of the table.
-        beta: share of the mixture, in [0, 1]; for ``jsd``, ``skew_kl`` and ``skew_reverse_kl``.
+        beta: share of the mixture, in [0, 1]: a number, or a float tensor with one entry a row. No
+            gradient flows to it. Divergences without beta in the table do not use it.
         temperature: of the student, positive: a number, or a tensor with one entry a row.
         teacher_temperature: of the teacher; None: the same as ``temperature``.
         weight: float, one a row, multiplies the row's loss (also with ``reduction="none"``). No

@@ -17,7 +17,7 @@ def topk_divergence(
     teacher_indices: Tensor,
     *,
     divergence: str = "forward_kl",
-    beta: float = 0.5,
+    beta: float | Tensor = 0.5,
     tail: str = "lump",
     temperature: float | Tensor = 1.0,
     stored_temperature: float = 1.0,
@@ -81,7 +81,7 @@ def topk_divergence(
             repeated index is also padding where its log-probability is -1e4 or less (servers pad
             with id 0 and -inf or -1e9).
         divergence: ``"forward_kl"``, ``"reverse_kl"``, ``"jsd"`` or ``"cross_entropy"``.
-        beta: share of the mixture of ``jsd``.
+        beta: share of the mixture of ``jsd``: a number, or a tensor with one entry a row.
         tail: one of the table.
         temperature: of the student: a positive number, or a tensor with one entry a row.
         stored_temperature: at which the log-probabilities were computed.

@@ -1,7 +1,8 @@
 """Code shared by the definitions: safe logarithms, divergences of rows, reductions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,29 +77,55 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
-def mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """Log of beta p + (1 - beta) q."""
-    if beta in (0.0, 1.0):
-        return log_p if beta == 1.0 else log_q
+def mixture(log_p: Tensor, log_q: Tensor, beta: float | Tensor) -> Tensor:
+    """Log of beta p + (1 - beta) q, 0 < beta < 1."""
+    share: Any
+    rest: Any
+    if isinstance(beta, Tensor):
+        share, rest = (x.unsqueeze(-1) for x in (beta.log(), torch.log1p(-beta)))
+    else:
+        share, rest = math.log(beta), math.log1p(-beta)
     dead = (log_p == -math.inf) & (log_q == -math.inf)
-    a = log_p.masked_fill(dead, 0) + math.log(beta)
-    b = log_q.masked_fill(dead, 0) + math.log1p(-beta)
-    return torch.where(dead, -math.inf, torch.logaddexp(a, b))
+    mixed = torch.logaddexp(log_p.masked_fill(dead, 0) + share, log_q.masked_fill(dead, 0) + rest)
+    return torch.where(dead, -math.inf, mixed)
 
 
-def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
-    """Divergence of rows of normalised log-probabilities, teacher first."""
-    if divergence == "forward_kl" or (divergence == "jsd" and beta == 0):
-        return kl(log_p, log_q)
-    if divergence == "reverse_kl" or (divergence == "jsd" and beta == 1):
-        return kl(log_q, log_p)
+def by_beta(
+    beta: float | Tensor,
+    zero: Callable[[], Tensor],
+    one: Callable[[], Tensor],
+    inside: Callable[[Any], Tensor],
+) -> Tensor:
+    """The rows' values: zero() where beta is 0, one() where it is 1, else inside(beta)."""
+    if not isinstance(beta, Tensor):
+        return zero() if beta == 0 else one() if beta == 1 else inside(beta)
+    ends = (beta == 0) | (beta == 1)
+    mixed = inside(torch.where(ends, 0.5, beta))
+    return torch.where(beta == 0, zero(), torch.where(beta == 1, one(), mixed))
+
+
+def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float | Tensor) -> Tensor:
+    """Divergence of rows of normalised log-probabilities, teacher first; beta: one or one a row."""
+    forward, reverse = lambda: kl(log_p, log_q), lambda: kl(log_q, log_p)
+    if divergence == "forward_kl":
+        return forward()
+    if divergence == "reverse_kl":
+        return reverse()
     if divergence == "jsd":
-        m = mixture(log_p, log_q, beta)
-        return beta * kl(log_p, m) + (1 - beta) * kl(log_q, m)
+
+        def jsd(share: float | Tensor) -> Tensor:
+            m = mixture(log_p, log_q, share)
+            return share * kl(log_p, m) + (1 - share) * kl(log_q, m)
+
+        return by_beta(beta, forward, reverse, jsd)
+    if divergence == "mixed_kl":
+        return by_beta(beta, reverse, forward, lambda b: b * forward() + (1 - b) * reverse())
     if divergence == "skew_kl":
-        return kl(log_p, mixture(log_p, log_q, beta))
+        own = lambda: kl(log_p, log_p)  # noqa: E731
+        return by_beta(beta, forward, own, lambda share: kl(log_p, mixture(log_p, log_q, share)))
     if divergence == "skew_reverse_kl":
-        return kl(log_q, mixture(log_q, log_p, beta))
+        own = lambda: kl(log_q, log_q)  # noqa: E731
+        return by_beta(beta, reverse, own, lambda share: kl(log_q, mixture(log_q, log_p, share)))
     if divergence == "tvd":
         return 0.5 * (exp(log_p) - exp(log_q)).abs().sum(-1)
     if divergence == "cross_entropy":
@@ -182,6 +209,10 @@ class Rows:
         """The columns below vocab_size, capped; rows that are not read are 0."""
         logits = logits[..., : self.vocab].to(self.dtype)
         return softcapped(torch.where(self.read.unsqueeze(-1), logits, 0.0), softcap)
+
+    def share(self, number: float, numbers: Tensor | None) -> float | Tensor:
+        """The beta of all rows, or one of each."""
+        return number if numbers is None else numbers.to(self.dtype)
 
     def finish(self, loss: Tensor) -> Tensor:
         """The op's result from the divergence of each row."""

@@ -46,6 +46,7 @@ def softmax_divergence_op(
     teacher_logits: Sequence[Tensor],
     divergence: str,
     beta: float,
+    betas: Tensor | None,
     teacher_temperature: float,
     teacher_temperatures: Tensor | None,
     teacher_weights: Tensor | None,
@@ -62,7 +63,7 @@ def softmax_divergence_op(
         rows.per_row(teacher_temperature, teacher_temperatures),
         rows.dtype,
     )
-    return rows.finish(divergence_rows(log_p, log_q, divergence, beta))
+    return rows.finish(divergence_rows(log_p, log_q, divergence, rows.share(beta, betas)))
 
 
 def softmax_divergence(

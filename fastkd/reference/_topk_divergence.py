@@ -29,6 +29,7 @@ def topk_divergence_op(
     teacher_indices: Tensor,
     divergence: str,
     beta: float,
+    betas: Tensor | None,
     tail: str,
     stored_temperature: float,
     teacher_temperature: float,
@@ -57,12 +58,15 @@ def topk_divergence_op(
     as_stored = torch.as_tensor(ratio == 1, device=log_p.device)
     mass = exp(log_p).sum(-1, keepdim=True)
     rest_mass = torch.where((others > 0) & (mass < 1), 1 - mass, 0.0)
-    if _plain(divergence, beta) == "reverse_kl":
+    share = rows.share(beta, betas)
+    forward, reverse = _plain(divergence, share)
+    if reverse is not False:
         # Rounding may hide so much of the rest, and would decide whether KL(q || p) is infinite.
         rounding = max(torch.finfo(x).eps / 2 for x in (teacher_log_probs.dtype, torch.float32))
         entropy = -(exp(log_p) * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1, keepdim=True)
         hidden = rounding * entropy.detach().clamp(min=rounding)
-        rest_mass = torch.where((others > 0) & (rest_mass < hidden), hidden, rest_mass)
+        fixed = torch.as_tensor(reverse, device=mass.device).unsqueeze(-1)
+        rest_mass = torch.where(fixed & (others > 0) & (rest_mass < hidden), hidden, rest_mass)
     log_p = torch.where(stored & (log_p != -math.inf), log_p.masked_fill(~stored, 0) * ratio, log_p)
     spread = others.clamp(min=1).to(rows.dtype).log()
     log_p_rest = torch.where(
@@ -106,13 +110,14 @@ def topk_divergence_op(
     if min_log_prob > -math.inf:
         log_p = torch.where(outcomes & (log_p < min_log_prob), min_log_prob, log_p)
         log_q = torch.where(outcomes & (log_q < min_log_prob), min_log_prob, log_q)
-    loss = divergence_rows(log_p, log_q, divergence, beta)
+    loss = divergence_rows(log_p, log_q, divergence, share)
     # divergence_rows adds q - p to each term of KL(p || q), in sum 0 for two distributions.
     if tail == "drop" or min_log_prob > -math.inf:
         excess = (exp(log_p) - exp(log_q)).sum(-1)
-        loss = loss + {"forward_kl": excess, "reverse_kl": -excess}.get(
-            _plain(divergence, beta), 0.0
-        )
+        for rows_of, sign in ((forward, 1), (reverse, -1)):
+            if rows_of is not False:
+                of_these = torch.as_tensor(rows_of, device=loss.device)
+                loss = loss + torch.where(of_these, sign * excess, 0.0)
     if tail == "renormalize":  # NaN for rows without mass on the support
         loss = torch.where(without.squeeze(-1), math.nan, loss)
     poison = log_q_all.masked_fill(log_q_all == -math.inf, 0).sum(-1) * 0
@@ -122,10 +127,15 @@ def topk_divergence_op(
     return rows.reduce(torch.where(loss > max_token_loss, max_token_loss, loss))
 
 
-def _plain(divergence: str, beta: float) -> str:
-    """The divergence's name, for jsd with beta 0 or 1 that of the KL divergence it is."""
-    ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
-    return ends.get(beta, divergence) if divergence == "jsd" else divergence
+def _plain(divergence: str, beta: float | Tensor) -> tuple[bool | Tensor, bool | Tensor]:
+    """Whether the divergence is forward KL, and whether reverse KL, as jsd with beta 0 or 1 is.
+
+    For all rows, or where beta is one a row for each.
+    """
+    if divergence == "jsd":
+        ends = beta == 0, beta == 1
+        return ends if isinstance(beta, Tensor) else (bool(ends[0]), bool(ends[1]))
+    return divergence == "forward_kl", divergence == "reverse_kl"
 
 
 def topk_divergence(

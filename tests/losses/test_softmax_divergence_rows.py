@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from cases import DIVERGENCES, logits, relative_error
@@ -184,6 +185,53 @@ def test_a_row_of_the_smallest_number_is_uniform(backend, divergence, dtype):
         torch.testing.assert_close(loss, right)
         for mine, exact in zip(gradients, others, strict=True):
             torch.testing.assert_close(mine, exact)
+
+
+# --- A beta for each row ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("vocab", [40, 5000])
+def test_a_beta_for_each_row(backend, divergence, vocab):
+    """The same bits as a call with that beta, at the ends as well, and where one side is -inf."""
+    student, teacher = logits((2, 4, vocab)), logits((2, 4, vocab))
+    student[:, 1, :5], teacher[:, 2, 7] = -INF, -INF
+    student[0, 0] = teacher[0, 0] + 1e-3 * torch.randn(vocab)
+    beta = torch.tensor([[0.3, 1.0, 0.0, 0.5], [0.0, 0.0, 1.0, 0.9]], dtype=torch.float64)
+    loss, gradients = run(
+        fastkd.softmax_divergence, student, teacher, divergence=divergence, beta=beta
+    )
+    for value in beta.unique().tolist():
+        rows = beta == value
+        alone, others = run(
+            fastkd.softmax_divergence, student, teacher, divergence=divergence, beta=value
+        )
+        assert torch.equal(loss[rows], alone[rows])
+        for mine, right in zip(gradients, others, strict=True):
+            assert torch.equal(mine[rows], right[rows])
+            assert mine[rows].isfinite().all()
+
+
+def test_betas_of_rows_left_out_may_be_anything(backend):
+    student, teacher = logits((4, 50)), logits((4, 50))
+    options = {"divergence": "jsd", "mask": torch.tensor([True, False, True, False])}
+    beta = torch.tensor([0.3, 7.0, 1.0, math.nan])
+    loss, gradients = run(fastkd.softmax_divergence, student, teacher, beta=beta, **options)
+    right, others = run(
+        *(fastkd.softmax_divergence, student, teacher),
+        **{"beta": beta.where(options["mask"], 0.5), **options},
+    )
+    assert torch.equal(loss, right)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+@pytest.mark.parametrize("given", [torch.tensor(0.25), torch.tensor(1), np.float32(0.25)])
+def test_a_beta_of_no_dimension_is_that_of_all_rows(backend, given):
+    student, teacher = logits((3, 50)), logits((3, 50))
+    options = {"divergence": "jsd"}
+    loss, _ = run(fastkd.softmax_divergence, student, teacher, beta=given, **options)
+    right, _ = run(fastkd.softmax_divergence, student, teacher, beta=float(given), **options)
+    assert torch.equal(loss, right)
 
 
 # --- Labels, weights, single teachers --------------------------------------------------------

@@ -182,3 +182,41 @@ def test_repeated_ids_that_are_none_are_an_error(backend):
     stored, indices = torch.tensor([[-0.5, -1.5, -9000.0]]), torch.tensor([[0, 7, 0]])
     with pytest.raises(ValueError, match=r"topk_divergence: .*-1"):
         fastkd.topk_divergence(torch.zeros(1, 30), stored, indices)
+
+
+# --- A beta for each row --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_beta_for_each_row(backend, tail, divergence):
+    """The same bits as a call with that beta, at the ends as well."""
+    stored, indices = a_teacher(6, 40, 4)
+    student = logits((6, 40))
+    beta = torch.tensor([0.3, 1.0, 0.0, 0.5, 1.0, 0.0])
+    options = {"tail": tail, "divergence": divergence}
+    loss, gradients = run(fastkd, student, stored, indices, beta=beta, **options)
+    for value in beta.unique().tolist():
+        alone, others = run(fastkd, student, stored, indices, beta=value, **options)
+        assert torch.equal(loss[beta == value], alone[beta == value])
+        for mine, right in zip(gradients, others, strict=True):
+            assert torch.equal(mine[beta == value], right[beta == value])
+
+
+def test_betas_of_rows_left_out_may_be_anything(backend):
+    stored, indices = a_teacher(3)
+    student, beta = logits((3, 8)), torch.tensor([0.5, math.nan, -3.0])
+    options = {"divergence": "jsd", "mask": torch.tensor([True, False, False])}
+    loss, gradients = run(fastkd, student, stored, indices, beta=beta, **options)
+    right, others = run(fastkd, student, stored, indices, beta=0.5, **options)
+    assert torch.equal(loss, right)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+@pytest.mark.only("simt", "cuda")
+def test_a_beta_no_check_could_see_is_nan(backend):
+    stored, indices = a_teacher(4)
+    beta = torch.tensor([0.5, 1.5, math.nan, -0.1])
+    for divergence in DIVERGENCES:
+        loss, _ = run(fastkd, logits((4, 8)), stored, indices, beta=beta, divergence=divergence)
+        assert loss.isnan().tolist() == [False, True, True, True]

@@ -13,6 +13,9 @@ inline constexpr double kMasked = -1000;
 
 // The arguments of a call, the same for all rows. Without a teacher (teacher_count 0) sources read only the student's
 // logits, and return them as the teacher's, too.
+// Rows by their beta, as bits of a set.
+enum BetaKind : int { kBetaInside = 1, kBetaZero = 2, kBetaOne = 4, kAnyBeta = 7 };
+
 struct RowArguments : RowNumbers {
   int teacher_width;
   DeviceRows student, student_gradient, teacher_gradient;
@@ -20,7 +23,20 @@ struct RowArguments : RowNumbers {
   int teacher_count;
   bool mix_probs;
   double beta, teacher_temperature;
-  DeviceRows teacher_temperatures, teacher_weights;
+  DeviceRows betas, teacher_temperatures, teacher_weights;
+  int beta_kinds = kAnyBeta;  // the launch computes rows with such a beta; other launches do the others
+
+  // Whether the launch computes this row.
+  __device__ __forceinline__ bool takes(int64_t row) const {
+    if (beta_kinds == kAnyBeta) return true;
+    const double x = betas.number(row);
+    return (beta_kinds & (x == 0 ? kBetaZero : x == 1 ? kBetaOne : kBetaInside)) != 0;
+  }
+  // NaN, as an invalid temperature is, where it is not in [0, 1].
+  __device__ double row_beta(int64_t row) const {
+    const double x = betas ? betas.number(row) : beta;
+    return x >= 0 && x <= 1 ? x : double(NAN);
+  }
 
   __device__ double row_teacher_temperature(int64_t row) const {
     return positive(teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature);
@@ -30,7 +46,8 @@ struct RowArguments : RowNumbers {
   __device__ bool read_task(int64_t row, RowTask& task, int& label) const {
     task.scale = scale(row);
     if (task.scale == 0) return false;
-    task.temperature = row_temperature(row);
+    task.beta = row_beta(row);
+    task.temperature = row_temperature(row) + (task.beta - task.beta);  // NaN: the row is NaN
     task.teacher_temperature = row_teacher_temperature(row);
     task.divergence_scale = square_temperature ? task.temperature * task.temperature : 1;
     label = read_label(row, task);
