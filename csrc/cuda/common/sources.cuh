@@ -11,11 +11,11 @@ inline constexpr int kMaxTeachers = 16;
 // Where all of many logits are below this, they are probably masked, and none of them is near the largest of the row.
 inline constexpr double kMasked = -1000;
 
-// The arguments of a call, the same for all rows. Without a teacher (teacher_count 0) sources read only the student's
-// logits, and return them as the teacher's, too.
 // Rows by their beta, as bits of a set.
 enum BetaKind : int { kBetaInside = 1, kBetaZero = 2, kBetaOne = 4, kAnyBeta = 7 };
 
+// The arguments of a call, the same for all rows. Without a teacher (teacher_count 0) sources read only the student's
+// logits, and return them as the teacher's, too.
 struct RowArguments : RowNumbers {
   int teacher_width;
   DeviceRows student, student_gradient, teacher_gradient;
