@@ -13,8 +13,9 @@
 namespace fastkd {
 
 struct LogitMap {
-  double softcap = INFINITY;                                                   // infinite: none
-  constexpr explicit operator bool() const { return !(softcap == INFINITY); }  // whether it changes any logit
+  double softcap = INFINITY;  // infinite: none
+  // Whether it changes any logit.
+  FASTKD_INLINE explicit operator bool() const { return !(softcap == INFINITY); }
 };
 
 }  // namespace fastkd
