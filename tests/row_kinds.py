@@ -58,7 +58,7 @@ def softmax_problem(draw: Draw, divergence: str, teachers: int = 1, **options: A
     if teachers == 1:
         (teacher,) = teacher
     labels = {"labels": draw.labels()} if options.pop("labelled", False) else {}
-    # Not 0 and 1, where a row is of another divergence, which is a kind of its own with its own accuracy.
+    # Not 0 and 1, where a row is of another divergence: those are kinds of their own.
     beta = draw.choice([0.1, 0.5, 0.9, 0.1 + 0.8 * betas((draw.rows,), draw.generator)])
     wanted = ("student_logits",)
     if teachers == 1 and draw.choice([True, False]):
