@@ -138,6 +138,9 @@ def test_masked_columns_are_not_there(backend, divergence, dtype, fills):
             for whole, part in zip(gradients, others, strict=True):
                 assert not whole[:, mask].any()
                 tolerance = {"rtol": 1e-2, "atol": 1e-3} if dtype.itemsize == 2 else {}
+                if divergence == "mixed_kl" and dtype == torch.float32:
+                    # Its gradient is the sum of two divergences', each with its own rounding.
+                    tolerance = {"rtol": 2 * 1.3e-6, "atol": 1e-5}
                 torch.testing.assert_close(whole[:, ~mask], part, **tolerance)
 
 
