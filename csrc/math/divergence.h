@@ -1,7 +1,7 @@
 // The divergences. To add one, write a struct here and name it in `Divergences`; nothing else in C++ changes.
 //
 // kAtZero and kAtOne name the divergence that is computed where beta is exactly 0 or 1: a mixture's ends are plain
-// divergences, or the divergence itself.
+// divergences. Empty: the divergence itself.
 //
 // A row's value is the sum over the vocabulary of a term f(p, q). With a = log q and b = log p, its gradients are
 //   student logits  (df/da - q sum df/da) / temperature = q (g - mean_q g) / temperature,           g = (df/da) / q
@@ -125,16 +125,20 @@ FASTKD_INLINE Real teacher_gap(const Outcome<Real>& o) {
   return expm1_gap(-o.d) - o.d;
 }
 
+// What a divergence is unless it says otherwise: the same at the ends of beta, and without d in its second pass.
+struct DivergenceDefaults {
+  static constexpr const char *kAtZero = "", *kAtOne = "";
+  static constexpr bool kUsesRatio = false;
+  double beta;
+};
+
 // KL(p || q)
-struct ForwardKl {
+struct ForwardKl : DivergenceDefaults {
   static constexpr const char* kName = "forward_kl";
-  static constexpr const char *kAtZero = kName, *kAtOne = kName;
   static constexpr Pass kPass = Pass::kTeacherWeighted;
   static constexpr Form kStudent = Form::kClosed, kTeacher = Form::kCentred;
-  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearKl;
 
-  double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     return {kl_term<kNear>(o), Real(0), -o.d, o.difference, Real(0)};
@@ -142,15 +146,12 @@ struct ForwardKl {
 };
 
 // KL(q || p)
-struct ReverseKl {
+struct ReverseKl : DivergenceDefaults {
   static constexpr const char* kName = "reverse_kl";
-  static constexpr const char *kAtZero = kName, *kAtOne = kName;
   static constexpr Pass kPass = Pass::kStudentWeighted;
   static constexpr Form kStudent = Form::kCentred, kTeacher = Form::kClosed;
-  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearKl;
 
-  double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     return mirrored(ForwardKl{beta}.template operator()<kNear>(mirrored(o)));
@@ -158,15 +159,12 @@ struct ReverseKl {
 };
 
 // -sum p log q
-struct CrossEntropy {
+struct CrossEntropy : DivergenceDefaults {
   static constexpr const char* kName = "cross_entropy";
-  static constexpr const char *kAtZero = kName, *kAtOne = kName;
   static constexpr Pass kPass = Pass::kTeacherCrossing;
   static constexpr Form kStudent = Form::kClosed, kTeacher = Form::kCentred;
-  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearKl;
 
-  double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     const Real dead = Real(-kLargestLogRatio);
@@ -176,15 +174,13 @@ struct CrossEntropy {
 };
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
-struct Jsd {
+struct Jsd : DivergenceDefaults {
   static constexpr const char* kName = "jsd";
   static constexpr const char *kAtZero = "forward_kl", *kAtOne = "reverse_kl";
   static constexpr Pass kPass = Pass::kNormalizersOnly;
   static constexpr Form kStudent = Form::kCentred, kTeacher = Form::kCentred;
-  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearSum;
 
-  double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     const Real b = Real(beta), c = Real(1 - beta);
@@ -198,7 +194,7 @@ struct Jsd {
 };
 
 // beta KL(p || q) + (1 - beta) KL(q || p)
-struct MixedKl {
+struct MixedKl : DivergenceDefaults {
   static constexpr const char* kName = "mixed_kl";
   static constexpr const char *kAtZero = "reverse_kl", *kAtOne = "forward_kl";
   static constexpr Pass kPass = Pass::kNormalizersOnly;
@@ -206,7 +202,6 @@ struct MixedKl {
   static constexpr bool kUsesRatio = true;
   static constexpr double kNearBelow = kNearKl;
 
-  double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     const Real b = Real(beta), c = Real(1 - beta);
@@ -217,15 +212,13 @@ struct MixedKl {
 };
 
 // KL(p || m), m = beta p + (1 - beta) q
-struct SkewKl {
+struct SkewKl : DivergenceDefaults {
   static constexpr const char* kName = "skew_kl";
-  static constexpr const char *kAtZero = "forward_kl", *kAtOne = kName;
+  static constexpr const char* kAtZero = "forward_kl";
   static constexpr Pass kPass = Pass::kNormalizersOnly;
   static constexpr Form kStudent = Form::kCentred, kTeacher = Form::kCentred;
-  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearSum;
 
-  double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     const Real b = Real(beta), c = Real(1 - beta);
@@ -243,15 +236,13 @@ struct SkewKl {
 };
 
 // KL(q || m), m = beta q + (1 - beta) p
-struct SkewReverseKl {
+struct SkewReverseKl : DivergenceDefaults {
   static constexpr const char* kName = "skew_reverse_kl";
-  static constexpr const char *kAtZero = "reverse_kl", *kAtOne = kName;
+  static constexpr const char* kAtZero = "reverse_kl";
   static constexpr Pass kPass = Pass::kNormalizersOnly;
   static constexpr Form kStudent = Form::kCentred, kTeacher = Form::kCentred;
-  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearSum;
 
-  double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     return mirrored(SkewKl{beta}.template operator()<kNear>(mirrored(o)));
@@ -259,15 +250,12 @@ struct SkewReverseKl {
 };
 
 // 1/2 sum |p - q|
-struct Tvd {
+struct Tvd : DivergenceDefaults {
   static constexpr const char* kName = "tvd";
-  static constexpr const char *kAtZero = kName, *kAtOne = kName;
   static constexpr Pass kPass = Pass::kNormalizersOnly;
   static constexpr Form kStudent = Form::kCentred, kTeacher = Form::kCentred;
-  static constexpr bool kUsesRatio = false;
   static constexpr double kNearBelow = kNearSum;
 
-  double beta;
   template <bool kNear, class Real>
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     const Real half = Real(0.5) * sign_of(o.difference);
