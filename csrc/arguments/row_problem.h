@@ -66,6 +66,10 @@ struct RowProblem {
   Rows student, temperatures, weight, mask, labels;
   int64_t student_width;
   int64_t sequence = 1;  // the sequence length, where there is a shift
+  // Set by set_beta, in ops that have one.
+  double beta = 0.5;
+  const Tensor* betas_tensor = nullptr;
+  Rows betas;
   // Set by set_teacher_temperature, in ops that have a teacher.
   double teacher_temperature = 1;
   const Tensor* teacher_temperatures_tensor = nullptr;
@@ -163,9 +167,6 @@ struct RowProblem {
     check_numbers(all, each, argument, " must be positive and finite, got ",
                   [](double x) { return x > 0 && std::isfinite(x); });
   }
-  void check_share(double all, const Rows& each, const char* argument) const {
-    check_numbers(all, each, argument, " must lie in [0, 1], got ", [](double x) { return x >= 0 && x <= 1; });
-  }
 
   // Checks a number for all rows or, where there are any, the numbers of the rows that count.
   template <class Valid>
@@ -178,6 +179,13 @@ struct RowProblem {
       const double value = each.number(row);
       FASTKD_CHECK_VALUE(valid(value) || !kept(row), function, argument, expected, value, " in row ", row);
     }
+  }
+
+  void set_beta(double all, const std::optional<Tensor>& each) {
+    beta = all;
+    if (each) betas_tensor = &*each;
+    betas = per_row(each, "beta", is_float, "floating-point");
+    check_numbers(all, betas, "beta", " must lie in [0, 1], got ", [](double x) { return x >= 0 && x <= 1; });
   }
 
   void set_teacher_temperature(double all, const std::optional<Tensor>& each) {
@@ -226,6 +234,7 @@ struct RowProblem {
   }
   double row_weight(int64_t row) const { return !kept(row) ? 0 : weight ? weight.number(row + options.shift) : 1; }
   double temperature(int64_t row) const { return temperatures ? temperatures.number(row) : options.temperature; }
+  double row_beta(int64_t row) const { return betas ? betas.number(row) : beta; }
   double row_teacher_temperature(int64_t row) const {
     return teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature;
   }

@@ -42,7 +42,7 @@ struct Problem : RowProblem {
   Rows student_gradient, teacher_gradient;
   std::vector<Rows> teachers;
   int64_t teacher_width;
-  Rows betas, teacher_weights;
+  Rows teacher_weights;
   portable::DivergencePlaces divergence;
   bool mix_probs;
 
@@ -52,8 +52,7 @@ struct Problem : RowProblem {
         teacher_tensors(arguments.teacher_logits) {
     const std::vector<Tensor>& t = teacher_tensors;
     divergence = find_divergence<portable::Divergences>(own.divergence);
-    betas = per_row(own.betas, "beta", is_float, "floating-point");
-    check_share(own.beta, betas, "beta");
+    set_beta(own.beta, own.betas);
     for (const Tensor& teacher : t) {
       teachers.push_back(teacher_rows(teacher));
       float64 = float64 || teacher.scalar_type() == ScalarType::Double;
@@ -63,8 +62,6 @@ struct Problem : RowProblem {
     set_teacher_temperature(own.teacher_temperature, own.teacher_temperatures);
     check_teacher_weights(own.student_logits, t.size());
   }
-
-  double beta(int64_t row) const { return betas ? betas.number(row) : own.beta; }
 
   void check_teacher_weights(const Tensor& s, size_t count) {
     if (!own.teacher_weights) return;

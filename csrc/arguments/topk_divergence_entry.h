@@ -18,9 +18,6 @@ struct Tails {  // in the order of Tail
 
 struct TopkProblem : RowProblem {
   portable::DivergencePlaces divergence;
-  double beta = 0.5;
-  const Tensor* betas_tensor = nullptr;
-  Rows betas;
   Tail tail;
   double stored_temperature, floor, cap;
   const Tensor &log_probs_tensor, &indices_tensor;
@@ -44,15 +41,8 @@ struct TopkProblem : RowProblem {
     float64 = float64 || l.scalar_type() == ScalarType::Double;
   }
 
-  void set_beta(double all, const std::optional<Tensor>& each) {
-    beta = all;
-    if (each) betas_tensor = &*each;
-    betas = per_row(each, "beta", is_float, "floating-point");
-    check_share(all, betas, "beta");
-  }
-
   TopkTask task(int64_t row, double scale) const {
-    const double t = temperature(row), share = betas ? betas.number(row) : beta;
+    const double t = temperature(row), share = row_beta(row);
     return {divergence.at(share),
             share,
             tail,

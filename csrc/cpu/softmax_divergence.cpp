@@ -32,7 +32,7 @@ struct Cpu {
       row.vocab = problem.vocab;
       row.student = problem.student.row(index);
       row.teachers = {teachers.data(), weights.data(), teacher_count, problem.mix_probs};
-      row.beta = problem.beta(index);
+      row.beta = problem.row_beta(index);
       row.student_gradient = gradient_row(problem.student_gradient, index, row.student);
       row.teacher_gradient = gradient_row(problem.teacher_gradient, index, teachers[0]);
       row.student_width = problem.student_width;

@@ -34,7 +34,7 @@ struct Cuda {
     a.student = rows_of(problem.student_tensor);
     if (student_gradient != nullptr) a.student_gradient = rows_of(*student_gradient);
     a.beta = problem.beta;
-    if (problem.betas_tensor != nullptr) a.betas = rows_of(*problem.betas_tensor);
+    if (const Tensor* each = problem.betas_tensor) a.betas = rows_of(*each);
     a.log_probs = rows_of(problem.log_probs_tensor);
     a.indices = rows_of(problem.indices_tensor);
     if (teacher_gradient != nullptr) a.log_probs_gradient = rows_of(*teacher_gradient);

@@ -132,7 +132,7 @@ struct TopkWorker {
         task.beta = arguments.row_beta(row);
         task.divergence = arguments.divergence.at(task.beta);
         task.tail = arguments.tail;
-        task.temperature = arguments.row_temperature(row) + (task.beta - task.beta);  // NaN: the row is NaN
+        task.temperature = arguments.temperature_with(task.beta, row);
         task.ratio = arguments.stored_temperature / arguments.row_teacher_temperature(row);
         task.floor = arguments.floor;
         task.cap = arguments.cap;

@@ -37,6 +37,10 @@ struct RowArguments : RowNumbers {
     const double x = betas ? betas.number(row) : beta;
     return x >= 0 && x <= 1 ? x : double(NAN);
   }
+  // The student's temperature, NaN also where beta is: the row is NaN then.
+  __device__ double temperature_with(double row_beta, int64_t row) const {
+    return row_temperature(row) + (row_beta - row_beta);
+  }
 
   __device__ double row_teacher_temperature(int64_t row) const {
     return positive(teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature);
@@ -47,7 +51,7 @@ struct RowArguments : RowNumbers {
     task.scale = scale(row);
     if (task.scale == 0) return false;
     task.beta = row_beta(row);
-    task.temperature = row_temperature(row) + (task.beta - task.beta);  // NaN: the row is NaN
+    task.temperature = temperature_with(task.beta, row);
     task.teacher_temperature = row_teacher_temperature(row);
     task.divergence_scale = square_temperature ? task.temperature * task.temperature : 1;
     label = read_label(row, task);
