@@ -171,7 +171,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Paramet
   const auto limits = simt::function_limits(reinterpret_cast<const void*>(kernel));
   const cudaError_t error = simt::check_launch(*config, limits, &shape);
   if (error != cudaSuccess) return simt::note_error(error);
-  *clusters = shape.cluster > 1 && simt::settings().refuse_clusters ? 0 : 1;
+  *clusters = shape.cluster > 1 && simt::settings().refuse_clusters ? 0 : 2;
   return cudaSuccess;
 }
 

@@ -47,15 +47,20 @@ class Device {
 
   int capability() const { return capability_; }
 
-  // Whether this device, in its present configuration (partitioned, shared), can run such a cluster.
+  // How many such clusters this device, in its present configuration (partitioned, shared), runs at the same time.
   template <class... Parameters>
-  bool fits(void (*kernel)(Parameters...), int threads, int64_t shared_bytes, int cluster) const {
-    if (cluster == 1) return true;
+  int clusters_at_a_time(void (*kernel)(Parameters...), int threads, int64_t shared_bytes, int cluster) const {
     Launch launch(*this, kernel, cluster, threads, shared_bytes, cluster);
     int clusters = 0;
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
     if (error != cudaSuccess) (void)cudaGetLastError();  // otherwise the next launch would report it
-    return error == cudaSuccess && clusters > 0;
+    return error == cudaSuccess ? clusters : 0;
+  }
+
+  // Whether it can run such a cluster.
+  template <class... Parameters>
+  bool fits(void (*kernel)(Parameters...), int threads, int64_t shared_bytes, int cluster) const {
+    return cluster == 1 || clusters_at_a_time(kernel, threads, shared_bytes, cluster) > 0;
   }
 
   // Logs that the device cannot run such a cluster, and what runs instead.
