@@ -340,8 +340,9 @@ void launch_sums(const Device& device, ByteArguments a, const Tensor& like) {
   }
   // Each id takes a logit and a place in the list.
   const int64_t overhead = bytes() + 128 + a.columns * 8;
-  const RowLaunch launch =
+  RowLaunch launch =
       block_per_row(row_launch(device.capability(), item + 2, a.ids, overhead, /*packed=*/true, /*tensors=*/1));
+  if (launch.threads > kRowThreads) launch.threads = kRowThreads;
   int64_t blocks = 0;
   a.slices = launch.cluster;
   a.slice = slice_size(a.ids, a.slices);
@@ -415,7 +416,7 @@ struct Cuda {
     const Device device(problem.student_tensor, kByteLogProbs);
     a.out = static_cast<float*>(out.data_ptr());
     a.sums = static_cast<double*>(sums.data_ptr());
-    with_source(kind_of(a), [&](auto source, int) {
+    with_source<false>(kind_of(a), [&](auto source, int) {
       launch_sums<typename decltype(source)::Type>(device, a, problem.student_tensor);
     });
   }
@@ -427,7 +428,7 @@ struct Cuda {
     a.gradient = device_rows(gradient, problem.leading, kByteLogProbs);
     a.sums = static_cast<double*>(sums.data_ptr());
     a.grad_output = static_cast<const float*>(grad_output.data_ptr());
-    with_source(kind_of(a), [&](auto source, int) { launch_gradient<typename decltype(source)::Type>(device, a); });
+    with_source<false>(kind_of(a), [&](auto source, int) { launch_gradient<typename decltype(source)::Type>(device, a); });
   }
 };
 

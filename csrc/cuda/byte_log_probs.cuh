@@ -39,7 +39,7 @@ template <class Source>
 struct ByteSlice;
 
 template <class T>
-struct ByteSlice<PackedSource<T>> {
+struct ByteSlice<PackedSource<T, false>> {
   using Item = T;
   using Raw = Packed<T>;
   static constexpr int kSize = Raw::kSize;

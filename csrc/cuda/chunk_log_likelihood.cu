@@ -152,7 +152,7 @@ void launch_texts(const Device& device, const ChunkArguments& arguments) {
 // kernel_of: returns the kernel for a type of source.
 template <class KernelOf>
 void launch_rows(const char* role, const Device& device, const ChunkArguments& arguments, const KernelOf& kernel_of) {
-  with_source(source_kind(arguments), [&](auto source, int element_size) {
+  with_source<false>(source_kind(arguments), [&](auto source, int element_size) {
     using Source = typename decltype(source)::Type;
     RowLaunch launch = one_pass(row_launch(device.capability(), element_size, arguments.vocab, 0, Source::kPacked));
     launch.cluster = 1;
@@ -162,7 +162,7 @@ void launch_rows(const char* role, const Device& device, const ChunkArguments& a
     // If there is a boundary set to copy to shared memory, each block takes several rows.
     const bool few = arguments.boundary.words != nullptr && blocks > kFlatBlocks;
     device.launch({role, launch}, kernel_of(source), few ? kFlatBlocks : teams_of(blocks, 1), launch.threads,
-                  block_rows * chunk_team_bytes(arguments.boundary, by_warp), 1, arguments, launch);
+                  block_rows * (chunk_team_bytes(arguments.boundary, by_warp) + launch.slice_bytes), 1, arguments, launch);
   });
 }
 

@@ -282,9 +282,10 @@ struct ChunkGradientWorker {
       typename Source::Out out{};
 #pragma unroll
       for (int first = 0; first < kSize; first += Source::kWord) {
-        Source::next_word(out);
+        float word[Source::kWord];
 #pragma unroll
-        for (int j = 0; j < Source::kWord; ++j) Source::put_last(out, j, gradient[first + j]);
+        for (int j = 0; j < Source::kWord; ++j) word[j] = gradient[first + j];
+        Source::append(out, word);
       }
       source.store_student(pack, out);
     });
@@ -327,12 +328,13 @@ struct ChunkGradientWorker {
 template <template <class> class Worker, class Source>
 __device__ __forceinline__ void work_on_rows(const ChunkArguments& arguments, const RowLaunch& launch) {
   const bool by_warp = launch.warp_rows > 0;
-  unsigned char* const shared = team_memory(launch, chunk_team_bytes(arguments.boundary, by_warp));
+  const int64_t own = chunk_team_bytes(arguments.boundary, by_warp);
+  unsigned char* const shared = team_memory(launch, own + launch.slice_bytes);
   const Team team(shared + kChunkOrdersBytes, 1, by_warp);
   TeamBoundary set(arguments.boundary, team, shared + chunk_overhead(by_warp));
   const Worker<Source> worker{arguments, team, set, reinterpret_cast<typename Worker<Source>::RowParameters*>(shared)};
   for_rows(team, launch, arguments.rows,
-           [&](int64_t row) { worker.run(row, Source(arguments, row, launch, 0, shared, shared)); });
+           [&](int64_t row) { worker.run(row, Source(arguments, row, launch, 0, shared, shared + own)); });
 }
 
 // Blocks per multiprocessor. With one tensor, each block has half as many loads in flight as kRowThreads assumes.

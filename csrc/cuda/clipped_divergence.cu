@@ -176,14 +176,14 @@ struct ClipWorker {
   __device__ __forceinline__ void sum_small(const Source& source, int kept, SmallRow& small) const {
     SmallBases mine;
     for (int column = team.thread; column < arguments.vocab; column += team.threads) {
-      const Raw raw = source.template fetch<false>(column);
+      const Raw raw = source.fetch(column);
       raise(mine, small.bases_of(Source::student_of(raw, 0), Source::teacher_of(raw, 0), column == kept));
     }
     const SmallBases bases = team.sum(mine, [](SmallBases& all, const SmallBases& next) { raise(all, next); });
     after_leader([&] { small.set_bases(bases); });
     ClipSums sums{};
     for (int column = team.thread; column < arguments.vocab; column += team.threads) {
-      const Raw raw = source.template fetch<false>(column);
+      const Raw raw = source.fetch(column);
       add_entry(sums, small.entry(Source::student_of(raw, 0), Source::teacher_of(raw, 0), column == kept));
     }
     put_inside({sums.k, sums.a, sums.p, sums.q, 0, sums.p_rest, 0});
@@ -203,7 +203,7 @@ struct ClipWorker {
   __device__ __forceinline__ void write_small(const Source& source, const SmallRow& small) const {
     const ClipParameters<Real> parameters = shared_load(shared_parameters);
     for (int column = team.thread; column < arguments.vocab; column += team.threads) {
-      const Raw raw = source.template fetch<false>(column);
+      const Raw raw = source.fetch(column);
       const double u = Source::student_of(raw, 0);
       const SmallEntry e = small.entry(u, Source::teacher_of(raw, 0), column == parameters.kept);
       if (parameters.teacher_gradient) {
@@ -267,17 +267,18 @@ struct ClipWorker {
   __device__ __forceinline__ Out map(const Raw& raw, int column, const ClipParameters<Real>& parameters,
                                      const Function& f) const {
     Out out{};
+    Real word[Source::kWord];
     for_entries<kSoft>(raw, column, parameters,
                        [&](Real u, Real, const Outcome<Real>& o, const ClipShare<Real>& share, int first, int j) {
-                         if (j == 0) Source::next_word(out);
-                         Source::put_last(out, j, f(u, o, share, first + j));
+                         word[j] = f(u, o, share, first + j);
+                         if (j == Source::kWord - 1) Source::append(out, word);
                        });
     return out;
   }
 };
 
 template <class Source>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(2 * kRowThreads, 1)
     clipped_divergence_kernel(const ClippedArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   const int64_t team_bytes = clip_team_bytes(by_warp, arguments.quantile);
@@ -356,7 +357,7 @@ struct Cuda {
       small = torch::stable::new_empty(problem.student_tensor, {problem.rows}, ScalarType::Bool);
       a.small = static_cast<bool*>(small->data_ptr());
     }
-    with_source(source_kind(a), [&](auto source, int element_size) {
+    with_source<true>(source_kind(a), [&](auto source, int element_size) {
       launch_source<typename decltype(source)::Type>(device, a, element_size);
     });
     if (small) {

@@ -256,41 +256,29 @@ struct ClipLeader {
   }
 };
 
-// The teacher's logits of a row in the form that for_packs needs. kBits: how many of a logit's leading bits may differ
-// between logits of equal sign; all others follow from the sign.
+// The teacher's logits of a row as a source of their own. kBits: how many of a logit's leading bits may differ between
+// logits of equal sign; all others follow from the sign.
 template <class Source>
 struct ClipTeacher;
 
 template <class T>
 struct ClipTeacher<PackedSource<T>> {
-  using Raw = Packed<T>;
-  static constexpr int kSize = Raw::kSize;
+  using Rows = PackedSource<T, false>;
   static constexpr int kBits = sizeof(T) == 4 ? 32 : std::is_same<T, BFloat16>::value ? 16 : 24;
-  const PackedSource<T>& source;
+  const Rows rows;
 
-  __device__ __forceinline__ int packs() const { return source.packs(); }
-  template <bool kFirst>
-  __device__ __forceinline__ Raw fetch(int pack) const {
-    if (source.resident) return shared_load(source.teacher_kept + pack);
-    return source.teacher.template load<false>(source.begin + pack, T{});
-  }
-  __device__ __forceinline__ void keep(int, const Raw&) const {}
-  static __device__ __forceinline__ float logit(const Raw& raw, int j) { return to_float(raw.item[j]); }
+  __device__ explicit ClipTeacher(const PackedSource<T>& source) : rows(source.teacher_alone()) {}
+  static __device__ __forceinline__ float logit(const typename Rows::Raw& raw, int j) { return Rows::student_of(raw, j); }
 };
 
 template <>
 struct ClipTeacher<AnySource> {
-  using Raw = float;
-  static constexpr int kSize = 1, kBits = 32;
-  const AnySource& source;
+  using Rows = AnySource;
+  static constexpr int kBits = 32;
+  const Rows& rows;
 
-  __device__ __forceinline__ int packs() const { return source.packs(); }
-  template <bool kFirst>
-  __device__ __forceinline__ Raw fetch(int column) const {
-    return source.teacher_logit(0, source.teacher, column);
-  }
-  __device__ __forceinline__ void keep(int, const Raw&) const {}
-  static __device__ __forceinline__ float logit(const Raw& raw, int) { return raw; }
+  __device__ explicit ClipTeacher(const AnySource& source) : rows(source) {}
+  static __device__ __forceinline__ float logit(const AnySource::Raw& raw, int) { return raw.teacher; }
 };
 
 // Finds the teacher's logits between which a row's quantile levels lie, by their ranks. It is a radix search over bits
@@ -300,7 +288,7 @@ struct ClipTeacher<AnySource> {
 template <class Source>
 struct ClipSelect {
   using Teacher = ClipTeacher<Source>;
-  using Raw = typename Teacher::Raw;
+  using Rows = typename Teacher::Rows;
   static constexpr int kTargets = 4, kBins = 256, kLaneBins = kBins / kWarp;
   struct Target {
     unsigned prefix;  // the leading bits known so far; the others are 0
@@ -400,10 +388,10 @@ struct ClipSelect {
 #pragma unroll
       for (int s = 0; s < t; ++s) own[t] = own[t] && prefix[s] != prefix[t];
     }
-    for_packs<false>(teacher, team, backwards, [&](int pack, const Raw& raw) {
-      const int column = teacher.source.column(pack);
+    for_packs<false>(teacher.rows, team, backwards, [&](int pack, const typename Rows::Raw& raw) {
+      const int column = teacher.rows.column(pack);
 #pragma unroll
-      for (int j = 0; j < Teacher::kSize; ++j) {
+      for (int j = 0; j < Rows::kSize; ++j) {
         if (unsigned(column + j) >= unsigned(vocab)) continue;
         const unsigned key = key_of(Teacher::logit(raw, j));
 #pragma unroll

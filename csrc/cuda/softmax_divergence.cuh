@@ -346,7 +346,7 @@ struct RowWorker {
     const Divergence divergence{parameters.beta};
     ThreadSums<kNear, Divergence, Real> mine;
     for_packs<false>(source, team, backwards, [&](int, typename Source::Raw raw) {
-    // A few entries are processed at a time: the logarithms of a whole pack would need too many registers.
+      // A few entries are processed at a time: the logarithms of a whole pack would need too many registers.
 #pragma unroll 1
       for (int words = kSize / Source::kWord; words > 0; --words, Source::next_word(raw)) {
 #pragma unroll
@@ -394,20 +394,21 @@ struct RowWorker {
     typename Source::Out out{};
 #pragma unroll 1
     for (int first = 0; first < kSize; first += Source::kWord, Source::next_word(raw)) {
-      Source::next_word(out);
+      Real word[Source::kWord];
 #pragma unroll
       for (int j = 0; j < Source::kWord; ++j) {
         const Real u = Source::student_of(raw, j);
         const Outcome<Real> o = parameters.at.template outcome<kNear>(u, Source::teacher_of(raw, j));
-        Source::put_last(out, j, f(u, o, first + j));
+        word[j] = f(u, o, first + j);
       }
+      Source::append(out, word);
     }
     return out;
   }
 };
 
 template <class Divergence, class Source>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(2 * kRowThreads, 1)
     softmax_divergence_kernel(const RowArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   unsigned char* shared = team_memory(launch, team_bytes(by_warp) + 2 * launch.slice_bytes);

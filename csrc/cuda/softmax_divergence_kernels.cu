@@ -14,7 +14,7 @@ void launch_source(const Device& device, const RowArguments& arguments, int elem
 
 template <class Divergence>
 void launch_divergence(const Device& device, const RowArguments& arguments, SourceKind kind) {
-  with_source(kind, [&](auto source, int element_size) {
+  with_source<true>(kind, [&](auto source, int element_size) {
     launch_source<Divergence, typename decltype(source)::Type>(device, arguments, element_size);
   });
 }

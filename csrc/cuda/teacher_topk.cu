@@ -64,21 +64,6 @@ struct SumShare {
   }
 };
 
-// Packs [first, first + count) of a source.
-template <class Source>
-struct Stretch {
-  using Raw = typename Source::Raw;
-  const Source& source;
-  int first, count;
-
-  __device__ __forceinline__ int packs() const { return count; }
-  template <bool kFirst>
-  __device__ __forceinline__ Raw fetch(int pack) const {
-    return source.template fetch<kFirst>(first + pack);
-  }
-  __device__ __forceinline__ void keep(int pack, const Raw& raw) const { source.keep(first + pack, raw); }
-};
-
 template <class Source>
 struct SelectWorker {
   static constexpr int kSize = Source::kSize;
@@ -139,24 +124,26 @@ struct SelectWorker {
   __device__ SumShare first_pass(const Source& source, float scale, const RadixSelect& select) const {
     SumShare mine;
     float least = -INFINITY;
-    int first = 0, count = source.packs();
-    if (count > kFirstPacks * team.threads) count = kFirstPacks * team.threads;
+    int end = source.packs();
+    if (end > kFirstPacks * team.threads) end = kFirstPacks * team.threads;
+    RowPass<true, Source> pass(source, team, false);
 #pragma unroll 1
     while (true) {
-      for_packs<true>(Stretch<Source>{source, first, count}, team, false, [&](int pack, const Raw& raw) {
+#pragma unroll 1
+      for (; pass.more(end); pass.advance()) {
+        const Raw raw = pass.take();
         float z[kSize];
         const float largest = widen(raw, z);
         mine.add(z, largest, scale);
-        if (!(largest >= least)) return;
-        const int column = source.column(first + pack);
+        if (!(largest >= least)) continue;
+        const int column = source.column(pass.pack);
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
           if (z[j] >= least && in_row(column + j)) select.count(ordered(z[j]) >> (kLogitBits - RadixSelect::kDigit));
         }
-      });
-      first += count;
-      count = source.packs() - first;
-      if (count == 0) return mine;
+      }
+      if (end == source.packs()) return mine;
+      end = source.packs();
       const RadixSelect here(team, shared.selection, 1);
       least = from_ordered(here.find(unsigned(arguments.k)).number << (kLogitBits - RadixSelect::kDigit));
     }
@@ -264,7 +251,7 @@ struct SelectWorker {
 };
 
 template <class Source>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(2 * kRowThreads, 1)
     teacher_topk_kernel(const SelectArguments arguments, const RowLaunch launch) {
   SelectShared& shared = *reinterpret_cast<SelectShared*>(shared_memory());
   const Team team(shared.slots, unsigned(launch.cluster));
@@ -305,7 +292,7 @@ struct Cuda {
     while ((int64_t(1) << a.column_bits) < problem.vocab) ++a.column_bits;
     a.log_probs = log_probs;
     a.indices = indices;
-    with_source(source_kind(a), [&](auto source, int element_size) {
+    with_source<false>(source_kind(a), [&](auto source, int element_size) {
       launch_rows<typename decltype(source)::Type>(device, a, element_size);
     });
   }

@@ -13,7 +13,7 @@ void launch_rows(const Device& device, const StatsArguments& arguments, int elem
   RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab, stats_overhead(false),
                                 Source::kPacked, kPair ? 2 : 1);
   if (!kPair) launch = one_pass(launch);
-  launch_teams(device, token_stats_kernel<kPair, Source>, arguments, launch, stats_team_bytes);
+  launch_teams(device, token_stats_kernel<kPair, Source>, arguments, launch, stats_team_bytes<kPair>);
 }
 
 struct Cuda {
@@ -42,13 +42,18 @@ struct Cuda {
     if (teacher_logits != nullptr) a.teachers[a.teacher_count++] = rows_of(*teacher_logits);
     a.numbers = static_cast<float*>(out.numbers);
     a.argmax = out.argmax;
-    with_source(source_kind(a), [&](auto source, int element_size) {
-      using Source = typename decltype(source)::Type;
-      if (teacher_logits != nullptr) {
-        launch_rows<true, Source>(device, a, element_size);
-      } else {
-        launch_rows<false, Source>(device, a, element_size);
-      }
+    if (teacher_logits != nullptr) {
+      launch<true>(device, a);
+    } else {
+      launch<false>(device, a);
+    }
+  }
+
+ private:
+  template <bool kPair>
+  static void launch(const Device& device, const StatsArguments& a) {
+    with_source<kPair>(source_kind(a), [&](auto source, int element_size) {
+      launch_rows<kPair, typename decltype(source)::Type>(device, a, element_size);
     });
   }
 };

@@ -130,8 +130,9 @@ static_assert(sizeof(StatsParameters) <= kStatsOrdersBytes && sizeof(StatsLeader
 __host__ __device__ constexpr int64_t stats_overhead(bool warp) {
   return kStatsOrdersBytes + kStatsLeadBytes + (warp ? 0 : Team::kSharedBytes);
 }
+template <bool kPair>
 __host__ __device__ constexpr int64_t stats_team_bytes(const RowLaunch& launch) {
-  return stats_overhead(launch.warp_rows > 0) + (launch.resident ? 2 * launch.slice_bytes : 0);
+  return stats_overhead(launch.warp_rows > 0) + (kPair ? 2 : 1) * launch.slice_bytes;
 }
 
 // A thread's share of the first pass, relative to origins of its own, near the thread's largest logits so far.
@@ -328,10 +329,10 @@ struct StatsWorker {
 };
 
 template <bool kPair, class Source>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(2 * kRowThreads, 1)
     token_stats_kernel(const StatsArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
-  unsigned char* shared = team_memory(launch, stats_team_bytes(launch));
+  unsigned char* shared = team_memory(launch, stats_team_bytes<kPair>(launch));
   const Team team(shared + kStatsOrdersBytes + kStatsLeadBytes, unsigned(launch.cluster), by_warp);
   const StatsWorker<kPair, Source> worker(arguments, team, shared);
   for_rows(team, launch, arguments.rows, [&](int64_t row) {

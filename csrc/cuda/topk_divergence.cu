@@ -48,7 +48,7 @@ struct Cuda {
     a.cap = problem.cap;
     const ScalarType stored = problem.log_probs_tensor.scalar_type();
     a.rounding = rounding_of_bits(stored == ScalarType::BFloat16 ? 7 : stored == ScalarType::Half ? 10 : 23);
-    with_source(source_kind(a), [&](auto source, int element_size) {
+    with_source<false>(source_kind(a), [&](auto source, int element_size) {
       launch_rows<typename decltype(source)::Type>(device, a, element_size);
     });
     return losses.finish();

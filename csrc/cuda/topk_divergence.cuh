@@ -374,7 +374,7 @@ struct TopkWorker {
       const bool stored = shared_load(groups + group / 32) >> group % 32 & 1;
 #pragma unroll 1
       for (int begin = 0; begin < kSize; begin += Source::kWord, Source::next_word(raw)) {
-        Source::next_word(out);
+        float word[Source::kWord];
 #pragma unroll
         for (int j = 0; j < Source::kWord; ++j) {
           const float u = Source::student_of(raw, j);
@@ -382,8 +382,9 @@ struct TopkWorker {
           float g = q_factor * exp2_of((u - origin) * scale - log_sum) + slope(u);
           if (apart) g += label_factor * exp2_of((u - label_origin) * float(kLog2E) - label_sum);
           g = column == label ? g - label_factor : g;
-          Source::put_last(out, j, stored ? or_stored(column, g) : g);
+          word[j] = stored ? or_stored(column, g) : g;
         }
+        Source::append(out, word);
       }
       source.store_student(pack, out);
     });
@@ -399,7 +400,7 @@ struct TopkWorker {
 };
 
 template <class Source>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(2 * kRowThreads, 1)
     topk_divergence_kernel(const TopkArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   const int64_t own = topk_team_bytes(by_warp, arguments.k);

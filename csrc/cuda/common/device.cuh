@@ -79,24 +79,34 @@ __device__ __forceinline__ void global_store16(void* to, const uint4& value) {
   *p = value;
 }
 
-// Starts a copy of 16 bytes, or of zeros, from global to shared memory without going through registers (sm_80 and
-// later). Copies are committed in groups. A thread that has waited for a group sees its own copies; other threads see
-// them after the next barrier.
+// Starts a copy of 16 bytes, or of zeros, from global to shared memory without going through registers. Copies are
+// committed in groups. A thread that has waited for a group sees its own copies; other threads see them after the next
+// barrier. Before sm_80 the copy is an ordinary load and store, complete at once.
 __device__ __forceinline__ void async_copy16(void* to, const void* from, bool there) {
 #ifdef FASTKD_SIMT
   simt::async_copy(to, from, there);
+#elif __CUDA_ARCH__ < 800
+  *static_cast<uint4*>(to) = there ? *static_cast<const uint4*>(from) : uint4{};
 #else
   const unsigned place = unsigned(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(there ? 16 : 0) : "memory");
 #endif
 }
 __device__ __forceinline__ void async_commit() {
-  FASTKD_TWIN(asm volatile("cp.async.commit_group;" :: : "memory"), simt::async_commit());
+#ifdef FASTKD_SIMT
+  simt::async_commit();
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
 }
 // Waits for all committed groups except the latest kLatest.
 template <int kLatest>
 __device__ __forceinline__ void async_wait() {
-  FASTKD_TWIN(asm volatile("cp.async.wait_group %0;" ::"n"(kLatest) : "memory"), simt::async_wait(kLatest));
+#ifdef FASTKD_SIMT
+  simt::async_wait(kLatest);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLatest) : "memory");
+#endif
 }
 
 // Thread-block clusters exist from sm_90 on. On earlier devices a block counts as a cluster of one, and kernels are

@@ -84,16 +84,21 @@ struct RowLaunch {
   int64_t slice_bytes;  // bytes of one row in one block's shared memory
 };
 
-// Two such blocks on a multiprocessor give each of its four partitions three warps, with 168 registers per thread. They
-// keep 24 KiB of loads in flight: each thread loads its next packs while it works on the last.
-inline constexpr int kRowThreads = 192;
+// Threads per block where two blocks share a multiprocessor; twice as many where one block has it to itself. A thread
+// may then use 168 registers, or 128.
+inline constexpr int kRowThreads = 192, kManyRowThreads = 256;
+// How many packs ahead a thread's copies are, where rows do not stay in shared memory. With 384 or 512 threads per
+// multiprocessor, that is 24 or 32 KiB under way of each tensor.
+inline constexpr int kAhead = 4;
 inline constexpr int kWarpRows = 4;
 // The longest row, in bytes, for which one warp is enough: it reads the row in a few loads.
 inline constexpr int64_t kWarpRowBytes = 4096;
 static_assert(kWarpRowBytes == 4096 && kWarpRows == 4, "text_of names both");
 
-// The launch in which each pass reads the rows from global memory again.
-constexpr RowLaunch reread_launch(LaunchReason reason) { return {kRowThreads, 0, 1, false, reason, 0}; }
+// The launch in which each pass reads the rows from global memory again. Shared memory holds the packs under way.
+constexpr RowLaunch reread_launch(LaunchReason reason, int threads) {
+  return {threads, 0, 1, false, reason, int64_t(kAhead) * threads * 16};
+}
 
 // The shared memory per block if two blocks share a multiprocessor. The multiprocessor has 1 KiB more than one block
 // may use, and reserves 1 KiB for each block. (On sm_75 it has no more than one block may use.)
@@ -103,12 +108,13 @@ constexpr int64_t half_limit(int capability) {
 }
 
 // overhead: shared memory that a team needs besides the rows. tensors: how many tensors' rows stay there.
+// threads: kRowThreads, or kManyRowThreads for a kernel that needs fewer registers.
 constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, int64_t overhead, bool packed,
-                               int tensors = 2) {
+                               int tensors = 2, int threads = kRowThreads) {
   // One more pack, for a row that does not begin on a 16-byte boundary.
   const int64_t bytes = (vocab * element_size + 15) / 16 * 16 + 16;
   if (!packed) {
-    return {vocab >= 4096 ? kRowThreads : vocab >= 1024 ? 128 : 32, 0, 1, false, LaunchReason::kElements, 0};
+    return {vocab >= 4096 ? threads : vocab >= 1024 ? 128 : 32, 0, 1, false, LaunchReason::kElements, 0};
   }
   if (bytes <= kWarpRowBytes) return {kWarpRows * 32, kWarpRows, 1, true, LaunchReason::kWarp, bytes};
   const int64_t limit = shared_limit(capability) - overhead;
@@ -121,21 +127,30 @@ constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, 
       const int64_t slice = ((bytes / 16 + cluster - 1) / cluster) * 16;
       const bool many = cluster > 1 && slice < 16384;  // too little work per block for the barriers
       if (tensors * slice <= room && !many) {
-        return {kRowThreads, 0, cluster, true, room == half ? LaunchReason::kHalf : LaunchReason::kWhole, slice};
+        return room == half ? RowLaunch{threads, 0, cluster, true, LaunchReason::kHalf, slice}
+                            : RowLaunch{2 * threads, 0, cluster, true, LaunchReason::kWhole, slice};
       }
     }
   }
   const int64_t slice = ((bytes / 16 + 15) / 16) * 16;
   const bool sixteen = capability == 90 || capability == 100;
-  if (sixteen && tensors * slice <= limit) return {kRowThreads, 0, 16, true, LaunchReason::kSixteenBlocks, slice};
+  if (sixteen && tensors * slice <= limit) {
+    return {2 * threads, 0, 16, true, LaunchReason::kSixteenBlocks, slice};
+  }
   return reread_launch(capability < 90 ? LaunchReason::kExceedsBlock
                        : sixteen       ? LaunchReason::kExceedsSixteenBlocks
-                                       : LaunchReason::kExceedsEightBlocks);
+                                       : LaunchReason::kExceedsEightBlocks,
+                       threads);
 }
 
 // The same launch for an op with a single pass.
 constexpr RowLaunch one_pass(RowLaunch launch) {
-  launch.resident = false;
+  if (launch.resident) {
+    const bool whole = launch.reason == LaunchReason::kWhole || launch.reason == LaunchReason::kSixteenBlocks;
+    if (whole) launch.threads /= 2;  // any number of blocks fits
+    launch.slice_bytes = int64_t(kAhead) * (launch.warp_rows > 0 ? 32 : launch.threads) * 16;
+    launch.resident = false;
+  }
   if (launch.reason != LaunchReason::kElements) {
     launch.reason = launch.warp_rows > 0 ? LaunchReason::kOnePassWarp : LaunchReason::kOnePass;
   }

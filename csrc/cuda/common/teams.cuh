@@ -30,7 +30,7 @@ void launch_teams(const Device& device, Kernel kernel, const Arguments& argument
   if (!device.fits(kernel, launch.threads, team_bytes(launch), launch.cluster)) {
     device.log_refused("rows", launch.threads, team_bytes(launch), launch.cluster,
                        "one block per row, without a cluster; each pass reads the rows again");
-    launch = reread_launch(LaunchReason::kRefused);
+    launch = reread_launch(LaunchReason::kRefused, launch.reason == LaunchReason::kHalf ? launch.threads : launch.threads / 2);
   }
   device.launch({"rows", launch}, kernel, teams_of(arguments.rows, launch.cluster) * launch.cluster, launch.threads,
                 team_bytes(launch), launch.cluster, arguments, launch);

@@ -1,5 +1,7 @@
 // 16 bytes of elements in registers (a pack), and a row as a sequence of packs.
 #pragma once
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace fastkd::cuda {
@@ -8,15 +10,96 @@ template <class T>
 struct alignas(16) Packed {
   static constexpr int kSize = 16 / sizeof(T);
   T item[kSize];
-
-  // Rotates by 4 bytes.
-  __device__ __forceinline__ void rotate() {
-    uint4 bits;
-    memcpy(&bits, this, 16);
-    bits = {bits.y, bits.z, bits.w, bits.x};
-    memcpy(this, &bits, 16);
-  }
 };
+
+// Kernels hold a pack as four words and convert an element where it is used: taking a pack apart right after its load
+// would make the thread wait for the load there. Indices are constants once the callers' loops are unrolled.
+__device__ __forceinline__ unsigned word_of(const uint4& pack, int k) {
+  return k == 0 ? pack.x : k == 1 ? pack.y : k == 2 ? pack.z : pack.w;
+}
+
+template <class T>
+__device__ __forceinline__ float item_of(const uint4& pack, int j) {
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<float>(word_of(pack, j));
+  } else {
+    const unsigned word = word_of(pack, j / 2);
+    if constexpr (std::is_same<T, BFloat16>::value) {
+      return bit_cast<float>(j % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    } else {
+      return to_float(T{uint16_t(j % 2 == 0 ? word : word >> 16)});
+    }
+  }
+}
+
+// A word of two 16-bit elements, or of one float.
+template <class T>
+__device__ __forceinline__ unsigned word_from(const float (&x)[4 / sizeof(T)]) {
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<unsigned>(x[0]);
+  } else {
+#ifdef __CUDA_ARCH__
+    if constexpr (std::is_same<T, BFloat16>::value) {
+      return bit_cast<unsigned>(__floats2bfloat162_rn(x[0], x[1]));
+    } else {
+      return bit_cast<unsigned>(__floats2half2_rn(x[0], x[1]));
+    }
+#else
+    T first, second;
+    from_float(x[0], first);
+    from_float(x[1], second);
+    return first.bits | unsigned(second.bits) << 16;
+#endif
+  }
+}
+
+__device__ __forceinline__ void set_word(uint4& pack, int k, unsigned word) {
+  (k == 0 ? pack.x : k == 1 ? pack.y : k == 2 ? pack.z : pack.w) = word;
+}
+
+// Maximum and minimum that are NaN where an argument is.
+__device__ __forceinline__ float larger_of(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+__device__ __forceinline__ float smaller_of(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float out;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+#else
+  return a < b || a != a ? a : b;
+#endif
+}
+
+// The largest and the smallest element of a pack, NaN where one is.
+struct Extremes {
+  float largest, smallest;
+};
+template <class T>
+__device__ __forceinline__ Extremes extremes_of(const uint4& pack) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(T) == 2) {  // two elements at a time
+    using Pair = typename std::conditional<std::is_same<T, BFloat16>::value, __nv_bfloat162, __half2>::type;
+    const auto pair = [&](int k) { return bit_cast<Pair>(word_of(pack, k)); };
+    const Pair top = __hmax2_nan(__hmax2_nan(pair(0), pair(1)), __hmax2_nan(pair(2), pair(3)));
+    const Pair bottom = __hmin2_nan(__hmin2_nan(pair(0), pair(1)), __hmin2_nan(pair(2), pair(3)));
+    const uint4 both{bit_cast<unsigned>(top), bit_cast<unsigned>(bottom), 0, 0};
+    return {larger_of(item_of<T>(both, 0), item_of<T>(both, 1)), smaller_of(item_of<T>(both, 2), item_of<T>(both, 3))};
+  }
+#endif
+  Extremes out{item_of<T>(pack, 0), item_of<T>(pack, 0)};
+#pragma unroll
+  for (int j = 1; j < Packed<T>::kSize; ++j) {
+    out = {larger_of(out.largest, item_of<T>(pack, j)), smaller_of(out.smallest, item_of<T>(pack, j))};
+  }
+  return out;
+}
 
 // One row, or the part of it that a block works on. Pack i covers columns [i kSize - lead, ...). Packs lie on 16-byte
 // boundaries wherever the row begins, so only the first and the last may extend beyond the row.
@@ -38,29 +121,37 @@ struct PackedRow {
 
   // Loads a pack. Columns outside the row are returned as `outside`.
   template <bool kStream>
+  __device__ __forceinline__ uint4 load_words(int pack, T outside) const {
+    return whole(pack) ? global_load16<kStream>(data + column(pack)) : load_cut(pack, outside);
+  }
+  template <bool kStream>
   __device__ __forceinline__ P load(int pack, T outside) const {
-    const int begin = column(pack);
-    const uint4 bits = whole(pack) ? global_load16<kStream>(data + begin) : load_cut(data, columns, begin, outside);
-    P out;
-    memcpy(&out, &bits, 16);
-    return out;
+    return bit_cast<P>(load_words<kStream>(pack, outside));
   }
 
-  __device__ __forceinline__ void store(int pack, const P& value) const {
-    const int begin = column(pack);
-    uint4 bits;
-    memcpy(&bits, &value, 16);
+  __device__ __forceinline__ void store_words(int pack, const uint4& words) const {
     if (whole(pack)) {
-      global_store16(data + begin, bits);
+      global_store16(data + column(pack), words);
     } else {
-      store_cut(data, columns, begin, bits);
+      store_cut(data, columns, column(pack), words);
+    }
+  }
+  __device__ __forceinline__ void store(int pack, const P& value) const { store_words(pack, bit_cast<uint4>(value)); }
+
+  // Starts copying a pack to shared memory, where it is after the wait for its group of copies. A pack that extends
+  // beyond the row is there at once.
+  __device__ __forceinline__ void copy(uint4* to, int pack, T outside) const {
+    if (whole(pack)) {
+      async_copy16(to, data + column(pack), true);
+    } else {
+      shared_store(to, load_cut(pack, outside));
     }
   }
 
- private:
-  // For a pack that extends beyond the row, at most two per row. Loops keep the code small, and shifts avoid indexing a
-  // register array.
-  static __device__ __forceinline__ uint4 load_cut(const T* data, int columns, int begin, T outside) {
+  // Loads a pack that extends beyond the row, at most two per row. A loop keeps the code small, and shifts avoid
+  // indexing a register array.
+  __device__ __forceinline__ uint4 load_cut(int pack, T outside) const {
+    const int begin = column(pack);
     uint64_t low = 0, high = 0;
 #pragma unroll 1
     for (int j = 0; j < P::kSize; ++j) {
@@ -72,6 +163,8 @@ struct PackedRow {
     }
     return {unsigned(low), unsigned(low >> 32), unsigned(high), unsigned(high >> 32)};
   }
+
+ private:
   static __device__ __forceinline__ void store_cut(T* data, int columns, int begin, const uint4& bits) {
     const uint64_t low = bits.x | uint64_t(bits.y) << 32, high = bits.z | uint64_t(bits.w) << 32;
 #pragma unroll 1

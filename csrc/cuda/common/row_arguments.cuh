@@ -1,0 +1,86 @@
+// The arguments of a call with a student's and a teacher's rows, as kernels read them.
+#pragma once
+#include "../../math/row_plan.h"
+#include "row_losses.cuh"
+#include "teams.cuh"
+
+namespace fastkd::cuda {
+
+inline constexpr int kMaxTeachers = 16;
+// Rows by their beta, as bits of a set.
+enum BetaKind : int { kBetaInside = 1, kBetaZero = 2, kBetaOne = 4, kAnyBeta = 7 };
+
+// The arguments of a call, the same for all rows. Without a teacher (teacher_count 0) sources read only the student's
+// logits, and return them as the teacher's, too.
+struct RowArguments : RowNumbers {
+  int teacher_width;
+  DeviceRows student, student_gradient, teacher_gradient;
+  DeviceRows teachers[kMaxTeachers];
+  int teacher_count;
+  bool mix_probs;
+  double beta, teacher_temperature;
+  DeviceRows betas, teacher_temperatures, teacher_weights;
+  int beta_kinds = kAnyBeta;  // the launch computes rows with such a beta; other launches do the others
+
+  // Whether the launch computes this row.
+  __device__ __forceinline__ bool takes(int64_t row) const {
+    if (beta_kinds == kAnyBeta) return true;
+    const double x = betas.number(row);
+    return (beta_kinds & (x == 0 ? kBetaZero : x == 1 ? kBetaOne : kBetaInside)) != 0;
+  }
+  // NaN, as an invalid temperature is, where it is not in [0, 1].
+  __device__ double row_beta(int64_t row) const {
+    const double x = betas ? betas.number(row) : beta;
+    return x >= 0 && x <= 1 ? x : double(NAN);
+  }
+  // The student's temperature, NaN also where beta is: the row is NaN then.
+  __device__ double temperature_with(double row_beta, int64_t row) const {
+    return row_temperature(row) + (row_beta - row_beta);
+  }
+
+  __device__ double row_teacher_temperature(int64_t row) const {
+    return positive(teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature);
+  }
+
+  // Fills in the row's task. Returns whether the row is read at all.
+  __device__ bool read_task(int64_t row, RowTask& task, int& label) const {
+    task.scale = scale(row);
+    if (task.scale == 0) return false;
+    task.beta = row_beta(row);
+    task.temperature = temperature_with(task.beta, row);
+    task.teacher_temperature = row_teacher_temperature(row);
+    task.divergence_scale = square_temperature ? task.temperature * task.temperature : 1;
+    label = read_label(row, task);
+    task.mix_probs = mix_probs;
+    task.teacher_weight = teacher_count == 1 && teacher_weights ? teacher_weights.number(row) : 1;
+    task.student_gradient = bool(student_gradient);
+    task.teacher_gradient = bool(teacher_gradient);
+    return true;
+  }
+};
+
+// Writes zeros to columns [begin, end) of a gradient. Columns beyond the vocabulary belong to no token.
+inline __device__ void zero_columns(const DeviceRows& gradient, int64_t row, int begin, int end, const Team& team) {
+  if (!gradient) return;
+  const int threads = team.threads * int(team.blocks);
+  if (begin >= end) return;
+  char* const first = gradient.at(row);
+  for (int column = begin + int(team.rank) * team.threads + team.thread; column < end; column += threads) {
+    gradient.put(first + column * gradient.column_stride * gradient.element_size, 0);
+  }
+}
+
+inline __device__ void zero_beyond_vocab(const RowArguments& arguments, int64_t row, const Team& team) {
+  zero_columns(arguments.student_gradient, row, arguments.vocab, arguments.student_width, team);
+  zero_columns(arguments.teacher_gradient, row, arguments.vocab, arguments.teacher_width, team);
+}
+
+// A thread's packs in one pass over a source's row; kFirst: in the row's first pass.
+//   pack              the present one
+//   more(), more(end) whether there is one, or one below `end`
+//   take()            its logits; once for each pack
+//   advance()         to the next
+template <bool kFirst, class Source>
+class RowPass;
+
+}  // namespace fastkd::cuda
