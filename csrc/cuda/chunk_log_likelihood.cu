@@ -161,7 +161,9 @@ void launch_rows(const char* role, const Device& device, const ChunkArguments& a
     const int64_t blocks = (arguments.rows + block_rows - 1) / block_rows;
     // If there is a boundary set to copy to shared memory, each block takes several rows.
     const bool few = arguments.boundary.words != nullptr && blocks > kFlatBlocks;
-    device.launch({role, launch}, kernel_of(source), few ? kFlatBlocks : teams_of(blocks, 1), launch.threads,
+    const int64_t used = few ? kFlatBlocks : teams_of(blocks, 1);
+    launch.teams = used * block_rows;
+    device.launch({role, launch}, kernel_of(source), used, launch.threads,
                   block_rows * (chunk_team_bytes(arguments.boundary, by_warp) + launch.slice_bytes), 1, arguments, launch);
   });
 }

@@ -187,6 +187,7 @@ struct ChunkSumWorker {
     if (parameters.ended >= 0) set.fetch();
     const float scale = float(arguments.to_base_2);
     ChunkShare mine;
+    source.start(team);
     for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
       float z[kSize];
       widen(raw, z);
@@ -265,6 +266,8 @@ struct ChunkGradientWorker {
     if (!at.read) return source.write_zeros(team);
     if (at.apart) set.fetch();
     const float scale = float(arguments.to_base_2);
+    const auto& gradients = source.gradients();
+    source.start(team);
     for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
       const int column = source.column(pack), label = at.label - column;
       const unsigned in = at.apart ? set.template from<kSize>(column) : 0;
@@ -287,7 +290,7 @@ struct ChunkGradientWorker {
         for (int j = 0; j < Source::kWord; ++j) word[j] = gradient[first + j];
         Source::append(out, word);
       }
-      source.store_student(pack, out);
+      gradients.store_student(pack, out);
     });
   }
 

@@ -225,6 +225,7 @@ struct ClipWorker {
 
   template <bool kSoft>
   __device__ void write(const Source& source, const ClipParameters<Real>& parameters, bool backwards) const {
+    const auto& gradients = source.gradients();
     for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
       const int column = source.column(pack);
       // The teacher's gradient is written first: writing the student's may overwrite the student's logits.
@@ -232,7 +233,7 @@ struct ClipWorker {
         const auto gradient = [&](Real, const Outcome<Real>& o, const ClipShare<Real>& share, int) {
           return clip_teacher_gradient<kSoft>(parameters, o, share);
         };
-        source.store_teacher(pack, map<kSoft>(raw, column, parameters, gradient));
+        gradients.store_teacher(pack, map<kSoft>(raw, column, parameters, gradient));
       }
       if (parameters.student_gradient) {
         const int label = parameters.label - column;
@@ -241,7 +242,7 @@ struct ClipWorker {
           if (parameters.label_scale != Real(0)) g += label_gradient(parameters, u);
           return parameters.label >= 0 && j == label ? g - parameters.factors.label : g;
         };
-        source.store_student(pack, map<kSoft>(raw, column, parameters, gradient));
+        gradients.store_student(pack, map<kSoft>(raw, column, parameters, gradient));
       }
     });
   }

@@ -7,28 +7,9 @@
 //
 // RowPlan determines the passes. The team's leading thread runs it and publishes the results to the other threads.
 #pragma once
-#include "../math/compensated_sum.h"
-#include "../math/row_plan.h"
-#include "common/block.cuh"
-#include "common/far_sum.cuh"
-#include "common/policy.cuh"
-#include "common/sources.cuh"
+#include "softmax_divergence_sums.cuh"
 
 namespace fastkd::cuda {
-
-// What the leading thread publishes to the others: numbers of the row in the precision of the logits.
-template <class Real>
-struct RowParameters {
-  Step step;
-  bool read, near, student_gradient, teacher_gradient;
-  int label;  // -1: none
-  Real student_scale, teacher_scale, teacher_ratio, label_scale;
-  double teacher_temperature, beta;
-  Normalized<Real> at;
-  GradientFactors<Real> factors;
-  Mean<Real> student_mean, teacher_mean;
-  Real label_shift;
-};
 
 // A team's shared memory: [parameters][the leading thread's task and plan][the teachers' normalisers and rows][slots of
 // the reductions][student row][teacher row].
@@ -37,113 +18,6 @@ inline constexpr int kTeachersBytes = kMaxTeachers * int(sizeof(OriginSum<double
 __host__ __device__ constexpr int64_t team_bytes(bool warp) {
   return kParametersBytes + kPlanBytes + kTeachersBytes + (warp ? 0 : Team::kSharedBytes);
 }
-
-// Sums of pass 1 relative to one pair of origins.
-struct PassSums {
-  double student, teacher, ratio, crossing, label;
-  __device__ void add(const PassSums& x) {
-    student += x.student;
-    teacher += x.teacher;
-    ratio += x.ratio;
-    crossing += x.crossing;
-    label += x.label;
-  }
-};
-
-// A thread's share of pass 1, relative to origins of its own, near the thread's largest logits so far.
-template <class Real, Pass kPass>
-struct ThreadState {
-  static constexpr bool kByStudent = kPass == Pass::kStudentWeighted, kRatio = kPass != Pass::kNormalizersOnly,
-                        kCrossing = kPass == Pass::kTeacherCrossing;
-
-  Real u_origin = Real(-INFINITY), w_origin = Real(-INFINITY);
-  Real u_sum = 0, w_sum = 0, crossing = 0, label_sum = 0;
-  CompensatedSum ratio;  // the student-weighted sum becomes a mean that the gradient subtracts
-  FarSum<Real> far_ratio, far_crossing;
-
-  template <int kSize>
-  __device__ __forceinline__ void add(const Real (&u)[kSize], const Real (&w)[kSize],
-                                      const RowParameters<Real>& parameters) {
-    const Real us = parameters.student_scale, ws = parameters.teacher_scale, r = parameters.teacher_ratio;
-    Real u_max = u[0], w_max = w[0];
-#pragma unroll
-    for (int j = 1; j < kSize; ++j) {
-      u_max = u[j] > u_max ? u[j] : u_max;
-      w_max = w[j] > w_max ? w[j] : w_max;
-    }
-    // The label's softmax uses another temperature on the same logits. Neither sum may overflow.
-    const Real slack = Real(8), steepest = at_least(us, parameters.label_scale);
-    if (u_origin == Real(-INFINITY) || w_origin == Real(-INFINITY) || (u_max - u_origin) * steepest > slack ||
-        (w_max - w_origin) * ws > slack) {
-      raise(at_least(u_origin, u_max), at_least(w_origin, w_max), parameters);
-    }
-    const Real u_zero = u_origin == Real(-INFINITY) ? Real(0) : u_origin;
-    const Real w_zero = w_origin == Real(-INFINITY) ? Real(0) : w_origin;
-    constexpr Real kFar = Real(kDead);
-    Real farthest = 0;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const Real x = u[j] - u_zero, y = w[j] - w_zero;
-      const Real e_u = exp2_of(x * us), e_w = exp2_of(y * ws);
-      u_sum += e_u;
-      w_sum += e_w;
-      if constexpr (kRatio) {
-        // Log-ratios below -kFar belong to entries without weight.
-        const Real log_ratio = kByStudent ? x - y * r : y * r - x;
-        farthest = log_ratio > farthest ? log_ratio : farthest;
-        if constexpr (kByStudent) {
-          if (magnitude(log_ratio) < kFar) ratio.add_product(e_u, log_ratio);
-        } else {
-          if (magnitude(log_ratio) < kFar) ratio.sum += e_w * log_ratio;
-        }
-      }
-      if constexpr (kCrossing) {
-        if (x > -kFar) crossing -= e_w * x;
-      }
-      if (parameters.label_scale != Real(0)) label_sum += exp2_of(x * parameters.label_scale);
-    }
-    if constexpr (kRatio) {
-      if (farthest >= kFar) {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          const Real x = u[j] - u_zero, y = w[j] - w_zero;
-          far_ratio.add(kByStudent ? x * us : y * ws, kByStudent ? x - y * r : y * r - x);
-          if constexpr (kCrossing) far_crossing.add(y * ws, -x);
-        }
-      }
-    }
-  }
-
-  // Converts the sums to larger origins. If there was no origin yet, the sums are 0.
-  __device__ void raise(Real u_new, Real w_new, const RowParameters<Real>& parameters) {
-    const Real r = parameters.teacher_ratio;
-    const Real u_step = u_origin == Real(-INFINITY) ? Real(0) : step_between(u_origin, u_new);
-    const Real w_step = w_origin == Real(-INFINITY) ? Real(0) : step_between(w_origin, w_new);
-    const Real u_shrink = u_step * parameters.student_scale, w_shrink = w_step * parameters.teacher_scale;
-    const Real u_scale = exp2_of(-u_shrink), w_scale = exp2_of(-w_shrink);
-    if constexpr (kRatio) {
-      const Real weight = kByStudent ? u_sum : w_sum, shrink = kByStudent ? u_shrink : w_shrink;
-      const Real scale = kByStudent ? u_scale : w_scale, step = kByStudent ? w_step * r - u_step : u_step - w_step * r;
-      far_ratio.raise(weight, shrink, step);
-      ratio.sum = carried(ratio.sum, weight, step < Real(kDead) ? step : Real(0), scale);
-      ratio.rest *= scale;
-    }
-    if constexpr (kCrossing) {
-      far_crossing.raise(w_sum, w_shrink, u_step);
-      crossing = carried(crossing, w_sum, u_step < Real(kDead) ? u_step : Real(0), w_scale);
-    }
-    if (parameters.label_scale != Real(0)) label_sum *= exp2_of(-u_step * parameters.label_scale);
-    u_sum *= u_scale;
-    w_sum *= w_scale;
-    u_origin = u_new;
-    w_origin = w_new;
-  }
-
-  __device__ PassSums whole() const {
-    return {double(u_sum), double(w_sum), ratio.value() + far_ratio.value(), double(crossing) + far_crossing.value(),
-            double(label_sum)};
-  }
-};
 
 // A thread's share of a pass that sums the terms.
 template <bool kNear, class Divergence, class Real>
@@ -168,12 +42,6 @@ struct ThreadSums {
   __device__ Sums whole() const {
     return {double(f), qg.value(), ph.value(), q.value(), p.value(), double(difference)};
   }
-};
-
-// The largest logits; their maximum over a block's threads becomes the common origin.
-template <class Real>
-struct Largest {
-  Real student, teacher;
 };
 
 // The data and work of the leading thread, in double precision, once per row. The data is in shared memory to save
@@ -217,45 +85,14 @@ struct RowLeader {
     parameters.factors = GradientFactors<Real>(task, plan);
     parameters.student_mean = Mean<Real>(plan.student_mean);
     parameters.teacher_mean = Mean<Real>(plan.teacher_mean);
+    parameters.centre = Mean<Real>((plan.student_mean * kLog2E + (plan.student_lse - plan.teacher_lse)) /
+                                   double(plan.student_scale));
+    parameters.student_shift = {plan.student_scale, plan.student_origin, plan.student_lse};
+    parameters.teacher_shift = {plan.teacher_scale, plan.teacher_origin, plan.teacher_lse};
     parameters.label_shift = Real(plan.label_lse);
     shared_store(published, parameters);
   }
 };
-
-// Pass 1: the states of both softmaxes, valid in the blocks' leading threads.
-template <Pass kPass, class Source>
-__device__ RowState<double> first_pass(const Source& source, const Team& team,
-                                       const RowParameters<typename Source::Real>& parameters) {
-  using Real = typename Source::Real;
-  constexpr int kSize = Source::kSize;
-  ThreadState<Real, kPass> mine;
-  for_packs<true>(source, team, false, [&](int, const typename Source::Raw& raw) {
-    Real u[kSize], w[kSize];
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      u[j] = Source::student_of(raw, j);
-      w[j] = Source::teacher_of(raw, j);
-    }
-    mine.add(u, w, parameters);
-  });
-  // With the same origins in all threads, the sums can simply be added.
-  const auto at_least_both = [](Largest<Real>& all, const Largest<Real>& x) {
-    all = {at_least(all.student, x.student), at_least(all.teacher, x.teacher)};
-  };
-  const Largest<Real> largest =
-      team.block_sum(Largest<Real>{mine.u_origin, mine.w_origin}, at_least_both, /*everywhere=*/true);
-  mine.raise(largest.student, largest.teacher, parameters);
-  const PassSums sums = team.block_sum(mine.whole(), [](PassSums& all, const PassSums& next) { all.add(next); });
-  const double us = parameters.student_scale;
-  const RowState<double> state{{double(largest.student), sums.student},
-                               {double(largest.teacher), sums.teacher},
-                               sums.ratio * us,
-                               sums.crossing * us,
-                               sums.label};
-  const RowScales<double> scales{us, double(parameters.teacher_scale), double(parameters.label_scale)};
-  return team.cluster_sum(state,
-                          [&](RowState<double>& all, const RowState<double>& next) { all.merge(next, kPass, scales); });
-}
 
 template <class Divergence, class Source>
 struct RowWorker {
@@ -281,6 +118,7 @@ struct RowWorker {
       source.write_zeros(team);
       return;
     }
+    source.start(team);
     source.normalize_teachers(team, parameters.teacher_temperature);
     const RowState<double> state = first_pass<Divergence::kPass>(source, team, parameters);
     if (team.leads()) {
@@ -363,30 +201,107 @@ struct RowWorker {
   template <bool kNear>
   __device__ void write(const Source& source, const RowParameters<Real>& parameters, bool backwards) const {
     const Divergence divergence{parameters.beta};
-    for_packs<false>(source, team, backwards, [&](int pack, const typename Source::Raw& raw) {
+    const auto& gradients = source.gradients();
+    const auto careful = [&](int pack, const typename Source::Raw& raw) {
+      // Loaded again, to leave the registers to the fast loop.
+      const RowParameters<Real> parameters = shared_load(shared_parameters);
       // The teacher's gradient is written first: writing the student's may overwrite the student's logits.
       if (parameters.teacher_gradient) {
-        const auto gradient = [&](Real, const Outcome<Real>& o, int) {
+        const auto gradient = [&](Real, Real, const Outcome<Real>& o, int) {
           return teacher_gradient<kNear>(divergence, o, parameters.teacher_mean, parameters.factors);
         };
-        source.store_teacher(pack, map<kNear>(raw, parameters, gradient));
+        gradients.store_teacher(pack, map<kNear>(raw, parameters, gradient));
       }
       if (parameters.student_gradient) {
         const int label = parameters.label - source.column(pack);
-        const auto gradient = [&](Real u, const Outcome<Real>& o, int j) {
+        const auto gradient = [&](Real u, Real w, const Outcome<Real>& o, int j) {
           Real g = student_gradient<kNear>(divergence, o, parameters.student_mean, parameters.factors);
-          if (parameters.label_scale != Real(0)) {
-            const Real x = (u - parameters.at.student_origin) * parameters.label_scale;
-            g += parameters.factors.label * exp2_of(x - parameters.label_shift);
+          if constexpr (kCentred && !kNear) {
+            if (magnitude(o.logits_apart) < Real(kDead)) g = o.q * centred(u, w, parameters);
           }
+          if (parameters.label_scale != Real(0)) g += label_share(u, parameters);
           return parameters.label >= 0 && j == label ? g - parameters.factors.label : g;
         };
-        source.store_student(pack, map<kNear>(raw, parameters, gradient));
+        gradients.store_student(pack, map<kNear>(raw, parameters, gradient));
       }
-    });
+    };
+    RowPass<false, Source> pass(source, team, backwards);
+    if constexpr (Source::kPacked && !kNear && (kDifference || kCentred)) {
+      if (!parameters.teacher_gradient && parameters.student_shift.usable && parameters.teacher_shift.usable) {
+        return write_fast(source, gradients, pass, parameters, careful);
+      }
+    }
+    for_packs(pass, careful);
   }
 
-  // The pack of f(student's logit, outcome, place in the pack) for each entry. A few entries are processed at a time:
+  // Whether the student's gradient has a short formula in packs without the label and with finite log-ratios.
+  static constexpr bool kDifference = Divergence::kStudent == Form::kClosed;     // q - p
+  static constexpr bool kCentred = Divergence::kPass == Pass::kStudentWeighted;  // q (d - mean of d)
+
+  static __device__ __forceinline__ Real label_share(Real u, const RowParameters<Real>& parameters) {
+    const Real x = (u - parameters.at.student_origin) * parameters.label_scale;
+    return parameters.factors.label * exp2_fast(x - parameters.label_shift);
+  }
+
+  // d - mean of d times the factor, and the label's part of what q is multiplied by. The mean is subtracted from
+  // differences of logits, which are exact, since it may be close to the log-ratio of a certain student's token.
+  static __device__ __forceinline__ Real centred(Real u, Real w, const RowParameters<Real>& parameters) {
+    const Normalized<Real>& at = parameters.at;
+    const Real slope = parameters.factors.student * (at.student_scale * Real(kLn2));
+    const Real x = u - at.student_origin, y = w - at.teacher_origin;
+    const Real apart = fused(-at.teacher_ratio, y, x - parameters.centre.high);
+    return fused(apart, slope, parameters.factors.label_q - parameters.centre.low * slope);
+  }
+
+  template <class Gradients, class Careful>
+  __device__ __forceinline__ void write_fast(const Source& source, const Gradients& gradients, RowPass<false, Source>& pass,
+                                             const RowParameters<Real>& parameters, const Careful& careful) const {
+    using Item = typename Source::Item;
+    const int label_pack = parameters.label >= 0 ? source.pack_of(parameters.label) - source.begin : INT32_MAX;
+    PackRange<Item> u_range, w_range;
+    if constexpr (kCentred) {
+      const Real far = Real(kDead) / 8;
+      u_range.set(parameters.at.student_origin - far, Real(INFINITY));
+      w_range.set(parameters.at.teacher_origin - far / at_least(Real(1), parameters.teacher_ratio), Real(INFINITY));
+    }
+    const auto fast = [&](int pack, const typename Source::Raw& raw) {
+      if (pack == label_pack || !source.is_whole(pack)) return false;
+      if (kCentred && !(u_range.above(raw.student) && w_range.above(raw.teacher))) return false;
+      gradients.store_whole_student(pack, parameters.label_scale != Real(0) ? gradient_pack<true>(raw, parameters)
+                                                                         : gradient_pack<false>(raw, parameters));
+      return true;
+    };
+    for_packs(pass, fast, careful);
+  }
+
+  // kLabelApart: the label's softmax has another temperature than q.
+  template <bool kLabelApart>
+  static __device__ __forceinline__ typename Source::Out gradient_pack(const typename Source::Raw& raw,
+                                                                       const RowParameters<Real>& parameters) {
+    const NormalizerShift<Real>&of_q = parameters.student_shift, &of_p = parameters.teacher_shift;
+    const Real by_q = (parameters.factors.student + parameters.factors.label_q) * of_q.unit;
+    const Real by_p = -parameters.factors.student * of_p.unit;
+    typename Source::Out out;
+#pragma unroll
+    for (int k = 0; k < kSize / Source::kWord; ++k) {
+      Real word[Source::kWord];
+#pragma unroll
+      for (int j = 0; j < Source::kWord; ++j) {
+        const Real u = Source::student_of(raw, k * Source::kWord + j), w = Source::teacher_of(raw, k * Source::kWord + j);
+        const Real q = exp2_fast(fused(u, parameters.student_scale, -of_q.shift));
+        if constexpr (kCentred) {
+          word[j] = q * (centred(u, w, parameters) * of_q.unit);
+        } else {
+          word[j] = fused(q, by_q, exp2_fast(fused(w, parameters.teacher_scale, -of_p.shift)) * by_p);
+        }
+        if constexpr (kLabelApart) word[j] += label_share(u, parameters);
+      }
+      set_word(out, k, word_from<typename Source::Item>(word));
+    }
+    return out;
+  }
+
+  // The pack of f(student's logit, teacher's logit, outcome, place in the pack) for each entry. A few entries are processed at a time:
   // the logarithms of a whole pack would need too many registers.
   template <bool kNear, class Function>
   __device__ __forceinline__ typename Source::Out map(typename Source::Raw raw, const RowParameters<Real>& parameters,
@@ -397,9 +312,8 @@ struct RowWorker {
       Real word[Source::kWord];
 #pragma unroll
       for (int j = 0; j < Source::kWord; ++j) {
-        const Real u = Source::student_of(raw, j);
-        const Outcome<Real> o = parameters.at.template outcome<kNear>(u, Source::teacher_of(raw, j));
-        word[j] = f(u, o, first + j);
+        const Real u = Source::student_of(raw, j), w = Source::teacher_of(raw, j);
+        word[j] = f(u, w, parameters.at.template outcome<kNear>(u, w), first + j);
       }
       Source::append(out, word);
     }
@@ -407,8 +321,14 @@ struct RowWorker {
   }
 };
 
+// Threads per block where two share a multiprocessor.
+template <class Divergence>
+constexpr int threads_for() {
+  return Divergence::kPass == Pass::kNormalizersOnly ? kRowThreads : kManyRowThreads;
+}
+
 template <class Divergence, class Source>
-__global__ void __launch_bounds__(2 * kRowThreads, 1)
+__global__ void __launch_bounds__(2 * threads_for<Divergence>(), 1)
     softmax_divergence_kernel(const RowArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   unsigned char* shared = team_memory(launch, team_bytes(by_warp) + 2 * launch.slice_bytes);

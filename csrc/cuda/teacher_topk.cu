@@ -126,6 +126,7 @@ struct SelectWorker {
     float least = -INFINITY;
     int end = source.packs();
     if (end > kFirstPacks * team.threads) end = kFirstPacks * team.threads;
+    source.start(team);
     RowPass<true, Source> pass(source, team, false);
 #pragma unroll 1
     while (true) {

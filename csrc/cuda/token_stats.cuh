@@ -281,6 +281,7 @@ struct StatsWorker {
   // The first pass. The result is valid in leading threads.
   __device__ StatsSums first_pass(const Source& source, float scale) const {
     StatsState<kPair> mine;
+    source.start(team);
     for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
       float u[kSize], w[kSize];
 #pragma unroll

@@ -230,6 +230,7 @@ struct TopkWorker {
     const bool apart = start.plan.task.has_label && temperature != 1;
     const float label_scale = apart ? float(kLog2E) : 0;
     RestState mine;
+    source.start(team);
     for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
       float u[kSize];
       widen(raw, u);
@@ -366,6 +367,7 @@ struct TopkWorker {
     const float q_factor = float(plan.rest_coefficient(apart));
     const float origin = float(plan.rest.origin), log_sum = float(plan.rest.log_sum * kLog2E);
     const float label_origin = float(plan.label.origin), label_sum = float(plan.label.log_sum * kLog2E);
+    const auto& gradients = source.gradients();
     for_packs<false>(source, team, backwards, [&](int pack, const typename Source::Raw& raw_pack) {
       typename Source::Raw raw = raw_pack;
       typename Source::Out out{};
@@ -386,7 +388,7 @@ struct TopkWorker {
         }
         Source::append(out, word);
       }
-      source.store_student(pack, out);
+      gradients.store_student(pack, out);
     });
   }
 

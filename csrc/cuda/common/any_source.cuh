@@ -37,6 +37,8 @@ struct AnySource {
         firsts(reinterpret_cast<char**>(normalizers + kMaxTeachers)),
         scale(0) {}
 
+  __device__ void start(const Team&) const {}
+
   __device__ __forceinline__ int packs() const { return arguments.vocab; }
   __device__ __forceinline__ int column(int pack) const { return pack; }
   __device__ __forceinline__ int whole_pack(int pack) const { return pack; }
@@ -181,6 +183,8 @@ struct AnySource {
     }
     return top + log2_of(at_least(Real(1), sum)) + (sum - sum);  // keeps NaN
   }
+
+  __device__ __forceinline__ const AnySource& gradients() const { return *this; }
 
   using Out = Real;
   static __device__ __forceinline__ void append(Out& out, const Real (&x)[1]) { out = x[0]; }

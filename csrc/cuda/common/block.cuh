@@ -24,11 +24,12 @@ __device__ __forceinline__ T shuffle_xor(const T& value, int lane_mask) {
 #endif
 }
 
-// Reduces over a warp. merge(all, next) must be associative up to rounding and accept its arguments in either order.
+// Reduces over groups of `lanes` lanes, a power of two. merge(all, next) must be associative up to rounding and accept
+// its arguments in either order.
 template <class T, class Merge>
-__device__ __forceinline__ T warp_reduce(T value, const Merge& merge) {
+__device__ __forceinline__ T lanes_reduce(T value, const Merge& merge, int lanes) {
 #pragma unroll 1
-  for (int step = kWarp / 2; step > 0; step /= 2) {
+  for (int step = lanes / 2; step > 0; step /= 2) {
     const T other = shuffle_xor(value, step);
     // Both lanes merge in the same order, the lower lane's value first, so that both get the same result.
     const bool lower = (threadIdx.x & step) == 0;
@@ -37,6 +38,10 @@ __device__ __forceinline__ T warp_reduce(T value, const Merge& merge) {
     value = all;
   }
   return value;
+}
+template <class T, class Merge>
+__device__ __forceinline__ T warp_reduce(const T& value, const Merge& merge) {
+  return lanes_reduce(value, merge, kWarp);
 }
 
 // The threads that work on one row: a warp (the block's other warps work on other rows), a block, or the blocks of a
@@ -47,7 +52,7 @@ struct Team {
   bool warp;              // the team is one warp
   static constexpr int kMaxWarps = 32;
   static constexpr int kSlotBytes = 64;
-  static constexpr int kSharedBytes = (kMaxWarps + 1) * kSlotBytes;
+  static constexpr int kSharedBytes = (kMaxWarps + 2) * kSlotBytes;
   unsigned char* slots;  // kSharedBytes, aligned to 16; unused if the team is a warp
 
   __device__ __forceinline__ Team(unsigned char* shared, unsigned cluster_blocks, bool warp_team = false)
@@ -87,27 +92,46 @@ struct Team {
     return value;
   }
 
-  // The sum over the leading threads of the cluster's blocks, valid in those threads. Contains barriers of the cluster.
-  template <class T, class Merge>
-  __device__ T cluster_sum(T value, const Merge& merge) const {
+  // The sum over the leading threads of the cluster's blocks, valid in those threads. Contains a barrier of the cluster.
+  // align(value, most) converts a block's value before the sum; most(x) is the largest x of all blocks.
+  template <class T, class Align, class Merge>
+  __device__ T cluster_sum(T value, const Align& align, const Merge& merge) const {
     static_assert(sizeof(T) <= kSlotBytes);
     if (blocks == 1) return value;
-    T* const mine = reinterpret_cast<T*>(slots + kMaxWarps * kSlotBytes);
+    // Two slots in turn: when a block writes one again, all have passed the barrier after they read it.
+    T* const mine = reinterpret_cast<T*>(slots + (kMaxWarps + turn_) * kSlotBytes);
+    turn_ ^= 1;
     if (thread == 0) shared_store(mine, value);
     cluster_sync();
-    if (thread == 0) {
-      value = shared_load(in_peer(mine, 0));
+    if (threadIdx.x < kWarp) {
+      // Each lane reads one block's value. Lanes whose numbers differ by a multiple of `blocks` do the same.
+      value = shared_load(in_peer(mine, threadIdx.x & (blocks - 1)));
+      align(value, [&](auto x) {
 #pragma unroll 1
-      for (unsigned r = 1; r < blocks; ++r) merge(value, shared_load(in_peer(mine, r)));
+        for (unsigned step = 1; step < blocks; step *= 2) x = at_least(shuffle_xor(x, int(step)), x);
+        return x;
+      });
+      value = lanes_reduce(value, merge, int(blocks));
     }
-    cluster_sync();  // before any block writes its slot again, or exits
     return value;
+  }
+  template <class T, class Merge>
+  __device__ T cluster_sum(const T& value, const Merge& merge) const {
+    return cluster_sum(value, [](T&, const auto&) {}, merge);
+  }
+
+  // To be called before the team's last thread exits: another block may still be reading this one's slots.
+  __device__ __forceinline__ void leave() const {
+    if (blocks > 1) cluster_sync();
   }
 
   template <class T, class Merge>
   __device__ T sum(const T& value, const Merge& merge) const {
     return cluster_sum(block_sum(value, merge), merge);
   }
+
+ private:
+  mutable unsigned turn_ = 0;
 };
 
 }  // namespace fastkd::cuda

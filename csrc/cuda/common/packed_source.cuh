@@ -23,35 +23,47 @@ struct PackedSource {
 
   const RowArguments& arguments;
   const int64_t row;
-  const PackedRow<T> student, teacher, student_gradient, teacher_gradient;
-  uint4 *const student_slots, *const teacher_slots;  // in shared memory
-  const int slots;
+  uint4 *const student, *const teacher;  // where pack 0 of the rows lies, which may begin before the row
+  const int lead;                        // how many elements before it
+  uint4* const student_slots;  // in shared memory
+  const int all_slots;         // of a tensor; the teacher's follow the student's
   const bool resident;
-  int begin, end;  // this block's packs
+  int begin, end;                // this block's packs
+  int first_whole, whole_count;  // those of them that lie in the row as a whole: all but at most the row's first and last
 
   // shared: for the slots of the student, then of the teacher, launch.slice_bytes each
   __device__ PackedSource(const RowArguments& a, int64_t r, const RowLaunch& launch, unsigned rank, unsigned char*,
                           unsigned char* shared)
       : arguments(a),
         row(r),
-        student(a.student.at(r), a.vocab),
-        teacher(kPair ? a.teachers[0].at(r) : nullptr, a.vocab),
-        student_gradient(a.student_gradient ? a.student_gradient.at(r) : nullptr, a.vocab),
-        teacher_gradient(kPair && a.teacher_gradient ? a.teacher_gradient.at(r) : nullptr, a.vocab),
+        student(packs_of(a.student, r)),
+        teacher(kPair ? packs_of(a.teachers[0], r) : nullptr),
+        lead(PackedRow<T>(a.student.at(r), a.vocab).lead),
         student_slots(reinterpret_cast<uint4*>(shared)),
-        teacher_slots(reinterpret_cast<uint4*>(shared + launch.slice_bytes)),
-        slots(int(launch.slice_bytes / 16)),
+        all_slots(int(launch.slice_bytes / 16)),
         resident(launch.resident) {
-    const int all = student.packs(), share = (all + launch.cluster - 1) / launch.cluster;
+    const PackedRow<T> whole_row = packed(student);
+    const int all = whole_row.packs(), share = (all + launch.cluster - 1) / launch.cluster;
     begin = int(rank) * share < all ? int(rank) * share : all;
     end = begin + share < all ? begin + share : all;
+    first_whole = begin == 0 && !whole_row.whole(0) ? 1 : 0;
+    whole_count = end - begin - first_whole;
+    if (end == all && whole_count > 0 && !whole_row.whole(all - 1)) --whole_count;
+  }
+
+  // Where pack 0 of a tensor's row lies.
+  static __device__ __forceinline__ uint4* packs_of(const DeviceRows& rows, int64_t row) {
+    return rows ? reinterpret_cast<uint4*>(reinterpret_cast<uintptr_t>(rows.at(row)) & ~uintptr_t(15)) : nullptr;
+  }
+  __device__ __forceinline__ PackedRow<T> packed(uint4* packs) const {
+    return {reinterpret_cast<T*>(packs) + lead, arguments.vocab, lead};
   }
 
   __device__ __forceinline__ int packs() const { return end - begin; }
-  __device__ __forceinline__ int column(int pack) const { return student.column(begin + pack); }
+  __device__ __forceinline__ int column(int pack) const { return (begin + pack) * kSize - lead; }
   // A pack's number counted from the beginning of the row, across all blocks.
   __device__ __forceinline__ int whole_pack(int pack) const { return begin + pack; }
-  __device__ __forceinline__ int pack_of(int column) const { return (column + student.lead) / kSize; }
+  __device__ __forceinline__ int pack_of(int column) const { return (column + lead) / kSize; }
 
   __device__ void normalize_teachers(const Team&, double) {}
 
@@ -63,35 +75,88 @@ struct PackedSource {
   };
   using Raw = typename std::conditional<kPair, Pair, Single>::type;
 
-  // Starts the copies of a pack, of columns outside the row as -inf.
+  __device__ __forceinline__ bool is_whole(int pack) const {
+    return unsigned(pack - first_whole) < unsigned(whole_count);
+  }
+  __device__ __forceinline__ uint4* teacher_slot(int slot) const { return student_slots + all_slots + slot; }
+  // The slots besides the edges'.
+  __device__ __forceinline__ int slots() const { return all_slots - (resident ? 0 : kEdges); }
+  // Where a pack is read from. Packs that extend beyond the row have slots of their own, unless the row stays.
+  __device__ __forceinline__ int slot_of(int pack, int slot) const {
+    return resident ? pack : is_whole(pack) ? slot : slots() + int(pack != 0);
+  }
+
+  // Starts the copies of a pack, if it is a whole one.
   __device__ __forceinline__ void copy(int pack, int slot) const {
+    if (!is_whole(pack)) return;
+    async_copy16(student_slots + slot, student + (begin + pack), true);
+    if constexpr (kPair) async_copy16(teacher_slot(slot), teacher + (begin + pack), true);
+  }
+  // Loads the packs that extend beyond the row, with -inf in the columns outside, if this thread will read them.
+  __device__ __forceinline__ void load_edges(const Team& team) const {
     const T outside = element<T>(float(-INFINITY));
-    student.copy(student_slots + slot, begin + pack, outside);
-    if constexpr (kPair) teacher.copy(teacher_slots + slot, begin + pack, outside);
+#pragma unroll 1
+    for (int edge = 0; edge < kEdges; ++edge) {
+      const int pack = edge == 0 ? 0 : packs() - 1;
+      const bool cut = edge == 0 ? first_whole > 0 : first_whole + whole_count < packs();
+      if (!cut || pack % team.threads != team.thread) continue;
+      shared_store(student_slots + slot_of(pack, 0), packed(student).load_cut(begin + pack, outside));
+      if constexpr (kPair) shared_store(teacher_slot(slot_of(pack, 0)), packed(teacher).load_cut(begin + pack, outside));
+    }
   }
   __device__ __forceinline__ Raw read(int slot) const {
     if constexpr (kPair) {
-      return {shared_load(student_slots + slot), shared_load(teacher_slots + slot)};
+      return {shared_load(student_slots + slot), shared_load(teacher_slot(slot))};
     } else {
       return {shared_load(student_slots + slot)};
     }
   }
 
+  // The order of a thread's packs in a pass, and of the slots that it reads them from. Its copies are in kAhead groups:
+  // of one pack each, or of a part of all its packs.
+  struct Order {
+    int first, step, slot, slot_step, group;
+  };
+  __device__ __forceinline__ Order order(const Team& team, bool backwards) const {
+    const int thread = team.thread, threads = team.threads;
+    const int count = thread < packs() ? (packs() - 1 - thread) / threads + 1 : 0;
+    const int first = backwards && count > 0 ? thread + (count - 1) * threads : thread;
+    const int step = backwards ? -threads : threads;
+    return {first, step, resident ? first : thread, resident ? step : threads,
+            resident ? (count + kAhead - 1) / kAhead : 1};
+  }
+
+  // Starts the copies of a pass's first packs, or of all where the row stays. To be called once for the row's first
+  // pass, before it, as early as possible.
+  __device__ __forceinline__ void start(const Team& team, bool backwards = false) const {
+    const Order order = this->order(team, backwards);
+    int pack = order.first, slot = order.slot;
+#pragma unroll 1
+    for (int group = 0; group < kAhead; ++group) {
+#pragma unroll 1
+      for (int i = 0; i < order.group; ++i, pack += order.step, slot += order.slot_step) {
+        if (unsigned(pack) < unsigned(packs())) copy(pack, slot);
+      }
+      async_commit();
+    }
+    load_edges(team);
+  }
+
   // The two rows as sources of their own, which share the slots.
-  __device__ __forceinline__ PackedSource<T, false> teacher_alone() const { return {*this, teacher, teacher_slots}; }
-  __device__ PackedSource(const PackedSource<T, true>& both, const PackedRow<T>& one, uint4* its_slots)
+  __device__ __forceinline__ PackedSource<T, false> teacher_alone() const { return {*this, teacher, teacher_slot(0)}; }
+  __device__ PackedSource(const PackedSource<T, true>& both, uint4* one, uint4* its_slots)
       : arguments(both.arguments),
         row(both.row),
         student(one),
-        teacher(nullptr, 0),
-        student_gradient(nullptr, 0),
-        teacher_gradient(nullptr, 0),
+        teacher(nullptr),
+        lead(both.lead),
         student_slots(its_slots),
-        teacher_slots(nullptr),
-        slots(both.slots),
+        all_slots(both.all_slots),
         resident(both.resident),
         begin(both.begin),
-        end(both.end) {}
+        end(both.end),
+        first_whole(both.first_whole),
+        whole_count(both.whole_count) {}
 
   // How many logits are in 4 bytes. next_word moves the next word's logits to the place of the first.
   static constexpr int kWord = 4 / int(sizeof(T));
@@ -109,7 +174,7 @@ struct PackedSource {
     }
   }
 
-  __device__ float student_logit(int column) const { return to_float(global_load(student.data + column)); }
+  __device__ float student_logit(int column) const { return to_float(global_load(packed(student).data + column)); }
 
   // A pack of a gradient: filled word by word from the end, or all at once.
   using Out = uint4;
@@ -117,17 +182,42 @@ struct PackedSource {
     rotate(out);
     out.w = word_from<T>(x);
   }
-  __device__ __forceinline__ void store_student(int pack, const Out& out) const {
-    student_gradient.store_words(begin + pack, out);
-  }
-  __device__ __forceinline__ void store_teacher(int pack, const Out& out) const {
-    teacher_gradient.store_words(begin + pack, out);
+
+  // Where the gradients are written. Made when the gradients are: until then their addresses take no registers.
+  struct Gradients {
+    const PackedSource& source;
+    uint4 *const student, *const teacher;
+
+    __device__ __forceinline__ void store_student(int pack, const Out& out) const {
+      store(student, pack, out);
+    }
+    __device__ __forceinline__ void store_teacher(int pack, const Out& out) const {
+      store(teacher, pack, out);
+    }
+    // For a pack that is_whole().
+    __device__ __forceinline__ void store_whole_student(int pack, const Out& out) const {
+      global_store16(student + (source.begin + pack), out);
+    }
+
+   private:
+    __device__ __forceinline__ void store(uint4* packs, int pack, const Out& out) const {
+      if (source.is_whole(pack)) {
+        global_store16(packs + (source.begin + pack), out);
+      } else {
+        source.packed(packs).store_words(source.begin + pack, out);
+      }
+    }
+  };
+  __device__ __forceinline__ Gradients gradients() const {
+    return {*this, packs_of(arguments.student_gradient, row),
+            kPair ? packs_of(arguments.teacher_gradient, row) : nullptr};
   }
 
   __device__ void write_zeros(const Team& team) const {
+    const Gradients out = gradients();
     for (int i = team.thread; i < packs(); i += team.threads) {
-      if (arguments.teacher_gradient) store_teacher(i, Out{});
-      if (arguments.student_gradient) store_student(i, Out{});
+      if (out.teacher != nullptr) out.store_teacher(i, Out{});
+      if (out.student != nullptr) out.store_student(i, Out{});
     }
     zero_beyond_vocab(arguments, row, team);
   }
@@ -142,28 +232,12 @@ class RowPass<kFirst, PackedSource<T, kPair>> {
   int pack;
 
   __device__ __forceinline__ RowPass(const Source& source, const Team& team, bool backwards)
-      : source_(source), step_(backwards ? -team.threads : team.threads), threads_(team.threads) {
-    const int packs = source.packs(), thread = team.thread;
-    const int count = thread < packs ? (packs - 1 - thread) / threads_ + 1 : 0;
-    pack = backwards && count > 0 ? thread + (count - 1) * threads_ : thread;
-    slot_ = source.resident ? pack : thread;
-    if (kFirst || !source.resident) {
-      // kAhead groups of copies: of one pack each, or of a part of all of the thread's packs.
-      group_ = source.resident ? (count + kAhead - 1) / kAhead : 1;
-      int next = pack, slot = slot_;
-#pragma unroll 1
-      for (int group = 0; group < kAhead; ++group) {
-#pragma unroll 1
-        for (int i = 0; i < group_; ++i, next += step_, slot += threads_) {
-          if (unsigned(next) < unsigned(packs)) source.copy(next, slot);
-        }
-        async_commit();
-      }
-      until_ = 1;
-    } else {
-      group_ = 0;
-      until_ = 0;  // never: the copies are there
-    }
+      : source_(source), step_(backwards ? -team.threads : team.threads), slot_(team.thread) {
+    const typename Source::Order order = source.order(team, backwards);
+    pack = order.first;
+    group_ = order.group;
+    if (!kFirst && !source.resident) source.start(team, backwards);
+    until_ = kFirst || !source.resident ? 1 : 0;  // 0: never, since the copies are there
   }
 
   __device__ __forceinline__ bool more() const { return more(source_.packs()); }
@@ -172,25 +246,26 @@ class RowPass<kFirst, PackedSource<T, kPair>> {
 
   // Reads the pack's logits, and starts the copies of a later pack where the row does not stay.
   __device__ __forceinline__ typename Source::Raw take() {
-    if (--until_ != 0) return source_.read(slot_);
+    if (--until_ != 0) return source_.read(pack);
     async_wait<kAhead - 1>();
-    const typename Source::Raw raw = source_.read(slot_);
-    const int next = pack + kAhead * step_;
-    if (!source_.resident && unsigned(next) < unsigned(source_.packs())) source_.copy(next, slot_);
-    async_commit();
     until_ = group_;
+    const typename Source::Raw raw = source_.read(source_.slot_of(pack, slot_));
+    if (!source_.resident) {
+      const int next = pack + kAhead * step_;
+      if (unsigned(next) < unsigned(source_.packs())) source_.copy(next, slot_);
+      slot_ += step_ < 0 ? -step_ : step_;
+      if (slot_ >= source_.slots()) slot_ -= source_.slots();
+    }
+    async_commit();
     return raw;
   }
-  __device__ __forceinline__ void advance() {
-    pack += step_;
-    slot_ += source_.resident ? step_ : threads_;
-    if (slot_ >= source_.slots) slot_ -= source_.slots;
-  }
+  __device__ __forceinline__ void advance() { pack += step_; }
 
  private:
   const Source& source_;
-  const int step_, threads_;
-  int slot_, group_, until_;
+  const int step_;
+  int slot_, group_;
+  int until_;  // how many packs until the next wait
 };
 
 }  // namespace fastkd::cuda

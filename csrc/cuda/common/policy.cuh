@@ -82,6 +82,7 @@ struct RowLaunch {
   bool resident;  // rows stay in shared memory between passes, so that they are read once
   LaunchReason reason;
   int64_t slice_bytes;  // bytes of one row in one block's shared memory
+  int64_t teams = 0;    // of the grid; set by the launch
 };
 
 // Threads per block where two blocks share a multiprocessor; twice as many where one block has it to itself. A thread
@@ -90,6 +91,9 @@ inline constexpr int kRowThreads = 192, kManyRowThreads = 256;
 // How many packs ahead a thread's copies are, where rows do not stay in shared memory. With 384 or 512 threads per
 // multiprocessor, that is 24 or 32 KiB under way of each tensor.
 inline constexpr int kAhead = 4;
+// The first and the last pack of a row may extend beyond it and are kept apart.
+inline constexpr int kEdges = 2;
+constexpr int64_t ahead_bytes(int threads) { return (int64_t(kAhead) * threads + kEdges) * 16; }
 inline constexpr int kWarpRows = 4;
 // The longest row, in bytes, for which one warp is enough: it reads the row in a few loads.
 inline constexpr int64_t kWarpRowBytes = 4096;
@@ -97,7 +101,7 @@ static_assert(kWarpRowBytes == 4096 && kWarpRows == 4, "text_of names both");
 
 // The launch in which each pass reads the rows from global memory again. Shared memory holds the packs under way.
 constexpr RowLaunch reread_launch(LaunchReason reason, int threads) {
-  return {threads, 0, 1, false, reason, int64_t(kAhead) * threads * 16};
+  return {threads, 0, 1, false, reason, ahead_bytes(threads)};
 }
 
 // The shared memory per block if two blocks share a multiprocessor. The multiprocessor has 1 KiB more than one block
@@ -148,7 +152,7 @@ constexpr RowLaunch one_pass(RowLaunch launch) {
   if (launch.resident) {
     const bool whole = launch.reason == LaunchReason::kWhole || launch.reason == LaunchReason::kSixteenBlocks;
     if (whole) launch.threads /= 2;  // any number of blocks fits
-    launch.slice_bytes = int64_t(kAhead) * (launch.warp_rows > 0 ? 32 : launch.threads) * 16;
+    launch.slice_bytes = ahead_bytes(launch.warp_rows > 0 ? 32 : launch.threads);
     launch.resident = false;
   }
   if (launch.reason != LaunchReason::kElements) {

@@ -23,8 +23,9 @@ struct DeviceRows {
 #pragma unroll  // constant indices keep the arrays out of local memory
     for (int i = kDimensions - 1; i >= 0; --i) {
       if (i < dimensions) {
-        offset += row % sizes[i] * strides[i];
-        row /= sizes[i];
+        // Nothing is left of the row's number after the outermost dimension.
+        offset += (i == 0 ? row : row % sizes[i]) * strides[i];
+        if (i > 0) row /= sizes[i];
       }
     }
     return data + offset * element_size;

@@ -25,19 +25,18 @@ __device__ __forceinline__ void for_packs(const Source& source, const Team& team
 // registers out of the fast one.
 template <bool kFirst, class Source, class Fast, class Careful>
 __device__ __forceinline__ void for_packs(RowPass<kFirst, Source>& pass, const Fast& fast, const Careful& careful) {
-  while (pass.more()) {
-    typename Source::Raw raw;
-    bool done;
 #pragma unroll 1
-    do {
+  while (true) {
+    asm volatile("");  // keeps the compiler from merging the two loops
+    typename Source::Raw raw;
+#pragma unroll 1
+    for (;; pass.advance()) {
+      if (!pass.more()) return;
       raw = pass.take();
-      done = fast(pass.pack, raw);
-      if (done) pass.advance();
-    } while (done && pass.more());
-    if (!done) {
-      careful(pass.pack, raw);
-      pass.advance();
+      if (!fast(pass.pack, raw)) break;
     }
+    careful(pass.pack, raw);
+    pass.advance();
   }
 }
 

@@ -15,25 +15,25 @@ inline int64_t teams_of(int64_t rows, int cluster) { return rows < INT32_MAX / c
 template <class Kernel, class Arguments, class TeamBytes>
 void launch_teams(const Device& device, Kernel kernel, const Arguments& arguments, RowLaunch launch,
                   const TeamBytes& team_bytes) {
-  if (launch.warp_rows > 0) {
-    const int64_t bytes = launch.warp_rows * team_bytes(launch);
-    // Where a multiprocessor has no more memory than one block may use (sm_75), limiting a block to half of it gains
-    // nothing.
-    const int capability = device.capability();
-    if (bytes <= (capability == 75 ? shared_limit(capability) : half_limit(capability))) {
-      const int64_t blocks = (arguments.rows + launch.warp_rows - 1) / launch.warp_rows;
-      return device.launch({"rows", launch}, kernel, teams_of(blocks, 1), launch.threads, bytes, 1, arguments, launch);
-    }
+  const int capability = device.capability();
+  // Where a multiprocessor has no more memory than one block may use (sm_75), limiting a block to half of it gains
+  // nothing.
+  const int64_t room = capability == 75 ? shared_limit(capability) : half_limit(capability);
+  if (launch.warp_rows > 0 && launch.warp_rows * team_bytes(launch) > room) {
     launch.warp_rows = 0;
     launch.reason = LaunchReason::kWarpMemory;
   }
   if (!device.fits(kernel, launch.threads, team_bytes(launch), launch.cluster)) {
     device.log_refused("rows", launch.threads, team_bytes(launch), launch.cluster,
                        "one block per row, without a cluster; each pass reads the rows again");
-    launch = reread_launch(LaunchReason::kRefused, launch.reason == LaunchReason::kHalf ? launch.threads : launch.threads / 2);
+    const bool two = launch.reason == LaunchReason::kHalf;
+    launch = reread_launch(LaunchReason::kRefused, two ? launch.threads : launch.threads / 2);
   }
-  device.launch({"rows", launch}, kernel, teams_of(arguments.rows, launch.cluster) * launch.cluster, launch.threads,
-                team_bytes(launch), launch.cluster, arguments, launch);
+  const int64_t block_rows = launch.warp_rows > 0 ? launch.warp_rows : 1;
+  const int64_t blocks = teams_of((arguments.rows + block_rows - 1) / block_rows, launch.cluster);
+  launch.teams = blocks * block_rows;
+  device.launch({"rows", launch}, kernel, blocks * launch.cluster, launch.threads, block_rows * team_bytes(launch),
+                launch.cluster, arguments, launch);
 }
 
 // The part of the block's shared memory that belongs to the thread's team; each team has `bytes`.
@@ -44,14 +44,13 @@ __device__ __forceinline__ unsigned char* team_memory(const RowLaunch& launch, i
 // Calls body(row) for every row of the team.
 template <class Body>
 __device__ __forceinline__ void for_rows(const Team& team, const RowLaunch& launch, int64_t rows, const Body& body) {
-  const int64_t block_rows = launch.warp_rows > 0 ? launch.warp_rows : 1;
-  const int64_t first =
-      int64_t(blockIdx.x) / launch.cluster * block_rows + (launch.warp_rows > 0 ? threadIdx.x / kWarp : 0);
-  const int64_t step = int64_t(gridDim.x) / launch.cluster * block_rows;
-  for (int64_t row = first; row < rows; row += step) {
+  const int64_t team_number = launch.warp_rows > 0 ? int64_t(blockIdx.x) * launch.warp_rows + threadIdx.x / kWarp
+                                                   : int64_t(blockIdx.x) / launch.cluster;
+  for (int64_t row = team_number; row < rows; row += launch.teams) {
     body(row);
     team.sync();  // before the next row overwrites the shared memory
   }
+  team.leave();
 }
 
 }  // namespace fastkd::cuda

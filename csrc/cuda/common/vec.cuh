@@ -57,49 +57,70 @@ __device__ __forceinline__ void set_word(uint4& pack, int k, unsigned word) {
   (k == 0 ? pack.x : k == 1 ? pack.y : k == 2 ? pack.z : pack.w) = word;
 }
 
-// Maximum and minimum that are NaN where an argument is.
-__device__ __forceinline__ float larger_of(float a, float b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  float out;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
-  return out;
-#else
-  return a > b || a != a ? a : b;
-#endif
-}
-__device__ __forceinline__ float smaller_of(float a, float b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  float out;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
-  return out;
-#else
-  return a < b || a != a ? a : b;
-#endif
-}
-
-// The largest and the smallest element of a pack, NaN where one is.
-struct Extremes {
-  float largest, smallest;
-};
+// Bounds of a pack's elements.
 template <class T>
-__device__ __forceinline__ Extremes extremes_of(const uint4& pack) {
+class PackRange {
+ public:
+  // Holds no pack.
+  __device__ __forceinline__ void clear() { least_ = repeated(INFINITY, true), most_ = repeated(-INFINITY, false); }
+  // Of the numbers of T in [least, most]; no infinite one.
+  __device__ __forceinline__ void set(float least, float most) {
+    least_ = repeated(least, true);
+    most_ = repeated(most, false);
+  }
+
+  // Whether all elements are at most the upper bound: false where one is NaN; and at least the lower bound: a NaN does
+  // not count.
+  __device__ __forceinline__ bool below(const uint4& pack) const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (sizeof(T) == 2) {  // two elements at a time
-    using Pair = typename std::conditional<std::is_same<T, BFloat16>::value, __nv_bfloat162, __half2>::type;
-    const auto pair = [&](int k) { return bit_cast<Pair>(word_of(pack, k)); };
-    const Pair top = __hmax2_nan(__hmax2_nan(pair(0), pair(1)), __hmax2_nan(pair(2), pair(3)));
-    const Pair bottom = __hmin2_nan(__hmin2_nan(pair(0), pair(1)), __hmin2_nan(pair(2), pair(3)));
-    const uint4 both{bit_cast<unsigned>(top), bit_cast<unsigned>(bottom), 0, 0};
-    return {larger_of(item_of<T>(both, 0), item_of<T>(both, 1)), smaller_of(item_of<T>(both, 2), item_of<T>(both, 3))};
-  }
+    if constexpr (sizeof(T) == 2) {  // two elements at a time
+      return __hble2(__hmax2_nan(__hmax2_nan(pair(pack.x), pair(pack.y)), __hmax2_nan(pair(pack.z), pair(pack.w))),
+                     pair(most_));
+    }
 #endif
-  Extremes out{item_of<T>(pack, 0), item_of<T>(pack, 0)};
+    bool all = true;
 #pragma unroll
-  for (int j = 1; j < Packed<T>::kSize; ++j) {
-    out = {larger_of(out.largest, item_of<T>(pack, j)), smaller_of(out.smallest, item_of<T>(pack, j))};
+    for (int j = 0; j < Packed<T>::kSize; ++j) all = all && item_of<T>(pack, j) <= item_of<T>({most_, 0, 0, 0}, 0);
+    return all;
   }
-  return out;
-}
+  __device__ __forceinline__ bool above(const uint4& pack) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if constexpr (sizeof(T) == 2) {
+      return __hbge2(__hmin2(__hmin2(pair(pack.x), pair(pack.y)), __hmin2(pair(pack.z), pair(pack.w))), pair(least_));
+    }
+#endif
+    bool all = true;
+#pragma unroll
+    for (int j = 0; j < Packed<T>::kSize; ++j) all = all && !(item_of<T>(pack, j) < item_of<T>({least_, 0, 0, 0}, 0));
+    return all;
+  }
+
+ private:
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  using Pair = typename std::conditional<std::is_same<T, BFloat16>::value, __nv_bfloat162, __half2>::type;
+  static __device__ __forceinline__ Pair pair(unsigned word) { return bit_cast<Pair>(word); }
+#endif
+
+  // The nearest number of T that is at least, or at most, x, in each element of a word.
+  static __device__ __forceinline__ unsigned repeated(float x, bool up) {
+    if constexpr (sizeof(T) == 4) return bit_cast<unsigned>(x);
+    T nearest;
+    from_float(x, nearest);
+    unsigned bits = bits_of_item(nearest);
+    const float found = to_float(nearest);
+    if (up ? found < x : found > x) {
+      bits = found == 0 ? (up ? 0x0001 : 0x8001) : bits + ((found < 0) == up ? -1 : 1);
+    }
+    return bits | bits << 16;
+  }
+  static __device__ __forceinline__ unsigned bits_of_item(const T& x) {
+    uint16_t bits = 0;
+    memcpy(&bits, &x, sizeof(T) < 2 ? sizeof(T) : 2);
+    return bits;
+  }
+
+  unsigned least_ = repeated(INFINITY, true), most_ = repeated(-INFINITY, false);
+};
 
 // One row, or the part of it that a block works on. Pack i covers columns [i kSize - lead, ...). Packs lie on 16-byte
 // boundaries wherever the row begins, so only the first and the last may extend beyond the row.
@@ -113,8 +134,12 @@ struct PackedRow {
   __device__ __forceinline__ PackedRow(void* row, int n)
       : data(static_cast<T*>(row)), columns(n), lead(int(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T))) {}
 
+  __device__ __forceinline__ PackedRow(T* row, int n, int row_lead) : data(row), columns(n), lead(row_lead) {}
+
   __device__ __forceinline__ int packs() const { return (columns + lead + P::kSize - 1) / P::kSize; }
   __device__ __forceinline__ int column(int pack) const { return pack * P::kSize - lead; }
+  // Where a pack lies, which may begin before the row and end after it.
+  __device__ __forceinline__ uint4* place(int pack) const { return reinterpret_cast<uint4*>(data - lead) + pack; }
   __device__ __forceinline__ bool whole(int pack) const {
     return column(pack) >= 0 && column(pack) + P::kSize <= columns;
   }
@@ -122,7 +147,7 @@ struct PackedRow {
   // Loads a pack. Columns outside the row are returned as `outside`.
   template <bool kStream>
   __device__ __forceinline__ uint4 load_words(int pack, T outside) const {
-    return whole(pack) ? global_load16<kStream>(data + column(pack)) : load_cut(pack, outside);
+    return whole(pack) ? global_load16<kStream>(place(pack)) : load_cut(pack, outside);
   }
   template <bool kStream>
   __device__ __forceinline__ P load(int pack, T outside) const {
@@ -131,22 +156,12 @@ struct PackedRow {
 
   __device__ __forceinline__ void store_words(int pack, const uint4& words) const {
     if (whole(pack)) {
-      global_store16(data + column(pack), words);
+      global_store16(place(pack), words);
     } else {
       store_cut(data, columns, column(pack), words);
     }
   }
   __device__ __forceinline__ void store(int pack, const P& value) const { store_words(pack, bit_cast<uint4>(value)); }
-
-  // Starts copying a pack to shared memory, where it is after the wait for its group of copies. A pack that extends
-  // beyond the row is there at once.
-  __device__ __forceinline__ void copy(uint4* to, int pack, T outside) const {
-    if (whole(pack)) {
-      async_copy16(to, data + column(pack), true);
-    } else {
-      shared_store(to, load_cut(pack, outside));
-    }
-  }
 
   // Loads a pack that extends beyond the row, at most two per row. A loop keeps the code small, and shifts avoid
   // indexing a register array.
