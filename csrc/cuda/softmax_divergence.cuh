@@ -202,36 +202,42 @@ struct RowWorker {
   __device__ void write(const Source& source, const RowParameters<Real>& parameters, bool backwards) const {
     const Divergence divergence{parameters.beta};
     const auto& gradients = source.gradients();
-    const auto careful = [&](int pack, const typename Source::Raw& raw) {
-      // Loaded again, to leave the registers to the fast loop.
-      const RowParameters<Real> parameters = shared_load(shared_parameters);
-      // The teacher's gradient is written first: writing the student's may overwrite the student's logits.
-      if (parameters.teacher_gradient) {
-        const auto gradient = [&](Real, Real, const Outcome<Real>& o, int) {
-          return teacher_gradient<kNear>(divergence, o, parameters.teacher_mean, parameters.factors);
-        };
-        gradients.store_teacher(pack, map<kNear>(raw, parameters, gradient));
-      }
-      if (parameters.student_gradient) {
-        const int label = parameters.label - source.column(pack);
-        const auto gradient = [&](Real u, Real w, const Outcome<Real>& o, int j) {
-          Real g = student_gradient<kNear>(divergence, o, parameters.student_mean, parameters.factors);
-          if constexpr (kCentred && !kNear) {
-            if (magnitude(o.logits_apart) < Real(kDead)) g = o.q * centred(u, w, parameters);
-          }
-          if (parameters.label_scale != Real(0)) g += label_share(u, parameters);
-          return parameters.label >= 0 && j == label ? g - parameters.factors.label : g;
-        };
-        gradients.store_student(pack, map<kNear>(raw, parameters, gradient));
-      }
+    // The parameters are loaded again for each pack that needs them all, to leave the registers to the fast loop.
+    const auto write_teacher = [&](int pack, const typename Source::Raw& raw) {
+      const RowParameters<Real> all = shared_load(shared_parameters);
+      gradients.store_teacher(pack, map<kNear>(raw, all, [&](Real, Real, const Outcome<Real>& o, int) {
+                                return teacher_gradient<kNear>(divergence, o, all.teacher_mean, all.factors);
+                              }));
+    };
+    const auto write_student = [&](int pack, const typename Source::Raw& raw) {
+      const RowParameters<Real> all = shared_load(shared_parameters);
+      const int label = all.label - source.column(pack);
+      gradients.store_student(pack, map<kNear>(raw, all, [&](Real u, Real w, const Outcome<Real>& o, int j) {
+                                Real g = student_gradient<kNear>(divergence, o, all.student_mean, all.factors);
+                                if constexpr (kCentred && !kNear) {
+                                  if (magnitude(o.logits_apart) < Real(kDead)) g = o.q * centred(u, w, all);
+                                }
+                                if (all.label_scale != Real(0)) g += label_share(u, all);
+                                return all.label >= 0 && j == label ? g - all.factors.label : g;
+                              }));
     };
     RowPass<false, Source> pass(source, team, backwards);
     if constexpr (Source::kPacked && !kNear && (kDifference || kCentred)) {
-      if (!parameters.teacher_gradient && parameters.student_shift.usable && parameters.teacher_shift.usable) {
-        return write_fast(source, gradients, pass, parameters, careful);
+      if (parameters.student_shift.usable && parameters.teacher_shift.usable) {
+        const PackFormula formula(source, gradients, parameters);
+        const auto fast = [&](int pack, const typename Source::Raw& raw) { return formula.write(pack, raw); };
+        if (!parameters.teacher_gradient) return for_packs(pass, fast, write_student);
+        // The teacher's gradient is written first: writing the student's may overwrite the student's logits.
+        return for_packs(pass, [&](int pack, const typename Source::Raw& raw) {
+          write_teacher(pack, raw);
+          if (parameters.student_gradient && !fast(pack, raw)) write_student(pack, raw);
+        });
       }
     }
-    for_packs(pass, careful);
+    for_packs(pass, [&](int pack, const typename Source::Raw& raw) {
+      if (parameters.teacher_gradient) write_teacher(pack, raw);
+      if (parameters.student_gradient) write_student(pack, raw);
+    });
   }
 
   // Whether the student's gradient has a short formula in packs without the label and with finite log-ratios.
@@ -253,26 +259,37 @@ struct RowWorker {
     return fused(apart, slope, parameters.factors.label_q - parameters.centre.low * slope);
   }
 
-  template <class Gradients, class Careful>
-  __device__ __forceinline__ void write_fast(const Source& source, const Gradients& gradients, RowPass<false, Source>& pass,
-                                             const RowParameters<Real>& parameters, const Careful& careful) const {
+  // The student's gradient by that formula.
+  struct PackFormula {
     using Item = typename Source::Item;
-    const int label_pack = parameters.label >= 0 ? source.pack_of(parameters.label) - source.begin : INT32_MAX;
+    const Source& source;
+    const typename Source::Gradients& gradients;
+    const RowParameters<Real>& parameters;
+    const int label_pack;
     PackRange<Item> u_range, w_range;
-    if constexpr (kCentred) {
-      const Real far = Real(kDead) / 8;
-      u_range.set(parameters.at.student_origin - far, Real(INFINITY));
-      w_range.set(parameters.at.teacher_origin - far / at_least(Real(1), parameters.teacher_ratio), Real(INFINITY));
+
+    __device__ __forceinline__ PackFormula(const Source& s, const typename Source::Gradients& g,
+                                           const RowParameters<Real>& p)
+        : source(s),
+          gradients(g),
+          parameters(p),
+          label_pack(p.label >= 0 ? s.pack_of(p.label) - s.begin : INT32_MAX) {
+      if constexpr (kCentred) {
+        const Real far = Real(kDead) / 8;
+        u_range.set(p.at.student_origin - far, Real(INFINITY));
+        w_range.set(p.at.teacher_origin - far / at_least(Real(1), p.teacher_ratio), Real(INFINITY));
+      }
     }
-    const auto fast = [&](int pack, const typename Source::Raw& raw) {
+
+    // Returns false where the formula does not apply.
+    __device__ __forceinline__ bool write(int pack, const typename Source::Raw& raw) const {
       if (pack == label_pack || !source.is_whole(pack)) return false;
       if (kCentred && !(u_range.above(raw.student) && w_range.above(raw.teacher))) return false;
       gradients.store_whole_student(pack, parameters.label_scale != Real(0) ? gradient_pack<true>(raw, parameters)
-                                                                         : gradient_pack<false>(raw, parameters));
+                                                                            : gradient_pack<false>(raw, parameters));
       return true;
-    };
-    for_packs(pass, fast, careful);
-  }
+    }
+  };
 
   // kLabelApart: the label's softmax has another temperature than q.
   template <bool kLabelApart>

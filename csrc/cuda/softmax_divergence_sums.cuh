@@ -197,7 +197,7 @@ struct FastSums {
 
   // Adds these sums to `all`, which has the same origins, and begins again.
   __device__ __forceinline__ void move_to(State& all, const RowParameters<Real>& parameters) {
-    if (u_sum == Real(0)) return;
+    if (u_sum == Real(0) && w_sum == Real(0)) return;  // perhaps there is no origin yet
     // What the rounding of the shifts adds to the exponents.
     const Real u_rest = fused(-all.u_origin, parameters.student_scale, u_shift);
     const Real w_rest = fused(-all.w_origin, parameters.teacher_scale, w_shift);
