@@ -56,6 +56,7 @@ struct ClipWorker {
       source.write_zeros(team);
       return;
     }
+    source.start(team);
     const RowState<double> state = first_pass<Pass::kNormalizersOnly>(source, team, parameters);
     if (team.leads()) leader.state = state;
     bool backwards = true;
@@ -80,6 +81,7 @@ struct ClipWorker {
   // Computes a row that run() left, in double precision, with one block.
   __device__ void run_small(int64_t row, const Source& source, SmallRow& small) const {
     const ClipParameters<Real> parameters = after_leader([&] { open(row, source); });
+    source.start(team);
     const RowState<double> state = first_pass<Pass::kNormalizersOnly>(source, team, parameters);
     if (team.leads()) leader.state = state;
     if (arguments.quantile) find_quantiles(source, false);

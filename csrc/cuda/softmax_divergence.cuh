@@ -7,6 +7,7 @@
 //
 // RowPlan determines the passes. The team's leading thread runs it and publishes the results to the other threads.
 #pragma once
+#include "../math/quick_terms.h"
 #include "softmax_divergence_sums.cuh"
 
 namespace fastkd::cuda {
@@ -181,6 +182,9 @@ struct RowWorker {
 
   template <bool kNear>
   __device__ Sums sum_terms(const Source& source, const RowParameters<Real>& parameters, bool backwards) const {
+    if constexpr (kQuick && !kNear) {
+      if (quick(parameters)) return sum_quickly(source, parameters, backwards);
+    }
     const Divergence divergence{parameters.beta};
     ThreadSums<kNear, Divergence, Real> mine;
     for_packs<false>(source, team, backwards, [&](int, typename Source::Raw raw) {
@@ -196,6 +200,56 @@ struct RowWorker {
       }
     });
     return team.sum(mine.whole(), [](Sums& all, const Sums& next) { all.add(next); });
+  }
+
+  // Whether the terms and the student's gradient have a short formula (quick_terms.h).
+  static constexpr bool kQuick = Source::kPacked && Quick<Divergence>::kExists;
+  static __device__ __forceinline__ bool quick(const RowParameters<Real>& parameters) {
+    return !parameters.teacher_gradient && parameters.student_shift.usable && parameters.teacher_shift.usable;
+  }
+
+  // Terms of a pack's entries. Both logarithms, and so both probabilities, lack student_shift's unit.
+  struct QuickPack {
+    using Item = typename Source::Item;
+    const RowParameters<Real>& parameters;
+    const Quick<Divergence> divergence;
+    const Real rest;
+    PackRange<Item> u_range, w_range;
+
+    __device__ __forceinline__ explicit QuickPack(const RowParameters<Real>& p)
+        : parameters(p), divergence(p.beta), rest(p.student_shift.rest - p.teacher_shift.rest) {
+      u_range.set((p.student_shift.shift + Real(kLeastLog2)) / p.student_scale, Real(INFINITY));
+      w_range.set((p.teacher_shift.shift + Real(kLeastLog2)) / p.teacher_scale, Real(INFINITY));
+    }
+    __device__ __forceinline__ typename Source::Raw raised(const typename Source::Raw& raw) const {
+      if (!Quick<Divergence>::kLogs) return raw;
+      return {u_range.raised(raw.student), w_range.raised(raw.teacher)};
+    }
+    __device__ __forceinline__ QuickTerms<Real> terms(Real u, Real w) const {
+      return divergence.terms(
+          fused(u, parameters.student_scale, -parameters.student_shift.shift),
+          fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift) + rest);
+    }
+  };
+
+  __device__ Sums sum_quickly(const Source& source, const RowParameters<Real>& parameters, bool backwards) const {
+    const QuickPack pack(parameters);
+    Real f = 0, qg = 0, q = 0;
+    for_packs<false>(source, team, backwards, [&](int, const typename Source::Raw& any) {
+      const typename Source::Raw raw = pack.raised(any);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const QuickTerms<Real> t = pack.terms(Source::student_of(raw, j), Source::teacher_of(raw, j));
+        f = fused(t.x, t.y, f);
+        qg = fused(t.q, t.g, qg);
+        q += t.q;
+      }
+    });
+    const QuickScales<double> scales = pack.divergence.scales();
+    const double unit = parameters.student_shift.unit;
+    const Sums mine{unit * (scales.f * double(f) + scales.f_from_g * double(qg)),
+                    unit * (scales.g * double(qg) + scales.g_offset * double(q)), 0, unit * double(q), 0, 0};
+    return team.sum(mine, [](Sums& all, const Sums& next) { all.add(next); });
   }
 
   template <bool kNear>
@@ -222,7 +276,7 @@ struct RowWorker {
                               }));
     };
     RowPass<false, Source> pass(source, team, backwards);
-    if constexpr (Source::kPacked && !kNear && (kDifference || kCentred)) {
+    if constexpr (Source::kPacked && !kNear && (kDifference || kCentred || kQuick)) {
       if (parameters.student_shift.usable && parameters.teacher_shift.usable) {
         const PackFormula formula(source, gradients, parameters);
         const auto fast = [&](int pack, const typename Source::Raw& raw) { return formula.write(pack, raw); };
@@ -262,22 +316,38 @@ struct RowWorker {
   // The student's gradient by that formula.
   struct PackFormula {
     using Item = typename Source::Item;
+    struct None {
+      __device__ explicit None(const RowParameters<Real>&) {}
+    };
     const Source& source;
     const typename Source::Gradients& gradients;
     const RowParameters<Real>& parameters;
     const int label_pack;
     PackRange<Item> u_range, w_range;
+    const typename std::conditional<kQuick, QuickPack, None>::type quick_pack;
+    Real by_q, by_p, slope, mean;
 
     __device__ __forceinline__ PackFormula(const Source& s, const typename Source::Gradients& g,
                                            const RowParameters<Real>& p)
         : source(s),
           gradients(g),
           parameters(p),
-          label_pack(p.label >= 0 ? s.pack_of(p.label) - s.begin : INT32_MAX) {
-      if constexpr (kCentred) {
+          label_pack(p.label >= 0 ? s.pack_of(p.label) - s.begin : INT32_MAX),
+          quick_pack(p) {
+      const Real unit = p.student_shift.unit;
+      if constexpr (kQuick) {
+        const QuickScales<double> scales = quick_pack.divergence.scales();
+        slope = p.factors.student * Real(scales.g) * unit;
+        const double exact = (double(p.student_mean.high) + double(p.student_mean.low) - scales.g_offset) / scales.g;
+        mean = Real(exact);
+        by_q = p.factors.label_q * unit - Real(exact - double(mean)) * slope;
+      } else if constexpr (kCentred) {
         const Real far = Real(kDead) / 8;
         u_range.set(p.at.student_origin - far, Real(INFINITY));
         w_range.set(p.at.teacher_origin - far / at_least(Real(1), p.teacher_ratio), Real(INFINITY));
+      } else {
+        by_q = (p.factors.student + p.factors.label_q) * unit;
+        by_p = -p.factors.student * p.teacher_shift.unit;
       }
     }
 
@@ -285,38 +355,42 @@ struct RowWorker {
     __device__ __forceinline__ bool write(int pack, const typename Source::Raw& raw) const {
       if (pack == label_pack || !source.is_whole(pack)) return false;
       if (kCentred && !(u_range.above(raw.student) && w_range.above(raw.teacher))) return false;
-      gradients.store_whole_student(pack, parameters.label_scale != Real(0) ? gradient_pack<true>(raw, parameters)
-                                                                            : gradient_pack<false>(raw, parameters));
+      gradients.store_whole_student(pack, parameters.label_scale != Real(0) ? words<true>(raw) : words<false>(raw));
       return true;
     }
-  };
 
-  // kLabelApart: the label's softmax has another temperature than q.
-  template <bool kLabelApart>
-  static __device__ __forceinline__ typename Source::Out gradient_pack(const typename Source::Raw& raw,
-                                                                       const RowParameters<Real>& parameters) {
-    const NormalizerShift<Real>&of_q = parameters.student_shift, &of_p = parameters.teacher_shift;
-    const Real by_q = (parameters.factors.student + parameters.factors.label_q) * of_q.unit;
-    const Real by_p = -parameters.factors.student * of_p.unit;
-    typename Source::Out out;
+   private:
+    // kLabelApart: the label's softmax has another temperature than q.
+    template <bool kLabelApart>
+    __device__ __forceinline__ typename Source::Out words(typename Source::Raw raw) const {
+      if constexpr (kQuick) raw = quick_pack.raised(raw);
+      typename Source::Out out{};
 #pragma unroll
-    for (int k = 0; k < kSize / Source::kWord; ++k) {
-      Real word[Source::kWord];
+      for (int k = 0; k < kSize / Source::kWord; ++k) {
+        Real word[Source::kWord];
 #pragma unroll
-      for (int j = 0; j < Source::kWord; ++j) {
-        const Real u = Source::student_of(raw, k * Source::kWord + j), w = Source::teacher_of(raw, k * Source::kWord + j);
-        const Real q = exp2_fast(fused(u, parameters.student_scale, -of_q.shift));
-        if constexpr (kCentred) {
-          word[j] = q * (centred(u, w, parameters) * of_q.unit);
-        } else {
-          word[j] = fused(q, by_q, exp2_fast(fused(w, parameters.teacher_scale, -of_p.shift)) * by_p);
+        for (int j = 0; j < Source::kWord; ++j) {
+          const int place = k * Source::kWord + j;
+          const Real u = Source::student_of(raw, place), w = Source::teacher_of(raw, place);
+          word[j] = entry(u, w);
+          if constexpr (kLabelApart) word[j] += label_share(u, parameters);
         }
-        if constexpr (kLabelApart) word[j] += label_share(u, parameters);
+        set_word(out, k, word_from<Item>(word));
       }
-      set_word(out, k, word_from<typename Source::Item>(word));
+      return out;
     }
-    return out;
-  }
+
+    __device__ __forceinline__ Real entry(Real u, Real w) const {
+      if constexpr (kQuick) {
+        const QuickTerms<Real> t = quick_pack.terms(u, w);
+        return t.q * fused(t.g - mean, slope, by_q);
+      } else {
+        const Real q = exp2_fast(fused(u, parameters.student_scale, -parameters.student_shift.shift));
+        if constexpr (kCentred) return q * (centred(u, w, parameters) * parameters.student_shift.unit);
+        return fused(q, by_q, exp2_fast(fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift)) * by_p);
+      }
+    }
+  };
 
   // The pack of f(student's logit, teacher's logit, outcome, place in the pack) for each entry. A few entries are processed at a time:
   // the logarithms of a whole pack would need too many registers.

@@ -4,28 +4,11 @@
 #include "../math/row_plan.h"
 #include "common/block.cuh"
 #include "common/far_sum.cuh"
+#include "common/fast_sum.cuh"
 #include "common/policy.cuh"
 #include "common/sources.cuh"
 
 namespace fastkd::cuda {
-
-// Above the origins that a pack's logits may be to be added without larger ones, in base 2; and the largest shifts.
-inline constexpr float kSlack = 8, kLargestShift = 4096;
-
-// A normaliser such that a probability takes one multiply-add and one exponential: 2^(z scale - shift) unit.
-template <class Real>
-struct NormalizerShift {
-  Real shift, unit;
-  bool usable;  // the shift's rounding, up to half its last digit, is small
-  NormalizerShift() = default;
-  __device__ NormalizerShift(Real scale, Real origin, double lse) {
-    const double exact = double(origin) * double(scale) + lse;
-    shift = Real(exact);
-    const double rest = (exact - double(shift)) * kLn2;
-    unit = Real(1 - rest + 0.5 * rest * rest);
-    usable = magnitude(shift) < Real(kLargestShift);
-  }
-};
 
 // What the leading thread publishes to the others: numbers of the row in the precision of the logits.
 template <class Real>

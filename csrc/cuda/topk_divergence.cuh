@@ -2,12 +2,15 @@
 //
 // Memory: the student's row is read once if it fits into shared memory (a block's or a cluster's), else read again, in
 // reverse, for the gradient. Uniform tails add a pass. The k entries of the support are gathered into the shared memory
-// of every block of the team. A map has one bit for each group of packs, which says whether the group has any entry, so
-// that packs of other groups need no search. The sums over the rest treat the logits of the support as -inf: TopkPlan
-// handles their exact values, in double precision.
+// of every block of the team, and into a hash table by their columns (support_table.cuh). The sums over the rest treat
+// the logits of the support as -inf: TopkPlan handles their exact values, in double precision. Where the row stays in
+// shared memory, these logits are replaced by -inf there, before the first pass; else packs with an entry are found by
+// a map of bits. The gradients of the support are written after all others.
 #pragma once
 #include "../math/topk_plan.h"
+#include "common/fast_sum.cuh"
 #include "common/sources.cuh"
+#include "common/support_table.cuh"
 
 namespace fastkd::cuda {
 
@@ -25,6 +28,7 @@ struct TopkArguments : RowArguments {
 // One stored token, in the team's shared memory.
 struct TopkEntry {
   int column;  // -1: none
+  bool padding;
   float z, l;  // the student's logit, the stored log-probability
   float gradient;
 };
@@ -37,40 +41,13 @@ struct TopkParameters {
   double label_z;
 };
 
-// A team's shared memory: [parameters][entries][map of groups][slots of the reductions][row].
+// A team's shared memory: [parameters][entries][table][map of groups][slots of the reductions][row].
 inline constexpr int kTopkOrdersBytes = 512;
 static_assert(sizeof(TopkParameters) <= kTopkOrdersBytes);
 __host__ __device__ constexpr int64_t topk_team_bytes(bool warp, int k) {
-  return kTopkOrdersBytes + (int64_t(k) * int(sizeof(TopkEntry)) + 15) / 16 * 16 + kTopkBits / 8 +
-         (warp ? 0 : Team::kSharedBytes);
+  return kTopkOrdersBytes + (int64_t(k) * int(sizeof(TopkEntry)) + 15) / 16 * 16 + SupportTable::bytes(k) +
+         kTopkBits / 8 + (warp ? 0 : Team::kSharedBytes);
 }
-
-// A thread's share of the sums over the rest, relative to an origin near the thread's largest logit so far.
-struct RestState {
-  float origin = -INFINITY, sum = 0, label_sum = 0;
-
-  template <int kSize>
-  __device__ __forceinline__ void add(const float (&u)[kSize], float scale, float label_scale) {
-    float top = u[0];
-#pragma unroll
-    for (int j = 1; j < kSize; ++j) top = u[j] > top ? u[j] : top;
-    // The origin must stay close to the largest logit at both temperatures.
-    if (top > origin + 8 / at_least(label_scale, scale)) raise(top, scale, label_scale);
-    const float zero = origin == -INFINITY ? 0 : origin;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      sum += exp2_of((u[j] - zero) * scale);
-      if (label_scale != 0) label_sum += exp2_of((u[j] - zero) * label_scale);
-    }
-  }
-  __device__ __forceinline__ void raise(float to, float scale, float label_scale) {
-    if (to == origin) return;
-    const float step = origin - to;  // -inf if there was no origin yet; the sums are 0 then
-    sum *= exp2_of(step * scale);
-    label_sum *= exp2_of(step * label_scale);
-    origin = to;
-  }
-};
 
 struct RestBoth {
   double sum, label_sum;
@@ -83,6 +60,7 @@ struct TopkWorker {
   const Team& team;
   TopkParameters* published;
   TopkEntry* entries;
+  SupportTable table;
   unsigned* groups;
 
   __device__ TopkWorker(const TopkArguments& a, const Team& t, unsigned char* shared)
@@ -90,8 +68,8 @@ struct TopkWorker {
         team(t),
         published(reinterpret_cast<TopkParameters*>(shared)),
         entries(reinterpret_cast<TopkEntry*>(shared + kTopkOrdersBytes)),
-        groups(reinterpret_cast<unsigned*>(shared + kTopkOrdersBytes + (a.k * int(sizeof(TopkEntry)) + 15) / 16 * 16)) {
-  }
+        table(shared + kTopkOrdersBytes + (a.k * int(sizeof(TopkEntry)) + 15) / 16 * 16, a.k),
+        groups(reinterpret_cast<unsigned*>(table.end())) {}
 
   __device__ void run(int64_t row, Source& source) const {
     open(row, source);
@@ -101,7 +79,9 @@ struct TopkWorker {
       if (team.rank == 0) write_log_probs_zeros(row);
       return;
     }
+    source.start(team);  // while the support is gathered
     const SupportSums support = gather(row, source, start.plan);
+    drop_support(source);
     const StudentSums rest = sum_rest(source, start);
     if (team.leads()) {
       TopkParameters& parameters = *published;
@@ -122,6 +102,7 @@ struct TopkWorker {
   // Reads the row's task, before its logits are read, and clears the map.
   __device__ void open(int64_t row, const Source& source) const {
     for (int i = team.thread; i < kTopkBits / 32; i += team.threads) shared_store(groups + i, 0u);
+    table.clear(team);
     if (team.leads()) {
       TopkParameters parameters{};
       TopkTask& task = parameters.plan.task;
@@ -156,7 +137,7 @@ struct TopkWorker {
     bool bad = false;
     for (int e = team.thread; e < arguments.k; e += team.threads) {
       const int64_t index = arguments.indices.integer_at(arguments.indices.at(row, e));
-      TopkEntry entry{-1, 0, 0, 0};
+      TopkEntry entry{-1, false, 0, 0, 0};
       if (index >= 0 && index < arguments.vocab) {
         entry.column = int(index);
         entry.z = source.student_logit(entry.column);
@@ -168,19 +149,26 @@ struct TopkWorker {
       shared_store(entries + e, entry);
     }
     team.sync();
+    for (int e = team.thread; e < arguments.k; e += team.threads) {
+      const TopkEntry entry = shared_load(entries + e);
+      if (entry.column >= 0) table.insert(e, entry.column, may_pad(entry), column_of());
+    }
+    team.sync();
     SupportSums mine = SupportSums::empty();
     for (int e = team.thread; e < arguments.k; e += team.threads) {
       const TopkEntry entry = shared_load(entries + e);
-      const bool padding = entry.column >= 0 && repeated(e, entry, bad);
-      shared_store(&entries[e].gradient, padding ? -1.0f : 0.0f);
-      if (entry.column < 0 || padding) continue;
+      if (entry.column < 0) continue;
+      // Where a column has a second entry, those of low log-probability are padding. A second one of others is an
+      // error: it leaves out both, and makes the row NaN.
+      const SupportTable::Count count = table.find(entry.column, column_of());
+      bad = bad || count.others() > 1;
+      if (count.others() > 1 || (may_pad(entry) && count.all() > 1)) {
+        shared_store(&entries[e].padding, true);
+        continue;
+      }
       plan.add(mine, plan.measure(entry.z, entry.l));
       const int group = source.pack_of(entry.column) >> arguments.group_shift;
       shared_or(groups + group / 32, 1u << group % 32);
-    }
-    team.sync();
-    for (int e = team.thread; e < arguments.k; e += team.threads) {
-      if (shared_load(&entries[e].gradient) < 0) shared_store(&entries[e].column, -1);
     }
     team.sync();
     if (bad) mine.stored.mass = NAN;
@@ -193,30 +181,49 @@ struct TopkWorker {
     return all;
   }
 
-  // Whether the entry is padding: another entry has the same column, and this one's log-probability is low enough. If
-  // it is not low enough, the row is invalid.
-  __device__ __forceinline__ bool repeated(int e, const TopkEntry& entry, bool& bad) const {
-    const bool may_pad = entry.l <= float(kPaddingLogProb);
-    bool found = false;
-    for (int other = 0; other < (may_pad ? arguments.k : e); ++other) {
-      if (other == e || shared_load(&entries[other].column) != entry.column) continue;
-      found = found || may_pad || !(shared_load(&entries[other].l) <= float(kPaddingLogProb));
+  static __device__ __forceinline__ bool may_pad(const TopkEntry& entry) {
+    return entry.l <= float(kPaddingLogProb);
+  }
+  struct ColumnOf {
+    const TopkEntry* entries;
+    __device__ __forceinline__ int operator()(int e) const { return shared_load(&entries[e].column); }
+  };
+  __device__ __forceinline__ ColumnOf column_of() const { return {entries}; }
+  // Whether an entry counts: it has a column, and is not padding.
+  static __device__ __forceinline__ bool counts(const TopkEntry& entry) { return entry.column >= 0 && !entry.padding; }
+
+  // Replaces the support's logits by -inf in the row's copy in shared memory, if the row stays there.
+  __device__ void drop_support(const Source& source) const {
+    if constexpr (Source::kPacked) {
+      if (!source.resident) return;
+      source.finish_copies();
+      team.sync();
+      for (int e = team.thread; e < arguments.k; e += team.threads) {
+        const TopkEntry entry = shared_load(entries + e);
+        if (counts(entry)) source.drop(entry.column);
+      }
+      team.sync();
     }
-    bad = bad || (found && !may_pad);
-    return found && may_pad;
   }
 
   // Replaces the pack's logits that belong to the support by -inf.
   __device__ __forceinline__ void without_support(const Source& source, int pack, float (&u)[kSize]) const {
-    const int group = source.whole_pack(pack) >> arguments.group_shift;
-    if (!(shared_load(groups + group / 32) >> group % 32 & 1)) return;
+    if (!flagged(source, pack)) return;
     const int first = source.column(pack);
+    // Rotated, so that no register array is indexed.
 #pragma unroll 1
-    for (int e = 0; e < arguments.k; ++e) {
-      const int column = shared_load(&entries[e].column), place = column - first;
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) u[j] = column >= 0 && place == j ? -INFINITY : u[j];
+    for (int j = 0; j < kSize; ++j) {
+      if (inside(first + j) && in_support(first + j)) u[0] = -INFINITY;
+      rotate(u);
     }
+  }
+  __device__ __forceinline__ bool flagged(const Source& source, int pack) const {
+    const int group = source.whole_pack(pack) >> arguments.group_shift;
+    return shared_load(groups + group / 32) >> group % 32 & 1;
+  }
+  __device__ __forceinline__ bool in_support(int column) const {
+    const SupportTable::Count count = table.find(column, column_of());
+    return count.all() == 1 || count.others() == 1;
   }
 
   static __device__ __forceinline__ void widen(const typename Source::Raw& raw, float (&u)[kSize]) {
@@ -229,18 +236,29 @@ struct TopkWorker {
     const float scale = float(kLog2E / temperature);
     const bool apart = start.plan.task.has_label && temperature != 1;
     const float label_scale = apart ? float(kLog2E) : 0;
-    RestState mine;
-    source.start(team);
-    for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
+    FastSum<typename Source::Item> mine(scale, label_scale);
+    const bool search = !source.resident;  // else drop_support() has replaced the support
+    const auto careful = [&](int pack, const typename Source::Raw& raw) {
       float u[kSize];
       widen(raw, u);
-      without_support(source, pack, u);
-      mine.add(u, scale, label_scale);
-    });
+      if (search) without_support(source, pack, u);
+      mine.add(u);
+    };
+    RowPass<true, Source> pass(source, team, false);
+    if constexpr (Source::kPacked) {
+      for_packs(
+          pass,
+          [&](int pack, const typename Source::Raw& raw) {
+            return !(search && flagged(source, pack)) && mine.add_fast(raw.student);
+          },
+          careful);
+    } else {
+      for_packs(pass, careful);
+    }
     const float top =
         team.block_sum(mine.origin, [](float& all, float next) { all = at_least(all, next); }, /*everywhere=*/true);
-    mine.raise(top, scale, label_scale);
-    const RestBoth sums = team.block_sum(RestBoth{mine.sum, mine.label_sum}, [](RestBoth& all, const RestBoth& next) {
+    mine.raise(top);
+    const RestBoth sums = team.block_sum(RestBoth{mine.sum, mine.second}, [](RestBoth& all, const RestBoth& next) {
       all.sum += next.sum;
       all.label_sum += next.label_sum;
     });
@@ -258,7 +276,7 @@ struct TopkWorker {
 #pragma unroll 1
       for (int e = team.thread; e < arguments.k; e += team.threads) {
         const TopkEntry entry = shared_load(entries + e);
-        if (entry.column < 0) continue;
+        if (!counts(entry)) continue;
         const auto t = plan.floored_terms(divergence, plan.log_q(entry.z), plan.log_p(entry.l));
         mine.add({t.value, t.excess, t.g, t.h});
       }
@@ -329,8 +347,8 @@ struct TopkWorker {
 #pragma unroll 1
       for (int e = team.thread; e < arguments.k; e += team.threads) {
         TopkEntry entry = shared_load(entries + e);
-        double of_teacher = 0;
-        if (entry.column >= 0) {
+        double of_teacher = plan.nan_or_zero;
+        if (counts(entry)) {
           const auto t = plan.floored_terms(divergence, plan.log_q(entry.z), plan.log_p(entry.l));
           entry.gradient = float(plan.student_gradient(entry.z, t.g, entry.column == label));
           of_teacher = plan.teacher_gradient(entry.l, t.h);
@@ -347,18 +365,18 @@ struct TopkWorker {
         const float to_log = float(1 / plan.task.temperature), share = float(plan.log_p_rest);
         const float origin = float(plan.student.origin), log_sum = float(plan.student.log_sum);
         const float factor = float(plan.student_factor);
-        write_rest(source, plan, label, /*backwards=*/false, [&](float u) {
+        write_rest<true>(source, plan, label, /*backwards=*/false, [&](float u) {
           return factor * plan.floored_terms(divergence, (u - origin) * to_log - log_sum, share).g;
         });
       });
     } else {
-      write_rest(source, plan, label, /*backwards=*/true, [](float) { return 0.0f; });
+      write_rest<false>(source, plan, label, /*backwards=*/true, [](float) { return 0.0f; });
     }
     zero_beyond_vocab(arguments, row, team);
   }
 
   // slope(u): what a token of a uniform tail adds to its gradient besides the common part.
-  template <class Slope>
+  template <bool kSlope, class Slope>
   __device__ void write_rest(const Source& source, const TopkPlan& plan, int label, bool backwards,
                              const Slope& slope) const {
     const double temperature = plan.task.temperature;
@@ -368,36 +386,76 @@ struct TopkWorker {
     const float origin = float(plan.rest.origin), log_sum = float(plan.rest.log_sum * kLog2E);
     const float label_origin = float(plan.label.origin), label_sum = float(plan.label.log_sum * kLog2E);
     const auto& gradients = source.gradients();
-    for_packs<false>(source, team, backwards, [&](int pack, const typename Source::Raw& raw_pack) {
-      typename Source::Raw raw = raw_pack;
-      typename Source::Out out{};
+    const int label_pack = label >= 0 ? source.pack_of(label) : INT32_MAX;
+    const auto careful = [&](int pack, typename Source::Raw raw) {
       const int first = source.column(pack);
-      const int group = source.whole_pack(pack) >> arguments.group_shift;
-      const bool stored = shared_load(groups + group / 32) >> group % 32 & 1;
+      // With a map of logits a gradient must be written once: writing it may overwrite the logit that it needs.
+      if (!Source::kPacked && flagged(source, pack) && in_support(first)) return;
+      typename Source::Out out{};
 #pragma unroll 1
       for (int begin = 0; begin < kSize; begin += Source::kWord, Source::next_word(raw)) {
         float word[Source::kWord];
 #pragma unroll
         for (int j = 0; j < Source::kWord; ++j) {
           const float u = Source::student_of(raw, j);
-          const int column = first + begin + j;
           float g = q_factor * exp2_of((u - origin) * scale - log_sum) + slope(u);
           if (apart) g += label_factor * exp2_of((u - label_origin) * float(kLog2E) - label_sum);
-          g = column == label ? g - label_factor : g;
-          word[j] = stored ? or_stored(column, g) : g;
+          word[j] = first + begin + j == label ? g - label_factor : g;
         }
         Source::append(out, word);
       }
       gradients.store_student(pack, out);
-    });
+    };
+    RowPass<false, Source> pass(source, team, backwards);
+    if constexpr (Source::kPacked && !kSlope) {
+      const NormalizerShift<float> of_q(scale, origin, plan.rest.log_sum * kLog2E);
+      if (of_q.usable) {
+        const float by_q = q_factor * of_q.unit;
+        const auto fast = [&](auto label_apart, int pack, const typename Source::Raw& raw) {
+          if (source.whole_pack(pack) == label_pack || !source.is_whole(pack)) return false;
+          typename Source::Out out{};
+#pragma unroll
+          for (int k = 0; k < kSize / Source::kWord; ++k) {
+            float word[Source::kWord];
+#pragma unroll
+            for (int j = 0; j < Source::kWord; ++j) {
+              const float u = Source::student_of(raw, k * Source::kWord + j);
+              word[j] = by_q * exp2_fast(fused(u, scale, -of_q.shift));
+              if constexpr (decltype(label_apart)::value) {
+                word[j] += label_factor * exp2_fast((u - label_origin) * float(kLog2E) - label_sum);
+              }
+            }
+            set_word(out, k, word_from<typename Source::Item>(word));
+          }
+          gradients.store_whole_student(pack, out);
+          return true;
+        };
+        const auto together = [&](int pack, const typename Source::Raw& raw) {
+          return fast(std::false_type(), pack, raw);
+        };
+        const auto separately = [&](int pack, const typename Source::Raw& raw) {
+          return fast(std::true_type(), pack, raw);
+        };
+        if (apart) {
+          for_packs(pass, separately, careful);
+        } else {
+          for_packs(pass, together, careful);
+        }
+        return write_support(gradients, source);
+      }
+    }
+    for_packs(pass, careful);
+    write_support(gradients, source);
   }
 
-  __device__ __forceinline__ float or_stored(int column, float otherwise) const {
-#pragma unroll 1
-    for (int e = 0; e < arguments.k; ++e) {
-      if (shared_load(&entries[e].column) == column) return shared_load(&entries[e].gradient);
+  // Over what the pass wrote for the support's columns.
+  template <class Gradients>
+  __device__ __forceinline__ void write_support(const Gradients& gradients, const Source& source) const {
+    team.sync();
+    for (int e = team.thread; e < arguments.k; e += team.threads) {
+      const TopkEntry entry = shared_load(entries + e);
+      if (counts(entry) && source.has(entry.column)) gradients.store_column(entry.column, entry.gradient);
     }
-    return otherwise;
   }
 };
 

@@ -87,8 +87,9 @@ def test_large_vocabulary(backend, divergence):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("vocab", [700, 20_011])
-def test_the_gradient_of_one_side_alone(backend, divergence, vocab):
-    """The same bits as beside the other side's: CPU kernels store less between the passes then."""
+def test_the_gradient_of_one_side_alone(backend, divergence, vocab, request):
+    """The same bits as beside the other side's on the CPU, where kernels store less between the passes then; on CUDA the
+    student's alone has shorter formulas."""
     sides = logits((3, vocab)), logits((3, vocab))
     sides[0][0] = sides[1][0] + 1e-3 * torch.randn(vocab)
     options = {"divergence": divergence, "beta": 0.3, "labels": torch.randint(0, vocab, (3,))}
@@ -100,7 +101,11 @@ def test_the_gradient_of_one_side_alone(backend, divergence, vocab):
 
     both = gradients(0, 1)
     for place in range(2):
-        assert torch.equal(gradients(place)[0], both[place])
+        alone = gradients(place)[0]
+        if "cpu" in request.node.callspec.id:
+            assert torch.equal(alone, both[place])
+        else:
+            assert relative_error(alone, both[place].double()) < 2e-6
 
 
 def _layouts():
@@ -126,7 +131,7 @@ def test_layouts(backend, divergence, dtype, request):
             if on_cpu:
                 assert torch.equal(a, b)
             else:  # another kernel takes them, some last bits apart
-                assert relative_error(a, b.double()) < 4 * torch.finfo(a.dtype).eps
+                assert relative_error(a, b.double()) < 6 * torch.finfo(a.dtype).eps
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -279,6 +279,10 @@ inline int __any_sync(unsigned mask, int predicate) { return simt::ballot(mask, 
 inline int __all_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate == 0) == 0; }
 
 inline unsigned atomicOr(unsigned* p, unsigned v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }
+inline int atomicCAS(int* p, int expected, int v) {
+  __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+}
 inline int atomicAdd(int* p, int v) { return simt::atomic_add(p, v); }
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return simt::atomic_add(p, v); }
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) { return simt::atomic_add(p, v); }

@@ -15,8 +15,9 @@ __device__ __noinline__ inline float slope_at(const LogitFunction<float> map, fl
 // between passes.
 struct AnySource {
   using Real = float;
+  using Item = float;
   static constexpr int kSize = 1;
-  static constexpr bool kPacked = false;
+  static constexpr bool kPacked = false, resident = false;
 
   const RowArguments& arguments;
   const int64_t row;
@@ -196,6 +197,9 @@ struct AnySource {
     if (arguments.teacher_map) out *= slope_at(arguments.teacher_map, logit(arguments.teachers[0], teacher, column));
     arguments.teacher_gradient.put(place(arguments.teacher_gradient, teacher_gradient, column), out);
   }
+
+  __device__ __forceinline__ bool has(int) const { return true; }
+  __device__ __forceinline__ void store_column(int column, Real x) const { store_student(column, x); }
 
   __device__ void write_zeros(const Team& team) const {
     zero_columns(arguments.student_gradient, row, 0, arguments.student_width, team);

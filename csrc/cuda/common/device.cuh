@@ -51,6 +51,11 @@ __device__ __forceinline__ void shared_or(unsigned* to, unsigned bits) { atomicO
 // The same with addition. Returns the previous value.
 __device__ __forceinline__ unsigned shared_add(unsigned* to, unsigned more) { return atomicAdd(to, more); }
 
+// Stores `value` where `expected` is. Returns the previous value.
+__device__ __forceinline__ int shared_exchange(int* to, int expected, int value) {
+  return atomicCAS(to, expected, value);
+}
+
 // Global memory, one element or 16 bytes at a time. The streaming variants are for data read or written once, which
 // should not evict from the L2 what will be read again.
 template <class T>

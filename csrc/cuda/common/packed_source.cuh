@@ -142,6 +142,17 @@ struct PackedSource {
     load_edges(team);
   }
 
+  // Waits for all copies of the first pass. Other threads see them after the next barrier.
+  __device__ __forceinline__ void finish_copies() const { async_wait<0>(); }
+  // Whether the column is in one of this block's packs.
+  __device__ __forceinline__ bool has(int column) const {
+    return unsigned(pack_of(column) - begin) < unsigned(packs());
+  }
+  // Replaces a column's logit by -inf in a row that stays, if the column is in this block.
+  __device__ __forceinline__ void drop(int column) const {
+    if (has(column)) shared_store(reinterpret_cast<T*>(student_slots) + (column + lead - begin * kSize), element<T>(float(-INFINITY)));
+  }
+
   // The two rows as sources of their own, which share the slots.
   __device__ __forceinline__ PackedSource<T, false> teacher_alone() const { return {*this, teacher, teacher_slot(0)}; }
   __device__ PackedSource(const PackedSource<T, true>& both, uint4* one, uint4* its_slots)
@@ -193,6 +204,9 @@ struct PackedSource {
     }
     __device__ __forceinline__ void store_teacher(int pack, const Out& out) const {
       store(teacher, pack, out);
+    }
+    __device__ __forceinline__ void store_column(int column, Real x) const {
+      global_store(source.packed(student).data + column, element<T>(x));
     }
     // For a pack that is_whole().
     __device__ __forceinline__ void store_whole_student(int pack, const Out& out) const {

@@ -61,16 +61,16 @@ __device__ __forceinline__ void set_word(uint4& pack, int k, unsigned word) {
 template <class T>
 class PackRange {
  public:
-  // Holds no pack.
-  __device__ __forceinline__ void clear() { least_ = repeated(INFINITY, true), most_ = repeated(-INFINITY, false); }
+  // No pack is below or above a NaN, not even one of infinities.
+  __device__ __forceinline__ void clear() { least_ = most_ = repeated(NAN, true); }
   // Of the numbers of T in [least, most]; no infinite one.
   __device__ __forceinline__ void set(float least, float most) {
     least_ = repeated(least, true);
     most_ = repeated(most, false);
   }
 
-  // Whether all elements are at most the upper bound: false where one is NaN; and at least the lower bound: a NaN does
-  // not count.
+  // Whether all elements are at most the upper bound (false where one is NaN), or at least the lower one (in 16-bit
+  // packs a NaN is not looked at).
   __device__ __forceinline__ bool below(const uint4& pack) const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     if constexpr (sizeof(T) == 2) {  // two elements at a time
@@ -91,11 +91,27 @@ class PackRange {
 #endif
     bool all = true;
 #pragma unroll
-    for (int j = 0; j < Packed<T>::kSize; ++j) all = all && !(item_of<T>(pack, j) < item_of<T>({least_, 0, 0, 0}, 0));
+    for (int j = 0; j < Packed<T>::kSize; ++j) all = all && item_of<T>(pack, j) >= item_of<T>({least_, 0, 0, 0}, 0);
     return all;
   }
 
+  // The pack with its elements raised to the lower bound.
+  __device__ __forceinline__ uint4 raised(const uint4& pack) const {
+    return {raised(pack.x), raised(pack.y), raised(pack.z), raised(pack.w)};
+  }
+
  private:
+  __device__ __forceinline__ unsigned raised(unsigned word) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if constexpr (sizeof(T) == 2) return bit_cast<unsigned>(__hmax2(this->pair(word), this->pair(least_)));
+#endif
+    const uint4 mine{word, 0, 0, 0}, bound{least_, 0, 0, 0};
+    float x[4 / sizeof(T)];
+#pragma unroll
+    for (int j = 0; j < int(4 / sizeof(T)); ++j) x[j] = at_least(item_of<T>(bound, 0), item_of<T>(mine, j));
+    return word_from<T>(x);
+  }
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   using Pair = typename std::conditional<std::is_same<T, BFloat16>::value, __nv_bfloat162, __half2>::type;
   static __device__ __forceinline__ Pair pair(unsigned word) { return bit_cast<Pair>(word); }
@@ -119,7 +135,7 @@ class PackRange {
     return bits;
   }
 
-  unsigned least_ = repeated(INFINITY, true), most_ = repeated(-INFINITY, false);
+  unsigned least_ = repeated(NAN, true), most_ = repeated(NAN, true);
 };
 
 // One row, or the part of it that a block works on. Pack i covers columns [i kSize - lead, ...). Packs lie on 16-byte

@@ -1,0 +1,87 @@
+// The sum of 2^((z - origin) scale) over a row's packs, relative to an origin near the largest logit so far.
+#pragma once
+#include "vec.cuh"
+
+namespace fastkd::cuda {
+
+// How far above the origin a pack's logits may be, in base 2, to be added without a larger origin; and the largest shift
+// whose rounding is not felt.
+inline constexpr float kSlack = 8, kLargestShift = 4096;
+
+// A normaliser such that a probability takes one multiply-add and one exponential: 2^(z scale - shift) unit, where unit
+// is 2^-rest, near 1.
+template <class Real>
+struct NormalizerShift {
+  Real shift, unit, rest;
+  bool usable;  // the shift's rounding, up to half its last digit, is small
+  NormalizerShift() = default;
+  __device__ NormalizerShift(Real scale, Real origin, double lse) {
+    const double exact = double(origin) * double(scale) + lse;
+    shift = Real(exact);
+    rest = Real(exact - double(shift));
+    const double natural = double(rest) * kLn2;
+    unit = Real(1 - natural + 0.5 * natural * natural);
+    usable = magnitude(shift) < Real(kLargestShift);
+  }
+};
+
+// A thread's share of the sum, and of the same sum at a second scale (0: not wanted), of a row of T. Packs whose logits
+// are not far above the origin are added by add_fast, relative to a shift: the origin times the scale, rounded, so that
+// an exponent takes one multiply-add. Other packs are added by add, which may raise the origin.
+template <class T>
+struct FastSum {
+  float scale, second_scale;
+  float origin = -INFINITY, sum = 0, second = 0;
+
+  __device__ __forceinline__ FastSum(float by, float second_by) : scale(by), second_scale(second_by) {}
+
+  // Returns false for a pack that has to be added by add.
+  __device__ __forceinline__ bool add_fast(const uint4& pack) {
+    if (!range_.below(pack)) return false;
+#pragma unroll
+    for (int j = 0; j < Packed<T>::kSize; ++j) {
+      fast_ += exp2_fast(fused(item_of<T>(pack, j), scale, -shift_));
+    }
+    if (second_scale != 0) {
+#pragma unroll
+      for (int j = 0; j < Packed<T>::kSize; ++j) second += exp2_fast((item_of<T>(pack, j) - origin) * second_scale);
+    }
+    return true;
+  }
+
+  template <int kSize>
+  __device__ __forceinline__ void add(const float (&z)[kSize]) {
+    float top = z[0];
+#pragma unroll
+    for (int j = 1; j < kSize; ++j) top = z[j] > top ? z[j] : top;
+    if (top > origin + kSlack / at_least(second_scale, scale)) raise(top);
+    const float zero = origin == -INFINITY ? 0 : origin;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      sum += exp2_of((z[j] - zero) * scale);
+      if (second_scale != 0) second += exp2_of((z[j] - zero) * second_scale);
+    }
+  }
+
+  // Converts the sums to a larger origin. To be called once after the row's last pack, too.
+  __device__ __forceinline__ void raise(float to) {
+    // The exponents of the fast sum lack the rounding of the shift.
+    if (fast_ != 0) sum += fast_ * exp2_of(fused(-origin, scale, shift_));
+    fast_ = 0;
+    if (to != origin) {
+      const float step = origin - to;  // -inf if there was no origin yet; the sums are 0 then
+      sum *= exp2_of(step * scale);
+      second *= exp2_of(step * second_scale);
+      origin = to;
+    }
+    shift_ = origin * scale;
+    range_.clear();
+    if (magnitude(shift_) < kLargestShift) range_.set(-INFINITY, origin + kSlack / at_least(second_scale, scale));
+  }
+
+ private:
+  float fast_ = 0, shift_ = 0;
+  PackRange<T> range_;  // of the packs that add_fast takes; at first none
+};
+
+}  // namespace fastkd::cuda
