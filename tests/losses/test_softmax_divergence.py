@@ -131,7 +131,7 @@ def test_layouts(backend, divergence, dtype, request):
             if on_cpu:
                 assert torch.equal(a, b)
             else:  # another kernel takes them, some last bits apart
-                assert relative_error(a, b.double()) < 6 * torch.finfo(a.dtype).eps
+                assert relative_error(a, b.double()) < 16 * torch.finfo(a.dtype).eps
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
