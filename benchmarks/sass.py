@@ -32,14 +32,22 @@ import os
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.sass_code import PIPES, Instruction, is_range_checked, parse
-from benchmarks.sass_flow import Block, Loop, Work, blocks_of, loops_of, main_path, paths_of
+from benchmarks.sass_flow import (
+    Block,
+    Loop,
+    Work,
+    blocks_of,
+    loops_of,
+    main_path,
+    paths_of,
+)
 from benchmarks.sass_flow import Path as Way
 
 COOPERATION = ("BAR", "UCGABAR_ARV", "UCGABAR_WAIT")
@@ -100,6 +108,10 @@ def in_flight(code: list[Instruction]) -> int:
     return most
 
 
+def _accesses(work: Work) -> dict[str, int]:
+    return dict(zip(Work._fields[:4], work.accesses, strict=True))
+
+
 @dataclass(frozen=True)
 class Round:
     """One round on one path of a pass."""
@@ -146,7 +158,7 @@ class Round:
         return {
             "instructions": self.instructions,
             "pipes": self.pipes,
-            **self.work._asdict(),
+            **_accesses(self.work),
             "in_flight": self.in_flight,
             "checked": self.checked,
             "inner_loops": self.way.inner_rounds,
@@ -161,6 +173,8 @@ class Pass:
     size: int  # instructions in the loop, hot or not
     bulk: int  # copies from global to shared memory that no register waits for
     rounds: dict[Work, Round]
+    stores: list[int]  # numbers of the blocks that write 16 bytes to global memory
+    rounds_without: Callable[[frozenset[int]], dict[Work, Round]]  # rounds that avoid blocks
     hot: bool = False
 
     @cached_property
@@ -220,14 +234,23 @@ def _passes(blocks: list[Block], loops: list[Loop]) -> Iterator[Pass]:
             continue
         if not any(blocks[n].work.total for n in own):
             continue
+        rounds = partial(_rounds, blocks, loop, loops)
         found = Pass(
             blocks[loop.head].code[0].address,
             len(code),
             sum(x.bulk for x in code),
-            {work: Round(way) for work, way in paths_of(blocks, loop, loops).items()},
+            rounds(frozenset()),
+            sorted(n for n in loop.blocks if blocks[n].work.stores),
+            rounds,
         )
         if not any(x.name == "SHFL" for x in found.main.way.code):
             yield found
+
+
+def _rounds(
+    blocks: list[Block], loop: Loop, loops: list[Loop], without: frozenset[int]
+) -> dict[Work, Round]:
+    return {work: Round(way) for work, way in paths_of(blocks, loop, loops, without).items()}
 
 
 def kernels(text: str, match: str = "") -> dict[str, Kernel]:
@@ -242,7 +265,7 @@ def _print(kernel: Kernel, every: bool) -> None:
             continue
         main = x.main
         pipes = ", ".join(f"{pipe} {n}" for pipe, n in main.pipes.items() if n)
-        work = ", ".join(f"{k.replace('_', ' ')} {n}" for k, n in main.work._asdict().items() if n)
+        work = ", ".join(f"{k.replace('_', ' ')} {n}" for k, n in _accesses(main.work).items() if n)
         print(
             f"    {x.begin:#x}{'' if x.hot else ' (cold)'}: {main.instructions} instructions of "
             f"{x.size} ({pipes}); 16-byte {work}; in flight {main.in_flight}; "

@@ -7,7 +7,7 @@ origin for the sums, labels, infinities. A caller that knows what the call does 
 two; rows in shared memory) may ask for fewer accesses than the most: see `Work`.
 
 A loop inside the loop that moves no 16 bytes (over the words of a pack) counts with
-WORDS_A_PACK rounds, if the main path goes through it.
+WORDS_A_PACK rounds, if the main path goes through it; how many it has is not read.
 """
 
 import math
@@ -21,22 +21,28 @@ WORDS_A_PACK = 4
 
 
 class Work(NamedTuple):
-    """16-byte accesses on a path."""
+    """What a path does: its 16-byte accesses and its MUFU operations."""
 
     loads: int = 0  # from global memory
     stores: int = 0  # to global memory
     shared_loads: int = 0
     shared_stores: int = 0
+    mufu: int = 0
+
+    @property
+    def accesses(self) -> tuple[int, ...]:
+        """The 16-byte accesses."""
+        return self[:4]
 
     @property
     def total(self) -> int:
         """All accesses."""
-        return sum(self)
+        return sum(self.accesses)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The proportions of the accesses."""
-        return tuple(x // max(math.gcd(*self), 1) for x in self)
+        return tuple(x // max(math.gcd(*self.accesses), 1) for x in self.accesses)
 
 
 @dataclass
@@ -49,13 +55,15 @@ class Block:
 
     @property
     def work(self) -> Work:
-        """Its 16-byte accesses."""
+        """What it does."""
         return work_of(self.code)
 
 
 def work_of(code: Iterable[Instruction]) -> Work:
-    """Count 16-byte accesses."""
-    kinds = [(i.load16, i.store16, i.shared_load16, i.shared_store16) for i in code]
+    """Count 16-byte accesses and MUFU operations."""
+    kinds = [
+        (i.load16, i.store16, i.shared_load16, i.shared_store16, i.name == "MUFU") for i in code
+    ]
     return Work(*(sum(kind) for kind in zip(*kinds, strict=True))) if kinds else Work()
 
 
@@ -86,7 +94,9 @@ def _successors(code: list[Instruction], i: int, place: dict[int, int]) -> list[
     x = code[i]
     if x.name in ("BRA", "JMP"):
         to = [place[x.target]] if x.target in place else []
-        extra = ".DIV" in x.opcode or any(o.lstrip("!~").startswith(("P", "UP")) for o in x.operands)
+        extra = ".DIV" in x.opcode or any(
+            o.lstrip("!~").startswith(("P", "UP")) for o in x.operands
+        )
         return [*to, i + 1] if x.conditional or extra else to
     if x.name == "BSYNC":
         return [_end_of_bssy(code, i, place)]
@@ -221,14 +231,8 @@ class Path:
         return Path(work, head.cost + self.cost, head.parts + self.parts)
 
 
-#: What decides between two paths of the same work: the smaller is the main one.
-Preference = Callable[[Path], float]
-
-
-def paths_of(
-    blocks: list[Block], loop: Loop, loops: list[Loop], prefer: Preference = lambda path: path.cost
-) -> dict[Work, Path]:
-    """Return, by its 16-byte accesses, the preferred path of one round of the loop."""
+def paths_of(blocks: list[Block], loop: Loop, loops: list[Loop]) -> dict[Work, Path]:
+    """Return, by what it does, the shortest path of one round of the loop."""
     inner = [x for x in loops if x.head != loop.head and x.blocks < loop.blocks]
     tops = [x for x in inner if not any(x.blocks < y.blocks for y in inner)]
     owner = {n: x for x in tops for n in x.blocks}
@@ -239,25 +243,23 @@ def paths_of(
     def after(n: int) -> list[int]:
         members = owner[n].blocks if n in owner else {n}
         ends = (to for m in members for to in blocks[m].next if to not in members)
-        return list(dict.fromkeys(node(to) for to in ends if to in loop.blocks))
+        return list(dict.fromkeys(node(to) for to in ends if to in loop.blocks - without))
 
     found: dict[int, dict[Work, Path]] = {loop.head: {Work(): Path(Work(), 0, ())}}
     done: dict[Work, Path] = {}
     for n in _topological(loop.head, after):
-        choices = (
-            _rounds(blocks, owner[n], loops, prefer) if n in owner else [_straight(blocks[n])]
-        )
+        choices = _rounds(blocks, owner[n], loops) if n in owner else [_straight(blocks[n])]
         leaves = bool((owner[n].blocks if n in owner else {n}) & loop.back)
         whole: dict[Work, Path] = {}
         for start in found.pop(n).values():
             for own in choices:
-                _keep(whole, own.after(start), prefer)
+                _keep(whole, own.after(start))
         for path in whole.values():
             for to in after(n):
                 if to != loop.head:
-                    _keep(found.setdefault(to, {}), path, prefer)
+                    _keep(found.setdefault(to, {}), path)
             if leaves:
-                _keep(done, path, prefer)
+                _keep(done, path)
     return done
 
 
@@ -265,17 +267,18 @@ def _straight(block: Block) -> Path:
     return Path(block.work, len(block.code), ((1, tuple(block.code)),))
 
 
-def _rounds(blocks: list[Block], loop: Loop, loops: list[Loop], prefer: Preference) -> list[Path]:
+def _rounds(blocks: list[Block], loop: Loop, loops: list[Loop]) -> list[Path]:
     """Return the paths of all rounds of an inner loop."""
     every = []
-    for path in paths_of(blocks, loop, loops, prefer).values():
+    for path in paths_of(blocks, loop, loops).values():
         parts = tuple((WORDS_A_PACK * rounds, part) for rounds, part in path.parts)
-        every.append(Path(path.work, WORDS_A_PACK * path.cost, parts))
+        work = path.work._replace(mufu=WORDS_A_PACK * path.work.mufu)
+        every.append(Path(work, WORDS_A_PACK * path.cost, parts))
     return every
 
 
-def _keep(into: dict[Work, Path], path: Path, prefer: Preference) -> None:
-    if path.work not in into or prefer(path) < prefer(into[path.work]):
+def _keep(into: dict[Work, Path], path: Path) -> None:
+    if path.work not in into or path.cost < into[path.work].cost:
         into[path.work] = path
 
 
@@ -295,6 +298,6 @@ def _topological(head: int, after: Callable[[int], list[int]]) -> list[int]:
     return order[::-1]
 
 
-def main_path(paths: Iterable[Path], prefer: Preference = lambda path: path.cost) -> Path:
-    """Return the path with the most pack work; of several the preferred."""
-    return min(paths, key=lambda path: (-path.work.total, prefer(path)))
+def main_path(paths: Iterable[Path]) -> Path:
+    """Return the path with the most 16-byte accesses, of several the shortest."""
+    return min(paths, key=lambda path: (-path.work.total, path.cost))
