@@ -231,8 +231,13 @@ class Path:
         return Path(work, head.cost + self.cost, head.parts + self.parts)
 
 
-def paths_of(blocks: list[Block], loop: Loop, loops: list[Loop]) -> dict[Work, Path]:
-    """Return, by what it does, the shortest path of one round of the loop."""
+def paths_of(
+    blocks: list[Block], loop: Loop, loops: list[Loop], without: frozenset[int] = frozenset()
+) -> dict[Work, Path]:
+    """Return, by what it does, the shortest path of one round of the loop.
+
+    without: numbers of blocks that no path goes through.
+    """
     inner = [x for x in loops if x.head != loop.head and x.blocks < loop.blocks]
     tops = [x for x in inner if not any(x.blocks < y.blocks for y in inner)]
     owner = {n: x for x in tops for n in x.blocks}
