@@ -107,8 +107,8 @@ def _source(x: _Found, over: Over, kernel: Kernel, kept: bool) -> tuple[int, ...
         return (work.loads if kept else work.shared_loads,)
     if kernel.bulk:  # copied by the hardware, and read from shared memory
         return (work.loads, work.shared_stores)
-    stored = abs(work.shared_stores - (reads if kept else 0))
-    return (work.shared_loads if over.rows else work.loads, stored)
+    stores_else = work.shared_stores != (reads if kept else 0)
+    return (work.shared_loads if over.rows else work.loads, stores_else)
 
 
 def _count(x: _Found, entries: int) -> Count:

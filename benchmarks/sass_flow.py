@@ -108,11 +108,27 @@ def _successors(code: list[Instruction], i: int, place: dict[int, int]) -> list[
 def _entered_by_table(
     code: list[Instruction], goes: list[list[int]], place: dict[int, int]
 ) -> list[int]:
-    """Where a jump through a table may go: code that nothing else jumps to or calls."""
-    reached = {to for successors in goes for to in successors}
-    called = {place.get(int(x.operands[-1], 16)) for x in code if x.name == "CALL" and _is_hex(x)}
-    known = reached | called
-    return [i for i in range(1, len(code)) if i not in known and code[i].name != "NOP"]
+    """Where a jump through a table may go: what is reached in no other way."""
+    reached: set[int] = set()
+
+    def reach(begin: int) -> None:
+        waiting = [begin]
+        while waiting:
+            i = waiting.pop()
+            if i < len(code) and i not in reached:
+                reached.add(i)
+                waiting += goes[i]
+
+    reach(0)
+    for x in code:
+        if x.name == "CALL" and _is_hex(x) and int(x.operands[-1], 16) in place:
+            reach(place[int(x.operands[-1], 16)])
+    entered = []
+    for i, x in enumerate(code):
+        if i not in reached and x.name != "NOP":
+            entered.append(i)
+            reach(i)
+    return entered
 
 
 def _is_hex(instruction: Instruction) -> bool:

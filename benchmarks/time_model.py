@@ -32,7 +32,7 @@ serial    = rows x what one thread does alone a row ({DEPENDENT_CYCLES} cycles a
 at least  = the largest of the five: everything overlaps
 sum       = each pass takes the largest of its own four; passes and serial work follow each other
 predicted = at least + (sum - at least) / blocks a multiprocessor: blocks overlap each other
-not in it: the last wave of blocks, bank conflicts, divergent warps, the launch itself.
+not in it: hits in the L2, the last wave of blocks, bank conflicts, divergent warps, the launch.
 clock: the data sheet's highest. Instructions: SASS of sm_90 for every GPU."""
 
 

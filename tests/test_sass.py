@@ -1,0 +1,378 @@
+"""benchmarks.sass on small hand-written SASS, and on what nvcc makes of a small kernel."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from benchmarks import sass
+from benchmarks.predicted_loops import count_kernel
+from benchmarks.predicted_ops import Over
+from benchmarks.sass_code import is_range_checked, parse, parse_line
+from benchmarks.sass_flow import WORDS_A_PACK, Work, blocks_of, loops_of
+
+
+def text_of(lines, name="kernel"):
+    """SASS as cuobjdump prints it. A line "x:" is a label, which other lines name."""
+    code, labels = [], {}
+    for line in lines.strip().splitlines():
+        if line.strip().endswith(":"):
+            labels[line.strip()[:-1]] = f"0x{16 * len(code):x}"
+        elif line.strip():
+            code.append(line.strip())
+    out = [f"\t\tFunction : {name}"]
+    for i, line in enumerate(code):
+        known = re.sub(r"(\w+)$", lambda m: labels.get(m[1], m[1]), line)
+        out.append(f"        /*{16 * i:04x}*/  {known} ;   /* 0x0000000000000000 */")
+        out.append("                                 /* 0x000e220000000800 */")
+    return "\n".join(out)
+
+
+def kernel_of(lines):
+    (found,) = sass.kernels(text_of(lines)).values()
+    return found
+
+
+def only_pass(lines):
+    (found,) = kernel_of(lines).passes
+    return found
+
+
+LOOP = """
+    MOV R1, c[0x0][0x28]
+    loop:
+    LDG.E.128.CONSTANT R4, desc[UR4][R2.64]
+    FADD R8, R8, R4
+    MUFU.EX2 R9, R8
+    IADD3 R2, R2, 0x10, RZ
+    STG.E.128 desc[UR4][R2.64], R8
+    DADD R10, R10, R12
+    ISETP.GE.AND P0, PT, R2, R3, PT
+    @!P0 BRA loop
+    EXIT
+"""
+
+
+def test_a_line():
+    found = parse_line("  /*00d0*/  @!P0 LDG.E.EF.128 R12, desc[UR8][R10.64] ;  /* 0x0 */")
+    assert (found.address, found.guard, found.name) == (0xD0, "!P0", "LDG")
+    assert found.load16
+    assert found.conditional
+    assert found.writes == {12, 13, 14, 15}
+    assert found.reads == {10, 11}
+    stored = parse_line("/*0010*/ STG.E.128 desc[UR4][R2.64], R8 ;")
+    assert (stored.writes, stored.reads) == (frozenset(), {2, 3, 8, 9, 10, 11})
+    assert parse_line("                        /* 0x000e220000000800 */") is None
+
+
+def test_instructions_by_pipe():
+    found = only_pass(LOOP)
+    assert found.main.work == Work(loads=1, stores=1, mufu=1)
+    assert found.main.instructions == 8
+    assert found.main.pipes == {"fp": 1, "alu": 2, "mufu": 1, "fp64": 1, "memory": 2, "control": 1}
+
+
+def test_local_memory_is_counted_anywhere():
+    assert kernel_of(LOOP).local == 0
+    assert kernel_of("STL [R1], R4\nLDL R4, [R1]\n" + LOOP).local == 2
+
+
+# A pack that is cut by the row's end is loaded elsewhere, and sums get a new origin now and then.
+DETOURS = """
+    loop:
+    @P1 BRA cut
+    LDG.E.128 R4, desc[UR4][R2.64]
+    here:
+    FSETP.GT.AND P2, PT, R4, R9, PT
+    @!P2 BRA same
+    FMUL R9, R4, 1
+    MUFU.EX2 R8, R9
+    FMUL R10, R10, R8
+    same:
+    FADD R10, R10, R5
+    ISETP.GE.AND P0, PT, R2, R3, PT
+    @!P0 BRA loop
+    EXIT
+    cut:
+    LDG.E.U16 R4, desc[UR4][R2.64]
+    BRA here
+"""
+
+
+def test_the_main_path_has_the_most_packs_and_the_fewest_instructions():
+    found = only_pass(DETOURS)
+    assert found.size == 12
+    assert found.main.instructions == 7  # neither the cut pack nor the new origin
+    assert found.main.work == Work(loads=1)
+    assert {tuple(x[:4]) for x in found.rounds} == {(1, 0, 0, 0), (0, 0, 0, 0)}
+
+
+def test_of_an_unrolled_loop_and_its_remainder_the_first_is_hot():
+    unrolled = """
+        big:
+        LDG.E.128 R4, desc[UR4][R2.64]
+        LDG.E.128 R8, desc[UR4][R2.64+0x10]
+        FADD R12, R4, R8
+        @P0 BRA big
+        rest:
+        LDG.E.128 R4, desc[UR4][R2.64]
+        FADD R12, R12, R4
+        @P1 BRA rest
+        EXIT
+    """
+    big, rest = kernel_of(unrolled).passes
+    assert (big.hot, rest.hot) == (True, False)
+    over = Over(1, again=False, mufu=0)
+    (count,) = count_kernel(kernel_of(unrolled), (over,), "bfloat16").reread
+    assert count.instructions == 4 / 16  # of the unrolled loop: 2 packs of 8 entries
+    assert count.in_flight == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "most"),
+    [
+        ("LDG.E.128 R4, [R2.64]\nFADD R1, R1, R4\nLDG.E.128 R8, [R2.64]\nFADD R1, R1, R8", 1),
+        ("LDG.E.128 R4, [R2.64]\nLDG.E.128 R8, [R2.64]\nFADD R1, R4, R8", 2),
+        # The last element of the first load is read between the two.
+        ("LDG.E.128 R4, [R2.64]\nFADD R1, R1, R7\nLDG.E.128 R8, [R2.64]\nFADD R1, R1, R8", 1),
+        # Loaded for the next round, whose first instruction reads it.
+        ("FADD R1, R1, R4\nLDG.E.128 R8, [R2.64]\nLDG.E.128 R4, [R2.64]\nFADD R1, R1, R8", 2),
+        ("LDG.E.64 R4, [R2.64]\nLDG.E.128 R8, [R2.64]\nFADD R1, R4, R8", 1),
+    ],
+)
+def test_loads_in_flight(body, most):
+    assert only_pass(f"loop:\n{body}\n@P0 BRA loop\nEXIT").main.in_flight == most
+
+
+def test_a_loop_over_words_counts_once_for_each_word():
+    found = only_pass("""
+        loop:
+        LDG.E.128 R4, desc[UR4][R2.64]
+        words:
+        MUFU.EX2 R8, R4
+        FADD R9, R9, R8
+        @P1 BRA words
+        @P0 BRA loop
+        EXIT
+    """)
+    assert found.main.instructions == 2 + 3 * WORDS_A_PACK
+    assert found.main.work == Work(loads=1, mufu=WORDS_A_PACK)
+
+
+def test_loops_in_which_threads_cooperate_are_no_passes():
+    for cooperation in ("BAR.SYNC 0x0", "UCGABAR_WAIT", "SHFL.BFLY PT, R1, R4, 0x1, 0x1f"):
+        assert not kernel_of(f"loop:\nLDS.128 R4, [R2]\n{cooperation}\n@P0 BRA loop").passes
+
+
+def test_loops_that_move_less_than_16_bytes_are_no_passes():
+    assert not kernel_of("loop:\nLDS.64 R4, [R2]\n@P0 BRA loop\nEXIT").passes
+
+
+CHECKED_EXP2 = """
+    FSETP.GEU.AND P4, PT, R2, -126, PT
+    @!P4 FMUL R2, R2, 0.5
+    MUFU.EX2 R3, R2
+    @!P4 FMUL R3, R3, R3
+"""
+PLAIN_EXP2 = "FMUL R2, R2, 1.5\nMUFU.EX2 R3, R2\nFMUL R4, R3, R5"
+CHECKED_LOG2 = """
+    FSETP.GEU.AND P1, PT, |R2|, 1.175494350822287508e-38, PT
+    @!P1 FMUL R2, R2, 16777216
+    MUFU.LG2 R3, R2
+    @!P1 FADD R3, R3, -24
+"""
+PLAIN_LOG2 = "FADD R2, R2, 1\nMUFU.LG2 R3, R2\nFADD R4, R4, R3"
+
+
+@pytest.mark.parametrize(
+    ("lines", "checked"),
+    [(CHECKED_EXP2, 1), (PLAIN_EXP2, 0), (CHECKED_LOG2, 1), (PLAIN_LOG2, 0)],
+)
+def test_exponentials_that_take_denormals(lines, checked):
+    (code,) = parse(text_of(lines)).values()
+    assert sum(is_range_checked(code, i) for i in range(len(code))) == checked
+    found = only_pass(f"loop:\nLDG.E.128 R8, [R10.64]\n{lines}\n@P0 BRA loop\nEXIT")
+    assert found.main.checked == checked
+
+
+def test_bsync_goes_on_where_its_bssy_says():
+    found = only_pass("""
+        loop:
+        BSSY B1, out
+        LDG.E.128 R4, desc[UR4][R2.64]
+        @P1 BRA other
+        FADD R8, R8, R4
+        BSYNC B1
+        out:
+        @P0 BRA loop
+        EXIT
+        other:
+        BSYNC B1
+        FADD R9, R9, R9
+    """)
+    assert found.main.instructions == 5  # through `other`, whose BSYNC ends at `out`
+
+
+def test_code_behind_a_jump_table_is_found():
+    found = only_pass("""
+        MOV R1, R2
+        BRX R4 -0x20
+        NOP
+        loop:
+        LDG.E.128 R4, desc[UR4][R2.64]
+        @P0 BRA loop
+        EXIT
+    """)
+    assert found.main.work.loads == 1
+
+
+def test_natural_loops_nest():
+    (code,) = parse(text_of("a:\nMOV R1, R1\nb:\nMOV R2, R2\n@P0 BRA b\n@P1 BRA a\nEXIT")).values()
+    blocks = blocks_of(code)
+    inner, outer = loops_of(blocks)
+    assert inner.blocks < outer.blocks
+
+
+# Two passes of a pair in one kernel: the first fills shared memory, the second reads it, or memory
+# again, and writes. A third loop does what the second does with more instructions.
+TWO_PASSES = """
+    first:
+    LDG.E.128 R4, desc[UR4][R2.64]
+    LDG.E.128 R8, desc[UR4][R2.64+0x10]
+    @P6 BRA lost
+    STS.128 [R20], R4
+    STS.128 [R20+0x10], R8
+    lost:
+    MUFU.EX2 R12, R4
+    @P0 BRA first
+    rare:
+    LDS.128 R4, [R20]
+    LDS.128 R8, [R20+0x10]
+    MUFU.EX2 R12, R4
+    FADD R12, R12, R5
+    FADD R12, R12, R5
+    FADD R12, R12, R5
+    FADD R12, R12, R5
+    STG.E.128 desc[UR4][R2.64], R8
+    @P1 BRA rare
+    second:
+    @P6 BRA again
+    LDS.128 R4, [R20]
+    LDS.128 R8, [R20+0x10]
+    BRA have
+    again:
+    LDG.E.128 R4, desc[UR4][R2.64]
+    LDG.E.128 R8, desc[UR4][R2.64+0x10]
+    have:
+    @P5 BRA one
+    STG.E.128 desc[UR4][R22.64], R4
+    one:
+    MUFU.EX2 R12, R4
+    STG.E.128 desc[UR4][R2.64], R8
+    @P2 BRA second
+    EXIT
+"""
+PAIR = (Over(2, again=False, mufu=0), Over(2, 1, mufu=0))
+
+
+def test_passes_of_an_op():
+    found = count_kernel(kernel_of(TWO_PASSES), PAIR, "float32")
+    assert [x.instructions * 4 for x in found.kept] == [7, 8]
+    assert [x.instructions * 4 for x in found.reread] == [5, 7]
+    assert [x.in_flight for x in found.reread] == [2, 2]
+    assert [x.pipes["mufu"] for x in found.kept] == [0.25, 0.25]
+
+
+def test_a_pass_has_its_mufu_operations():
+    with pytest.raises(LookupError, match="no loop is the pass"):
+        count_kernel(kernel_of(TWO_PASSES), (Over(2, 1, mufu=1),), "float32")
+
+
+def test_one_of_two_tensors():
+    """A loop that could read a pair, in a call with one tensor."""
+    lines = """
+        loop:
+        LDG.E.128 R4, desc[UR4][R2.64]
+        @P1 BRA alone
+        LDG.E.128 R8, desc[UR4][R2.64]
+        alone:
+        FADD R1, R1, R4
+        @P0 BRA loop
+        EXIT
+    """
+    (count,) = count_kernel(kernel_of(lines), (Over(1, again=False, mufu=0, of=2),), "float32").kept
+    assert count.instructions == 4 / 4
+
+
+def test_one_of_two_stores():
+    lines = """
+        loop:
+        LDG.E.128 R4, desc[UR4][R2.64]
+        @P1 BRA other
+        STG.E.128 desc[UR4][R10.64], R4
+        other:
+        @P2 BRA done
+        FADD R4, R4, 1
+        FADD R4, R4, 1
+        STG.E.128 desc[UR4][R12.64], R4
+        done:
+        @P0 BRA loop
+        EXIT
+    """
+    kernel = kernel_of(lines)
+    first, second = (
+        count_kernel(kernel, (Over(1, 1, again=False, mufu=0, store=i),), "float32").kept[0]
+        for i in (0, 1)
+    )
+    assert (first.instructions * 4, second.instructions * 4) == (5, 7)
+
+
+SOURCE = """
+__global__ void sum(const uint4* in, float* out, int packs) {
+  float total = 0;
+  for (int i = threadIdx.x; i < packs; i += 256) {
+    const uint4 x = in[i];
+    total += exp2f(__uint_as_float(x.x)) + exp2f(__uint_as_float(x.y)) + (x.z ^ x.w);
+  }
+  out[threadIdx.x] = total;
+}
+__device__ float fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__global__ void scale(const uint4* in, uint4* out, int packs) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < packs; i += 512) {
+    uint4 x = in[i];
+    const uint4 y = in[i + 256];
+    x.x = __float_as_uint(fast(__uint_as_float(x.x)) + __uint_as_float(y.x));
+    x.y ^= y.y, x.z ^= y.z, x.w ^= y.w;
+    out[i] = x;
+  }
+}
+"""
+
+
+@pytest.mark.skipif(
+    not (shutil.which("nvcc") and sass.find_tool("cuobjdump") and sass.find_tool("nvdisasm")),
+    reason="needs nvcc, cuobjdump and nvdisasm",
+)
+def test_what_nvcc_makes_of_a_kernel(tmp_path):
+    (tmp_path / "small.cu").write_text(SOURCE)
+    command = ["nvcc", "-arch=sm_90", "-cubin", "-o", "small.cubin", "small.cu"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    binary = tmp_path / "small.cubin"
+    found = sass.kernels(sass.disassemble(binary))
+    total, scale = (next(x for n, x in found.items() if name in n) for name in ("3sum", "5scale"))
+    assert (total.local, scale.local) == (0, 0)
+    assert set(sass.registers(binary)) == set(found)
+    hot = next(x for x in total.passes if x.hot)
+    packs = hot.main.work.loads
+    assert packs >= 1
+    assert hot.main.work.mufu == hot.main.checked == 2 * packs
+    (only,) = scale.passes
+    assert only.main.work == Work(loads=2, stores=1, mufu=1)
+    assert (only.main.checked, only.main.in_flight) == (0, 2)
+    assert only.main.instructions < 40
