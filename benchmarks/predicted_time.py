@@ -55,6 +55,8 @@ class Prediction:
     launches: tuple[Launch, ...]
     instructions: float  # an entry, all passes
     mufu: float
+    checked: float  # exponentials and logarithms that also take denormals
+    under_way: float  # bytes a multiprocessor, the least of the passes that read memory
     moved: float  # bytes
     floor: float  # seconds of the bytes that must move, at the copy roof
     times: Times
@@ -73,6 +75,8 @@ class Prediction:
             "launches": [x._asdict() for x in self.launches],
             "instructions": self.instructions,
             "mufu": self.mufu,
+            "checked": self.checked,
+            "bytes_under_way": self.under_way,
             "bytes": self.moved,
             "floor_ms": 1e3 * self.floor,
             **{f"{k}_ms": 1e3 * v for k, v in self.times._asdict().items()},
@@ -114,25 +118,31 @@ def predict(
 ) -> Prediction:
     """Apply the model to a call."""
     entries, item = float(rows) * vocab, ITEM[dtype]
-    stages, used, instructions, mufu = [], [], 0.0, 0.0
+    stages, used, every = [], [], []
     for part, counted in zip(op.parts, recorded, strict=True):
         launch = next(x for role, x in logged.items() if re.fullmatch(part.role, role))
         blocks = launch.blocks(gpu, counted.registers)
         counts = passes_of(part, counted, launch)
-        passes = tuple(
+        scaled = tuple(
             count_of_pass(over, count, launch, entries, item, blocks, counted.bulk > 0)
             for over, count in zip(part.passes, counts, strict=True)
         )
         at_a_time = launch.teams(gpu, counted.registers)
         serial = rows * part.serial.seconds(gpu, launch, op.k) / at_a_time
-        stages.append(Stage(passes, serial, blocks))
+        stages.append(Stage(scaled, serial, blocks))
         used.append(launch)
-        instructions += sum(x.instructions for x in counts)
-        mufu += sum(x.pipes.get("mufu", 0.0) for x in counts)
-    moved = sum(x.read + x.written for stage in stages for x in stage.passes)
-    floor = (op.reads + op.writes) * entries * item / gpu.roof
-    times = times_of(gpu, stages)
-    return Prediction(op, dtype, gpu, tuple(used), instructions, mufu, moved, floor, times)
+        every += counts
+    passes = [x for stage in stages for x in stage.passes]
+    return Prediction(
+        *(op, dtype, gpu, tuple(used)),
+        instructions=sum(x.instructions for x in every),
+        mufu=sum(x.pipes.get("mufu", 0.0) for x in every),
+        checked=sum(x.checked for x in every),
+        under_way=min(x.under_way for x in passes if x.read),
+        moved=sum(x.read + x.written for x in passes),
+        floor=(op.reads + op.writes) * entries * item / gpu.roof,
+        times=times_of(gpu, stages),
+    )
 
 
 def load() -> tuple[Counts, Launches]:
