@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,13 +253,15 @@ def main() -> None:
         if not given.library.exists():
             raise SystemExit(f"{given.library} is missing: run tests/test_cuda_build.py")
         save(given.library)
-    ops = [op for name, op in OPS.items() if name.startswith(tuple(given.op))]
+    recorded = load()[0]
+    ops = [OPS[name] for name in recorded if name.startswith(tuple(given.op))]
     if not ops:
-        raise SystemExit(f"--op: none of {', '.join(OPS)}")
+        raise SystemExit(f"--op: none of {', '.join(recorded)}")
     gpus = [GPUS[name] for name in given.gpu]
     found = predictions(ops, given.dtype, gpus, given.rows, given.vocab)
     if json.loads(RECORD.read_text())["sources"] != sources_hash():
-        print("note: the sources have changed since the instructions were recorded")
+        note = "note: the sources have changed since the instructions were recorded (--record)"
+        print(note, file=sys.stderr)
     if given.json:
         print(json.dumps([x.as_json() for x in found], indent=1))
         return
