@@ -4,7 +4,8 @@ A loop is taken for a pass if on some path through it the 16-byte accesses are a
 tensors that the pass reads and writes, with the MUFU operations that it needs at least. Of several
 such loops a pass takes the one with the most packs a round, of these the one with the fewest
 instructions: loops for rare rows (a divergence near 0, soft bounds) do more. Each loop is one pass.
-A pass that fills shared memory takes a loop that does so, if there is one.
+A pass that fills shared memory takes a loop that does so, if there is one, and any pass a loop
+without a barrier.
 """
 
 import re
@@ -37,7 +38,7 @@ class Recorded:
     reread: list[Count]
     registers: int
     local: int
-    bulk: int
+    copies: int  # copies to shared memory that need no register, in the code
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -77,7 +78,7 @@ def count_kernel(
         other = min(same, key=lambda x: (*_source(x, over, kernel, False), x.round.instructions))
         kept.append(_count(best, entries))
         reread.append(_count(other, entries))
-    return Recorded(kept, reread, registers, kernel.local, kernel.bulk)
+    return Recorded(kept, reread, registers, kernel.local, kernel.copies)
 
 
 def _matches(loop: Pass, over: Over, entries: int) -> Iterator[_Found]:
@@ -87,7 +88,9 @@ def _matches(loop: Pass, over: Over, entries: int) -> Iterator[_Found]:
         rounds = loop.rounds_without(frozenset(loop.stores) - {loop.stores[over.store]})
     for work, found in rounds.items():
         reads = work.loads + work.shared_loads
-        packs = most // over.of if over.of else reads // over.reads
+        if over.copies:
+            reads = work.copies if not reads else 0
+        packs = most // over.of if most >= over.of > 0 else reads // over.reads
         moves = (packs * over.reads, packs * over.writes) == (reads, work.stores)
         if packs and moves and work.mufu >= packs * entries * over.mufu:
             yield _Found(loop, packs, found)
@@ -95,7 +98,8 @@ def _matches(loop: Pass, over: Over, entries: int) -> Iterator[_Found]:
 
 def _best(found: list[_Found], over: Over, kernel: Kernel, kept_rows: bool) -> _Found:
     def order(x: _Found) -> tuple[int, ...]:
-        return *_source(x, over, kernel, kept_rows), -x.packs, x.round.instructions
+        source = _source(x, over, kernel, kept_rows)
+        return *source, x.loop.barrier, -x.packs, x.round.instructions
 
     return min(found, key=order)
 
@@ -103,10 +107,13 @@ def _best(found: list[_Found], over: Over, kernel: Kernel, kept_rows: bool) -> _
 def _source(x: _Found, over: Over, kernel: Kernel, kept: bool) -> tuple[int, ...]:
     """Smaller: more like what the pass does. kept: rows stay in shared memory."""
     work, reads = x.round.work, x.packs * over.reads
+    from_memory = work.loads + work.copies
+    if over.copies:
+        return (work.loads,)
     if over.again:
-        return (work.loads if kept else work.shared_loads,)
-    if kernel.bulk:  # copied by the hardware, and read from shared memory
-        return (work.loads, work.shared_stores)
+        return (from_memory if kept else abs(reads - from_memory),)
+    if kernel.copies:  # copied to shared memory by loops of their own, or by one thread
+        return (from_memory if kept else abs(reads - from_memory), work.shared_stores)
     stores_else = work.shared_stores != (reads if kept else 0)
     return (work.shared_loads if over.rows else work.loads, stores_else)
 

@@ -16,7 +16,10 @@ from benchmarks.shapes import BETAS, DIVERGENCES
 from benchmarks.time_model import Serial
 
 #: How a kernel's mangled name ends, by dtype.
-SOURCES = {"bfloat16": r".*PackedSourceI(N\w*?)?8BFloat16E", "float32": r".*PackedSourceIfE"}
+SOURCES = {
+    "bfloat16": r".*PackedSourceI(N\w*?)?8BFloat16E",
+    "float32": r".*PackedSourceIf(Lb[01])?E",
+}
 FLAT = {"bfloat16": r"(N\w*?)?8BFloat16E?Lb1E", "float32": r"fLb1E"}
 
 
@@ -31,6 +34,7 @@ class Over:
     item: int = 0  # bytes of an entry in the packs, 0: the dtype's
     rows: bool = True  # reads rows at all, not a list in shared memory
     of: int = 0  # tensors that the loop can read, if more than this call has
+    copies: bool = False  # only starts copies to shared memory; their bytes count in the next pass
     store: int | None = None  # the only one of the loop's 16-byte stores that this call makes
 
 

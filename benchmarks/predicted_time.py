@@ -87,12 +87,12 @@ class Prediction:
 
 
 def count_of_pass(
-    over: Over, count: Count, launch: Launch, entries: float, item: int, blocks: int, bulk: bool
+    over: Over, count: Count, launch: Launch, entries: float, item: int, blocks: int, copied: bool
 ) -> PassCount:
     """Scale a pass's counts to the call. blocks: on a multiprocessor."""
-    from_memory = over.rows and not (over.again and launch.resident)
+    from_memory = over.rows and not over.copies and not (over.again and launch.resident)
     under_way = 16.0 * max(1, count.in_flight) * launch.threads * blocks
-    if bulk:
+    if copied:  # as long as a row is read, half of it on the average
         under_way = launch.shared * blocks / 2
     return PassCount(
         read=entries * item * over.reads * from_memory,
@@ -125,7 +125,7 @@ def predict(
         blocks = launch.blocks(gpu, counted.registers)
         counts = passes_of(part, counted, launch)
         scaled = tuple(
-            count_of_pass(over, count, launch, entries, item, blocks, counted.bulk > 0)
+            count_of_pass(over, count, launch, entries, item, blocks, counted.copies > 0)
             for over, count in zip(part.passes, counts, strict=True)
         )
         at_a_time = launch.teams(gpu, counted.registers)

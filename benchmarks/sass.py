@@ -5,13 +5,15 @@
 FILE: a library, object or cubin (disassembled with `cuobjdump` of the CUDA toolkit or of the pip
 packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm), or the text that `cuobjdump -sass` prints.
 
-A pass over packs is a loop with 16-byte accesses of its own (outside the loops in it) in which
-threads do not cooperate: no block or cluster barrier, no shuffle on its main path. Of each pass:
+A pass over packs is a loop with 16-byte accesses of its own (outside the loops in it), without a
+shuffle on its main path. A loop with a barrier of the block or cluster is one only if no loop in it
+is: a loop over rows is none. Of each pass:
 
   path          its main path (see `sass_flow`): one round with the most 16-byte accesses and, of
                 such rounds, the fewest instructions. The rest of the loop is cold.
   instructions  on that path, by pipe. A scheduler issues one warp instruction a cycle.
-  accesses      16-byte loads and stores on that path, to global and to shared memory
+  accesses      16-byte loads and stores on that path, to global and to shared memory, and copies
+                from one to the other (cp.async)
   in flight     the most 16-byte global loads of one thread that are under way at once: issued, and
                 no later instruction has read their result yet. 1: each load waits for the last.
   checked       exp2 and log2 on that path that also take denormals, which costs instructions
@@ -50,7 +52,7 @@ from benchmarks.sass_flow import (
 )
 from benchmarks.sass_flow import Path as Way
 
-COOPERATION = ("BAR", "UCGABAR_ARV", "UCGABAR_WAIT")
+BARRIERS = ("BAR", "UCGABAR_ARV", "UCGABAR_WAIT")
 
 
 def find_tool(name: str) -> str | None:
@@ -109,7 +111,7 @@ def in_flight(code: list[Instruction]) -> int:
 
 
 def _accesses(work: Work) -> dict[str, int]:
-    return dict(zip(Work._fields[:4], work.accesses, strict=True))
+    return dict(zip(Work._fields[:5], work.accesses, strict=True))
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ class Pass:
 
     begin: int  # address of the loop's first instruction
     size: int  # instructions in the loop, hot or not
-    bulk: int  # copies from global to shared memory that no register waits for
+    bulk: int  # copies of many bytes from global to shared memory
+    barrier: bool  # of the block or cluster, in the loop
     rounds: dict[Work, Round]
     stores: list[int]  # numbers of the blocks that write 16 bytes to global memory
     rounds_without: Callable[[frozenset[int]], dict[Work, Round]]  # rounds that avoid blocks
@@ -201,14 +204,14 @@ class Kernel:
     name: str
     passes: list[Pass]
     local: int  # accesses to local memory
-    bulk: int
+    copies: int  # from global to shared memory, without registers, of 16 bytes or many
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
             "name": self.name,
             "local": self.local,
-            "bulk": self.bulk,
+            "copies": self.copies,
             "passes": [x.as_json() for x in self.passes],
         }
 
@@ -221,24 +224,28 @@ def read(name: str, code: list[Instruction]) -> Kernel:
     for x in passes:
         alike = (y.main.work.total for y in passes if y.main.work.shape == x.main.work.shape)
         x.hot = x.main.work.total == max(alike)
-    local, bulk = sum(x.local for x in code), sum(x.bulk for x in code)
-    return Kernel(name, passes, local, bulk)
+    local, copies = sum(x.local for x in code), sum(x.bulk or x.copy16 for x in code)
+    return Kernel(name, passes, local, copies)
 
 
 def _passes(blocks: list[Block], loops: list[Loop]) -> Iterator[Pass]:
+    moving: list[Loop] = []  # loops with accesses of their own, inner ones first
     for loop in loops:
         inside = [x for x in loops if x.blocks < loop.blocks]
         own = loop.blocks.difference(*(x.blocks for x in inside))
         code = [x for n in loop.blocks for x in blocks[n].code]
-        if any(x.name in COOPERATION for x in code):
-            continue
         if not any(blocks[n].work.total for n in own):
             continue
+        barrier = any(x.name in BARRIERS for x in code)
+        if barrier and any(x.blocks < loop.blocks for x in moving):
+            continue
+        moving.append(loop)
         rounds = partial(_rounds, blocks, loop, loops)
         found = Pass(
             blocks[loop.head].code[0].address,
             len(code),
             sum(x.bulk for x in code),
+            barrier,
             rounds(frozenset()),
             sorted(n for n in loop.blocks if blocks[n].work.stores),
             rounds,
@@ -259,7 +266,9 @@ def kernels(text: str, match: str = "") -> dict[str, Kernel]:
 
 
 def _print(kernel: Kernel, every: bool) -> None:
-    print(f"{kernel.name}\n    local memory accesses {kernel.local}, bulk copies {kernel.bulk}")
+    print(
+        f"{kernel.name}\n    local memory accesses {kernel.local}, copies to shared {kernel.copies}"
+    )
     for x in kernel.passes:
         if not (x.hot or every):
             continue

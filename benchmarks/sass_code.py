@@ -91,9 +91,14 @@ class Instruction:
         return self.name == "STS" and self.wide
 
     @cached_property
+    def copy16(self) -> bool:
+        """A copy of 16 bytes from global to shared memory that needs no register (cp.async)."""
+        return self.name == "LDGSTS" and self.wide
+
+    @cached_property
     def bulk(self) -> bool:
-        """A copy from global to shared memory that no register waits for."""
-        return self.name in ("LDGSTS", "UBLKCP", "UTMALDG")
+        """A copy from global to shared memory of many bytes (cp.async.bulk, TMA)."""
+        return self.name == "UTMALDG" or self.opcode.startswith("UBLKCP.S.G")
 
     @cached_property
     def local(self) -> bool:

@@ -7,7 +7,8 @@ origin for the sums, labels, infinities. A caller that knows what the call does 
 two; rows in shared memory) may ask for fewer accesses than the most: see `Work`.
 
 A loop inside the loop that moves no 16 bytes (over the words of a pack) counts with
-WORDS_A_PACK rounds, if the main path goes through it; how many it has is not read.
+WORDS_A_PACK rounds, if the main path goes through it; how many it has is not read. A loop that
+waits for an mbarrier counts once.
 """
 
 import math
@@ -27,12 +28,13 @@ class Work(NamedTuple):
     stores: int = 0  # to global memory
     shared_loads: int = 0
     shared_stores: int = 0
+    copies: int = 0  # from global to shared memory, without registers
     mufu: int = 0
 
     @property
     def accesses(self) -> tuple[int, ...]:
         """The 16-byte accesses."""
-        return self[:4]
+        return self[:5]
 
     @property
     def total(self) -> int:
@@ -62,7 +64,8 @@ class Block:
 def work_of(code: Iterable[Instruction]) -> Work:
     """Count 16-byte accesses and MUFU operations."""
     kinds = [
-        (i.load16, i.store16, i.shared_load16, i.shared_store16, i.name == "MUFU") for i in code
+        (x.load16, x.store16, x.shared_load16, x.shared_store16, x.copy16, x.name == "MUFU")
+        for x in code
     ]
     return Work(*(sum(kind) for kind in zip(*kinds, strict=True))) if kinds else Work()
 
@@ -290,11 +293,13 @@ def _straight(block: Block) -> Path:
 
 def _rounds(blocks: list[Block], loop: Loop, loops: list[Loop]) -> list[Path]:
     """Return the paths of all rounds of an inner loop."""
+    waits = any(x.name == "SYNCS" for n in loop.blocks for x in blocks[n].code)
+    times = 1 if waits else WORDS_A_PACK
     every = []
     for path in paths_of(blocks, loop, loops).values():
-        parts = tuple((WORDS_A_PACK * rounds, part) for rounds, part in path.parts)
-        work = path.work._replace(mufu=WORDS_A_PACK * path.work.mufu)
-        every.append(Path(work, WORDS_A_PACK * path.cost, parts))
+        parts = tuple((times * rounds, part) for rounds, part in path.parts)
+        work = path.work._replace(mufu=times * path.work.mufu)
+        every.append(Path(work, times * path.cost, parts))
     return every
 
 

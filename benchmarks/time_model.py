@@ -25,7 +25,7 @@ bytes     = bytes moved / copy roof
 issue     = warp instructions / ({SCHEDULERS} a cycle and multiprocessor), all passes
 mufu      = exponentials, logarithms, reciprocals / ({MUFU_A_CYCLE} a cycle and multiprocessor)
 loads     = Little's law: bytes read x {LATENCY * 1e9:.0f} ns / bytes under way a multiprocessor
-            (16 x loads in flight a thread x its threads; bulk copies: half of the shared memory)
+            (16 x loads in flight a thread x its threads; copies to shared memory: half of that)
 serial    = rows x what one thread does alone a row ({DEPENDENT_CYCLES} cycles an instruction, \
 {SHARED_CYCLES} a read of shared
             memory, {CLUSTER_BARRIER * 1e9:.0f} ns a cluster barrier) / rows at a time

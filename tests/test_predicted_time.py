@@ -88,7 +88,7 @@ def test_serial_work():
 
 def test_a_pass_of_a_call():
     count = Count(20.0, {"fp": 12.0, "mufu": 2.0, "alu": 6.0}, in_flight=3, checked=0.0)
-    found = count_of_pass(Over(2, 1), count, LAUNCH, 1000.0, 2, blocks=2, bulk=False)
+    found = count_of_pass(Over(2, 1), count, LAUNCH, 1000.0, 2, blocks=2, copied=False)
     # The rows are in shared memory: only the gradient moves.
     assert found == PassCount(0, 2000, 20_000, 2000, 16 * 3 * 256 * 2)
     again = LAUNCH._replace(resident=False)

@@ -160,9 +160,79 @@ def test_a_loop_over_words_counts_once_for_each_word():
     assert found.main.work == Work(loads=1, mufu=WORDS_A_PACK)
 
 
-def test_loops_in_which_threads_cooperate_are_no_passes():
-    for cooperation in ("BAR.SYNC 0x0", "UCGABAR_WAIT", "SHFL.BFLY PT, R1, R4, 0x1, 0x1f"):
-        assert not kernel_of(f"loop:\nLDS.128 R4, [R2]\n{cooperation}\n@P0 BRA loop").passes
+def test_loops_with_a_shuffle_are_no_passes():
+    assert not kernel_of(
+        "loop:\nLDS.128 R4, [R2]\nSHFL.BFLY PT, R1, R4, 1, 31\n@P0 BRA loop"
+    ).passes
+
+
+@pytest.mark.parametrize("barrier", ["BAR.SYNC 0x0", "UCGABAR_WAIT"])
+def test_a_loop_over_rows_is_no_pass(barrier):
+    lines = f"""
+        rows:
+        STS.128 [R30], R4
+        {barrier}
+        loop:
+        LDS.128 R4, [R2]
+        @P0 BRA loop
+        @P1 BRA rows
+        EXIT
+    """
+    assert [x.begin for x in kernel_of(lines).passes] == [2 * 16]
+    # A barrier after each chunk.
+    assert kernel_of(f"loop:\nLDS.128 R4, [R2]\n{barrier}\n@P0 BRA loop").passes
+
+
+# Rows that are copied to shared memory by a loop of their own (cp.async) and stay there, or that
+# each pass copies ahead of what it reads.
+COPIED = """
+    start:
+    LDGSTS.E.BYPASS.128 [R20], desc[UR4][R2.64]
+    LDGSTS.E.BYPASS.128 [R20+0x8000], desc[UR4][R4.64]
+    IADD3 R20, R20, 0x1000, RZ
+    @P1 BRA start
+    pass:
+    LDS.128 R8, [R20]
+    LDS.128 R12, [R20+0x8000]
+    @P2 BRA stays
+    LDGSTS.E.BYPASS.128 [R20], desc[UR4][R2.64]
+    LDGSTS.E.BYPASS.128 [R20+0x8000], desc[UR4][R4.64]
+    stays:
+    MUFU.EX2 R16, R8
+    @P0 BRA pass
+    EXIT
+"""
+
+
+def test_copies_to_shared_memory():
+    kernel = kernel_of(COPIED)
+    assert kernel.copies == 4
+    start, over = kernel.passes
+    assert start.main.work == Work(copies=2)
+    assert over.main.work == Work(shared_loads=2, copies=2, mufu=1)
+    passes = (Over(2, again=False, copies=True, mufu=0), Over(2, again=False, mufu=0))
+    found = count_kernel(kernel, passes, "float32")
+    assert [x.instructions * 4 for x in found.kept] == [4, 5]
+    assert [x.instructions * 4 for x in found.reread] == [4, 7]
+    assert found.copies == 4
+
+
+def test_bulk_copies_and_a_wait_for_them():
+    kernel = kernel_of("""
+        chunks:
+        UBLKCP.S.G [UR8], [UR6], UR5
+        wait:
+        SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR5], R5
+        @!P0 BRA wait
+        LDS.128 R4, [R2]
+        BAR.SYNC 0x0
+        UBLKCP.G.S [UR6], [UR8], UR5
+        @P1 BRA chunks
+        EXIT
+    """)
+    assert kernel.copies == 1  # the other one goes to global memory
+    (only,) = kernel.passes
+    assert only.main.instructions == 7  # the wait once
 
 
 def test_loops_that_move_less_than_16_bytes_are_no_passes():
