@@ -5,7 +5,8 @@ tensors that the pass reads and writes, with the MUFU operations that it needs a
 such loops a pass takes the one with the most packs a round, of these the one with the fewest
 instructions: loops for rare rows (a divergence near 0, soft bounds) do more. Each loop is one pass.
 A pass that fills shared memory takes a loop that does so, if there is one, and any pass a loop
-without a barrier.
+without a barrier. Where rows are copied to shared memory (cp.async, bulk), the first pass takes the
+first of its loops, to which a loop that only copies is added.
 """
 
 import re
@@ -70,13 +71,12 @@ def count_kernel(
         free = [x for x in every if x.loop.begin not in used] or every
         if not free:
             raise LookupError(f"{kernel.name}: no loop is the pass {over}")
-        best = min(
-            free, key=lambda x: (*_source(x, over, kernel, True), -x.packs, x.round.instructions)
-        )
+        best = _best(free, over, kernel, kept_rows=True)
         used.add(best.loop.begin)
         same = [x for x in every if x.loop is best.loop and x.packs == best.packs]
-        other = min(same, key=lambda x: (*_source(x, over, kernel, False), x.round.instructions))
-        kept.append(_count(best, entries))
+        other = _best(same, over, kernel, kept_rows=False)
+        first = None if over.again else _start(kernel, over, entries)
+        kept.append(_count(best, entries, first))
         reread.append(_count(other, entries))
     return Recorded(kept, reread, registers, kernel.local, kernel.copies)
 
@@ -88,8 +88,6 @@ def _matches(loop: Pass, over: Over, entries: int) -> Iterator[_Found]:
         rounds = loop.rounds_without(frozenset(loop.stores) - {loop.stores[over.store]})
     for work, found in rounds.items():
         reads = work.loads + work.shared_loads
-        if over.copies:
-            reads = work.copies if not reads else 0
         packs = most // over.of if most >= over.of > 0 else reads // over.reads
         moves = (packs * over.reads, packs * over.writes) == (reads, work.stores)
         if packs and moves and work.mufu >= packs * entries * over.mufu:
@@ -99,7 +97,8 @@ def _matches(loop: Pass, over: Over, entries: int) -> Iterator[_Found]:
 def _best(found: list[_Found], over: Over, kernel: Kernel, kept_rows: bool) -> _Found:
     def order(x: _Found) -> tuple[int, ...]:
         source = _source(x, over, kernel, kept_rows)
-        return *source, x.loop.barrier, -x.packs, x.round.instructions
+        place = x.loop.begin if kernel.copies and not over.again else 0
+        return *source, x.loop.barrier, -x.packs, place, x.round.instructions
 
     return min(found, key=order)
 
@@ -108,17 +107,38 @@ def _source(x: _Found, over: Over, kernel: Kernel, kept: bool) -> tuple[int, ...
     """Smaller: more like what the pass does. kept: rows stay in shared memory."""
     work, reads = x.round.work, x.packs * over.reads
     from_memory = work.loads + work.copies
-    if over.copies:
-        return (work.loads,)
     if over.again:
         return (from_memory if kept else abs(reads - from_memory),)
     if kernel.copies:  # copied to shared memory by loops of their own, or by one thread
         return (from_memory if kept else abs(reads - from_memory), work.shared_stores)
-    stores_else = work.shared_stores != (reads if kept else 0)
+    # A store under a condition counts, so that there may be more of them than this call makes.
+    stores_else = work.shared_stores < reads if kept else work.shared_stores > 0
     return (work.shared_loads if over.rows else work.loads, stores_else)
 
 
-def _count(x: _Found, entries: int) -> Count:
+def _start(kernel: Kernel, over: Over, entries: int) -> _Found | None:
+    """Return the shortest loop that only copies the tensors of a pass to shared memory."""
+    every = []
+    for loop in kernel.passes:
+        work = loop.main.work
+        packs = work.copies // over.reads
+        if packs and work.copies == packs * over.reads == work.total:
+            every.append(_Found(loop, packs, loop.main))
+    return min(every, key=lambda x: x.round.instructions / x.packs, default=None)
+
+
+def _count(x: _Found, entries: int, start: _Found | None = None) -> Count:
+    """Return a pass by entry. start: the loop that copies the rows before it."""
+    count = _each(x, entries)
+    if start is None:
+        return count
+    more = _each(start, entries)
+    pipes = {k: count.pipes.get(k, 0) + more.pipes.get(k, 0) for k in count.pipes | more.pipes}
+    instructions = count.instructions + more.instructions
+    return Count(instructions, pipes, count.in_flight, count.checked)
+
+
+def _each(x: _Found, entries: int) -> Count:
     def each(number: float) -> float:
         return round(number / (x.packs * entries), 3)
 

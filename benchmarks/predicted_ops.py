@@ -34,7 +34,6 @@ class Over:
     item: int = 0  # bytes of an entry in the packs, 0: the dtype's
     rows: bool = True  # reads rows at all, not a list in shared memory
     of: int = 0  # tensors that the loop can read, if more than this call has
-    copies: bool = False  # only starts copies to shared memory; their bytes count in the next pass
     store: int | None = None  # the only one of the loop's 16-byte stores that this call makes
 
 

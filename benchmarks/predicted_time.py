@@ -90,7 +90,7 @@ def count_of_pass(
     over: Over, count: Count, launch: Launch, entries: float, item: int, blocks: int, copied: bool
 ) -> PassCount:
     """Scale a pass's counts to the call. blocks: on a multiprocessor."""
-    from_memory = over.rows and not over.copies and not (over.again and launch.resident)
+    from_memory = over.rows and not (over.again and launch.resident)
     under_way = 16.0 * max(1, count.in_flight) * launch.threads * blocks
     if copied:  # as long as a row is read, half of it on the average
         under_way = launch.shared * blocks / 2

@@ -272,23 +272,44 @@ def paths_of(
     found: dict[int, dict[Work, Path]] = {loop.head: {Work(): Path(Work(), 0, ())}}
     done: dict[Work, Path] = {}
     for n in _topological(loop.head, after):
-        choices = _rounds(blocks, owner[n], loops) if n in owner else [_straight(blocks[n])]
-        leaves = bool((owner[n].blocks if n in owner else {n}) & loop.back)
-        whole: dict[Work, Path] = {}
-        for start in found.pop(n).values():
-            for own in choices:
-                _keep(whole, own.after(start))
-        for path in whole.values():
-            for to in after(n):
-                if to != loop.head:
-                    _keep(found.setdefault(to, {}), path)
-            if leaves:
-                _keep(done, path)
+        starts = found.pop(n).values()
+        ends = [to for to in after(n) if to != loop.head]
+        if (owner[n].blocks if n in owner else {n}) & loop.back:
+            ends.append(loop.head)
+        inside = _rounds(blocks, owner[n], loops) if n in owner else []
+        for to in ends:
+            into = done if to == loop.head else found.setdefault(to, {})
+            for own in inside or [_straight(blocks[n], to)]:
+                for start in starts:
+                    _keep(into, own.after(start))
     return done
 
 
-def _straight(block: Block) -> Path:
-    return Path(block.work, len(block.code), ((1, tuple(block.code)),))
+def _straight(block: Block, to: int) -> Path:
+    """Return the block as it runs before block `to`.
+
+    The branch at its end tells which of its guarded instructions do nothing: they are issued, but
+    are no accesses.
+    """
+    last = block.code[-1]
+    work = block.work
+    if last.name == "BRA" and last.conditional and len(block.next) == 2:
+        taken = to == block.next[0]
+        off = _opposite(last.guard) if taken else last.guard
+        work = work_of(x for i, x in enumerate(block.code) if not _is_off(block.code, i, off))
+    return Path(work, len(block.code), ((1, tuple(block.code)),))
+
+
+def _opposite(guard: str) -> str:
+    return guard[1:] if guard.startswith("!") else f"!{guard}"
+
+
+def _is_off(code: list[Instruction], i: int, guard: str) -> bool:
+    """Whether instruction i has this guard, with the value that it has at the end of the block."""
+    if code[i].guard != guard:
+        return False
+    name = guard.lstrip("!")
+    return not any(name in x.operands[:2] and "SETP" in x.name for x in code[i:])
 
 
 def _rounds(blocks: list[Block], loop: Loop, loops: list[Loop]) -> list[Path]:

@@ -210,11 +210,42 @@ def test_copies_to_shared_memory():
     start, over = kernel.passes
     assert start.main.work == Work(copies=2)
     assert over.main.work == Work(shared_loads=2, copies=2, mufu=1)
-    passes = (Over(2, again=False, copies=True, mufu=0), Over(2, again=False, mufu=0))
-    found = count_kernel(kernel, passes, "float32")
-    assert [x.instructions * 4 for x in found.kept] == [4, 5]
-    assert [x.instructions * 4 for x in found.reread] == [4, 7]
+    found = count_kernel(kernel, (Over(2, again=False, mufu=0),), "float32")
+    assert [x.instructions * 4 for x in found.kept] == [4 + 5]
+    assert [x.instructions * 4 for x in found.reread] == [7]
     assert found.copies == 4
+
+
+def test_what_a_branch_says_of_guarded_accesses():
+    """Loads under a guard and a branch under the same one: both or none."""
+    found = only_pass("""
+        loop:
+        ISETP.NE.AND P1, PT, R20, RZ, PT
+        @P1 LDS.128 R8, [R20]
+        @P1 BRA have
+        LDS.128 R8, [R21]
+        LDGSTS.E.BYPASS.128 [R21], desc[UR4][R2.64]
+        have:
+        FADD R1, R1, R8
+        @P0 BRA loop
+        EXIT
+    """)
+    rounds = {work: x.instructions for work, x in found.rounds.items()}
+    assert rounds == {Work(shared_loads=1): 5, Work(shared_loads=1, copies=1): 7}
+
+
+def test_a_guard_that_changes_before_the_branch_says_nothing():
+    found = only_pass("""
+        loop:
+        @P1 LDS.128 R8, [R20]
+        ISETP.NE.AND P1, PT, R20, RZ, PT
+        @P1 BRA have
+        FADD R1, R1, R8
+        have:
+        @P0 BRA loop
+        EXIT
+    """)
+    assert list(found.rounds) == [Work(shared_loads=1)]
 
 
 def test_bulk_copies_and_a_wait_for_them():
@@ -352,6 +383,23 @@ def test_passes_of_an_op():
     assert [x.instructions * 4 for x in found.reread] == [5, 7]
     assert [x.in_flight for x in found.reread] == [2, 2]
     assert [x.pipes["mufu"] for x in found.kept] == [0.25, 0.25]
+
+
+def test_a_pass_takes_a_loop_without_a_barrier():
+    lines = """
+        sort:
+        LDS.128 R4, [R20]
+        BAR.SYNC 0x0
+        @P0 BRA sort
+        pass:
+        LDS.128 R4, [R20]
+        FADD R1, R1, R4
+        FADD R1, R1, R5
+        @P1 BRA pass
+        EXIT
+    """
+    (count,) = count_kernel(kernel_of(lines), (Over(1, mufu=0),), "float32").kept
+    assert count.instructions == 4 / 4
 
 
 def test_a_pass_has_its_mufu_operations():
