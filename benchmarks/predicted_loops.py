@@ -4,6 +4,7 @@ A loop is taken for a pass if on some path through it the 16-byte accesses are a
 tensors that the pass reads and writes, with the MUFU operations that it needs at least. Of several
 such loops a pass takes the one with the most packs a round, of these the one with the fewest
 instructions: loops for rare rows (a divergence near 0, soft bounds) do more. Each loop is one pass.
+A pass that writes nothing takes a loop without 16-byte stores.
 A pass that fills shared memory takes a loop that does so, if there is one, and any pass a loop
 without a barrier. Where rows are copied to shared memory (cp.async, bulk), the first pass takes the
 first of its loops, to which a loop that only copies is added.
@@ -83,7 +84,7 @@ def count_kernel(
 
 def _matches(loop: Pass, over: Over, entries: int) -> Iterator[_Found]:
     most = max(x.loads + x.shared_loads for x in loop.rounds)
-    rounds = loop.rounds
+    rounds = {} if loop.stores and not over.writes else loop.rounds
     if over.store is not None:
         rounds = loop.rounds_without(frozenset(loop.stores) - {loop.stores[over.store]})
     for work, found in rounds.items():

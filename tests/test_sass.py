@@ -402,6 +402,28 @@ def test_a_pass_takes_a_loop_without_a_barrier():
     assert count.instructions == 4 / 4
 
 
+def test_a_pass_that_writes_nothing_takes_a_loop_that_cannot():
+    lines = """
+        write:
+        LDS.128 R4, [R20]
+        @P3 STG.E.128 desc[UR4][R22.64], R4
+        @P3 BRA stored
+        STG.E.U16 desc[UR4][R22.64], R4
+        stored:
+        @P0 BRA write
+        sums:
+        LDS.128 R4, [R20]
+        FADD R1, R1, R4
+        FADD R1, R1, R5
+        FADD R1, R1, R6
+        FADD R1, R1, R7
+        @P1 BRA sums
+        EXIT
+    """
+    found = count_kernel(kernel_of(lines), (Over(1, mufu=0), Over(1, 1, mufu=0)), "float32").kept
+    assert [x.instructions * 4 for x in found] == [6, 4]
+
+
 def test_a_pass_has_its_mufu_operations():
     with pytest.raises(LookupError, match="no loop is the pass"):
         count_kernel(kernel_of(TWO_PASSES), (Over(2, 1, mufu=1),), "float32")
