@@ -1,43 +1,14 @@
 """benchmarks.sass on small hand-written SASS, and on what nvcc makes of a small kernel."""
 
-import re
 import shutil
 import subprocess
 
 import pytest
+from sass_text import kernel_of, only_pass, text_of
 
 from benchmarks import sass
-from benchmarks.predicted_loops import count_kernel
-from benchmarks.predicted_ops import Over
 from benchmarks.sass_code import is_range_checked, parse, parse_line
 from benchmarks.sass_flow import WORDS_A_PACK, Work, blocks_of, loops_of
-
-
-def text_of(lines, name="kernel"):
-    """SASS as cuobjdump prints it. A line "x:" is a label, which other lines name."""
-    code, labels = [], {}
-    for line in lines.strip().splitlines():
-        if line.strip().endswith(":"):
-            labels[line.strip()[:-1]] = f"0x{16 * len(code):x}"
-        elif line.strip():
-            code.append(line.strip())
-    out = [f"\t\tFunction : {name}"]
-    for i, line in enumerate(code):
-        known = re.sub(r"(\w+)$", lambda m: labels.get(m[1], m[1]), line)
-        out.append(f"        /*{16 * i:04x}*/  {known} ;   /* 0x0000000000000000 */")
-        out.append("                                 /* 0x000e220000000800 */")
-    return "\n".join(out)
-
-
-def kernel_of(lines):
-    (found,) = sass.kernels(text_of(lines)).values()
-    return found
-
-
-def only_pass(lines):
-    (found,) = kernel_of(lines).passes
-    return found
-
 
 LOOP = """
     MOV R1, c[0x0][0x28]
@@ -108,27 +79,6 @@ def test_the_main_path_has_the_most_packs_and_the_fewest_instructions():
     assert {tuple(x[:4]) for x in found.rounds} == {(1, 0, 0, 0), (0, 0, 0, 0)}
 
 
-def test_of_an_unrolled_loop_and_its_remainder_the_first_is_hot():
-    unrolled = """
-        big:
-        LDG.E.128 R4, desc[UR4][R2.64]
-        LDG.E.128 R8, desc[UR4][R2.64+0x10]
-        FADD R12, R4, R8
-        @P0 BRA big
-        rest:
-        LDG.E.128 R4, desc[UR4][R2.64]
-        FADD R12, R12, R4
-        @P1 BRA rest
-        EXIT
-    """
-    big, rest = kernel_of(unrolled).passes
-    assert (big.hot, rest.hot) == (True, False)
-    over = Over(1, again=False, mufu=0)
-    (count,) = count_kernel(kernel_of(unrolled), (over,), "bfloat16").reread
-    assert count.instructions == 4 / 16  # of the unrolled loop: 2 packs of 8 entries
-    assert count.in_flight == 2
-
-
 @pytest.mark.parametrize(
     ("body", "most"),
     [
@@ -181,39 +131,6 @@ def test_a_loop_over_rows_is_no_pass(barrier):
     assert [x.begin for x in kernel_of(lines).passes] == [2 * 16]
     # A barrier after each chunk.
     assert kernel_of(f"loop:\nLDS.128 R4, [R2]\n{barrier}\n@P0 BRA loop").passes
-
-
-# Rows that are copied to shared memory by a loop of their own (cp.async) and stay there, or that
-# each pass copies ahead of what it reads.
-COPIED = """
-    start:
-    LDGSTS.E.BYPASS.128 [R20], desc[UR4][R2.64]
-    LDGSTS.E.BYPASS.128 [R20+0x8000], desc[UR4][R4.64]
-    IADD3 R20, R20, 0x1000, RZ
-    @P1 BRA start
-    pass:
-    LDS.128 R8, [R20]
-    LDS.128 R12, [R20+0x8000]
-    @P2 BRA stays
-    LDGSTS.E.BYPASS.128 [R20], desc[UR4][R2.64]
-    LDGSTS.E.BYPASS.128 [R20+0x8000], desc[UR4][R4.64]
-    stays:
-    MUFU.EX2 R16, R8
-    @P0 BRA pass
-    EXIT
-"""
-
-
-def test_copies_to_shared_memory():
-    kernel = kernel_of(COPIED)
-    assert kernel.copies == 4
-    start, over = kernel.passes
-    assert start.main.work == Work(copies=2)
-    assert over.main.work == Work(shared_loads=2, copies=2, mufu=1)
-    found = count_kernel(kernel, (Over(2, again=False, mufu=0),), "float32")
-    assert [x.instructions * 4 for x in found.kept] == [4 + 5]
-    assert [x.instructions * 4 for x in found.reread] == [7]
-    assert found.copies == 4
 
 
 def test_what_a_branch_says_of_guarded_accesses():
@@ -333,139 +250,6 @@ def test_natural_loops_nest():
     blocks = blocks_of(code)
     inner, outer = loops_of(blocks)
     assert inner.blocks < outer.blocks
-
-
-# Two passes of a pair in one kernel: the first fills shared memory, the second reads it, or memory
-# again, and writes. A third loop does what the second does with more instructions.
-TWO_PASSES = """
-    first:
-    LDG.E.128 R4, desc[UR4][R2.64]
-    LDG.E.128 R8, desc[UR4][R2.64+0x10]
-    @P6 BRA lost
-    STS.128 [R20], R4
-    STS.128 [R20+0x10], R8
-    lost:
-    MUFU.EX2 R12, R4
-    @P0 BRA first
-    rare:
-    LDS.128 R4, [R20]
-    LDS.128 R8, [R20+0x10]
-    MUFU.EX2 R12, R4
-    FADD R12, R12, R5
-    FADD R12, R12, R5
-    FADD R12, R12, R5
-    FADD R12, R12, R5
-    STG.E.128 desc[UR4][R2.64], R8
-    @P1 BRA rare
-    second:
-    @P6 BRA again
-    LDS.128 R4, [R20]
-    LDS.128 R8, [R20+0x10]
-    BRA have
-    again:
-    LDG.E.128 R4, desc[UR4][R2.64]
-    LDG.E.128 R8, desc[UR4][R2.64+0x10]
-    have:
-    @P5 BRA one
-    STG.E.128 desc[UR4][R22.64], R4
-    one:
-    MUFU.EX2 R12, R4
-    STG.E.128 desc[UR4][R2.64], R8
-    @P2 BRA second
-    EXIT
-"""
-PAIR = (Over(2, again=False, mufu=0), Over(2, 1, mufu=0))
-
-
-def test_passes_of_an_op():
-    found = count_kernel(kernel_of(TWO_PASSES), PAIR, "float32")
-    assert [x.instructions * 4 for x in found.kept] == [7, 8]
-    assert [x.instructions * 4 for x in found.reread] == [5, 7]
-    assert [x.in_flight for x in found.reread] == [2, 2]
-    assert [x.pipes["mufu"] for x in found.kept] == [0.25, 0.25]
-
-
-def test_a_pass_takes_a_loop_without_a_barrier():
-    lines = """
-        sort:
-        LDS.128 R4, [R20]
-        BAR.SYNC 0x0
-        @P0 BRA sort
-        pass:
-        LDS.128 R4, [R20]
-        FADD R1, R1, R4
-        FADD R1, R1, R5
-        @P1 BRA pass
-        EXIT
-    """
-    (count,) = count_kernel(kernel_of(lines), (Over(1, mufu=0),), "float32").kept
-    assert count.instructions == 4 / 4
-
-
-def test_a_pass_that_writes_nothing_takes_a_loop_that_cannot():
-    lines = """
-        write:
-        LDS.128 R4, [R20]
-        @P3 STG.E.128 desc[UR4][R22.64], R4
-        @P3 BRA stored
-        STG.E.U16 desc[UR4][R22.64], R4
-        stored:
-        @P0 BRA write
-        sums:
-        LDS.128 R4, [R20]
-        FADD R1, R1, R4
-        FADD R1, R1, R5
-        FADD R1, R1, R6
-        FADD R1, R1, R7
-        @P1 BRA sums
-        EXIT
-    """
-    found = count_kernel(kernel_of(lines), (Over(1, mufu=0), Over(1, 1, mufu=0)), "float32").kept
-    assert [x.instructions * 4 for x in found] == [6, 4]
-
-
-def test_a_pass_has_its_mufu_operations():
-    with pytest.raises(LookupError, match="no loop is the pass"):
-        count_kernel(kernel_of(TWO_PASSES), (Over(2, 1, mufu=1),), "float32")
-
-
-def test_one_of_two_tensors():
-    """A loop that could read a pair, in a call with one tensor."""
-    lines = """
-        loop:
-        LDG.E.128 R4, desc[UR4][R2.64]
-        @P1 BRA alone
-        LDG.E.128 R8, desc[UR4][R2.64]
-        alone:
-        FADD R1, R1, R4
-        @P0 BRA loop
-        EXIT
-    """
-    (count,) = count_kernel(kernel_of(lines), (Over(1, again=False, mufu=0, of=2),), "float32").kept
-    assert count.instructions == 4 / 4
-
-
-def test_one_of_two_stores():
-    lines = """
-        loop:
-        LDG.E.128 R4, desc[UR4][R2.64]
-        @P1 BRA other
-        STG.E.128 desc[UR4][R10.64], R4
-        other:
-        @P2 BRA done
-        FADD R4, R4, 1
-        FADD R4, R4, 1
-        STG.E.128 desc[UR4][R12.64], R4
-        done:
-        @P0 BRA loop
-        EXIT
-    """
-    kernel = kernel_of(lines)
-    first, second = (
-        count_kernel(kernel, (Over(1, 1, again=False, mufu=0, store=i),), "float32").kept[0]
-        for i in (0, 1)
-    )
-    assert (first.instructions * 4, second.instructions * 4) == (5, 7)
 
 
 SOURCE = """
