@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,15 @@ PATH = Path(
     os.environ.get("FASTKD_SIMT_LIBRARY", Path(__file__).parents[1] / "build/simt/_simt.so")
 )
 
+# What FASTKD_LOG=launch prints of a launch.
+LAUNCH_HEAD = (
+    r": (?P<op>[\w.]+) \((?P<role>[^)]+)\) (?P<rows>\d+)x(?P<columns>\d+) (?P<dtype>\w+) "
+    r"sm_(?P<sm>\d+) threads=(?P<threads>\d+) cluster=(?P<cluster>\d+) shared=(?P<shared>\d+)"
+)
+LAUNCH_LINE = re.compile(
+    rf"fastkd launch{LAUNCH_HEAD} blocks=(?P<blocks>\d+) resident=(?P<resident>yes|no): "
+    r"(?P<reason>\S.*)"
+)
 
 OPS = (
     *(fastkd.softmax_divergence, fastkd.topk_divergence, fastkd.clipped_divergence),

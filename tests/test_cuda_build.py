@@ -3,9 +3,6 @@
 For sm_90, which has the most code, by default; for all architectures with --slow.
 """
 
-import hashlib
-import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +11,13 @@ from pathlib import Path
 
 import pytest
 from cases import DIVERGENCES
+from kernel_limits import LIMITS
+
+from benchmarks.predicted_loops import Recorded, record
+from benchmarks.predicted_ops import OPS
+from benchmarks.predicted_time import GPUS, ROWS, VOCAB, Prediction, load, predict, sources_hash
+from benchmarks.sass import disassemble, find_tool, registers
+from benchmarks.sass_code import parse
 
 ROOT = Path(__file__).parent.parent
 SOME, ALL = ["90"], ["75", "80", "86", "89", "90", "100", "120"]
@@ -39,10 +43,9 @@ def architectures(request):
 def build(architectures):
     """The library with CUDA kernels and what the compiler said, kept until a source changes."""
     folder = ROOT / "build" / f"cuda_{len(architectures)}"
-    sources = sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())
-    state = hashlib.sha256(b"".join(p.read_bytes() for p in (ROOT / "CMakeLists.txt", *sources)))
+    state = sources_hash()
     log, mark = folder / "build.log", folder / "sources.sha256"
-    if not mark.exists() or mark.read_text() != state.hexdigest():
+    if not mark.exists() or mark.read_text() != state:
         shutil.rmtree(folder, ignore_errors=True)
         run(
             *("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DFASTKD_CUDA=on"),
@@ -52,7 +55,7 @@ def build(architectures):
             "-DCMAKE_CXX_FLAGS_RELEASE=-O0",  # the CPU kernels only have to be linked
         )
         log.write_text(run("cmake", "--build", folder, "--target", "_C", "--verbose"))
-        mark.write_text(state.hexdigest())
+        mark.write_text(state)
     return folder / "_C.so", log.read_text()
 
 
@@ -126,33 +129,75 @@ def test_library_loads_without_cuda(build, architectures):
     assert found.split() == architectures
 
 
-def _tool(name):
-    """Of the CUDA toolkit, or of NVIDIA's packages on PyPI."""
-    if found := shutil.which(name):
-        return found
-    spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations if spec else ():
-        for path in Path(folder).rglob(name):
-            return str(path)
-    return None
-
-
-CUOBJDUMP, NVDISASM = _tool("cuobjdump"), _tool("nvdisasm")
-
-
-@pytest.mark.skipif(
-    not (CUOBJDUMP and NVDISASM),
+needs_cuobjdump = pytest.mark.skipif(
+    not (find_tool("cuobjdump") and find_tool("nvdisasm")),
     reason="needs cuobjdump and nvdisasm (pip: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm)",
 )
-def test_row_loops_move_16_bytes_at_a_time(build):
-    path = f"{Path(NVDISASM).parent}{os.pathsep}{os.environ['PATH']}"
-    code = run(CUOBJDUMP, "-sass", "-arch", "sm_90", build[0], env={**os.environ, "PATH": path})
-    kernels = re.split(r"\n\s*Function : ", code)[1:]
-    packed = [k for k in kernels if "_kernelI" in k[:200] and "PackedSource" in k[:200]]
+
+
+@pytest.fixture(scope="module")
+def code(build):
+    """By name, the instructions of the kernels for sm_90."""
+    return parse(disassemble(build[0], "sm_90"))
+
+
+@needs_cuobjdump
+def test_row_loops_move_16_bytes_at_a_time(code):
+    packed = {name: x for name, x in code.items() if "_kernelI" in name and "PackedSource" in name}
     assert len(packed) == KERNELS * 3
-    for kernel in packed:
-        name = kernel.split("\n", 1)[0]
-        assert re.search(r"LDG\.E[.\w]*\.128", kernel), name
-        no_rows = "token_stats|teacher_topk|chunk_log_likelihood_kernel|byte_log_probs_kernel"
-        if not re.search(no_rows, name):
-            assert re.search(r"STG\.E[.\w]*\.128", kernel), name
+    no_rows = "token_stats|teacher_topk|chunk_log_likelihood_kernel|byte_log_probs_kernel"
+    for name, instructions in packed.items():
+        assert any(x.load16 for x in instructions), name
+        assert re.search(no_rows, name) or any(x.store16 for x in instructions), name
+
+
+@needs_cuobjdump
+def test_no_access_to_local_memory(code):
+    used = {name: sum(x.local for x in instructions) for name, instructions in code.items()}
+    assert {name: n for name, n in used.items() if n} == {}
+
+
+# --- What the kernels may cost --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(build, code) -> dict[str, list[Recorded]]:
+    """By op and dtype, the counts of its kernels in this build."""
+    found = record(code, registers(build[0], "sm_90"))
+    return {
+        f"{op}, {dtype}": [Recorded.from_json(x) for x in parts]
+        for op, each in found.items()
+        for dtype, parts in each.items()
+    }
+
+
+def predicted(key: str, recorded: dict[str, list[Recorded]]) -> Prediction:
+    name, _, dtype = key.rpartition(", ")
+    launches = load()[1][name, dtype, 90]
+    return predict(OPS[name], dtype, GPUS["H200"], ROWS, VOCAB, recorded[key], launches)
+
+
+def test_every_op_has_limits():
+    """A new divergence may do without."""
+    names = {key.rpartition(", ")[0] for key in LIMITS}
+    assert {OPS[name].group for name in names} == {op.group for op in OPS.values()}
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("key", LIMITS)
+def test_kernels_stay_within_their_limits(key, recorded):
+    found, limit = predicted(key, recorded), LIMITS[key]
+    assert found.instructions <= limit.instructions[0]
+    assert found.of_roof >= limit.of_roof[0]
+    assert found.under_way >= limit.kib_under_way * 1024
+    assert found.checked <= limit.checked
+
+
+@needs_cuobjdump
+def test_recorded_instructions_are_those_of_the_kernels(recorded):
+    """Else: python -m benchmarks.predicted_time --record. Compilers differ a little."""
+    kept = {f"{op}, {dtype}": x for op, each in load()[0].items() for dtype, x in each.items()}
+    for key in kept:
+        before, now = predicted(key, kept), predicted(key, recorded)
+        assert now.instructions == pytest.approx(before.instructions, rel=0.05), key
+        assert now.mufu == pytest.approx(before.mufu, rel=0.05), key

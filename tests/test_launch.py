@@ -152,13 +152,7 @@ def test_every_launch_is_possible_and_holds_its_rows(capability):
 ROWS = ("short", "dtypes differ", "one pass", "short, one pass", "block per row", "warps' memory")
 ROWS += ("no rows",)
 
-HEAD = (
-    r": (?P<op>[\w.]+) \((?P<role>[^)]+)\) (?P<rows>\d+)x(?P<columns>\d+) (?P<dtype>\w+) "
-    r"sm_(?P<sm>\d+) threads=(?P<threads>\d+) cluster=(?P<cluster>\d+) shared=(?P<shared>\d+)"
-)
-LINE = re.compile(
-    rf"fastkd launch{HEAD} blocks=(?P<blocks>\d+) resident=(?P<resident>yes|no): (?P<reason>\S.*)"
-)
+HEAD, LINE = emulator.LAUNCH_HEAD, emulator.LAUNCH_LINE
 REFUSED = re.compile(
     rf"fastkd refused{HEAD}: the device cannot run this cluster; used instead: (?P<instead>\S.*)"
 )

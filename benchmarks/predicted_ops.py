@@ -1,0 +1,222 @@
+"""The calls whose time is predicted: which kernels run, in which passes, and how to make the call.
+
+This table is all that is written by hand about an op. Instructions come from the kernels' SASS,
+launches from the launch log. To follow a change of a kernel's passes, change its line here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastkd
+from benchmarks.shapes import BETAS, DIVERGENCES
+from benchmarks.time_model import Serial
+
+#: How a kernel's mangled name ends, by dtype.
+SOURCES = {
+    "bfloat16": r".*PackedSourceI(N\w*?)?8BFloat16E",
+    "float32": r".*PackedSourceIf(Lb[01])?E",
+}
+FLAT = {"bfloat16": r"(N\w*?)?8BFloat16E?Lb1E", "float32": r"fLb1E"}
+
+
+@dataclass(frozen=True)
+class Over:
+    """One pass over the rows, as the kernel's source has it."""
+
+    reads: int  # tensors, from memory or where an earlier pass stored them
+    writes: int = 0
+    again: bool = True  # reads what an earlier pass stored, if the rows stay in shared memory
+    mufu: int = 1  # at least so many MUFU operations an entry: tells passes of equal accesses apart
+    item: int = 0  # bytes of an entry in the packs, 0: the dtype's
+    rows: bool = True  # reads rows at all, not a list in shared memory
+    of: int = 0  # tensors that the loop can read, if more than this call has
+    store: int | None = None  # the only one of the loop's 16-byte stores that this call makes
+
+
+NOTHING = Serial()
+FIRST_PAIR, FIRST = Over(2, again=False), Over(1, again=False, of=2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kernel of a call."""
+
+    kernel: str  # pattern of the mangled name, before the dtype's
+    role: str  # pattern of its role in the launch log
+    passes: tuple[Over, ...]
+    serial: Serial = NOTHING
+    flat: bool = False  # a kernel over elements, not rows: see FLAT
+    kept: bool = False  # rows are in shared memory on every device
+
+    def pattern(self, dtype: str) -> str:
+        """Return the pattern of the kernel's mangled name."""
+        return self.kernel + (FLAT if self.flat else SOURCES)[dtype]
+
+
+@dataclass(frozen=True)
+class Op:
+    """A call."""
+
+    name: str
+    reads: int  # tensors that it reads and writes at least
+    writes: int
+    parts: tuple[Part, ...]
+    call: Callable[[Tensor, Tensor], Any]  # student, teacher: [rows, vocab]
+    gradient: bool = False  # of the student, with the call
+    k: int = 0
+
+    @property
+    def group(self) -> str:
+        """The name of the op without its variant."""
+        return self.name.split()[0]
+
+
+def _softmax_divergence(divergence: str, mangled: str, sums: bool) -> Op:
+    passes = (FIRST_PAIR, *([Over(2)] if sums else []), Over(2, 1))
+    kernel = f"softmax_divergence_kernelIN.*?{len(mangled)}{mangled}E"
+    # open, begin and publish; the state's merges, two cluster barriers a sum.
+    serial = Serial(leader=1000, merge=390 + 40 * sums, cluster_barriers=2 + 2 * sums)
+
+    def call(student: Tensor, teacher: Tensor) -> Tensor:
+        options: dict[str, Any] = {"divergence": divergence}
+        if divergence in BETAS:
+            options["beta"] = BETAS[divergence]
+        return fastkd.softmax_divergence(student, teacher, **options)
+
+    part = Part(kernel, "rows", passes, serial)
+    return Op(f"softmax_divergence {divergence}", 2, 1, (part,), call, gradient=True)
+
+
+#: Divergences whose value comes from the first pass.
+ONE_SUM = ("forward_kl", "reverse_kl", "cross_entropy")
+
+
+def _topk(k: int) -> Op:
+    # A stored token's pack is searched twice: by k reads, then by k reads for each entry.
+    serial = Serial(leader=1500, merge=200, cluster_barriers=2, searches=9)
+    part = Part("topk_divergence_kernel", "rows", (FIRST, Over(1, 1, of=2)), serial)
+
+    def call(student: Tensor, teacher: Tensor) -> Tensor:
+        best = teacher.float().log_softmax(-1).topk(k)
+        return fastkd.topk_divergence(student, best.values, best.indices)
+
+    return Op(f"topk_divergence k={k}", 1, 1, (part,), call, gradient=True, k=k)
+
+
+def _chunks(student: Tensor, _: Tensor) -> Tensor:
+    rows, vocab = student.shape
+    ids = torch.arange(rows) % vocab
+    boundary = torch.arange(vocab) % 3 == 0
+    found = fastkd.chunk_log_likelihood(
+        student, ids, torch.arange(rows) // 2, -(-rows // 2), boundary=boundary
+    )
+    return found[0].sum()
+
+
+def _bytes(student: Tensor, _: Tensor) -> Tensor:
+    from benchmarks.byte_level import vocabulary
+
+    return fastkd.byte_log_probs(student, vocabulary(student.size(-1)))
+
+
+def _kl_div(student: Tensor, teacher: Tensor) -> Tensor:
+    return fastkd.kl_div(student, teacher.abs(), reduction="batchmean")
+
+
+_CHUNK_SUM = Part("chunk_log_likelihood_kernel", "rows", (FIRST,), Serial(leader=500))
+_CHUNK_GRADIENT = Part(
+    "chunk_gradient_kernel", "gradient", (Over(1, 1, again=False, of=2),), Serial(leader=300)
+)
+
+OPS = {
+    op.name: op
+    for op in (
+        *(
+            _softmax_divergence(d, d.title().replace("_", ""), d not in ONE_SUM)
+            for d in DIVERGENCES
+        ),
+        Op(
+            "token_stats pair",
+            *(2, 0),
+            (
+                Part(
+                    "token_stats_kernelILb1E",
+                    "rows",
+                    (FIRST_PAIR, Over(2)),
+                    Serial(leader=1000, merge=430, cluster_barriers=4),
+                ),
+            ),
+            fastkd.token_stats,
+        ),
+        Op(
+            "teacher_topk k=64",
+            *(1, 0),
+            (
+                Part(
+                    "teacher_topk_kernel",
+                    "rows",
+                    (FIRST, Over(1, mufu=0, of=2)),
+                    Serial(leader=1500, merge=100, cluster_barriers=6),
+                ),
+            ),
+            lambda student, teacher: fastkd.teacher_topk(teacher, 64),
+            k=64,
+        ),
+        _topk(64),
+        _topk(512),
+        Op(
+            "clipped_divergence fixed bounds",
+            *(2, 1),
+            (
+                Part(
+                    "clipped_divergence_kernel",
+                    "rows",
+                    (FIRST_PAIR, Over(2), Over(2, 1)),
+                    Serial(leader=1200, merge=430, cluster_barriers=4),
+                ),
+            ),
+            lambda student, teacher: fastkd.clipped_divergence(student, teacher, 1e-6, 0.5),
+            gradient=True,
+        ),
+        Op("chunk_log_likelihood forward", 1, 0, (_CHUNK_SUM,), _chunks),
+        Op(
+            "chunk_log_likelihood backward",
+            *(2, 1),
+            (_CHUNK_SUM, _CHUNK_GRADIENT),
+            _chunks,
+            gradient=True,
+        ),
+        Op(
+            "byte_log_probs forward",
+            *(1, 0),
+            (
+                Part(
+                    "byte_log_probs_kernel",
+                    "rows|slices",
+                    (Over(1, again=False, mufu=0), Over(1, item=2, rows=False)),
+                    Serial(leader=1500, cluster_barriers=2),
+                    kept=True,
+                ),
+            ),
+            _bytes,
+        ),
+        Op(
+            "kl_div",
+            *(2, 1),
+            (
+                Part(
+                    "kl_div_kernelILb0E",
+                    "terms",
+                    (Over(2, 1, again=False, store=1),),  # stores: terms, input's, target's
+                    flat=True,
+                ),
+            ),
+            _kl_div,
+            gradient=True,
+        ),
+    )
+}
