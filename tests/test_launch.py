@@ -35,7 +35,8 @@ REASONS = {
 }
 OLD, LARGE, SMALL = (75, 80, 86, 89), (90, 100), (120,)  # no clusters; 227 KiB and clusters; 99 KiB
 EVERYWHERE = (*OLD, *LARGE, *SMALL)
-REREAD_OLD = (192, 0, 1, False, 0, "exceeds 1")
+AHEAD = (4 * 192 + 2) * 16  # bytes of 4 packs a thread, and of a row's two ends
+REREAD_OLD = (192, 0, 1, False, AHEAD, "exceeds 1")
 # (capabilities, bytes per element, vocab, tensors): threads, rows per block with one warp each
 # (0: a row has a block or cluster), blocks per row, resident, bytes of a row per block, reason.
 TABLE = [
@@ -44,38 +45,38 @@ TABLE = [
     ((EVERYWHERE, 2, 2041, 2), (192, 0, 1, True, 4112, "half")),
     ((EVERYWHERE, 4, 1024, 2), (192, 0, 1, True, 4112, "half")),
     ((EVERYWHERE, 2, 4096, 2), (192, 0, 1, True, 8208, "half")),
-    (((75,), 4, 4096, 2), (192, 0, 1, True, 16_400, "whole")),
+    (((75,), 4, 4096, 2), (384, 0, 1, True, 16_400, "whole")),
     (((80, 86, 89, *LARGE, *SMALL), 4, 4096, 2), (192, 0, 1, True, 16_400, "half")),
     (((75, 86, 89), 2, 32_000, 2), REREAD_OLD),
-    (((80,), 2, 32_000, 2), (192, 0, 1, True, 64_016, "whole")),
+    (((80,), 2, 32_000, 2), (384, 0, 1, True, 64_016, "whole")),
     ((LARGE, 2, 32_000, 2), (192, 0, 2, True, 32_016, "half")),
     # With half of 99 KiB it would take 4 blocks, whose parts of a row have less than 16 KiB.
-    ((SMALL, 2, 32_000, 2), (192, 0, 2, True, 32_016, "whole")),
+    ((SMALL, 2, 32_000, 2), (384, 0, 2, True, 32_016, "whole")),
     ((OLD, 4, 32_000, 2), REREAD_OLD),
     ((LARGE, 4, 32_000, 2), (192, 0, 4, True, 32_016, "half")),
-    ((SMALL, 4, 32_000, 2), (192, 0, 4, True, 32_016, "whole")),
+    ((SMALL, 4, 32_000, 2), (384, 0, 4, True, 32_016, "whole")),
     ((OLD, 2, 50_257, 2), REREAD_OLD),
     ((LARGE, 2, 50_257, 2), (192, 0, 2, True, 50_272, "half")),
-    ((SMALL, 2, 50_257, 2), (192, 0, 2, True, 50_272, "whole")),
+    ((SMALL, 2, 50_257, 2), (384, 0, 2, True, 50_272, "whole")),
     ((LARGE, 4, 50_257, 2), (192, 0, 4, True, 50_272, "half")),
     ((OLD, 2, 128_256, 2), REREAD_OLD),
     ((LARGE, 2, 128_256, 2), (192, 0, 8, True, 32_080, "half")),
-    ((SMALL, 2, 128_256, 2), (192, 0, 8, True, 32_080, "whole")),
-    ((LARGE, 4, 128_256, 2), (192, 0, 8, True, 64_144, "whole")),
-    ((SMALL, 4, 128_256, 2), (192, 0, 1, False, 0, "exceeds 8")),
+    ((SMALL, 2, 128_256, 2), (384, 0, 8, True, 32_080, "whole")),
+    ((LARGE, 4, 128_256, 2), (384, 0, 8, True, 64_144, "whole")),
+    ((SMALL, 4, 128_256, 2), (192, 0, 1, False, AHEAD, "exceeds 8")),
     ((OLD, 2, 151_936, 2), REREAD_OLD),
     ((LARGE, 2, 151_936, 2), (192, 0, 8, True, 38_000, "half")),
-    ((SMALL, 2, 151_936, 2), (192, 0, 8, True, 38_000, "whole")),
-    ((LARGE, 4, 151_936, 2), (192, 0, 8, True, 75_984, "whole")),
-    ((LARGE, 2, 262_144, 2), (192, 0, 8, True, 65_552, "whole")),
-    ((LARGE, 4, 262_144, 2), (192, 0, 16, True, 65_552, "sixteen")),
-    ((SMALL, 2, 262_144, 2), (192, 0, 1, False, 0, "exceeds 8")),
-    ((LARGE, 4, 500_000, 2), (192, 0, 1, False, 0, "exceeds 16")),
+    ((SMALL, 2, 151_936, 2), (384, 0, 8, True, 38_000, "whole")),
+    ((LARGE, 4, 151_936, 2), (384, 0, 8, True, 75_984, "whole")),
+    ((LARGE, 2, 262_144, 2), (384, 0, 8, True, 65_552, "whole")),
+    ((LARGE, 4, 262_144, 2), (384, 0, 16, True, 65_552, "sixteen")),
+    ((SMALL, 2, 262_144, 2), (192, 0, 1, False, AHEAD, "exceeds 8")),
+    ((LARGE, 4, 500_000, 2), (192, 0, 1, False, AHEAD, "exceeds 16")),
     # One tensor: topk_divergence, teacher_topk, token_stats of a student alone.
-    (((80,), 2, 50_257, 1), (192, 0, 1, True, 100_544, "whole")),
+    (((80,), 2, 50_257, 1), (384, 0, 1, True, 100_544, "whole")),
     ((LARGE, 2, 50_257, 1), (192, 0, 1, True, 100_544, "half")),
-    ((LARGE, 4, 262_144, 1), (192, 0, 8, True, 131_088, "whole")),
-    ((SMALL, 4, 151_936, 1), (192, 0, 8, True, 75_984, "whole")),
+    ((LARGE, 4, 262_144, 1), (384, 0, 8, True, 131_088, "whole")),
+    ((SMALL, 4, 151_936, 1), (384, 0, 8, True, 75_984, "whole")),
 ]
 
 
@@ -87,11 +88,12 @@ class _RowLaunch(ctypes.Structure):
     ]
 
 
-def policy(capability, element, vocab, tensors=2, *, overhead=0, packed=True):
+def policy(capability, element, vocab, tensors=2, *, overhead=0, packed=True, threads=192):
     """(threads, warp_rows, cluster, resident, slice_bytes, reason), as row_launch returns them."""
     out, size = _RowLaunch(), ctypes.c_longlong
     emulator.library().simt_row_launch(
-        *(capability, element, size(vocab), size(overhead), packed, tensors), ctypes.byref(out)
+        *(capability, element, size(vocab), size(overhead), packed, tensors, threads),
+        ctypes.byref(out),
     )
     (reason,) = [name for name, text in REASONS.items() if text in out.reason.decode()]
     numbers = (out.threads, out.warp_rows, out.cluster, bool(out.resident), out.slice_bytes)
@@ -118,7 +120,7 @@ def test_what_a_team_needs_besides_its_rows_counts():
     room = (227 + 1) * 1024 // 2 - 1024 - 2 * 38_000
     fitting = (192, 0, 8, True, 38_000, "half")
     assert policy(90, 2, 151_936, overhead=room) == fitting
-    larger = (192, 0, 4, True, 75_984, "whole")  # with one block per multiprocessor 4 are enough
+    larger = (384, 0, 4, True, 75_984, "whole")  # with one block per multiprocessor 4 are enough
     assert policy(90, 2, 151_936, overhead=room + 1) == larger
 
 
@@ -135,11 +137,13 @@ def test_every_launch_is_possible_and_holds_its_rows(capability):
             for vocab in (*range(1, 40), *np.unique(np.geomspace(40, 2e6, 300).astype(int))):
                 found = policy(capability, element, int(vocab), tensors, overhead=2000)
                 threads, warp_rows, cluster, resident, size, _ = found
-                assert threads in (32, 128, 192), vocab
+                assert threads in (128, 192, 384), vocab
                 assert cluster <= most, vocab
                 if warp_rows:
                     assert (warp_rows, cluster, resident) == (threads // 32, 1, True), vocab
                     assert size <= 4096, vocab
+                if not resident:
+                    assert tensors * size + 2000 <= shared * 1024, vocab
                 if resident:
                     assert size % 16 == 0, vocab
                     assert cluster * size >= vocab * element, vocab
@@ -193,7 +197,7 @@ def test_a_line_has_the_launch(log, capability):
     assert rows.expand(r"\g<op> \g<role> \g<rows>x\g<columns> \g<dtype>") == (
         "softmax_divergence rows 2x32000 bfloat16"
     )
-    threads, _, cluster, resident, size, reason = policy(capability, 2, 32_000, overhead=2000)
+    threads, _, cluster, resident, size, reason = policy(capability, 2, 32_000, overhead=2000, threads=256)
     assert [int(rows[k]) for k in ("sm", "threads", "cluster")] == [capability, threads, cluster]
     assert int(rows["blocks"]) == 2 * cluster
     assert rows["resident"] == ("yes" if resident else "no")
@@ -206,7 +210,7 @@ def test_a_line_has_the_launch(log, capability):
     ("call", "threads", "blocks", "resident", "reason"),
     [
         ("short", 128, 2, "yes", "one warp per row, 4 rows per block"),
-        ("dtypes differ", 192, 2, "no", "rows are read element by element"),
+        ("dtypes differ", 256, 2, "no", "rows are read element by element"),
         ("one pass", 192, 2, "no", "there is one pass"),
         ("short, one pass", 128, 2, "no", "4 rows per block; there is one pass"),
         ("block per row", 128, 2, "yes", "this op needs a whole block"),
@@ -222,7 +226,7 @@ def test_reasons(log, call, threads, blocks, resident, reason):
 
 def test_a_refused_cluster_is_said_with_what_runs_instead(log):
     refused, rows, _ = log["refused"]
-    threads, _, cluster, *_ = policy(90, 2, 32_000, overhead=2000)
+    threads, _, cluster, *_ = policy(90, 2, 32_000, overhead=2000, threads=256)
     assert refused.re is REFUSED
     assert (int(refused["threads"]), int(refused["cluster"])) == (threads, cluster)
     assert refused["instead"] == (

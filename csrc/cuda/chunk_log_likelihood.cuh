@@ -13,6 +13,7 @@
 // of bounds.
 #pragma once
 #include "../math/logit_sum.h"
+#include "common/fast_sum.cuh"
 #include "common/sources.cuh"
 
 namespace fastkd::cuda {
@@ -121,43 +122,16 @@ struct ChunkSums {
   double all, boundary;
 };
 
-// A thread's share of ChunkSums, relative to an origin near the thread's largest logit so far.
-struct ChunkShare {
-  float origin = -INFINITY, all = 0, boundary = 0;
-
-  // in: bit j says whether z[j] is in the boundary set.
-  template <int kSize>
-  __device__ __forceinline__ void add(const float (&z)[kSize], unsigned in, float scale) {
-    float largest = z[0];
-#pragma unroll
-    for (int j = 1; j < kSize; ++j) largest = z[j] > largest ? z[j] : largest;
-    if (origin == -INFINITY || (largest - origin) * scale > 8) raise(at_least(origin, largest), scale);
-    const float zero = origin == -INFINITY ? 0 : origin;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const float e = exp2_of((z[j] - zero) * scale);
-      all += e;
-      boundary += in >> j & 1 ? e : 0;
-    }
-  }
-
-  __device__ __forceinline__ void raise(float to, float scale) {
-    if (to == origin) return;
-    const float factor = exp2_of((origin - to) * scale);  // 0 if there was no origin yet; the sums are 0 then
-    all *= factor;
-    boundary *= factor;
-    origin = to;
-  }
-
-  // The team's sums and their origin, in every thread. Contains barriers.
-  __device__ ChunkSums total(const Team& team, float scale) {
-    raise(team.block_sum(origin, [](float& a, float next) { a = at_least(a, next); }, /*everywhere=*/true), scale);
-    return team.block_sum(
-        ChunkSums{all, boundary},
-        [](ChunkSums& a, const ChunkSums& next) { a = {a.all + next.all, a.boundary + next.boundary}; },
-        /*everywhere=*/true);
-  }
-};
+// The team's sums and their origin, mine.origin, in every thread. The boundary set's columns are marked. Contains
+// barriers.
+template <class Item>
+__device__ ChunkSums total(const Team& team, FastSum<Item>& mine) {
+  mine.raise(team.block_sum(mine.origin, [](float& a, float next) { a = at_least(a, next); }, /*everywhere=*/true));
+  return team.block_sum(
+      ChunkSums{mine.sum, mine.marked},
+      [](ChunkSums& a, const ChunkSums& next) { a = {a.all + next.all, a.boundary + next.boundary}; },
+      /*everywhere=*/true);
+}
 
 // The forward pass over a row.
 template <class Source>
@@ -186,14 +160,29 @@ struct ChunkSumWorker {
     if (!parameters.scored && parameters.ended < 0) return;
     if (parameters.ended >= 0) set.fetch();
     const float scale = float(arguments.to_base_2);
-    ChunkShare mine;
+    FastSum<typename Source::Item> mine(scale, 0);
     source.start(team);
-    for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
+    RowPass<true, Source> pass(source, team, false);
+    const auto marks = [&](int pack) { return set.template from<kSize>(source.column(pack)); };
+    const auto careful = [&](int pack, const typename Source::Raw& raw) {
       float z[kSize];
       widen(raw, z);
-      mine.add(z, parameters.ended >= 0 ? set.template from<kSize>(source.column(pack)) : 0, scale);
-    });
-    const ChunkSums sums = mine.total(team, scale);
+      mine.add(z, parameters.ended >= 0 ? marks(pack) : 0);
+    };
+    if constexpr (!Source::kPacked) {
+      for_packs(pass, careful);
+    } else if (parameters.ended >= 0) {
+      for_packs(
+          pass,
+          [&](int pack, const typename Source::Raw& raw) {
+            return mine.template add_fast</*kMarks=*/true>(raw.student, marks(pack));
+          },
+          careful);
+    } else {
+      for_packs(
+          pass, [&](int, const typename Source::Raw& raw) { return mine.add_fast(raw.student); }, careful);
+    }
+    const ChunkSums sums = total(team, mine);
     const double origin = mine.origin, nan_or_zero = (origin - origin) + (sums.all - sums.all);
     LogNormalizer of_set{origin, ::log(sums.boundary)};
     // The set's share of the row underflows beside the rest, or nearly does.
@@ -218,16 +207,16 @@ struct ChunkSumWorker {
 
   // The boundary set's sum, relative to the set's own largest logit.
   __device__ LogNormalizer rare_boundary(const Source& source, float scale) const {
-    ChunkShare mine;
+    FastSum<typename Source::Item> mine(scale, 0);
     for_packs<false>(source, team, /*backwards=*/true, [&](int pack, const typename Source::Raw& raw) {
       float z[kSize];
       widen(raw, z);
       const unsigned in = set.template from<kSize>(source.column(pack));
 #pragma unroll
       for (int j = 0; j < kSize; ++j) z[j] = in >> j & 1 ? z[j] : -INFINITY;
-      mine.add(z, 0, scale);
+      mine.add(z);
     });
-    const double sum = mine.total(team, scale).all;
+    const double sum = total(team, mine).all;
     return {double(mine.origin), ::log(sum)};
   }
 

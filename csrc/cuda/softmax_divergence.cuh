@@ -362,7 +362,8 @@ struct RowWorker {
    private:
     // kLabelApart: the label's softmax has another temperature than q.
     template <bool kLabelApart>
-    __device__ __forceinline__ typename Source::Out words(typename Source::Raw raw) const {
+    __device__ __forceinline__ typename Source::Out words(const typename Source::Raw& given) const {
+      typename Source::Raw raw = given;
       if constexpr (kQuick) raw = quick_pack.raised(raw);
       typename Source::Out out{};
 #pragma unroll
@@ -373,7 +374,7 @@ struct RowWorker {
           const int place = k * Source::kWord + j;
           const Real u = Source::student_of(raw, place), w = Source::teacher_of(raw, place);
           word[j] = entry(u, w);
-          if constexpr (kLabelApart) word[j] += label_share(u, parameters);
+          if constexpr (kLabelApart) word[j] += label_share(Source::student_of(given, place), parameters);
         }
         set_word(out, k, word_from<Item>(word));
       }

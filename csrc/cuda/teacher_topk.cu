@@ -11,6 +11,7 @@
 
 #include "../arguments/teacher_topk_entry.h"
 #include "../math/logit_sum.h"
+#include "common/fast_sum.cuh"
 #include "common/radix_select.cuh"
 #include "common/register.h"
 #include "common/sources.cuh"
@@ -46,30 +47,14 @@ static_assert(RadixSelect::kBinsBytes >= kMaxK * sizeof(uint64_t));
 constexpr int64_t kTeamBytes = sizeof(SelectShared);
 static_assert(kTeamBytes % 16 == 0);
 
-// A thread's share of sum_v 2^(z_v scale), relative to an origin near the thread's largest logit so far.
-struct SumShare {
-  float origin = -INFINITY, sum = 0;
-
-  template <int kSize>
-  __device__ __forceinline__ void add(const float (&z)[kSize], float largest, float scale) {
-    if (origin == -INFINITY || (largest - origin) * scale > 8) raise(at_least(origin, largest), scale);
-    const float zero = origin == -INFINITY ? 0 : origin;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) sum += exp2_of((z[j] - zero) * scale);
-  }
-  __device__ __forceinline__ void raise(float to, float scale) {
-    if (to == origin) return;
-    sum *= exp2_of((origin - to) * scale);  // a factor of 0 if there was no origin yet; the sum is 0 then
-    origin = to;
-  }
-};
-
 template <class Source>
 struct SelectWorker {
   static constexpr int kSize = Source::kSize;
   // How many packs each thread reads first, to obtain a lower bound of the k-th largest.
   static constexpr int kFirstPacks = 32 / kSize;
   using Raw = typename Source::Raw;
+  using Item = typename Source::Item;
+  using Sum = FastSum<Item>;
 
   const SelectArguments& arguments;
   const Team& team;
@@ -80,7 +65,7 @@ struct SelectWorker {
     open(row, select);
     const SelectParameters begun = shared_load(&shared.parameters);
     const double to_base_2 = kLog2E / begun.temperature;
-    const SumShare sum = first_pass(source, float(to_base_2), select);
+    const Sum sum = first_pass(source, float(to_base_2), select);
     if (!normalize(sum, to_base_2)) {  // NaN, or no finite logit: the row has no order
       if (team.rank == 0) write_lost(row);
       return;
@@ -121,8 +106,17 @@ struct SelectWorker {
   // Whether a column is in the row: packs may begin before the row and end after it.
   __device__ __forceinline__ bool in_row(int column) const { return unsigned(column) < unsigned(arguments.vocab); }
 
-  __device__ SumShare first_pass(const Source& source, float scale, const RadixSelect& select) const {
-    SumShare mine;
+  // Packs with nothing to compare: all logits are below `least`.
+  static __device__ __forceinline__ PackRange<Item> packs_below(float least) {
+    PackRange<Item> range;
+    // The largest number below; that of 0 is not -0.
+    const float below = least == 0 ? -1.4e-45f : from_ordered(ordered(least) - 1);
+    if (least > -INFINITY) range.set(-INFINITY, below);
+    return range;
+  }
+
+  __device__ Sum first_pass(const Source& source, float scale, const RadixSelect& select) const {
+    Sum mine(scale, 0);
     float least = -INFINITY;
     int end = source.packs();
     if (end > kFirstPacks * team.threads) end = kFirstPacks * team.threads;
@@ -130,12 +124,16 @@ struct SelectWorker {
     RowPass<true, Source> pass(source, team, false);
 #pragma unroll 1
     while (true) {
+      const PackRange<Item> uninteresting = packs_below(least);
 #pragma unroll 1
       for (; pass.more(end); pass.advance()) {
         const Raw raw = pass.take();
+        if constexpr (Source::kPacked) {
+          if (uninteresting.below(raw.student) && mine.add_fast(raw.student)) continue;
+        }
         float z[kSize];
         const float largest = widen(raw, z);
-        mine.add(z, largest, scale);
+        mine.add(z);
         if (!(largest >= least)) continue;
         const int column = source.column(pass.pack);
 #pragma unroll
@@ -151,10 +149,10 @@ struct SelectWorker {
   }
 
   // Writes the whole row's sum to the parameters. Returns false where no logit is finite, or one is NaN or +inf.
-  __device__ bool normalize(SumShare mine, double to_base_2) const {
+  __device__ bool normalize(Sum mine, double to_base_2) const {
     const auto larger = [](float& all, float next) { all = at_least(all, next); };
     const float origin = team.block_sum(mine.origin, larger, /*everywhere=*/true);
-    mine.raise(origin, float(to_base_2));
+    mine.raise(origin);
     const double sum = team.block_sum(double(mine.sum), [](double& all, double next) { all += next; });
     const LogitSum all = team.cluster_sum(LogitSum{double(origin), sum},
                                           [&](LogitSum& into, const LogitSum& next) { into.merge(next, to_base_2); });
@@ -171,7 +169,11 @@ struct SelectWorker {
   template <class Body>
   __device__ void for_keys(const Source& source, uint64_t from, bool backwards, const Body& body) const {
     const float least = from_ordered(unsigned(from >> arguments.column_bits));
+    const PackRange<Item> uninteresting = packs_below(least);
     for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
+      if constexpr (Source::kPacked) {
+        if (uninteresting.below(raw.student)) return;
+      }
       float z[kSize];
       if (!(widen(raw, z) >= least)) return;
       const int column = source.column(pack);

@@ -11,9 +11,9 @@ struct SimtRowLaunch {
 
 __attribute__((visibility("default"))) void simt_row_launch(int capability, int element_size, long long vocab,
                                                             long long overhead, int packed, int tensors,
-                                                            SimtRowLaunch* out) {
+                                                            int threads, SimtRowLaunch* out) {
   using namespace fastkd::cuda;
-  const RowLaunch launch = row_launch(capability, element_size, vocab, overhead, packed != 0, tensors);
+  const RowLaunch launch = row_launch(capability, element_size, vocab, overhead, packed != 0, tensors, threads);
   *out = {launch.threads,  launch.warp_rows,   launch.cluster,
           launch.resident, launch.slice_bytes, text_of(launch.reason)};
 }

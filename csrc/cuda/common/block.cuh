@@ -24,6 +24,23 @@ __device__ __forceinline__ T shuffle_xor(const T& value, int lane_mask) {
 #endif
 }
 
+// One of two values, word by word: choosing between their addresses would put both into local memory.
+template <class T>
+__device__ __forceinline__ T chosen(bool first, const T& a, const T& b) {
+#ifdef FASTKD_SIMT
+  return first ? a : b;
+#else
+  unsigned words[sizeof(T) / 4], others[sizeof(T) / 4];
+  memcpy(words, &a, sizeof(T));
+  memcpy(others, &b, sizeof(T));
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 4); ++i) words[i] = first ? words[i] : others[i];
+  T out;
+  memcpy(&out, words, sizeof(T));
+  return out;
+#endif
+}
+
 // Reduces over groups of `lanes` lanes, a power of two. merge(all, next) must be associative up to rounding and accept
 // its arguments in either order.
 template <class T, class Merge>
@@ -33,8 +50,8 @@ __device__ __forceinline__ T lanes_reduce(T value, const Merge& merge, int lanes
     const T other = shuffle_xor(value, step);
     // Both lanes merge in the same order, the lower lane's value first, so that both get the same result.
     const bool lower = (threadIdx.x & step) == 0;
-    T all = lower ? value : other;
-    merge(all, lower ? other : value);
+    T all = chosen(lower, value, other);
+    merge(all, chosen(lower, other, value));
     value = all;
   }
   return value;

@@ -25,22 +25,26 @@ struct NormalizerShift {
   }
 };
 
-// A thread's share of the sum, and of the same sum at a second scale (0: not wanted), of a row of T. Packs whose logits
+// A thread's share of the sum over a row of T, of the same sum at a second scale (0: not wanted), and of the sum over
+// marked columns. Packs whose logits
 // are not far above the origin are added by add_fast, relative to a shift: the origin times the scale, rounded, so that
 // an exponent takes one multiply-add. Other packs are added by add, which may raise the origin.
 template <class T>
 struct FastSum {
   float scale, second_scale;
-  float origin = -INFINITY, sum = 0, second = 0;
+  float origin = -INFINITY, sum = 0, second = 0, marked = 0;
 
   __device__ __forceinline__ FastSum(float by, float second_by) : scale(by), second_scale(second_by) {}
 
-  // Returns false for a pack that has to be added by add.
-  __device__ __forceinline__ bool add_fast(const uint4& pack) {
+  // Returns false for a pack that has to be added by add. marks: bit j says whether element j is marked.
+  template <bool kMarks = false>
+  __device__ __forceinline__ bool add_fast(const uint4& pack, unsigned marks = 0) {
     if (!range_.below(pack)) return false;
 #pragma unroll
     for (int j = 0; j < Packed<T>::kSize; ++j) {
-      fast_ += exp2_fast(fused(item_of<T>(pack, j), scale, -shift_));
+      const float e = exp2_fast(fused(item_of<T>(pack, j), scale, -shift_));
+      fast_ += e;
+      if constexpr (kMarks) fast_marked_ += marks >> j & 1 ? e : 0;
     }
     if (second_scale != 0) {
 #pragma unroll
@@ -50,7 +54,7 @@ struct FastSum {
   }
 
   template <int kSize>
-  __device__ __forceinline__ void add(const float (&z)[kSize]) {
+  __device__ __forceinline__ void add(const float (&z)[kSize], unsigned marks = 0) {
     float top = z[0];
 #pragma unroll
     for (int j = 1; j < kSize; ++j) top = z[j] > top ? z[j] : top;
@@ -58,7 +62,9 @@ struct FastSum {
     const float zero = origin == -INFINITY ? 0 : origin;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      sum += exp2_of((z[j] - zero) * scale);
+      const float e = exp2_of((z[j] - zero) * scale);
+      sum += e;
+      marked += marks >> j & 1 ? e : 0;
       if (second_scale != 0) second += exp2_of((z[j] - zero) * second_scale);
     }
   }
@@ -66,11 +72,16 @@ struct FastSum {
   // Converts the sums to a larger origin. To be called once after the row's last pack, too.
   __device__ __forceinline__ void raise(float to) {
     // The exponents of the fast sum lack the rounding of the shift.
-    if (fast_ != 0) sum += fast_ * exp2_of(fused(-origin, scale, shift_));
-    fast_ = 0;
+    if (fast_ != 0) {
+      const float factor = exp2_of(fused(-origin, scale, shift_));
+      sum += fast_ * factor;
+      marked += fast_marked_ * factor;
+    }
+    fast_ = fast_marked_ = 0;
     if (to != origin) {
       const float step = origin - to;  // -inf if there was no origin yet; the sums are 0 then
       sum *= exp2_of(step * scale);
+      marked *= exp2_of(step * scale);
       second *= exp2_of(step * second_scale);
       origin = to;
     }
@@ -80,7 +91,7 @@ struct FastSum {
   }
 
  private:
-  float fast_ = 0, shift_ = 0;
+  float fast_ = 0, fast_marked_ = 0, shift_ = 0;
   PackRange<T> range_;  // of the packs that add_fast takes; at first none
 };
 
