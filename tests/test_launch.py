@@ -197,7 +197,9 @@ def test_a_line_has_the_launch(log, capability):
     assert rows.expand(r"\g<op> \g<role> \g<rows>x\g<columns> \g<dtype>") == (
         "softmax_divergence rows 2x32000 bfloat16"
     )
-    threads, _, cluster, resident, size, reason = policy(capability, 2, 32_000, overhead=2000, threads=256)
+    threads, _, cluster, resident, size, reason = policy(
+        capability, 2, 32_000, overhead=2000, threads=256
+    )
     assert [int(rows[k]) for k in ("sm", "threads", "cluster")] == [capability, threads, cluster]
     assert int(rows["blocks"]) == 2 * cluster
     assert rows["resident"] == ("yes" if resident else "no")

@@ -428,7 +428,8 @@ struct Cuda {
     a.gradient = device_rows(gradient, problem.leading, kByteLogProbs);
     a.sums = static_cast<double*>(sums.data_ptr());
     a.grad_output = static_cast<const float*>(grad_output.data_ptr());
-    with_source<false>(kind_of(a), [&](auto source, int) { launch_gradient<typename decltype(source)::Type>(device, a); });
+    with_source<false>(kind_of(a),
+                       [&](auto source, int) { launch_gradient<typename decltype(source)::Type>(device, a); });
   }
 };
 

@@ -164,7 +164,8 @@ void launch_rows(const char* role, const Device& device, const ChunkArguments& a
     const int64_t used = few ? kFlatBlocks : teams_of(blocks, 1);
     launch.teams = used * block_rows;
     device.launch({role, launch}, kernel_of(source), used, launch.threads,
-                  block_rows * (chunk_team_bytes(arguments.boundary, by_warp) + launch.slice_bytes), 1, arguments, launch);
+                  block_rows * (chunk_team_bytes(arguments.boundary, by_warp) + launch.slice_bytes), 1, arguments,
+                  launch);
   });
 }
 

@@ -179,8 +179,7 @@ struct ChunkSumWorker {
           },
           careful);
     } else {
-      for_packs(
-          pass, [&](int, const typename Source::Raw& raw) { return mine.add_fast(raw.student); }, careful);
+      for_packs(pass, [&](int, const typename Source::Raw& raw) { return mine.add_fast(raw.student); }, careful);
     }
     const ChunkSums sums = total(team, mine);
     const double origin = mine.origin, nan_or_zero = (origin - origin) + (sums.all - sums.all);

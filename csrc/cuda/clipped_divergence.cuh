@@ -268,7 +268,9 @@ struct ClipTeacher<PackedSource<T>> {
   const Rows rows;
 
   __device__ explicit ClipTeacher(const PackedSource<T>& source) : rows(source.teacher_alone()) {}
-  static __device__ __forceinline__ float logit(const typename Rows::Raw& raw, int j) { return Rows::student_of(raw, j); }
+  static __device__ __forceinline__ float logit(const typename Rows::Raw& raw, int j) {
+    return Rows::student_of(raw, j);
+  }
 };
 
 template <>

@@ -86,8 +86,8 @@ struct RowLeader {
     parameters.factors = GradientFactors<Real>(task, plan);
     parameters.student_mean = Mean<Real>(plan.student_mean);
     parameters.teacher_mean = Mean<Real>(plan.teacher_mean);
-    parameters.centre = Mean<Real>((plan.student_mean * kLog2E + (plan.student_lse - plan.teacher_lse)) /
-                                   double(plan.student_scale));
+    parameters.centre =
+        Mean<Real>((plan.student_mean * kLog2E + (plan.student_lse - plan.teacher_lse)) / double(plan.student_scale));
     parameters.student_shift = {plan.student_scale, plan.student_origin, plan.student_lse};
     parameters.teacher_shift = {plan.teacher_scale, plan.teacher_origin, plan.teacher_lse};
     parameters.label_shift = Real(plan.label_lse);
@@ -188,7 +188,7 @@ struct RowWorker {
     const Divergence divergence{parameters.beta};
     ThreadSums<kNear, Divergence, Real> mine;
     for_packs<false>(source, team, backwards, [&](int, typename Source::Raw raw) {
-      // A few entries are processed at a time: the logarithms of a whole pack would need too many registers.
+    // A few entries are processed at a time: the logarithms of a whole pack would need too many registers.
 #pragma unroll 1
       for (int words = kSize / Source::kWord; words > 0; --words, Source::next_word(raw)) {
 #pragma unroll
@@ -226,9 +226,8 @@ struct RowWorker {
       return {u_range.raised(raw.student), w_range.raised(raw.teacher)};
     }
     __device__ __forceinline__ QuickTerms<Real> terms(Real u, Real w) const {
-      return divergence.terms(
-          fused(u, parameters.student_scale, -parameters.student_shift.shift),
-          fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift) + rest);
+      return divergence.terms(fused(u, parameters.student_scale, -parameters.student_shift.shift),
+                              fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift) + rest);
     }
   };
 
@@ -248,7 +247,11 @@ struct RowWorker {
     const QuickScales<double> scales = pack.divergence.scales();
     const double unit = parameters.student_shift.unit;
     const Sums mine{unit * (scales.f * double(f) + scales.f_from_g * double(qg)),
-                    unit * (scales.g * double(qg) + scales.g_offset * double(q)), 0, unit * double(q), 0, 0};
+                    unit * (scales.g * double(qg) + scales.g_offset * double(q)),
+                    0,
+                    unit * double(q),
+                    0,
+                    0};
     return team.sum(mine, [](Sums& all, const Sums& next) { all.add(next); });
   }
 
@@ -393,8 +396,8 @@ struct RowWorker {
     }
   };
 
-  // The pack of f(student's logit, teacher's logit, outcome, place in the pack) for each entry. A few entries are processed at a time:
-  // the logarithms of a whole pack would need too many registers.
+  // The pack of f(student's logit, teacher's logit, outcome, place in the pack) for each entry. A few entries are
+  // processed at a time: the logarithms of a whole pack would need too many registers.
   template <bool kNear, class Function>
   __device__ __forceinline__ typename Source::Out map(typename Source::Raw raw, const RowParameters<Real>& parameters,
                                                       const Function& f) const {

@@ -143,7 +143,8 @@ struct ThreadState {
 };
 
 // Sums of pass 1 over packs whose entries need no care: finite log-ratios, and logits not far above the origins. They
-// are relative to shifts, the origins times their scales rounded, so that an exponent takes one multiply-add. In base 2.
+// are relative to shifts, the origins times their scales rounded, so that an exponent takes one multiply-add. In
+// base 2.
 template <class Source, Pass kPass>
 struct FastSums {
   using Real = typename Source::Real;
@@ -187,7 +188,8 @@ struct FastSums {
     const Real u_factor = exp2_of(u_rest), w_factor = exp2_of(w_rest), unit = Real(1) / parameters.student_scale;
     const Real u = u_sum * u_factor, w = w_sum * w_factor;
     if constexpr (State::kRatio) {
-      const Real moved = State::kByStudent ? ratio * u_factor + u * (u_rest - w_rest) : ratio * w_factor + w * (w_rest - u_rest);
+      const Real moved =
+          State::kByStudent ? ratio * u_factor + u * (u_rest - w_rest) : ratio * w_factor + w * (w_rest - u_rest);
       all.ratio.add(moved * unit);
     }
     if constexpr (State::kCrossing) all.crossing += (crossing * w_factor - w * u_rest) * unit;
@@ -221,7 +223,7 @@ struct Largest {
 // Pass 1: the states of both softmaxes, valid in the blocks' leading threads.
 template <Pass kPass, class Source>
 __device__ __forceinline__ RowState<double> first_pass(const Source& source, const Team& team,
-                                       const RowParameters<typename Source::Real>& parameters) {
+                                                       const RowParameters<typename Source::Real>& parameters) {
   using Real = typename Source::Real;
   ThreadState<Real, kPass> mine;
   RowPass<true, Source> pass(source, team, false);

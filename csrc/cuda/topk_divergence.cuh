@@ -181,9 +181,7 @@ struct TopkWorker {
     return all;
   }
 
-  static __device__ __forceinline__ bool may_pad(const TopkEntry& entry) {
-    return entry.l <= float(kPaddingLogProb);
-  }
+  static __device__ __forceinline__ bool may_pad(const TopkEntry& entry) { return entry.l <= float(kPaddingLogProb); }
   struct ColumnOf {
     const TopkEntry* entries;
     __device__ __forceinline__ int operator()(int e) const { return shared_load(&entries[e].column); }

@@ -88,8 +88,10 @@ def test_large_vocabulary(backend, divergence):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("vocab", [700, 20_011])
 def test_the_gradient_of_one_side_alone(backend, divergence, vocab, request):
-    """The same bits as beside the other side's on the CPU, where kernels store less between the passes then; on CUDA the
-    student's alone has shorter formulas."""
+    """On the CPU the same bits as beside the other side's: kernels store less between the passes.
+
+    On CUDA the student's alone has shorter formulas.
+    """
     sides = logits((3, vocab)), logits((3, vocab))
     sides[0][0] = sides[1][0] + 1e-3 * torch.randn(vocab)
     options = {"divergence": divergence, "beta": 0.3, "labels": torch.randint(0, vocab, (3,))}

@@ -294,7 +294,9 @@ def test_a_single_teacher_is_weighted_too(backend, weight, divergence):
             fastkd.softmax_divergence, student, [teacher], **weighted, teacher_mix="probs"
         )
         plain, _ = run(fastkd.softmax_divergence, student, teacher, **options)
-        torch.testing.assert_close(loss, plain, rtol=4e-7, atol=0)  # on CUDA another kernel takes it
+        torch.testing.assert_close(
+            loss, plain, rtol=4e-7, atol=0
+        )  # on CUDA another kernel takes it
 
 
 @pytest.mark.parametrize("divergence", ["skew_kl", "skew_reverse_kl"])

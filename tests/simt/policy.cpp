@@ -10,8 +10,8 @@ struct SimtRowLaunch {
 };
 
 __attribute__((visibility("default"))) void simt_row_launch(int capability, int element_size, long long vocab,
-                                                            long long overhead, int packed, int tensors,
-                                                            int threads, SimtRowLaunch* out) {
+                                                            long long overhead, int packed, int tensors, int threads,
+                                                            SimtRowLaunch* out) {
   using namespace fastkd::cuda;
   const RowLaunch launch = row_launch(capability, element_size, vocab, overhead, packed != 0, tensors, threads);
   *out = {launch.threads,  launch.warp_rows,   launch.cluster,

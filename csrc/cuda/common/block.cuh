@@ -109,8 +109,8 @@ struct Team {
     return value;
   }
 
-  // The sum over the leading threads of the cluster's blocks, valid in those threads. Contains a barrier of the cluster.
-  // align(value, most) converts a block's value before the sum; most(x) is the largest x of all blocks.
+  // The sum over the leading threads of the cluster's blocks, valid in those threads. Contains a barrier of the
+  // cluster. align(value, most) converts a block's value before the sum; most(x) is the largest x of all blocks.
   template <class T, class Align, class Merge>
   __device__ T cluster_sum(T value, const Align& align, const Merge& merge) const {
     static_assert(sizeof(T) <= kSlotBytes);

@@ -4,8 +4,8 @@
 
 namespace fastkd::cuda {
 
-// How far above the origin a pack's logits may be, in base 2, to be added without a larger origin; and the largest shift
-// whose rounding is not felt.
+// How far above the origin a pack's logits may be, in base 2, to be added without a larger origin; and the largest
+// shift whose rounding is not felt.
 inline constexpr float kSlack = 8, kLargestShift = 4096;
 
 // A normaliser such that a probability takes one multiply-add and one exponential: 2^(z scale - shift) unit, where unit

@@ -2,7 +2,8 @@
 //
 // A row goes from global to shared memory by asynchronous copies, which need no registers, so that a thread has many
 // of them under way. Each thread copies the packs that it will read itself, and waits only for its own copies.
-//   resident   the whole row, or the block's part of it, stays in shared memory: it is copied once, and every pass reads
+//   resident   the whole row, or the block's part of it, stays in shared memory: it is copied once, and every pass
+//   reads
 //              it there
 //   otherwise  each thread has kAhead slots. After a pass has read a pack, it copies the one kAhead packs further into
 //              the same slot. Every pass reads the row from global memory again
@@ -25,11 +26,12 @@ struct PackedSource {
   const int64_t row;
   uint4 *const student, *const teacher;  // where pack 0 of the rows lies, which may begin before the row
   const int lead;                        // how many elements before it
-  uint4* const student_slots;  // in shared memory
-  const int all_slots;         // of a tensor; the teacher's follow the student's
+  uint4* const student_slots;            // in shared memory
+  const int all_slots;                   // of a tensor; the teacher's follow the student's
   const bool resident;
-  int begin, end;                // this block's packs
-  int first_whole, whole_count;  // those of them that lie in the row as a whole: all but at most the row's first and last
+  int begin, end;  // this block's packs
+  int first_whole,
+      whole_count;  // those of them that lie in the row as a whole: all but at most the row's first and last
 
   // shared: for the slots of the student, then of the teacher, launch.slice_bytes each
   __device__ PackedSource(const RowArguments& a, int64_t r, const RowLaunch& launch, unsigned rank, unsigned char*,
@@ -101,7 +103,8 @@ struct PackedSource {
       const bool cut = edge == 0 ? first_whole > 0 : first_whole + whole_count < packs();
       if (!cut || pack % team.threads != team.thread) continue;
       shared_store(student_slots + slot_of(pack, 0), packed(student).load_cut(begin + pack, outside));
-      if constexpr (kPair) shared_store(teacher_slot(slot_of(pack, 0)), packed(teacher).load_cut(begin + pack, outside));
+      if constexpr (kPair)
+        shared_store(teacher_slot(slot_of(pack, 0)), packed(teacher).load_cut(begin + pack, outside));
     }
   }
   __device__ __forceinline__ Raw read(int slot) const {
@@ -150,7 +153,8 @@ struct PackedSource {
   }
   // Replaces a column's logit by -inf in a row that stays, if the column is in this block.
   __device__ __forceinline__ void drop(int column) const {
-    if (has(column)) shared_store(reinterpret_cast<T*>(student_slots) + (column + lead - begin * kSize), element<T>(float(-INFINITY)));
+    if (has(column))
+      shared_store(reinterpret_cast<T*>(student_slots) + (column + lead - begin * kSize), element<T>(float(-INFINITY)));
   }
 
   // The two rows as sources of their own, which share the slots.
@@ -199,12 +203,8 @@ struct PackedSource {
     const PackedSource& source;
     uint4 *const student, *const teacher;
 
-    __device__ __forceinline__ void store_student(int pack, const Out& out) const {
-      store(student, pack, out);
-    }
-    __device__ __forceinline__ void store_teacher(int pack, const Out& out) const {
-      store(teacher, pack, out);
-    }
+    __device__ __forceinline__ void store_student(int pack, const Out& out) const { store(student, pack, out); }
+    __device__ __forceinline__ void store_teacher(int pack, const Out& out) const { store(teacher, pack, out); }
     __device__ __forceinline__ void store_column(int column, Real x) const {
       global_store(source.packed(student).data + column, element<T>(x));
     }
