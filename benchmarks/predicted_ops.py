@@ -38,7 +38,7 @@ class Over:
 
 
 NOTHING = Serial()
-FIRST_PAIR, FIRST = Over(2, again=False), Over(1, again=False, of=2)
+FIRST_PAIR, FIRST = Over(2, again=False), Over(1, again=False)
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Op:
 def _softmax_divergence(divergence: str, mangled: str, sums: bool) -> Op:
     passes = (FIRST_PAIR, *([Over(2)] if sums else []), Over(2, 1))
     kernel = f"softmax_divergence_kernelIN.*?{len(mangled)}{mangled}E"
-    # open, begin and publish; the state's merges, two cluster barriers a sum.
-    serial = Serial(leader=1000, merge=390 + 40 * sums, cluster_barriers=2 + 2 * sums)
+    # open, begin and publish; the merge of the states, one cluster barrier a sum.
+    serial = Serial(leader=1000, merge=450 + 150 * sums, cluster_barriers=1 + sums)
 
     def call(student: Tensor, teacher: Tensor) -> Tensor:
         options: dict[str, Any] = {"divergence": divergence}
@@ -96,9 +96,9 @@ ONE_SUM = ("forward_kl", "reverse_kl", "cross_entropy")
 
 
 def _topk(k: int) -> Op:
-    # A stored token's pack is searched twice: by k reads, then by k reads for each entry.
-    serial = Serial(leader=1500, merge=200, cluster_barriers=2, searches=9)
-    part = Part("topk_divergence_kernel", "rows", (FIRST, Over(1, 1, of=2)), serial)
+    # The k entries are gathered while the row is copied.
+    serial = Serial(leader=1500, merge=250, cluster_barriers=1)
+    part = Part("topk_divergence_kernel", "rows", (FIRST, Over(1, 1)), serial)
 
     def call(student: Tensor, teacher: Tensor) -> Tensor:
         best = teacher.float().log_softmax(-1).topk(k)
@@ -129,7 +129,7 @@ def _kl_div(student: Tensor, teacher: Tensor) -> Tensor:
 
 _CHUNK_SUM = Part("chunk_log_likelihood_kernel", "rows", (FIRST,), Serial(leader=500))
 _CHUNK_GRADIENT = Part(
-    "chunk_gradient_kernel", "gradient", (Over(1, 1, again=False, of=2),), Serial(leader=300)
+    "chunk_gradient_kernel", "gradient", (Over(1, 1, again=False),), Serial(leader=300)
 )
 
 OPS = {
@@ -147,7 +147,7 @@ OPS = {
                     "token_stats_kernelILb1E",
                     "rows",
                     (FIRST_PAIR, Over(2)),
-                    Serial(leader=1000, merge=430, cluster_barriers=4),
+                    Serial(leader=1000, merge=900, cluster_barriers=2),
                 ),
             ),
             fastkd.token_stats,
@@ -159,8 +159,8 @@ OPS = {
                 Part(
                     "teacher_topk_kernel",
                     "rows",
-                    (FIRST, Over(1, mufu=0, of=2)),
-                    Serial(leader=1500, merge=100, cluster_barriers=6),
+                    (FIRST, Over(1, mufu=0)),
+                    Serial(leader=1500, merge=150, cluster_barriers=5),
                 ),
             ),
             lambda student, teacher: fastkd.teacher_topk(teacher, 64),
@@ -176,7 +176,7 @@ OPS = {
                     "clipped_divergence_kernel",
                     "rows",
                     (FIRST_PAIR, Over(2), Over(2, 1)),
-                    Serial(leader=1200, merge=430, cluster_barriers=4),
+                    Serial(leader=1200, merge=500, cluster_barriers=2),
                 ),
             ),
             lambda student, teacher: fastkd.clipped_divergence(student, teacher, 1e-6, 0.5),

@@ -129,7 +129,7 @@ def predict(
             for over, count in zip(part.passes, counts, strict=True)
         )
         at_a_time = launch.teams(gpu, counted.registers)
-        serial = rows * part.serial.seconds(gpu, launch, op.k) / at_a_time
+        serial = rows * part.serial.seconds(gpu, launch) / at_a_time
         stages.append(Stage(scaled, serial, blocks))
         used.append(launch)
         every += counts

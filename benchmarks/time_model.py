@@ -14,8 +14,6 @@ COPY_SHARE = 0.9
 LATENCY = 800e-9
 #: Cycles from an instruction to the next one that needs its result, where one thread works alone.
 DEPENDENT_CYCLES = 4
-#: Cycles from a read of shared memory to the next one that needs its result.
-SHARED_CYCLES = 30
 #: Seconds of a barrier of a cluster, with what it does to the memory's order.
 CLUSTER_BARRIER = 500e-9
 
@@ -26,9 +24,8 @@ issue     = warp instructions / ({SCHEDULERS} a cycle and multiprocessor), all p
 mufu      = exponentials, logarithms, reciprocals / ({MUFU_A_CYCLE} a cycle and multiprocessor)
 loads     = Little's law: bytes read x {LATENCY * 1e9:.0f} ns / bytes under way a multiprocessor
             (16 x loads in flight a thread x its threads; copies to shared memory: half of that)
-serial    = rows x what one thread does alone a row ({DEPENDENT_CYCLES} cycles an instruction, \
-{SHARED_CYCLES} a read of shared
-            memory, {CLUSTER_BARRIER * 1e9:.0f} ns a cluster barrier) / rows at a time
+serial    = rows x what one thread does alone a row ({DEPENDENT_CYCLES} cycles an instruction,
+            {CLUSTER_BARRIER * 1e9:.0f} ns a cluster barrier) / rows at a time
 at least  = the largest of the five: everything overlaps
 sum       = each pass takes the largest of its own four; passes and serial work follow each other
 predicted = at least + (sum - at least) / blocks a multiprocessor: blocks overlap each other
@@ -169,16 +166,12 @@ class Serial:
     """What one thread of a team does alone for a row, as read in the code and the SASS."""
 
     leader: int = 0  # instructions
-    merge: int = 0  # instructions for each other block of the cluster
+    merge: int = 0  # instructions to merge the blocks' values, which eight lanes do together
     cluster_barriers: int = 0
-    searches: int = 0  # dependent reads of shared memory for each of k stored tokens, times k
 
-    def seconds(self, gpu: Gpu, launch: Launch, k: int = 0) -> float:
+    def seconds(self, gpu: Gpu, launch: Launch) -> float:
         """Seconds a row."""
         others = launch.cluster - 1
-        cycles = DEPENDENT_CYCLES * (self.leader + self.merge * others)
-        warps = launch.threads * launch.cluster / LANES
-        # The packs of k tokens are spread over the warps; each is searched by one thread.
-        cycles += SHARED_CYCLES * self.searches * k * max(1.0, k / warps)
+        cycles = DEPENDENT_CYCLES * (self.leader + (self.merge if others else 0))
         barriers = self.cluster_barriers if others else 0
         return cycles / gpu.clock + barriers * CLUSTER_BARRIER

@@ -410,3 +410,18 @@ def test_random_rows_against_float64(backend, block):
             rounding += 1e-3 if options["divergence"] == "tvd" else 1e-4
             allowed = rounding * right[fine].norm().item() + 1e-5 / min(1.0, *temperatures)
             assert error <= allowed, said
+
+
+@pytest.mark.parametrize("vocab", [1000, 20_011])
+@pytest.mark.parametrize("peak", [8.0, 12.0, 16.0, 20.0])
+def test_reverse_kl_of_a_certain_student(backend, peak, vocab):
+    """The token of nearly all the mass has the gradient of all others, with their digits."""
+    for temperature in (1.0, 2.0):
+        options = {"divergence": "reverse_kl", "temperature": temperature}
+        student, teacher = (torch.randn(4, vocab).bfloat16().float() for _ in range(2))
+        student[:, 7] = student.max() + peak * temperature
+        _, exact = exactly(student, teacher, **options)
+        _, found = run(fastkd.softmax_divergence, student, teacher, **options)
+        assert relative_error(found[0], exact[0]) < 2e-6
+        error = (found[0].double() - exact[0])[:, 7] / exact[0][:, 7]
+        assert error.abs().max() < 2e-6
