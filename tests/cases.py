@@ -12,6 +12,7 @@ import torch
 
 import fastkd
 from fastkd._ops.arguments import choices
+from fastkd._ops.library import usable_instruction_sets
 
 #: Of softmax_divergence, as the library lists them. One without a definition fails every test.
 DIVERGENCES = choices("softmax_divergence", "divergence")
@@ -273,6 +274,23 @@ def cases(op: str) -> list[Case]:
     )
 
 
+def spread(cases: list[Case]) -> list[Case]:
+    """Each divergence with one of the option sets that all of them have, and all other cases.
+
+    For what does not depend on the pair: every divergence and every option set is still there.
+    """
+    of = {d: [c for c in cases if c.name == d or c.name.startswith(f"{d}-")] for d in DIVERGENCES}
+    names = [{c.name[len(d) :] for c in mine} for d, mine in of.items()]
+    common = sorted(set.intersection(*names))
+    dropped = {
+        f"{divergence}{suffix}"
+        for i, divergence in enumerate(DIVERGENCES)
+        for j, suffix in enumerate(common)
+        if (i - j) % len(common)
+    }
+    return [case for case in cases if case.name not in dropped]
+
+
 def top_k(
     shape: tuple[int, ...], k: int, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,6 +318,16 @@ def allowed_error(exact: torch.Tensor, dtype: torch.dtype, divergence: str = "")
     # float16 has no numbers between 0 and 2^-24.
     floor = 2**-25 * exact.numel() ** 0.5 if dtype == torch.float16 else 5e-7
     return error * exact.norm().item() + floor
+
+
+def assert_derivatives(function: Callable, inputs) -> None:
+    """gradcheck, and gradgradcheck on one instruction set.
+
+    Second derivatives are the definition's, in plain PyTorch: no kernel takes part in them.
+    """
+    assert torch.autograd.gradcheck(function, inputs)
+    if fastkd.cpu_capability() == usable_instruction_sets()[0]:
+        assert torch.autograd.gradgradcheck(function, inputs)
 
 
 def relative_error(found: torch.Tensor, true: torch.Tensor) -> float:

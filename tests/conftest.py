@@ -25,7 +25,7 @@ def pytest_addoption(parser):
         help="comma-separated names, or best, cpu, simt, cuda; default: all that this machine runs",
     )
     parser.addoption(
-        "--fuzz-seconds", type=float, default=2.0, help="of each op on each backend (test_fuzz.py)"
+        "--fuzz-seconds", type=float, default=1.0, help="of each op on each backend (test_fuzz.py)"
     )
     parser.addoption("--fuzz-seed", type=int, default=0, help="of the first random problem")
     parser.addoption("--schedule", type=int, default=0, help="seed of the emulated threads' order")

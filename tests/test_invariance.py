@@ -138,7 +138,7 @@ def seeds_of(kind: str, dtype: torch.dtype, count: int):
 def rounds(request, most: int) -> tuple[int, bool]:
     """How many problems, all on one of the instruction sets, and whether block-crossing ones."""
     backend = request.node.callspec.params["backend"]
-    return most if backend == BEST else min(most, 2), backend.startswith("cpu-")
+    return most if backend == BEST else 1, backend.startswith("cpu-")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,6 +15,9 @@ from fastkd._ops.library import CUDA_ARCHITECTURES, is_tracing
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TENSOR, _OPTIONAL, _NUMBER, _INTEGER, _FLAG = "Tensor", "Optional[Tensor]", "float", "int", "bool"
 _CHOICE = "choice"
+_TENSORS = (_TENSOR, _OPTIONAL)
+#: The type of most values of a kind, which need no check or conversion.
+_USUAL = {_NUMBER: float, _OPTIONAL: type(None), _FLAG: bool}
 _MOST = 2**63 - 1
 _NUMBERS = (Real, torch.SymFloat, torch.SymInt)
 
@@ -162,7 +165,7 @@ class Arguments:
         self._free = frozenset(differentiable)
         self._reduces = "denominator" in kinds
         self._plan = tuple(
-            (field, kind, f"{field}s" if f"{field}s" in kinds else None)
+            (field, kind, _USUAL.get(kind), f"{field}s" if f"{field}s" in kinds else None)
             for field, kind in self.kinds.items()
         )
 
@@ -171,9 +174,9 @@ class Arguments:
             for field, kind in kinds.items()
             if kind == _NUMBER and field.startswith("student_")
         )
-        self._one_a_row = [self.fields.index(each) for _, _, each in self._plan if each]
+        self._one_a_row = [self.fields.index(each) for *_, each in self._plan if each]
         #: The public argument of a field that has its tensor with one entry a row.
-        self.called = {each: field for field, _, each in self._plan if each}
+        self.called = {each: field for field, *_, each in self._plan if each}
 
     def pack(self, rows: Tensor, given: dict[str, Any]) -> list[Any]:
         """Check the arguments and return those of the raw op up to ``traced``.
@@ -189,24 +192,21 @@ class Arguments:
             both = (math.inf, math.inf) if value is None else self._both_limits(name, value)
             given[student], given[teacher] = both
         packed = []
-        for field, kind, each in self._plan:
+        for field, kind, usual, each in self._plan:
             value = given.get(field)
-            if kind == _OPTIONAL:
-                if value is not None:
-                    self._check_tensor(field, value)
-            elif kind == _NUMBER:
-                if type(value) is not float:
-                    value = self._number(field, value, each, rows, given)
+            if type(value) is usual:
+                pass
             elif kind == _CHOICE:
                 value = self._choice(field, value)
             elif kind == _INTEGER:
                 if type(value) is not int or not 0 <= value <= _MOST:
                     value = self._integer(field, value)
-            elif kind == _FLAG:
-                if value is not True and value is not False:
-                    value = to_flag(self.function, field, value)
-            elif kind == _TENSOR:
+            elif kind in _TENSORS:
                 self._check_tensor(field, value)
+            elif kind == _NUMBER:
+                value = self._number(field, value, each, rows, given)
+            elif kind == _FLAG:
+                value = to_flag(self.function, field, value)
             else:
                 for tensor in value or ():
                     self._check_tensor(field, tensor)
@@ -408,7 +408,7 @@ def _traced_number(value: Any) -> Tensor:
 
 
 def check_device_has_kernels(function: str, name: str, tensor: Tensor) -> None:
-    if tensor.device.type == "cuda" and not CUDA_ARCHITECTURES:
+    if tensor.is_cuda and not CUDA_ARCHITECTURES:
         raise RuntimeError(
             f"{function}: {name} is a CUDA tensor, but this fastkd has no CUDA kernels; build it "
             "where nvcc is found: `pip install --no-build-isolation .`"

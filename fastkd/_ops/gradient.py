@@ -48,7 +48,9 @@ class GradientMemory:
 
     def take(self, like: Tensor) -> Tensor | None:
         """A tensor of like's shape, strides and dtype in the memory kept, or None."""
-        if torch.compiler.is_compiling() or _use_count is None or not _plain_cpu(like):
+        if torch.compiler.is_compiling() or not self._kept or _use_count is None:
+            return None
+        if not _plain_cpu(like):
             return None
         try:
             kept = self._kept.pop()  # atomic: only one thread gets it
@@ -65,14 +67,9 @@ class GradientMemory:
 
     def keep(self, gradient: Tensor | None) -> None:
         """Keep the memory of this gradient."""
-        if (
-            gradient is None
-            or torch.compiler.is_compiling()
-            or _use_count is None
-            or not _plain_cpu(gradient)
-        ):
+        if gradient is None or torch.compiler.is_compiling() or _use_count is None:
             return
-        if gradient.numel() * gradient.itemsize >= self.SMALLEST:
+        if gradient.nbytes >= self.SMALLEST and _plain_cpu(gradient):
             self._kept[:] = [gradient.detach()]
 
     def release(self) -> None:

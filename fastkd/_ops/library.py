@@ -128,9 +128,8 @@ def is_batched(*tensors: torch.Tensor | None) -> bool:
 
     The latter uses an older kind of batched tensors than torch.func.
     """
-    return transforms_active() or any(
-        x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors
-    )
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    return transforms_active() or any([x is not None and legacy(x) for x in tensors])
 
 
 def cpu_capability(use: str | None = None) -> str:

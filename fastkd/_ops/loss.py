@@ -182,8 +182,9 @@ class _LossFunction(torch.autograd.Function):
         else:
             loss, *computed = op.raw("_into")(gradient, *raw)
             computed.insert(0, gradient)
-        ctx.op, ctx.inplace = op, inplace
+        ctx.inplace = inplace
         if inplace:
+            ctx.op = op
             torch.autograd.graph.increment_version(student)
             ctx.save_for_backward(*computed)
         else:

@@ -82,7 +82,13 @@ class Op:
 
     def inputs(self, packed: Sequence[Any]) -> list[Tensor | None]:
         """The differentiable tensors; None for a list of several, which gets no gradient."""
-        return [_only(packed[place]) for place in self.places]
+        found = []
+        for place in self.places:
+            value = packed[place]
+            if isinstance(value, (list, tuple)):
+                value = value[0] if len(value) == 1 else None
+            found.append(value)
+        return found
 
     def define(self, rows: Tensor, given: dict[str, Any]) -> Any:
         """The result by the definition, in plain PyTorch."""
@@ -157,22 +163,16 @@ def fake_values(arguments: Arguments, fields: Sequence[Any]) -> dict[str, Any]:
     return values
 
 
-def _only(value: Any) -> Any:
-    """A tensor, or the only tensor of a list; None for a list of several."""
-    if isinstance(value, (list, tuple)):
-        return value[0] if len(value) == 1 else None
-    return value
-
-
 def keep(ctx: Any, op: Op, packed: Sequence[Any], needs: Sequence[bool]) -> None:
     """Keep the arguments in ctx, except the tensors that need a gradient, which autograd saves.
 
     Autograd cannot save some others, such as a teacher's from ``torch.inference_mode()``.
     """
-    ctx.op, ctx.packed = op, list(packed)
-    for place, need in zip(op.places, needs, strict=True):
-        if need:
-            ctx.packed[place] = None if isinstance(packed[place], Tensor) else [None]
+    kept = list(packed)
+    for i, place in enumerate(op.places):
+        if needs[i]:
+            kept[place] = None if isinstance(packed[place], Tensor) else [None]
+    ctx.op, ctx.packed = op, kept
 
 
 def restored(kept: list[Any], places: Sequence[int], inputs: Sequence[Tensor | None]) -> list[Any]:

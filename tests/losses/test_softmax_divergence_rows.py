@@ -9,8 +9,11 @@ import torch
 from cases import DIVERGENCES, logits, relative_error
 
 import fastkd
+from fastkd._ops.library import usable_instruction_sets
 
 INF = math.inf
+BEST = f"cpu-{usable_instruction_sets()[0]}"
+FILLS = ("-inf", "smallest", "-inf, smallest", "smallest, -inf")
 TEMPERATURES = ((1.0, 1.0), (2.0, 0.7), (0.05, 0.05), (100.0, 30.0))
 
 
@@ -116,8 +119,14 @@ def smallest(dtype):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("fills", ["-inf", "smallest", "-inf, smallest", "smallest, -inf"])
-def test_masked_columns_are_not_there(backend, divergence, dtype, fills):
+@pytest.mark.parametrize("fills", FILLS)
+def test_masked_columns_are_not_there(backend, divergence, dtype, fills, request):
+    """The best instruction set gets every mask in every size; the others each mask in one.
+
+    Which size that is depends on the fills: over all of them, it is every one.
+    """
+    every = request.node.callspec.params["backend"] == BEST
+    turn = FILLS.index(fills)
     first, *rest = [-INF if x == "-inf" else smallest(dtype) for x in fills.split(", ")]
     second = rest[0] if rest else first
     for number, vocab in enumerate((5, 513, 1600, 9000)):
@@ -125,7 +134,9 @@ def test_masked_columns_are_not_there(backend, divergence, dtype, fills):
         options = {"temperature": temperature, "teacher_temperature": teacher_temperature}
         if dtype == torch.float16 and temperature > 50:
             options = {}  # -65504 / 100 is not far below every other logit
-        for mask in masks(vocab):
+        for place, mask in enumerate(masks(vocab)):
+            if not every and (number + place + turn) % 4:
+                continue
             student = logits((2, vocab)) - 100
             teacher = logits((2, vocab)) - 120
             student, teacher = student.to(dtype), teacher.to(dtype)
