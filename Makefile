@@ -64,7 +64,7 @@ test-gpu: $(VENV)/.fastkd
 test-sanitized: $(SANITIZED)/.built
 	tar -c --exclude='*.so' --exclude=__pycache__ fastkd | tar -x -C $(SANITIZED)
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=$(SANITIZED) \
-	  FASTKD_SIMT_LIBRARY=$(SANITIZED)/cmake/_simt.so \
+	  FASTKD_SIMT_LIBRARY=$(SANITIZED)/cmake/_simt.so FASTKD_TESTED_FOLDER=$(SANITIZED) \
 	  $(PYTEST) --backends best,simt --schedule 3 -k "not compile and not opcheck and not gradcheck" $(OP_TESTS) \
 	  $(HOST_TESTS)
 

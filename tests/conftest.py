@@ -1,6 +1,9 @@
 """Backends, devices and the --slow switch, shared by every test."""
 
+import os
+import sys
 from collections import Counter
+from pathlib import Path
 
 import emulator
 import pytest
@@ -10,6 +13,12 @@ import torch
 import fastkd
 from fastkd._ops.library import usable_instruction_sets
 from fastkd.acm import _kernels
+
+# For `benchmarks`; last, so that `fastkd` is the installed one, or that of PYTHONPATH.
+sys.path.append(str(Path(__file__).parents[1]))
+# The folder that fastkd must come from: set where other kernels than the installed ones are tested.
+if (expected := os.environ.get("FASTKD_TESTED_FOLDER")) is not None:
+    assert Path(fastkd.__file__).is_relative_to(Path(expected).resolve()), fastkd.__file__
 
 CPU = [f"cpu-{name}" for name in usable_instruction_sets()]  # best first
 # The CUDA kernels run on the CPU, as a device that has clusters of blocks and as one that has none.
