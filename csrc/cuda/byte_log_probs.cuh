@@ -56,6 +56,13 @@ struct ByteSlice<PackedSource<T, false>> {
   __device__ __forceinline__ Raw fetch(int pack) const {
     return logits.template load<true>(pack, element<T>(float(-INFINITY)));
   }
+  // The same in two steps, with other loads in between: nothing waits for the first step's load before the second.
+  __device__ __forceinline__ void begin_fetch(int pack, uint4& words) const {
+    if (logits.whole(pack)) words = global_load16<true>(logits.place(pack));
+  }
+  __device__ __forceinline__ Raw end_fetch(int pack, const uint4& words) const {
+    return bit_cast<Raw>(logits.whole(pack) ? words : logits.load_cut(pack, element<T>(float(-INFINITY))));
+  }
   __device__ __forceinline__ void store(int pack, const Raw& raw) const { gradient.store(pack, raw); }
 };
 
@@ -80,6 +87,8 @@ struct ByteSlice<AnySource> {
   __device__ __forceinline__ int packs() const { return count; }
   __device__ __forceinline__ int place(int pack) const { return pack; }
   __device__ __forceinline__ Raw fetch(int pack) const { return {{AnySource::logit(logits, logits_first, pack)}}; }
+  __device__ __forceinline__ void begin_fetch(int, uint4&) const {}
+  __device__ __forceinline__ Raw end_fetch(int pack, const uint4&) const { return fetch(pack); }
   __device__ __forceinline__ void store(int pack, const Raw& raw) const {
     gradient.put(AnySource::place(gradient, gradient_first, pack), raw.item[0]);
   }
@@ -333,19 +342,20 @@ struct ByteWorker {
     float top = -INFINITY;
 #pragma unroll 1
     for (int pack = team.thread; pack < packs; pack += kAhead * threads) {
-      Raw raw[kAhead]{};
+      uint4 words[kAhead]{};
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
-        if (pack + k * threads < packs) raw[k] = logits.fetch(pack + k * threads);
+        if (pack + k * threads < packs) logits.begin_fetch(pack + k * threads, words[k]);
       }
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
         if (pack + k * threads >= packs) break;
-        drop_invalid(a, logits, valid, first, count, pack + k * threads, raw[k]);
-        shared_store(kept + pack + k * threads, raw[k]);
+        Raw raw = logits.end_fetch(pack + k * threads, words[k]);
+        drop_invalid(a, logits, valid, first, count, pack + k * threads, raw);
+        shared_store(kept + pack + k * threads, raw);
 #pragma unroll
         for (int j = 0; j < Slice::kSize; ++j) {
-          const float x = to_float(raw[k].item[j]);
+          const float x = to_float(raw.item[j]);
           top = x > top ? x : top;
         }
       }

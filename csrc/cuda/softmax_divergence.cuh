@@ -185,27 +185,41 @@ struct RowWorker {
     if constexpr (kQuick && !kNear) {
       if (quick(parameters)) return sum_quickly(source, parameters, backwards);
     }
-    const Divergence divergence{parameters.beta};
     ThreadSums<kNear, Divergence, Real> mine;
-    for_packs<false>(source, team, backwards, [&](int, typename Source::Raw raw) {
-    // A few entries are processed at a time: the logarithms of a whole pack would need too many registers.
-#pragma unroll 1
-      for (int words = kSize / Source::kWord; words > 0; --words, Source::next_word(raw)) {
-#pragma unroll
-        for (int j = 0; j < Source::kWord; ++j) {
-          const Outcome<Real> o =
-              parameters.at.template outcome<kNear>(Source::student_of(raw, j), Source::teacher_of(raw, j));
-          mine.add(divergence, o, parameters.teacher_gradient);
-        }
-      }
-    });
+    for_packs<false>(source, team, backwards,
+                     [&](int, const typename Source::Raw& raw) { add_terms(mine, raw, parameters); });
     return team.sum(mine.whole(), [](Sums& all, const Sums& next) { all.add(next); });
+  }
+
+  // A few entries are processed at a time: the logarithms of a whole pack would need too many registers.
+  template <bool kNear>
+  static __device__ __forceinline__ void add_terms(ThreadSums<kNear, Divergence, Real>& sums, typename Source::Raw raw,
+                                                   const RowParameters<Real>& parameters) {
+    const Divergence divergence{parameters.beta};
+#pragma unroll 1
+    for (int words = kSize / Source::kWord; words > 0; --words, Source::next_word(raw)) {
+#pragma unroll
+      for (int j = 0; j < Source::kWord; ++j) {
+        const Outcome<Real> o =
+            parameters.at.template outcome<kNear>(Source::student_of(raw, j), Source::teacher_of(raw, j));
+        sums.add(divergence, o, parameters.teacher_gradient);
+      }
+    }
   }
 
   // Whether the terms and the student's gradient have a short formula (quick_terms.h).
   static constexpr bool kQuick = Source::kPacked && Quick<Divergence>::kExists;
   static __device__ __forceinline__ bool quick(const RowParameters<Real>& parameters) {
     return !parameters.teacher_gradient && parameters.student_shift.usable && parameters.teacher_shift.usable;
+  }
+
+  // Packs in these ranges have finite log-ratios.
+  template <class Item>
+  static __device__ __forceinline__ void set_finite(PackRange<Item>& u, PackRange<Item>& w,
+                                                    const RowParameters<Real>& parameters) {
+    const Real far = Real(kDead) / 8;
+    u.set(parameters.at.student_origin - far, Real(INFINITY));
+    w.set(parameters.at.teacher_origin - far / at_least(Real(1), parameters.teacher_ratio), Real(INFINITY));
   }
 
   // Terms of a pack's entries. Both logarithms, and so both probabilities, lack student_shift's unit.
@@ -218,8 +232,15 @@ struct RowWorker {
 
     __device__ __forceinline__ explicit QuickPack(const RowParameters<Real>& p)
         : parameters(p), divergence(p.beta), rest(p.student_shift.rest - p.teacher_shift.rest) {
-      u_range.set((p.student_shift.shift + Real(kLeastLog2)) / p.student_scale, Real(INFINITY));
-      w_range.set((p.teacher_shift.shift + Real(kLeastLog2)) / p.teacher_scale, Real(INFINITY));
+      if constexpr (Quick<Divergence>::kFinite) {
+        set_finite(u_range, w_range, p);
+      } else {
+        u_range.set((p.student_shift.shift + Real(kLeastLog2)) / p.student_scale, Real(INFINITY));
+        w_range.set((p.teacher_shift.shift + Real(kLeastLog2)) / p.teacher_scale, Real(INFINITY));
+      }
+    }
+    __device__ __forceinline__ bool takes(const typename Source::Raw& raw) const {
+      return !Quick<Divergence>::kFinite || (u_range.above(raw.student) && w_range.above(raw.teacher));
     }
     __device__ __forceinline__ typename Source::Raw raised(const typename Source::Raw& raw) const {
       if (!Quick<Divergence>::kLogs) return raw;
@@ -234,7 +255,8 @@ struct RowWorker {
   __device__ Sums sum_quickly(const Source& source, const RowParameters<Real>& parameters, bool backwards) const {
     const QuickPack pack(parameters);
     Real f = 0, qg = 0, q = 0;
-    for_packs<false>(source, team, backwards, [&](int, const typename Source::Raw& any) {
+    const auto fast = [&](int, const typename Source::Raw& any) {
+      if (!pack.takes(any)) return false;
       const typename Source::Raw raw = pack.raised(any);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
@@ -243,15 +265,21 @@ struct RowWorker {
         qg = fused(t.q, t.g, qg);
         q += t.q;
       }
-    });
+      return true;
+    };
+    Sums mine{};  // of packs that the short formula does not take
+    RowPass<false, Source> pass(source, team, backwards);
+    if constexpr (Quick<Divergence>::kFinite) {
+      ThreadSums<false, Divergence, Real> sums;
+      for_packs(pass, fast, [&](int, const typename Source::Raw& raw) { add_terms(sums, raw, parameters); });
+      mine = sums.whole();
+    } else {
+      for_packs(pass, fast);
+    }
     const QuickScales<double> scales = pack.divergence.scales();
     const double unit = parameters.student_shift.unit;
-    const Sums mine{unit * (scales.f * double(f) + scales.f_from_g * double(qg)),
-                    unit * (scales.g * double(qg) + scales.g_offset * double(q)),
-                    0,
-                    unit * double(q),
-                    0,
-                    0};
+    mine.add({unit * (scales.f * double(f) + scales.f_from_g * double(qg)),
+              unit * (scales.g * double(qg) + scales.g_offset * double(q)), 0, unit * double(q), 0, 0});
     return team.sum(mine, [](Sums& all, const Sums& next) { all.add(next); });
   }
 
@@ -343,11 +371,10 @@ struct RowWorker {
         slope = p.factors.student * Real(scales.g) * unit;
         const double exact = (double(p.student_mean.high) + double(p.student_mean.low) - scales.g_offset) / scales.g;
         mean = Real(exact);
-        by_q = p.factors.label_q * unit - Real(exact - double(mean)) * slope;
+        by_p = -p.factors.student * Real(scales.closed) * unit;
+        by_q = p.factors.label_q * unit - by_p - Real(exact - double(mean)) * slope;
       } else if constexpr (kCentred) {
-        const Real far = Real(kDead) / 8;
-        u_range.set(p.at.student_origin - far, Real(INFINITY));
-        w_range.set(p.at.teacher_origin - far / at_least(Real(1), p.teacher_ratio), Real(INFINITY));
+        set_finite(u_range, w_range, p);
       } else {
         by_q = (p.factors.student + p.factors.label_q) * unit;
         by_p = -p.factors.student * p.teacher_shift.unit;
@@ -357,6 +384,9 @@ struct RowWorker {
     // Returns false where the formula does not apply.
     __device__ __forceinline__ bool write(int pack, const typename Source::Raw& raw) const {
       if (pack == label_pack || !source.is_whole(pack)) return false;
+      if constexpr (kQuick) {
+        if (!quick_pack.takes(raw)) return false;
+      }
       if (kCentred && !(u_range.above(raw.student) && w_range.above(raw.teacher))) return false;
       gradients.store_whole_student(pack, parameters.label_scale != Real(0) ? words<true>(raw) : words<false>(raw));
       return true;
@@ -387,7 +417,8 @@ struct RowWorker {
     __device__ __forceinline__ Real entry(Real u, Real w) const {
       if constexpr (kQuick) {
         const QuickTerms<Real> t = quick_pack.terms(u, w);
-        return t.q * fused(t.g - mean, slope, by_q);
+        const Real centred_part = t.q * fused(t.g - mean, slope, by_q);
+        return Quick<Divergence>::kFinite ? fused(t.x, by_p, centred_part) : centred_part;
       } else {
         const Real q = exp2_fast(fused(u, parameters.student_scale, -parameters.student_shift.shift));
         if constexpr (kCentred) return q * (centred(u, w, parameters) * parameters.student_shift.unit);

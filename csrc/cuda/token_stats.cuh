@@ -8,6 +8,7 @@
 #pragma once
 #include "../math/token_stats.h"
 #include "common/far_sum.cuh"
+#include "common/fast_sum.cuh"
 #include "common/sources.cuh"
 
 namespace fastkd::cuda {
@@ -47,6 +48,7 @@ struct StatsParameters {
   bool read, near;
   float scale;  // log2(e) / temperature
   Normalized<float> at;
+  NormalizerShift<float> student_shift, teacher_shift;
 };
 
 // The data and work of the leading thread, in double precision, once per row. The data is in shared memory to save
@@ -81,6 +83,8 @@ struct StatsLeader {
         task,
         {{state.student_origin, state.sums.student.sum}, {state.teacher_origin, state.sums.teacher.sum}, 0, 0, 0});
     parameters.at = frame.normalized();
+    parameters.student_shift = {frame.student_scale, frame.student_origin, frame.student_lse};
+    parameters.teacher_shift = {frame.teacher_scale, frame.teacher_origin, frame.teacher_lse};
     shared_store(published, parameters);
   }
 
@@ -125,7 +129,7 @@ struct StatsLeader {
 };
 
 // A team's shared memory: [parameters][the leading thread's data][slots of the reductions][student row][teacher row].
-inline constexpr int kStatsOrdersBytes = 64, kStatsLeadBytes = 128;
+inline constexpr int kStatsOrdersBytes = 112, kStatsLeadBytes = 128;
 static_assert(sizeof(StatsParameters) <= kStatsOrdersBytes && sizeof(StatsLeader) <= kStatsLeadBytes);
 __host__ __device__ constexpr int64_t stats_overhead(bool warp) {
   return kStatsOrdersBytes + kStatsLeadBytes + (warp ? 0 : Team::kSharedBytes);
@@ -230,6 +234,71 @@ struct StatsState {
   }
 };
 
+// Sums of the first pass over packs whose entries need no care: finite log-ratios, and no new largest logit. They are
+// relative to shifts, the origins times the scale rounded, so that an exponent takes one multiply-add. In base 2.
+template <bool kPair, class Source>
+struct FastStats {
+  using Item = typename Source::Item;
+
+  PairSumsOf<float> sums{};
+  float u_shift = 0, w_shift = 0;
+  PackRange<Item> u_range, w_range;  // of the packs that may be added; at first none
+
+  // Returns false for a pack that is not in the range.
+  __device__ __forceinline__ bool add(const typename Source::Raw& raw, float scale) {
+    if (!(u_range.below(raw.student) && u_range.above(raw.student))) return false;
+    if constexpr (kPair) {
+      if (!(w_range.below(raw.teacher) && w_range.above(raw.teacher))) return false;
+    }
+#pragma unroll
+    for (int j = 0; j < Source::kSize; ++j) {
+      const float x = fused(Source::student_of(raw, j), scale, -u_shift), e_u = exp2_fast(x);
+      sums.student.sum += e_u;
+      sums.student.weighted = fused(e_u, x, sums.student.weighted);
+      if constexpr (kPair) {
+        const float y = fused(Source::teacher_of(raw, j), scale, -w_shift), e_w = exp2_fast(y), apart = y - x;
+        sums.teacher.sum += e_w;
+        sums.teacher.weighted = fused(e_w, y, sums.teacher.weighted);
+        sums.ratio = fused(e_w, apart, sums.ratio);
+        sums.reverse = fused(e_u, -apart, sums.reverse);
+      }
+    }
+    return true;
+  }
+
+  // Adds these sums to `all`, which has the same origins, and begins again.
+  __device__ __forceinline__ void move_to(StatsState<kPair>& all, float scale) {
+    if (sums.student.sum == 0 && (!kPair || sums.teacher.sum == 0)) return;  // perhaps there is no origin yet
+    // What the rounding of the shifts adds to the exponents.
+    const float u_rest = fused(-all.u_origin, scale, u_shift),
+                w_rest = kPair ? fused(-all.w_origin, scale, w_shift) : 0;
+    const float u_factor = exp2_of(u_rest), w_factor = exp2_of(w_rest);
+    const float u = sums.student.sum, w = sums.teacher.sum;
+    all.sums.student.sum += u * u_factor;
+    all.sums.student.weighted += (sums.student.weighted + u * u_rest) * u_factor;
+    if constexpr (kPair) {
+      all.sums.teacher.sum += w * w_factor;
+      all.sums.teacher.weighted += (sums.teacher.weighted + w * w_rest) * w_factor;
+      all.sums.ratio += (sums.ratio + w * (w_rest - u_rest)) * w_factor;
+      all.sums.reverse += (sums.reverse + u * (u_rest - w_rest)) * u_factor;
+    }
+    sums = {};
+  }
+
+  // Takes the origins of `all`, and its largest logits so far: a pack with a larger one may move an argmax.
+  __device__ __forceinline__ void set_origins(const StatsState<kPair>& all, float scale) {
+    u_shift = all.u_origin * scale;
+    w_shift = kPair ? all.w_origin * scale : 0;
+    u_range.clear();
+    w_range.clear();
+    // The rounding of larger shifts would be felt. False also where there is no origin yet.
+    if (!(magnitude(u_shift) < kLargestShift && magnitude(w_shift) < kLargestShift)) return;
+    const float far = float(kDead) / 8;
+    u_range.set(all.u_origin - far, all.best.student.logit);
+    if constexpr (kPair) w_range.set(all.w_origin - far, all.best.teacher.logit);
+  }
+};
+
 template <bool kPair, class Source>
 struct StatsWorker {
   static constexpr int kSize = Source::kSize;
@@ -257,8 +326,10 @@ struct StatsWorker {
         if (team.leads()) leader.plan(published);
         team.sync();
         parameters = shared_load(published);
-        const PairStats sums =
-            parameters.near ? second_pass<true>(source, parameters.at) : second_pass<false>(source, parameters.at);
+        const bool usable = parameters.student_shift.usable && parameters.teacher_shift.usable;
+        const PairStats sums = parameters.near             ? second_pass<true>(source, parameters.at)
+                               : usable && Source::kPacked ? quick_pass(source, parameters)
+                                                           : second_pass<false>(source, parameters.at);
         if (team.leads()) leader.add(sums);
       }
     } else if (team.leads()) {
@@ -281,8 +352,7 @@ struct StatsWorker {
   // The first pass. The result is valid in leading threads.
   __device__ StatsSums first_pass(const Source& source, float scale) const {
     StatsState<kPair> mine;
-    source.start(team);
-    for_packs<true>(source, team, false, [&](int pack, const typename Source::Raw& raw) {
+    const auto careful = [&](int pack, const typename Source::Raw& raw) {
       float u[kSize], w[kSize];
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
@@ -290,7 +360,22 @@ struct StatsWorker {
         w[j] = Source::teacher_of(raw, j);
       }
       mine.add(u, w, source.column(pack), scale);
-    });
+    };
+    source.start(team);
+    RowPass<true, Source> pass(source, team, false);
+    if constexpr (Source::kPacked) {
+      FastStats<kPair, Source> fast;
+      for_packs(
+          pass, [&](int, const typename Source::Raw& raw) { return fast.add(raw, scale); },
+          [&](int pack, const typename Source::Raw& raw) {
+            fast.move_to(mine, scale);
+            careful(pack, raw);
+            fast.set_origins(mine, scale);
+          });
+      fast.move_to(mine, scale);
+    } else {
+      for_packs(pass, careful);
+    }
     // With the same origins in all threads, the sums can simply be added.
     StatsSums all;
     all.best = team.block_sum(mine.best, [](BestPair& a, const BestPair& b) { a.merge(b); }, /*everywhere=*/true);
@@ -302,6 +387,25 @@ struct StatsWorker {
           team.block_sum(mine.whole(scale).student, [](SideSums& a, const SideSums& b) { a.add(b); }), {}, 0, 0};
     }
     return team.cluster_sum(all, [&](StatsSums& a, const StatsSums& b) { a.merge(b, scale); });
+  }
+
+  // The second pass where no divergence is nearly 0: the total variation distance.
+  __device__ PairStats quick_pass(const Source& source, const StatsParameters& parameters) const {
+    const NormalizerShift<float>&of_q = parameters.student_shift, &of_p = parameters.teacher_shift;
+    const float rest = of_q.rest - of_p.rest;  // both probabilities lack the student's unit
+    float apart = 0;
+    for_packs<false>(source, team, /*backwards=*/true, [&](int, const typename Source::Raw& raw) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const float q = exp2_fast(fused(Source::student_of(raw, j), parameters.scale, -of_q.shift));
+        const float p = exp2_fast(fused(Source::teacher_of(raw, j), parameters.scale, -of_p.shift) + rest);
+        apart += magnitude(q - p);
+      }
+    });
+    return team.sum(PairStats{0, 0, 0.5 * double(apart) * double(of_q.unit)}, added);
+  }
+  static __device__ __forceinline__ void added(PairStats& all, const PairStats& next) {
+    all = {all.forward_kl + next.forward_kl, all.reverse_kl + next.reverse_kl, all.tvd + next.tvd};
   }
 
   // The second pass: the total variation distance and, where kNear, both divergences.
@@ -322,10 +426,7 @@ struct StatsWorker {
         }
       }
     });
-    const auto add = [](PairStats& all, const PairStats& next) {
-      all = {all.forward_kl + next.forward_kl, all.reverse_kl + next.reverse_kl, all.tvd + next.tvd};
-    };
-    return team.sum(PairStats{forward, reverse, 0.5 * apart}, add);
+    return team.sum(PairStats{forward, reverse, 0.5 * apart}, added);
   }
 };
 

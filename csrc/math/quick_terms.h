@@ -4,7 +4,7 @@
 // With a = log2 q and b = log2 p, a divergence's value is
 //   f_scale sum x y + f_from_g sum q g,
 // and the student's gradient before its factors is q (G - mean_q G), where G, the g of divergence.h, is
-// g_scale g + g_offset.
+// g_scale g + g_offset; to it, closed (q - p) is added.
 #pragma once
 #include "divergence.h"
 
@@ -21,7 +21,7 @@ struct QuickTerms {
 
 template <class Real>
 struct QuickScales {
-  Real f, f_from_g, g, g_offset;
+  Real f, f_from_g, g, g_offset, closed;
 };
 
 FASTKD_INLINE float log2_fast(float x) {
@@ -75,11 +75,11 @@ struct Quick {
   static constexpr bool kExists = false;
 };
 
-// kLogs: subtracts logarithms.
+// kLogs: subtracts logarithms. kFinite: only for packs without masked logits, where no log-ratio is infinite.
 // g = log2(m / q)
 template <>
 struct Quick<Jsd> {
-  static constexpr bool kExists = true, kLogs = true;
+  static constexpr bool kExists = true, kLogs = true, kFinite = false;
   float by_p, by_q;
   FASTKD_INLINE explicit Quick(double beta) : by_p(float(beta)), by_q(float(1 - beta)) {}
 
@@ -88,13 +88,13 @@ struct Quick<Jsd> {
     const float to_large = log2_fast(m.of_large);
     return {exp2_fast(a), to_large + at_least(0.0f, -m.d), exp2_fast(b), to_large + at_least(0.0f, m.d)};
   }
-  FASTKD_INLINE QuickScales<double> scales() const { return {-by_p * kLn2, -by_q * kLn2, -by_q * kLn2, 0}; }
+  FASTKD_INLINE QuickScales<double> scales() const { return {-by_p * kLn2, -by_q * kLn2, -by_q * kLn2, 0, 0}; }
 };
 
 // g = p / m
 template <>
 struct Quick<SkewKl> {
-  static constexpr bool kExists = true, kLogs = true;
+  static constexpr bool kExists = true, kLogs = true, kFinite = false;
   float by_p, by_q;
   FASTKD_INLINE explicit Quick(double beta) : by_p(float(beta)), by_q(float(1 - beta)) {}
 
@@ -102,13 +102,13 @@ struct Quick<SkewKl> {
     const QuickMixture m(a, b, by_q, by_p);
     return {exp2_fast(a), m.p_share(), exp2_fast(b), log2_fast(m.of_large) + at_least(0.0f, m.d)};
   }
-  FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -double(by_q), 0}; }
+  FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -double(by_q), 0, 0}; }
 };
 
 // g = log2(m / q) + beta log2(e) q / m, with m = beta q + (1 - beta) p
 template <>
 struct Quick<SkewReverseKl> {
-  static constexpr bool kExists = true, kLogs = true;
+  static constexpr bool kExists = true, kLogs = true, kFinite = false;
   float by_p, by_q, of_share;
   FASTKD_INLINE explicit Quick(double beta)
       : by_p(float(1 - beta)), by_q(float(beta)), of_share(float(beta * kLog2E)) {}
@@ -118,20 +118,33 @@ struct Quick<SkewReverseKl> {
     const float q = exp2_fast(a), to_q = log2_fast(m.of_large) + at_least(0.0f, -m.d);
     return {q, fused(m.q_share(), of_share, to_q), q, to_q};
   }
-  FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -kLn2, by_q}; }
+  FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -kLn2, by_q, 0}; }
+};
+
+// g = log2(q / p)
+template <>
+struct Quick<MixedKl> {
+  static constexpr bool kExists = true, kLogs = false, kFinite = true;
+  float by_forward, by_reverse;
+  FASTKD_INLINE explicit Quick(double beta) : by_forward(float(beta)), by_reverse(float(1 - beta)) {}
+
+  FASTKD_INLINE QuickTerms<float> terms(float a, float b) const { return {exp2_fast(a), a - b, exp2_fast(b), a - b}; }
+  FASTKD_INLINE QuickScales<double> scales() const {
+    return {-by_forward * kLn2, by_reverse * kLn2, by_reverse * kLn2, 0, by_forward};
+  }
 };
 
 // g = (1 + sign(q - p)) / 2
 template <>
 struct Quick<Tvd> {
-  static constexpr bool kExists = true, kLogs = false;
+  static constexpr bool kExists = true, kLogs = false, kFinite = false;
   FASTKD_INLINE explicit Quick(double) {}
 
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
     const float q = exp2_fast(a), difference = q - exp2_fast(b);
     return {q, saturated(fused(difference, 3e38f, 0.5f)), magnitude(difference), 1};
   }
-  FASTKD_INLINE QuickScales<double> scales() const { return {0.5, 0, 1, -0.5}; }
+  FASTKD_INLINE QuickScales<double> scales() const { return {0.5, 0, 1, -0.5, 0}; }
 };
 
 }  // namespace fastkd::FASTKD_ISA
