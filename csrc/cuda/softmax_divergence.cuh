@@ -207,10 +207,17 @@ struct RowWorker {
     }
   }
 
+  static constexpr double kSteepest = 4;  // temperatures of 0.36 and more
+
   // Whether the terms and the student's gradient have a short formula (quick_terms.h).
   static constexpr bool kQuick = Source::kPacked && Quick<Divergence>::kExists;
   static __device__ __forceinline__ bool quick(const RowParameters<Real>& parameters) {
-    return !parameters.teacher_gradient && parameters.student_shift.usable && parameters.teacher_shift.usable;
+    return !parameters.teacher_gradient && has_short_formula(parameters);
+  }
+  static __device__ __forceinline__ bool has_short_formula(const RowParameters<Real>& parameters) {
+    // Of steep softmaxes, differences of logarithms have too few digits left.
+    const bool steep = at_least(parameters.student_scale, parameters.teacher_scale) > Real(kSteepest);
+    return parameters.student_shift.usable && parameters.teacher_shift.usable && !(Quick<Divergence>::kFinite && steep);
   }
 
   // Packs in these ranges have finite log-ratios.
@@ -254,7 +261,7 @@ struct RowWorker {
 
   __device__ Sums sum_quickly(const Source& source, const RowParameters<Real>& parameters, bool backwards) const {
     const QuickPack pack(parameters);
-    Real f = 0, qg = 0, q = 0;
+    Real f = 0, qg = 0, q = 0, apart = 0;
     const auto fast = [&](int, const typename Source::Raw& any) {
       if (!pack.takes(any)) return false;
       const typename Source::Raw raw = pack.raised(any);
@@ -264,6 +271,7 @@ struct RowWorker {
         f = fused(t.x, t.y, f);
         qg = fused(t.q, t.g, qg);
         q += t.q;
+        if constexpr (Quick<Divergence>::kFinite) apart += t.q - t.x;
       }
       return true;
     };
@@ -278,7 +286,7 @@ struct RowWorker {
     }
     const QuickScales<double> scales = pack.divergence.scales();
     const double unit = parameters.student_shift.unit;
-    mine.add({unit * (scales.f * double(f) + scales.f_from_g * double(qg)),
+    mine.add({unit * (scales.f * double(f) + scales.f_from_g * double(qg) + scales.f_apart * double(apart)),
               unit * (scales.g * double(qg) + scales.g_offset * double(q)), 0, unit * double(q), 0, 0});
     return team.sum(mine, [](Sums& all, const Sums& next) { all.add(next); });
   }
@@ -308,7 +316,7 @@ struct RowWorker {
     };
     RowPass<false, Source> pass(source, team, backwards);
     if constexpr (Source::kPacked && !kNear && (kDifference || kCentred || kQuick)) {
-      if (parameters.student_shift.usable && parameters.teacher_shift.usable) {
+      if (has_short_formula(parameters)) {
         const PackFormula formula(source, gradients, parameters);
         const auto fast = [&](int pack, const typename Source::Raw& raw) { return formula.write(pack, raw); };
         if (!parameters.teacher_gradient) return for_packs(pass, fast, write_student);

@@ -45,19 +45,23 @@ struct ThreadState {
                         kCrossing = kPass == Pass::kTeacherCrossing;
 
   Real u_origin = Real(-INFINITY), w_origin = Real(-INFINITY);
-  Real w_sum = 0, crossing = 0, label_sum = 0;
-  // Where the student weights, its sum and the ratio become a mean that the gradient subtracts: beside a token of
-  // nearly all the mass, the others keep their digits.
-  CompensatedSum u_sum;
+  Real crossing = 0, label_sum = 0;
+  // Where the student weights, its sum and the ratio become a mean that the gradient subtracts: beside a token of nearly
+  // all the mass, the others keep their digits. Both sides are summed alike: equal sides have equal sums.
+  CompensatedSum u_sum, w_sum;
   CompensatedSum ratio;
   FarSum<Real> far_ratio, far_crossing;
 
-  __device__ __forceinline__ void add_student(Real weight) {
+  static __device__ __forceinline__ void add_to(CompensatedSum& all, Real weight) {
     if constexpr (kByStudent) {
-      u_sum.add(weight);
+      all.add(weight);
     } else {
-      u_sum.sum += weight;
+      all.sum += weight;
     }
+  }
+  static __device__ __forceinline__ void scale(CompensatedSum& all, Real by) {
+    all.sum *= by;
+    all.rest *= by;
   }
 
   // Adds a pack of any logits.
@@ -81,8 +85,8 @@ struct ThreadState {
     for_entries<Source>(raw, [&](Real u, Real w) {
       const Real x = u - u_zero, y = w - w_zero;
       const Real e_u = exp2_of(x * us), e_w = exp2_of(y * ws);
-      add_student(e_u);
-      w_sum += e_w;
+      add_to(u_sum, e_u);
+      add_to(w_sum, e_w);
       if constexpr (kRatio) {
         // Log-ratios below -kFar belong to entries without weight.
         const Real log_ratio = kByStudent ? x - y * r : y * r - x;
@@ -111,7 +115,7 @@ struct ThreadState {
     const Real u_shrink = u_step * parameters.student_scale, w_shrink = w_step * parameters.teacher_scale;
     const Real u_scale = exp2_of(-u_shrink), w_scale = exp2_of(-w_shrink);
     if constexpr (kRatio) {
-      const Real weight = kByStudent ? u_sum.sum : w_sum, shrink = kByStudent ? u_shrink : w_shrink;
+      const Real weight = kByStudent ? u_sum.sum : w_sum.sum, shrink = kByStudent ? u_shrink : w_shrink;
       const Real scale = kByStudent ? u_scale : w_scale, step = kByStudent ? w_step * r - u_step : u_step - w_step * r;
       far_ratio.raise(weight, shrink, step);
       if (kByStudent && weight > Real(0) && magnitude(step) < Real(kDead)) {
@@ -127,19 +131,18 @@ struct ThreadState {
       ratio.rest *= scale;
     }
     if constexpr (kCrossing) {
-      far_crossing.raise(w_sum, w_shrink, u_step);
-      crossing = carried(crossing, w_sum, u_step < Real(kDead) ? u_step : Real(0), w_scale);
+      far_crossing.raise(w_sum.sum, w_shrink, u_step);
+      crossing = carried(crossing, w_sum.sum, u_step < Real(kDead) ? u_step : Real(0), w_scale);
     }
     if (parameters.label_scale != Real(0)) label_sum *= exp2_of(-u_step * parameters.label_scale);
-    u_sum.sum *= u_scale;
-    u_sum.rest *= u_scale;
-    w_sum *= w_scale;
+    scale(u_sum, u_scale);
+    scale(w_sum, w_scale);
     u_origin = u_new;
     w_origin = w_new;
   }
 
   __device__ PassSums whole() const {
-    return {u_sum.value(), double(w_sum), ratio.value() + far_ratio.value(), double(crossing) + far_crossing.value(),
+    return {u_sum.value(), w_sum.value(), ratio.value() + far_ratio.value(), double(crossing) + far_crossing.value(),
             double(label_sum)};
   }
 
@@ -206,8 +209,8 @@ struct FastSums {
       all.ratio.add(moved * unit);
     }
     if constexpr (State::kCrossing) all.crossing += (crossing * w_factor - w * u_rest) * unit;
-    all.add_student(u);
-    all.w_sum += w;
+    State::add_to(all.u_sum, u);
+    State::add_to(all.w_sum, w);
     all.label_sum += label_sum;
     u_sum = w_sum = ratio = crossing = label_sum = 0;
   }

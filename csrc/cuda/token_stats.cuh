@@ -8,7 +8,6 @@
 #pragma once
 #include "../math/token_stats.h"
 #include "common/far_sum.cuh"
-#include "common/fast_sum.cuh"
 #include "common/sources.cuh"
 
 namespace fastkd::cuda {
@@ -48,7 +47,6 @@ struct StatsParameters {
   bool read, near;
   float scale;  // log2(e) / temperature
   Normalized<float> at;
-  NormalizerShift<float> student_shift, teacher_shift;
 };
 
 // The data and work of the leading thread, in double precision, once per row. The data is in shared memory to save
@@ -83,8 +81,6 @@ struct StatsLeader {
         task,
         {{state.student_origin, state.sums.student.sum}, {state.teacher_origin, state.sums.teacher.sum}, 0, 0, 0});
     parameters.at = frame.normalized();
-    parameters.student_shift = {frame.student_scale, frame.student_origin, frame.student_lse};
-    parameters.teacher_shift = {frame.teacher_scale, frame.teacher_origin, frame.teacher_lse};
     shared_store(published, parameters);
   }
 
@@ -129,7 +125,7 @@ struct StatsLeader {
 };
 
 // A team's shared memory: [parameters][the leading thread's data][slots of the reductions][student row][teacher row].
-inline constexpr int kStatsOrdersBytes = 112, kStatsLeadBytes = 128;
+inline constexpr int kStatsOrdersBytes = 64, kStatsLeadBytes = 128;
 static_assert(sizeof(StatsParameters) <= kStatsOrdersBytes && sizeof(StatsLeader) <= kStatsLeadBytes);
 __host__ __device__ constexpr int64_t stats_overhead(bool warp) {
   return kStatsOrdersBytes + kStatsLeadBytes + (warp ? 0 : Team::kSharedBytes);
@@ -234,29 +230,29 @@ struct StatsState {
   }
 };
 
-// Sums of the first pass over packs whose entries need no care: finite log-ratios, and no new largest logit. They are
-// relative to shifts, the origins times the scale rounded, so that an exponent takes one multiply-add. In base 2.
+// Sums of the first pass over packs whose entries need no care: finite log-ratios, and no new largest logit. In base 2,
+// relative to the origins of the StatsState beside it. Logits are taken relative to their origin before they are
+// scaled: where the sides nearly agree, so do the rounding errors of their sums.
 template <bool kPair, class Source>
 struct FastStats {
   using Item = typename Source::Item;
 
   PairSumsOf<float> sums{};
-  float u_shift = 0, w_shift = 0;
   PackRange<Item> u_range, w_range;  // of the packs that may be added; at first none
 
   // Returns false for a pack that is not in the range.
-  __device__ __forceinline__ bool add(const typename Source::Raw& raw, float scale) {
+  __device__ __forceinline__ bool add(const typename Source::Raw& raw, const StatsState<kPair>& all, float scale) {
     if (!(u_range.below(raw.student) && u_range.above(raw.student))) return false;
     if constexpr (kPair) {
       if (!(w_range.below(raw.teacher) && w_range.above(raw.teacher))) return false;
     }
 #pragma unroll
     for (int j = 0; j < Source::kSize; ++j) {
-      const float x = fused(Source::student_of(raw, j), scale, -u_shift), e_u = exp2_fast(x);
+      const float x = (Source::student_of(raw, j) - all.u_origin) * scale, e_u = exp2_fast(x);
       sums.student.sum += e_u;
       sums.student.weighted = fused(e_u, x, sums.student.weighted);
       if constexpr (kPair) {
-        const float y = fused(Source::teacher_of(raw, j), scale, -w_shift), e_w = exp2_fast(y), apart = y - x;
+        const float y = (Source::teacher_of(raw, j) - all.w_origin) * scale, e_w = exp2_fast(y), apart = y - x;
         sums.teacher.sum += e_w;
         sums.teacher.weighted = fused(e_w, y, sums.teacher.weighted);
         sums.ratio = fused(e_w, apart, sums.ratio);
@@ -266,34 +262,25 @@ struct FastStats {
     return true;
   }
 
-  // Adds these sums to `all`, which has the same origins, and begins again.
-  __device__ __forceinline__ void move_to(StatsState<kPair>& all, float scale) {
-    if (sums.student.sum == 0 && (!kPair || sums.teacher.sum == 0)) return;  // perhaps there is no origin yet
-    // What the rounding of the shifts adds to the exponents.
-    const float u_rest = fused(-all.u_origin, scale, u_shift),
-                w_rest = kPair ? fused(-all.w_origin, scale, w_shift) : 0;
-    const float u_factor = exp2_of(u_rest), w_factor = exp2_of(w_rest);
-    const float u = sums.student.sum, w = sums.teacher.sum;
-    all.sums.student.sum += u * u_factor;
-    all.sums.student.weighted += (sums.student.weighted + u * u_rest) * u_factor;
+  // Adds these sums to `all` and begins again.
+  __device__ __forceinline__ void move_to(StatsState<kPair>& all) {
+    all.sums.student.sum += sums.student.sum;
+    all.sums.student.weighted += sums.student.weighted;
     if constexpr (kPair) {
-      all.sums.teacher.sum += w * w_factor;
-      all.sums.teacher.weighted += (sums.teacher.weighted + w * w_rest) * w_factor;
-      all.sums.ratio += (sums.ratio + w * (w_rest - u_rest)) * w_factor;
-      all.sums.reverse += (sums.reverse + u * (u_rest - w_rest)) * u_factor;
+      all.sums.teacher.sum += sums.teacher.sum;
+      all.sums.teacher.weighted += sums.teacher.weighted;
+      all.sums.ratio += sums.ratio;
+      all.sums.reverse += sums.reverse;
     }
     sums = {};
   }
 
   // Takes the origins of `all`, and its largest logits so far: a pack with a larger one may move an argmax.
-  __device__ __forceinline__ void set_origins(const StatsState<kPair>& all, float scale) {
-    u_shift = all.u_origin * scale;
-    w_shift = kPair ? all.w_origin * scale : 0;
+  __device__ __forceinline__ void set_ranges(const StatsState<kPair>& all) {
+    const float far = float(kDead) / 8;
     u_range.clear();
     w_range.clear();
-    // The rounding of larger shifts would be felt. False also where there is no origin yet.
-    if (!(magnitude(u_shift) < kLargestShift && magnitude(w_shift) < kLargestShift)) return;
-    const float far = float(kDead) / 8;
+    if (all.u_origin == -INFINITY || (kPair && all.w_origin == -INFINITY)) return;
     u_range.set(all.u_origin - far, all.best.student.logit);
     if constexpr (kPair) w_range.set(all.w_origin - far, all.best.teacher.logit);
   }
@@ -326,10 +313,8 @@ struct StatsWorker {
         if (team.leads()) leader.plan(published);
         team.sync();
         parameters = shared_load(published);
-        const bool usable = parameters.student_shift.usable && parameters.teacher_shift.usable;
-        const PairStats sums = parameters.near             ? second_pass<true>(source, parameters.at)
-                               : usable && Source::kPacked ? quick_pass(source, parameters)
-                                                           : second_pass<false>(source, parameters.at);
+        const PairStats sums =
+            parameters.near ? second_pass<true>(source, parameters.at) : quick_pass(source, parameters.at);
         if (team.leads()) leader.add(sums);
       }
     } else if (team.leads()) {
@@ -366,13 +351,13 @@ struct StatsWorker {
     if constexpr (Source::kPacked) {
       FastStats<kPair, Source> fast;
       for_packs(
-          pass, [&](int, const typename Source::Raw& raw) { return fast.add(raw, scale); },
+          pass, [&](int, const typename Source::Raw& raw) { return fast.add(raw, mine, scale); },
           [&](int pack, const typename Source::Raw& raw) {
-            fast.move_to(mine, scale);
+            fast.move_to(mine);
             careful(pack, raw);
-            fast.set_origins(mine, scale);
+            fast.set_ranges(mine);
           });
-      fast.move_to(mine, scale);
+      fast.move_to(mine);
     } else {
       for_packs(pass, careful);
     }
@@ -390,19 +375,18 @@ struct StatsWorker {
   }
 
   // The second pass where no divergence is nearly 0: the total variation distance.
-  __device__ PairStats quick_pass(const Source& source, const StatsParameters& parameters) const {
-    const NormalizerShift<float>&of_q = parameters.student_shift, &of_p = parameters.teacher_shift;
-    const float rest = of_q.rest - of_p.rest;  // both probabilities lack the student's unit
+  __device__ PairStats quick_pass(const Source& source, const Normalized<float>& at) const {
     float apart = 0;
     for_packs<false>(source, team, /*backwards=*/true, [&](int, const typename Source::Raw& raw) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float q = exp2_fast(fused(Source::student_of(raw, j), parameters.scale, -of_q.shift));
-        const float p = exp2_fast(fused(Source::teacher_of(raw, j), parameters.scale, -of_p.shift) + rest);
-        apart += magnitude(q - p);
+        const float x = Source::student_of(raw, j) - at.student_origin,
+                    y = Source::teacher_of(raw, j) - at.teacher_origin;
+        const float q = exp2_fast(fused(x, at.student_scale, -at.student_lse));
+        apart += magnitude(q - exp2_fast(fused(y, at.teacher_scale, -at.teacher_lse)));
       }
     });
-    return team.sum(PairStats{0, 0, 0.5 * double(apart) * double(of_q.unit)}, added);
+    return team.sum(PairStats{0, 0, 0.5 * double(apart)}, added);
   }
   static __device__ __forceinline__ void added(PairStats& all, const PairStats& next) {
     all = {all.forward_kl + next.forward_kl, all.reverse_kl + next.reverse_kl, all.tvd + next.tvd};

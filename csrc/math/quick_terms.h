@@ -2,7 +2,7 @@
 // divergence.h, and serve rows whose value is not tiny (kNear = false there), from logarithms in base 2 alone.
 //
 // With a = log2 q and b = log2 p, a divergence's value is
-//   f_scale sum x y + f_from_g sum q g,
+//   f_scale sum x y + f_from_g sum q g + f_apart sum (q - p),   where the last sum is 0 over a whole row,
 // and the student's gradient before its factors is q (G - mean_q G), where G, the g of divergence.h, is
 // g_scale g + g_offset; to it, closed (q - p) is added.
 #pragma once
@@ -21,7 +21,7 @@ struct QuickTerms {
 
 template <class Real>
 struct QuickScales {
-  Real f, f_from_g, g, g_offset, closed;
+  Real f, f_from_g, g, g_offset, closed, f_apart;
 };
 
 FASTKD_INLINE float log2_fast(float x) {
@@ -72,7 +72,7 @@ struct QuickMixture {
 // None: the divergence is computed by divergence.h alone.
 template <class Divergence>
 struct Quick {
-  static constexpr bool kExists = false;
+  static constexpr bool kExists = false, kFinite = false;
 };
 
 // kLogs: subtracts logarithms. kFinite: only for packs without masked logits, where no log-ratio is infinite.
@@ -88,7 +88,7 @@ struct Quick<Jsd> {
     const float to_large = log2_fast(m.of_large);
     return {exp2_fast(a), to_large + at_least(0.0f, -m.d), exp2_fast(b), to_large + at_least(0.0f, m.d)};
   }
-  FASTKD_INLINE QuickScales<double> scales() const { return {-by_p * kLn2, -by_q * kLn2, -by_q * kLn2, 0, 0}; }
+  FASTKD_INLINE QuickScales<double> scales() const { return {-by_p * kLn2, -by_q * kLn2, -by_q * kLn2, 0, 0, 0}; }
 };
 
 // g = p / m
@@ -102,7 +102,7 @@ struct Quick<SkewKl> {
     const QuickMixture m(a, b, by_q, by_p);
     return {exp2_fast(a), m.p_share(), exp2_fast(b), log2_fast(m.of_large) + at_least(0.0f, m.d)};
   }
-  FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -double(by_q), 0, 0}; }
+  FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -double(by_q), 0, 0, 0}; }
 };
 
 // g = log2(m / q) + beta log2(e) q / m, with m = beta q + (1 - beta) p
@@ -118,10 +118,10 @@ struct Quick<SkewReverseKl> {
     const float q = exp2_fast(a), to_q = log2_fast(m.of_large) + at_least(0.0f, -m.d);
     return {q, fused(m.q_share(), of_share, to_q), q, to_q};
   }
-  FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -kLn2, by_q, 0}; }
+  FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -kLn2, by_q, 0, 0}; }
 };
 
-// g = log2(q / p)
+// g = log2(q / p), x = p
 template <>
 struct Quick<MixedKl> {
   static constexpr bool kExists = true, kLogs = false, kFinite = true;
@@ -130,7 +130,7 @@ struct Quick<MixedKl> {
 
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const { return {exp2_fast(a), a - b, exp2_fast(b), a - b}; }
   FASTKD_INLINE QuickScales<double> scales() const {
-    return {-by_forward * kLn2, by_reverse * kLn2, by_reverse * kLn2, 0, by_forward};
+    return {-by_forward * kLn2, by_reverse * kLn2, by_reverse * kLn2, 0, by_forward, by_forward - by_reverse};
   }
 };
 
@@ -144,7 +144,7 @@ struct Quick<Tvd> {
     const float q = exp2_fast(a), difference = q - exp2_fast(b);
     return {q, saturated(fused(difference, 3e38f, 0.5f)), magnitude(difference), 1};
   }
-  FASTKD_INLINE QuickScales<double> scales() const { return {0.5, 0, 1, -0.5, 0}; }
+  FASTKD_INLINE QuickScales<double> scales() const { return {0.5, 0, 1, -0.5, 0, 0}; }
 };
 
 }  // namespace fastkd::FASTKD_ISA
