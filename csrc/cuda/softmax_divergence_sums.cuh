@@ -46,8 +46,8 @@ struct ThreadState {
 
   Real u_origin = Real(-INFINITY), w_origin = Real(-INFINITY);
   Real crossing = 0, label_sum = 0;
-  // Where the student weights, its sum and the ratio become a mean that the gradient subtracts: beside a token of nearly
-  // all the mass, the others keep their digits. Both sides are summed alike: equal sides have equal sums.
+  // Where the student weights, its sum and the ratio become a mean that the gradient subtracts: beside a token of
+  // nearly all the mass, the others keep their digits. Both sides are summed alike: equal sides have equal sums.
   CompensatedSum u_sum, w_sum;
   CompensatedSum ratio;
   FarSum<Real> far_ratio, far_crossing;
