@@ -16,6 +16,10 @@ PATH = Path(
     os.environ.get("FASTKD_SIMT_LIBRARY", Path(__file__).parents[1] / "build/simt/_simt.so")
 )
 
+# Shared memory in bytes for a tensor whose rows do not stay there, at 192 threads: four packs a thread under way, and
+# the two ends of a row.
+UNDER_WAY = (4 * 192 + 2) * 16
+
 # What FASTKD_LOG=launch prints of a launch.
 LAUNCH_HEAD = (
     r": (?P<op>[\w.]+) \((?P<role>[^)]+)\) (?P<rows>\d+)x(?P<columns>\d+) (?P<dtype>\w+) "

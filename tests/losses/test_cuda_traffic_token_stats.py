@@ -46,7 +46,7 @@ def test_student_alone_is_read_once(capability, dtype):
     assert found.launches == 1
     assert found.moved <= 1.02 * inputs
     assert found.share_of_16 >= 0.99
-    assert found.largest_shared_memory < 8192
+    assert found.largest_shared_memory < 8192 + emulator.UNDER_WAY
 
 
 @pytest.mark.parametrize("dtype", WIDE)
