@@ -16,8 +16,8 @@ PATH = Path(
     os.environ.get("FASTKD_SIMT_LIBRARY", Path(__file__).parents[1] / "build/simt/_simt.so")
 )
 
-# Shared memory in bytes for a tensor whose rows do not stay there, at 192 threads: four packs a thread under way, and
-# the two ends of a row.
+# Shared memory in bytes for a tensor whose rows do not stay there, at 192 threads: four packs a
+# thread under way, and the two ends of a row.
 UNDER_WAY = (4 * 192 + 2) * 16
 
 # What FASTKD_LOG=launch prints of a launch.
