@@ -248,7 +248,7 @@ struct GradientWorker {
       for (int j = 0; j < kSize; ++j) {
         const int c = columns.item[j];
         const float origin = apart ? shared_load(origins + c) : row_origin, x = to_float(raw.item[j]);
-        raw.item[j] = element<Item>(shared_load(factors + c) * exp2_normal((x - origin) * float(kLog2E)));
+        raw.item[j] = element<Item>(shared_load(factors + c) * exp2_fast((x - origin) * float(kLog2E)));
       }
       slice.store(pack, raw);
     }
@@ -342,7 +342,7 @@ void launch_sums(const Device& device, ByteArguments a, const Tensor& like) {
   const int64_t overhead = bytes() + 128 + a.columns * 8;
   RowLaunch launch =
       block_per_row(row_launch(device.capability(), item + 2, a.ids, overhead, /*packed=*/true, /*tensors=*/1));
-  if (launch.threads > kRowThreads) launch.threads = kRowThreads;
+  launch.threads = shared_threads(launch);  // the worker has room for kRowThreads
   int64_t blocks = 0;
   a.slices = launch.cluster;
   a.slice = slice_size(a.ids, a.slices);

@@ -14,17 +14,6 @@
 
 namespace fastkd::cuda {
 
-// 2^x, or 0 below 2^-126. A single instruction on the GPU.
-__device__ __forceinline__ float exp2_normal(float x) {
-#ifdef __CUDA_ARCH__
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
-#else
-  return exp2_of(x);
-#endif
-}
-
 // A possible id's exponent is never taken to be below this, so that only impossible ids add exactly 0.
 inline constexpr float kLeastPower = -125;
 
@@ -419,7 +408,7 @@ struct ByteWorker {
   }
 
   static __device__ __forceinline__ float term(Item item, float zero) {
-    return exp2_normal(power_of(to_float(item) - zero));
+    return exp2_fast(power_of(to_float(item) - zero));
   }
 };
 

@@ -328,7 +328,7 @@ __device__ __forceinline__ void work_on_rows(const ChunkArguments& arguments, co
            [&](int64_t row) { worker.run(row, Source(arguments, row, launch, 0, shared, shared + own)); });
 }
 
-// Blocks per multiprocessor. With one tensor, each block has half as many loads in flight as kRowThreads assumes.
+// Blocks per multiprocessor. With one tensor, each block has half as many copies under way as one with two.
 inline constexpr int kChunkBlocks = 4;
 
 template <class Source>

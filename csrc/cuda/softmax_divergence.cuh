@@ -86,8 +86,10 @@ struct RowLeader {
     parameters.factors = GradientFactors<Real>(task, plan);
     parameters.student_mean = Mean<Real>(plan.student_mean);
     parameters.teacher_mean = Mean<Real>(plan.teacher_mean);
-    parameters.centre =
-        Mean<Real>((plan.student_mean * kLog2E + (plan.student_lse - plan.teacher_lse)) / double(plan.student_scale));
+    if constexpr (Divergence::kPass == Pass::kStudentWeighted) {
+      parameters.centre =
+          Mean<Real>((plan.student_mean * kLog2E + (plan.student_lse - plan.teacher_lse)) / double(plan.student_scale));
+    }
     parameters.student_shift = {plan.student_scale, plan.student_origin, plan.student_lse};
     parameters.teacher_shift = {plan.teacher_scale, plan.teacher_origin, plan.teacher_lse};
     parameters.label_shift = Real(plan.label_lse);
@@ -224,7 +226,7 @@ struct RowWorker {
   template <class Item>
   static __device__ __forceinline__ void set_finite(PackRange<Item>& u, PackRange<Item>& w,
                                                     const RowParameters<Real>& parameters) {
-    const Real far = Real(kDead) / 8;
+    const Real far = Real(kFarLogit);
     u.set(parameters.at.student_origin - far, Real(INFINITY));
     w.set(parameters.at.teacher_origin - far / at_least(Real(1), parameters.teacher_ratio), Real(INFINITY));
   }

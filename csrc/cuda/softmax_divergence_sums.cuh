@@ -224,7 +224,7 @@ struct FastSums {
     w_range.clear();
     // The rounding of larger shifts would be felt. False also where there is no origin yet.
     if (!(magnitude(u_shift) < Real(kLargestShift) && magnitude(w_shift) < Real(kLargestShift))) return;
-    const Real far = Real(kDead) / 8;
+    const Real far = Real(kFarLogit);
     u_range.set(all.u_origin - far, all.u_origin + Real(kSlack) / at_least(us, parameters.label_scale));
     w_range.set(all.w_origin - far / at_least(Real(1), parameters.teacher_ratio), all.w_origin + Real(kSlack) / ws);
   }

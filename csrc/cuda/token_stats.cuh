@@ -277,7 +277,7 @@ struct FastStats {
 
   // Takes the origins of `all`, and its largest logits so far: a pack with a larger one may move an argmax.
   __device__ __forceinline__ void set_ranges(const StatsState<kPair>& all) {
-    const float far = float(kDead) / 8;
+    const float far = float(kFarLogit);
     u_range.clear();
     w_range.clear();
     if (all.u_origin == -INFINITY || (kPair && all.w_origin == -INFINITY)) return;

@@ -76,15 +76,20 @@ struct Quick {
 };
 
 // kLogs: subtracts logarithms. kFinite: only for packs without masked logits, where no log-ratio is infinite.
-// g = log2(m / q)
-template <>
-struct Quick<Jsd> {
+struct QuickOfMixture {
   static constexpr bool kExists = true, kLogs = true, kFinite = false;
   float by_p, by_q;
-  FASTKD_INLINE explicit Quick(double beta) : by_p(float(beta)), by_q(float(1 - beta)) {}
+  FASTKD_INLINE QuickOfMixture(double p_weight, double q_weight) : by_p(float(p_weight)), by_q(float(q_weight)) {}
+  FASTKD_INLINE QuickMixture mixture(float a, float b) const { return {a, b, by_q, by_p}; }
+};
+
+// g = log2(m / q)
+template <>
+struct Quick<Jsd> : QuickOfMixture {
+  FASTKD_INLINE explicit Quick(double beta) : QuickOfMixture(beta, 1 - beta) {}
 
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const QuickMixture m(a, b, by_q, by_p);
+    const QuickMixture m = mixture(a, b);
     const float to_large = log2_fast(m.of_large);
     return {exp2_fast(a), to_large + at_least(0.0f, -m.d), exp2_fast(b), to_large + at_least(0.0f, m.d)};
   }
@@ -93,13 +98,11 @@ struct Quick<Jsd> {
 
 // g = p / m
 template <>
-struct Quick<SkewKl> {
-  static constexpr bool kExists = true, kLogs = true, kFinite = false;
-  float by_p, by_q;
-  FASTKD_INLINE explicit Quick(double beta) : by_p(float(beta)), by_q(float(1 - beta)) {}
+struct Quick<SkewKl> : QuickOfMixture {
+  FASTKD_INLINE explicit Quick(double beta) : QuickOfMixture(beta, 1 - beta) {}
 
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const QuickMixture m(a, b, by_q, by_p);
+    const QuickMixture m = mixture(a, b);
     return {exp2_fast(a), m.p_share(), exp2_fast(b), log2_fast(m.of_large) + at_least(0.0f, m.d)};
   }
   FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -double(by_q), 0, 0, 0}; }
@@ -107,14 +110,12 @@ struct Quick<SkewKl> {
 
 // g = log2(m / q) + beta log2(e) q / m, with m = beta q + (1 - beta) p
 template <>
-struct Quick<SkewReverseKl> {
-  static constexpr bool kExists = true, kLogs = true, kFinite = false;
-  float by_p, by_q, of_share;
-  FASTKD_INLINE explicit Quick(double beta)
-      : by_p(float(1 - beta)), by_q(float(beta)), of_share(float(beta * kLog2E)) {}
+struct Quick<SkewReverseKl> : QuickOfMixture {
+  float of_share;
+  FASTKD_INLINE explicit Quick(double beta) : QuickOfMixture(1 - beta, beta), of_share(float(beta * kLog2E)) {}
 
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const QuickMixture m(a, b, by_q, by_p);
+    const QuickMixture m = mixture(a, b);
     const float q = exp2_fast(a), to_q = log2_fast(m.of_large) + at_least(0.0f, -m.d);
     return {q, fused(m.q_share(), of_share, to_q), q, to_q};
   }

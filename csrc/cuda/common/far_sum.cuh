@@ -5,6 +5,9 @@
 
 namespace fastkd::cuda {
 
+// Logits at most this far below their origin have finite log-ratios, below kDead even as differences of two sides.
+inline constexpr double kFarLogit = kDead / 8;
+
 // A sum of weighted log-ratios that are infinite or come from the smallest finite number. It is held in units of 2^30,
 // so that the products do not overflow, and so that weights count that would underflow in a plain sum. An entry without
 // weight adds nothing.

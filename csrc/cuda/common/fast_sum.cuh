@@ -26,9 +26,10 @@ struct NormalizerShift {
 };
 
 // A thread's share of the sum over a row of T, of the same sum at a second scale (0: not wanted), and of the sum over
-// marked columns. Packs whose logits
-// are not far above the origin are added by add_fast, relative to a shift: the origin times the scale, rounded, so that
-// an exponent takes one multiply-add. Other packs are added by add, which may raise the origin.
+// marked columns.
+//
+// Packs whose logits are not far above the origin are added by add_fast, relative to a shift: the origin times the
+// scale, rounded, so that an exponent takes one multiply-add. Other packs are added by add, which may raise the origin.
 template <class T>
 struct FastSum {
   float scale, second_scale;

@@ -2,11 +2,10 @@
 //
 // A row goes from global to shared memory by asynchronous copies, which need no registers, so that a thread has many
 // of them under way. Each thread copies the packs that it will read itself, and waits only for its own copies.
-//   resident   the whole row, or the block's part of it, stays in shared memory: it is copied once, and every pass
-//   reads
-//              it there
-//   otherwise  each thread has kAhead slots. After a pass has read a pack, it copies the one kAhead packs further into
-//              the same slot. Every pass reads the row from global memory again
+//
+// resident: the whole row, or the block's part of it, stays in shared memory. It is copied once; every pass reads it
+// there. Otherwise each thread has kAhead slots: after a pass has read a pack, it copies the one kAhead packs further
+// into the same slot, and every pass reads the row from global memory again.
 #pragma once
 #include "row_arguments.cuh"
 #include "vec.cuh"
@@ -30,8 +29,8 @@ struct PackedSource {
   const int all_slots;                   // of a tensor; the teacher's follow the student's
   const bool resident;
   int begin, end;  // this block's packs
-  int first_whole,
-      whole_count;  // those of them that lie in the row as a whole: all but at most the row's first and last
+  // Those of them that lie in the row as a whole: all but at most the row's first and last.
+  int first_whole, whole_count;
 
   // shared: for the slots of the student, then of the teacher, launch.slice_bytes each
   __device__ PackedSource(const RowArguments& a, int64_t r, const RowLaunch& launch, unsigned rank, unsigned char*,

@@ -99,6 +99,12 @@ inline constexpr int kWarpRows = 4;
 inline constexpr int64_t kWarpRowBytes = 4096;
 static_assert(kWarpRowBytes == 4096 && kWarpRows == 4, "text_of names both");
 
+// A launch's threads per block if two blocks shared a multiprocessor.
+constexpr int shared_threads(const RowLaunch& launch) {
+  const bool whole = launch.reason == LaunchReason::kWhole || launch.reason == LaunchReason::kSixteenBlocks;
+  return whole ? launch.threads / 2 : launch.threads;
+}
+
 // The launch in which each pass reads the rows from global memory again. Shared memory holds the packs under way.
 constexpr RowLaunch reread_launch(LaunchReason reason, int threads) {
   return {threads, 0, 1, false, reason, ahead_bytes(threads)};
@@ -150,8 +156,7 @@ constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, 
 // The same launch for an op with a single pass.
 constexpr RowLaunch one_pass(RowLaunch launch) {
   if (launch.resident) {
-    const bool whole = launch.reason == LaunchReason::kWhole || launch.reason == LaunchReason::kSixteenBlocks;
-    if (whole) launch.threads /= 2;  // any number of blocks fits
+    launch.threads = shared_threads(launch);  // any number of blocks fits
     launch.slice_bytes = ahead_bytes(launch.warp_rows > 0 ? 32 : launch.threads);
     launch.resident = false;
   }

@@ -26,8 +26,7 @@ void launch_teams(const Device& device, Kernel kernel, const Arguments& argument
   if (!device.fits(kernel, launch.threads, team_bytes(launch), launch.cluster)) {
     device.log_refused("rows", launch.threads, team_bytes(launch), launch.cluster,
                        "one block per row, without a cluster; each pass reads the rows again");
-    const bool two = launch.reason == LaunchReason::kHalf;
-    launch = reread_launch(LaunchReason::kRefused, two ? launch.threads : launch.threads / 2);
+    launch = reread_launch(LaunchReason::kRefused, shared_threads(launch));
   }
   const int64_t block_rows = launch.warp_rows > 0 ? launch.warp_rows : 1;
   const int64_t blocks = teams_of((arguments.rows + block_rows - 1) / block_rows, launch.cluster);

@@ -103,7 +103,7 @@ class PackRange {
  private:
   __device__ __forceinline__ unsigned raised(unsigned word) const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    if constexpr (sizeof(T) == 2) return bit_cast<unsigned>(__hmax2(this->pair(word), this->pair(least_)));
+    if constexpr (sizeof(T) == 2) return bit_cast<unsigned>(__hmax2(pair(word), pair(least_)));
 #endif
     const uint4 mine{word, 0, 0, 0}, bound{least_, 0, 0, 0};
     float x[4 / sizeof(T)];
@@ -119,20 +119,18 @@ class PackRange {
 
   // The nearest number of T that is at least, or at most, x, in each element of a word.
   static __device__ __forceinline__ unsigned repeated(float x, bool up) {
-    if constexpr (sizeof(T) == 4) return bit_cast<unsigned>(x);
-    T nearest;
-    from_float(x, nearest);
-    unsigned bits = bits_of_item(nearest);
-    const float found = to_float(nearest);
-    if (up ? found < x : found > x) {
-      bits = found == 0 ? (up ? 0x0001 : 0x8001) : bits + ((found < 0) == up ? -1 : 1);
+    if constexpr (sizeof(T) == 4) {
+      return bit_cast<unsigned>(x);
+    } else {
+      T nearest;
+      from_float(x, nearest);
+      unsigned bits = nearest.bits;
+      const float found = to_float(nearest);
+      if (up ? found < x : found > x) {
+        bits = found == 0 ? (up ? 0x0001 : 0x8001) : bits + ((found < 0) == up ? -1 : 1);
+      }
+      return bits | bits << 16;
     }
-    return bits | bits << 16;
-  }
-  static __device__ __forceinline__ unsigned bits_of_item(const T& x) {
-    uint16_t bits = 0;
-    memcpy(&bits, &x, sizeof(T) < 2 ? sizeof(T) : 2);
-    return bits;
   }
 
   unsigned least_ = repeated(NAN, true), most_ = repeated(NAN, true);
@@ -162,12 +160,8 @@ struct PackedRow {
 
   // Loads a pack. Columns outside the row are returned as `outside`.
   template <bool kStream>
-  __device__ __forceinline__ uint4 load_words(int pack, T outside) const {
-    return whole(pack) ? global_load16<kStream>(place(pack)) : load_cut(pack, outside);
-  }
-  template <bool kStream>
   __device__ __forceinline__ P load(int pack, T outside) const {
-    return bit_cast<P>(load_words<kStream>(pack, outside));
+    return bit_cast<P>(whole(pack) ? global_load16<kStream>(place(pack)) : load_cut(pack, outside));
   }
 
   __device__ __forceinline__ void store_words(int pack, const uint4& words) const {
