@@ -209,20 +209,22 @@ inline void count(unsigned long long* by_width, size_t bytes, int width) {
 inline void count_read(size_t bytes, int width) { count(current->block->machine->traffic.read, bytes, width); }
 inline void count_write(size_t bytes, int width) { count(current->block->machine->traffic.written, bytes, width); }
 
-// An asynchronous copy of 16 bytes, or of zeros. The destination's contents become invalid at once, and the new
-// contents are there when the thread has waited for the copy's group. For the detection of races it is a write at both
-// times.
-inline void async_copy(void* to, const void* from, bool there) {
+// An asynchronous copy of 16 bytes, or fewer, or of zeros. The destination's contents become invalid at once, and the
+// new contents are there when the thread has waited for the copy's group. For the detection of races it is a write at
+// both times.
+inline void async_copy(void* to, const void* from, bool there, size_t bytes = 16) {
   Thread& me = *current;
-  if (uintptr_t(to) % 16 || (there && uintptr_t(from) % 16)) fail("an asynchronous copy off a 16-byte boundary");
-  AsyncCopy copy{static_cast<unsigned char*>(to), me.groups, {}};
-  shared_write(to, sizeof(copy.bytes));
+  if (uintptr_t(to) % bytes || (there && uintptr_t(from) % bytes)) {
+    fail("an asynchronous copy off a %d-byte boundary", int(bytes));
+  }
+  AsyncCopy copy{static_cast<unsigned char*>(to), bytes, me.groups, {}};
+  shared_write(to, bytes);
   Word* words = &me.block->words[size_t(copy.to - me.block->shared.get()) / 4];
-  for (int i = 0; i < 4; ++i) words[i].write.written = 0;
-  std::memset(to, 0xFF, sizeof(copy.bytes));
+  for (size_t i = 0; i < bytes / 4; ++i) words[i].write.written = 0;
+  std::memset(to, 0xFF, bytes);
   if (there) {
-    count_read(sizeof(copy.bytes), sizeof(copy.bytes));
-    std::memcpy(copy.bytes, from, sizeof(copy.bytes));
+    count_read(bytes, int(bytes));
+    std::memcpy(copy.bytes, from, bytes);
   }
   me.copies.push_back(copy);
 }
@@ -232,8 +234,8 @@ inline void async_wait(unsigned latest) {
   Thread& me = *current;
   auto copy = me.copies.begin();
   for (; copy != me.copies.end() && copy->group + latest < me.groups; ++copy) {
-    std::memcpy(copy->to, copy->bytes, sizeof(copy->bytes));
-    shared_write(copy->to, sizeof(copy->bytes));
+    std::memcpy(copy->to, copy->bytes, copy->size);
+    shared_write(copy->to, copy->size);
   }
   me.copies.erase(me.copies.begin(), copy);
 }

@@ -25,6 +25,9 @@
 struct uint3 {
   unsigned x, y, z;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -70,6 +73,7 @@ struct FreeShared {
 // A copy of 16 bytes to shared memory that has not completed.
 struct AsyncCopy {
   unsigned char* to;
+  size_t size;
   uint64_t group;
   unsigned char bytes[16];
 };
