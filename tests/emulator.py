@@ -44,13 +44,14 @@ FAKES = (
 
 
 class Traffic(ctypes.Structure):
-    """Bytes of global memory, those moved in 16-byte accesses, and the launches' extents."""
+    """Bytes of global memory, those moved in 16-byte accesses, the launches' extents and calls."""
 
     _fields_ = [
         (name, ctypes.c_ulonglong)
         for name in (
             *("read", "written", "read_16", "written_16"),
             *("launches", "largest_cluster", "largest_shared_memory"),
+            *("attributes_set", "occupancy_queries"),
         )
     ]
 

@@ -71,6 +71,9 @@ FAULTS = {
         r"(race: it (writes|reads) shared offset \d+, (read|written) by"
         r"|shared read at offset \d+, which a copy not yet waited for)"
     ),
+    "copy_stored_over": r"shared write at offset \d+, which a copy not yet waited for is to write",
+    "copy_over_a_copy": r"shared write at offset \d+, which a copy not yet waited for is to write",
+    "copy_of_what_changes": r"the source of an asynchronous copy has changed before the copy",
     "copy_left_behind": r"exits with 1 asynchronous copies not waited for",
     "copy_off_a_line": r"an asynchronous copy off a 16-byte boundary",
     "mixed_work": r"mask ffffffff meets a different one of lane \d+",
