@@ -159,7 +159,7 @@ struct GradientWorker {
   __device__ Upstream read_upstream(int64_t row) const {
     Upstream mine{0, INFINITY, false};
     for (int c = team.thread; c < a.columns + 2; c += team.threads) {
-      const double log = global_load(a.kept(row) + c);
+      const double log = global_load(a.sums_of(row) + c);
       shared_store(logs + c, log);
       if (c >= a.columns) break;
       // A column of probability 0 gets no gradient.
