@@ -80,6 +80,7 @@ FAULTS = {
     "copy_of_what_changes": r"the source of an asynchronous copy has changed before the copy",
     "copy_left_behind": r"exits with 1 asynchronous copies not waited for",
     "copy_off_a_line": r"an asynchronous copy off a 16-byte boundary",
+    "copy_off_8_bytes": r"an asynchronous copy off a 8-byte boundary",
     "mixed_work": r"mask ffffffff meets a different one of lane \d+",
     "work_of_a_part": r"an operation of a whole warp in a warp of fewer lanes",
 }

@@ -92,7 +92,7 @@ __global__ void mixed_operations() {
 }
 __global__ void overlapping_masks() { __syncwarp(threadIdx.x % 32 < 16 ? 0x1ffffu : 0xffff8000u); }
 
-enum class Copy { kUnwaited, kOtherGroup, kNoBarrier, kOverwrite, kStore, kTwice, kSource, kLeft, kOffLine };
+enum class Copy { kUnwaited, kOtherGroup, kNoBarrier, kOverwrite, kStore, kTwice, kSource, kLeft, kOffLine, kOff8 };
 
 template <Copy kFault>
 __global__ void careless_copy() {
@@ -103,6 +103,7 @@ __global__ void careless_copy() {
     __syncthreads();
     load(simt::shared_memory() + (threadIdx.x + 37) % kThreads * 16);
   }
+  if (kFault == Copy::kOff8) simt::async_copy(mine, source + 4, true, 8);
   simt::async_copy(mine, source + (kFault == Copy::kOffLine ? 8 : 0), true);
   if (kFault != Copy::kUnwaited) simt::async_commit();
   if (kFault == Copy::kStore) store(mine + 5, (unsigned char)(1));
@@ -251,6 +252,7 @@ int main(int argc, char** argv) {
       {"copy_of_what_changes", {copies, careless_copy<Copy::kSource>}},
       {"copy_left_behind", {copies, careless_copy<Copy::kLeft>}},
       {"copy_off_a_line", {copies, careless_copy<Copy::kOffLine>}},
+      {"copy_off_8_bytes", {copies, careless_copy<Copy::kOff8>}},
       {"mixed_work", {{}, mixed_work}},
       {"work_of_a_part", {{1, 33}, work_of_a_part}},
   };

@@ -200,24 +200,31 @@ inline void count(unsigned long long* by_width, size_t bytes, int width) {
 inline void count_read(size_t bytes, int width) { count(current->block->machine->traffic.read, bytes, width); }
 inline void count_write(size_t bytes, int width) { count(current->block->machine->traffic.written, bytes, width); }
 
-inline Word* words_of(const AsyncCopy& copy) {
+// Marks the destination as what a copy is yet to write, or no longer.
+inline void mark_coming(const AsyncCopy& copy, bool coming) {
   Block& block = *current->block;
-  return &block.words[size_t(copy.to - block.shared.get()) / 4];
+  Word* const words = &block.words[size_t(copy.to - block.shared.get()) / 4];
+  for (size_t i = 0; i < copy.size / 4; ++i) {
+    words[i].write.coming = coming;
+    if (coming) words[i].write.written = 0;
+  }
 }
 
-// An asynchronous copy of 16 bytes, or of zeros. The destination's contents become invalid at once, and the new
-// contents are there when the thread has waited for the copy's group. Until then any access to the destination is a
+// An asynchronous copy of 16 bytes, or fewer, or of zeros. The destination's contents become invalid at once, and the
+// new contents are there when the thread has waited for the copy's group. Until then any access to the destination is a
 // fault, and so is a change of the source. For the detection of races it is a write at both times.
-inline void async_copy(void* to, const void* from, bool there) {
+inline void async_copy(void* to, const void* from, bool there, size_t bytes = 16) {
   Thread& me = *current;
-  if (uintptr_t(to) % 16 || (there && uintptr_t(from) % 16)) fail("an asynchronous copy off a 16-byte boundary");
-  AsyncCopy copy{static_cast<unsigned char*>(to), there ? from : nullptr, me.groups, {}};
-  shared_write(to, sizeof(copy.bytes));
-  for (int i = 0; i < 4; ++i) words_of(copy)[i].write.written = 0, words_of(copy)[i].write.coming = true;
-  std::memset(to, 0xFF, sizeof(copy.bytes));
+  if (uintptr_t(to) % bytes || (there && uintptr_t(from) % bytes)) {
+    fail("an asynchronous copy off a %d-byte boundary", int(bytes));
+  }
+  AsyncCopy copy{static_cast<unsigned char*>(to), there ? from : nullptr, bytes, me.groups, {}};
+  shared_write(to, bytes);
+  mark_coming(copy, true);
+  std::memset(to, 0xFF, bytes);
   if (there) {
-    count_read(sizeof(copy.bytes), sizeof(copy.bytes));
-    std::memcpy(copy.bytes, from, sizeof(copy.bytes));
+    count_read(bytes, int(bytes));
+    std::memcpy(copy.bytes, from, bytes);
   }
   me.copies.push_back(copy);
 }
@@ -227,12 +234,12 @@ inline void async_wait(unsigned latest) {
   Thread& me = *current;
   auto copy = me.copies.begin();
   for (; copy != me.copies.end() && copy->group + latest < me.groups; ++copy) {
-    if (copy->from && std::memcmp(copy->from, copy->bytes, sizeof(copy->bytes)) != 0) {
+    if (copy->from && std::memcmp(copy->from, copy->bytes, copy->size) != 0) {
       fail("the source of an asynchronous copy has changed before the copy was waited for");
     }
-    for (int i = 0; i < 4; ++i) words_of(*copy)[i].write.coming = false;
-    std::memcpy(copy->to, copy->bytes, sizeof(copy->bytes));
-    shared_write(copy->to, sizeof(copy->bytes));
+    mark_coming(*copy, false);
+    std::memcpy(copy->to, copy->bytes, copy->size);
+    shared_write(copy->to, copy->size);
   }
   me.copies.erase(me.copies.begin(), copy);
 }

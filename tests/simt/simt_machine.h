@@ -25,6 +25,9 @@
 struct uint3 {
   unsigned x, y, z;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -67,10 +70,11 @@ struct FreeShared {
   void operator()(unsigned char* p) const { ::operator delete(p, std::align_val_t(1024)); }
 };
 
-// A copy of 16 bytes to shared memory that has not completed.
+// A copy of at most 16 bytes to shared memory that has not completed.
 struct AsyncCopy {
   unsigned char* to;
   const void* from;  // null: zeros
+  size_t size;
   uint64_t group;
   unsigned char bytes[16];
 };
