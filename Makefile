@@ -52,9 +52,9 @@ test-unit: $(VENV)/.fastkd $(SIMT)/.built
 	@! command -v nvcc > /dev/null || $(BIN)/pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
 	$(PYTEST) --durations=5
 
-# The emulated CUDA kernels once more, their threads in another order.
+# The emulated CUDA kernels once more, their threads in another order, their arithmetic rounded as a GPU's may be.
 test-schedules: $(VENV)/.fastkd $(SIMT)/.built
-	$(PYTEST) --backends simt-90 --schedule 7 -k "simt and not compile" $(OP_TESTS)
+	$(PYTEST) --backends simt-90 --schedule 7 --rounding 7 -k "simt and not compile" $(OP_TESTS)
 
 # On a machine with a GPU.
 test-gpu: $(VENV)/.fastkd
@@ -81,7 +81,7 @@ $(SANITIZED)/.built: $(VENV)/.fastkd $(SOURCES) $(wildcard tests/simt/*)
 $(SIMT)/.built: $(VENV)/.torch $(SOURCES) $(wildcard tests/simt/*)
 	cmake -S . -B $(SIMT) -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DFASTKD_CUDA=off \
 	  -DFASTKD_SIMT=on -DFASTKD_WERROR=on > /dev/null
-	cmake --build $(SIMT) --target _simt
+	cmake --build $(SIMT) --target _simt _simt_rounded
 	touch $@
 
 test-slow: $(VENV)/.fastkd
