@@ -13,10 +13,7 @@ PRELOAD = $(shell $(or $(CXX),g++) -print-file-name=libasan.so) $(shell $(or $(C
           $(shell $(or $(CXX),g++) -print-file-name=libstdc++.so)
 
 SIMT := build/simt
-OP_TESTS := $(wildcard $(addprefix tests/,$(addsuffix *.py,losses/test_softmax_divergence losses/test_topk_divergence \
-  losses/test_clipped_divergence losses/test_token_stats teachers/test_teacher_topk tokenizers/test_chunk_log_likelihood \
-  tokenizers/test_byte_log_probs tokenizers/test_alm_loss)) tests/losses/test_kl_div.py \
-  $(addprefix tests/acm/test_,hard.py kernels.py torch.py))
+OP_TESTS := $(wildcard $(shell cat tests/op_tests.txt))
 HOST_TESTS := $(addprefix tests/tokenizers/test_,byte_vocab.py byte_vocab_tokenizers.py alignment.py alignment_batch.py)
 
 # Side by side; a thread that waits must leave its core to the other process.

@@ -22,8 +22,8 @@ MIB = 1 << 20
 MINIMAL_ROUNDS, MAXIMAL_ROUNDS = 3, 200
 #: Short steps are repeated within a sample, so that reading the clock stays far below 1 %.
 SAMPLE_SECONDS = 1e-3
-#: How long a GPU waits before a step, in seconds, while the host launches the step's kernels. A step
-#: that waits for the device itself always takes the host longer than that.
+#: Seconds that a GPU waits before a step, while the host launches the step's kernels. A step that
+#: waits for the device itself always takes the host longer than that.
 LEAST_WAIT, MOST_WAIT = 1e-3, 5e-3
 
 
@@ -213,8 +213,8 @@ def roofs(first: Tensor, second: Tensor, traffic: Traffic) -> dict[str, Step]:
 
     The bytes are taken as float32, whatever they hold: converting bfloat16 is arithmetic, which
     the roof must be free of. Which reader is fastest depends on the machine (dot products run at
-    memory speed here, sums and maxima do not everywhere): all run, the fastest is the roof. On a GPU
-    a raw kernel runs too, where CuPy is installed.
+    memory speed here, sums and maxima do not everywhere): all run, the fastest is the roof. On a
+    GPU a raw kernel runs too, where CuPy is installed.
     """
     a, b = _as_float32(first), _as_float32(second)
     return _torch_roofs(a, b, traffic) | (_cupy_roof(a, b, traffic) if a.is_cuda else {})
