@@ -23,7 +23,7 @@ export OMP_WAIT_POLICY := passive
 export PATH := $(abspath $(BIN)):$(PATH)
 export CMAKE_ARGS := -DFASTKD_CUDA=$(CUDA) -DFASTKD_WERROR=on
 
-.PHONY: demo test test-unit test-schedules test-gpu test-sanitized test-slow lint format bench wheel clean
+.PHONY: demo gpu-report test test-unit test-schedules test-gpu test-sanitized test-slow lint format bench wheel clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -101,6 +101,11 @@ format: $(VENV)/.lint
 bench: $(VENV)/.fastkd
 	$(BIN)/pip install --quiet "fastkd[bench]"
 	$(BIN)/python -m benchmarks.bench_softmax_divergence --headline
+
+# On a machine with a GPU, in at most 8 minutes: builds for it, checks, times. Nothing is downloaded.
+GPU_REPORT ?= build/gpu_report
+gpu-report:
+	PYTHON="$(PYTHON)" benchmarks/gpu_report.sh "$(GPU_REPORT)"
 
 # A wheel, with CUDA kernels where nvcc is found, installed into a new environment and tried there.
 wheel: export CMAKE_ARGS := -DFASTKD_CUDA=auto

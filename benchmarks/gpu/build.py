@@ -5,20 +5,22 @@ subfolder `site`, where the other stages find it.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 from benchmarks.gpu.stage import Missing, Record, options_of, require_gpu, run
 
 ROOT = Path(__file__).parents[2]
-#: Modules that build, by the distribution's name.
-MODULES = {"pip": "pip", "setuptools": "setuptools>=77", "wheel": "wheel", "pybind11": "pybind11"}
+#: Modules that build, and the oldest version of setuptools that reads pyproject.toml.
+MODULES, OLDEST_SETUPTOOLS = ("pip", "setuptools", "wheel", "pybind11"), 77
 #: Where CUDA is, if not on the PATH.
 CUDA_FOLDERS = ("/usr/local/cuda/bin",)
 
@@ -35,8 +37,14 @@ def missing_tools(path: str) -> list[str]:
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler, path=path):
         programs.append(compiler)
-    modules = [need for name, need in MODULES.items() if not importlib.util.find_spec(name)]
-    return programs + modules
+    missing = programs + [name for name in MODULES if not importlib.util.find_spec(name)]
+    if "setuptools" not in missing:
+        version = importlib.metadata.version("setuptools")
+        if int(version.partition(".")[0]) < OLDEST_SETUPTOOLS:
+            missing.append(f"setuptools>={OLDEST_SETUPTOOLS} (found {version})")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing.append("Python.h (the development package of this Python)")
+    return missing
 
 
 def command(site: Path) -> list[str]:

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import math
+import os
+import signal
 import sys
 import time
 import traceback
@@ -67,11 +70,24 @@ def options_of(description: str) -> argparse.ArgumentParser:
     """The options that every stage has."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the report")
+    limit = "seconds from the process's start after which it should end by itself"
+    parser.add_argument("--limit", type=float, default=math.inf, help=limit)
     return parser
+
+
+def age() -> float:
+    """Seconds since this process began, 0 where the system does not say."""
+    try:
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    except (OSError, ValueError, AttributeError):
+        return 0.0
 
 
 def run(stage: str, body: Body, options: argparse.Namespace) -> int:
     """Run a stage's body; return the process's exit status: 1 where something is wrong."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     options.output.mkdir(parents=True, exist_ok=True)
     record = Record(options.output / f"{stage}.json", stage)
     try:
