@@ -38,6 +38,7 @@ class Stage:
     name: str
     #: Seconds, the grace included.
     limit: float
+    package: str = "benchmarks.gpu"
 
 
 STAGES = (
@@ -75,7 +76,7 @@ def run_stage(stage: Stage, output: Path, arguments: list[str], grace: float = G
     record, log = output / f"{stage.name}.json", output / f"{stage.name}.log"
     record.unlink(missing_ok=True)
     work = max(1.0, stage.limit - grace)
-    command = [sys.executable, "-m", f"benchmarks.gpu.{stage.name}", "--output", str(output)]
+    command = [sys.executable, "-m", f"{stage.package}.{stage.name}", "--output", str(output)]
     command += ["--limit", f"{max(1.0, work - MARGIN):g}", *arguments]
     start = time.monotonic()
     timed_out = False
