@@ -4,7 +4,9 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 import types
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def test_every_op_has_a_problem():
 @pytest.mark.parametrize(
     ("arguments", "count", "launches"),
     [
-        ("--vocab 1001", 84, {"warp", "cluster 1", "elements"}),
+        ("--vocab 1001", 88, {"warp", "cluster 1", "elements"}),
         (
             "--vocab 33000 600000 --rows 1 --dtypes bfloat16 float32",
             8,
@@ -131,6 +133,79 @@ def test_what_is_printed_below_python_is_kept(capfd):
     assert lines == ["here"]
     assert smoke.launch_kinds(lines) == []
     assert capfd.readouterr().err == "here\n"  # what is no launch is printed again
+
+
+class FakeStream:
+    def __init__(self, device=None):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+def fake_streams(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_graph_s_results_are_those_of_its_replay(works, monkeypatch):
+    out, made = torch.zeros(3), []
+
+    def make():
+        made.append(torch.empty(2))
+        return [out.fill_(7.0)], []
+
+    class Graph:
+        def capture_begin(self):
+            pass
+
+        def capture_end(self):
+            pass
+
+        def replay(self):
+            if works:
+                make()
+
+    fake_streams(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    ((found,), _) = smoke.graph(make, CPU)
+    assert (found == 7).all() if works else found.isnan().all()
+    assert made[1].isnan().all()  # the captured memory is poisoned
+
+
+def test_a_capture_that_fails_is_ended(monkeypatch):
+    ended = []
+
+    class Graph:
+        def capture_begin(self):
+            pass
+
+        def capture_end(self):
+            ended.append(True)
+            raise RuntimeError("the capture is invalid")
+
+    calls = []
+
+    def make():
+        calls.append(1)
+        if len(calls) > 1:
+            raise ValueError("it waits for the device")
+        return [torch.zeros(1)], []
+
+    fake_streams(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    with pytest.raises(ValueError, match="it waits"):
+        smoke.graph(make, CPU)
+    assert ended == [True]
+
+
+def test_a_stream_of_its_own(monkeypatch):
+    fake_streams(monkeypatch)
+    assert smoke.stream(lambda: ([torch.empty(2)], []), CPU)[0][0].isnan().all()
 
 
 # --- Times and peers ------------------------------------------------------------------------------
@@ -250,6 +325,48 @@ def test_a_contestant_of_a_gpu_alone_is_left_out_on_the_cpu():
     found = run_case(case, CPU, 0.01)
     assert [x.name for x in found.measurements] == ["fastkd"]
     assert found.find().failed is None
+
+
+def test_the_device_waits_while_the_host_launches(monkeypatch):
+    """For twice as long as the host last took, at least 1 ms and at most 5."""
+    slept = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 5.0  # of ten million cycles: 2 GHz
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    properties = types.SimpleNamespace(L2_cache_size=1 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    take = measure._cuda_sampler(CPU)
+    del slept[:]
+
+    def quick():
+        pass
+
+    def middle():
+        time.sleep(0.0015)
+
+    def slow():
+        time.sleep(0.02)
+
+    for step in (quick, middle, slow):
+        for _ in range(2):
+            assert take(step, 1) == pytest.approx(5e-3)
+    seconds = [cycles / 2e9 for cycles in slept]
+    assert seconds[:3] == [1e-3, 1e-3, 1e-3]
+    assert 3e-3 <= seconds[3] <= 5e-3
+    assert seconds[4:] == [1e-3, 5e-3]
 
 
 def test_roofs_of_a_gpu_name_a_missing_cupy(monkeypatch, capsys):

@@ -20,11 +20,11 @@ PROCESSES = 8
 #: A line of `pytest -v`, with and without pytest-xdist.
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 LINE = re.compile(
-    rf"(?:\[gw\d+\] \[ *\d+%\] (?P<a>{OUTCOMES}) (?P<b>\S+::.*?)|(?P<c>\S+::.*?) (?P<d>{OUTCOMES}))"
+    rf"(?:\[gw\d+\] \[ *\d+%\] (?P<a>{OUTCOMES}) (?P<b>\S*::.*?)|(?P<c>\S*::.*?) (?P<d>{OUTCOMES}))"
     r"(?: \(.*\))?(?:\s+\[ *\d+%\])?\s*"
 )
 #: A line of the summary at the end, which gives a failure's reason.
-REASON = re.compile(r"(?:FAILED|ERROR) (?P<test>\S+\.py(?:::.*?)?)(?: - (?P<reason>.*))?")
+REASON = re.compile(r"(?:FAILED|ERROR) (?P<test>\S*(?:\.py|::.*?))(?: - (?P<reason>.*))?")
 
 
 def outcome_of(line: str) -> tuple[str, str] | None:

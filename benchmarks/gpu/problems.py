@@ -123,9 +123,9 @@ def _divergence(name: str, module: Any, tensors: Sequence[Tensor]) -> list[Tenso
     return [module.softmax_divergence(*tensors, **options)]
 
 
-def _labelled(module: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _labelled(softcap: float | None, module: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
     student, teacher, labels, mask, weight = tensors
-    options = {"temperature": 2.0, "teacher_temperature": 0.7, "logit_softcap": 20.0}
+    options = {"temperature": 2.0, "teacher_temperature": 0.7, "logit_softcap": softcap}
     options |= {"labels": labels, "label_weight": 0.3, "mask": mask, "weight": weight}
     return [module.softmax_divergence(student, teacher, divergence="jsd", **options)]
 
@@ -220,11 +220,14 @@ def _problems() -> list[Problem]:
     ]
     found += [
         Problem(
-            "softmax_divergence labels",
-            *("softmax_divergence", all_by_row, _labelled),
+            f"softmax_divergence {name}",
+            *("softmax_divergence", all_by_row, partial(_labelled, softcap)),
             **both,
             divergence="jsd",
-        ),
+        )
+        for name, softcap in (("labels", None), ("softcap", 20.0))
+    ]
+    found += [
         Problem("softmax_divergence teachers", "softmax_divergence", three, _teachers, 1, reads=3),
     ]
     found += [
