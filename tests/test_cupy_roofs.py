@@ -71,3 +71,17 @@ def test_every_pack_is_moved_once(tmp_path, reads, writes):
                 assert (outputs[:, packs] == GUARD).all()
             else:
                 assert outputs[0, 0, 0] == 0x9E3779B9
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+def test_nvcc_compiles_it_without_local_memory(tmp_path):
+    for reads, writes in ((1, 0), (3, 1)):
+        (tmp_path / "kernel.cu").write_text(source(Traffic(reads, writes)))
+        done = subprocess.run(
+            ["nvcc", "-arch=sm_90", "-Xptxas=-v", "-cubin", "-o", "kernel.cubin", "kernel.cu"],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert "0 bytes stack frame, 0 bytes spill stores" in done.stderr, done.stderr

@@ -230,7 +230,7 @@ def test_op_tests_are_counted(tmp_path):
     found = record_of(tmp_path, "op_tests")
     assert found["summary"] == "1 failed, 3 passed, 1 skipped"
     (bad,) = found["rows"]
-    assert bad["test"].endswith("test_some.py::test_bad")
+    assert bad["test"].endswith("::test_bad")
     assert bad["reason"] == "assert 1 == 2"
 
 
