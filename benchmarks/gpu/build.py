@@ -16,9 +16,8 @@ import sysconfig
 import time
 from pathlib import Path
 
-from benchmarks.gpu.stage import Missing, Record, options_of, require_gpu, run
+from benchmarks.gpu.stage import ROOT, Missing, Record, options_of, require_gpu, run
 
-ROOT = Path(__file__).parents[2]
 #: Modules that build, and the oldest version of setuptools that reads pyproject.toml.
 MODULES, OLDEST_SETUPTOOLS = ("pip", "setuptools", "wheel", "pybind11"), 77
 #: Where CUDA is, if not on the PATH.

@@ -10,11 +10,9 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
-from benchmarks.gpu.stage import Missing, Record, options_of, require_kernels, run
+from benchmarks.gpu.stage import ROOT, Missing, Record, options_of, require_kernels, run
 
-ROOT = Path(__file__).parents[2]
 LEFT_OUT = "not compile and not opcheck and not gradcheck"
 PROCESSES = 8
 #: A line of `pytest -v`, with and without pytest-xdist.

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.stage import FAILED, MISSING, RUNNING, STOPPED, Row
+from benchmarks.gpu.stage import FAILED, MISSING, ROOT, RUNNING, STOPPED, Row
 from benchmarks.gpu.tables import markdown
 
-ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "build" / "gpu_report"
 #: From an interrupt, at which a stage writes what it has, to its end by force.
 GRACE = 5.0
@@ -101,6 +100,7 @@ def run_stage(stage: Stage, output: Path, arguments: list[str], grace: float = G
         found["status"] = STOPPED if timed_out else FAILED
         done = f"after {len(found['rows'])} results"
         found["summary"] = f"stopped {done}" if timed_out else f"ended by {found['exit']} {done}"
+        found["summary"] += f"; last: {last_line(log)}"
     return {"stage": stage.name} | found
 
 
@@ -110,6 +110,12 @@ def read(record: Path) -> Row:
         return json.loads(record.read_text())
     except (OSError, ValueError):
         return {"status": RUNNING, "summary": "", "facts": {}, "rows": []}
+
+
+def last_line(log: Path) -> str:
+    """What a stage was at."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line), "nothing")[:200]
 
 
 def machine() -> Row:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.problems import PROBLEMS, Problem
-from benchmarks.gpu.stage import Missing, Record, age, options_of, require_kernels, run
+from benchmarks.gpu.stage import Missing, Record, age, of_tests, options_of, require_kernels, run
 from benchmarks.shapes import DTYPES
 
 #: 1,000 is one warp a row, 5,000 one block; from 600,000 on no cluster holds two rows of any dtype
@@ -87,8 +87,8 @@ def stderr_lines(found: list[str]) -> Iterator[None]:
 def simt() -> Iterator[torch.device]:
     """Run the ops' CUDA kernels under the emulator."""
     from fastkd.acm import _kernels
-    from tests import emulator
 
+    emulator = of_tests("emulator")
     if not emulator.is_built():
         raise Missing(f"the emulated kernels ({emulator.PATH}: make build/simt/.built)")
     ops, dtypes = emulator.ops(), _kernels.DTYPES["cpu"]
@@ -191,8 +191,7 @@ WAYS = {"eager": eager, "stream": stream, "graph": graph}
 
 def compare(problem: Problem, found: Values, exact: Values) -> str | None:
     """Return what is wrong, or None."""
-    from tests.cases import allowed_error
-
+    allowed_error = of_tests("cases").allowed_error
     for number, (value, right) in enumerate(zip(found[0], exact[0], strict=True)):
         wrong = _compare_value(problem, value, right)
         if wrong:
@@ -223,11 +222,10 @@ def _compare_value(problem: Problem, value: Tensor, right: Tensor) -> str | None
 
 def launch_kinds(lines: Sequence[str]) -> list[str]:
     """What the log says of the launches over rows: role, cluster, whether rows stay."""
-    from tests.emulator import LAUNCH_LINE
-
+    pattern = of_tests("emulator").LAUNCH_LINE
     kinds = []
     for line in lines:
-        match = LAUNCH_LINE.fullmatch(line)
+        match = pattern.fullmatch(line)
         if match is None:
             if line.strip():
                 print(line, file=sys.stderr)
@@ -262,6 +260,7 @@ def check(
         doubles = [x.double() if x.is_floating_point() else x for x in tensors]
         exact = evaluate(problem, fastkd.reference, doubles)
         for mode in options.modes:
+            print(f"begin: {problem.name}, {kind}, {vocab:,}, {mode}", flush=True)
             with stderr_lines(lines):
                 found = WAYS[mode](lambda: evaluate(problem, fastkd, tensors), device)
             wrong = compare(problem, found, exact)

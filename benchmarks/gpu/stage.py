@@ -1,6 +1,7 @@
 """What every stage of the report has: a record in JSON, kept up to date, and how it ends."""
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -10,9 +11,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 Row = dict[str, Any]
+
+ROOT = Path(__file__).parents[2]
 
 #: A stage's record is written so often, in seconds: what a stage that is killed has done is known.
 PERIOD = 1.0
@@ -104,6 +108,14 @@ def run(stage: str, body: Body, options: argparse.Namespace) -> int:
     record.finish(status, summary)
     print(f"{stage}: {status}: {summary}", flush=True)
     return int(status in (FAILED, STOPPED))
+
+
+def of_tests(name: str) -> ModuleType:
+    """Return a module of the tests, as the tests import it: other packages may be named `tests`."""
+    folder = str(ROOT / "tests")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
 
 
 def require_gpu() -> Any:

@@ -75,6 +75,7 @@ def time_group(
     problems: Sequence[Problem], shape: Shape, budget: float, device: torch.device
 ) -> list[dict[str, Any]]:
     """Time problems that share their tensors, and their roofs, in turn."""
+    print(f"begin: {', '.join(p.name for p in problems)}, {shape}", flush=True)
     tensors = problems[0].make(shape.rows, shape.vocab, shape.dtype, device)
     steps: dict[str, Step] = {}
     failed: dict[str, str] = {}
