@@ -1,5 +1,6 @@
 """The report on a GPU as far as it goes without one: the runner, its time limits, what it reads."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -131,13 +132,23 @@ def run_fake(tmp_path, monkeypatch, name, text, limit):
     return found
 
 
+def is_alive(stat):
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_a_stage_that_hangs_costs_its_own_time(tmp_path, monkeypatch):
     found = run_fake(tmp_path, monkeypatch, "smoke", HANG, 2.0)
     last = 'last: {"problem": "one"}'
     assert (found["status"], found["summary"]) == ("stopped", f"stopped after 1 results; {last}")
     assert found["rows"] == [{"problem": "one"}]
     child = Path("/proc", (tmp_path / "child").read_text(), "stat")
-    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and is_alive(child):
+        time.sleep(0.05)
+    assert not is_alive(child)
 
 
 def test_a_stage_that_can_ends_at_an_interrupt(tmp_path, monkeypatch):
@@ -162,9 +173,20 @@ def test_an_error_is_a_failure_with_its_text(tmp_path):
     assert (found["status"], found["summary"]) == ("failed", "ValueError: what")
 
 
-def test_the_build_names_missing_tools(tmp_path):
+def test_the_build_names_missing_tools(tmp_path, monkeypatch):
     missing = build.missing_tools(str(tmp_path))
     assert {"nvcc", "cmake", "ninja"} <= set(missing)
+    versions = {"setuptools": "70.1", "pip": "24.0"}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    missing = build.missing_tools(str(tmp_path))
+    assert {"pybind11", "setuptools>=77 (found 70.1)"} <= set(missing)
+    assert "pip" not in missing
 
 
 # --- What other programs print --------------------------------------------------------------------

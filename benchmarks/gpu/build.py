@@ -6,7 +6,6 @@ subfolder `site`, where the other stages find it.
 
 import argparse
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
@@ -18,8 +17,8 @@ from pathlib import Path
 
 from benchmarks.gpu.stage import ROOT, Missing, Record, options_of, require_gpu, run
 
-#: Modules that build, and the oldest version of setuptools that reads pyproject.toml.
-MODULES, OLDEST_SETUPTOOLS = ("pip", "setuptools", "wheel", "pybind11"), 77
+#: What builds, and the oldest version of setuptools that reads pyproject.toml.
+DISTRIBUTIONS, OLDEST_SETUPTOOLS = ("pip", "setuptools", "pybind11"), 77
 #: Where CUDA is, if not on the PATH.
 CUDA_FOLDERS = ("/usr/local/cuda/bin",)
 
@@ -36,11 +35,15 @@ def missing_tools(path: str) -> list[str]:
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler, path=path):
         programs.append(compiler)
-    missing = programs + [name for name in MODULES if not importlib.util.find_spec(name)]
-    if "setuptools" not in missing:
-        version = importlib.metadata.version("setuptools")
-        if int(version.partition(".")[0]) < OLDEST_SETUPTOOLS:
-            missing.append(f"setuptools>={OLDEST_SETUPTOOLS} (found {version})")
+    missing, versions = programs, {}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    setuptools = versions.get("setuptools", f"{OLDEST_SETUPTOOLS}")
+    if int(setuptools.partition(".")[0]) < OLDEST_SETUPTOOLS:
+        missing.append(f"setuptools>={OLDEST_SETUPTOOLS} (found {setuptools})")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         missing.append("Python.h (the development package of this Python)")
     return missing
