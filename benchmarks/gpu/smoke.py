@@ -27,8 +27,8 @@ from benchmarks.gpu.problems import PROBLEMS, Problem
 from benchmarks.gpu.stage import Missing, Record, age, of_tests, options_of, require_kernels, run
 from benchmarks.shapes import DTYPES
 
-#: 1,000 is one warp a row, 5,000 one block; from 600,000 on no cluster holds two rows of any dtype
-#: but float16 and bfloat16, for which 1,200,000 is. 50,257 is off 16-byte lines.
+#: On sm_90: one warp a row for 1,000, one block for 5,000, clusters up to 262,144 (with 16 bits,
+#: 600,000); rows beyond are read again. Rows of 50,257 begin off 16-byte lines.
 VOCABULARIES = (32_000, 1000, 5000, 151_936, 262_144, 600_000, 50_257, 1_200_000)
 ROWS = 5
 MIXED = "mixed"
