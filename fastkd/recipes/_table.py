@@ -1,0 +1,53 @@
+"""The table of recipes: which call is which paper, what it rests on, how it was checked."""
+
+from typing import NamedTuple
+
+
+class Recipe(NamedTuple):
+    """A published method and its calls in ``fastkd.recipes``.
+
+    ``evidence``: C, the authors' code was read; T, the paper's text; S, second-hand accounts; M,
+    recalled and not verified.
+    """
+
+    #: In the project's list of forty papers; None for methods beyond it.
+    number: int | None
+    arxiv: str
+    title: str
+    calls: tuple[str, ...]
+    evidence: str
+    #: The identities and limits that the tests compare it with, beside its definition in loops.
+    checked: str
+
+
+# fmt: off
+RECIPES = (
+    Recipe(8, "2503.20083", "ALM", ("alm", "alm_latents"), "C", "chunk by chunk in loops"),
+    Recipe(None, "2402.12030", "ULD", ("uld",), "C", "equal vocabularies: sorted probabilities"),
+    Recipe(None, "2401.10491", "MinED of FuseLLM", ("mined", "edit_distance_map"), "C", "token by token in loops"),
+    Recipe(None, "2406.17328", "DSKD", ("dskd",), "C", "text by text in loops"),
+    Recipe(None, "2306.13649", "GKD", ("gkd",), "C", "beta 0 and 1 are forward and reverse KL"),
+)
+# fmt: on
+
+_HEAD = ("#", "arXiv", "paper", "calls", "evidence", "how it was checked")
+
+
+def _cells(recipe: Recipe) -> tuple[str, ...]:
+    number = "" if recipe.number is None else str(recipe.number)
+    calls = ", ".join(f"`{call}`" for call in recipe.calls)
+    return (number, recipe.arxiv, recipe.title, calls, recipe.evidence, recipe.checked)
+
+
+def markdown() -> str:
+    """The table as ``docs/recipes.md`` has it, a line for each recipe."""
+    lines = [_HEAD, ("--",) * len(_HEAD), *map(_cells, RECIPES)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def listing() -> str:
+    """arXiv number, calls and title of each recipe, for the package's documentation."""
+    lines = []
+    for recipe in RECIPES:
+        lines.append(f"{recipe.arxiv:12}{', '.join(recipe.calls)}: {recipe.title}\n")
+    return "".join(lines)
