@@ -13,7 +13,8 @@ from fastkd.recipes.cross_tokenizer import alm, alm_latents, uld
 from fastkd.recipes.dual_space import DskdSide, dskd
 from fastkd.recipes.edit_distance import edit_distance_map
 from fastkd.recipes.mapped_logits import mined
-from fastkd.recipes.on_policy import gkd
+from fastkd.recipes.on_policy import gkd, minitron, opd_topk
+from fastkd.recipes.sampled_token import minillm, opd
 
 __doc__ = f"{__doc__}{listing()}"
 
@@ -27,5 +28,9 @@ __all__ = [
     "edit_distance_map",
     "gkd",
     "mined",
+    "minillm",
+    "minitron",
+    "opd",
+    "opd_topk",
     "uld",
 ]

@@ -27,6 +27,10 @@ RECIPES = (
     Recipe(None, "2401.10491", "MinED of FuseLLM", ("mined", "edit_distance_map"), "C", "token by token in loops"),
     Recipe(None, "2406.17328", "DSKD", ("dskd",), "C", "text by text in loops"),
     Recipe(None, "2306.13649", "GKD", ("gkd",), "C", "beta 0 and 1 are forward and reverse KL"),
+    Recipe(None, "2605.07865", "On-policy distillation (Tinker, vOPD)", ("opd",), "C", "expected gradients over the sampled token: k1 and k2 reverse KL, k3 forward KL"),
+    Recipe(None, "2601.19897", "SDFT, SDPO: the student's top k", ("opd_topk",), "C", "k = vocabulary is the whole divergence; never above it"),
+    Recipe(None, "2306.08543", "MiniLLM", ("minillm",), "C", "expected gradient of gamma 0 before whitening is opd's; equal models 0"),
+    Recipe(None, "2407.14679", "Minitron", ("minitron",), "C", "balanced: twice the KL"),
 )
 # fmt: on
 
