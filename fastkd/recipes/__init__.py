@@ -9,9 +9,20 @@ cross-entropy on the text where it is needed. ``RECIPES`` is the table of all of
 """
 
 from fastkd.recipes._table import RECIPES, Recipe, listing
+from fastkd.recipes.conditioned import mend, swing
 from fastkd.recipes.cross_tokenizer import alm, alm_latents, uld
 from fastkd.recipes.dual_space import DskdSide, dskd
 from fastkd.recipes.edit_distance import edit_distance_map
+from fastkd.recipes.language import (
+    acceptance,
+    ddk,
+    ddk_factors,
+    distilbert,
+    distillspec,
+    kd,
+    llava_mod,
+    sequence_kd,
+)
 from fastkd.recipes.mapped_logits import mined
 from fastkd.recipes.on_policy import gkd, minitron, opd_topk
 from fastkd.recipes.sampled_token import minillm, opd
@@ -22,15 +33,25 @@ __all__ = [
     "RECIPES",
     "DskdSide",
     "Recipe",
+    "acceptance",
     "alm",
     "alm_latents",
+    "ddk",
+    "ddk_factors",
+    "distilbert",
+    "distillspec",
     "dskd",
     "edit_distance_map",
     "gkd",
+    "kd",
+    "llava_mod",
+    "mend",
     "mined",
     "minillm",
     "minitron",
     "opd",
     "opd_topk",
+    "sequence_kd",
+    "swing",
     "uld",
 ]

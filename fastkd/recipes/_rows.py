@@ -117,6 +117,15 @@ def row_options(
     return options
 
 
+def scaled_weight(logits: Tensor, factor: float | Tensor, weight: Tensor | None) -> Tensor:
+    """A constant times the weight of each row; it scales a loss before its gradient is written."""
+    if weight is not None:
+        return weight * factor
+    # A product: torch.full would make the number a constant of a compiled graph.
+    one = torch.ones((), dtype=number_type(logits), device=logits.device)
+    return (one * factor).expand(logits.shape[:-1])
+
+
 def label_log_probs(
     logits: Tensor,
     labels: Tensor,

@@ -22,7 +22,18 @@ class Recipe(NamedTuple):
 
 # fmt: off
 RECIPES = (
+    Recipe(6, "2505.18642", "Skip-Thinking", ("sequence_kd",), "S", "F.cross_entropy; the chunks' sums add up to the whole"),
     Recipe(8, "2503.20083", "ALM", ("alm", "alm_latents"), "C", "chunk by chunk in loops"),
+    Recipe(13, "2501.10322", "HAT: bytes, no teacher", ("sequence_kd",), "S", "F.cross_entropy"),
+    Recipe(16, "2212.08349", "Swing", ("swing",), "S+M", "privacy 0 without noise is KD; one generator, one loss"),
+    Recipe(17, "2403.06914", "MEND", ("mend",), "C", "equal masks are KD"),
+    Recipe(24, "2112.12650", "Romanian DistilBERT", ("distilbert",), "S+M", "copies of one teacher are that teacher"),
+    Recipe(27, "2505.14464", "Not All Correct Answers Are Equal", ("sequence_kd",), "T", "F.cross_entropy"),
+    Recipe(29, "2408.15881", "LLaVA-MoD", ("llava_mod",), "C", "unequal widths, cut to the columns of both"),
+    Recipe(31, "2310.08461", "DistillSpec", ("distillspec", "acceptance"), "S+M", "acceptance is the sum of the smaller probabilities"),
+    Recipe(32, "2409.11282", "FLAN-T5 for documents", ("sequence_kd",), "S", "F.cross_entropy"),
+    Recipe(40, "2407.16154", "DDK", ("ddk", "ddk_factors"), "T", "cross-entropy plus gamma KL; shares sum to 1"),
+    Recipe(None, "1503.02531", "Hinton's distillation", ("kd",), "T", "alpha 1 is the divergence with the temperature squared"),
     Recipe(None, "2402.12030", "ULD", ("uld",), "C", "equal vocabularies: sorted probabilities"),
     Recipe(None, "2401.10491", "MinED of FuseLLM", ("mined", "edit_distance_map"), "C", "token by token in loops"),
     Recipe(None, "2406.17328", "DSKD", ("dskd",), "C", "text by text in loops"),
