@@ -26,19 +26,36 @@ from fastkd.recipes.language import (
 from fastkd.recipes.mapped_logits import mined
 from fastkd.recipes.on_policy import gkd, minitron, opd_topk
 from fastkd.recipes.sampled_token import minillm, opd
+from fastkd.recipes.skewed import (
+    Pair,
+    TaidSchedule,
+    akl,
+    bild,
+    distillm,
+    distillm2,
+    distillm2_alphas,
+    taid,
+)
 
 __doc__ = f"{__doc__}{listing()}"
 
 __all__ = [
     "RECIPES",
     "DskdSide",
+    "Pair",
     "Recipe",
+    "TaidSchedule",
     "acceptance",
+    "akl",
     "alm",
     "alm_latents",
+    "bild",
     "ddk",
     "ddk_factors",
     "distilbert",
+    "distillm",
+    "distillm2",
+    "distillm2_alphas",
     "distillspec",
     "dskd",
     "edit_distance_map",
@@ -53,5 +70,6 @@ __all__ = [
     "opd_topk",
     "sequence_kd",
     "swing",
+    "taid",
     "uld",
 ]

@@ -41,6 +41,11 @@ RECIPES = (
     Recipe(None, "2605.07865", "On-policy distillation (Tinker, vOPD)", ("opd",), "C", "expected gradients over the sampled token: k1 and k2 reverse KL, k3 forward KL"),
     Recipe(None, "2601.19897", "SDFT, SDPO: the student's top k", ("opd_topk",), "C", "k = vocabulary is the whole divergence; never above it"),
     Recipe(None, "2306.08543", "MiniLLM", ("minillm",), "C", "expected gradient of gamma 0 before whitening is opd's; equal models 0"),
+    Recipe(None, "2402.03898", "DistiLLM", ("distillm",), "C", "beta 0 is forward or reverse KL"),
+    Recipe(None, "2503.07067", "DistiLLM-2", ("distillm2", "distillm2_alphas"), "C+M", "alphas 0 and beta 1: forward plus reverse KL; the mixture has no gradient"),
+    Recipe(None, "2501.16937", "TAID", ("taid",), "C", "t 1 is the cross-entropy with the teacher, t 0 has no gradient; the schedule in loops"),
+    Recipe(None, "2404.02657", "AKL", ("akl",), "C", "between forward and reverse KL; a head of one token"),
+    Recipe(None, "2406.13555", "BiLD", ("bild",), "C", "constants added to a row change nothing; equal models 0"),
     Recipe(None, "2407.14679", "Minitron", ("minitron",), "C", "balanced: twice the KL"),
 )
 # fmt: on
