@@ -26,6 +26,7 @@ from fastkd.recipes.language import (
 from fastkd.recipes.mapped_logits import mined
 from fastkd.recipes.on_policy import gkd, minitron, opd_topk
 from fastkd.recipes.sampled_token import minillm, opd
+from fastkd.recipes.selective import adaspec, eopd, select_tkd, tip, token_budget
 from fastkd.recipes.skewed import (
     Pair,
     TaidSchedule,
@@ -46,6 +47,7 @@ __all__ = [
     "Recipe",
     "TaidSchedule",
     "acceptance",
+    "adaspec",
     "akl",
     "alm",
     "alm_latents",
@@ -59,6 +61,7 @@ __all__ = [
     "distillspec",
     "dskd",
     "edit_distance_map",
+    "eopd",
     "gkd",
     "kd",
     "llava_mod",
@@ -68,8 +71,11 @@ __all__ = [
     "minitron",
     "opd",
     "opd_topk",
+    "select_tkd",
     "sequence_kd",
     "swing",
     "taid",
+    "tip",
+    "token_budget",
     "uld",
 ]

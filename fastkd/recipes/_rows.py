@@ -11,6 +11,7 @@ from fastkd._ops.checks import check_normalizer, check_tensors
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import check_integers, check_mask
+from fastkd.teachers._teacher_topk import TopK, teacher_topk
 from fastkd.tokenizers._chunk_log_likelihood import chunk_log_likelihood
 
 IGNORED = -100
@@ -159,6 +160,15 @@ def log_probs_at(
         temperature = temperature.unsqueeze(-1)
     found = logits.gather(-1, indices.long()).to(lse.dtype)
     return found / temperature - lse.unsqueeze(-1)
+
+
+def best_log_probs(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
+    """The k likeliest tokens as :func:`fastkd.teacher_topk` gives them, in float64 for float64."""
+    best = teacher_topk(logits, k, temperature=temperature)
+    if logits.dtype != torch.float64:
+        return best
+    lse = token_stats(logits, temperature=temperature).student_lse
+    return TopK(log_probs_at(logits, best.indices, lse, temperature), best.indices)
 
 
 def entropy(

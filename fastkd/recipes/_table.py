@@ -25,6 +25,7 @@ RECIPES = (
     Recipe(6, "2505.18642", "Skip-Thinking", ("sequence_kd",), "S", "F.cross_entropy; the chunks' sums add up to the whole"),
     Recipe(8, "2503.20083", "ALM", ("alm", "alm_latents"), "C", "chunk by chunk in loops"),
     Recipe(13, "2501.10322", "HAT: bytes, no teacher", ("sequence_kd",), "S", "F.cross_entropy"),
+    Recipe(15, "2510.19779", "AdaSPEC", ("adaspec",), "C", "keep 1 is plain KL; a stored reference is the live one; the difference by log-sum-exps"),
     Recipe(16, "2212.08349", "Swing", ("swing",), "S+M", "privacy 0 without noise is KD; one generator, one loss"),
     Recipe(17, "2403.06914", "MEND", ("mend",), "C", "equal masks are KD"),
     Recipe(24, "2112.12650", "Romanian DistilBERT", ("distilbert",), "S+M", "copies of one teacher are that teacher"),
@@ -45,6 +46,10 @@ RECIPES = (
     Recipe(None, "2503.07067", "DistiLLM-2", ("distillm2", "distillm2_alphas"), "C+M", "alphas 0 and beta 1: forward plus reverse KL; the mixture has no gradient"),
     Recipe(None, "2501.16937", "TAID", ("taid",), "C", "t 1 is the cross-entropy with the teacher, t 0 has no gradient; the schedule in loops"),
     Recipe(None, "2404.02657", "AKL", ("akl",), "C", "between forward and reverse KL; a head of one token"),
+    Recipe(None, "2510.24021", "SelecTKD", ("select_tkd",), "S", "k = vocabulary, or a rejected weight of 1, is plain KL"),
+    Recipe(None, "2604.14084", "TIP", ("tip",), "S+M", "keep 1 is plain KL; scores by loops"),
+    Recipe(None, "2603.07079", "Entropy-aware OPD", ("eopd",), "S+M", "thresholds below and above all entropies: both terms, one term"),
+    Recipe(None, "2602.01395", "SE-KD; TA-OPD", ("token_budget",), "S", "torch.quantile of the rows that count"),
     Recipe(None, "2406.13555", "BiLD", ("bild",), "C", "constants added to a row change nothing; equal models 0"),
     Recipe(None, "2407.14679", "Minitron", ("minitron",), "C", "balanced: twice the KL"),
 )

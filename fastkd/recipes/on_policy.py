@@ -13,6 +13,7 @@ from fastkd.losses._token_stats import token_stats
 from fastkd.losses._topk_divergence import topk_divergence
 from fastkd.recipes._chunks import reduced, wide
 from fastkd.recipes._rows import (
+    best_log_probs,
     check_choice,
     check_rows,
     kept_rows,
@@ -137,17 +138,15 @@ def opd_topk(
     check_no_gradient("opd_topk", teacher_logits=teacher_logits)
     check_choice("opd_topk", "support", support, ("student", "teacher", "both"))
     check_positive("opd_topk", "temperature", temperature)
-    sides = {"student": [student_logits], "teacher": [teacher_logits]}
-    sides["both"] = [student_logits, teacher_logits]
-    best = [teacher_topk(logits, k, temperature=temperature) for logits in sides[support]]
-    indices = best[0].indices
-    if support == "both":
-        indices = torch.cat([x.indices for x in best], -1).sort(-1).values
-        repeated = F.pad(indices[..., 1:] == indices[..., :-1], (1, 0))
-        indices = torch.where(repeated, -1, indices)
-    if support == "teacher" and teacher_logits.dtype != torch.float64:
-        log_probs = best[0].log_probs
+    if support == "teacher":
+        log_probs, indices = best_log_probs(teacher_logits, k, temperature)
     else:
+        indices = teacher_topk(student_logits, k).indices
+        if support == "both":
+            indices = torch.cat([indices, teacher_topk(teacher_logits, k).indices], -1)
+            indices = indices.sort(-1).values
+            repeated = F.pad(indices[..., 1:] == indices[..., :-1], (1, 0))
+            indices = torch.where(repeated, -1, indices)
         lse = token_stats(teacher_logits, temperature=temperature).student_lse
         log_probs = log_probs_at(teacher_logits, indices.clamp(min=0), lse, temperature)
     return topk_divergence(
