@@ -9,10 +9,12 @@ cross-entropy on the text where it is needed. ``RECIPES`` is the table of all of
 """
 
 from fastkd.recipes._table import RECIPES, Recipe, listing
+from fastkd.recipes.adaptive_mixture import align_distil
 from fastkd.recipes.conditioned import mend, swing
 from fastkd.recipes.cross_tokenizer import alm, alm_latents, uld
 from fastkd.recipes.dual_space import DskdSide, dskd
 from fastkd.recipes.edit_distance import edit_distance_map
+from fastkd.recipes.granularity import mgsr, mgsr_position, mgsr_span
 from fastkd.recipes.language import (
     acceptance,
     ddk,
@@ -24,7 +26,9 @@ from fastkd.recipes.language import (
     sequence_kd,
 )
 from fastkd.recipes.mapped_logits import mined
+from fastkd.recipes.masked_diffusion import dparallel
 from fastkd.recipes.on_policy import gkd, minitron, opd_topk
+from fastkd.recipes.preferences import preference
 from fastkd.recipes.sampled_token import minillm, opd
 from fastkd.recipes.selective import adaspec, eopd, select_tkd, tip, token_budget
 from fastkd.recipes.skewed import (
@@ -49,6 +53,7 @@ __all__ = [
     "acceptance",
     "adaspec",
     "akl",
+    "align_distil",
     "alm",
     "alm_latents",
     "bild",
@@ -59,6 +64,7 @@ __all__ = [
     "distillm2",
     "distillm2_alphas",
     "distillspec",
+    "dparallel",
     "dskd",
     "edit_distance_map",
     "eopd",
@@ -66,11 +72,15 @@ __all__ = [
     "kd",
     "llava_mod",
     "mend",
+    "mgsr",
+    "mgsr_position",
+    "mgsr_span",
     "mined",
     "minillm",
     "minitron",
     "opd",
     "opd_topk",
+    "preference",
     "select_tkd",
     "sequence_kd",
     "swing",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_normalizer, check_tensors
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
@@ -196,24 +197,28 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 
-def teacher_label_log_probs(
+def other_label_log_probs(
     function: str,
-    teacher: Tensor,
+    name: str,
+    other: Tensor,
     student_logits: Tensor,
     labels: Tensor,
     kept: Tensor,
     temperature: float = 1.0,
 ) -> Tensor:
-    """The teacher's log-probability of each label without gradient, from logits or as given.
+    """Another model's log-probability of each label without gradient, from logits or as given.
 
-    ``teacher``: the logits, ``[..., vocab]``, or the log-probabilities themselves, one a row.
+    ``other``, the argument ``name``: its logits, ``[..., vocab]``, or the log-probabilities
+    themselves, one a row.
     """
-    if teacher.dim() == labels.dim():
-        check_row_values(function, "teacher", teacher, labels.shape)
-        return torch.where(kept, teacher.detach().to(number_type(student_logits)), 0)
-    check_rows(function, {"student_logits": student_logits, "teacher": teacher})
+    check_tensors(function, {name: other})
+    check_no_gradient(function, **{name: other})
+    if other.dim() == labels.dim():
+        check_row_values(function, name, other, labels.shape)
+        return torch.where(kept, other.to(number_type(student_logits)), 0)
+    check_rows(function, {"student_logits": student_logits, name: other})
     found = token_stats(
-        teacher.detach(), labels=torch.where(kept, labels, IGNORED), temperature=temperature
+        other, labels=torch.where(kept, labels, IGNORED), temperature=temperature
     ).student_label_log_prob
     assert found is not None
     return torch.where(kept, found, 0)

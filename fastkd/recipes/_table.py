@@ -22,15 +22,18 @@ class Recipe(NamedTuple):
 
 # fmt: off
 RECIPES = (
+    Recipe(1, "2503.02832", "AlignDistil", ("align_distil",), "C", "equal teacher and reference: beta / 1e-3 reverse KL; theorem1 of equal betas"),
+    Recipe(3, "2407.10068", "MGSR", ("mgsr", "mgsr_position", "mgsr_span"), "S+M", "equal models 0; spans of one token 0; normalised products are softmax(z + z')"),
     Recipe(6, "2505.18642", "Skip-Thinking", ("sequence_kd",), "S", "F.cross_entropy; the chunks' sums add up to the whole"),
     Recipe(8, "2503.20083", "ALM", ("alm", "alm_latents"), "C", "chunk by chunk in loops"),
+    Recipe(9, "2509.26488", "dParallel", ("dparallel",), "C", "none correct: cross-entropy alone; the entropy's derivative"),
     Recipe(13, "2501.10322", "HAT: bytes, no teacher", ("sequence_kd",), "S", "F.cross_entropy"),
     Recipe(15, "2510.19779", "AdaSPEC", ("adaspec",), "C", "keep 1 is plain KL; a stored reference is the live one; the difference by log-sum-exps"),
     Recipe(16, "2212.08349", "Swing", ("swing",), "S+M", "privacy 0 without noise is KD; one generator, one loss"),
     Recipe(17, "2403.06914", "MEND", ("mend",), "C", "equal masks are KD"),
     Recipe(24, "2112.12650", "Romanian DistilBERT", ("distilbert",), "S+M", "copies of one teacher are that teacher"),
     Recipe(27, "2505.14464", "Not All Correct Answers Are Equal", ("sequence_kd",), "T", "F.cross_entropy"),
-    Recipe(29, "2408.15881", "LLaVA-MoD", ("llava_mod",), "C", "unequal widths, cut to the columns of both"),
+    Recipe(29, "2408.15881", "LLaVA-MoD", ("llava_mod", "preference"), "C", "unequal widths, cut to the columns of both; equal models: log 2, kto_pair 1/2"),
     Recipe(31, "2310.08461", "DistillSpec", ("distillspec", "acceptance"), "S+M", "acceptance is the sum of the smaller probabilities"),
     Recipe(32, "2409.11282", "FLAN-T5 for documents", ("sequence_kd",), "S", "F.cross_entropy"),
     Recipe(40, "2407.16154", "DDK", ("ddk", "ddk_factors"), "T", "cross-entropy plus gamma KL; shares sum to 1"),

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
-from fastkd._ops.checks import check_tensors
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import reduced
@@ -17,8 +16,8 @@ from fastkd.recipes._rows import (
     kept_rows,
     label_log_probs,
     number_type,
+    other_label_log_probs,
     row_options,
-    teacher_label_log_probs,
 )
 
 
@@ -97,10 +96,9 @@ def opd(
     [0.2966, -0.2966]
     """
     check_rows("opd", {"student_logits": student_logits}, mask=mask, labels=labels)
-    check_tensors("opd", {"teacher": teacher})
     check_choice("opd", "estimator", estimator, ("k1", "k2", "k3"))
     check_share("opd", "discount", discount)
-    check_no_gradient("opd", teacher=teacher, old_log_probs=old_log_probs)
+    check_no_gradient("opd", old_log_probs=old_log_probs)
     only_k1 = {"old_log_probs": old_log_probs, "clip": clip, "baseline": baseline}
     for name, value in only_k1.items():
         if value is not None and estimator != "k1":
@@ -109,7 +107,9 @@ def opd(
         raise ValueError(f"opd: discount needs estimator k1, got {estimator!r}")
     kept = kept_rows(student_logits, mask, labels)
     log_q = label_log_probs(student_logits, labels, mask=mask, temperature=temperature)
-    log_p = teacher_label_log_probs("opd", teacher, student_logits, labels, kept, temperature)
+    log_p = other_label_log_probs(
+        "opd", "teacher", teacher, student_logits, labels, kept, temperature
+    )
     log_ratio = log_p - log_q
     if estimator == "k2":
         losses = 0.5 * coefficient * log_ratio.square()
@@ -190,12 +190,12 @@ def minillm(
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("minillm", tensors, mask=mask, labels=labels)
-    check_no_gradient("minillm", teacher_logits=teacher_logits, old_log_probs=old_log_probs)
+    check_no_gradient("minillm", old_log_probs=old_log_probs)
     check_share("minillm", "gamma", gamma)
     kept = kept_rows(student_logits, mask, labels)
     log_q = label_log_probs(student_logits, labels, mask=mask, temperature=temperature)
-    log_p = teacher_label_log_probs(
-        "minillm", teacher_logits, student_logits, labels, kept, temperature
+    log_p = other_label_log_probs(
+        "minillm", "teacher_logits", teacher_logits, student_logits, labels, kept, temperature
     )
     ratio = _importance("minillm", log_q, old_log_probs, kept)
     sampled = log_q.detach() if old_log_probs is None else torch.where(kept, old_log_probs, 0)
