@@ -8,8 +8,12 @@ cross-entropy on the text where it is needed. ``RECIPES`` is the table of all of
 
 """
 
+from fastkd.acm import phase1_loss as acm_phase1_loss
+from fastkd.acm import phase2_loss as acm_phase2_loss
+from fastkd.acm import phase3_loss as acm_phase3_loss
 from fastkd.recipes._table import RECIPES, Recipe, listing
 from fastkd.recipes.adaptive_mixture import align_distil
+from fastkd.recipes.byte_level import bpm, byte_kd, prefix_map
 from fastkd.recipes.conditioned import mend, swing
 from fastkd.recipes.cross_tokenizer import alm, alm_latents, uld
 from fastkd.recipes.dual_space import DskdSide, dskd
@@ -51,12 +55,17 @@ __all__ = [
     "Recipe",
     "TaidSchedule",
     "acceptance",
+    "acm_phase1_loss",
+    "acm_phase2_loss",
+    "acm_phase3_loss",
     "adaspec",
     "akl",
     "align_distil",
     "alm",
     "alm_latents",
     "bild",
+    "bpm",
+    "byte_kd",
     "ddk",
     "ddk_factors",
     "distilbert",
@@ -81,6 +90,7 @@ __all__ = [
     "opd",
     "opd_topk",
     "preference",
+    "prefix_map",
     "select_tkd",
     "sequence_kd",
     "swing",

@@ -27,6 +27,7 @@ RECIPES = (
     Recipe(6, "2505.18642", "Skip-Thinking", ("sequence_kd",), "S", "F.cross_entropy; the chunks' sums add up to the whole"),
     Recipe(8, "2503.20083", "ALM", ("alm", "alm_latents"), "C", "chunk by chunk in loops"),
     Recipe(9, "2509.26488", "dParallel", ("dparallel",), "C", "none correct: cross-entropy alone; the entropy's derivative"),
+    Recipe(11, "2312.10193", "Adaptive computation modules", ("acm_phase1_loss", "acm_phase2_loss", "acm_phase3_loss"), "C+T", "as fastkd.acm's own"),
     Recipe(13, "2501.10322", "HAT: bytes, no teacher", ("sequence_kd",), "S", "F.cross_entropy"),
     Recipe(15, "2510.19779", "AdaSPEC", ("adaspec",), "C", "keep 1 is plain KL; a stored reference is the live one; the difference by log-sum-exps"),
     Recipe(16, "2212.08349", "Swing", ("swing",), "S+M", "privacy 0 without noise is KD; one generator, one loss"),
@@ -36,6 +37,7 @@ RECIPES = (
     Recipe(29, "2408.15881", "LLaVA-MoD", ("llava_mod", "preference"), "C", "unequal widths, cut to the columns of both; equal models: log 2, kto_pair 1/2"),
     Recipe(31, "2310.08461", "DistillSpec", ("distillspec", "acceptance"), "S+M", "acceptance is the sum of the smaller probabilities"),
     Recipe(32, "2409.11282", "FLAN-T5 for documents", ("sequence_kd",), "S", "F.cross_entropy"),
+    Recipe(38, "2410.09303", "Exact byte-level probabilities", ("byte_kd",), "S", "enumerated over small vocabularies; equal models 0; never above the tokens' KL"),
     Recipe(40, "2407.16154", "DDK", ("ddk", "ddk_factors"), "T", "cross-entropy plus gamma KL; shares sum to 1"),
     Recipe(None, "1503.02531", "Hinton's distillation", ("kd",), "T", "alpha 1 is the divergence with the temperature squared"),
     Recipe(None, "2402.12030", "ULD", ("uld",), "C", "equal vocabularies: sorted probabilities"),
@@ -55,6 +57,7 @@ RECIPES = (
     Recipe(None, "2602.01395", "SE-KD; TA-OPD", ("token_budget",), "S", "torch.quantile of the rows that count"),
     Recipe(None, "2406.13555", "BiLD", ("bild",), "C", "constants added to a row change nothing; equal models 0"),
     Recipe(None, "2407.14679", "Minitron", ("minitron",), "C", "balanced: twice the KL"),
+    Recipe(None, "2607.22334", "BPM", ("bpm", "prefix_map"), "S+M", "mass is conserved; an identity map is KL; the map by bytes"),
 )
 # fmt: on
 
