@@ -35,6 +35,7 @@ from fastkd.recipes.on_policy import gkd, minitron, opd_topk
 from fastkd.recipes.preferences import preference
 from fastkd.recipes.sampled_token import minillm, opd
 from fastkd.recipes.selective import adaspec, eopd, select_tkd, tip, token_budget
+from fastkd.recipes.shared_vocabulary import gold, shared_tokens, strict_topk
 from fastkd.recipes.skewed import (
     Pair,
     TaidSchedule,
@@ -78,6 +79,7 @@ __all__ = [
     "edit_distance_map",
     "eopd",
     "gkd",
+    "gold",
     "kd",
     "llava_mod",
     "mend",
@@ -93,6 +95,8 @@ __all__ = [
     "prefix_map",
     "select_tkd",
     "sequence_kd",
+    "shared_tokens",
+    "strict_topk",
     "swing",
     "taid",
     "tip",
