@@ -183,6 +183,24 @@ def check_float64(entry: Entry) -> None:
         compare(entry, torch.float64, "none")
 
 
+def check_second_derivatives(entry: Entry) -> None:
+    """Products with the second derivatives, whose constants are the definition's constants."""
+    tensors = with_leaves(entry, entry.problem(torch.float64))
+    right = entry.definition(tensors)
+    if entry.reductions:
+        right = reduced(right, entry.counted(tensors), entry.default)
+    leaves = [tensors[name] for name in entry.leaves]
+    directions = [torch.randn_like(x) for x in leaves]
+    products = []
+    for loss in (entry.call(tensors), right):
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        along = sum((g * v).sum() for g, v in zip(first, directions, strict=True))
+        products.append(torch.autograd.grad(along, leaves))
+    for one, other in zip(*products, strict=True):
+        assert other.any()
+        assert relative_error(one, other) < 1e-7
+
+
 def check_float32(entry: Entry) -> None:
     compare(entry, torch.float32, None)
 
@@ -251,6 +269,7 @@ def check_published_numbers(entry: Entry) -> None:
 
 CHECKS = (
     check_float64,
+    check_second_derivatives,
     check_float32,
     check_bfloat16,
     check_reductions,
