@@ -9,9 +9,20 @@ cross-entropy on the text where it is needed. ``RECIPES`` is the table of all of
 """
 
 from fastkd.recipes._table import RECIPES, Recipe, listing
+from fastkd.recipes.attention import ernie_tiny, hybrid_distill, token_relations
 from fastkd.recipes.cross_tokenizer import alm, alm_latents, uld
 from fastkd.recipes.dual_space import DskdSide, dskd
 from fastkd.recipes.edit_distance import edit_distance_map
+from fastkd.recipes.features import (
+    dm_codec,
+    fair_latent,
+    feature_distance,
+    fspad,
+    had,
+    lm_spt,
+    semantic_distillation,
+    semcot,
+)
 from fastkd.recipes.mapped_logits import mined
 from fastkd.recipes.on_policy import gkd
 
@@ -23,9 +34,20 @@ __all__ = [
     "Recipe",
     "alm",
     "alm_latents",
+    "dm_codec",
     "dskd",
     "edit_distance_map",
+    "ernie_tiny",
+    "fair_latent",
+    "feature_distance",
+    "fspad",
     "gkd",
+    "had",
+    "hybrid_distill",
+    "lm_spt",
     "mined",
+    "semantic_distillation",
+    "semcot",
+    "token_relations",
     "uld",
 ]
