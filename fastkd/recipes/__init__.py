@@ -24,16 +24,32 @@ from fastkd.recipes.features import (
     semcot,
 )
 from fastkd.recipes.mapped_logits import mined
+from fastkd.recipes.mutual_information import MiCritic, infonce, mi_alpha
 from fastkd.recipes.on_policy import gkd
+from fastkd.recipes.relations import (
+    distance_correlation,
+    distance_covariance,
+    diswot,
+    ickd,
+    linear_cka,
+    mmd,
+    rkd,
+    sp,
+)
+from fastkd.recipes.token_graph import trg
 
 __doc__ = f"{__doc__}{listing()}"
 
 __all__ = [
     "RECIPES",
     "DskdSide",
+    "MiCritic",
     "Recipe",
     "alm",
     "alm_latents",
+    "distance_correlation",
+    "distance_covariance",
+    "diswot",
     "dm_codec",
     "dskd",
     "edit_distance_map",
@@ -44,10 +60,18 @@ __all__ = [
     "gkd",
     "had",
     "hybrid_distill",
+    "ickd",
+    "infonce",
+    "linear_cka",
     "lm_spt",
+    "mi_alpha",
     "mined",
+    "mmd",
+    "rkd",
     "semantic_distillation",
     "semcot",
+    "sp",
     "token_relations",
+    "trg",
     "uld",
 ]

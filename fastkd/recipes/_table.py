@@ -22,20 +22,24 @@ class Recipe(NamedTuple):
 
 # fmt: off
 RECIPES = (
+    Recipe(2, "2306.12442", "TRG", ("trg",), "S", "equal features: only the global term; the order of tokens does not matter"),
     Recipe(5, "2408.15562", "FSPAD", ("fspad",), "C", "weights (1, 0) is the op's cross-entropy, (0, 1) torch's SmoothL1"),
-    Recipe(7, "2510.24940", "SemCoT", ("semcot",), "C", "without an answer alpha times the cosine distance"),
+    Recipe(7, "2510.24940", "SemCoT", ("infonce", "semcot"), "C", "equal orthogonal rows log(1 + (n - 1) / e); without an answer alpha times the cosine distance"),
     Recipe(10, "2106.02241", "ERNIE-Tiny", ("ernie_tiny",), "S+M", "equal models 0; padding is neither row nor column"),
     Recipe(12, "2410.15017", "DM-Codec", ("dm_codec", "semantic_distillation"), "C", "equal features log(1 + 1/e)"),
     Recipe(18, "2306.15876", "Hybrid Distillation", ("hybrid_distill", "token_relations"), "S+M", "equal models 0; the order of tokens does not matter; causal scores"),
-    Recipe(19, "2408.10755", "Fair synthetic data", ("fair_latent",), "S", "loops only"),
-    Recipe(20, "2109.11105", "Distiller", ("feature_distance",), "C", "zero rows; a projection sees no padding"),
+    Recipe(19, "2408.10755", "Fair synthetic data", ("fair_latent", "distance_covariance", "distance_correlation"), "S", "correlation 0 and 1 of independent and equal variables"),
+    Recipe(20, "2109.11105", "Distiller (MI-alpha)", ("mi_alpha", "feature_distance"), "C", "below the known information of Gaussians; a dominant score; the order of the batch does not matter"),
     Recipe(23, "2506.16738", "LM-SPT", ("lm_spt",), "S", "100 times the mean squared error"),
+    Recipe(25, "2303.15678", "DisWOT", ("diswot", "sp", "ickd", "rkd"), "C+M", "rotations and scale change nothing; equal features 0"),
     Recipe(28, "2505.20836", "HAD", ("had",), "S", "all visible: MSE; none visible: cross-entropy"),
     Recipe(33, "2506.10274", "Discrete audio tokens (survey)", (), "S", "its semantic loss is that of DM-Codec: semantic_distillation"),
+    Recipe(36, "2402.13116", "Knowledge distillation of LLMs (survey)", ("mmd",), "T", "equal sets 0; its other objectives are softmax_divergence, feature_distance, rank_net, preference"),
     Recipe(8, "2503.20083", "ALM", ("alm", "alm_latents"), "C", "chunk by chunk in loops"),
     Recipe(None, "2402.12030", "ULD", ("uld",), "C", "equal vocabularies: sorted probabilities"),
     Recipe(None, "2401.10491", "MinED of FuseLLM", ("mined", "edit_distance_map"), "C", "token by token in loops"),
     Recipe(None, "2406.17328", "DSKD", ("dskd",), "C", "text by text in loops"),
+    Recipe(None, "1905.00414", "CKA", ("linear_cka",), "T", "rotations and scale change nothing; equal features 1"),
     Recipe(None, "2306.13649", "GKD", ("gkd",), "C", "beta 0 and 1 are forward and reverse KL"),
 )
 # fmt: on
