@@ -23,6 +23,7 @@ from fastkd.recipes.features import (
     semantic_distillation,
     semcot,
 )
+from fastkd.recipes.lelp import lelp, lelp_subclasses
 from fastkd.recipes.mapped_logits import mined
 from fastkd.recipes.mutual_information import MiCritic, infonce, mi_alpha
 from fastkd.recipes.on_policy import gkd
@@ -36,7 +37,16 @@ from fastkd.recipes.relations import (
     rkd,
     sp,
 )
+from fastkd.recipes.segmentation import cwd, lad_consistency, lad_label_map
 from fastkd.recipes.token_graph import trg
+from fastkd.recipes.vision import (
+    class_balanced_weights,
+    deit_lt,
+    dist,
+    fkd,
+    meal_v2,
+    meal_v2_discrimination,
+)
 
 __doc__ = f"{__doc__}{listing()}"
 
@@ -47,6 +57,10 @@ __all__ = [
     "Recipe",
     "alm",
     "alm_latents",
+    "class_balanced_weights",
+    "cwd",
+    "deit_lt",
+    "dist",
     "distance_correlation",
     "distance_covariance",
     "diswot",
@@ -56,14 +70,21 @@ __all__ = [
     "ernie_tiny",
     "fair_latent",
     "feature_distance",
+    "fkd",
     "fspad",
     "gkd",
     "had",
     "hybrid_distill",
     "ickd",
     "infonce",
+    "lad_consistency",
+    "lad_label_map",
+    "lelp",
+    "lelp_subclasses",
     "linear_cka",
     "lm_spt",
+    "meal_v2",
+    "meal_v2_discrimination",
     "mi_alpha",
     "mined",
     "mmd",
