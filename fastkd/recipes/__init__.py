@@ -11,6 +11,13 @@ cross-entropy on the text where it is needed. ``RECIPES`` is the table of all of
 from fastkd.recipes._table import RECIPES, Recipe, listing
 from fastkd.recipes.attention import ernie_tiny, hybrid_distill, token_relations
 from fastkd.recipes.cross_tokenizer import alm, alm_latents, uld
+from fastkd.recipes.diffusion import (
+    StreamDitInputs,
+    sid_generator,
+    sid_score,
+    stream_dit,
+    stream_dit_inputs,
+)
 from fastkd.recipes.dual_space import DskdSide, dskd
 from fastkd.recipes.edit_distance import edit_distance_map
 from fastkd.recipes.features import (
@@ -27,6 +34,8 @@ from fastkd.recipes.lelp import lelp, lelp_subclasses
 from fastkd.recipes.mapped_logits import mined
 from fastkd.recipes.mutual_information import MiCritic, infonce, mi_alpha
 from fastkd.recipes.on_policy import gkd
+from fastkd.recipes.quantization import bucket_quantize, quantized_distillation
+from fastkd.recipes.ranking import dear, lambda_rank, list_net, rank_net
 from fastkd.recipes.relations import (
     distance_correlation,
     distance_covariance,
@@ -37,8 +46,10 @@ from fastkd.recipes.relations import (
     rkd,
     sp,
 )
+from fastkd.recipes.routing import R2rFeatures, r2r, r2r_features, r2r_log_u
 from fastkd.recipes.segmentation import cwd, lad_consistency, lad_label_map
 from fastkd.recipes.token_graph import trg
+from fastkd.recipes.transfer import distill_weighted, parc
 from fastkd.recipes.vision import (
     class_balanced_weights,
     deit_lt,
@@ -54,15 +65,20 @@ __all__ = [
     "RECIPES",
     "DskdSide",
     "MiCritic",
+    "R2rFeatures",
     "Recipe",
+    "StreamDitInputs",
     "alm",
     "alm_latents",
+    "bucket_quantize",
     "class_balanced_weights",
     "cwd",
+    "dear",
     "deit_lt",
     "dist",
     "distance_correlation",
     "distance_covariance",
+    "distill_weighted",
     "diswot",
     "dm_codec",
     "dskd",
@@ -79,19 +95,31 @@ __all__ = [
     "infonce",
     "lad_consistency",
     "lad_label_map",
+    "lambda_rank",
     "lelp",
     "lelp_subclasses",
     "linear_cka",
+    "list_net",
     "lm_spt",
     "meal_v2",
     "meal_v2_discrimination",
     "mi_alpha",
     "mined",
     "mmd",
+    "parc",
+    "quantized_distillation",
+    "r2r",
+    "r2r_features",
+    "r2r_log_u",
+    "rank_net",
     "rkd",
     "semantic_distillation",
     "semcot",
+    "sid_generator",
+    "sid_score",
     "sp",
+    "stream_dit",
+    "stream_dit_inputs",
     "token_relations",
     "trg",
     "uld",
