@@ -9,7 +9,9 @@ cross-entropy on the text where it is needed. ``RECIPES`` is the table of all of
 """
 
 from fastkd.recipes._table import RECIPES, Recipe, listing
+from fastkd.recipes.adaptive_mixture import align_distil
 from fastkd.recipes.attention import ernie_tiny, hybrid_distill, token_relations
+from fastkd.recipes.conditioned import mend, swing
 from fastkd.recipes.cross_tokenizer import alm, alm_latents, uld
 from fastkd.recipes.diffusion import (
     StreamDitInputs,
@@ -30,10 +32,22 @@ from fastkd.recipes.features import (
     semantic_distillation,
     semcot,
 )
-from fastkd.recipes.lelp import lelp, lelp_subclasses
+from fastkd.recipes.granularity import mgsr, mgsr_position, mgsr_span
+from fastkd.recipes.language import (
+    acceptance,
+    ddk,
+    ddk_factors,
+    distilbert,
+    distillspec,
+    kd,
+    llava_mod,
+    sequence_kd,
+)
 from fastkd.recipes.mapped_logits import mined
+from fastkd.recipes.masked_diffusion import dparallel
 from fastkd.recipes.mutual_information import MiCritic, infonce, mi_alpha
-from fastkd.recipes.on_policy import gkd
+from fastkd.recipes.on_policy import gkd, minitron, opd_topk
+from fastkd.recipes.preferences import preference
 from fastkd.recipes.quantization import bucket_quantize, quantized_distillation
 from fastkd.recipes.ranking import dear, lambda_rank, list_net, rank_net
 from fastkd.recipes.relations import (
@@ -47,7 +61,20 @@ from fastkd.recipes.relations import (
     sp,
 )
 from fastkd.recipes.routing import R2rFeatures, r2r, r2r_features, r2r_log_u
+from fastkd.recipes.sampled_token import minillm, opd
 from fastkd.recipes.segmentation import cwd, lad_consistency, lad_label_map
+from fastkd.recipes.selective import adaspec, eopd, select_tkd, tip, token_budget
+from fastkd.recipes.skewed import (
+    Pair,
+    TaidSchedule,
+    akl,
+    bild,
+    distillm,
+    distillm2,
+    distillm2_alphas,
+    taid,
+)
+from fastkd.recipes.subclasses import lelp, lelp_subclasses
 from fastkd.recipes.token_graph import trg
 from fastkd.recipes.transfer import distill_weighted, parc
 from fastkd.recipes.vision import (
@@ -65,24 +92,40 @@ __all__ = [
     "RECIPES",
     "DskdSide",
     "MiCritic",
+    "Pair",
     "R2rFeatures",
     "Recipe",
     "StreamDitInputs",
+    "TaidSchedule",
+    "acceptance",
+    "adaspec",
+    "akl",
+    "align_distil",
     "alm",
     "alm_latents",
+    "bild",
     "bucket_quantize",
     "class_balanced_weights",
     "cwd",
+    "ddk",
+    "ddk_factors",
     "dear",
     "deit_lt",
     "dist",
     "distance_correlation",
     "distance_covariance",
+    "distilbert",
     "distill_weighted",
+    "distillm",
+    "distillm2",
+    "distillm2_alphas",
+    "distillspec",
     "diswot",
     "dm_codec",
+    "dparallel",
     "dskd",
     "edit_distance_map",
+    "eopd",
     "ernie_tiny",
     "fair_latent",
     "feature_distance",
@@ -93,6 +136,7 @@ __all__ = [
     "hybrid_distill",
     "ickd",
     "infonce",
+    "kd",
     "lad_consistency",
     "lad_label_map",
     "lambda_rank",
@@ -100,26 +144,42 @@ __all__ = [
     "lelp_subclasses",
     "linear_cka",
     "list_net",
+    "llava_mod",
     "lm_spt",
     "meal_v2",
     "meal_v2_discrimination",
+    "mend",
+    "mgsr",
+    "mgsr_position",
+    "mgsr_span",
     "mi_alpha",
     "mined",
+    "minillm",
+    "minitron",
     "mmd",
+    "opd",
+    "opd_topk",
     "parc",
+    "preference",
     "quantized_distillation",
     "r2r",
     "r2r_features",
     "r2r_log_u",
     "rank_net",
     "rkd",
+    "select_tkd",
     "semantic_distillation",
     "semcot",
+    "sequence_kd",
     "sid_generator",
     "sid_score",
     "sp",
     "stream_dit",
     "stream_dit_inputs",
+    "swing",
+    "taid",
+    "tip",
+    "token_budget",
     "token_relations",
     "trg",
     "uld",

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_normalizer, check_tensors
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import check_integers, check_mask
+from fastkd.teachers._teacher_topk import TopK, teacher_topk
 from fastkd.tokenizers._chunk_log_likelihood import chunk_log_likelihood
 
 IGNORED = -100
@@ -117,6 +119,15 @@ def row_options(
     return options
 
 
+def scaled_weight(logits: Tensor, factor: float | Tensor, weight: Tensor | None) -> Tensor:
+    """A constant times the weight of each row; it scales a loss before its gradient is written."""
+    if weight is not None:
+        return weight * factor
+    # A product: torch.full would make the number a constant of a compiled graph.
+    one = torch.ones((), dtype=number_type(logits), device=logits.device)
+    return (one * factor).expand(logits.shape[:-1])
+
+
 def label_log_probs(
     logits: Tensor,
     labels: Tensor,
@@ -152,6 +163,15 @@ def log_probs_at(
     return found / temperature - lse.unsqueeze(-1)
 
 
+def best_log_probs(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
+    """The k likeliest tokens as :func:`fastkd.teacher_topk` gives them, in float64 for float64."""
+    best = teacher_topk(logits, k, temperature=temperature)
+    if logits.dtype != torch.float64:
+        return best
+    lse = token_stats(logits, temperature=temperature).student_lse
+    return TopK(log_probs_at(logits, best.indices, lse, temperature), best.indices)
+
+
 def entropy(
     logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None
 ) -> Tensor:
@@ -177,24 +197,28 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 
-def teacher_label_log_probs(
+def other_label_log_probs(
     function: str,
-    teacher: Tensor,
+    name: str,
+    other: Tensor,
     student_logits: Tensor,
     labels: Tensor,
     kept: Tensor,
     temperature: float = 1.0,
 ) -> Tensor:
-    """The teacher's log-probability of each label without gradient, from logits or as given.
+    """Another model's log-probability of each label without gradient, from logits or as given.
 
-    ``teacher``: the logits, ``[..., vocab]``, or the log-probabilities themselves, one a row.
+    ``other``, the argument ``name``: its logits, ``[..., vocab]``, or the log-probabilities
+    themselves, one a row.
     """
-    if teacher.dim() == labels.dim():
-        check_row_values(function, "teacher", teacher, labels.shape)
-        return torch.where(kept, teacher.detach().to(number_type(student_logits)), 0)
-    check_rows(function, {"student_logits": student_logits, "teacher": teacher})
+    check_tensors(function, {name: other})
+    check_no_gradient(function, **{name: other})
+    if other.dim() == labels.dim():
+        check_row_values(function, name, other, labels.shape)
+        return torch.where(kept, other.to(number_type(student_logits)), 0)
+    check_rows(function, {"student_logits": student_logits, name: other})
     found = token_stats(
-        teacher.detach(), labels=torch.where(kept, labels, IGNORED), temperature=temperature
+        other, labels=torch.where(kept, labels, IGNORED), temperature=temperature
     ).student_label_log_prob
     assert found is not None
     return torch.where(kept, found, 0)

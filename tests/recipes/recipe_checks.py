@@ -105,8 +105,8 @@ class Entry:
     compiled: bool = True
     #: Which rows a mean counts, where that is not all that count.
     counted: Callable[[Tensors], torch.Tensor] = kept_of
-    #: Whether a mask leaves rows out, which are then not read.
-    masks: bool = True
+    #: Which rows are read; None: the call has no mask that leaves rows out.
+    read: Callable[[Tensors], torch.Tensor] | None = kept_of
     #: Of gradients in bfloat16, relative.
     bf16_error: float = ERRORS[torch.bfloat16]
 
@@ -213,10 +213,10 @@ def check_reductions(entry: Entry) -> None:
 
 def check_masked_rows_are_not_read(entry: Entry) -> None:
     """NaN there changes nothing and has a zero gradient; tensors are views of longer ones."""
-    if not entry.masks:
+    if entry.read is None:
         return
     tensors = with_leaves(entry, entry.problem(torch.float32))
-    kept = kept_of(tensors)
+    kept = entry.read(tensors)
     right = entry.call(tensors)
     poison = torch.where(kept, 0, math.nan)
 
@@ -239,7 +239,7 @@ def check_masked_rows_are_not_read(entry: Entry) -> None:
 
 
 def check_no_rows(entry: Entry) -> None:
-    if not entry.masks:
+    if entry.read is None:
         return
     tensors = with_leaves(entry, entry.problem(torch.float32))
     tensors["mask"] = torch.zeros_like(kept_of(tensors))
