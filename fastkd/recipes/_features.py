@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.checks import check_tensors, is_number
+from fastkd._ops.arguments import choices
+from fastkd._ops.checks import check_normalizer, check_tensors, is_number
 from fastkd.recipes._chunks import check_integers, check_mask, check_range, reduced, wide
+from fastkd.recipes._rows import check_choice
 
 #: Kinds of distances between rows.
 KINDS = ("mse", "l1", "smooth_l1", "cosine", "log_sigmoid_cosine", "pkd")
@@ -89,6 +91,12 @@ def unit(values: Tensor, dim: int = -1) -> Tensor:
     return torch.where(empty, 0, values * torch.where(empty, 1, square).rsqrt())
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product in the precision of its arguments, also where autocast is on."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def cosine(student: Tensor, teacher: Tensor, dim: int = -1) -> Tensor:
     """Cosines along `dim`, 0 where a vector is zero."""
     return (unit(student, dim) * unit(teacher, dim)).sum(dim)
@@ -100,6 +108,12 @@ def masked_pair(function: str, mask: Tensor | None, **pair: Tensor) -> tuple[Ten
     check_like(function, teacher_name, teacher, student_name, student)
     check_mask(function, "mask", mask, student.shape[:-1])
     return wide(only(student, mask)), wide(only(teacher, mask))
+
+
+def check_reduction(function: str, reduction: str, normalizer: float | Tensor | None) -> None:
+    """Raise unless an op over rows reduces so."""
+    check_choice(function, "reduction", reduction, choices("softmax_divergence", "reduction"))
+    check_normalizer(function, normalizer)
 
 
 def count_over(kept: Tensor, factor: float) -> Tensor:

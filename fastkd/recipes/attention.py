@@ -21,6 +21,7 @@ from fastkd.recipes._features import (
     masked_pair,
     mean_of_rows,
     only,
+    product,
 )
 from fastkd.recipes._rows import check_choice, kept_rows, label_log_probs, masked_mean
 
@@ -174,7 +175,7 @@ def token_relations(query: Tensor, key: Tensor) -> Tensor:
     """
     check_rank("token_relations", "query", query, "B", "H", "P", "d")
     check_like("token_relations", "key", key, "query", query)
-    return wide(query) @ wide(key).mT / math.sqrt(query.size(-1))
+    return product(wide(query), wide(key).mT) / math.sqrt(query.size(-1))
 
 
 def hybrid_distill(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastkd._ops.checks import check_positive
 from fastkd.recipes._chunks import wide
-from fastkd.recipes._features import check_floats, check_like, check_rank, mean, unit
+from fastkd.recipes._features import check_floats, check_like, check_rank, mean, product, unit
 from fastkd.recipes._rows import check_share
 
 
@@ -41,7 +41,7 @@ def infonce(student_hidden: Tensor, teacher_hidden: Tensor, *, temperature: floa
     check_rank("infonce", "student_hidden", student_hidden, "N", "D")
     check_like("infonce", "teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
     check_positive("infonce", "temperature", temperature)
-    cosines = unit(wide(student_hidden)) @ unit(wide(teacher_hidden)).mT
+    cosines = product(unit(wide(student_hidden)), unit(wide(teacher_hidden)).mT)
     return mean(-(cosines / temperature).log_softmax(-1).diagonal())
 
 

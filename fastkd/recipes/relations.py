@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastkd._ops.checks import check_positive
 from fastkd.recipes._chunks import wide
-from fastkd.recipes._features import check_factors, check_floats, check_rank, mean, unit
+from fastkd.recipes._features import check_factors, check_floats, check_rank, mean, product, unit
 
 
 def _flat(function: str, **features: Any) -> list[Tensor]:
@@ -55,7 +55,7 @@ def sp(student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
     0.2929
     """
     student, teacher = _flat("sp", student_hidden=student_hidden, teacher_hidden=teacher_hidden)
-    difference = unit(student @ student.mT) - unit(teacher @ teacher.mT)
+    difference = unit(product(student, student.mT)) - unit(product(teacher, teacher.mT))
     return mean(difference.square())
 
 
@@ -89,7 +89,9 @@ def ickd(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
             "ickd: student_maps and teacher_maps must be [b, C, ...] with equal b and C, got "
             f"{list(student_maps.shape)} and {list(teacher_maps.shape)}"
         )
-    grams = [unit(x @ x.mT) for x in (wide(m).flatten(2) for m in (student_maps, teacher_maps))]
+    grams = [
+        unit(product(x, x.mT)) for x in (wide(m).flatten(2) for m in (student_maps, teacher_maps))
+    ]
     return (grams[0] - grams[1]).square().sum() / max(math.prod(shapes[0]), 1)
 
 
@@ -133,7 +135,7 @@ def rkd(
         distances = mean(F.smooth_l1_loss(student, teacher, reduction="none"))
         total = total + weights[0] * distances
     if weights[1]:
-        student, teacher = (x @ x.mT for x in map(unit, differences))
+        student, teacher = (product(x, x.mT) for x in map(unit, differences))
         angles = mean(F.smooth_l1_loss(student, teacher, reduction="none"))
         total = total + weights[1] * angles
     return total
@@ -221,13 +223,13 @@ def linear_cka(student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         )
     )
     if x.size(0) < min(x.size(1), y.size(1)):
-        x, y = x @ x.mT, y @ y.mT  # ||X^T Y||^2 = <X X^T, Y Y^T>
+        x, y = product(x, x.mT), product(y, y.mT)  # ||X^T Y||^2 = <X X^T, Y Y^T>
         joint, own, other = (x * y).sum(), x.square().sum().sqrt(), y.square().sum().sqrt()
     else:
         joint, own, other = (
-            (x.mT @ y).square().sum(),
-            torch.linalg.vector_norm(x.mT @ x),
-            torch.linalg.vector_norm(y.mT @ y),
+            product(x.mT, y).square().sum(),
+            torch.linalg.vector_norm(product(x.mT, x)),
+            torch.linalg.vector_norm(product(y.mT, y)),
         )
     size = own * other
     return joint / torch.where(size > 0, size, 1)

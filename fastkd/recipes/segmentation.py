@@ -6,7 +6,7 @@ from torch import Tensor
 from fastkd._ops.checks import check_positive
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import check_integers, wide
-from fastkd.recipes._features import check_factors, check_floats, check_like
+from fastkd.recipes._features import check_factors, check_floats, check_like, check_reduction
 
 
 def _maps(function: str, **maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +53,7 @@ def cwd(
     True
     """
     check_positive("cwd", "temperature", temperature)
+    check_reduction("cwd", reduction, normalizer)
     student, teacher = _maps("cwd", student_maps=student_maps, teacher_maps=teacher_maps)
     return softmax_divergence(
         student,

@@ -7,7 +7,7 @@ from fastkd._ops.arguments import check_no_gradient, to_integer
 from fastkd._ops.checks import check_positive
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import check_integers, check_mask, check_range, wide
-from fastkd.recipes._features import check_floats, check_rank, only
+from fastkd.recipes._features import check_floats, check_rank, check_reduction, only, product
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def lelp_subclasses(
         _, sizes, rows = torch.linalg.svd(wide(head).to(embeddings.dtype), full_matrices=False)
         smallest = sizes.amax() * max(head.shape) * torch.finfo(sizes.dtype).eps
         seen = rows[sizes > smallest]
-        embeddings = embeddings - (embeddings @ seen.mT) @ seen
+        embeddings = embeddings - product(product(embeddings, seen.mT), seen)
         width -= seen.size(0)
     if not 1 <= num_sub <= width:
         raise ValueError(
@@ -80,7 +80,7 @@ def lelp_subclasses(
         directions = torch.linalg.svd(own - centre, full_matrices=False).Vh[:num_sub]
         # One each for the directions that the examples have, and for the subclasses.
         rotation = _rotation(num_sub, embeddings, generator)[: len(directions)]
-        coordinates = (embeddings - centre) @ directions.mT @ rotation
+        coordinates = product(embeddings - centre, product(directions.mT, rotation))
         found[:, label] = (coordinates / temperature).softmax(-1)
     return found
 
@@ -152,6 +152,7 @@ def lelp(
     check_mask("lelp", "mask", mask, shape[:-2])
     check_positive("lelp", "temperature", temperature)
     check_no_gradient("lelp", subclasses=subclasses)
+    check_reduction("lelp", reduction, normalizer)
     teacher = wide(only(teacher_logits, mask))
     target = (teacher / temperature).log_softmax(-1).unsqueeze(-1)
     target = target + wide(subclasses).log().to(target.dtype)

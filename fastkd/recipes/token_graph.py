@@ -10,7 +10,7 @@ from fastkd._ops.arguments import to_integer
 from fastkd._ops.checks import check_positive
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import wide
-from fastkd.recipes._features import check_factors, check_rank, mean
+from fastkd.recipes._features import check_factors, check_rank, mean, product
 from fastkd.recipes.mutual_information import infonce
 
 
@@ -107,7 +107,7 @@ def trg(
             )
         total = total + weights[1] * infonce(own, tokens[1], temperature=temperature)
     if weights[2]:
-        inner = [(x @ x.mT / math.sqrt(x.size(-1))).softmax(-1) for x in sides]
+        inner = [(product(x, x.mT) / math.sqrt(x.size(-1))).softmax(-1) for x in sides]
         total = total + weights[2] * mean((inner[0] - inner[1]).square())
     return total
 

@@ -9,7 +9,14 @@ from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_positive
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import check_integers, check_mask, check_range
-from fastkd.recipes._features import check_factors, check_like, check_rank, unit
+from fastkd.recipes._features import (
+    check_factors,
+    check_like,
+    check_rank,
+    check_reduction,
+    product,
+    unit,
+)
 from fastkd.recipes._rows import check_row_values, number_type
 
 
@@ -89,6 +96,7 @@ def distill_weighted(
     check_mask(name, "mask", mask, first.shape[:-1])
     if weight is not None:
         check_row_values(name, "weight", weight, first.shape[:-1])
+    check_reduction(name, reduction, normalizer)
     if reduction == "elementmean":
         raise ValueError(f"{name}: reduction elementmean has no meaning for heads of other widths")
     shares = torch.where(found > 0, found.clamp(min=0) ** power, 0)
@@ -148,7 +156,7 @@ def parc(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     count = values.size(0)
     first, second = torch.triu_indices(count, count, 1, device=values.device)
     # Rounded: equal examples must have equal ranks.
-    apart = (1 - values @ values.mT)[first, second].round(decimals=10)
+    apart = (1 - product(values, values.mT))[first, second].round(decimals=10)
     ranks = [_ranks(x) for x in (apart, (labels[first] != labels[second]).double())]
     a, b = (x - x.mean() for x in ranks)
     return 100 * (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()

@@ -17,6 +17,7 @@ from fastkd.recipes._features import (
     check_factors,
     check_floats,
     check_like,
+    check_reduction,
     mean,
 )
 from fastkd.recipes._rows import (
@@ -167,7 +168,7 @@ def deit_lt(
     target = token_stats(teacher_logits.detach()).student_argmax.long()
     weights = torch.ones_like(target, dtype=torch.float32)
     if class_weights is not None:
-        check_floats("deit_lt", class_weights=class_weights)
+        check_floats("deit_lt", class_logits=class_logits, class_weights=class_weights)
         if class_weights.shape != class_logits.shape[-1:]:
             raise ValueError(
                 f"deit_lt: class_weights must be [{class_logits.size(-1)}], got "
@@ -217,6 +218,7 @@ def meal_v2(
     >>> round(fastkd.recipes.meal_v2(student, [teacher, -teacher]).item(), 4)  # log 2
     0.6931
     """
+    check_reduction("meal_v2", reduction, normalizer)
     teachers = _teachers("meal_v2", student_logits, teacher_logits)
     return softmax_divergence(
         student_logits,
@@ -333,6 +335,7 @@ def fkd(
     2.3026
     """
     check_choice("fkd", "kind", kind, ("marginal_smoothing", "smoothing", "marginal_renorm"))
+    check_reduction("fkd", reduction, normalizer)
     check_rows(
         "fkd",
         {
@@ -348,7 +351,9 @@ def fkd(
         )
     if kind == "marginal_renorm":
         used = stored_log_probs.masked_fill(stored_indices < 0, -torch.inf)
-        stored_log_probs = stored_log_probs - used.logsumexp(-1, keepdim=True)
+        mass = used.logsumexp(-1, keepdim=True)
+        # A row of padding alone has none.
+        stored_log_probs = stored_log_probs - torch.where(mass == -torch.inf, 0, mass)
     return topk_divergence(
         student_logits,
         stored_log_probs,

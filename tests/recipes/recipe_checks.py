@@ -249,6 +249,18 @@ def check_no_rows(entry: Entry) -> None:
         assert not gradient.any()
 
 
+def check_autocast(entry: Entry) -> None:
+    """Inputs are read as they are, and the arithmetic stays in their precision or float32."""
+    tensors = with_leaves(entry, entry.problem(torch.float32))
+    right = entry.call(tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = entry.call(tensors)
+    assert torch.equal(found, right)
+    both = (gradients(entry, tensors, x.sum()) for x in (found, right))
+    for one, other in zip(*both, strict=True):
+        assert torch.equal(one, other)
+
+
 def check_published_numbers(entry: Entry) -> None:
     parameters = inspect.signature(getattr(recipes, entry.name)).parameters
     found = {name: parameters[name].default for name in entry.published}
@@ -264,6 +276,7 @@ CHECKS = (
     check_reductions,
     check_masked_rows_are_not_read,
     check_no_rows,
+    check_autocast,
     check_published_numbers,
 )
 

@@ -127,7 +127,7 @@ def scores_problem(dtype):
 
 
 HIDDEN = ("student_hidden", "teacher_hidden")
-UNMASKED = {"reductions": (), "masks": False}
+UNMASKED = {"reductions": (), "read": None}
 ENTRIES = [
     Entry(
         "ernie_tiny",

@@ -59,7 +59,7 @@ def weighted_frames(dtype):
     return {**found, "weight": torch.rand(B, FRAMES), "mask": mask}
 
 
-UNMASKED = {"reductions": (), "masks": False}
+UNMASKED = {"reductions": (), "read": None}
 ENTRIES = [
     *(
         Entry(

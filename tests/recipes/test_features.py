@@ -1,5 +1,6 @@
 """Recipes on hidden states against their definitions in loops."""
 
+import inspect
 import math
 
 import pytest
@@ -175,7 +176,7 @@ def plain_lm_spt(features, targets, mask):
 
 
 BOTH = ("student_hidden", "teacher_hidden")
-UNMASKED = {"reductions": (), "masks": False}
+UNMASKED = {"reductions": (), "read": None}
 ENTRIES = [
     *(
         Entry(
@@ -265,6 +266,7 @@ ENTRIES = [
         semcot_problem,
         ("student_logits", "student_embedding", "teacher_embedding"),
         **UNMASKED,
+        published={"alpha": inspect.Parameter.empty},  # by data set
     ),
 ]
 test_promises = promises(ENTRIES)

@@ -43,7 +43,7 @@ def scores_problem(dtype):
     return {"scores": logits((N, N), dtype, 1.5), "log_baseline": logits((N,), dtype, 1.0)}
 
 
-UNMASKED = {"reductions": (), "masks": False}
+UNMASKED = {"reductions": (), "read": None}
 ENTRIES = [
     Entry(
         "infonce",

@@ -59,7 +59,7 @@ def entry(leaves=("student_logits", "teacher_logits"), **options):
         images,
         leaves,
         (),
-        masks=False,
+        read=None,
         published={"alpha": 0.7, "temperature": 2.0, "ask": "always", "cutoff": None},
     )
 

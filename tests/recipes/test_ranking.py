@@ -94,7 +94,7 @@ def entry(name, definition, problem=scores, options=None, **more):
         problem,
         ("student_scores",),
         (),
-        masks=False,
+        read=None,
         **more,
     )
 

@@ -1,5 +1,6 @@
 """Recipes on relations of a batch against their definitions in loops."""
 
+import inspect
 import math
 
 import pytest
@@ -13,6 +14,8 @@ from test_mutual_information import infonce_problem, plain_infonce
 from fastkd import recipes
 
 N, WIDTH, OTHER = 5, 4, 3
+#: Numbers of the paper that were not found.
+REQUIRED = inspect.Parameter.empty
 
 
 def both(dtype, student=(N, WIDTH), teacher=(N, OTHER), what="hidden"):
@@ -186,7 +189,7 @@ def entry(name, definition, problem=both, leaves=None, options=None, **more):
         problem,
         leaves or tuple(problem(torch.float32)),
         (),
-        masks=False,
+        read=None,
         # Features of 8 bits times each other.
         bf16_error=2e-2,
         **more,
@@ -214,7 +217,7 @@ ENTRIES = [
         plain_trg,
         images,
         options={"k": 3, "sigma": 2.0, "weights": (0.5, 0.0, 2.0)},
-        published={"weights": (1.0, 1.0, 1.0)},
+        published={"weights": (1.0, 1.0, 1.0), "k": REQUIRED, "sigma": REQUIRED},
     ),
     entry(
         "trg",

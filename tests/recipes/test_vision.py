@@ -176,7 +176,7 @@ def without_elementmean(reductions=ROW_REDUCTIONS):
     return tuple(r for r in reductions if r not in ("elementmean", "sequence_mean"))
 
 
-UNMASKED = {"reductions": (), "masks": False}
+UNMASKED = {"reductions": (), "read": None}
 ENTRIES = [
     Entry(
         "dist",
@@ -217,7 +217,7 @@ ENTRIES = [
         {},
         meal_problem,
         reductions=without_elementmean(),
-        masks=False,
+        read=None,
         published={"teacher_weights": None},
     ),
     Entry(
@@ -226,7 +226,7 @@ ENTRIES = [
         {"teacher_weights": (0.5, 0.0, 2.0)},
         meal_problem,
         reductions=without_elementmean(),
-        masks=False,
+        read=None,
     ),
     *(
         Entry(
