@@ -92,9 +92,10 @@ def unit(values: Tensor, dim: int = -1) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """The matrix product in the precision of its arguments, also where autocast is on."""
+    """The matrix product in the wider precision of its arguments, also where autocast is on."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
     with torch.autocast(a.device.type, enabled=False):
-        return a @ b
+        return a.to(dtype) @ b.to(dtype)
 
 
 def cosine(student: Tensor, teacher: Tensor, dim: int = -1) -> Tensor:

@@ -267,7 +267,8 @@ def mmd(student_hidden: Tensor, teacher_hidden: Tensor, *, bandwidth: float) -> 
             f"mmd: teacher_hidden must have student_hidden's {student_hidden.size(1)} channels, "
             f"got {teacher_hidden.size(1)}"
         )
-    s, t = wide(student_hidden), wide(teacher_hidden)
+    dtype = torch.promote_types(wide(student_hidden).dtype, wide(teacher_hidden).dtype)
+    s, t = student_hidden.to(dtype), teacher_hidden.to(dtype)
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -320,3 +320,21 @@ def one_graph(entries: list[Entry]) -> Callable[[], None]:
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
     return test
+
+
+def mixed_dtypes(entries: list[Entry]) -> Callable[[Entry], None]:
+    """A test of each entry with one side in float64 and the other in bfloat16."""
+
+    @pytest.mark.parametrize("entry", entries, ids=str)
+    def test(entry: Entry) -> None:
+        tensors = entry.problem(torch.bfloat16)
+        floating = [k for k, x in tensors.items() if torch.is_tensor(x) and x.is_floating_point()]
+        for name in floating[1::2]:
+            tensors[name] = tensors[name].double()
+        right = entry.definition(tensors)
+        if entry.reductions:
+            right = reduced(right, entry.counted(tensors), entry.default)
+        found = entry.call(tensors).double()
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+
+    return test

@@ -14,6 +14,7 @@ from recipe_checks import (
     at_once,
     by_rows,
     kept_of,
+    mixed_dtypes,
     one_graph,
     problem,
     promises,
@@ -271,6 +272,7 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
 
 
 def test_fspad_is_each_of_its_terms_alone():

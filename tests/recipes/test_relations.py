@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, at_once, one_graph, promises
+from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises
 from test_attention import plain_kl
 from test_features import smooth_l1
 from test_mutual_information import infonce_problem, plain_infonce
@@ -228,6 +228,7 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
 
 
 def rotation(width):

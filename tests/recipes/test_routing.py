@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import logits
-from recipe_checks import LENGTH, TEXTS, Entry, one_graph, problem, promises
+from recipe_checks import LENGTH, TEXTS, Entry, mixed_dtypes, one_graph, problem, promises
 from test_features import mean_over
 
 import fastkd
@@ -79,6 +79,7 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
 
 
 def test_r2r_is_torchs_binary_cross_entropy():

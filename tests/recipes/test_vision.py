@@ -14,6 +14,7 @@ from recipe_checks import (
     Entry,
     at_once,
     by_rows,
+    mixed_dtypes,
     one_graph,
     problem,
     promises,
@@ -273,6 +274,7 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
 
 
 def test_dist_of_rows_without_variance():
