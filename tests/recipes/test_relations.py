@@ -2,6 +2,9 @@
 
 import inspect
 import math
+import operator
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from test_attention import plain_kl
 from test_features import smooth_l1
 from test_mutual_information import infonce_problem, plain_infonce
 
+import fastkd
 from fastkd import recipes
 
 N, WIDTH, OTHER = 5, 4, 3
@@ -315,6 +319,15 @@ def test_second_derivatives():
     s, t = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     for name in ("sp", "rkd", "linear_cka"):
         assert torch.autograd.gradgradcheck(getattr(recipes, name), (s, t))
+
+
+def test_every_objective_of_the_survey_has_a_call():
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    table = text[text.index("## Objectives of the survey") :]
+    calls = re.findall(r"`fastkd\.([\w.]+)`", table)
+    assert len(calls) == 9
+    for call in calls:
+        assert callable(operator.attrgetter(call)(fastkd))
 
 
 def test_errors_name_the_recipe_and_the_argument():
