@@ -338,3 +338,25 @@ def mixed_dtypes(entries: list[Entry]) -> Callable[[Entry], None]:
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 
     return test
+
+
+def second_derivatives(entries: list[Entry]) -> Callable[[Entry], None]:
+    """A test that compares derivatives of a gradient with those of the definition's."""
+
+    @pytest.mark.parametrize("entry", entries, ids=str)
+    def test(entry: Entry) -> None:
+        tensors = with_leaves(entry, entry.problem(torch.float64))
+        exact = with_leaves(entry, tensors)
+        right = entry.definition(exact)
+        if entry.reductions:
+            right = reduced(right, entry.counted(exact), entry.default)
+        found, factors = [], {name: torch.rand_like(tensors[name]) for name in entry.leaves}
+        for given, loss in ((tensors, entry.call(tensors)), (exact, right)):
+            leaves = [given[name] for name in entry.leaves]
+            first = torch.autograd.grad(loss.sum(), leaves, create_graph=True)
+            total = sum((g * w).sum() for g, w in zip(first, factors.values(), strict=True))
+            found.append(gradients(entry, given, total))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+    return test

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import LENGTH, TEXTS, Entry, at_once, mixed_dtypes, one_graph, problem, promises
+from recipe_checks import (
+    LENGTH,
+    TEXTS,
+    Entry,
+    at_once,
+    mixed_dtypes,
+    one_graph,
+    problem,
+    promises,
+    second_derivatives,
+)
 from test_features import WIDTH, features, mean_over, plain_cross_entropy, plain_distance
 
 from fastkd import recipes
@@ -175,6 +185,7 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
+test_second_derivatives = second_derivatives(ENTRIES)
 
 
 @pytest.mark.parametrize("name", ["ernie_tiny", "hybrid_distill"])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises
+from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises, second_derivatives
 
 from fastkd import recipes
 
@@ -107,6 +107,7 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
+test_second_derivatives = second_derivatives(ENTRIES)
 
 
 def test_the_generators_loss_with_alpha_one():
@@ -178,14 +179,6 @@ def test_weights_of_videos_are_those_of_their_frames():
     frames = weight.unsqueeze(-1).expand(B, FRAMES)
     right = recipes.stream_dit(*pair, weight=frames)
     torch.testing.assert_close(recipes.stream_dit(*pair, weight=weight), right)
-
-
-def test_second_derivatives():
-    given = samples("prediction", "target")(torch.float64)
-    leaves = [x[:2, :1].requires_grad_() for x in given.values()]
-    snr = torch.ones(2)
-    assert torch.autograd.gradgradcheck(lambda a, b: recipes.sid_score(a, b, snr=snr), leaves)
-    assert torch.autograd.gradgradcheck(recipes.stream_dit, leaves)
 
 
 def test_errors_name_the_recipe_and_the_argument():

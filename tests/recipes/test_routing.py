@@ -6,7 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import logits
-from recipe_checks import LENGTH, TEXTS, Entry, mixed_dtypes, one_graph, problem, promises
+from recipe_checks import (
+    LENGTH,
+    TEXTS,
+    Entry,
+    mixed_dtypes,
+    one_graph,
+    problem,
+    promises,
+    second_derivatives,
+)
 from test_features import mean_over
 
 import fastkd
@@ -80,6 +89,7 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
+test_second_derivatives = second_derivatives(ENTRIES)
 
 
 def test_r2r_is_torchs_binary_cross_entropy():
