@@ -8,9 +8,13 @@ cross-entropy on the text where it is needed. ``RECIPES`` is the table of all of
 
 """
 
+from fastkd.acm import phase1_loss as acm_phase1_loss
+from fastkd.acm import phase2_loss as acm_phase2_loss
+from fastkd.acm import phase3_loss as acm_phase3_loss
 from fastkd.recipes._table import RECIPES, Recipe, listing
 from fastkd.recipes.adaptive_mixture import align_distil
 from fastkd.recipes.attention import ernie_tiny, hybrid_distill, token_relations
+from fastkd.recipes.byte_level import bpm, byte_kd, prefix_map
 from fastkd.recipes.conditioned import mend, swing
 from fastkd.recipes.cross_tokenizer import alm, alm_latents, uld
 from fastkd.recipes.diffusion import (
@@ -64,6 +68,7 @@ from fastkd.recipes.routing import R2rFeatures, r2r, r2r_features, r2r_log_u
 from fastkd.recipes.sampled_token import minillm, opd
 from fastkd.recipes.segmentation import cwd, lad_consistency, lad_label_map
 from fastkd.recipes.selective import adaspec, eopd, select_tkd, tip, token_budget
+from fastkd.recipes.shared_vocabulary import gold, shared_tokens, strict_topk
 from fastkd.recipes.skewed import (
     Pair,
     TaidSchedule,
@@ -98,13 +103,18 @@ __all__ = [
     "StreamDitInputs",
     "TaidSchedule",
     "acceptance",
+    "acm_phase1_loss",
+    "acm_phase2_loss",
+    "acm_phase3_loss",
     "adaspec",
     "akl",
     "align_distil",
     "alm",
     "alm_latents",
     "bild",
+    "bpm",
     "bucket_quantize",
+    "byte_kd",
     "class_balanced_weights",
     "cwd",
     "ddk",
@@ -132,6 +142,7 @@ __all__ = [
     "fkd",
     "fspad",
     "gkd",
+    "gold",
     "had",
     "hybrid_distill",
     "ickd",
@@ -161,6 +172,7 @@ __all__ = [
     "opd_topk",
     "parc",
     "preference",
+    "prefix_map",
     "quantized_distillation",
     "r2r",
     "r2r_features",
@@ -171,11 +183,13 @@ __all__ = [
     "semantic_distillation",
     "semcot",
     "sequence_kd",
+    "shared_tokens",
     "sid_generator",
     "sid_score",
     "sp",
     "stream_dit",
     "stream_dit_inputs",
+    "strict_topk",
     "swing",
     "taid",
     "tip",

@@ -11,7 +11,7 @@ from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_normalizer, check_tensors
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
-from fastkd.recipes._chunks import check_integers, check_mask
+from fastkd.recipes._chunks import check_integers, check_mask, readable
 from fastkd.teachers._teacher_topk import TopK, teacher_topk
 from fastkd.tokenizers._chunk_log_likelihood import chunk_log_likelihood
 
@@ -55,12 +55,12 @@ def check_row_values(function: str, name: str, values: Any, rows: torch.Size) ->
         )
 
 
-def check_share(function: str, name: str, value: Any, lowest: float = 0.0) -> None:
-    """Raise unless the number lies in [lowest, 1]."""
-    if isinstance(value, Tensor) and torch.compiler.is_compiling():
+def check_share(function: str, name: str, value: Any) -> None:
+    """Raise unless the number lies in [0, 1], if it can be read."""
+    if isinstance(value, Tensor) and not readable(value):
         return
-    if not lowest <= value <= 1:
-        raise ValueError(f"{function}: {name} must lie in [{lowest:g}, 1], got {value}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{function}: {name} must lie in [0, 1], got {value}")
 
 
 def check_choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> None:

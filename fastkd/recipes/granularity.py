@@ -181,7 +181,9 @@ def _squared_differences(student_logits: Tensor, teacher_logits: Tensor, pairs: 
         p, following = (wide(x).softmax(-1) for x in others)
         return (p * following - q).square().sum(-1)
 
-    values = by_blocks(loss, [student, student], [rows, rows + 1], pairs, student.size(-1))
+    # Two tensors: a gradient for each, also for second derivatives.
+    both = [student.view_as(student) for _ in range(2)]
+    values = by_blocks(loss, both, [rows, rows + 1], pairs, student.size(-1))
     return placed(values, pairs).to(torch.promote_types(number_type(student), number_type(teacher)))
 
 

@@ -107,6 +107,8 @@ class Entry:
     counted: Callable[[Tensors], torch.Tensor] = kept_of
     #: Which rows are read; None: the call has no mask that leaves rows out.
     read: Callable[[Tensors], torch.Tensor] | None = kept_of
+    #: Whether it has second derivatives that are not 0.
+    twice: bool = True
     #: Of gradients in bfloat16, relative.
     bf16_error: float = ERRORS[torch.bfloat16]
 
@@ -190,6 +192,26 @@ def check_float64(entry: Entry) -> None:
         compare(entry, torch.float64, "none")
 
 
+def check_second_derivatives(entry: Entry) -> None:
+    """Products with the second derivatives, whose constants are the definition's constants."""
+    if not entry.twice:
+        return
+    tensors = with_leaves(entry, entry.problem(torch.float64))
+    right = entry.definition(tensors)
+    if entry.reductions:
+        right = reduced(right, entry.counted(tensors), entry.default)
+    leaves = [tensors[name] for name in entry.leaves]
+    directions = [torch.randn_like(x) for x in leaves]
+    products = []
+    for loss in (entry.call(tensors), right):
+        first = torch.autograd.grad(loss.sum(), leaves, create_graph=True)
+        along = sum((g * v).sum() for g, v in zip(first, directions, strict=True))
+        products.append(torch.autograd.grad(along, leaves))
+    for one, other in zip(*products, strict=True):
+        assert other.any()
+        assert relative_error(one, other) < 1e-7
+
+
 def check_float32(entry: Entry) -> None:
     compare(entry, torch.float32, None)
 
@@ -271,6 +293,7 @@ def check_published_numbers(entry: Entry) -> None:
 
 CHECKS = (
     check_float64,
+    check_second_derivatives,
     check_float32,
     check_bfloat16,
     check_reductions,
@@ -336,27 +359,5 @@ def mixed_dtypes(entries: list[Entry]) -> Callable[[Entry], None]:
             right = reduced(right, entry.counted(tensors), entry.default)
         found = entry.call(tensors).double()
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
-
-    return test
-
-
-def second_derivatives(entries: list[Entry]) -> Callable[[Entry], None]:
-    """A test that compares derivatives of a gradient with those of the definition's."""
-
-    @pytest.mark.parametrize("entry", entries, ids=str)
-    def test(entry: Entry) -> None:
-        tensors = with_leaves(entry, entry.problem(torch.float64))
-        exact = with_leaves(entry, tensors)
-        right = entry.definition(exact)
-        if entry.reductions:
-            right = reduced(right, entry.counted(exact), entry.default)
-        found, factors = [], {name: torch.rand_like(tensors[name]) for name in entry.leaves}
-        for given, loss in ((tensors, entry.call(tensors)), (exact, right)):
-            leaves = [given[name] for name in entry.leaves]
-            first = torch.autograd.grad(loss.sum(), leaves, create_graph=True)
-            total = sum((g * w).sum() for g, w in zip(first, factors.values(), strict=True))
-            found.append(gradients(entry, given, total))
-        for one, other in zip(*found, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
     return test

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises, second_derivatives
+from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises
 
 from fastkd import recipes
 
@@ -107,7 +107,6 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
-test_second_derivatives = second_derivatives(ENTRIES)
 
 
 def test_the_generators_loss_with_alpha_one():

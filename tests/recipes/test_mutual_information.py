@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises, second_derivatives
+from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises
 from test_features import plain_cosine
 
 from fastkd import recipes
@@ -89,7 +89,6 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
-test_second_derivatives = second_derivatives(ENTRIES)
 
 
 def test_infonce_of_equal_orthogonal_rows():

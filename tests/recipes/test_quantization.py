@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import logits
-from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises, second_derivatives
+from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises
 
 from fastkd import recipes
 
@@ -73,7 +73,6 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
-test_second_derivatives = second_derivatives(ENTRIES)
 
 
 def test_every_row_asked_is_torchs_two_losses():

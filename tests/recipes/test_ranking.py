@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises, second_derivatives
+from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises
 
 import fastkd
 from fastkd import recipes
@@ -115,7 +115,6 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
-test_second_derivatives = second_derivatives(ENTRIES)
 
 
 @pytest.mark.parametrize("name", ["rank_net", "list_net", "lambda_rank"])

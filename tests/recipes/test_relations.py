@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises, second_derivatives
+from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises
 from test_attention import plain_kl
 from test_features import smooth_l1
 from test_mutual_information import infonce_problem, plain_infonce
@@ -196,6 +196,8 @@ def entry(name, definition, problem=both, leaves=None, options=None, **more):
         read=None,
         # Features of 8 bits times each other.
         bf16_error=2e-2,
+        # torch.cdist has no second derivatives.
+        twice=name not in ("mmd", "distance_covariance", "distance_correlation", "trg"),
         **more,
     )
 
@@ -230,12 +232,9 @@ ENTRIES = [
         options={"k": 2, "sigma": 2.0, "weights": (0.5, 2.0, 1.0), "temperature": 0.3},
     ),
 ]
-#: torch.cdist has no second derivatives.
-USE_CDIST = ("mmd", "distance_covariance", "distance_correlation", "trg")
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
-test_second_derivatives = second_derivatives([x for x in ENTRIES if x.name not in USE_CDIST])
 
 
 def rotation(width):

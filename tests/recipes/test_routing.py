@@ -14,7 +14,6 @@ from recipe_checks import (
     one_graph,
     problem,
     promises,
-    second_derivatives,
 )
 from test_features import mean_over
 
@@ -89,7 +88,6 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
-test_second_derivatives = second_derivatives(ENTRIES)
 
 
 def test_r2r_is_torchs_binary_cross_entropy():

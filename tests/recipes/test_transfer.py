@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, mixed_dtypes, one_graph, problem, promises, second_derivatives
+from recipe_checks import Entry, mixed_dtypes, one_graph, problem, promises
 from test_attention import plain_kl
 from test_vision import without_elementmean
 
@@ -74,7 +74,6 @@ ENTRIES = [entry(), entry(power=2.0, temperature=3.0)]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
-test_second_derivatives = second_derivatives(ENTRIES)
 
 
 def test_the_nearest_source_alone_is_distillation():

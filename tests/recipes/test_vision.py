@@ -18,7 +18,6 @@ from recipe_checks import (
     one_graph,
     problem,
     promises,
-    second_derivatives,
 )
 from test_attention import plain_kl
 
@@ -276,7 +275,6 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
-test_second_derivatives = second_derivatives(ENTRIES)
 
 
 def test_dist_of_rows_without_variance():
