@@ -57,7 +57,7 @@ RECIPES = (
     Recipe(33, "2506.10274", "Discrete audio tokens (survey)", ("semantic_distillation",), "S", "equal features log(1 + 1/e)"),
     Recipe(34, "2507.03745", "StreamDiT", ("stream_dit", "stream_dit_inputs"), "S", "the velocity is the derivative of the inputs"),
     Recipe(35, "2404.02900", "DeiT-LT", ("deit_lt", "class_balanced_weights"), "C", "torch's weighted cross-entropy; equal counts weigh 1"),
-    Recipe(36, "2402.13116", "Knowledge distillation of LLMs (survey)", ("mmd",), "T", "equal sets 0; its other objectives are softmax_divergence, feature_distance, rank_net, preference"),
+    Recipe(36, "2402.13116", "Knowledge distillation of LLMs (survey)", ("mmd",), "T", "equal sets 0; each of its objectives has a call"),
     Recipe(37, "2407.13254", "LAD (and CWD)", ("cwd", "lad_consistency", "lad_label_map"), "C", "the order of pixels does not matter; a large temperature gives half the variance"),
     Recipe(38, "2410.09303", "Exact byte-level probabilities", ("byte_kd",), "S", "enumerated over small vocabularies; equal models 0; never above the tokens' KL"),
     Recipe(39, "2505.21600", "R2R", ("r2r", "r2r_features", "r2r_log_u"), "C", "raw logits are topk's; torch's binary cross-entropy; digamma by its series; undefined evidence"),

@@ -40,7 +40,7 @@ def ernie_tiny(
     temperature: float = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""ERNIE-Tiny's stages: last hidden states and attention, then soft and hard labels.
+    r"""ERNIE-Tiny's stages: hidden states and attention, soft and hard labels. The total.
 
     :math:`w_0 \mathrm{MSE}(h_S, h_T) + w_1 KL(A_T \| A_S) + w_2 KL(p \| q) + w_3 CE`, the last two
     where their arguments are given: the stages GD, GED and TAD use the first two terms, with
@@ -189,7 +189,7 @@ def hybrid_distill(
     feature: str = "smooth_l1",
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Hybrid Distill: token relations of one teacher, output features of another.
+    r"""Hybrid Distill: token relations of one teacher, output features of another. A term.
 
     :math:`w_0` times the mean distance between the softmaxes of the rows of relations, of a teacher
     trained by masked image modelling, plus :math:`w_1` times the mean distance between the features

@@ -26,7 +26,7 @@ def _samples(function: str, **samples: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def sid_generator(x: Tensor, real: Tensor, fake: Tensor, *, alpha: float = 1.0) -> Tensor:
-    r"""SiD: the generator's loss, score identity distillation.
+    r"""SiD: the generator's loss, score identity distillation. The total.
 
     :math:`\frac1B \sum (r - f) \cdot ((r - x) - \alpha (r - f)) / w`, with w each sample's mean
     :math:`|x - r|`, at least 1e-5 and held constant. With alpha 1 this is

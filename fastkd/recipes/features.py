@@ -107,7 +107,7 @@ def fspad(
     weights: tuple[float, float] = (0.1, 1.0),
     beta: float = 1.0,
 ) -> Tensor:
-    r"""FSPAD's loss of a draft head, which all heads of the EAGLE family share.
+    r"""FSPAD's loss of a draft head, which all heads of the EAGLE family share. A term.
 
     :math:`w_0 \cdot H(p, q) + w_1 \cdot \mathrm{SmoothL1}(h_S, h_T)`: the cross-entropy of the
     draft's distribution with the teacher's, and the mean over channels of SmoothL1 between the
@@ -170,7 +170,7 @@ def semantic_distillation(
     axis: str = "channel",
     lambda_sim: float = 1.0,
 ) -> Tensor:
-    r"""Semantic distillation of a speech codec's first quantiser.
+    r"""Semantic distillation of a speech codec's first quantiser. A term.
 
     ``axis="channel"``: the mean over texts and channels d of
     :math:`-\log \sigma(\cos(f_{:,d}, t_{:,d}))`, cosines along time. ``axis="time"``: the mean
@@ -231,7 +231,7 @@ def dm_codec(
     axis: str = "channel",
     lambda_sim: float = 1.0,
 ) -> Tensor:
-    r"""DM-Codec: :func:`semantic_distillation` from a language model and a speech model.
+    r"""DM-Codec: :func:`semantic_distillation` from a language and a speech model. A term.
 
     Args:
         features: ``[B, T, D]``, the student's.
@@ -263,7 +263,7 @@ def dm_codec(
 def lm_spt(
     features: Tensor, targets: Tensor, *, mask: Tensor | None = None, weight: float = 100.0
 ) -> Tensor:
-    r"""LM-SPT: squared distance between features of speech and of speech rebuilt from tokens.
+    r"""LM-SPT: features of speech and of speech that was rebuilt from tokens. A term.
 
     ``weight`` times the mean over rows and channels of :math:`(f - t)^2`. Both are features of one
     frozen speech recogniser's encoder (Whisper in the paper): of the waveform that is decoded from
@@ -301,7 +301,7 @@ def had(
     *,
     weight: float = 1.0,
 ) -> Tensor:
-    r"""HAD's total: masked-token prediction, and the teacher's features on visible tokens.
+    r"""HAD: masked-token prediction, and the teacher's features on visible tokens. The total.
 
     The mean cross-entropy of the labels over the masked tokens, plus ``weight`` times the mean
     squared difference from the teacher's last layer over the visible ones. HAD masks whole 6-mers
@@ -349,7 +349,7 @@ def fair_latent(
     *,
     weights: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
-    r"""Latent distillation for fair synthetic data: quality and utility.
+    r"""Latent distillation for fair synthetic data: quality and utility. The total.
 
     :math:`w_0 \mathrm{MSE}(z_S, z_T) + w_1 KL(p \| q)`. The teacher's latent is fair by a penalty
     on its distance covariance with the protected attribute: :func:`distance_covariance`. The
@@ -392,7 +392,7 @@ def semcot(
     *,
     alpha: float,
 ) -> Tensor:
-    r"""SemCoT's second stage: implicit reasoning near the reasoning's meaning, and the answer.
+    r"""SemCoT's second stage: the meaning of the reasoning, and the answer. The total.
 
     :math:`\alpha \cdot \mathrm{mean}(1 - \cos(e_S, e_T)) + (1 - \alpha) \cdot CE`. The embeddings
     are those of a sentence encoder: of the implicit tokens and of the reasoning in words. The first

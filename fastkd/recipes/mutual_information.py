@@ -46,7 +46,7 @@ def infonce(student_hidden: Tensor, teacher_hidden: Tensor, *, temperature: floa
 
 
 def mi_alpha(scores: Tensor, log_baseline: Tensor, *, alpha: float = 0.5) -> Tensor:
-    r"""Minus the interpolated lower bound on the mutual information of two models (MI-alpha).
+    r"""Minus a lower bound on the mutual information of two models (MI-alpha). A term.
 
     With f the scores, b the baseline's logarithm and
     :math:`m_{ij} = \alpha \frac1{n-1} \sum_{k \ne j} e^{f_{ik}} + (1-\alpha) e^{b_i}`, the bound is

@@ -26,7 +26,7 @@ def quantized_distillation(
     cutoff: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Quantised distillation's total: soft and hard labels, the teacher asked for some examples.
+    r"""Quantised distillation: soft and hard labels, the teacher asked for some. The total.
 
     Over the examples for which the teacher is asked, :math:`\alpha T^2` times the mean over
     examples *and classes* of the terms of :math:`KL(p \| q)`, which is 1/C of the usual mean, plus

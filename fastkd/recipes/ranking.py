@@ -156,7 +156,7 @@ def dear(
     alpha: float = 0.3,
     temperature: float = 2.0,
 ) -> Tensor:
-    r"""DeAR's first stage: a ranking loss and the teacher's distribution over the passages. Total.
+    r"""DeAR's first stage: a ranking loss and the teacher's distribution. The total.
 
     :math:`(1 - \alpha) L + \alpha T^2 KL(p \| q)`, with p and q the softmaxes over the passages of
     a query at temperature T, averaged over queries. The first passage of a list is the positive.

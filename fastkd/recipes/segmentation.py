@@ -29,7 +29,8 @@ def cwd(
     r"""Channel-wise distillation of maps: each channel is a distribution over pixels. A term.
 
     :math:`T^2 KL(p \| q)`, with p and q the softmaxes over the pixels of a channel at temperature
-    T, averaged over examples and channels. LAD's student adds 3 times this to its cross-entropy.
+    T, averaged over examples and channels. LAD's student adds 3 times this to its cross-entropy and
+    0.02 times that of an auxiliary head.
 
     Args:
         student_maps: ``[B, C, H, W]``, any strides.

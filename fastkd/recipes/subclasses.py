@@ -102,7 +102,7 @@ def lelp(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    r"""LELP: cross-entropy of the student's C S subclasses with the teacher's, split by embeddings.
+    r"""LELP: cross-entropy of the student's C S subclasses with the teacher's. A term.
 
     The target of subclass s of class c is :math:`p_c a_{cs}`, with p the teacher's softmax at the
     temperature and a from :func:`lelp_subclasses`. The paper uses no hard labels beside it. A

@@ -26,7 +26,7 @@ def trg(
     samples: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Token relationship graphs: local, global and inner-image relations of patch features.
+    r"""Token relationship graphs: local, global and inner-image relations. A term.
 
     The weighted sum of three terms, to which the paper adds cross-entropy and distillation of the
     logits.

@@ -294,7 +294,7 @@ def fkd(
     stored_log_probs: Tensor,
     stored_indices: Tensor,
     *,
-    kind: str = "marginal_smoothing",
+    kind: str,
     mask: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
@@ -331,7 +331,8 @@ def fkd(
     >>> import torch, fastkd
     >>> student, teacher = torch.zeros(2, 10), torch.randn(2, 10)
     >>> stored = fastkd.teacher_topk(teacher, 5)
-    >>> round(fastkd.recipes.fkd(student, *stored).item(), 4)  # log 10
+    >>> loss = fastkd.recipes.fkd(student, *stored, kind="marginal_smoothing")
+    >>> round(loss.item(), 4)  # log 10
     2.3026
     """
     check_choice("fkd", "kind", kind, ("marginal_smoothing", "smoothing", "marginal_renorm"))

@@ -236,7 +236,6 @@ ENTRIES = [
             {"kind": kind},
             stored(k, padded),
             reductions=without_elementmean(),
-            published={"kind": "marginal_smoothing"},
         )
         for kind, k, padded in (
             ("marginal_smoothing", 5, False),
@@ -457,7 +456,12 @@ def test_errors_name_the_recipe_and_the_argument():
         ),
         (r.fkd, (x, *store), {"kind": "hard"}, "kind must be one of marginal_smoothing"),
         (r.fkd, (x, *store), {"kind": "smoothing"}, "kind smoothing needs one stored class a row"),
-        (r.fkd, (x[:1], *store), {}, "stored_log_probs must have the leading dimensions"),
+        (
+            r.fkd,
+            (x[:1], *store),
+            {"kind": "marginal_renorm"},
+            "stored_log_probs must have the leading dimensions",
+        ),
         (r.cwd, (x, x), {}, r"student_maps must be \[B, C, H, W\]"),
         (r.cwd, (image, image[:1]), {}, "teacher_maps must have the shape"),
         (r.cwd, (image, image), {"temperature": 0.0}, "temperature must be positive"),
