@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,8 +118,8 @@ def dm_codec_problem(dtype):
     return {**found, "lm_targets": targets[0], "speech_targets": targets[1]}
 
 
-def plain_had(student_logits, labels, student_hidden, teacher_hidden, visible):
-    seen = mean_over(
+def plain_had(student_logits, labels, student_hidden, teacher_hidden, visible, weight=1.0):
+    seen = weight * mean_over(
         visible, lambda i, j: plain_distance(student_hidden[i, j], teacher_hidden[i, j])
     )
     masked = ~visible & (labels != -100)
@@ -137,14 +138,14 @@ def had_problem(dtype):
     return {**found, **hidden, "visible": visible}
 
 
-def plain_fair(student_latent, teacher_latent, student_logits, teacher_logits):
+def plain_fair(student_latent, teacher_latent, student_logits, teacher_logits, weights=(1.0, 1.0)):
     count = len(student_latent)
     quality = sum(plain_distance(s, t) for s, t in zip(student_latent, teacher_latent, strict=True))
     utility = 0
     for s, t in zip(student_logits, teacher_logits, strict=True):
         q, p = s.softmax(-1), t.softmax(-1)
         utility = utility + sum(p[v] * (p[v] / q[v]).log() for v in range(len(p)))
-    return (quality + utility) / count
+    return (weights[0] * quality + weights[1] * utility) / count
 
 
 def fair_problem(dtype):
@@ -168,12 +169,13 @@ def semcot_problem(dtype):
     return {k: x for k, x in found.items() if k not in ("mask", "teacher_logits")}
 
 
-def plain_dm_codec(features, lm_targets, speech_targets):
-    return (plain_semantic(features, lm_targets) + plain_semantic(features, speech_targets)) / 2
+def plain_dm_codec(features, lm_targets, speech_targets, weights=(0.5, 0.5), **options):
+    lm, speech = (plain_semantic(features, x, **options) for x in (lm_targets, speech_targets))
+    return weights[0] * lm + weights[1] * speech
 
 
-def plain_lm_spt(features, targets, mask):
-    return 100 * mean_over(mask, lambda i, j: plain_distance(features[i, j], targets[i, j]))
+def plain_lm_spt(features, targets, mask, weight=100.0):
+    return weight * mean_over(mask, lambda i, j: plain_distance(features[i, j], targets[i, j]))
 
 
 BOTH = ("student_hidden", "teacher_hidden")
@@ -270,6 +272,17 @@ ENTRIES = [
         **UNMASKED,
         published={"alpha": inspect.Parameter.empty},  # by data set
     ),
+]
+ENTRIES += [
+    replace(entry, options=options)
+    for entry in ENTRIES
+    for name, options in (
+        ("dm_codec", {"weights": (0.3, 2.0), "axis": "time", "lambda_sim": 0.3}),
+        ("lm_spt", {"weight": 3.0}),
+        ("had", {"weight": 0.3}),
+        ("fair_latent", {"weights": (0.3, 2.0)}),
+    )
+    if entry.name == name
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
