@@ -13,11 +13,29 @@ from fastkd.acm import phase2_loss as acm_phase2_loss
 from fastkd.acm import phase3_loss as acm_phase3_loss
 from fastkd.recipes._table import RECIPES, Recipe, listing
 from fastkd.recipes.adaptive_mixture import align_distil
+from fastkd.recipes.attention import ernie_tiny, hybrid_distill, token_relations
 from fastkd.recipes.byte_level import bpm, byte_kd, prefix_map
 from fastkd.recipes.conditioned import mend, swing
 from fastkd.recipes.cross_tokenizer import alm, alm_latents, uld
+from fastkd.recipes.diffusion import (
+    StreamDitInputs,
+    sid_generator,
+    sid_score,
+    stream_dit,
+    stream_dit_inputs,
+)
 from fastkd.recipes.dual_space import DskdSide, dskd
 from fastkd.recipes.edit_distance import edit_distance_map
+from fastkd.recipes.features import (
+    dm_codec,
+    fair_latent,
+    feature_distance,
+    fspad,
+    had,
+    lm_spt,
+    semantic_distillation,
+    semcot,
+)
 from fastkd.recipes.granularity import mgsr, mgsr_position, mgsr_span
 from fastkd.recipes.language import (
     acceptance,
@@ -31,9 +49,24 @@ from fastkd.recipes.language import (
 )
 from fastkd.recipes.mapped_logits import mined
 from fastkd.recipes.masked_diffusion import dparallel
+from fastkd.recipes.mutual_information import MiCritic, infonce, mi_alpha
 from fastkd.recipes.on_policy import gkd, minitron, opd_topk
 from fastkd.recipes.preferences import preference
+from fastkd.recipes.quantization import bucket_quantize, quantized_distillation
+from fastkd.recipes.ranking import dear, lambda_rank, list_net, rank_net
+from fastkd.recipes.relations import (
+    distance_correlation,
+    distance_covariance,
+    diswot,
+    ickd,
+    linear_cka,
+    mmd,
+    rkd,
+    sp,
+)
+from fastkd.recipes.routing import R2rFeatures, r2r, r2r_features, r2r_log_u
 from fastkd.recipes.sampled_token import minillm, opd
+from fastkd.recipes.segmentation import cwd, lad_consistency, lad_label_map
 from fastkd.recipes.selective import adaspec, eopd, select_tkd, tip, token_budget
 from fastkd.recipes.shared_vocabulary import gold, shared_tokens, strict_topk
 from fastkd.recipes.skewed import (
@@ -46,14 +79,28 @@ from fastkd.recipes.skewed import (
     distillm2_alphas,
     taid,
 )
+from fastkd.recipes.subclasses import lelp, lelp_subclasses
+from fastkd.recipes.token_graph import trg
+from fastkd.recipes.transfer import distill_weighted, parc
+from fastkd.recipes.vision import (
+    class_balanced_weights,
+    deit_lt,
+    dist,
+    fkd,
+    meal_v2,
+    meal_v2_discrimination,
+)
 
 __doc__ = f"{__doc__}{listing()}"
 
 __all__ = [
     "RECIPES",
     "DskdSide",
+    "MiCritic",
     "Pair",
+    "R2rFeatures",
     "Recipe",
+    "StreamDitInputs",
     "TaidSchedule",
     "acceptance",
     "acm_phase1_loss",
@@ -66,40 +113,88 @@ __all__ = [
     "alm_latents",
     "bild",
     "bpm",
+    "bucket_quantize",
     "byte_kd",
+    "class_balanced_weights",
+    "cwd",
     "ddk",
     "ddk_factors",
+    "dear",
+    "deit_lt",
+    "dist",
+    "distance_correlation",
+    "distance_covariance",
     "distilbert",
+    "distill_weighted",
     "distillm",
     "distillm2",
     "distillm2_alphas",
     "distillspec",
+    "diswot",
+    "dm_codec",
     "dparallel",
     "dskd",
     "edit_distance_map",
     "eopd",
+    "ernie_tiny",
+    "fair_latent",
+    "feature_distance",
+    "fkd",
+    "fspad",
     "gkd",
     "gold",
+    "had",
+    "hybrid_distill",
+    "ickd",
+    "infonce",
     "kd",
+    "lad_consistency",
+    "lad_label_map",
+    "lambda_rank",
+    "lelp",
+    "lelp_subclasses",
+    "linear_cka",
+    "list_net",
     "llava_mod",
+    "lm_spt",
+    "meal_v2",
+    "meal_v2_discrimination",
     "mend",
     "mgsr",
     "mgsr_position",
     "mgsr_span",
+    "mi_alpha",
     "mined",
     "minillm",
     "minitron",
+    "mmd",
     "opd",
     "opd_topk",
+    "parc",
     "preference",
     "prefix_map",
+    "quantized_distillation",
+    "r2r",
+    "r2r_features",
+    "r2r_log_u",
+    "rank_net",
+    "rkd",
     "select_tkd",
+    "semantic_distillation",
+    "semcot",
     "sequence_kd",
     "shared_tokens",
+    "sid_generator",
+    "sid_score",
+    "sp",
+    "stream_dit",
+    "stream_dit_inputs",
     "strict_topk",
     "swing",
     "taid",
     "tip",
     "token_budget",
+    "token_relations",
+    "trg",
     "uld",
 ]

@@ -50,8 +50,10 @@ def with_(*extra: str) -> Callable[[torch.dtype], Tensors]:
 
 def kept_of(tensors: Tensors) -> torch.Tensor:
     """Rows that count."""
-    student = tensors["student_logits"]
-    kept = tensors.get("mask", torch.ones(student.shape[:-1], dtype=torch.bool))
+    if "mask" in tensors:
+        kept = tensors["mask"]
+    else:
+        kept = torch.ones(tensors["student_logits"].shape[:-1], dtype=torch.bool)
     return kept & (tensors["labels"] != -100) if "labels" in tensors else kept
 
 
@@ -73,6 +75,11 @@ def by_rows(row: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return torch.stack(found).view(leading)
 
     return losses
+
+
+def at_once(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """What the call returns, from a definition that takes the arguments by name."""
+    return lambda tensors, **options: function(**tensors, **options)
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,8 @@ class Entry:
     counted: Callable[[Tensors], torch.Tensor] = kept_of
     #: Which rows are read; None: the call has no mask that leaves rows out.
     read: Callable[[Tensors], torch.Tensor] | None = kept_of
+    #: Whether it has second derivatives that are not 0.
+    twice: bool = True
     #: Of gradients in bfloat16, relative.
     bf16_error: float = ERRORS[torch.bfloat16]
 
@@ -184,6 +193,8 @@ def check_float64(entry: Entry) -> None:
 
 def check_second_derivatives(entry: Entry) -> None:
     """Products with the second derivatives, whose constants are the definition's constants."""
+    if not entry.twice:
+        return
     tensors = with_leaves(entry, entry.problem(torch.float64))
     right = entry.definition(tensors)
     if entry.reductions:
@@ -192,7 +203,7 @@ def check_second_derivatives(entry: Entry) -> None:
     directions = [torch.randn_like(x) for x in leaves]
     products = []
     for loss in (entry.call(tensors), right):
-        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        first = torch.autograd.grad(loss.sum(), leaves, create_graph=True)
         along = sum((g * v).sum() for g, v in zip(first, directions, strict=True))
         products.append(torch.autograd.grad(along, leaves))
     for one, other in zip(*products, strict=True):
@@ -209,15 +220,16 @@ def check_bfloat16(entry: Entry) -> None:
 
 
 def check_reductions(entry: Entry) -> None:
+    if not entry.reductions:
+        return
     tensors = entry.problem(torch.float64)
     losses, counted = entry.definition(tensors), entry.counted(tensors)
     for reduction in entry.reductions:
         found = entry.call(tensors, reduction=reduction)
         torch.testing.assert_close(found, reduced(losses, counted, reduction), rtol=1e-9, atol=1e-9)
-    if entry.reductions:
-        for seven in (7.0, torch.tensor(7)):
-            found = entry.call(tensors, normalizer=seven, reduction="sum")
-            torch.testing.assert_close(found, losses.sum() / 7, rtol=1e-9, atol=1e-9)
+    for seven in (7.0, torch.tensor(7)):
+        found = entry.call(tensors, normalizer=seven, reduction="sum")
+        torch.testing.assert_close(found, losses.sum() / 7, rtol=1e-9, atol=1e-9)
 
 
 def check_masked_rows_are_not_read(entry: Entry) -> None:
@@ -275,6 +287,18 @@ def check_no_texts(entry: Entry) -> None:
             assert gradient.shape[dim] == 0
 
 
+def check_autocast(entry: Entry) -> None:
+    """Inputs are read as they are, and the arithmetic stays in their precision or float32."""
+    tensors = with_leaves(entry, entry.problem(torch.float32))
+    right = entry.call(tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = entry.call(tensors)
+    assert torch.equal(found, right)
+    both = (gradients(entry, tensors, x.sum()) for x in (found, right))
+    for one, other in zip(*both, strict=True):
+        assert torch.equal(one, other)
+
+
 def check_published_numbers(entry: Entry) -> None:
     parameters = inspect.signature(getattr(recipes, entry.name)).parameters
     found = {name: parameters[name].default for name in entry.published}
@@ -292,6 +316,7 @@ CHECKS = (
     check_masked_rows_are_not_read,
     check_no_rows,
     check_no_texts,
+    check_autocast,
     check_published_numbers,
 )
 
@@ -333,5 +358,23 @@ def one_graph(entries: list[Entry]) -> Callable[[], None]:
         )
         for one, other in zip(found, right, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+    return test
+
+
+def mixed_dtypes(entries: list[Entry]) -> Callable[[Entry], None]:
+    """A test of each entry with one side in float64 and the other in bfloat16."""
+
+    @pytest.mark.parametrize("entry", entries, ids=str)
+    def test(entry: Entry) -> None:
+        tensors = entry.problem(torch.bfloat16)
+        floating = [k for k, x in tensors.items() if torch.is_tensor(x) and x.is_floating_point()]
+        for name in floating[1::2]:
+            tensors[name] = tensors[name].double()
+        right = entry.definition(tensors)
+        if entry.reductions:
+            right = reduced(right, entry.counted(tensors), entry.default)
+        found = entry.call(tensors).double()
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 
     return test
