@@ -96,8 +96,6 @@ def align_distil(
         distance = token_stats(teacher_logits, reference_logits, vocab_size=vocab_size).tvd
         assert distance is not None
         share = 2 * beta2 * distance + _LEAST
-        if mask is not None:
-            share = torch.where(mask, share, 1)
         coefficient = beta / share
     share = scaled_weight(student_logits, share, None)
     contrast = variant in ("aligndistil", "theorem1_contrast")

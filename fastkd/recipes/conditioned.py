@@ -149,8 +149,6 @@ def swing(
     check_row_values("swing", "privacy", privacy, student_logits.shape[:-1])
     check_no_gradient("swing", privacy=privacy)
     tau = 1 + privacy if temperature is None else temperature(privacy)
-    if mask is not None:  # whatever the privacy of rows that are not read is
-        tau = torch.where(mask, tau, 1)
     if noise is not None:
         check_choice("swing", "noise", noise, ("gumbel", "gaussian", "laplace"))
         check_no_gradient("swing", teacher_logits=teacher_logits, noise_scale=noise_scale)

@@ -99,9 +99,14 @@ def preference(
     elif loss == "ipo":
         losses = (chosen - rejected - 1 / (2 * beta)).square()
     else:
-        of_chosen, of_rejected = (x.mean().clamp(min=0) for x in (chosen, rejected))
+        of_chosen, of_rejected = (_mean(x).clamp(min=0) for x in (chosen, rejected))
         signed = torch.cat([chosen - of_rejected, of_chosen - rejected])
         losses = torch.sigmoid(-beta * signed)  # 1 - sigmoid
     if reduction == "mean":
-        return losses.mean()
+        return _mean(losses)
     return losses.sum() if reduction == "sum" else losses
+
+
+def _mean(values: Tensor) -> Tensor:
+    """0 where there are none."""
+    return values.sum() / max(1, values.numel())

@@ -389,8 +389,6 @@ def akl(
     total = 2 * stats.tvd
     near = torch.where(head, (p - q).abs(), 0).sum(-1)
     share = torch.where(total > 0, near / torch.where(total > 0, total, 1), 0.5).clamp(0, 1)
-    if mask is not None:
-        share = torch.where(mask, share, 0.5)
     return softmax_divergence(
         student_logits,
         teacher_logits,

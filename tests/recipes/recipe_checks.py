@@ -124,20 +124,19 @@ class Entry:
 
 
 def mapped(function: Callable[[torch.Tensor], torch.Tensor], tensors: Tensors) -> Tensors:
-    """The floating-point tensors changed, also in lists and tuples."""
+    """The tensors changed, also in lists and tuples."""
 
     def one(x: Any) -> Any:
         if isinstance(x, (list, tuple)):
             parts = [one(y) for y in x]
             return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
-        floating = isinstance(x, torch.Tensor) and x.is_floating_point()
-        return function(x) if floating else x
+        return function(x) if isinstance(x, torch.Tensor) else x
 
     return {name: one(x) for name, x in tensors.items()}
 
 
 def in_float64(tensors: Tensors) -> Tensors:
-    return mapped(torch.Tensor.double, tensors)
+    return mapped(lambda x: x.double() if x.is_floating_point() else x, tensors)
 
 
 def with_leaves(entry: Entry, tensors: Tensors) -> Tensors:
@@ -244,7 +243,7 @@ def check_masked_rows_are_not_read(entry: Entry) -> None:
     poison = torch.where(kept, 0, math.nan)
 
     def poisoned(x: torch.Tensor) -> torch.Tensor:
-        if x.shape[: kept.dim()] != kept.shape:
+        if not x.is_floating_point() or x.shape[: kept.dim()] != kept.shape:
             return x
         longer = torch.cat([x.detach(), torch.full_like(x[:, :1], math.nan)], 1)
         longer += torch.cat([poison, poison[:, :1]], 1).view(
@@ -270,6 +269,23 @@ def check_no_rows(entry: Entry) -> None:
     assert loss == 0
     for gradient in gradients(entry, tensors, loss):
         assert not gradient.any()
+
+
+def check_no_texts(entry: Entry) -> None:
+    """None at all, or all of length 0."""
+    if entry.read is None:
+        return
+    tensors = entry.problem(torch.float32)
+    shape = kept_of(tensors).shape
+    for dim in range(2):
+        shorter = mapped(
+            lambda x, dim=dim: x.narrow(dim, 0, 0) if x.shape[:2] == shape else x, tensors
+        )
+        shorter = with_leaves(entry, shorter)
+        loss = entry.call(shorter, reduction="sum") if entry.reductions else entry.call(shorter)
+        assert loss == 0
+        for gradient in gradients(entry, shorter, loss):
+            assert gradient.shape[dim] == 0
 
 
 def check_autocast(entry: Entry) -> None:
@@ -300,6 +316,7 @@ CHECKS = (
     check_reductions,
     check_masked_rows_are_not_read,
     check_no_rows,
+    check_no_texts,
     check_autocast,
     check_published_numbers,
 )

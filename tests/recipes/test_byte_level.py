@@ -118,10 +118,9 @@ ENTRIES = [
     Entry(
         "byte_kd",
         plain_byte_kd,
-        {"student_prefix": b"a", "teacher_prefix": PREFIXES, "temperature": 2.0, "beta": 0.2},
+        {"student_prefix": b"a", "teacher_prefix": b"ab", "temperature": 2.0, "beta": 0.2},
         problem=with_vocabs,
         reductions=ROWS,
-        compiled=False,
     ),
     Entry("byte_kd", plain_byte_kd, {"divergence": "tvd"}, problem=with_vocabs, reductions=ROWS),
     Entry("bpm", plain_bpm, problem=with_mapping, reductions=ROWS, published={"residual": "drop"}),
@@ -143,6 +142,13 @@ def test_grouping_by_bytes_never_increases_the_divergence():
         assert (grouped <= tokens + 1e-12).all()
         assert (grouped < 0.9 * tokens).any()
         assert recipes.byte_kd(z, z, vocab, vocab, divergence=divergence) == 0
+
+
+def test_a_prefix_for_each_row():
+    tensors = with_vocabs(torch.float64)
+    found = recipes.byte_kd(**tensors, teacher_prefix=PREFIXES, student_prefix=b"a")
+    losses = plain_byte_kd(tensors, teacher_prefix=PREFIXES, student_prefix=b"a")
+    torch.testing.assert_close(found, losses.sum() / tensors["mask"].sum())
 
 
 def test_a_side_that_is_bytes_already():

@@ -117,6 +117,15 @@ def test_stored_log_probabilities():
     torch.testing.assert_close(recipes.preference(**tensors), right)
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "kto_pair"])
+def test_no_pairs(loss):
+    tensors = {name: x[:0] for name, x in texts(torch.float32).items()}
+    tensors["student_logits"].requires_grad_()
+    found = recipes.preference(**tensors, loss=loss)
+    assert found == 0
+    found.backward()
+
+
 def test_errors():
     tensors = texts(torch.float32)
     with pytest.raises(ValueError, match="preference: loss must be one of sigmoid, hinge, ipo"):
