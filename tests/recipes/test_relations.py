@@ -181,6 +181,11 @@ def one_image(dtype):
     return {k: x.unsqueeze(0) * 0.3 for k, x in infonce_problem(dtype).items()}
 
 
+def near_tokens(dtype):
+    """All nearer to each other than 1."""
+    return {k: 0.1 * x for k, x in images(dtype).items()}
+
+
 def maps(dtype):
     return both(dtype, (2, 3, 2, 2), (2, 3, 4, 1), "maps")
 
@@ -224,6 +229,12 @@ ENTRIES = [
         images,
         options={"k": 3, "sigma": 2.0, "weights": (0.5, 0.0, 2.0)},
         published={"weights": (1.0, 1.0, 1.0), "k": REQUIRED, "sigma": REQUIRED},
+    ),
+    entry(
+        "trg",
+        plain_trg,
+        near_tokens,
+        options={"k": 3, "sigma": 0.02, "weights": (1.0, 0.0, 1.0)},
     ),
     entry(
         "trg",
