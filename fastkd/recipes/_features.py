@@ -135,7 +135,9 @@ def distances(kind: str, student: Tensor, teacher: Tensor, beta: float = 1.0) ->
     if kind == "l1":
         return (student - teacher).abs().mean(-1)
     if kind == "smooth_l1":
-        return F.smooth_l1_loss(student, teacher, reduction="none", beta=beta).mean(-1)
+        # Not torch's, which makes beta a constant of a compiled graph.
+        size = (student - teacher).abs()
+        return torch.where(size < beta, size.square() / (2 * beta), size - beta / 2).mean(-1)
     if kind == "pkd":
         return (unit(student) - unit(teacher)).square().sum(-1)
     found = cosine(student, teacher)

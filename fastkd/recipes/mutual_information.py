@@ -90,10 +90,12 @@ def mi_alpha(scores: Tensor, log_baseline: Tensor, *, alpha: float = 0.5) -> Ten
     check_share("mi_alpha", "alpha", alpha)
     scores, log_baseline = wide(scores), wide(log_baseline)
     parts = []
+    # Products: a logarithm of the number would make it a constant of a compiled graph.
+    one = torch.ones((), dtype=scores.dtype, device=scores.device)
     if alpha > 0:
-        parts.append(_log_sum_of_others(scores) + math.log(alpha / (n - 1)))
+        parts.append(_log_sum_of_others(scores) + (one * alpha / (n - 1)).log())
     if alpha < 1:
-        parts.append((log_baseline + math.log1p(-alpha)).unsqueeze(-1).expand_as(scores))
+        parts.append((log_baseline + (one * (1 - alpha)).log()).unsqueeze(-1).expand_as(scores))
     log_m = parts[0] if len(parts) == 1 else torch.logaddexp(parts[0], parts[1])
     others = ~torch.eye(n, dtype=torch.bool, device=scores.device)
     joint = torch.where(others, scores.diagonal().unsqueeze(-1) - log_m, 0).sum()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import logits, relative_error
+from torch._dynamo.testing import CompileCounter
 
 from fastkd import recipes
 
@@ -376,5 +377,20 @@ def mixed_dtypes(entries: list[Entry]) -> Callable[[Entry], None]:
             right = reduced(right, entry.counted(tensors), entry.default)
         found = entry.call(tensors).double()
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+
+    return test
+
+
+def one_graph_for_all(calls: dict[str, Callable[[float], torch.Tensor]]) -> Callable[..., None]:
+    """A test that numbers which a schedule changes are no constants of a compiled graph."""
+
+    @pytest.mark.parametrize("name", calls)
+    def test(name: str) -> None:
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(calls[name], fullgraph=True, backend=counter)
+        for number in (0.15, 0.25, 0.35, 0.45):
+            torch.testing.assert_close(compiled(number), calls[name](number))
+        assert counter.frame_count <= 2
 
     return test

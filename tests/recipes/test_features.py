@@ -17,6 +17,7 @@ from recipe_checks import (
     kept_of,
     mixed_dtypes,
     one_graph,
+    one_graph_for_all,
     problem,
     promises,
 )
@@ -287,6 +288,13 @@ ENTRIES += [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
+SAME = tuple(fair_problem(torch.float32).values())[:2]
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {
+        "beta": lambda x: recipes.feature_distance(*SAME, kind="smooth_l1", beta=x),
+        "weights": lambda x: recipes.fspad(*SAME, *SAME, weights=(x, 1 - x)),
+    }
+)
 
 
 def test_fspad_is_each_of_its_terms_alone():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises
+from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, one_graph_for_all, promises
 from test_features import plain_cosine
 
 from fastkd import recipes
@@ -89,6 +89,12 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN = scores_problem(torch.float32)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {
+        "alpha": lambda x: recipes.mi_alpha(**GIVEN, alpha=x),
+    }
+)
 
 
 def test_infonce_of_equal_orthogonal_rows():

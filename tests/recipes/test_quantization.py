@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import logits
-from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises
+from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, one_graph_for_all, promises
 
 from fastkd import recipes
 
@@ -73,6 +73,14 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN = images(torch.float32)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {
+        "alpha, temperature": lambda x: recipes.quantized_distillation(
+            **GIVEN, alpha=x, temperature=x
+        ),
+    }
+)
 
 
 def test_every_row_asked_is_torchs_two_losses():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises
+from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, one_graph_for_all, promises
 
 import fastkd
 from fastkd import recipes
@@ -115,6 +115,12 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN = scores(torch.float32)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {
+        "dear": lambda x: recipes.dear(**GIVEN, alpha=x, temperature=10 * x),
+    }
+)
 
 
 @pytest.mark.parametrize("name", ["rank_net", "list_net", "lambda_rank"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, promises
+from recipe_checks import Entry, at_once, mixed_dtypes, one_graph, one_graph_for_all, promises
 from test_attention import plain_kl
 from test_features import smooth_l1
 from test_mutual_information import infonce_problem, plain_infonce
@@ -181,6 +181,11 @@ def one_image(dtype):
     return {k: x.unsqueeze(0) * 0.3 for k, x in infonce_problem(dtype).items()}
 
 
+def near_tokens(dtype):
+    """All nearer to each other than 1."""
+    return {k: 0.1 * x for k, x in images(dtype).items()}
+
+
 def maps(dtype):
     return both(dtype, (2, 3, 2, 2), (2, 3, 4, 1), "maps")
 
@@ -214,7 +219,7 @@ ENTRIES = [
         "mmd",
         plain_mmd,
         lambda dtype: both(dtype, (N, OTHER), (N + 1, OTHER)),
-        options={"bandwidth": 2.0},
+        options={"bandwidth": 1.7},
     ),
     entry("distance_covariance", plain_dcov, two),
     entry("distance_correlation", plain_dcor, two),
@@ -228,6 +233,12 @@ ENTRIES = [
     entry(
         "trg",
         plain_trg,
+        near_tokens,
+        options={"k": 3, "sigma": 0.02, "weights": (1.0, 0.0, 1.0)},
+    ),
+    entry(
+        "trg",
+        plain_trg,
         one_image,
         options={"k": 2, "sigma": 2.0, "weights": (0.5, 2.0, 1.0), "temperature": 0.3},
     ),
@@ -235,6 +246,14 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN = one_image(torch.float32)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {
+        "trg": lambda x: recipes.trg(
+            **GIVEN, k=2, sigma=10 * x, temperature=x, weights=(x, 1.0, x)
+        ),
+    }
+)
 
 
 def rotation(width):
@@ -245,7 +264,7 @@ def rotation(width):
 def test_rotations_and_scale_of_features_change_nothing(name):
     given = both(torch.float64)
     right = getattr(recipes, name)(**given)
-    given["student_hidden"] = 3 * given["student_hidden"] @ rotation(WIDTH)
+    given["student_hidden"] = 0.01 * given["student_hidden"] @ rotation(WIDTH)
     torch.testing.assert_close(getattr(recipes, name)(**given), right)
     equal = getattr(recipes, name)(given["student_hidden"], -given["student_hidden"])
     expected = 1.0 if name == "linear_cka" else 0.0

@@ -16,6 +16,7 @@ from recipe_checks import (
     by_rows,
     mixed_dtypes,
     one_graph,
+    one_graph_for_all,
     problem,
     promises,
 )
@@ -274,6 +275,13 @@ ENTRIES = [
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
+MAPS, BOTH = maps(torch.float32), both(torch.float32)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {
+        "cwd": lambda x: recipes.cwd(**MAPS, temperature=x),
+        "dist": lambda x: recipes.dist(**BOTH, beta=x, temperature=10 * x),
+    }
+)
 
 
 def test_dist_of_rows_without_variance():
