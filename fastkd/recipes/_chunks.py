@@ -102,6 +102,34 @@ def chunk_ends(
     return last.scatter_reduce(1, places, position, "amax")[:, :-1], count[:, :-1]
 
 
+def single_token_rows(
+    function: str,
+    student_logits: Tensor,
+    student_chunks: Tensor,
+    teacher_logits: Tensor,
+    teacher_chunks: Tensor,
+    num_chunks: int,
+    match: str = "scored",
+) -> tuple[Tensor, Tensor]:
+    """Student tokens whose chunk is one token on both sides, and the teacher's row for each.
+
+    Both ``[B, T_S]``, for the row that scores the token, t - 1. With ``match="scored"`` it is the
+    teacher's row that scores its token; with ``"read"`` the row that has read the token before.
+    """
+    _, count = chunk_ends(function, "student_chunks", student_logits, student_chunks, num_chunks)
+    other, others = chunk_ends(
+        function, "teacher_chunks", teacher_logits, teacher_chunks, num_chunks
+    )
+    at = chunk_slots(student_chunks, num_chunks)
+    if match == "scored":
+        other = other - 1  # nothing scores the teacher's first token
+    single = F.pad((count == 1) & (others == 1) & (other >= 0), (0, 1))
+    matched, taught_by = single.gather(1, at), F.pad(other, (0, 1)).gather(1, at)
+    if match == "read":  # the teacher row of token t is for row t, which is stored at token t + 1
+        matched, taught_by = (F.pad(x, (1, 0))[:, :-1] for x in (matched, taught_by))
+    return matched, taught_by
+
+
 def first_token_chunks(mask: Tensor | None, places: Tensor, num_chunks: int) -> Tensor:
     """Chunks with a token that no row scores, bool ``[B, num_chunks + 1]``.
 

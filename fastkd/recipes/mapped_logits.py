@@ -14,9 +14,8 @@ from fastkd.recipes._chunks import (
     check_integers,
     check_mask,
     check_range,
-    chunk_ends,
-    chunk_slots,
     reduced,
+    single_token_rows,
 )
 from fastkd.recipes._rowwise import at_rows, by_blocks, chosen, placed
 
@@ -128,19 +127,10 @@ def mined(
             "mined: unmatched must be drop with divergence reverse_kl, which is infinite for a "
             f"one-hot target; got {unmatched!r}"
         )
-    _, count = chunk_ends("mined", "student_chunks", student_logits, student_chunks, num_chunks)
-    other, others = chunk_ends(
-        "mined", "teacher_chunks", teacher_logits, teacher_chunks, num_chunks
-    )
-    at = chunk_slots(student_chunks, num_chunks)
-    if match == "scored":
-        other = other - 1  # nothing scores the teacher's first token
-    single = F.pad((count == 1) & (others == 1) & (other >= 0), (0, 1))
-    matched, taught_by = single.gather(1, at), F.pad(other, (0, 1)).gather(1, at)
-    if match == "read":  # the teacher row of token t is for row t, which is stored at token t + 1
-        matched, taught_by = (F.pad(x, (1, 0))[:, :-1] for x in (matched, taught_by))
-    texts = torch.arange(at.size(0), device=at.device).unsqueeze(-1)
-    tokens = torch.arange(at.size(1), device=at.device).expand_as(at)
+    sides = (student_logits, student_chunks, teacher_logits, teacher_chunks)
+    matched, taught_by = single_token_rows("mined", *sides, num_chunks, match)
+    texts = torch.arange(matched.size(0), device=matched.device).unsqueeze(-1)
+    tokens = torch.arange(matched.size(1), device=matched.device).expand_as(matched)
     kept = tokens > 0
     kept = kept if mask is None else kept & mask
     kept = kept & matched if unmatched == "drop" else kept
