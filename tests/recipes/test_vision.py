@@ -376,8 +376,9 @@ def test_label_map():
 
 def embeddings():
     labels = torch.arange(40) % 4
-    labels[labels == 3] = 0  # no example of class 3
-    head = torch.randn(4, 9, dtype=torch.float64)
+    labels[labels == 3] = 0
+    labels[7] = 3  # one example of class 3, none of class 4
+    head = torch.randn(5, 9, dtype=torch.float64)
     hidden = torch.randn(40, 9, dtype=torch.float64)
     return hidden, labels, head
 
@@ -388,8 +389,8 @@ def test_subclasses_are_softmaxes_of_principal_coordinates(null_space):
     options = {"temperature": 0.5, "null_space": null_space}
     generator = torch.Generator().manual_seed(0)
     found = recipes.lelp_subclasses(hidden, labels, head, 3, **options, generator=generator)
-    torch.testing.assert_close(found.sum(-1), torch.ones(40, 4).double())
-    assert (found[:, 3] == 1 / 3).all()
+    torch.testing.assert_close(found.sum(-1), torch.ones(40, 5).double())
+    assert (found[:, 3:] == 1 / 3).all()
     if null_space:
         hidden = hidden - hidden @ torch.linalg.pinv(head) @ head
     for label in range(3):
