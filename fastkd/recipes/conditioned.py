@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_tensors
 from fastkd.losses._softmax_divergence import softmax_divergence
-from fastkd.recipes._chunks import check_mask, reduced
+from fastkd.recipes._chunks import check_mask, reduced, wide
 from fastkd.recipes._rows import (
     check_choice,
     check_row_values,
@@ -148,6 +148,7 @@ def swing(
     check_rows("swing", tensors, mask=mask)
     check_row_values("swing", "privacy", privacy, student_logits.shape[:-1])
     check_no_gradient("swing", privacy=privacy)
+    privacy = wide(privacy)
     tau = 1 + privacy if temperature is None else temperature(privacy)
     if noise is not None:
         check_choice("swing", "noise", noise, ("gumbel", "gaussian", "laplace"))

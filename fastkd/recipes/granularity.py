@@ -157,7 +157,7 @@ def mgsr_span(
     pairs = kept[:, :-1] & kept[:, 1:] & (spans[:, :-1] == spans[:, 1:]) & (spans[:, 1:] >= 0)
     if distance == "kl":
         losses = softmax_divergence(
-            student_logits[:, :-1] + student_logits[:, 1:],
+            wide(student_logits[:, :-1]) + wide(student_logits[:, 1:]),  # not rounded to bfloat16
             [teacher_logits[:, :-1], teacher_logits[:, 1:]],
             teacher_weights=[1.0, 1.0],
             mask=pairs,

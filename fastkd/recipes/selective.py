@@ -54,8 +54,10 @@ def token_budget(scores: Tensor, *, keep: float, mask: Tensor | None = None) -> 
     counted = scores if mask is None else torch.where(mask, scores, math.nan)
     if not scores.numel():
         return torch.zeros_like(scores, dtype=torch.bool)
+    # A product, as a number would be a constant of a compiled graph.
+    level = torch.ones((), dtype=scores.dtype, device=scores.device) * (1 - keep)
     # Of NaN alone the quantile is NaN, and no score is at least that.
-    return counted >= torch.nanquantile(counted.flatten(), 1 - keep)
+    return counted >= torch.nanquantile(counted.flatten(), level)
 
 
 def adaspec(

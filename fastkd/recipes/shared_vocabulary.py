@@ -277,7 +277,9 @@ def _terms(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
         return log_p.exp() * (log_p - log_q)
     if beta == 1:
         return log_q.exp() * (log_q - log_p)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    # Products, as logarithms of the number would make it a constant of a compiled graph.
+    one = torch.ones((), dtype=log_p.dtype, device=log_p.device)
+    log_m = torch.logaddexp(log_p + (one * beta).log(), log_q + (one * (1 - beta)).log())
     return beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
 
 

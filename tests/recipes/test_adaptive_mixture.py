@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from recipe_checks import Entry, by_rows, one_graph, problem, promises, with_
+from recipe_checks import (
+    Entry,
+    by_rows,
+    mixed_dtypes,
+    one_graph,
+    one_graph_for_all,
+    problem,
+    promises,
+    with_,
+)
 
 import fastkd
 from fastkd import recipes
@@ -60,6 +69,16 @@ ENTRIES.append(
 )
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN = with_reference(torch.float32)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {
+        "all": lambda x: (
+            recipes.align_distil(**GIVEN, beta=x, beta2=x, temperature=x, teacher_temperature=x)
+            + recipes.align_distil(**GIVEN, beta=x, beta2=x + 1, variant="theorem1")
+        )
+    }
+)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, kept_of, one_graph, promises
+from recipe_checks import Entry, kept_of, mixed_dtypes, one_graph, one_graph_for_all, promises
 
 import fastkd
 from fastkd import recipes
@@ -128,6 +128,11 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN = with_vocabs(torch.float32)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {"all": lambda x: recipes.byte_kd(**GIVEN, beta=x, temperature=x)}
+)
 
 
 def test_grouping_by_bytes_never_increases_the_divergence():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, by_rows, one_graph, problem, promises, with_leaves
+from recipe_checks import Entry, by_rows, mixed_dtypes, one_graph, problem, promises, with_leaves
 
 import fastkd
 from fastkd import recipes
@@ -78,6 +78,7 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
 
 
 def test_mend_does_not_read_other_rows():

@@ -9,7 +9,9 @@ from recipe_checks import (
     Entry,
     by_rows,
     kept_of,
+    mixed_dtypes,
     one_graph,
+    one_graph_for_all,
     problem,
     promises,
     reduced,
@@ -122,6 +124,11 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN = with_bounds(torch.float32)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {"all": lambda x: recipes.mgsr(**GIVEN, weights=(x, x, x), softness=x)}
+)
 
 
 def test_mgsr_by_texts():

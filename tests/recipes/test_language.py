@@ -4,7 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import logits
-from recipe_checks import Entry, by_rows, kept_of, one_graph, problem, promises, reduced, with_
+from recipe_checks import (
+    Entry,
+    by_rows,
+    kept_of,
+    mixed_dtypes,
+    one_graph,
+    one_graph_for_all,
+    problem,
+    promises,
+    reduced,
+    with_,
+)
 
 import fastkd
 from fastkd import recipes
@@ -157,6 +168,22 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN, HIDDEN = problem(torch.float32, "labels"), with_hidden(2)(torch.float32)
+TEXT, SIDES = without_teacher()(torch.float32), problem(torch.float32)
+SHARES = torch.tensor([0.2, 0.3, 0.5])
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {
+        "all": lambda x: (
+            recipes.kd(**GIVEN, alpha=x, temperature=x)
+            + recipes.sequence_kd(**TEXT, temperature=x)
+            + recipes.distilbert(**HIDDEN, weights=(x, x, x), temperature=x)
+            + recipes.ddk(**GIVEN, gamma=x, temperature=x)
+            + recipes.ddk_factors(SHARES, SHARES, SHARES, alpha=x).sum()
+            + recipes.distillspec(**SIDES, divergence="jsd", beta=x, temperature=x)
+        )
+    }
+)
 
 
 def test_kd_of_alpha_one_is_the_divergence():

@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from recipe_checks import Entry, kept_of, one_graph, problem, promises
+from recipe_checks import (
+    Entry,
+    kept_of,
+    mixed_dtypes,
+    one_graph,
+    one_graph_for_all,
+    problem,
+    promises,
+)
 
 from fastkd import recipes
 
@@ -52,6 +60,11 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN = trajectory(torch.float32)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {"all": lambda x: recipes.dparallel(**GIVEN, beta=x, temperature=x)}
+)
 
 
 def test_rows_add_up():

@@ -3,7 +3,17 @@
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, by_rows, kept_of, one_graph, problem, promises, reduced
+from recipe_checks import (
+    Entry,
+    by_rows,
+    kept_of,
+    mixed_dtypes,
+    one_graph,
+    one_graph_for_all,
+    problem,
+    promises,
+    reduced,
+)
 
 import fastkd
 from fastkd import recipes
@@ -98,6 +108,18 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN, LAYERS = problem(torch.float32), layers(torch.float32)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {
+        "all": lambda x: (
+            recipes.gkd(**GIVEN, beta=x, temperature=x, normalizer=x)
+            + recipes.opd_topk(**GIVEN, k=3, temperature=x, max_token_loss=x)
+            + recipes.opd_topk(**GIVEN, k=3, divergence="jsd", beta=x)
+            + recipes.minitron(**LAYERS, temperature=x)
+        )
+    }
+)
 
 
 def test_gkd_between_forward_and_reverse_kl():

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from recipe_checks import Entry, kept_of, one_graph, problem, promises
+from recipe_checks import (
+    Entry,
+    kept_of,
+    mixed_dtypes,
+    one_graph,
+    one_graph_for_all,
+    problem,
+    promises,
+)
 
 import fastkd
 from fastkd import recipes
@@ -164,6 +172,18 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
+LOGITS, STORED = sampled(torch.float32), sampled(torch.float32, "log_probs", old=True)
+BOTH = sampled(torch.float32, teacher=None)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {
+        "all": lambda x: (
+            recipes.opd(**LOGITS, coefficient=x, discount=x, temperature=x)
+            + recipes.opd(**STORED, clip=x)
+            + recipes.minillm(**BOTH, gamma=x, clip=x, reward_clip=x, temperature=x)
+        )
+    }
+)
 
 
 @pytest.mark.parametrize("baseline", [None, "kl"])

@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from recipe_checks import Entry, by_rows, kept_of, one_graph, problem, promises
+from recipe_checks import (
+    Entry,
+    by_rows,
+    kept_of,
+    mixed_dtypes,
+    one_graph,
+    one_graph_for_all,
+    problem,
+    promises,
+)
 
 import fastkd
 from fastkd import recipes
@@ -149,6 +158,18 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN, REFERENCE = problem(torch.float32), with_reference(False)(torch.float32)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {
+        "all": lambda x: (
+            recipes.adaspec(**REFERENCE, keep=x, temperature=x)
+            + recipes.tip(**GIVEN, keep=x, temperature=x)
+            + recipes.select_tkd(**GIVEN, k=3, rejected_weight=x, temperature=x)
+            + recipes.eopd(**GIVEN, k=3, entropy=x, temperature=x)
+        )
+    }
+)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.2, 0.5, 1.0])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, one_graph, promises, with_leaves
+from recipe_checks import Entry, mixed_dtypes, one_graph, one_graph_for_all, promises, with_leaves
 
 import fastkd
 from fastkd import recipes
@@ -179,6 +179,16 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN, STRICT_GIVEN = texts(torch.float32), texts(torch.float32, ids=False)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {
+        "all": lambda x: (
+            recipes.strict_topk(**STRICT_GIVEN, k=3, divergence="jsd", beta=x, temperature=x)
+            + recipes.gold(**GIVEN, beta=x, temperature=x, matched_weight=x)
+        )
+    }
+)
 
 
 @pytest.mark.parametrize("entry", [ENTRIES[0], ENTRIES[2], ENTRIES[3]], ids=str)

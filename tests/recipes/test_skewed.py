@@ -4,7 +4,18 @@ import math
 
 import pytest
 import torch
-from recipe_checks import Entry, by_rows, kept_of, one_graph, problem, promises, reduced, with_
+from recipe_checks import (
+    Entry,
+    by_rows,
+    kept_of,
+    mixed_dtypes,
+    one_graph,
+    one_graph_for_all,
+    problem,
+    promises,
+    reduced,
+    with_,
+)
 
 import fastkd
 from fastkd import recipes
@@ -59,6 +70,15 @@ def plain_bild(student_logits, teacher_logits, k=8, temperature=3.0):
     return loss
 
 
+def pairs(dtype):
+    found = []
+    for _ in range(2):
+        tensors = problem(dtype)
+        tensors["student_logits"].requires_grad_()
+        found.append(recipes.Pair(**tensors))
+    return found
+
+
 def with_t(t):
     return lambda dtype: {**problem(dtype), "t": t}
 
@@ -85,15 +105,21 @@ ENTRIES = [
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
-
-
-def pairs(dtype, *leaves):
-    found = []
-    for _ in range(2):
-        tensors = problem(dtype)
-        tensors["student_logits"].requires_grad_()
-        found.append(recipes.Pair(**tensors))
-    return found
+test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN, PAIRS = problem(torch.float32), pairs(torch.float32)
+LOG_PROBS = -torch.rand(3, 5)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {
+        "all": lambda x: (
+            recipes.distillm(**GIVEN, beta=x, temperature=x)
+            + recipes.distillm2(*PAIRS, alphas=(x, x), beta=x, temperature=x)
+            + recipes.distillm2_alphas(LOG_PROBS, LOG_PROBS, GIVEN["mask"], x, base=x).sum()
+            + recipes.taid(**GIVEN, t=x, temperature=x)
+            + recipes.akl(**GIVEN, mu=x, temperature=x)
+            + recipes.bild(**GIVEN, k=3, temperature=x)
+        )
+    }
+)
 
 
 def plain_distillm2(chosen, rejected, alphas, beta):
