@@ -25,7 +25,8 @@ def lelp_subclasses(
 
     For each class: the principal directions of the embeddings of its examples, the S largest,
     turned by a random rotation; an example's assignment is the softmax of its coordinates in them,
-    relative to the class's mean, over the temperature. A class without examples has uniform ones.
+    relative to the class's mean, over the temperature. A class with one example or none has
+    uniform ones.
 
     Args:
         hidden: ``[N, D]``, the teacher's embeddings: the inputs of its head.
@@ -63,9 +64,7 @@ def lelp_subclasses(
     num_sub = to_integer(name, "num_sub", num_sub)
     embeddings, width = wide(hidden), hidden.size(1)
     if null_space:
-        _, sizes, rows = torch.linalg.svd(wide(head).to(embeddings.dtype), full_matrices=False)
-        smallest = sizes.amax() * max(head.shape) * torch.finfo(sizes.dtype).eps
-        seen = rows[sizes > smallest]
+        seen = _row_space(wide(head).to(embeddings.dtype))
         embeddings = embeddings - product(product(embeddings, seen.mT), seen)
         width -= seen.size(0)
     if not 1 <= num_sub <= width:
@@ -77,12 +76,19 @@ def lelp_subclasses(
     for label in range(head.size(0)):
         own = embeddings[labels == label]
         centre = own.mean(0) if len(own) else embeddings.new_zeros(embeddings.size(1))
-        directions = torch.linalg.svd(own - centre, full_matrices=False).Vh[:num_sub]
-        # One each for the directions that the examples have, and for the subclasses.
+        # A class of few examples has fewer directions than subclasses.
+        directions = _row_space(own - centre)[:num_sub]
         rotation = _rotation(num_sub, embeddings, generator)[: len(directions)]
         coordinates = product(embeddings - centre, product(directions.mT, rotation))
         found[:, label] = (coordinates / temperature).softmax(-1)
     return found
+
+
+def _row_space(rows: Tensor) -> Tensor:
+    """Orthonormal directions that the rows have, the largest first."""
+    _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
+    smallest = sizes[:1] * max(rows.shape) * torch.finfo(sizes.dtype).eps
+    return directions[sizes > smallest]
 
 
 def _rotation(size: int, like: Tensor, generator: torch.Generator | None) -> Tensor:

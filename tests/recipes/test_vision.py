@@ -1,4 +1,4 @@
-"""Recipes of image classification and segmentation against their definitions in loops."""
+"""Recipes of image classification against their definitions in loops."""
 
 import math
 
@@ -20,7 +20,6 @@ from recipe_checks import (
     problem,
     promises,
 )
-from test_attention import plain_kl
 
 import fastkd
 from fastkd import recipes
@@ -134,46 +133,6 @@ def stored(k, padded=False):
     return make
 
 
-def plain_cwd(student_maps, teacher_maps, temperature=4.0):
-    losses = [
-        temperature**2 * plain_kl((s / temperature).softmax(-1), (t / temperature).softmax(-1))
-        for i in range(student_maps.size(0))
-        for s, t in zip(student_maps[i].flatten(1), teacher_maps[i].flatten(1), strict=True)
-    ]
-    return sum(losses) / len(losses)
-
-
-def maps(dtype):
-    return {f"{side}_maps": logits((2, 3, 2, 4), dtype, 3.0) for side in ("student", "teacher")}
-
-
-def two_paths(dtype):
-    return dict(zip(("first_maps", "second_maps"), maps(dtype).values(), strict=True))
-
-
-def plain_consistency(first_maps, second_maps, weight=5.0):
-    there, back = (
-        plain_cwd(a, b.detach()) for a, b in ((first_maps, second_maps), (second_maps, first_maps))
-    )
-    return weight * (there + back)
-
-
-def plain_lelp(student_logits, teacher_logits, subclasses, temperature=1.0):
-    p = (teacher_logits / temperature).softmax(-1)
-    q = (student_logits / temperature).log_softmax(-1)
-    classes, parts = subclasses.shape
-    return -sum(
-        p[c] * subclasses[c, s] * q[c * parts + s] for c in range(classes) for s in range(parts)
-    )
-
-
-def lelp_problem(dtype):
-    found = problem(dtype)
-    found["student_logits"] = logits((TEXTS, LENGTH, VOCAB * 2), dtype)
-    found["subclasses"] = logits((TEXTS, LENGTH, VOCAB, 2), torch.float64, 1.0).softmax(-1)
-    return found
-
-
 def without_elementmean(reductions=ROW_REDUCTIONS):
     return tuple(r for r in reductions if r not in ("elementmean", "sequence_mean"))
 
@@ -244,41 +203,13 @@ ENTRIES = [
             ("marginal_renorm", 5, True),
         )
     ),
-    Entry(
-        "cwd",
-        at_once(plain_cwd),
-        {},
-        maps,
-        tuple(maps(torch.float32)),
-        **UNMASKED,
-        published={"temperature": 4.0},
-    ),
-    Entry(
-        "lad_consistency",
-        at_once(plain_consistency),
-        {},
-        two_paths,
-        ("first_maps", "second_maps"),
-        **UNMASKED,
-        published={"weight": 5.0, "temperature": 4.0},
-    ),
-    Entry(
-        "lelp",
-        by_rows(plain_lelp),
-        {"temperature": 2.0},
-        lelp_problem,
-        ("student_logits", "teacher_logits"),
-        without_elementmean(),
-        published={"temperature": 1.0},
-    ),
 ]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
-MAPS, BOTH = maps(torch.float32), both(torch.float32)
+BOTH = both(torch.float32)
 test_one_graph_for_all_numbers = one_graph_for_all(
     {
-        "cwd": lambda x: recipes.cwd(**MAPS, temperature=x),
         "dist": lambda x: recipes.dist(**BOTH, beta=x, temperature=10 * x),
     }
 )
@@ -344,105 +275,9 @@ def test_equal_teachers_are_one():
     recipes.meal_v2(given["student_logits"], [one])  # no gradient, no error
 
 
-def test_the_order_of_pixels_does_not_matter_to_cwd():
-    given = maps(torch.float64)
-    order = torch.randperm(8)
-    moved = {k: x.flatten(2)[..., order] for k, x in given.items()}
-    torch.testing.assert_close(recipes.cwd(**moved), recipes.cwd(**given))
-    # T^2 KL of softmaxes tends to half the variance of the difference over pixels.
-    difference = (given["student_maps"] - given["teacher_maps"]).flatten(2)
-    limit = difference.var(-1, correction=0).mean() / 2
-    torch.testing.assert_close(recipes.cwd(**given, temperature=1e4), limit, rtol=1e-3, atol=0)
-
-
-def test_label_map():
-    labels = torch.tensor([[0, 2, 1], [255, 2, -1]])
-    generator = torch.Generator().manual_seed(1)
-    values = torch.tensor([1.0, 2.0, 3.0])
-    exact = recipes.lad_label_map(labels, 3, noise=0.0, values=values)
-    assert exact.tolist() == [[100, 300, 200], [0, 300, 0]]
-    found = [recipes.lad_label_map(labels.expand(500, 2, 3), 3, generator=generator) for _ in "ab"]
-    assert not torch.equal(*found)
-    for x in found:
-        assert x.var(0).sqrt().mean().item() == pytest.approx(3.0, rel=0.1)  # 100 x 0.03
-        assert (x[:, 0, 1] - x[:, 1, 1]).mean().abs() < 1
-    again = torch.Generator().manual_seed(1)
-    first = recipes.lad_label_map(labels.expand(500, 2, 3), 3, generator=again)
-    assert torch.equal(first, found[0])
-
-
-# ---- lelp
-
-
-def embeddings():
-    labels = torch.arange(40) % 4
-    labels[labels == 3] = 0  # no example of class 3
-    head = torch.randn(4, 9, dtype=torch.float64)
-    hidden = torch.randn(40, 9, dtype=torch.float64)
-    return hidden, labels, head
-
-
-@pytest.mark.parametrize("null_space", [True, False])
-def test_subclasses_are_softmaxes_of_principal_coordinates(null_space):
-    hidden, labels, head = embeddings()
-    options = {"temperature": 0.5, "null_space": null_space}
-    generator = torch.Generator().manual_seed(0)
-    found = recipes.lelp_subclasses(hidden, labels, head, 3, **options, generator=generator)
-    torch.testing.assert_close(found.sum(-1), torch.ones(40, 4).double())
-    assert (found[:, 3] == 1 / 3).all()
-    if null_space:
-        hidden = hidden - hidden @ torch.linalg.pinv(head) @ head
-    for label in range(3):
-        own = hidden[labels == label]
-        deviations = hidden - own.mean(0)
-        _, vectors = torch.linalg.eigh(torch.cov(own.mT))
-        coordinates = deviations @ vectors[:, -3:]
-        # A rotation keeps distances between coordinates; softmax keeps their differences.
-        logarithms = found[:, label].log() * options["temperature"]
-        centred = logarithms - logarithms.mean(-1, keepdim=True)
-        gram = centred @ centred.mT
-        # One direction is lost to the softmax: of rank 2, and not above the whole.
-        whole = coordinates @ coordinates.mT
-        assert torch.linalg.matrix_rank(gram, rtol=1e-9) == 2
-        assert torch.linalg.eigvalsh(whole - gram).min() > -1e-9
-        assert torch.linalg.matrix_rank(whole - gram, rtol=1e-9) == 1
-
-
-def test_subclasses_do_not_depend_on_a_shift_of_the_class():
-    hidden, labels, head = embeddings()
-    own = labels == 1
-
-    def run(x):
-        generator = torch.Generator().manual_seed(0)
-        return recipes.lelp_subclasses(x, labels, head, 2, generator=generator)[own, 1]
-
-    moved = torch.where(own.unsqueeze(-1), hidden + torch.randn(9), hidden)
-    torch.testing.assert_close(run(moved), run(hidden))
-
-
-def test_one_subclass_is_plain_distillation():
-    given = lelp_problem(torch.float64)
-    student = given["student_logits"][..., :VOCAB]
-    found = recipes.lelp(student, given["teacher_logits"], torch.ones(TEXTS, LENGTH, VOCAB, 1))
-    right = fastkd.softmax_divergence(student, given["teacher_logits"], divergence="cross_entropy")
-    torch.testing.assert_close(found, right)
-
-
-def test_a_student_that_knows_the_subclasses_has_the_teachers_classes():
-    given = lelp_problem(torch.float64)
-    best = given["teacher_logits"].log_softmax(-1).unsqueeze(-1) + given["subclasses"].log()
-    student = best.flatten(-2).requires_grad_()
-    recipes.lelp(student, given["teacher_logits"], given["subclasses"]).backward()
-    assert student.grad.abs().max() < 1e-15
-    classes = student.unflatten(-1, (VOCAB, 2)).logsumexp(-1)
-    torch.testing.assert_close(classes, given["teacher_logits"].log_softmax(-1))
-
-
 def test_errors_name_the_recipe_and_the_argument():
-    x, wider, image = torch.zeros(2, 5), torch.zeros(2, 6), torch.zeros(2, 3, 4, 4)
+    x, wider = torch.zeros(2, 5), torch.zeros(2, 6)
     y = torch.zeros(2, dtype=torch.int64)
-    h, head = torch.randn(8, 6), torch.randn(3, 6)
-    labels = torch.arange(8) % 3
     store = (torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int64))
     r = recipes
     wrong = [
@@ -470,18 +305,6 @@ def test_errors_name_the_recipe_and_the_argument():
             {"kind": "marginal_renorm"},
             "stored_log_probs must have the leading dimensions",
         ),
-        (r.cwd, (x, x), {}, r"student_maps must be \[B, C, H, W\]"),
-        (r.cwd, (image, image[:1]), {}, "teacher_maps must have the shape"),
-        (r.cwd, (image, image), {"temperature": 0.0}, "temperature must be positive"),
-        (r.lad_consistency, (image, image), {"weight": 0.0}, "weight must be positive"),
-        (r.lad_label_map, (x, 5), {}, "labels must be int64 or int32"),
-        (r.lad_label_map, (y, 0), {}, "num_classes must be positive"),
-        (r.lad_label_map, (y, 3), {"values": x}, r"values must be \[3\]"),
-        (r.lelp, (x, x, torch.ones(2, 5, 2)), {}, "student_logits must have 5 x 2 columns"),
-        (r.lelp, (x, x, torch.ones(2, 4, 2)), {}, r"teacher_logits must be \[N, C\] and subcl"),
-        (r.lelp_subclasses, (h, labels, head, 4), {}, r"num_sub must be in \[1, 3\]"),
-        (r.lelp_subclasses, (h, labels, x, 1), {}, "head must have hidden's 6 channels"),
-        (r.lelp_subclasses, (h, labels + 1, head, 1), {}, "labels must lie in"),
     ]
     for function, arguments, options, message in wrong:
         with pytest.raises((ValueError, TypeError, IndexError), match=message) as caught:
