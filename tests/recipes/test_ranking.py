@@ -65,6 +65,12 @@ def graded(dtype):
     return {"student_scores": found["student_scores"], "relevance": relevance}
 
 
+def hardly_graded(dtype):
+    """The ideal of each list is below 1."""
+    found = graded(dtype)
+    return {**found, "relevance": found["relevance"] / 16}
+
+
 def binary(like):
     found = torch.zeros_like(like)
     found[:, 0] = 1
@@ -105,6 +111,7 @@ ENTRIES = [
     entry("list_net", plain_list_net, options={"temperature": 3.0}),
     entry("lambda_rank", plain_lambda, graded, published={"k": 5}),
     entry("lambda_rank", plain_lambda, graded, {"k": 2}),
+    entry("lambda_rank", plain_lambda, hardly_graded),
     entry("lambda_rank", plain_lambda, graded, {"k": None}),
     entry("dear", plain_dear, published={"main": "softmax_ce", "alpha": 0.3, "temperature": 2.0}),
     *(
