@@ -13,10 +13,7 @@ PRELOAD = $(shell $(or $(CXX),g++) -print-file-name=libasan.so) $(shell $(or $(C
           $(shell $(or $(CXX),g++) -print-file-name=libstdc++.so)
 
 SIMT := build/simt
-OP_TESTS := $(wildcard $(addprefix tests/,$(addsuffix *.py,losses/test_softmax_divergence losses/test_topk_divergence \
-  losses/test_clipped_divergence losses/test_token_stats teachers/test_teacher_topk tokenizers/test_chunk_log_likelihood \
-  tokenizers/test_byte_log_probs tokenizers/test_alm_loss)) tests/losses/test_kl_div.py \
-  $(addprefix tests/acm/test_,hard.py kernels.py torch.py))
+OP_TESTS := $(wildcard $(shell cat tests/op_tests.txt))
 HOST_TESTS := $(addprefix tests/tokenizers/test_,byte_vocab.py byte_vocab_tokenizers.py alignment.py alignment_batch.py)
 
 # Side by side; a thread that waits must leave its core to the other process.
@@ -26,7 +23,7 @@ export OMP_WAIT_POLICY := passive
 export PATH := $(abspath $(BIN)):$(PATH)
 export CMAKE_ARGS := -DFASTKD_CUDA=$(CUDA) -DFASTKD_WERROR=on
 
-.PHONY: demo test test-unit test-schedules test-gpu test-sanitized test-slow lint format bench wheel clean
+.PHONY: demo gpu-report test test-unit test-schedules test-gpu test-sanitized test-slow lint format bench wheel clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -52,9 +49,9 @@ test-unit: $(VENV)/.fastkd $(SIMT)/.built
 	@! command -v nvcc > /dev/null || $(BIN)/pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
 	$(PYTEST) --durations=5
 
-# The emulated CUDA kernels once more, their threads in another order.
+# The emulated CUDA kernels once more, their threads in another order, their arithmetic rounded as a GPU's may be.
 test-schedules: $(VENV)/.fastkd $(SIMT)/.built
-	$(PYTEST) --backends simt-90 --schedule 7 -k "simt and not compile" $(OP_TESTS)
+	$(PYTEST) --backends simt-90 --schedule 7 --rounding 7 -k "simt and not compile" $(OP_TESTS)
 
 # On a machine with a GPU.
 test-gpu: $(VENV)/.fastkd
@@ -81,7 +78,7 @@ $(SANITIZED)/.built: $(VENV)/.fastkd $(SOURCES) $(wildcard tests/simt/*)
 $(SIMT)/.built: $(VENV)/.torch $(SOURCES) $(wildcard tests/simt/*)
 	cmake -S . -B $(SIMT) -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DFASTKD_CUDA=off \
 	  -DFASTKD_SIMT=on -DFASTKD_WERROR=on > /dev/null
-	cmake --build $(SIMT) --target _simt
+	cmake --build $(SIMT) --target _simt _simt_rounded
 	touch $@
 
 test-slow: $(VENV)/.fastkd
@@ -104,6 +101,11 @@ format: $(VENV)/.lint
 bench: $(VENV)/.fastkd
 	$(BIN)/pip install --quiet "fastkd[bench]"
 	$(BIN)/python -m benchmarks.bench_softmax_divergence --headline
+
+# On a machine with a GPU, in at most 8 minutes: builds for it, checks, times. Nothing is downloaded.
+GPU_REPORT ?= build/gpu_report
+gpu-report:
+	PYTHON="$(PYTHON)" benchmarks/gpu_report.sh "$(GPU_REPORT)"
 
 # A wheel, with CUDA kernels where nvcc is found, installed into a new environment and tried there.
 wheel: export CMAKE_ARGS := -DFASTKD_CUDA=auto

@@ -5,6 +5,7 @@ Everybody gets the same ready logits (or log-probabilities) and returns the same
 gradients are off by percents.
 """
 
+import importlib
 import importlib.util
 import math
 import sys
@@ -22,6 +23,7 @@ from benchmarks.harness import OURS, Contestant, Exact, Loss
 from benchmarks.shapes import BETAS
 
 LIGER = "liger-kernel==0.8.5"
+TRITON = "triton"
 TORCHTUNE = "torchtune==0.6.1"
 
 
@@ -62,11 +64,12 @@ def softmax_divergence_contestants(
         ]
     if peers and packages:
         contestants += _liger(divergence) + _torchtune(divergence)
+        contestants += _liger_kernels(divergence) + _triton(divergence)
     return contestants
 
 
 def kl_div_contestants(*, peers: bool = True) -> list[Contestant]:
-    """fastkd.kl_div, PyTorch's, and PyTorch's compiled."""
+    """fastkd.kl_div, PyTorch's, PyTorch's compiled, and Liger's on a GPU."""
 
     def ours(log_probs: Tensor, target: Tensor) -> Tensor:
         return fastkd.kl_div(log_probs, target, reduction="batchmean")
@@ -81,6 +84,13 @@ def kl_div_contestants(*, peers: bool = True) -> list[Contestant]:
             Contestant("F.kl_div", eager, copies=5),
             Contestant("torch.compile", torch.compile(eager, dynamic=False), copies=5),
         ]
+    function = _liger_kernel("kl_div", "LigerKLDivLossFunction") if peers else None
+    if function is not None:
+
+        def liger(log_probs: Tensor, target: Tensor) -> Tensor:
+            return function(log_probs, target, "batchmean")
+
+        contestants.append(Contestant("liger", liger, copies=4, cuda_only=True))
     return contestants
 
 
@@ -186,6 +196,31 @@ def _liger(divergence: str) -> list[Contestant]:
     return [Contestant("liger", torch.compile(loss, dynamic=False), copies=6)]
 
 
+def _liger_kernels(divergence: str) -> list[Contestant]:
+    """Liger's unfused losses: Triton kernels on log-probabilities, which torch computes."""
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": BETAS["jsd"]}.get(divergence)
+    function = _liger_kernel("jsd", "LigerJSDFunction") if beta is not None else None
+    if function is None:
+        return []
+
+    def jsd(student: Tensor, teacher: Tensor) -> Tensor:
+        return function(*_log_probs(student, teacher), None, beta, -100)
+
+    return [Contestant("liger, unfused", jsd, copies=8, cuda_only=True)]
+
+
+def _triton(divergence: str) -> list[Contestant]:
+    """The Triton kernel of benchmarks/triton_kl.py."""
+    if divergence != "forward_kl" or not torch.cuda.is_available():
+        return []
+    try:
+        from benchmarks.triton_kl import forward_kl
+    except ImportError as error:
+        _say_missing("triton", TRITON, error)
+        return []
+    return [Contestant("triton", forward_kl, copies=2, cuda_only=True)]
+
+
 def _torchtune(divergence: str) -> list[Contestant]:
     """torchtune's losses on logits, with no label ignored.
 
@@ -215,6 +250,19 @@ def _liger_function() -> Callable[..., Tensor] | None:
         _say_missing("liger", f"--no-deps {LIGER} triton", error)
         return None
     return LigerFusedLinearJSDFunction.distillation_loss_fn
+
+
+@cache
+def _liger_kernel(module: str, name: str) -> Callable[..., Tensor] | None:
+    """Return a Triton kernel of Liger as a function, where a GPU can run it."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        found = importlib.import_module(f"liger_kernel.ops.{module}")
+    except ImportError as error:
+        _say_missing("liger", f"--no-deps {LIGER} triton", error)
+        return None
+    return getattr(found, name).apply
 
 
 @cache

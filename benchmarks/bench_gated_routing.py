@@ -73,14 +73,14 @@ class Outcome:
         return self.timings[name].median / (self.case.share * self.timings[DENSE].median)
 
 
-def problem(rows: int) -> Operands:
+def problem(rows: int, width: int = WIDTH, hidden: int = HIDDEN) -> Operands:
     """Weights of the scale that trained ones have."""
     random = torch.Generator().manual_seed(0)
     return (
-        torch.randn(rows, WIDTH, generator=random),
-        torch.randn(LEARNERS, WIDTH, HIDDEN, generator=random) / WIDTH**0.5,
-        torch.randn(LEARNERS, HIDDEN, generator=random),
-        torch.randn(LEARNERS, HIDDEN, WIDTH, generator=random) / HIDDEN**0.5,
+        torch.randn(rows, width, generator=random),
+        torch.randn(LEARNERS, width, hidden, generator=random) / width**0.5,
+        torch.randn(LEARNERS, hidden, generator=random),
+        torch.randn(LEARNERS, hidden, width, generator=random) / hidden**0.5,
     )
 
 
@@ -128,9 +128,9 @@ def dense_weights(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """One Linear pair as wide as all learners: weights [out, in] and the hidden bias."""
     _, w1, b1, w2 = operands
     return (
-        w1.permute(0, 2, 1).reshape(-1, WIDTH).contiguous(),
+        w1.permute(0, 2, 1).reshape(-1, w1.size(1)).contiguous(),
         b1.reshape(-1).clone(),
-        w2.reshape(-1, WIDTH).T.contiguous(),
+        w2.reshape(-1, w2.size(2)).T.contiguous(),
     )
 
 
@@ -156,7 +156,7 @@ def forward_backward(
     leaves = [value.detach().requires_grad_() for value in inputs]
     with torch.no_grad():
         shape = function(*leaves, *others).shape
-    direction = torch.full(shape, 1 / max(shape.numel(), 1))
+    direction = leaves[0].new_full(shape, 1 / max(shape.numel(), 1))
 
     def step() -> list[Tensor]:
         value = function(*leaves, *others)
@@ -188,7 +188,7 @@ def routed_case(rows: int, share: float, gradient: bool, peers: bool) -> Case:
     """acm at a share, forward or with backward."""
     operands, choices = problem(rows), mixed_choices(rows, share)
     make = forward_backward if gradient else forward
-    functions = {OURS: fastkd.acm}
+    functions = {OURS: fastkd.acm.hard}
     if peers and not gradient:
         functions["torch's products"] = torch_prefixes
     if peers:
@@ -200,7 +200,7 @@ def routed_case(rows: int, share: float, gradient: bool, peers: bool) -> Case:
     what = "forward + backward" if gradient else "forward"
     name = f"{rows:,} rows, f = {share:g}, {what}"
     exact = [value.double() for value in operands]
-    check(name, steps, make(fastkd.reference.acm, exact, choices))
+    check(name, steps, make(fastkd.reference.acm.hard, exact, choices))
     goal = MOST_WITH_BACKWARD if gradient else MOST_FORWARD
     # Few rows: never slower than the dense pair.
     return Case(name, steps, share, goal if rows == ROWS else 1 / share)

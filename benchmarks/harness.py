@@ -54,6 +54,8 @@ class Contestant:
     exact: Exact | None = None
     #: Gives back memory that a step keeps for the next one: such memory is a cost of the step.
     release: Callable[[], object] = lambda: None
+    #: Its kernels are for a GPU alone: elsewhere it is left out.
+    cuda_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,10 @@ def run_case(
     student, teacher = (side[which] for side in distinct)
     student.requires_grad_(case.gradient)
 
+    contestants = [c for c in case.contestants if device.type == "cuda" or not c.cuda_only]
     measurements, steps = [], {}
-    for index, contestant in enumerate(case.contestants):
-        on_progress(f"checking {contestant.name}", 0.5 * index / len(case.contestants))
+    for index, contestant in enumerate(contestants):
+        on_progress(f"checking {contestant.name}", 0.5 * index / len(contestants))
         measurement = Measurement(contestant.name)
         measurements.append(measurement)
         try:
@@ -182,7 +185,7 @@ def run_case(
     if others is not None and (now := cpu_seconds_of_others()) is not None:
         other_cores = max(0.0, (now - others) / (time.perf_counter() - start))
     on_progress("reading peak memory", 0.95)
-    for contestant, measurement in zip(case.contestants, measurements, strict=True):
+    for contestant, measurement in zip(contestants, measurements, strict=True):
         if measurement.name in steps:
             measurement.timing = timings[measurement.name]
             contestant.release()

@@ -22,6 +22,9 @@ MIB = 1 << 20
 MINIMAL_ROUNDS, MAXIMAL_ROUNDS = 3, 200
 #: Short steps are repeated within a sample, so that reading the clock stays far below 1 %.
 SAMPLE_SECONDS = 1e-3
+#: Seconds that a GPU waits before a step, while the host launches the step's kernels. A step that
+#: waits for the device itself always takes the host longer than that.
+LEAST_WAIT, MOST_WAIT = 1e-3, 5e-3
 
 
 @dataclass(frozen=True)
@@ -110,23 +113,40 @@ def _cpu_sample(step: Step, calls: int) -> float:
 def _cuda_sampler(device: torch.device) -> Callable[[Step, int], float]:
     """Time on the device, with the L2 overwritten first.
 
-    Overwriting takes the device longer than the host needs to launch the step, so that the step's
-    kernels wait in the queue and launch latency stays out of the time.
+    Then the device waits for longer than the host needs to launch the step (for twice what it last
+    took), so that the step's kernels are in the queue and launch latency stays out of the time.
     """
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(max(4 * l2_bytes, 1 << 28), dtype=torch.uint8, device=device)
+    cycles = _cycles_a_second()
+    host: dict[int, float] = {}
 
     def take(step: Step, calls: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
+        wait = min(max(LEAST_WAIT, 2 * calls * host.get(id(step), 0.0)), MOST_WAIT)
+        torch.cuda._sleep(int(wait * cycles))
         begin.record()
+        start = time.perf_counter()
         for _ in range(calls):
             step()
+        host[id(step)] = (time.perf_counter() - start) / calls
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) * 1e-3 / calls
 
     return take
+
+
+def _cycles_a_second() -> float:
+    """Of the clock that torch.cuda._sleep counts by, now."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for cycles in (1_000_000, 10_000_000):  # the first to wake the device
+        begin.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        end.synchronize()
+    return 10_000_000 / (begin.elapsed_time(end) * 1e-3)
 
 
 @dataclass(frozen=True)
@@ -193,9 +213,24 @@ def roofs(first: Tensor, second: Tensor, traffic: Traffic) -> dict[str, Step]:
 
     The bytes are taken as float32, whatever they hold: converting bfloat16 is arithmetic, which
     the roof must be free of. Which reader is fastest depends on the machine (dot products run at
-    memory speed here, sums and maxima do not everywhere): all run, the fastest is the roof.
+    memory speed here, sums and maxima do not everywhere): all run, the fastest is the roof. On a
+    GPU a raw kernel runs too, where CuPy is installed.
     """
     a, b = _as_float32(first), _as_float32(second)
+    return _torch_roofs(a, b, traffic) | (_cupy_roof(a, b, traffic) if a.is_cuda else {})
+
+
+def _cupy_roof(a: Tensor, b: Tensor, traffic: Traffic) -> dict[str, Step]:
+    from benchmarks import cupy_roofs
+
+    try:
+        return {"16-byte packs": cupy_roofs.step(a, b, traffic)}
+    except ImportError as error:
+        print(f"!!! no raw kernel among the roofs ({error}): pip install cupy-cuda12x")
+        return {}
+
+
+def _torch_roofs(a: Tensor, b: Tensor, traffic: Traffic) -> dict[str, Step]:
     norm = torch.linalg.vector_norm
     if (traffic.reads, traffic.writes) == (1, 1):
         c = torch.empty_like(a)

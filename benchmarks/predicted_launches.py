@@ -59,11 +59,11 @@ def _call(calls: list[tuple[str, str]], vocab: int, capabilities: list[int]) -> 
 
     torch.ops.fastkd = emulator.ops()
     for name, dtype_name in calls:
-        op, dtype = OPS[name], getattr(torch, dtype_name)
+        op, (dtype, *others) = OPS[name], (getattr(torch, x) for x in dtype_name.split("+"))
         for capability in capabilities:
             emulator.configure(capability)
             student = torch.randn(ROWS, vocab).to(dtype).requires_grad_(op.gradient)
-            teacher = torch.randn(ROWS, vocab).to(dtype)
+            teacher = torch.randn(ROWS, vocab).to(*(others or [dtype]))
             print(f"== {json.dumps([name, dtype_name, capability])}", file=sys.stderr, flush=True)
             found: Any = op.call(student, teacher)
             if op.gradient:

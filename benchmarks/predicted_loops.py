@@ -12,14 +12,12 @@ first of its loops, to which a loop that only copies is added.
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from benchmarks.predicted_ops import OPS, Op, Over, Part
+from benchmarks.predicted_ops import DTYPES, OPS, Dtype, Op, Over, Part
 from benchmarks.sass import Kernel, Pass, Round, read
 from benchmarks.sass_code import Instruction
-
-ITEM = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -66,47 +64,48 @@ def count_kernel(
     """Find an op's passes in a kernel."""
     used: set[int] = set()
     kept, reread = [], []
+    of_dtype = DTYPES[dtype]
     for over in passes:
-        entries = 16 // (over.item or ITEM[dtype])
-        every = [x for loop in kernel.passes for x in _matches(loop, over, entries)]
+        entries = 16 // (over.item or of_dtype.pack)
+        every = [x for loop in kernel.passes for x in _matches(loop, over, entries, of_dtype)]
         free = [x for x in every if x.loop.begin not in used] or every
         if not free:
             raise LookupError(f"{kernel.name}: no loop is the pass {over}")
-        best = _best(free, over, kernel, kept_rows=True)
+        best = _best(free, over, kernel, of_dtype, kept_rows=True)
         used.add(best.loop.begin)
         same = [x for x in every if x.loop is best.loop and x.packs == best.packs]
-        other = _best(same, over, kernel, kept_rows=False)
-        first = None if over.again else _start(kernel, over, entries)
+        other = _best(same, over, kernel, of_dtype, kept_rows=False)
+        first = None if over.again else _start(kernel, over, of_dtype)
         kept.append(_count(best, entries, first))
         reread.append(_count(other, entries))
     return Recorded(kept, reread, registers, kernel.local, kernel.copies)
 
 
-def _matches(loop: Pass, over: Over, entries: int) -> Iterator[_Found]:
-    most = max(x.loads + x.shared_loads for x in loop.rounds)
+def _matches(loop: Pass, over: Over, entries: int, dtype: Dtype) -> Iterator[_Found]:
+    accesses = dtype.accesses(over.reads, over.writes)
     rounds = {} if loop.stores and not over.writes else loop.rounds
     if over.store is not None:
         rounds = loop.rounds_without(frozenset(loop.stores) - {loop.stores[over.store]})
     for work, found in rounds.items():
         reads = work.loads + work.shared_loads
-        packs = most // over.of if most >= over.of > 0 else reads // over.reads
-        moves = (packs * over.reads, packs * over.writes) == (reads, work.stores)
+        packs = reads // accesses[0]
+        moves = (packs * accesses[0], packs * accesses[1]) == (reads, work.stores)
         if packs and moves and work.mufu >= packs * entries * over.mufu:
             yield _Found(loop, packs, found)
 
 
-def _best(found: list[_Found], over: Over, kernel: Kernel, kept_rows: bool) -> _Found:
+def _best(found: list[_Found], over: Over, kernel: Kernel, dtype: Dtype, kept_rows: bool) -> _Found:
     def order(x: _Found) -> tuple[int, ...]:
-        source = _source(x, over, kernel, kept_rows)
+        source = _source(x, over, kernel, dtype, kept_rows)
         place = x.loop.begin if kernel.copies and not over.again else 0
         return *source, x.loop.barrier, -x.packs, place, x.round.instructions
 
     return min(found, key=order)
 
 
-def _source(x: _Found, over: Over, kernel: Kernel, kept: bool) -> tuple[int, ...]:
+def _source(x: _Found, over: Over, kernel: Kernel, dtype: Dtype, kept: bool) -> tuple[int, ...]:
     """Smaller: more like what the pass does. kept: rows stay in shared memory."""
-    work, reads = x.round.work, x.packs * over.reads
+    work, reads = x.round.work, x.packs * dtype.accesses(over.reads, 0)[0]
     from_memory = work.loads + work.copies
     if over.again:
         return (from_memory if kept else abs(reads - from_memory),)
@@ -117,13 +116,14 @@ def _source(x: _Found, over: Over, kernel: Kernel, kept: bool) -> tuple[int, ...
     return (work.shared_loads if over.rows else work.loads, stores_else)
 
 
-def _start(kernel: Kernel, over: Over, entries: int) -> _Found | None:
+def _start(kernel: Kernel, over: Over, dtype: Dtype) -> _Found | None:
     """Return the shortest loop that only copies the tensors of a pass to shared memory."""
     every = []
     for loop in kernel.passes:
         work = loop.main.work
-        packs = work.copies // over.reads
-        if packs and work.copies == packs * over.reads == work.total:
+        reads = dtype.accesses(over.reads, 0)[0]
+        packs = work.copies // reads
+        if packs and work.copies == packs * reads == work.total:
             every.append(_Found(loop, packs, loop.main))
     return min(every, key=lambda x: x.round.instructions / x.packs, default=None)
 
@@ -162,10 +162,11 @@ def record(
             raise LookupError(f"{part.kernel}, {dtype}: {len(names)} kernels match")
         name = names[0]
         if name not in known:
-            known[name] = read(name, code[name])
+            unit = DTYPES[dtype].unit
+            known[name] = read(name, [replace(x, unit=unit) for x in code[name]])
         return count_kernel(known[name], part.passes, dtype, registers.get(name, 0)).as_json()
 
     return {
-        name: {dtype: [counts(part, dtype) for part in op.parts] for dtype in ITEM}
+        name: {dtype: [counts(part, dtype) for part in op.parts] for dtype in op.dtypes}
         for name, op in ops.items()
     }

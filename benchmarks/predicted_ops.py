@@ -6,7 +6,7 @@ launches from the launch log. To follow a change of a kernel's passes, change it
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +15,42 @@ import fastkd
 from benchmarks.shapes import BETAS, DIVERGENCES
 from benchmarks.time_model import Serial
 
-#: How a kernel's mangled name ends, by dtype.
-SOURCES = {
-    "bfloat16": r".*PackedSourceI(N\w*?)?8BFloat16E",
-    "float32": r".*PackedSourceIf(Lb[01])?E",
+
+class Dtype(NamedTuple):
+    """The dtypes of the logits: bytes of an element, and how a kernel's mangled name ends."""
+
+    student: int
+    teacher: int
+    source: str
+    flat: str = ""  # of a kernel over elements
+
+    @property
+    def pack(self) -> int:
+        """The bytes of an entry in registers."""
+        return max(self.student, self.teacher)
+
+    @property
+    def unit(self) -> int:
+        """What counts as one access: a pack of the dtype with the smaller elements."""
+        return 16 * min(self.student, self.teacher) // self.pack
+
+    def bytes(self, reads: int, writes: int) -> float:
+        """Return the bytes of an entry in so many tensors: both sides', and the student's."""
+        return reads * (self.student + self.teacher) / 2 + writes * self.student
+
+    def accesses(self, reads: int, writes: int) -> tuple[int, ...]:
+        """Return the accesses of a pack in so many tensors."""
+        entries = 16 // self.pack
+        parts = (self.bytes(reads, 0), self.bytes(0, writes))
+        return tuple(int(entries * x / self.unit) for x in parts)
+
+
+MIXED = "float32+bfloat16"  # student and teacher
+DTYPES = {
+    "bfloat16": Dtype(*(2, 2), r".*PackedSourceI(N\w*?)?8BFloat16E", r"(N\w*?)?8BFloat16E?Lb1E"),
+    "float32": Dtype(*(4, 4), r".*PackedSourceIf(Lb[01])?E", r"fLb1E"),
+    MIXED: Dtype(*(4, 2), r".*PackedSourceI(N\w*?)?5MixedE"),
 }
-FLAT = {"bfloat16": r"(N\w*?)?8BFloat16E?Lb1E", "float32": r"fLb1E"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +63,6 @@ class Over:
     mufu: int = 1  # at least so many MUFU operations an entry: tells passes of equal accesses apart
     item: int = 0  # bytes of an entry in the packs, 0: the dtype's
     rows: bool = True  # reads rows at all, not a list in shared memory
-    of: int = 0  # tensors that the loop can read, if more than this call has
     store: int | None = None  # the only one of the loop's 16-byte stores that this call makes
 
 
@@ -49,12 +78,12 @@ class Part:
     role: str  # pattern of its role in the launch log
     passes: tuple[Over, ...]
     serial: Serial = NOTHING
-    flat: bool = False  # a kernel over elements, not rows: see FLAT
+    flat: bool = False  # a kernel over elements, not rows
     kept: bool = False  # rows are in shared memory on every device
 
     def pattern(self, dtype: str) -> str:
         """Return the pattern of the kernel's mangled name."""
-        return self.kernel + (FLAT if self.flat else SOURCES)[dtype]
+        return self.kernel + (DTYPES[dtype].flat if self.flat else DTYPES[dtype].source)
 
 
 @dataclass(frozen=True)
@@ -68,6 +97,12 @@ class Op:
     call: Callable[[Tensor, Tensor], Any]  # student, teacher: [rows, vocab]
     gradient: bool = False  # of the student, with the call
     k: int = 0
+    mixed: bool = False  # student and teacher may differ in dtype
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Names of DTYPES."""
+        return [x for x in DTYPES if x != MIXED or self.mixed]
 
     @property
     def group(self) -> str:
@@ -88,7 +123,7 @@ def _softmax_divergence(divergence: str, mangled: str, sums: bool) -> Op:
         return fastkd.softmax_divergence(student, teacher, **options)
 
     part = Part(kernel, "rows", passes, serial)
-    return Op(f"softmax_divergence {divergence}", 2, 1, (part,), call, gradient=True)
+    return Op(f"softmax_divergence {divergence}", 2, 1, (part,), call, gradient=True, mixed=True)
 
 
 #: Divergences whose value comes from the first pass.
@@ -151,6 +186,7 @@ OPS = {
                 ),
             ),
             fastkd.token_stats,
+            mixed=True,
         ),
         Op(
             "teacher_topk k=64",
@@ -181,6 +217,7 @@ OPS = {
             ),
             lambda student, teacher: fastkd.clipped_divergence(student, teacher, 1e-6, 0.5),
             gradient=True,
+            mixed=True,
         ),
         Op("chunk_log_likelihood forward", 1, 0, (_CHUNK_SUM,), _chunks),
         Op(

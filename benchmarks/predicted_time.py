@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.predicted_launches import launches
-from benchmarks.predicted_loops import ITEM, Count, Recorded, record
-from benchmarks.predicted_ops import OPS, Op, Over, Part
+from benchmarks.predicted_loops import Count, Recorded, record
+from benchmarks.predicted_ops import DTYPES, OPS, Dtype, Op, Over, Part
 from benchmarks.sass import disassemble, registers
 from benchmarks.sass_code import parse
 from benchmarks.time_model import ASSUMPTIONS, GPUS, Gpu, Launch, PassCount, Stage, Times, times_of
@@ -87,7 +87,13 @@ class Prediction:
 
 
 def count_of_pass(
-    over: Over, count: Count, launch: Launch, entries: float, item: int, blocks: int, copied: bool
+    over: Over,
+    count: Count,
+    launch: Launch,
+    entries: float,
+    dtype: Dtype,
+    blocks: int,
+    copied: bool,
 ) -> PassCount:
     """Scale a pass's counts to the call. blocks: on a multiprocessor."""
     from_memory = over.rows and not (over.again and launch.resident)
@@ -95,8 +101,8 @@ def count_of_pass(
     if copied:  # as long as a row is read, half of it on the average
         under_way = launch.shared * blocks / 2
     return PassCount(
-        read=entries * item * over.reads * from_memory,
-        written=entries * item * over.writes,
+        read=entries * dtype.bytes(over.reads, 0) * from_memory,
+        written=entries * dtype.bytes(0, over.writes),
         instructions=entries * count.instructions,
         mufu=entries * count.pipes.get("mufu", 0.0),
         under_way=under_way,
@@ -118,14 +124,14 @@ def predict(
     logged: dict[str, Launch],
 ) -> Prediction:
     """Apply the model to a call."""
-    entries, item = float(rows) * vocab, ITEM[dtype]
+    entries, of_dtype = float(rows) * vocab, DTYPES[dtype]
     stages, used, every = [], [], []
     for part, counted in zip(op.parts, recorded, strict=True):
         launch = next(x for role, x in logged.items() if re.fullmatch(part.role, role))
         blocks = launch.blocks(gpu, counted.registers)
         counts = passes_of(part, counted, launch)
         scaled = tuple(
-            count_of_pass(over, count, launch, entries, item, blocks, counted.copies > 0)
+            count_of_pass(over, count, launch, entries, of_dtype, blocks, counted.copies > 0)
             for over, count in zip(part.passes, counts, strict=True)
         )
         at_a_time = launch.teams(gpu, counted.registers)
@@ -141,7 +147,7 @@ def predict(
         checked=sum(x.checked for x in every),
         under_way=min(x.under_way for x in passes if x.read),
         moved=sum(x.read + x.written for x in passes),
-        floor=(op.reads + op.writes) * entries * item / gpu.roof,
+        floor=of_dtype.bytes(op.reads, op.writes) * entries / gpu.roof,
         times=times_of(gpu, stages),
     )
 
@@ -164,7 +170,9 @@ def save(library: Path) -> None:
     """Write predicted_loops.json from a library and the launch log."""
     loops = record(parse(disassemble(library, "sm_90")), registers(library, "sm_90"))
     capabilities = sorted({gpu.capability for gpu in GPUS.values()})
-    logged = launches([(op, dtype) for op in OPS for dtype in ITEM], VOCAB, capabilities)
+    logged = launches(
+        [(op.name, dtype) for op in OPS.values() for dtype in op.dtypes], VOCAB, capabilities
+    )
     head = {"about": ABOUT, "sources": sources_hash(), "vocab": VOCAB}
     calls = [
         {"op": op, "dtype": dtype, "capability": capability, "roles": _used(OPS[op], roles)}
@@ -201,7 +209,7 @@ def predictions(
     """Predict every combination."""
     counts, logged = load()
     if vocab != VOCAB:
-        calls = [(op.name, dtype) for op in ops for dtype in dtypes]
+        calls = [(op.name, dtype) for op in ops for dtype in dtypes if dtype in op.dtypes]
         logged = launches(calls, vocab, sorted({gpu.capability for gpu in gpus}))
     return [
         predict(
@@ -211,6 +219,7 @@ def predictions(
         for gpu in gpus
         for dtype in dtypes
         for op in ops
+        if dtype in op.dtypes
     ]
 
 
@@ -242,7 +251,7 @@ def main() -> None:
     add = options.add_argument
     add("--gpu", nargs="+", choices=GPUS, default=["H200"])
     add("--op", nargs="+", default=[""], help="names or their beginnings; default: all")
-    add("--dtype", nargs="+", choices=ITEM, default=list(ITEM))
+    add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     add("--rows", type=int, default=ROWS)
     add("--vocab", type=int, default=VOCAB)
     add("--json", action="store_true")

@@ -224,7 +224,7 @@ def read(name: str, code: list[Instruction]) -> Kernel:
     for x in passes:
         alike = (y.main.work.total for y in passes if y.main.work.shape == x.main.work.shape)
         x.hot = x.main.work.total == max(alike)
-    local, copies = sum(x.local for x in code), sum(x.bulk or x.copy16 for x in code)
+    local, copies = sum(x.local for x in code), sum(x.bulk or x.copy16 > 0 for x in code)
     return Kernel(name, passes, local, copies)
 
 

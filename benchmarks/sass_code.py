@@ -33,12 +33,16 @@ _BARRIER = re.compile(r"\bB(\d+)\b")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: address, guard ("P0", "!P0" or ""), opcode with suffixes, operands."""
+    """One line: address, guard ("P0", "!P0" or ""), opcode with suffixes, operands.
+
+    unit: how many bytes are counted as an access. With 8, one of 16 bytes counts as two.
+    """
 
     address: int
     guard: str
     opcode: str
     operands: tuple[str, ...]
+    unit: int = 16
 
     @cached_property
     def name(self) -> str:
@@ -66,34 +70,35 @@ class Instruction:
         return self.guard not in ("", "PT", "UPT")
 
     @cached_property
-    def wide(self) -> bool:
-        """Whether it moves 16 bytes a thread."""
-        return "128" in self.opcode.split(".")
+    def wide(self) -> int:
+        """How many units it moves a thread: 1 if it moves 16 bytes."""
+        suffixes = self.opcode.split(".")
+        return next((n // 8 // self.unit for n in (128, 64) if str(n) in suffixes), 0)
 
     @cached_property
-    def load16(self) -> bool:
+    def load16(self) -> int:
         """A 16-byte load from global memory to registers."""
-        return self.name == "LDG" and self.wide
+        return self.wide if self.name == "LDG" else 0
 
     @cached_property
-    def store16(self) -> bool:
+    def store16(self) -> int:
         """A 16-byte store to global memory."""
-        return self.name == "STG" and self.wide
+        return self.wide if self.name == "STG" else 0
 
     @cached_property
-    def shared_load16(self) -> bool:
+    def shared_load16(self) -> int:
         """A 16-byte load from shared memory."""
-        return self.name == "LDS" and self.wide
+        return self.wide if self.name == "LDS" else 0
 
     @cached_property
-    def shared_store16(self) -> bool:
+    def shared_store16(self) -> int:
         """A 16-byte store to shared memory."""
-        return self.name == "STS" and self.wide
+        return self.wide if self.name == "STS" else 0
 
     @cached_property
-    def copy16(self) -> bool:
+    def copy16(self) -> int:
         """A copy of 16 bytes from global to shared memory that needs no register (cp.async)."""
-        return self.name == "LDGSTS" and self.wide
+        return self.wide if self.name == "LDGSTS" else 0
 
     @cached_property
     def bulk(self) -> bool:

@@ -43,7 +43,7 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
   // Returns the gradients of x, w1, b1 and w2; those not requested are empty.
   m.def(
       "_acm_rows_backward(Tensor grad, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor order, Tensor counts, "
-      "Tensor kept, int activation, bool x_gradient, bool w1_gradient, bool b1_gradient, bool w2_gradient) "
+      "Tensor pre_activations, int activation, bool x_gradient, bool w1_gradient, bool b1_gradient, bool w2_gradient) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   // Memory for a gradient.
   m.def("_gradient_like(Tensor like) -> Tensor");

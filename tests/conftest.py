@@ -38,6 +38,16 @@ def pytest_addoption(parser):
     )
     parser.addoption("--fuzz-seed", type=int, default=0, help="of the first random problem")
     parser.addoption("--schedule", type=int, default=0, help="seed of the emulated threads' order")
+    parser.addoption(
+        "--rounding",
+        type=int,
+        default=0,
+        help="seed of rounding errors as a GPU's in the emulated kernels; 0: none",
+    )
+
+
+def pytest_configure(config):
+    emulator.rounding = config.getoption("--rounding")
 
 
 def pytest_generate_tests(metafunc):

@@ -15,6 +15,8 @@ import fastkd
 PATH = Path(
     os.environ.get("FASTKD_SIMT_LIBRARY", Path(__file__).parents[1] / "build/simt/_simt.so")
 )
+# The seed of a GPU's rounding errors (--rounding), which another library has. 0: correctly rounded.
+rounding = 0
 
 # Shared memory in bytes for a tensor whose rows do not stay there, at 192 threads: four packs a
 # thread under way, and the two ends of a row.
@@ -42,13 +44,14 @@ FAKES = (
 
 
 class Traffic(ctypes.Structure):
-    """Bytes of global memory, those moved in 16-byte accesses, and the launches' extents."""
+    """Bytes of global memory, those moved in 16-byte accesses, the launches' extents and calls."""
 
     _fields_ = [
         (name, ctypes.c_ulonglong)
         for name in (
             *("read", "written", "read_16", "written_16"),
             *("launches", "largest_cluster", "largest_shared_memory"),
+            *("attributes_set", "occupancy_queries"),
         )
     ]
 
@@ -71,13 +74,17 @@ def is_built() -> bool:
 @cache
 def library() -> ctypes.CDLL:
     """Load the ops, with the fakes of their models."""
-    torch.ops.load_library(PATH)
+    path = PATH.with_name("_simt_rounded.so") if rounding else PATH
+    torch.ops.load_library(path)
     assert fastkd.softmax_divergence  # its fakes are registered
     for name in FAKES:
         _share_fake(name)
     for function in OPS:
         sys.modules[function.__module__].OP.register("fastkd_simt")
-    return ctypes.CDLL(str(PATH))
+    found = ctypes.CDLL(str(path))
+    if rounding:
+        found.simt_round(ctypes.c_uint(rounding))
+    return found
 
 
 def _share_fake(name: str) -> None:

@@ -32,9 +32,17 @@ def devices() -> None:
     emulator.configure(90, clusters=False)
     begin("refused")
     fastkd.softmax_divergence(*pair(32_000))
-    begin("byte_log_probs refused")
+    student, teacher = pair(60_000, torch.float32)
     vocab = fastkd.ByteVocab([bytes([i % 256, i // 256]) for i in range(60_000)])
-    fastkd.byte_log_probs(logits((2, 60_000)), vocab)
+    for op, arguments in {
+        fastkd.topk_divergence: (student, *top_k((2, 60_000), 20)),
+        fastkd.clipped_divergence: (student, teacher, 1e-6, 0.5),
+        fastkd.token_stats: (student, teacher),
+        fastkd.teacher_topk: (teacher, 20),
+        fastkd.byte_log_probs: (student, vocab),
+    }.items():
+        begin(f"{op.__name__} refused")
+        op(*arguments)
 
 
 def rows() -> None:

@@ -22,8 +22,9 @@ from benchmarks.sass_code import parse
 ROOT = Path(__file__).parent.parent
 SOME, ALL = ["90"], ["75", "80", "86", "89", "90", "100", "120"]
 ROW_THREADS, BLOCKS, REGISTERS = 192, 2, 65536
-# softmax_divergence's, the others', each for four kinds of source
-KERNELS = len(DIVERGENCES) + 9
+# Row kernels, each for four kinds of source: softmax_divergence's, and the others'; those that read
+# two tensors of logits, which may differ in dtype, also for a fifth.
+KERNELS, MIXED = len(DIVERGENCES) + 9, len(DIVERGENCES) + 2
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
@@ -82,7 +83,7 @@ def test_every_kernel_is_there(functions, architectures):
     for divergence in DIVERGENCES:
         divergence = divergence.title().replace("_", "")
         mine = [name for name in names if re.search(rf"\d{divergence}E", name)]
-        assert len(mine) == 4, divergence  # three dtypes in packs; any other
+        assert len(mine) == 5, divergence  # three dtypes in packs; two of them; any other
     compiled = {architecture for name, architecture, *_ in functions if name in names}
     assert compiled - {""} == set(architectures)
     for kernel in (
@@ -91,7 +92,9 @@ def test_every_kernel_is_there(functions, architectures):
         *("byte_log_probs", "byte_log_probs_backward"),
     ):
         found = {name for name, *_ in functions if f"{kernel}_kernel" in name}
-        assert len(found) == (8 if kernel == "token_stats" else 4), kernel  # of a pair, or of one
+        # token_stats: of a pair, and of one
+        expected = {"token_stats": 9, "clipped_divergence": 5}.get(kernel, 4)
+        assert len(found) == expected, kernel
     assert any("kl_div_kernel" in name for name, *_ in functions)
     # Gated routing's: three dtypes, for sm_75 and for what came later, empty where not meant.
     for kernel, tiles in (("learner", 3), ("sum", 3), ("weight", 2)):
@@ -113,7 +116,7 @@ def test_registers_leave_room_for_the_blocks_of_the_policy(functions, architectu
     warps = -(-BLOCKS * ROW_THREADS // 32 // 4)
     limit = REGISTERS // 4 // 32 // warps // 8 * 8
     rows = [f for f in functions if "Source" in f[0] and f[3]]
-    assert len(rows) == KERNELS * 4 * len(architectures)
+    assert len(rows) == (KERNELS * 4 + MIXED) * len(architectures)
     assert not [f for f in rows if f[3] > limit]
 
 
@@ -144,7 +147,7 @@ def code(build):
 @needs_cuobjdump
 def test_row_loops_move_16_bytes_at_a_time(code):
     packed = {name: x for name, x in code.items() if "_kernelI" in name and "PackedSource" in name}
-    assert len(packed) == KERNELS * 3
+    assert len(packed) == KERNELS * 3 + MIXED
     no_rows = "token_stats|teacher_topk|chunk_log_likelihood_kernel|byte_log_probs_kernel"
     for name, instructions in packed.items():
         assert any(x.load16 or x.copy16 for x in instructions), name

@@ -236,6 +236,13 @@ def test_a_refused_cluster_is_said_with_what_runs_instead(log):
     assert (rows["cluster"], rows["blocks"], rows["resident"]) == ("1", "2", "no")
     assert "the device cannot run the cluster" in rows["reason"]
 
+    for op in ("topk_divergence", "clipped_divergence", "token_stats", "teacher_topk"):
+        refused, rows, *_ = log[f"{op} refused"]
+        assert (refused.re, refused["op"], refused["role"]) == (REFUSED, op, "rows")
+        assert int(refused["cluster"]) > 1
+        assert (rows["op"], rows["role"], rows["cluster"]) == (op, "rows", "1")
+        assert "the device cannot run the cluster" in rows["reason"]
+
     refused, slices, total = log["byte_log_probs refused"]
     assert refused.re is REFUSED
     assert int(refused["cluster"]) > 1
@@ -273,6 +280,28 @@ def test_an_unknown_value_gives_one_warning():
     assert lines == [
         "fastkd warning: FASTKD_LOG must be launch or unset, got lunch; nothing is logged"
     ]
+
+
+# --- What the driver is asked ---------------------------------------------------------------------
+
+
+def test_the_driver_is_asked_once_on_each_device(monkeypatch):
+    """No other test of this process uses sm_100."""
+    monkeypatch.setattr(torch.ops, "fastkd", torch.ops.fastkd_simt)
+
+    def asked(vocab, clusters=True):
+        emulator.configure(100, clusters=clusters)
+        student, teacher = (x.bfloat16() for x in (logits((2, vocab)), logits((2, vocab))))
+        found = emulator.traffic_of(lambda: fastkd.softmax_divergence(student, teacher))
+        assert (found.largest_cluster > 1) == clusters
+        return found.attributes_set, found.occupancy_queries
+
+    assert asked(50_257) == (1, 1)
+    assert asked(50_257) == (0, 0)
+    assert asked(32_000) == (0, 1)
+    assert asked(50_257, clusters=False) == (1, 1)
+    assert asked(50_257, clusters=False) == (0, 0)
+    assert asked(50_257) == (0, 0)
 
 
 # --- Devices that refuse clusters -----------------------------------------------------------------

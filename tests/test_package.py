@@ -147,6 +147,7 @@ def test_source_distribution(tmp_path):
         if path.suffix in suffixes or path.name == "py.typed"
     }
     files = {"CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE"}
+    files |= {"benchmarks/gpu_report.sh", "tests/op_tests.txt", "tests/gpu_report_sample.json"}
     assert wanted | files <= found
     assert {"csrc/library.cpp", "csrc/cuda/gated_routing.cu", "tests/simt/simt.h"} <= found
     assert not [name for name in found if name.endswith((".so", ".pyc", ".o"))]

@@ -156,22 +156,6 @@ def test_a_pass_has_its_mufu_operations():
         count_kernel(kernel_of(TWO_PASSES), (Over(2, 1, mufu=1),), "float32")
 
 
-def test_one_of_two_tensors():
-    """A loop that could read a pair, in a call with one tensor."""
-    lines = """
-        loop:
-        LDG.E.128 R4, desc[UR4][R2.64]
-        @P1 BRA alone
-        LDG.E.128 R8, desc[UR4][R2.64]
-        alone:
-        FADD R1, R1, R4
-        @P0 BRA loop
-        EXIT
-    """
-    (count,) = count_kernel(kernel_of(lines), (Over(1, again=False, mufu=0, of=2),), "float32").kept
-    assert count.instructions == 4 / 4
-
-
 def test_one_of_two_stores():
     lines = """
         loop:

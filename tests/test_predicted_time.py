@@ -10,8 +10,8 @@ import emulator
 import pytest
 
 from benchmarks.predicted_launches import launches
-from benchmarks.predicted_loops import ITEM, Count, Recorded
-from benchmarks.predicted_ops import OPS, Op, Over, Part
+from benchmarks.predicted_loops import Count, Recorded
+from benchmarks.predicted_ops import DTYPES, MIXED, OPS, Op, Over, Part
 from benchmarks.predicted_time import GPUS, VOCAB, count_of_pass, load, predict
 from benchmarks.time_model import Gpu, Launch, PassCount, Serial, Stage, times_of, times_of_stage
 
@@ -85,15 +85,20 @@ def test_serial_work():
 
 def test_a_pass_of_a_call():
     count = Count(20.0, {"fp": 12.0, "mufu": 2.0, "alu": 6.0}, in_flight=3, checked=0.0)
-    found = count_of_pass(Over(2, 1), count, LAUNCH, 1000.0, 2, blocks=2, copied=False)
+
+    def found_in(over, launch, dtype="bfloat16", copied=False):
+        return count_of_pass(over, count, launch, 1000.0, DTYPES[dtype], 2, copied)
+
     # The rows are in shared memory: only the gradient moves.
-    assert found == PassCount(0, 2000, 20_000, 2000, 16 * 3 * 256 * 2)
+    assert found_in(Over(2, 1), LAUNCH) == PassCount(0, 2000, 20_000, 2000, 16 * 3 * 256 * 2)
     again = LAUNCH._replace(resident=False)
-    assert count_of_pass(Over(2, 1), count, again, 1000.0, 2, 2, False).read == 4000
-    assert count_of_pass(Over(2, again=False), count, LAUNCH, 1000.0, 2, 2, False).read == 4000
-    assert count_of_pass(Over(1, rows=False), count, again, 1000.0, 2, 2, False).read == 0
+    assert found_in(Over(2, 1), again).read == 4000
+    assert found_in(Over(2, again=False), LAUNCH).read == 4000
+    assert found_in(Over(1, rows=False), again).read == 0
+    # 4 bytes of the student and 2 of the teacher; the gradient has 4.
+    assert found_in(Over(2, 1), again, MIXED)[:2] == (6000, 4000)
     # Bulk copies fill half of the shared memory while the other half is in use.
-    assert count_of_pass(Over(2), count, LAUNCH, 1000.0, 2, 2, True).under_way == 100 << 10
+    assert found_in(Over(2), LAUNCH, copied=True).under_way == 100 << 10
 
 
 def test_a_call():
@@ -122,7 +127,9 @@ def test_every_op_is_recorded():
     counts, logged = load()
     assert {OPS[name].group for name in counts} == {op.group for op in OPS.values()}
     capabilities = {gpu.capability for gpu in GPUS.values()}
-    assert set(logged) == {(op, dtype, c) for op in counts for dtype in ITEM for c in capabilities}
+    assert set(logged) == {
+        (op, dtype, c) for op in counts for dtype in OPS[op].dtypes for c in capabilities
+    }
 
 
 @pytest.mark.skipif(not emulator.is_built(), reason="run through `make test`")

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from sass_text import kernel_of, only_pass, text_of
@@ -32,6 +33,9 @@ def test_a_line():
     assert found.conditional
     assert found.writes == {12, 13, 14, 15}
     assert found.reads == {10, 11}
+    narrow = parse_line("/*0010*/ LDS.64 R2, [R4] ;")
+    assert (narrow.shared_load16, replace(narrow, unit=8).shared_load16) == (0, 1)
+    assert replace(found, unit=8).load16 == 2
     stored = parse_line("/*0010*/ STG.E.128 desc[UR4][R2.64], R8 ;")
     assert (stored.writes, stored.reads) == (frozenset(), {2, 3, 8, 9, 10, 11})
     assert parse_line("                        /* 0x000e220000000800 */") is None

@@ -1,12 +1,16 @@
 """The emulator that runs CUDA kernels on the CPU: each planted fault is reported, no other."""
 
+import ctypes
+import math
 import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import emulator
 import pytest
+import torch
 
 SOURCES = Path(__file__).parent / "simt"
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-O1", "-g", "-pthread"]
@@ -71,8 +75,12 @@ FAULTS = {
         r"(race: it (writes|reads) shared offset \d+, (read|written) by"
         r"|shared read at offset \d+, which a copy not yet waited for)"
     ),
+    "copy_stored_over": r"shared write at offset \d+, which a copy not yet waited for is to write",
+    "copy_over_a_copy": r"shared write at offset \d+, which a copy not yet waited for is to write",
+    "copy_of_what_changes": r"the source of an asynchronous copy has changed before the copy",
     "copy_left_behind": r"exits with 1 asynchronous copies not waited for",
     "copy_off_a_line": r"an asynchronous copy off a 16-byte boundary",
+    "copy_off_8_bytes": r"an asynchronous copy off a 8-byte boundary",
     "mixed_work": r"mask ffffffff meets a different one of lane \d+",
     "work_of_a_part": r"an operation of a whole warp in a warp of fewer lanes",
 }
@@ -197,3 +205,94 @@ def test_traffic_is_counted_by_width(faults):
         "launches 6 cluster 2 shared 4096",
         "by width " + " ".join(map(str, by_width)),
     ]
+
+
+# --- A GPU's rounding errors ----------------------------------------------------------------------
+
+# In units in the last place of the result, once it is rounded.
+UNITS = {"exp2": 2, "log2": 1, "exp2_approx": 2}
+HALF_UNIT = 2.0**-24  # of a result in [1, 2)
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    """The functions of rounded.h in float32: rounded(name, x, seed)."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++")
+    path = tmp_path_factory.mktemp("rounded") / "rounded.so"
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, SOURCES / "rounded.cpp", "-o", path], check=True)
+    library = ctypes.CDLL(str(path))
+    library.simt_rounded.restype = ctypes.c_float
+
+    def run(name, x, seed=1):
+        library.simt_round(ctypes.c_uint(seed))
+        values = [library.simt_rounded(name.encode(), ctypes.c_float(v)) for v in x.tolist()]
+        return torch.tensor(values, dtype=torch.float32)
+
+    return run
+
+
+def uniform(low, high, count=20_000):
+    return torch.empty(count).uniform_(low, high)
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_functions_are_units_in_the_last_place_off(rounded, name):
+    x = uniform(0.6, 1.5) if name == "log2" else uniform(-125, 125)
+    exact = getattr(torch, name.removesuffix("_approx"))(x.double()).float()
+    units = rounded(name, x).view(torch.int32) - exact.view(torch.int32)
+    found, counts = units.unique(return_counts=True)
+    assert found.tolist() == list(range(-UNITS[name], UNITS[name] + 1))
+    assert counts.min() > 0.9 * len(x) / len(found)
+
+
+def test_errors_of_the_approximations(rounded):
+    """Relative to 1 or to the result; each bound is nearly reached."""
+    x = uniform(0.5, 2)
+    error = (rounded("log2_approx", x).double() - x.double().log2()).abs()
+    assert 0.99 * 2**-22.6 < error.max() < 2**-22.6 + HALF_UNIT
+    for name, low, high, bound in (
+        ("log2_approx", 2, 1e30, 2**-22),
+        ("reciprocal_approx", 1e-30, 1e30, 2**-23),
+    ):
+        x = 2 ** uniform(math.log2(low), math.log2(high))
+        exact = x.double().log2() if name == "log2_approx" else 1 / x.double()
+        error = (rounded(name, x).double() / exact - 1).abs()
+        assert 0.9 * bound < error.max() < bound + HALF_UNIT
+
+
+def test_what_has_no_error(rounded):
+    inf, tiny = math.inf, 1e-40
+    for name, cases in {
+        "exp2": {0: 1, -inf: 0, inf: inf, 200: inf, -200: 0},
+        "log2": {1: 0, 0: -inf, inf: inf},
+        "exp2_approx": {0: 1, -inf: 0, inf: inf, tiny: 1, -126.5: 0},
+        "log2_approx": {1: 0, 0: -inf, inf: inf, tiny: -inf},
+        "reciprocal_approx": {0: inf, inf: 0, tiny: inf, 3e38: 0},
+    }.items():
+        for x, right in cases.items():
+            assert rounded(name, torch.tensor([x], dtype=torch.float32)).item() == right, (name, x)
+        assert rounded(name, torch.tensor([math.nan])).isnan().all()
+    assert 0 < rounded("exp2", torch.tensor([-126.5])).item() < 2**-126
+
+
+def test_errors_depend_on_the_argument_and_the_seed_alone(rounded):
+    x = uniform(-3, 3, 1000)
+    first, again, other = (rounded("exp2", x, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert (first != other).float().mean() > 0.7
+
+
+@pytest.mark.skipif(not emulator.is_built(), reason="run through `make test`")
+def test_contracted_functions_are_not_those_that_nvcc_does_not_contract():
+    """What several files instantiate is there twice: `.own` in the files without contraction."""
+    symbols = subprocess.run(
+        ["nm", emulator.PATH.with_name("_simt_rounded.so")],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    own = {x.removesuffix(".own") for x in symbols if x.endswith(".own")}
+    assert any("first_pass" in x for x in own & set(symbols))

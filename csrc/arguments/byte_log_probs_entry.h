@@ -78,7 +78,7 @@ struct ByteProblem : RowProblem {
 
   // How many numbers of a row the forward stores for the backward: for each column and for all together, the logarithm
   // of the sum of e^(logit - origin), and the origin, a logit near the row's largest.
-  int64_t kept() const { return columns + 2; }
+  int64_t sums_per_row() const { return columns + 2; }
   int64_t prefix_of(int64_t row) const { return prefix ? prefix.integer(row) : 0; }
 
  private:
@@ -113,7 +113,7 @@ struct ByteProblem : RowProblem {
 struct ByteLogProbs : ByteLogProbsArguments {
   static constexpr int kResults = 2;
 
-  // Returns [..., columns] log-probabilities, and [rows, kept()] numbers for the backward.
+  // Returns [..., columns] log-probabilities, and [rows, sums_per_row()] numbers for the backward.
   template <class Backend>
   std::tuple<Tensor, Tensor> run() const {
     const ByteProblem problem(*this, Backend::kValuesChecked);
@@ -121,7 +121,7 @@ struct ByteLogProbs : ByteLogProbsArguments {
     shape.push_back(problem.columns);
     const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
     Tensor out = torch::stable::new_empty(logits, shape, type);
-    Tensor sums = torch::stable::new_empty(logits, {problem.rows, problem.kept()}, ScalarType::Double);
+    Tensor sums = torch::stable::new_empty(logits, {problem.rows, problem.sums_per_row()}, ScalarType::Double);
     if (problem.rows > 0) Backend::solve(problem, out, sums);
     return {out, sums};
   }
@@ -141,8 +141,8 @@ struct ByteLogProbsBackward : ByteLogProbsArguments {
     const ByteProblem problem(*this, Backend::kValuesChecked);
     check_gradient(problem, gradient);
     const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
-    problem.check_kept(sums, ScalarType::Double, problem.rows * problem.kept(), "sums");
-    problem.check_kept(grad_output, type, problem.rows * problem.columns, "grad_output");
+    problem.check_stored(sums, ScalarType::Double, problem.rows * problem.sums_per_row(), "sums");
+    problem.check_stored(grad_output, type, problem.rows * problem.columns, "grad_output");
     if (problem.rows > 0) Backend::differentiate(problem, gradient, sums, grad_output);
   }
 };

@@ -131,11 +131,11 @@ struct ChunkLogLikelihoodBackward : ChunkLogLikelihoodArguments {
     const ChunkProblem problem(*this, Backend::kValuesChecked);
     check_gradient(problem, gradient);
     const ScalarType type = problem.float64 ? ScalarType::Double : ScalarType::Float;
-    problem.check_kept(numbers, ScalarType::Double, 4 * problem.rows, "numbers");
-    problem.check_kept(likelihood_gradient, type, problem.batch * num_chunks, "likelihood_gradient");
+    problem.check_stored(numbers, ScalarType::Double, 4 * problem.rows, "numbers");
+    problem.check_stored(likelihood_gradient, type, problem.batch * num_chunks, "likelihood_gradient");
     if (boundary) {
       FASTKD_CHECK_VALUE(boundary_gradient, kName, "boundary_gradient must come with boundary");
-      problem.check_kept(*boundary_gradient, type, problem.batch * num_chunks, "boundary_gradient");
+      problem.check_stored(*boundary_gradient, type, problem.batch * num_chunks, "boundary_gradient");
     }
     if (problem.rows > 0) {
       Backend::differentiate(problem, gradient, numbers, likelihood_gradient, boundary ? &*boundary_gradient : nullptr);

@@ -42,13 +42,13 @@ struct AcmRowsCall {
   Tensor out;                  // [..., outputs]
   // Pre-activations [learners, rows, width], in sorted order: only counts[n] rows of each learner are used. A backend
   // that can read the counts on the host packs them instead as [1, sum of counts[n], width].
-  std::optional<Tensor> kept;
+  std::optional<Tensor> pre_activations;
 };
 
 // Undefined tensors are not requested.
 struct AcmGradientCall {
   AcmOperands operands;
-  const Tensor &grad, &kept;
+  const Tensor &grad, &pre_activations;
   std::optional<Tensor> x, w1, b1, w2;
 };
 
@@ -142,28 +142,29 @@ std::tuple<Tensor, Tensor> acm_rows(const Tensor& x, const Tensor& w1, const Ten
   const AcmSizes& sizes = call.operands.sizes;
   check_bias(bias, x, sizes);
   call.out = torch::stable::new_empty(x, with_last(x, sizes.outputs));
-  Tensor kept = keep && packed && kPacks
-                    ? torch::stable::new_empty(x, {1, all_counts(counts, sizes.learners), sizes.width})
-                    : torch::stable::new_empty(x, {keep ? sizes.learners : 0, sizes.rows, sizes.width});
-  ask_for_huge_pages(kept);
-  if (keep) call.kept = kept;
+  Tensor pre_activations = keep && packed && kPacks
+                               ? torch::stable::new_empty(x, {1, all_counts(counts, sizes.learners), sizes.width})
+                               : torch::stable::new_empty(x, {keep ? sizes.learners : 0, sizes.rows, sizes.width});
+  ask_for_huge_pages(pre_activations);
+  if (keep) call.pre_activations = pre_activations;
   Backend::solve(call);
-  return {call.out, kept};
+  return {call.out, pre_activations};
 }
 
 template <class Backend, bool kPacks = false>
 std::tuple<Tensor, Tensor, Tensor, Tensor> acm_rows_backward(const Tensor& grad, const Tensor& x, const Tensor& w1,
                                                              const Tensor& b1, const Tensor& w2, const Tensor& order,
-                                                             const Tensor& counts, const Tensor& kept,
+                                                             const Tensor& counts, const Tensor& pre_activations,
                                                              int64_t activation, bool x_gradient, bool w1_gradient,
                                                              bool b1_gradient, bool w2_gradient) {
-  AcmGradientCall call{acm_operands(x, w1, b1, w2, order, counts, activation), grad, kept, {}, {}, {}, {}};
+  AcmGradientCall call{acm_operands(x, w1, b1, w2, order, counts, activation), grad, pre_activations, {}, {}, {}, {}};
   const AcmSizes& sizes = call.operands.sizes;
   check_acm(grad, "grad", x, with_last(x, sizes.outputs));
-  if (kPacks && kept.dim() == 3 && (kept.size(0) != sizes.learners || kept.size(1) != sizes.rows)) {
-    check_acm(kept, "kept", x, {1, all_counts(counts, sizes.learners), sizes.width});
+  if (kPacks && pre_activations.dim() == 3 &&
+      (pre_activations.size(0) != sizes.learners || pre_activations.size(1) != sizes.rows)) {
+    check_acm(pre_activations, "pre_activations", x, {1, all_counts(counts, sizes.learners), sizes.width});
   } else {
-    check_acm(kept, "kept", x, {sizes.learners, sizes.rows, sizes.width});
+    check_acm(pre_activations, "pre_activations", x, {sizes.learners, sizes.rows, sizes.width});
   }
   if (x_gradient) call.x = gradient_like(x);
   if (w1_gradient) call.w1 = gradient_like(w1);

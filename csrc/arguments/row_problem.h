@@ -114,7 +114,7 @@ struct RowProblem {
   }
 
   // Checks a tensor that a forward call stored for its backward, or the gradient of one of its results.
-  void check_kept(const Tensor& x, ScalarType type, int64_t count, const char* argument) const {
+  void check_stored(const Tensor& x, ScalarType type, int64_t count, const char* argument) const {
     check_device(x, argument);
     FASTKD_CHECK_VALUE(x.scalar_type() == type && x.numel() == count && x.is_contiguous(), function, argument,
                        " must be contiguous with ", count, " entries, got shape ", shape_of(x));

@@ -32,7 +32,7 @@ struct Cpu {
     const auto kernel = problem.float64 ? kernels().byte_sum_double : kernels().byte_sum_float;
     const int64_t scratch = byte_log_probs_scratch(problem.ids, problem.columns);
     for_rows(problem.rows, problem.vocab, scratch, [&](int64_t index, const SliceRunner& runner, char* memory) {
-      double* const found = static_cast<double*>(sums.data_ptr()) + index * problem.kept();
+      double* const found = static_cast<double*>(sums.data_ptr()) + index * problem.sums_per_row();
       kernel(row_of(problem, index), runner, memory, found);
       for (int64_t c = 0; c < problem.columns; ++c) {
         const double log = found[c] - found[problem.columns];
@@ -46,7 +46,7 @@ struct Cpu {
     const auto kernel = problem.float64 ? kernels().byte_gradient_double : kernels().byte_gradient_float;
     const Rows gradients = gradient_rows(&gradient, problem);
     for_rows(problem.rows, problem.vocab, 0, [&](int64_t index, const SliceRunner& runner, char*) {
-      const double* const logs = static_cast<const double*>(sums.data_ptr()) + index * problem.kept();
+      const double* const logs = static_cast<const double*>(sums.data_ptr()) + index * problem.sums_per_row();
       double factors[kMaxColumns], all = 0;
       bool any = false;
       for (int64_t c = 0; c < problem.columns; ++c) {

@@ -16,7 +16,7 @@ ChunkRow row_of(const ChunkProblem& problem, int64_t index, bool with_boundary) 
 }
 
 // The four numbers of a row's sums that the forward stores for the backward, in the layout [4, rows].
-struct KeptSums {
+struct StoredSums {
   double* first;
   int64_t rows;
 
@@ -34,7 +34,7 @@ struct Cpu {
 
   static void solve(const ChunkProblem& problem, ChunkOutput& out) {
     const auto kernel = problem.float64 ? kernels().chunk_sum_double : kernels().chunk_sum_float;
-    const KeptSums kept{static_cast<double*>(out.numbers.data_ptr()), problem.rows};
+    const StoredSums stored{static_cast<double*>(out.numbers.data_ptr()), problem.rows};
     std::vector<double> label_log_prob(problem.rows);
     const int64_t scratch = slices_of(problem.vocab) * kPartialBytes;
     for_rows(problem.rows, problem.vocab, scratch, [&](int64_t index, const SliceRunner& runner, char* memory) {
@@ -43,7 +43,7 @@ struct Cpu {
       const ChunkRow row = row_of(problem, index, ended);
       ChunkRowSums sums = kernel(row, runner, memory);
       if (!ended) sums.boundary = {0, 0};
-      kept.put(index, sums);
+      stored.put(index, sums);
       if (scored) {
         const double below = problem.student.number(index, problem.ids.integer(index)) - sums.all.origin;
         label_log_prob[index] = log_share(below, below / problem.options.temperature - sums.all.log_sum);
@@ -55,7 +55,7 @@ struct Cpu {
       const int64_t text = index / problem.length * problem.chunks;
       const int64_t ended = problem.ended_before(index);
       if (ended >= 0)
-        put(out.boundary_log_prob, text + ended, kept.get(index).boundary_share(problem.options.temperature));
+        put(out.boundary_log_prob, text + ended, stored.get(index).boundary_share(problem.options.temperature));
       if (!problem.scored(index)) continue;
       likelihood[text + problem.chunk(index)] += label_log_prob[index];
       ++count[text + problem.chunk(index)];
@@ -66,13 +66,13 @@ struct Cpu {
   static void differentiate(const ChunkProblem& problem, const Tensor& gradient, const Tensor& numbers,
                             const Tensor& likelihood_gradient, const Tensor* boundary_gradient) {
     const auto kernel = problem.float64 ? kernels().chunk_gradient_double : kernels().chunk_gradient_float;
-    const KeptSums kept{static_cast<double*>(numbers.data_ptr()), problem.rows};
+    const StoredSums stored{static_cast<double*>(numbers.data_ptr()), problem.rows};
     const Rows gradients = gradient_rows(&gradient, problem);
     for_rows(problem.rows, problem.vocab, 0, [&](int64_t index, const SliceRunner& runner, char*) {
       const int64_t text = index / problem.length * problem.chunks, ended = problem.ended_before(index);
       const bool scored = problem.scored(index);
       const double of_label = scored ? number(likelihood_gradient, text + problem.chunk(index)) : 0;
-      const ChunkRowSums sums = kept.get(index);
+      const ChunkRowSums sums = stored.get(index);
       // A boundary of probability 0 gets no gradient.
       const bool possible = ended >= 0 && sums.boundary_share(problem.options.temperature) > -INFINITY;
       const double of_boundary = possible ? number(*boundary_gradient, text + ended) : 0;

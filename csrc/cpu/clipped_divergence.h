@@ -34,13 +34,13 @@ namespace fastkd::FASTKD_ISA {
 
 // The entries of a block: probabilities from what pass 1 stored, log-ratios from the logits.
 template <class Real>
-struct KeptAndLogits {
+struct StoredAndLogits {
   Normalized<Real> at;
   const Real *student, *teacher;
-  Kept<Real, Pass::kNormalizersOnly> kept;
+  Stored<Real, Pass::kNormalizersOnly> stored;
   FASTKD_INLINE Outcome<Real> outcome(int64_t i) const {
     Outcome<Real> o = at.template outcome<true>(student[i], teacher[i]);
-    const Outcome<Real> probabilities = kept.outcome(i);
+    const Outcome<Real> probabilities = stored.outcome(i);
     o.p = probabilities.p;
     o.q = probabilities.q;
     o.difference = select(o.small, o.p * (o.d + expm1_gap(o.d)), o.q - o.p);
@@ -156,10 +156,10 @@ struct ClippedPasses : RowPasses<Real> {
     alignas(64) Real u_buffer[kBlock], w_buffer[kBlock];
     const Real* u = load(this->row.student, begin, count, u_buffer);
     const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
-    const Kept<Real, Pass::kNormalizersOnly> kept = this->template from_kept<Pass::kNormalizersOnly>(begin, 0);
+    const Stored<Real, Pass::kNormalizersOnly> stored = this->template from_stored<Pass::kNormalizersOnly>(begin, 0);
     const Real u_zero = frame.student_origin, w_zero = frame.teacher_origin, teacher_ratio = frame.teacher_ratio;
     const Real low = Real(edges.lower_logit), high = Real(edges.upper_logit);
-    const Real *const keep_u = kept.student, *const keep_w = kept.teacher;
+    const Real *const keep_u = stored.student, *const keep_w = stored.teacher;
     Real p = 0, q = 0, p_rest = 0, q_rest = 0, ratio = 0;
     FASTKD_SIMD_REDUCE(+ : p, q, p_rest, q_rest, ratio)
     for (int64_t i = 0; i < count; ++i) {
@@ -173,7 +173,7 @@ struct ClippedPasses : RowPasses<Real> {
       q_rest += e_u - own_u;
       ratio += own_w * select(own_w > Real(0), apart, Real(0));
     }
-    const double p_factor = kept.teacher_factor, q_factor = kept.student_factor;
+    const double p_factor = stored.teacher_factor, q_factor = stored.student_factor;
     ClipSums block{};
     block.p = p * p_factor;
     block.q = q * q_factor;
@@ -186,8 +186,8 @@ struct ClippedPasses : RowPasses<Real> {
     all.add(block);
   }
 
-  KeptAndLogits<Real> entries_of(const Real* u, const Real* w, int64_t begin) const {
-    return {frame.normalized(), u, w, this->template from_kept<Pass::kNormalizersOnly>(begin, 0)};
+  StoredAndLogits<Real> entries_of(const Real* u, const Real* w, int64_t begin) const {
+    return {frame.normalized(), u, w, this->template from_stored<Pass::kNormalizersOnly>(begin, 0)};
   }
 
   void add_block(ClipSums& all, int64_t begin, int64_t count) const {
@@ -196,7 +196,7 @@ struct ClippedPasses : RowPasses<Real> {
     const Real* u = load(this->row.student, begin, count, u_buffer);
     const Real* w = load(this->row.teachers.rows[0], begin, count, w_buffer);
     fill_shares(w, begin, count, shares);
-    const KeptAndLogits<Real> entries = entries_of(u, w, begin);
+    const StoredAndLogits<Real> entries = entries_of(u, w, begin);
     Real lost = 0, k = 0, a = 0, p = 0, q = 0, difference = 0, p_rest = 0, q_rest = 0;
     const Real *const share = shares.own, *const rests = shares.rest;
     FASTKD_SIMD_REDUCE(+ : lost, k, a, p, q, difference, p_rest, q_rest)
@@ -226,7 +226,7 @@ struct ClippedPasses : RowPasses<Real> {
     all.add(block);
   }
 
-  void add_edges(ClipSums& all, const KeptAndLogits<Real> entries, const Shares<Real>& shares, int64_t count) const {
+  void add_edges(ClipSums& all, const StoredAndLogits<Real> entries, const Shares<Real>& shares, int64_t count) const {
     Real l0 = 0, l1 = 0, l2 = 0, u0 = 0, u1 = 0, u2 = 0, o0 = 0, o1 = 0, o2 = 0;
     FASTKD_SIMD_REDUCE(+ : l0, l1, l2, u0, u1, u2, o0, o1, o2)
     for (int64_t i = 0; i < count; ++i) {
@@ -266,13 +266,13 @@ struct ClippedPasses : RowPasses<Real> {
   }
 
   // The same for hard edges, from what pass 1 stored.
-  static void hard_block(const Kept<Real, Pass::kNormalizersOnly> kept, const Real* w, Real low, Real high,
+  static void hard_block(const Stored<Real, Pass::kNormalizersOnly> stored, const Real* w, Real low, Real high,
                          int64_t count, const GradientFactors<Real> factors, Real alpha, Real gamma, Real delta,
                          Real* out) {
-    const Real own_q = (factors.student * alpha + factors.label_q) * kept.student_factor;
-    const Real own_p = factors.student * gamma * kept.teacher_factor;
-    const Real rest_q = (factors.student * delta + factors.label_q) * kept.student_factor;
-    const Real *const q = kept.student, *const p = kept.teacher;
+    const Real own_q = (factors.student * alpha + factors.label_q) * stored.student_factor;
+    const Real own_p = factors.student * gamma * stored.teacher_factor;
+    const Real rest_q = (factors.student * delta + factors.label_q) * stored.student_factor;
+    const Real *const q = stored.student, *const p = stored.teacher;
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
       const bool own = w[i] >= low && w[i] <= high;
@@ -304,8 +304,8 @@ struct ClippedPasses : RowPasses<Real> {
         if (label_apart) label_block(u, count, factors.label, label_part);
         Real* out = destination(this->row.student_gradient, begin, buffer);
         if (edges.softness == 0 && !near && !has_kept_label(begin, count)) {
-          const auto kept = this->template from_kept<Pass::kNormalizersOnly>(begin, 0);
-          hard_block(kept, w, Real(edges.lower_logit), Real(edges.upper_logit), count, factors, alpha, gamma, delta,
+          const auto stored = this->template from_stored<Pass::kNormalizersOnly>(begin, 0);
+          hard_block(stored, w, Real(edges.lower_logit), Real(edges.upper_logit), count, factors, alpha, gamma, delta,
                      out);
         } else {
           Shares<Real> shares;
@@ -313,8 +313,8 @@ struct ClippedPasses : RowPasses<Real> {
           if (near) {
             student_block(entries_of(u, w, begin), shares.own, shares.rest, count, factors, alpha, gamma, delta, out);
           } else {
-            const auto kept = this->template from_kept<Pass::kNormalizersOnly>(begin, 0);
-            student_block(kept, shares.own, shares.rest, count, factors, alpha, gamma, delta, out);
+            const auto stored = this->template from_stored<Pass::kNormalizersOnly>(begin, 0);
+            student_block(stored, shares.own, shares.rest, count, factors, alpha, gamma, delta, out);
           }
         }
         if (label_apart) {
@@ -329,7 +329,7 @@ struct ClippedPasses : RowPasses<Real> {
     });
   }
 
-  static void teacher_block(const KeptAndLogits<Real> entries, const Shares<Real>& shares, int64_t count, Real factor,
+  static void teacher_block(const StoredAndLogits<Real> entries, const Shares<Real>& shares, int64_t count, Real factor,
                             Real by_a, Real by_p, Real by_own_p, Real by_q, Real mean, Real* out) {
     const Real *const share = shares.own, *const lower = shares.by_lower, *const upper = shares.by_upper;
     FASTKD_SIMD

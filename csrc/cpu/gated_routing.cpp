@@ -114,10 +114,11 @@ void pass_by_columns(Learners& l, int64_t rows) {
   pass_by_rows(l, chosen, rows);  // the rows that run no learner
 }
 
-SortedRows kept_rows(const Tensor& kept, const AcmOperands& operands, std::vector<int64_t>& starts) {
+SortedRows pre_activation_rows(const Tensor& pre_activations, const AcmOperands& operands,
+                               std::vector<int64_t>& starts) {
   const AcmSizes& sizes = operands.sizes;
-  SortedRows rows{floats(kept), 0, sizes.rows, sizes.width, nullptr};
-  if (kept.size(0) == sizes.learners && kept.size(1) == sizes.rows) return rows;
+  SortedRows rows{floats(pre_activations), 0, sizes.rows, sizes.width, nullptr};
+  if (pre_activations.size(0) == sizes.learners && pre_activations.size(1) == sizes.rows) return rows;
   starts.assign(sizes.learners, 0);
   for (int64_t n = 1; n < sizes.learners; ++n) {
     starts[n] = starts[n - 1] + static_cast<const int32_t*>(operands.counts.data_ptr())[n - 1];
@@ -179,7 +180,7 @@ struct Cpu {
       l.bias_stride = call.bias->dim() == 1 ? 0 : sizes.outputs;
     }
     std::vector<int64_t> starts;
-    if (call.kept) l.kept = kept_rows(*call.kept, call.operands, starts);
+    if (call.pre_activations) l.pre_activations = pre_activation_rows(*call.pre_activations, call.operands, starts);
     share_rows(l) ? pass_by_rows(l, 0, sizes.rows) : pass_by_columns(l, sizes.rows);
   }
 
@@ -189,7 +190,7 @@ struct Cpu {
     Learners l = learners_of(call.operands, true, call.grad);
     const int64_t chosen = l.counts[0], rows = call.x ? sizes.rows : chosen;
     std::vector<int64_t> starts;
-    l.kept = kept_rows(call.kept, call.operands, starts);
+    l.pre_activations = pre_activation_rows(call.pre_activations, call.operands, starts);
     l.out = call.x ? floats(*call.x) : nullptr;
     const bool by_rows = share_rows(l);
     // When divided by rows, two blocks per thread are processed at a time, so that their hidden rows are still in a

@@ -29,15 +29,15 @@ struct Learners {
   bool backward;
   const float *in, *w1, *b1, *w2;
   const int32_t *order, *counts;
-  const float* bias;    // null, or that of choice 0
-  int64_t bias_stride;  // floats from one choice's bias to the next
-  float* out;           // null: only the first product is requested
-  int64_t block;        // rows per block
-  float* packed;        // backward: null, or all panels of w2^T and w1^T, see PackedWeights
-  SortedRows gathered;  // `in`, sorted, where threads divide the columns
-  SortedRows kept;      // pre-activations: forward writes them if not null, backward reads them
-  SortedRows hidden;    // activations: backward if requested; forward where threads divide the columns
-  SortedRows inner;     // gradients of pre-activations
+  const float* bias;           // null, or that of choice 0
+  int64_t bias_stride;         // floats from one choice's bias to the next
+  float* out;                  // null: only the first product is requested
+  int64_t block;               // rows per block
+  float* packed;               // backward: null, or all panels of w2^T and w1^T, see PackedWeights
+  SortedRows gathered;         // `in`, sorted, where threads divide the columns
+  SortedRows pre_activations;  // pre-activations: forward writes them if not null, backward reads them
+  SortedRows hidden;           // activations: backward if requested; forward where threads divide the columns
+  SortedRows inner;            // gradients of pre-activations
 
   // The number of learners that have at least one row.
   int64_t running() const {
@@ -194,7 +194,7 @@ class Block {
   // Computes panels of learner n's first product.
   void first_product(int64_t n, int64_t index, int64_t panels) {
     const int64_t rows = running(n);
-    const SortedRows activations = hidden(), pre = l_.kept.data ? l_.kept : activations;
+    const SortedRows activations = hidden(), pre = l_.pre_activations.data ? l_.pre_activations : activations;
     const SortedRows& target = l_.backward ? l_.inner : pre;
     for (int64_t i = 0; i < rows; ++i) targets_[i] = row(target, n, i);
     if (l_.backward) {

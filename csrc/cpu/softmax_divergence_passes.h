@@ -51,10 +51,10 @@ struct Accumulator<Real, true> {
 template <class Real>
 struct RowPasses : RowSlices {
   const SoftmaxDivergenceRow& row;
-  const RowFrame<Real>& frame;                 // its scales are set at the start, the rest after pass 1
-  Origins<Real>* origins;                      // scratch: one per block
-  OriginSum<double>* normalizers;              // scratch: one per teacher
-  Real *student_kept, *teacher_kept, *slopes;  // scratch: one per entry; see Kept; slopes: g
+  const RowFrame<Real>& frame;                     // its scales are set at the start, the rest after pass 1
+  Origins<Real>* origins;                          // scratch: one per block
+  OriginSum<double>* normalizers;                  // scratch: one per teacher
+  Real *student_stored, *teacher_stored, *slopes;  // scratch: one per entry; see Stored; slopes: g
   TeacherBlocks<Real> teacher;
 
   RowPasses(const SoftmaxDivergenceRow& r, const SliceRunner& s, const RowFrame<Real>& f)
@@ -64,14 +64,14 @@ struct RowPasses : RowSlices {
         origins(reinterpret_cast<Origins<Real>*>(partials + slices_of(r.vocab) * kPartialBytes)),
         normalizers(reinterpret_cast<OriginSum<double>*>(reinterpret_cast<char*>(origins) +
                                                          slices_of(r.vocab) * (kSlice / kBlock) * kOriginBytes)),
-        student_kept(reinterpret_cast<Real*>(reinterpret_cast<char*>(normalizers) + aligned(r.teachers.count * 16))),
-        teacher_kept(student_kept + aligned(r.vocab * sizeof(Real)) / sizeof(Real)),
-        // Only the teacher's gradient still needs teacher_kept beside g; without it, g may overwrite teacher_kept.
-        slopes(r.teacher_gradient ? teacher_kept + (teacher_kept - student_kept) : teacher_kept),
+        student_stored(reinterpret_cast<Real*>(reinterpret_cast<char*>(normalizers) + aligned(r.teachers.count * 16))),
+        teacher_stored(student_stored + aligned(r.vocab * sizeof(Real)) / sizeof(Real)),
+        // Only the teacher's gradient still needs teacher_stored beside g; without it, g may overwrite teacher_stored.
+        slopes(r.teacher_gradient ? teacher_stored + (teacher_stored - student_stored) : teacher_stored),
         teacher{r.teachers, Real(kLog2E / r.task.teacher_temperature), normalizers} {
-    // Until the gradient is written, its memory can hold student_kept.
+    // Until the gradient is written, its memory can hold student_stored.
     Real* const out = r.student_gradient ? destination<Real>(r.student_gradient, 0, nullptr) : nullptr;
-    if (out != nullptr && out != r.student.data) student_kept = out;
+    if (out != nullptr && out != r.student.data) student_stored = out;
   }
 
   void normalize_teachers() const {
@@ -152,7 +152,7 @@ struct RowPasses : RowSlices {
     using Ratio = typename Accumulator<Real, kPass == Pass::kStudentWeighted>::Type;
     Ratio u_sum = 0, w_sum = 0, ratio = 0;
     Real crossing = 0, u_max = Real(-INFINITY), w_max = Real(-INFINITY), farthest = 0;
-    Real *keep_u = student_kept + begin, *keep_w = teacher_kept + begin;
+    Real *keep_u = student_stored + begin, *keep_w = teacher_stored + begin;
     if constexpr (kKeep) origins[begin / kBlock] = {u_origin, w_origin};
     FASTKD_SIMD_WITH(reduction(+ : u_sum, w_sum, ratio, crossing) reduction(max : u_max, w_max, farthest))
     for (int64_t i = 0; i < count; ++i) {
@@ -229,15 +229,15 @@ struct RowPasses : RowSlices {
 
   // The block that begins at `begin`, as pass 1 stored it. Log-ratios are relative to `centre`.
   template <Pass kPass>
-  Kept<Real, kPass> from_kept(int64_t begin, double centre) const {
+  Stored<Real, kPass> from_stored(int64_t begin, double centre) const {
     const Origins<Real> at = origins[begin / kBlock];
     const double u_step = (double(at.student) - frame.student_origin) * frame.student_scale;
     const double w_step = (double(at.teacher) - frame.teacher_origin) * frame.teacher_scale;
     const double u_factor = probability(u_step - frame.student_lse), w_factor = probability(w_step - frame.teacher_lse);
     // Where all of a block's probabilities are 0, its log-ratios are arbitrary.
     const double shift = kPass == Pass::kStudentWeighted && u_factor != 0 ? -log_shift(at) - centre : 0;
-    return {student_kept + begin,
-            teacher_kept + begin,
+    return {student_stored + begin,
+            teacher_stored + begin,
             Real(u_factor),
             Real(w_factor),
             Mean<Real>(frame.student_scale * kLn2),
@@ -255,18 +255,18 @@ struct RowPasses : RowSlices {
 
   // Calls body(entries, begin, count) for every block of a slice. The entries' outcomes come from what pass 1 stored,
   // or from the logits, or from both.
-  template <bool kNear, bool kKept, class Divergence, class Body>
+  template <bool kNear, bool kStored, class Divergence, class Body>
   void for_outcomes(int64_t slice, double centre, const Body& body) const {
     constexpr Pass kPass = Divergence::kPass;
     for_blocks(slice, [&](int64_t begin, int64_t count) {
-      if constexpr (kKept && !Divergence::kUsesRatio) {
-        body(from_kept<kPass>(begin, centre), begin, count);
+      if constexpr (kStored && !Divergence::kUsesRatio) {
+        body(from_stored<kPass>(begin, centre), begin, count);
       } else {
         alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], spare[kBlock];
         const Real* u = load(row.student, begin, count, student_buffer);
         const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
-        if constexpr (kKept) {
-          body(KeptWithRatio<Real, kPass>{from_kept<kPass>(begin, centre), from_logits<false>(u, w)}, begin, count);
+        if constexpr (kStored) {
+          body(StoredWithRatio<Real, kPass>{from_stored<kPass>(begin, centre), from_logits<false>(u, w)}, begin, count);
         } else {
           body(from_logits<kNear>(u, w), begin, count);
         }
@@ -276,11 +276,11 @@ struct RowPasses : RowSlices {
 
   template <bool kNear, class Divergence>
   Sums sum_terms(const Divergence& divergence) const {
-    constexpr bool kKept = !kNear && Divergence::kPass == Pass::kNormalizersOnly;
+    constexpr bool kStored = !kNear && Divergence::kPass == Pass::kNormalizersOnly;
     return reduce_slices<Sums>(
         [&](int64_t slice) {
           Sums all{};
-          for_outcomes<kNear, kKept, Divergence>(slice, 0, [&](const auto& entries, int64_t begin, int64_t count) {
+          for_outcomes<kNear, kStored, Divergence>(slice, 0, [&](const auto& entries, int64_t begin, int64_t count) {
             Real* keep = slopes + begin;
             all.add(row.teacher_gradient ? block_sums<kNear, true>(divergence, entries, count, keep)
                                          : block_sums<kNear, false>(divergence, entries, count, keep));
@@ -318,17 +318,17 @@ struct RowPasses : RowSlices {
     static constexpr bool kUsesRatio = Divergence::kUsesRatio && kPass != Pass::kNormalizersOnly;
   };
 
-  template <bool kNear, bool kKept, class Divergence>
+  template <bool kNear, bool kStored, class Divergence>
   void write_student_gradient(const Divergence& divergence, double g_mean) const {
     const GradientFactors<Real> factors(row.task, frame);
     // In that case g is the log-ratio, from which its mean is subtracted before rounding.
-    constexpr bool kCentred = kKept && Divergence::kPass == Pass::kStudentWeighted;
+    constexpr bool kCentred = kStored && Divergence::kPass == Pass::kStudentWeighted;
     const double centre = kCentred ? g_mean : 0;
     const Mean<Real> mean(g_mean - centre);
     const bool label_apart = frame.label_scale != Real(0);
     const Real label_shift = Real(frame.label_lse), origin = frame.student_origin, scale = frame.label_scale;
     for_slices([&](int64_t slice) {
-      for_outcomes<kNear, kKept, StudentEntries<Divergence>>(
+      for_outcomes<kNear, kStored, StudentEntries<Divergence>>(
           slice, centre, [&](const auto& entries, int64_t begin, int64_t count) {
             alignas(64) Real buffer[kBlock], label_part[kBlock];
             if (label_apart) {  // before the student's logits may be overwritten
@@ -382,11 +382,11 @@ struct RowPasses : RowSlices {
 
   template <bool kNear, class Divergence>
   void write_teacher_gradient(const Divergence& divergence, double h_mean) const {
-    constexpr bool kKept = !kNear && Divergence::kPass == Pass::kNormalizersOnly;
+    constexpr bool kStored = !kNear && Divergence::kPass == Pass::kNormalizersOnly;
     const GradientFactors<Real> factors(row.task, frame);
     const Mean<Real> mean(h_mean);
     for_slices([&](int64_t slice) {
-      for_outcomes<kNear, kKept, Divergence>(slice, 0, [&](const auto& entries, int64_t begin, int64_t count) {
+      for_outcomes<kNear, kStored, Divergence>(slice, 0, [&](const auto& entries, int64_t begin, int64_t count) {
         alignas(64) Real buffer[kBlock];
         Real* out = destination(row.teacher_gradient, begin, buffer);
         teacher_block<kNear>(divergence, entries, count, factors, mean, out);

@@ -41,9 +41,9 @@ struct StatsPasses : RowSlices {
   struct Found {
     Best<Real> student, teacher;
   };
-  Found* found;           // one per slice
-  Real* origins;          // two per block
-  Real *kept_u, *kept_w;  // one per entry
+  Found* found;               // one per slice
+  Real* origins;              // two per block
+  Real *stored_u, *stored_w;  // one per entry
   const Real scale;
 
   StatsPasses(const StatsRow& r, const SliceRunner& s)
@@ -51,8 +51,9 @@ struct StatsPasses : RowSlices {
         row(r),
         found(reinterpret_cast<Found*>(partials + slices_of(r.vocab) * kPartialBytes)),
         origins(reinterpret_cast<Real*>(reinterpret_cast<char*>(found) + slices_of(r.vocab) * 64)),
-        kept_u(reinterpret_cast<Real*>(reinterpret_cast<char*>(origins) + slices_of(r.vocab) * (kSlice / kBlock) * 16)),
-        kept_w(kept_u + aligned(r.vocab * sizeof(Real)) / sizeof(Real)),
+        stored_u(
+            reinterpret_cast<Real*>(reinterpret_cast<char*>(origins) + slices_of(r.vocab) * (kSlice / kBlock) * 16)),
+        stored_w(stored_u + aligned(r.vocab * sizeof(Real)) / sizeof(Real)),
         scale(Real(kLog2E / r.temperature)) {}
 
   // Sets `best` to the first column with the largest logit, if the block has a larger one than `best`.
@@ -122,7 +123,7 @@ struct StatsPasses : RowSlices {
     // in the rare block that has one.
     constexpr Real kFar = Real(kDead);
     const Real us = scale;
-    Real *const keep_u = kept_u + begin, *const keep_w = kept_w + begin;
+    Real *const keep_u = stored_u + begin, *const keep_w = stored_w + begin;
     origins[begin / kBlock * 2] = u_origin.logit;
     origins[begin / kBlock * 2 + 1] = w_origin.logit;
     const Real u_zero = u_origin.zero(), w_zero = w_origin.zero();
@@ -171,7 +172,7 @@ struct StatsPasses : RowSlices {
             const Real* const at = origins + begin / kBlock * 2;
             const Real q = Real(::exp2((double(at[0]) - state.student_origin) * scale - u_log));
             const Real p = Real(::exp2((double(at[1]) - state.teacher_origin) * scale - w_log));
-            const Real *const u = kept_u + begin, *const w = kept_w + begin;
+            const Real *const u = stored_u + begin, *const w = stored_w + begin;
             Real sum = 0;
             FASTKD_SIMD_REDUCE(+ : sum)
             for (int64_t i = 0; i < count; ++i) sum += magnitude(u[i] * q - w[i] * p);

@@ -39,20 +39,20 @@ template <class Real>
 struct TopkPasses : RowSlices {
   const TopkRow& row;
   Real* origins;  // a block's 2^x are relative to this logit; -inf where all so far are
-  Real* kept;
+  Real* stored;
   Real scale, label_scale;  // log2(e) / temperature, log2(e)
 
   TopkPasses(const TopkRow& r, const SliceRunner& s)
       : RowSlices{r.vocab, s, static_cast<char*>(r.scratch)},
         row(r),
         origins(reinterpret_cast<Real*>(partials + slices_of(r.vocab) * kPartialBytes)),
-        kept(reinterpret_cast<Real*>(reinterpret_cast<char*>(origins) +
-                                     slices_of(r.vocab) * (kSlice / kBlock) * int64_t(sizeof(double)))),
+        stored(reinterpret_cast<Real*>(reinterpret_cast<char*>(origins) +
+                                       slices_of(r.vocab) * (kSlice / kBlock) * int64_t(sizeof(double)))),
         scale(Real(kLog2E / r.temperature)),
         label_scale(Real(kLog2E)) {
-    // Until the gradient is written, its memory can hold `kept`.
+    // Until the gradient is written, its memory can hold `stored`.
     Real* const out = r.gradient ? destination<Real>(r.gradient, 0, nullptr) : nullptr;
-    if (out != nullptr) kept = out;
+    if (out != nullptr) stored = out;
   }
 
   // The index of the first support entry at or after this column.
@@ -113,7 +113,7 @@ struct TopkPasses : RowSlices {
   void add_block(const Real* u, int64_t begin, int64_t count, Real origin, bool label_apart, double& all,
                  double& all_label) const {
     const Real us = scale;
-    Real* const out = kept + begin;
+    Real* const out = stored + begin;
     Real sum = 0, label_sum = 0;
     FASTKD_SIMD_REDUCE(+ : sum)
     for (int64_t i = 0; i < count; ++i) {
@@ -191,7 +191,7 @@ struct TopkPasses : RowSlices {
             origin == Real(-INFINITY) ? 0 : ::exp2((double(origin) - plan.rest.origin) * to_base_2 - log2_sum);
         const Real factor = Real(at_origin * coefficient);
         Real* const out = destination(row.gradient, begin, buffer);
-        const Real* const e = kept + begin;
+        const Real* const e = stored + begin;
         FASTKD_SIMD
         for (int64_t i = 0; i < count; ++i) out[i] = e[i] * factor;
         if (uniform) {

@@ -159,7 +159,7 @@ struct GradientWorker {
   __device__ Upstream read_upstream(int64_t row) const {
     Upstream mine{0, INFINITY, false};
     for (int c = team.thread; c < a.columns + 2; c += team.threads) {
-      const double log = global_load(a.kept(row) + c);
+      const double log = global_load(a.sums_of(row) + c);
       shared_store(logs + c, log);
       if (c >= a.columns) break;
       // A column of probability 0 gets no gradient.
@@ -287,25 +287,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) byte_log_probs_backward_kernel
   }
 }
 
-// How many blocks the device runs at the same time; 0 if it cannot run such a cluster. Exactly this many are launched,
-// since each block must first sort its slice. The emulator runs two teams, so that each has several rows.
-template <class Kernel>
-int64_t blocks_at_a_time(const Device& device, Kernel kernel, int threads, int64_t shared_bytes, int cluster) {
-  if (cluster > 1) return int64_t(cluster) * device.clusters_at_a_time(kernel, threads, shared_bytes, cluster);
-#ifdef FASTKD_SIMT
-  return 2;
-#else
-  const auto ask = [](cudaError_t error) { check(error, kByteLogProbs, "a query of the device"); };
-  int current = 0, processors = 0, most = 0, count = 0;
-  ask(cudaGetDevice(&current));
-  ask(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, current));
-  ask(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, current));
-  if (shared_bytes > 48 << 10) ask(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-  ask(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, size_t(shared_bytes)));
-  return int64_t(count > 0 ? count : 1) * processors;
-#endif
-}
-
+// As many blocks are launched as run at the same time, since each must first sort its slice.
 int64_t teams_for(const ByteArguments& a, int64_t blocks) {
   const int64_t teams = blocks > a.slices ? blocks / a.slices : 1;
   return a.rows < teams ? a.rows : teams;
@@ -334,7 +316,7 @@ void launch_sums(const Device& device, ByteArguments a, const Tensor& like) {
   a.slices = 1;
   a.slice = 0;
   if (a.whole == a.kNeverWhole) {
-    const int64_t blocks = blocks_at_a_time(device, kernel, kRowThreads, bytes(), 1);
+    const int64_t blocks = device.blocks_at_a_time(kernel, kRowThreads, bytes(), 1);
     return device.launch({"rows", "no row has the empty prefix: only the tokens of its prefix are read"}, kernel,
                          teams_for(a, blocks), kRowThreads, bytes(), 1, a);
   }
@@ -347,7 +329,7 @@ void launch_sums(const Device& device, ByteArguments a, const Tensor& like) {
   a.slices = launch.cluster;
   a.slice = slice_size(a.ids, a.slices);
   if (launch.resident && a.slice <= kMostIds) {
-    blocks = blocks_at_a_time(device, kernel, launch.threads, bytes(), launch.cluster);
+    blocks = device.blocks_at_a_time(kernel, launch.threads, bytes(), launch.cluster);
     if (blocks == 0) {
       device.log_refused("rows", launch.threads, bytes(), launch.cluster,
                          "slices without a cluster; a second kernel adds their sums");
@@ -363,7 +345,7 @@ void launch_sums(const Device& device, ByteArguments a, const Tensor& like) {
   const int64_t merge_bytes = Team::kSharedBytes + a.columns * 8 + a.slices * 4;
   const Tensor partials = torch::stable::new_empty(like, {a.rows, a.slices, a.columns + 1}, ScalarType::Float);
   a.partials = static_cast<float*>(partials.data_ptr());
-  blocks = blocks_at_a_time(device, kernel, kRowThreads, bytes(), 1);
+  blocks = device.blocks_at_a_time(kernel, kRowThreads, bytes(), 1);
   device.launch({"slices", "no block or cluster holds a row: one block per slice"}, kernel,
                 teams_for(a, blocks) * a.slices, kRowThreads, bytes(), 1, a);
   device.launch({"sum of slices", "one block per row"}, byte_merge_kernel, teams_of(a.rows, 1), kRowThreads,
@@ -375,7 +357,7 @@ void launch_gradient(const Device& device, ByteArguments a) {
   const auto kernel = byte_log_probs_backward_kernel<Source>;
   cut(a, device.capability(), GradientLayout(a.columns, 0).bytes, 2);
   const int64_t shared_bytes = GradientLayout(a.columns, a.slice).bytes;
-  const int64_t blocks = blocks_at_a_time(device, kernel, kRowThreads, shared_bytes, 1);
+  const int64_t blocks = device.blocks_at_a_time(kernel, kRowThreads, shared_bytes, 1);
   device.launch({"gradient", "one block per slice of the vocabulary"}, kernel, teams_for(a, blocks) * a.slices,
                 kRowThreads, shared_bytes, 1, a);
 }

@@ -168,7 +168,7 @@ struct ByteWorker {
   float *sums, *heads;
   unsigned* runs;  // one per column with ids: end in the list << 16 | column; two kNoRun follow
   uint16_t* list;  // places in the slice, sorted by column
-  Raw* kept;
+  Raw* stored;
   int sort_room, piece, first_run = 0;
   bool sorted = false, second = false;
 
@@ -184,7 +184,7 @@ struct ByteWorker {
     heads = reinterpret_cast<float*>(shared + layout.heads);
     runs = reinterpret_cast<unsigned*>(shared + layout.runs);
     list = reinterpret_cast<uint16_t*>(shared + layout.list);
-    kept = reinterpret_cast<Raw*>(shared + layout.logits);
+    stored = reinterpret_cast<Raw*>(shared + layout.logits);
     sort_room = int(layout.bytes - layout.logits);
     // An odd number of batches, to avoid bank conflicts.
     piece = (((count + team.threads - 1) / team.threads + kBatch - 1) / kBatch | 1) * kBatch;
@@ -200,7 +200,7 @@ struct ByteWorker {
     second = !second;
     const float top = team.block_sum(
         fill(row, logits), [](float& all, float next) { all = at_least(all, next); }, /*everywhere=*/true);
-    sum(reinterpret_cast<const Item*>(kept) + logits.lead, top, into);
+    sum(reinterpret_cast<const Item*>(stored) + logits.lead, top, into);
     if (team.leads()) shared_store(into + a.columns, top);
     if (a.partials != nullptr) {
       team.sync();
@@ -243,7 +243,7 @@ struct ByteWorker {
   __device__ void sort() {
     const int columns = a.columns, threads = team.threads, warp = team.thread / kWarp;
     const int room = sort_room / (8 * columns), warps = room < threads / kWarp ? room : threads / kWarp;
-    unsigned *const counts = reinterpret_cast<unsigned*>(kept), *const lanes = counts + warps * columns;
+    unsigned *const counts = reinterpret_cast<unsigned*>(stored), *const lanes = counts + warps * columns;
     const int share = (count + warps - 1) / warps;
     const int begin = warp < warps ? warp * share : count, end = begin + share < count ? begin + share : count;
     for (int i = team.thread; i < 2 * warps * columns; i += threads) shared_store(counts + i, 0u);
@@ -341,7 +341,7 @@ struct ByteWorker {
         if (pack + k * threads >= packs) break;
         Raw raw = logits.end_fetch(pack + k * threads, words[k]);
         drop_invalid(a, logits, valid, first, count, pack + k * threads, raw);
-        shared_store(kept + pack + k * threads, raw);
+        shared_store(stored + pack + k * threads, raw);
 #pragma unroll
         for (int j = 0; j < Slice::kSize; ++j) {
           const float x = to_float(raw.item[j]);

@@ -15,7 +15,7 @@ struct ByteArguments {
   DeviceRows logits, gradient, prefix, valid;
   const float* grad_output;  // [rows, columns]
   float* out;
-  double* sums;     // [rows, columns + 2]: see ByteProblem::kept
+  double* sums;     // [rows, columns + 2]: see ByteProblem::sums_per_row
   float* partials;  // [rows, slices, columns + 1]; null: the slices belong to a cluster's blocks
 
   // The row's prefix number; kNoPrefix if it is out of range.
@@ -23,11 +23,11 @@ struct ByteArguments {
     const int64_t index = prefix ? prefix.integer(row) : 0;
     return index >= 0 && index < prefixes ? index : kNoPrefix;
   }
-  __device__ double* kept(int64_t row) const { return sums + row * (columns + 2); }
+  __device__ double* sums_of(int64_t row) const { return sums + row * (columns + 2); }
   // Stores the numbers that all columns have in common.
   __device__ void keep(int64_t row, double all, double origin) const {
-    global_store(kept(row) + columns, all);
-    global_store(kept(row) + columns + 1, origin);
+    global_store(sums_of(row) + columns, all);
+    global_store(sums_of(row) + columns + 1, origin);
   }
   // The tables are not checked on the host, so a column out of range is replaced.
   __device__ __forceinline__ int column(int id) const {
@@ -120,7 +120,7 @@ inline __device__ SegmentSum gathered_sum(const ByteArguments& a, int64_t row, S
 inline __device__ void write_column(const ByteArguments& a, int64_t row, int column, double own, double all) {
   const double log = own - all;
   global_store(a.out + row * a.columns + column, float(log > 0 ? 0 : log));
-  global_store(a.kept(row) + column, own);
+  global_store(a.sums_of(row) + column, own);
 }
 
 }  // namespace fastkd::cuda

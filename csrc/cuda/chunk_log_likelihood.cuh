@@ -22,13 +22,13 @@ namespace fastkd::cuda {
 struct BoundaryBits {
   const unsigned* words;  // null: no set
   int bytes, first;
-  bool kept;  // copied to shared memory
+  bool on_chip;  // copied to shared memory
 
   // Packs of a row may read the bits of columns -7 to vocab + 6, and of the word after them.
   static constexpr int kBefore = 32;
   static constexpr int64_t bytes_for(int64_t vocab) { return (vocab / 8 + 31) / 16 * 16; }
 
-  __host__ __device__ int kept_bytes() const { return kept ? bytes : 0; }
+  __host__ __device__ int on_chip_bytes() const { return on_chip ? bytes : 0; }
 };
 
 struct ChunkArguments : RowArguments {
@@ -76,22 +76,22 @@ __host__ __device__ constexpr int64_t chunk_overhead(bool warp) {
   return kChunkOrdersBytes + (warp ? 0 : Team::kSharedBytes);
 }
 __host__ __device__ inline int64_t chunk_team_bytes(const BoundaryBits& boundary, bool warp) {
-  return chunk_overhead(warp) + boundary.kept_bytes();
+  return chunk_overhead(warp) + boundary.on_chip_bytes();
 }
 
 // The boundary set as a team reads it, from shared or global memory.
 class TeamBoundary {
  public:
   __device__ TeamBoundary(const BoundaryBits& set, const Team& team, unsigned char* shared)
-      : set_(set), team_(team), kept_(reinterpret_cast<unsigned*>(shared)) {}
+      : set_(set), team_(team), on_chip_(reinterpret_cast<unsigned*>(shared)) {}
 
   // Copies the set to shared memory, before the first row that needs it. All threads of the team must call it. Contains
   // a barrier.
   __device__ void fetch() {
-    if (!set_.kept || here_) return;
+    if (!set_.on_chip || here_) return;
     for (int i = team_.thread; i < set_.bytes / 16; i += team_.threads) {
       const uint4 bits = global_load16<false>(set_.words + 4 * i);
-      shared_store(reinterpret_cast<uint4*>(kept_) + i, bits);
+      shared_store(reinterpret_cast<uint4*>(on_chip_) + i, bits);
     }
     team_.sync();
     here_ = true;
@@ -108,12 +108,12 @@ class TeamBoundary {
 
  private:
   __device__ __forceinline__ unsigned word(unsigned i) const {
-    return set_.kept ? shared_load(kept_ + i) : global_load(set_.words + i);
+    return set_.on_chip ? shared_load(on_chip_ + i) : global_load(set_.words + i);
   }
 
   const BoundaryBits& set_;
   const Team& team_;
-  unsigned* const kept_;
+  unsigned* const on_chip_;
   bool here_ = false;
 };
 

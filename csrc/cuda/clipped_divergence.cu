@@ -62,18 +62,28 @@ struct ClipWorker {
     bool backwards = true;
     if (arguments.quantile) backwards = find_quantiles(source, backwards);
     parameters = after_leader([&] { leader.begin(arguments.quantile, shared_parameters); });
-    if (soft) {
-      sum_part<true>(source, parameters, backwards);
-    } else {
-      sum_part<false>(source, parameters, backwards);
+    if constexpr (Source::kPacked) {
+      if (!parameters.near) {
+        sum_quickly(source, parameters, backwards);
+        backwards = !backwards;
+        parameters = finish(/*near=*/false);
+      }
     }
-    parameters = after_leader([&] { leader.finish(arguments.renormalize, arguments.lump, shared_parameters); });
+    if (parameters.near || !Source::kPacked) {
+      if (soft) {
+        sum_part<true>(source, parameters, backwards);
+      } else {
+        sum_part<false>(source, parameters, backwards);
+      }
+      backwards = !backwards;
+      parameters = finish(/*near=*/true);
+    }
     if (team.leads() && team.rank == 0) put_results(row, parameters.small);
     if (parameters.small || (!parameters.student_gradient && !parameters.teacher_gradient)) return;
     if (soft) {
-      write<true>(source, parameters, !backwards);
+      write<true>(source, parameters, backwards);
     } else {
-      write<false>(source, parameters, !backwards);
+      write<false>(source, parameters, backwards);
     }
     zero_beyond_vocab(arguments, row, team);
   }
@@ -104,6 +114,10 @@ struct ClipWorker {
     if (team.leads()) publish();
     team.sync();
     return shared_load(shared_parameters);
+  }
+
+  __device__ __forceinline__ ClipParameters<Real> finish(bool near) const {
+    return after_leader([&] { leader.finish(arguments.renormalize, arguments.lump, near, shared_parameters); });
   }
 
   // Reads the row's task, before its logits are read. Called by the leading thread.
@@ -148,14 +162,32 @@ struct ClipWorker {
     return backwards;
   }
 
+  // The sums over the part between hard edges, inexact where student and teacher are close.
+  __device__ void sum_quickly(const Source& source, const ClipParameters<Real>& parameters, bool backwards) const {
+    ClipFast<Source> fast(source, parameters);
+    ClipThread<false, Real> careful;
+    RowPass<false, Source> pass(source, team, backwards);
+    for_packs(
+        pass, [&](int pack, const Raw& raw) { return fast.add(pack, raw); },
+        [&](int pack, const Raw& raw) { add_part<false>(careful, source.column(pack), raw, parameters); });
+    ClipInside mine = careful.inside();
+    mine.add(fast.whole());
+    put_inside(mine);
+  }
+
+  template <bool kSoft>
+  __device__ __forceinline__ void add_part(ClipThread<kSoft, Real>& sums, int column, const Raw& raw,
+                                           const ClipParameters<Real>& parameters) const {
+    for_entries<kSoft>(
+        raw, column, parameters,
+        [&](Real, Real, const Outcome<Real>& o, const ClipShare<Real>& share, int, int) { sums.add(o, share); });
+  }
+
   template <bool kSoft>
   __device__ void sum_part(const Source& source, const ClipParameters<Real>& parameters, bool backwards) const {
     ClipThread<kSoft, Real> mine;
-    for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
-      for_entries<kSoft>(
-          raw, source.column(pack), parameters,
-          [&](Real, Real, const Outcome<Real>& o, const ClipShare<Real>& share, int, int) { mine.add(o, share); });
-    });
+    for_packs<false>(source, team, backwards,
+                     [&](int pack, const Raw& raw) { add_part<kSoft>(mine, source.column(pack), raw, parameters); });
     put_inside(mine.inside());
     if constexpr (kSoft) {
       put_slope(mine.slope(mine.lower), leader.sums.lower);
@@ -228,7 +260,7 @@ struct ClipWorker {
   template <bool kSoft>
   __device__ void write(const Source& source, const ClipParameters<Real>& parameters, bool backwards) const {
     const auto& gradients = source.gradients();
-    for_packs<false>(source, team, backwards, [&](int pack, const Raw& raw) {
+    const auto careful = [&](int pack, const Raw& raw) {
       const int column = source.column(pack);
       // The teacher's gradient is written first: writing the student's may overwrite the student's logits.
       if (parameters.teacher_gradient) {
@@ -246,7 +278,22 @@ struct ClipWorker {
         };
         gradients.store_student(pack, map<kSoft>(raw, column, parameters, gradient));
       }
-    });
+    };
+    RowPass<false, Source> pass(source, team, backwards);
+    if constexpr (Source::kPacked && !kSoft) {
+      if (!parameters.near) {
+        const ClipFast<Source> fast(source, parameters);
+        return for_packs(
+            pass,
+            [&](int pack, const Raw& raw) {
+              if (pack == fast.label_pack || !source.is_whole(pack)) return false;
+              gradients.store_whole_student(pack, fast.gradient(raw));
+              return true;
+            },
+            careful);
+      }
+    }
+    for_packs(pass, careful);
   }
 
   // Calls f(student's logit, teacher's logit, outcome, share, where the entry's word begins in the pack, its place in

@@ -115,6 +115,87 @@ struct ClipThread {
   static __device__ ClipSlope slope(const Real (&x)[3]) { return {double(x[0]), double(x[1]), double(x[2])}; }
 };
 
+// Whether sums of p (log p - log q) have lost too many digits: they cancel where student and teacher are close.
+__device__ __forceinline__ bool is_close(const ClipSums& sums) {
+  return sums.k < kNearKl * (sums.p + sums.q + magnitude(sums.a));
+}
+
+// What packs with finite log-ratios and hard edges add to the sums, and their gradients: two exponentials an entry.
+// The probabilities are relative to the shifts (NormalizerShift), log-ratios in base 2.
+template <class Source>
+struct ClipFast {
+  using Real = typename Source::Real;
+  using Item = typename Source::Item;
+  using Raw = typename Source::Raw;
+
+  const ClipParameters<Real>& parameters;
+  const int label_pack;  // this block's pack with the label, which is left to the careful loop
+  PackRange<Item> u_range, w_range;
+  Real a = 0, p = 0, q = 0, p_rest = 0, q_rest = 0;
+
+  __device__ __forceinline__ ClipFast(const Source& source, const ClipParameters<Real>& all)
+      : parameters(all), label_pack(source.pack_of(all.label >= 0 ? all.label : all.kept) - source.begin) {
+    const Real far = Real(kFarLogit);
+    u_range.set(all.at.student_origin - far, Real(INFINITY));
+    w_range.set(all.at.teacher_origin - far / at_least(Real(1), all.teacher_ratio), Real(INFINITY));
+  }
+
+  __device__ __forceinline__ bool inside(Real w) const { return w >= parameters.low && w <= parameters.high; }
+
+  // Returns false for a pack that it does not take.
+  __device__ __forceinline__ bool add(int pack, const Raw& raw) {
+    if (pack == label_pack || !u_range.above(raw.student) || !w_range.above(raw.teacher)) return false;
+#pragma unroll
+    for (int j = 0; j < Source::kSize; ++j) {
+      const Real u = Source::student_of(raw, j), w = Source::teacher_of(raw, j);
+      const Real x = fused(u, parameters.student_scale, -parameters.student_shift.shift);
+      const Real y = fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift);
+      const Real e_u = exp2_fast(x), e_w = exp2_fast(y);
+      if (inside(w)) {
+        a = fused(e_w, y - x, a);
+        p += e_w;
+        q += e_u;
+      } else {
+        p_rest += e_w;
+        q_rest += e_u;
+      }
+    }
+    return true;
+  }
+  __device__ ClipInside whole() const {
+    const double u_unit = parameters.student_shift.unit, w_unit = parameters.teacher_shift.unit;
+    const double rest = double(parameters.student_shift.rest) - double(parameters.teacher_shift.rest);
+    const double mass = w_unit * double(p), own = u_unit * double(q);
+    const double ratio = kLn2 * w_unit * (double(a) + rest * double(p));
+    return {ratio + (own - mass), ratio, mass, own, own - mass, w_unit * double(p_rest), u_unit * double(q_rest)};
+  }
+
+  // The student's gradient in a whole pack without the label. An impossible token's is 0.
+  __device__ __forceinline__ typename Source::Out gradient(const Raw& raw) const {
+    const GradientFactors<Real>& factors = parameters.factors;
+    const Real u_unit = parameters.student_shift.unit;
+    const Real by_q = (factors.student * parameters.alpha + factors.label_q) * u_unit;
+    const Real by_p = -factors.student * parameters.gamma * parameters.teacher_shift.unit;
+    const Real outside_by_q = (factors.student * parameters.delta + factors.label_q) * u_unit;
+    typename Source::Out out{};
+#pragma unroll
+    for (int k = 0; k < Source::kSize / Source::kWord; ++k) {
+      Real word[Source::kWord];
+#pragma unroll
+      for (int j = 0; j < Source::kWord; ++j) {
+        const Real u = Source::student_of(raw, k * Source::kWord + j),
+                   w = Source::teacher_of(raw, k * Source::kWord + j);
+        const Real e_u = exp2_fast(fused(u, parameters.student_scale, -parameters.student_shift.shift));
+        const Real e_w = exp2_fast(fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift));
+        const bool in = inside(w);
+        word[j] = fused(e_u, in ? by_q : outside_by_q, in ? e_w * by_p : Real(0));
+      }
+      set_word(out, k, word_from<Item>(word));
+    }
+    return out;
+  }
+};
+
 // Gradients of an entry. The student's is without the label term's onehot.
 template <bool kSoft, class Real>
 __device__ __forceinline__ Real clip_student_gradient(const ClipParameters<Real>& parameters, const Outcome<Real>& o,
@@ -203,15 +284,24 @@ struct ClipLeader {
     parameters.at = frame.normalized();
     parameters.factors = GradientFactors<Real>(task, frame);
     parameters.label_shift = Real(frame.label_lse);
+    parameters.student_shift = {frame.student_scale, frame.student_origin, frame.student_lse};
+    parameters.teacher_shift = {frame.teacher_scale, frame.teacher_origin, frame.teacher_lse};
+    // ClipFast has formulas for hard edges and the student's gradient alone. Sums and gradients are computed alike, so
+    // that their rounding errors cancel where they should: in a part of one token the gradient is 0.
+    parameters.near = soft || parameters.teacher_gradient || parameters.label_scale != Real(0) ||
+                      !parameters.student_shift.usable || !parameters.teacher_shift.usable;
     parameters.low = Real(soft ? edges.lower : edges.lower_logit);
     parameters.high = Real(soft ? edges.upper : edges.upper_logit);
     parameters.sharp = soft ? Real(1 / edges.softness) : Real(0);
     shared_store(published, parameters);
   }
 
-  // To be called after pass 2: computes the value and the factors of the gradients.
-  __device__ __noinline__ void finish(Renormalize renormalize, bool lump, ClipParameters<Real>* published) {
+  // To be called after pass 2: computes the value and the factors of the gradients. near: the sums are exact also where
+  // student and teacher are close; else they may have to be computed again, and only `near` is published.
+  __device__ __noinline__ void finish(Renormalize renormalize, bool lump, bool near, ClipParameters<Real>* published) {
     ClipParameters<Real> parameters = shared_load(published);
+    parameters.near = near || is_close(sums);
+    if (parameters.near && !near) return shared_store(published, parameters);
     parameters.small = nan_or_zero == 0 && is_small(sums, renormalize, lump);
     numbers = clip_numbers(sums, renormalize, lump, nan_or_zero);
     parameters.factors.teacher = Real(parameters.factors.teacher * numbers.gain);
@@ -264,7 +354,7 @@ struct ClipTeacher;
 template <class T>
 struct ClipTeacher<PackedSource<T>> {
   using Rows = PackedSource<T, false>;
-  static constexpr int kBits = sizeof(T) == 4 ? 32 : std::is_same<T, BFloat16>::value ? 16 : 24;
+  static constexpr int kBits = sizeof(typename Rows::Item) == 4 ? 32 : std::is_same<T, BFloat16>::value ? 16 : 24;
   const Rows rows;
 
   __device__ explicit ClipTeacher(const PackedSource<T>& source) : rows(source.teacher_alone()) {}

@@ -50,8 +50,9 @@ class Products {
     const Tensor hidden = scratch();
     HiddenArguments<T> learners = hidden_arguments(operands_.x, operands_.w1, &hidden);
     learners.bias = static_cast<const T*>(operands_.b1.data_ptr());
-    if (call.kept) learners.kept = lines_of<T>(*call.kept);
-    learners.hidden.whole = aligned_lines<T>(sizes_.width, operands_.b1) && learners.kept.columns % Many::kPack == 0;
+    if (call.pre_activations) learners.pre_activations = lines_of<T>(*call.pre_activations);
+    learners.hidden.whole =
+        aligned_lines<T>(sizes_.width, operands_.b1) && learners.pre_activations.columns % Many::kPack == 0;
     SumArguments<T> sum = sum_arguments(hidden, operands_.w2, call.out);
     sum.bias = data_of<T>(call.bias);
     sum.bias_by_choice = call.bias && call.bias->dim() == 2;
@@ -74,8 +75,8 @@ class Products {
     HiddenArguments<T> learners = hidden_arguments(call.grad, operands_.w2, hidden ? &*hidden : nullptr);
     if (inner) learners.inner = lines_of<T>(*inner);
     if (!inner) learners.tiles = 0;
-    learners.pre = static_cast<const T*>(call.kept.data_ptr());
-    learners.hidden.whole = aligned_lines<T>(sizes_.width, call.kept);
+    learners.pre = static_cast<const T*>(call.pre_activations.data_ptr());
+    learners.hidden.whole = aligned_lines<T>(sizes_.width, call.pre_activations);
     if (hidden || inner) run_learners<Many, true>(learners);
     if (call.x) run_sum<Many, true>(sum_arguments(*inner, operands_.w1, *call.x));
     if (call.w1 || call.b1) {

@@ -34,9 +34,9 @@ struct HiddenArguments {
   int width, tiles;              // tiles of k; 0: the product is not requested
   Activation activation;
   Parts parts;
-  const T* bias;                 // forward only
-  const T* pre;                  // backward only
-  Lines<T> kept, hidden, inner;  // data null: not requested
+  const T* bias;                            // forward only
+  const T* pre;                             // backward only
+  Lines<T> pre_activations, hidden, inner;  // data null: not requested
 };
 
 template <class T, bool kBackward>
@@ -64,7 +64,8 @@ struct HiddenResult {
       hidden[j] = found.value;
       inner[j] = values[j] * found.slope;
     }
-    if (!kBackward && a.kept.data != nullptr) store_values<false>(a.kept.data + place, left, a.hidden.whole, pre);
+    if (!kBackward && a.pre_activations.data != nullptr)
+      store_values<false>(a.pre_activations.data + place, left, a.hidden.whole, pre);
     if (a.hidden.data != nullptr) store_values<false>(a.hidden.data + place, left, a.hidden.whole, hidden);
     if (kBackward && a.inner.data != nullptr) store_values<false>(a.inner.data + place, left, a.hidden.whole, inner);
   }
@@ -310,8 +311,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const int count = a.routes.count(learner), live = a.lines > 0 ? Tile::kRows : 0;
     const Share share(tiles_of(count, Tile::kDepth), int(number.rest), a.parts.count);
     // Kept in shared memory, since it is needed only at the end and would occupy a register until then.
-    int* const kept = reinterpret_cast<int*>(shared_memory() + Shape::kStages);
-    if (threadIdx.x == 0) shared_store(kept, int(number.rest));
+    int* const own_part = reinterpret_cast<int*>(shared_memory() + Shape::kStages);
+    if (threadIdx.x == 0) shared_store(own_part, int(number.rest));
     const auto lines_of = [&](const Lines<const T>& from, int at, auto gathered) {
       if constexpr (decltype(gathered)::value) {
         return Gathered{from, a.routes.order, count, at, share.begin * Tile::kDepth, {}};
@@ -348,7 +349,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
                            }
                          });
     __syncthreads();
-    const int part = shared_load(kept);
+    const int part = shared_load(own_part);
     const auto put = [&](int m, int c, const float (&values)[kPack]) {
       if (column + c >= a.out.columns) return;
       if (a.parts.sums != nullptr) {

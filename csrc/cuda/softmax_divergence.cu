@@ -76,15 +76,20 @@ struct Cuda {
 }  // namespace
 
 SourceKind source_kind(const RowArguments& a) {
-  const bool packed = !a.student_map && !a.teacher_map && a.teacher_count <= 1 && !a.teacher_weights &&
-                      moves_like(a.student, a.student) &&
-                      (a.teacher_count == 0 || moves_like(a.teachers[0], a.student)) &&
-                      (!a.student_gradient || moves_like(a.student_gradient, a.student)) &&
-                      (!a.teacher_gradient || moves_like(a.teacher_gradient, a.student));
-  if (!packed) return SourceKind::kAny;
-  return a.student.type == ScalarType::BFloat16 ? SourceKind::kPackedBFloat16
-         : a.student.type == ScalarType::Half   ? SourceKind::kPackedFloat16
-                                                : SourceKind::kPackedFloat32;
+  const DeviceRows& teacher = a.teachers[0];
+  const bool mixed = a.teacher_count > 0 && teacher.type != a.student.type;
+  const int pack = 16 / (mixed ? 4 : a.student.element_size);
+  const auto packed = [&](const DeviceRows& x, const DeviceRows& like) {
+    return !x || (x.type == like.type && moves_like(x, a.student, pack));
+  };
+  if (a.student_map || a.teacher_map || a.teacher_count > 1 || a.teacher_weights || !packed(a.student, a.student) ||
+      !packed(teacher, teacher) || !packed(a.student_gradient, a.student) || !packed(a.teacher_gradient, teacher)) {
+    return SourceKind::kAny;
+  }
+  return mixed                                    ? SourceKind::kPackedMixed
+         : a.student.type == ScalarType::BFloat16 ? SourceKind::kPackedBFloat16
+         : a.student.type == ScalarType::Half     ? SourceKind::kPackedFloat16
+                                                  : SourceKind::kPackedFloat32;
 }
 
 FASTKD_IMPL(m) { implement_loss<SoftmaxDivergence, Cuda>(m); }

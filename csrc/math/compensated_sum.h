@@ -7,15 +7,15 @@ namespace fastkd::FASTKD_ISA {
 
 // a b and a + b rounded to float, never contracted into one fused multiply-add.
 FASTKD_INLINE float product_of(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fmul_rn(a, b);
+#ifdef FASTKD_GPU_FUNCTIONS
+  return gpu::product(a, b);
 #else
   return a * b;
 #endif
 }
 FASTKD_INLINE float sum_of(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fadd_rn(a, b);
+#ifdef FASTKD_GPU_FUNCTIONS
+  return gpu::sum(a, b);
 #else
   return a + b;
 #endif

@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "platform.h"
+#include "gpu_functions.h"
 
 namespace fastkd::FASTKD_ISA {
 
@@ -59,8 +59,8 @@ FASTKD_INLINE Real select(bool condition, Real yes, Real no) {
 
 // 2^x for x <= 127; 0 for x = -inf. Below -126 the error is at most 2^-126.
 FASTKD_INLINE float exp2_of(float x) {
-#ifdef __CUDA_ARCH__
-  return exp2f(x);
+#ifdef FASTKD_GPU_FUNCTIONS
+  return gpu::exp2(x);
 #else
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   const float z = at_least(-127.0f, x);
@@ -80,10 +80,8 @@ FASTKD_INLINE double exp2_of(double x) { return ::exp2(x); }
 
 // The same, on a GPU in a single instruction, with an error of 2 units in the last place and 0 below 2^-126.
 FASTKD_INLINE float exp2_fast(float x) {
-#ifdef __CUDA_ARCH__
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
+#ifdef FASTKD_GPU_FUNCTIONS
+  return gpu::exp2_approx(x);
 #else
   return exp2_of(x);
 #endif
@@ -102,12 +100,12 @@ struct Log2 {
 };
 
 FASTKD_INLINE Log2<float> log2_parts(float x) {
-#ifdef __CUDA_ARCH__
-  const int32_t exponent = (__float_as_int(x) - 0x3f3504f3) >> 23;
-  return {float(exponent), log2f(__int_as_float(__float_as_int(x) - exponent * (1 << 23)))};
-#else
   const int32_t exponent = (bit_cast<int32_t>(x) - 0x3f3504f3) >> 23;  // x = m 2^exponent, m in [sqrt(1/2), sqrt(2))
-  const float t = bit_cast<float>(bit_cast<int32_t>(x) - exponent * (1 << 23)) - 1.0f;
+  const float m = bit_cast<float>(bit_cast<int32_t>(x) - exponent * (1 << 23));
+#ifdef FASTKD_GPU_FUNCTIONS
+  return {float(exponent), gpu::log2(m)};
+#else
+  const float t = m - 1.0f;
   float p = 1.2583706e-1f;
   p = p * t - 2.0726982e-1f;
   p = p * t + 2.1571562e-1f;

@@ -150,7 +150,7 @@ struct Origins {
 // student weights, the log-ratio. This saves computing the exponentials again. It serves only rows that are not near,
 // and sets only the fields of an outcome that those divergences use: p, q and their difference, or q and d.
 template <class Real, Pass kPass>
-struct Kept {
+struct Stored {
   const Real *student, *teacher;
   Real student_factor, teacher_factor;
   // Scale and shift of the log-ratio, each in two parts, since the log-ratio minus its mean may be tiny.
@@ -169,15 +169,15 @@ struct Kept {
 
 // The entries of a block with p and q as the first pass stored them, and what else there is from the logits.
 template <class Real, Pass kPass>
-struct KeptWithRatio {
-  Kept<Real, kPass> kept;
+struct StoredWithRatio {
+  Stored<Real, kPass> stored;
   FromLogits<Real, false> logits;
   FASTKD_INLINE Outcome<Real> outcome(int64_t i) const {
     Outcome<Real> o = logits.outcome(i);
-    const Outcome<Real> stored = kept.outcome(i);
-    o.p = stored.p;
-    o.q = stored.q;
-    o.difference = stored.difference;
+    const Outcome<Real> found = stored.outcome(i);
+    o.p = found.p;
+    o.q = found.q;
+    o.difference = found.difference;
     return o;
   }
 };

@@ -25,19 +25,15 @@ struct QuickScales {
 };
 
 FASTKD_INLINE float log2_fast(float x) {
-#ifdef __CUDA_ARCH__
-  float out;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
+#ifdef FASTKD_GPU_FUNCTIONS
+  return gpu::log2_approx(x);
 #else
   return log2_of(x);
 #endif
 }
 FASTKD_INLINE float reciprocal_fast(float x) {
-#ifdef __CUDA_ARCH__
-  float out;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
+#ifdef FASTKD_GPU_FUNCTIONS
+  return gpu::reciprocal_approx(x);
 #else
   return 1 / x;
 #endif

@@ -41,6 +41,12 @@ def choices(op: str, field: str) -> tuple[str, ...]:
 
 def check_tensor(function: str, name: str, value: Any) -> None:
     """Raise unless the value is a dense, strided tensor and no wrapper subclass."""
+    if (
+        type(value) is Tensor
+        and value.layout is torch.strided
+        and not (value.is_quantized or value.is_nested)
+    ):
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
     if type(value) not in _PLAIN and torch.utils._python_dispatch.is_traceable_wrapper_subclass(
@@ -164,8 +170,17 @@ class Arguments:
         self._absent = {"vocab_size": -1, **(absent or {})}
         self._free = frozenset(differentiable)
         self._reduces = "denominator" in kinds
+        self._each = {field: f"{field}s" for field in kinds if f"{field}s" in kinds}
+        converters = {
+            _CHOICE: self._choice,
+            _INTEGER: self._integer,
+            _NUMBER: self._number,
+            _FLAG: self._flag,
+            _TENSOR: self._tensor,
+            _OPTIONAL: self._tensor,
+        }
         self._plan = tuple(
-            (field, kind, _USUAL.get(kind), f"{field}s" if f"{field}s" in kinds else None)
+            (field, _USUAL.get(kind), converters.get(kind, self._tensors))
             for field, kind in self.kinds.items()
         )
 
@@ -174,9 +189,9 @@ class Arguments:
             for field, kind in kinds.items()
             if kind == _NUMBER and field.startswith("student_")
         )
-        self._one_a_row = [self.fields.index(each) for *_, each in self._plan if each]
+        self._one_a_row = [self.fields.index(each) for each in self._each.values()]
         #: The public argument of a field that has its tensor with one entry a row.
-        self.called = {each: field for field, *_, each in self._plan if each}
+        self.called = {each: field for field, each in self._each.items()}
 
     def pack(self, rows: Tensor, given: dict[str, Any]) -> list[Any]:
         """Check the arguments and return those of the raw op up to ``traced``.
@@ -192,46 +207,34 @@ class Arguments:
             both = (math.inf, math.inf) if value is None else self._both_limits(name, value)
             given[student], given[teacher] = both
         packed = []
-        for field, kind, usual, each in self._plan:
+        for field, usual, convert in self._plan:
             value = given.get(field)
-            if type(value) is usual:
-                pass
-            elif kind == _CHOICE:
-                value = self._choice(field, value)
-            elif kind == _INTEGER:
-                if type(value) is not int or not 0 <= value <= _MOST:
-                    value = self._integer(field, value)
-            elif kind in _TENSORS:
-                self._check_tensor(field, value)
-            elif kind == _NUMBER:
-                value = self._number(field, value, each, rows, given)
-            elif kind == _FLAG:
-                value = to_flag(self.function, field, value)
-            else:
-                for tensor in value or ():
-                    self._check_tensor(field, tensor)
-            packed.append(value)
+            packed.append(value if type(value) is usual else convert(field, value, rows, given))
         return packed
 
-    def _check_tensor(self, field: str, value: Any) -> None:
-        if (
-            type(value) is not Tensor
-            or value.layout is not torch.strided
-            or value.is_quantized
-            or value.is_nested
-        ):
-            check_tensor(self.function, field, value)
+    def _tensor(self, field: str, value: Any, rows: Tensor, given: dict[str, Any]) -> Any:
+        check_tensor(self.function, field, value)
         if field not in self._free and value.is_floating_point() and value.requires_grad:
             check_no_gradient(self.function, **{field: value})
+        return value
 
-    def _number(
-        self, field: str, value: Any, each: str | None, rows: Tensor, given: dict[str, Any]
-    ) -> Any:
+    def _tensors(self, field: str, value: Any, rows: Tensor, given: dict[str, Any]) -> Any:
+        for tensor in value or ():
+            self._tensor(field, tensor, rows, given)
+        return value
+
+    def _flag(self, field: str, value: Any, rows: Tensor, given: dict[str, Any]) -> bool:
+        return to_flag(self.function, field, value)
+
+    def _number(self, field: str, value: Any, rows: Tensor, given: dict[str, Any]) -> Any:
         name = field
         if value is None:
             value = self._absent.get(field)
             if isinstance(value, str):
                 name, value = value, given[value]
+        if type(value) is float:
+            return value
+        each = self._each.get(field)
         if each is not None and isinstance(value, Tensor):
             check_tensor(self.function, name, value)
             check_no_gradient(self.function, **{name: value})
@@ -244,7 +247,9 @@ class Arguments:
             return 1.0
         return to_number(self.function, name, value)
 
-    def _integer(self, field: str, value: Any) -> Any:
+    def _integer(self, field: str, value: Any, rows: Tensor, given: dict[str, Any]) -> Any:
+        if type(value) is int and 0 <= value <= _MOST:
+            return value
         if value is None and field in self._absent:
             return self._absent[field]
         value = to_integer(self.function, field, value)
@@ -256,7 +261,7 @@ class Arguments:
             raise ValueError(f"{self.function}: vocab_size must not be negative, got {value}")
         return value
 
-    def _choice(self, field: str, value: Any) -> int:
+    def _choice(self, field: str, value: Any, rows: Tensor, given: dict[str, Any]) -> int:
         try:
             return self.names[field][value]
         except (KeyError, TypeError):
@@ -298,7 +303,7 @@ class Arguments:
         normalizer, given["denominator"] = given.get("normalizer"), 1.0
         if normalizer is None:
             return
-        self._choice("reduction", given["reduction"])
+        self._choice("reduction", given["reduction"], rows, given)
         if given["reduction"] == "none":
             raise ValueError(
                 f"{self.function}: normalizer has no meaning with reduction='none', which divides "

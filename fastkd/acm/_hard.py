@@ -235,14 +235,14 @@ class _AcmRouted(torch.autograd.Function):
         operands = (x, w1, b1, w2)
         order, counts = _kernels.route(choices, w1.size(0))
         keep = any(ctx.needs_input_grad[:4])
-        out, kept = _kernels.forward(operands, bias, order, counts, activation, keep)
-        ctx.save_for_backward(*operands, bias, choices, order, counts, kept)
+        out, pre_activations = _kernels.forward(operands, bias, order, counts, activation, keep)
+        ctx.save_for_backward(*operands, bias, choices, order, counts, pre_activations)
         ctx.activation = activation
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *operands, bias, choices, order, counts, kept = ctx.saved_tensors
+        *operands, bias, choices, order, counts, pre_activations = ctx.saved_tensors
         needs, (grad,) = list(ctx.needs_input_grad[:4]), grads
         choices = choices.long().clamp(0, operands[1].size(0))
         if by_definition(grad):
@@ -261,7 +261,7 @@ class _AcmRouted(torch.autograd.Function):
             of_bias = _bias_gradient(grad, bias, choices)
         if not any(needs):
             return None, None, None, None, of_bias, None, None
-        routing = (order, counts, kept, ctx.activation)
+        routing = (order, counts, pre_activations, ctx.activation)
         found = _kernels.backward(grad, tuple(operands), *routing, needs)
         return *needed(found, needs), of_bias, None, None
 
@@ -300,14 +300,16 @@ class _Acm(torch.autograd.Function):
         ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, choices: Tensor, activation: str
     ) -> Tensor:
         operands = (x, w1, b1, w2)
-        out, kept = _products.forward(*operands, choices, None, activation, True, traced(x))
-        ctx.save_for_backward(*operands, choices, kept)
+        out, pre_activations = _products.forward(
+            *operands, choices, None, activation, True, traced(x)
+        )
+        ctx.save_for_backward(*operands, choices, pre_activations)
         ctx.activation = activation
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *operands, choices, kept = ctx.saved_tensors
+        *operands, choices, pre_activations = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         if by_definition(grads[0]):
 
@@ -316,7 +318,7 @@ class _Acm(torch.autograd.Function):
 
             return *gradients_by_definition(function, operands, needs, grads[0]), None, None
         found = _products.backward(
-            grads[0], *operands, choices, None, kept, ctx.activation, [*needs, False]
+            grads[0], *operands, choices, None, pre_activations, ctx.activation, [*needs, False]
         )
         return *needed(found, needs), None, None
 
@@ -336,19 +338,19 @@ class _AcmSoft(torch.autograd.Function):
         activation: str,
     ) -> Tensor:
         operands = (x, w1, b1, w2)
-        kept = None
+        pre_activations = None
         if choices is None:
             arguments = (*operands, None, scale, activation, True, traced(x))
-            out, kept = _products.forward(*arguments)
+            out, pre_activations = _products.forward(*arguments)
         else:
             out = _soft_value(operands, scale, choices, activation)
-        ctx.save_for_backward(*operands, scale, kept)
+        ctx.save_for_backward(*operands, scale, pre_activations)
         ctx.activation = activation
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *operands, scale, kept = ctx.saved_tensors
+        *operands, scale, pre_activations = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
         if by_definition(grads[0]):
 
@@ -359,5 +361,7 @@ class _AcmSoft(torch.autograd.Function):
 
             inputs = (*operands, scale)
             return *gradients_by_definition(function, inputs, needs, grads[0]), None, None
-        found = _products.backward(grads[0], *operands, None, scale, kept, ctx.activation, needs)
+        found = _products.backward(
+            grads[0], *operands, None, scale, pre_activations, ctx.activation, needs
+        )
         return *needed(found, needs), None, None

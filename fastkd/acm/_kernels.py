@@ -102,14 +102,14 @@ def backward(
     operands: tuple[Tensor, ...],
     order: Tensor,
     counts: Tensor,
-    kept: Tensor,
+    pre_activations: Tensor,
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of x, w1, b1 and w2; empty where not needed."""
     operands = tuple(value.contiguous() for value in operands)
     return torch.ops.fastkd._acm_rows_backward(
-        grad.contiguous(), *operands, order, counts, kept, _NUMBERS[activation], *needs
+        grad.contiguous(), *operands, order, counts, pre_activations, _NUMBERS[activation], *needs
     )
 
 
@@ -175,11 +175,11 @@ def _(
     w2: Tensor,
     order: Tensor,
     counts: Tensor,
-    kept: Tensor,
+    pre_activations: Tensor,
     activation: int,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
-    _check_device(x, grad, w1, b1, w2, order, counts, kept)
+    _check_device(x, grad, w1, b1, w2, order, counts, pre_activations)
     return tuple(
         value.new_empty(value.shape if need else 0)
         for value, need in zip((x, w1, b1, w2), needs, strict=True)

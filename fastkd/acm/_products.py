@@ -126,8 +126,8 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:
     *_, keep, _ = others
     rows = x.size(0)
-    kept = (rows * w1.size(0) if keep else 0, w1.size(2))
-    return x.new_empty((rows, w2.size(2))), x.new_empty(kept)
+    pre_activations = (rows * w1.size(0) if keep else 0, w1.size(2))
+    return x.new_empty((rows, w2.size(2))), x.new_empty(pre_activations)
 
 
 @_pass(_fake_forward)
@@ -151,11 +151,15 @@ def _acm(
     order, counts = _sorted(choices, rows, learners)
     chosen = counts[0]
     inputs = _gathered(x, order)[:chosen]
-    kept = x.new_empty((rows * learners if padded else sum(counts), width) if keep else (0, width))
+    pre_activations = x.new_empty(
+        (rows * learners if padded else sum(counts), width) if keep else (0, width)
+    )
     running = sum(count > 0 for count in counts)
     few = 0 < chosen <= _FEW_ROWS and counts[running - 1] == chosen and w2.is_contiguous()
     if few:
-        pre = kept[: running * chosen] if keep else x.new_empty((running * chosen, width))
+        pre = (
+            pre_activations[: running * chosen] if keep else x.new_empty((running * chosen, width))
+        )
         some = (w1[:running], b1[:running], w2[:running])
         total = _all_at_once(inputs, *some, scale, activation, pre.view(running, chosen, width))
         counts = []
@@ -166,7 +170,7 @@ def _acm(
     for n, count in enumerate(counts):
         if count == 0:
             break
-        pre = kept[start : start + count] if keep else hidden[:count]
+        pre = pre_activations[start : start + count] if keep else hidden[:count]
         torch.addmm(b1[n], inputs[:count], w1[n], out=pre)
         active = activate(pre, hidden[:count])
         if scale is not None:
@@ -176,7 +180,7 @@ def _acm(
     out = _scattered(total, order, rows, x.dtype)
     if choices is not None and choices.device.type != "cpu":
         out.masked_fill_(_out_of_range(choices, learners).unsqueeze(-1), torch.nan)
-    return out, kept
+    return out, pre_activations
 
 
 def _all_at_once(
@@ -283,7 +287,7 @@ def _acm_backward(
     w2: Tensor,
     choices: Tensor | None,
     scale: Tensor | None,
-    kept: Tensor | None,
+    pre_activations: Tensor | None,
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -295,14 +299,14 @@ def _acm_backward(
     gradients = _Gradients(w1, w2, activation, needs, w1.dtype, chosen)
     of_x = x.new_empty((chosen, x.size(1)) if needs[0] else (0, 0), dtype=wide(x.dtype))
     of_scale = x.new_empty(0) if scale is None or not needs[4] else torch.zeros_like(scale)
-    again = x.new_empty((chosen if kept is None else 0, w1.size(2)))
+    again = x.new_empty((chosen if pre_activations is None else 0, w1.size(2)))
     start = 0
     for n, count in enumerate(counts):
         if count == 0:
             gradients.clear(n)
             continue
-        if kept is not None:
-            pre = kept[start : start + count]
+        if pre_activations is not None:
+            pre = pre_activations[start : start + count]
         else:
             pre = torch.addmm(b1[n], inputs[:count], w1[n], out=again[:count])
         gradients.add(
@@ -368,7 +372,7 @@ def _acm_prefixes(
     block = _rows_of_block(x, w1, w2)
     distances = x.new_empty((learners + 1, rows), dtype=dtype)
     residuals = x.new_empty((learners + 1, block, w2.size(2)), dtype=dtype)
-    kept = x.new_empty((learners, block, width))
+    pre_activations = x.new_empty((learners, block, width))
     gradients = _Gradients(w1, w2, activation, [*needs[:4], False], dtype, block)
     of_x, of_target = (
         value.new_empty(value.shape if need else (0, 0), dtype=dtype)
@@ -379,7 +383,7 @@ def _acm_prefixes(
     for start in range(0, rows, block):
         stop = min(start + block, rows)
         inputs, residual = x[start:stop], residuals[:, : stop - start]
-        pres = kept[:, : stop - start]
+        pres = pre_activations[:, : stop - start]
         residual[0].copy_(target[start:stop]).neg_()
         for n in range(learners):
             torch.addmm(b1[n], inputs, w1[n], out=pres[n])

@@ -447,12 +447,12 @@ class ByteStream:
         shares = [(part.ahead, part.cover) for part in parts]
         shares += [(cover.log_prob, cover) for cover in whole]
         alive = sorted((-share, x.end, x.ids, x) for share, x in shares if share > -math.inf)
-        kept = alive[: self._max_covers]
-        if all(one[1] < len(text) for one in kept):
-            kept += [one for one in alive if one[1] == len(text)][:1]
-        if kept:
-            self._text, self._covers = text, [one[3] for one in kept]
-        return bool(kept)
+        survivors = alive[: self._max_covers]
+        if all(one[1] < len(text) for one in survivors):
+            survivors += [one for one in alive if one[1] == len(text)][:1]
+        if survivors:
+            self._text, self._covers = text, [one[3] for one in survivors]
+        return bool(survivors)
 
     def _parts(self, text: bytes, covers: list[_Cover]) -> list[_Part]:
         """The possible next tokens of each cover, given the text."""

@@ -80,6 +80,22 @@ def test_real_vocabularies_stay_on_chip(capability, dtype, vocab):
     assert found.moved <= 1.02 * 3 * tensor
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)]
+)
+@pytest.mark.parametrize("vocab", [QWEN, 50_257])
+def test_two_dtypes_move_in_packs(dtypes, vocab):
+    """Packs of four elements: 16 bytes of float32, 8 bytes of 16-bit logits."""
+    student = logits((4, vocab), dtypes[0]).requires_grad_()
+    teacher = logits((4, vocab), dtypes[1])
+    found, tensor = moved(student, teacher)
+    narrow = student if student.element_size() == 2 else teacher
+    sizes = 2 * tensor + teacher.numel() * teacher.element_size()
+    assert found.moved <= 1.02 * sizes
+    rows_of_8 = 2 * narrow.numel() * (2 if narrow is student else 1)
+    assert found.share_of_16 >= 0.99 * (1 - rows_of_8 / sizes)
+
+
 def test_rows_off_16_byte_lines_still_move_in_packs():
     """50,257 bfloat16 columns: each row begins elsewhere in a line."""
     student = logits((8, 50_257), torch.bfloat16).requires_grad_()

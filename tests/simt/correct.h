@@ -6,7 +6,8 @@
 #include "../../csrc/cuda/common/mma.cuh"
 
 struct SimtTraffic {
-  unsigned long long read, written, read_16, written_16, launches, largest_cluster, largest_shared_memory;
+  unsigned long long read, written, read_16, written_16, launches, largest_cluster, largest_shared_memory,
+      attributes_set, occupancy_queries;
 };
 extern "C" void simt_configure(int capability, unsigned seed);
 extern "C" void simt_reset();
@@ -222,7 +223,26 @@ __global__ void copy_in_stages(const uint4* x, uint4* y, unsigned stages) {
   simt::async_wait(0);
 }
 
+// 8 bytes beside 8 bytes that may be used meanwhile, and what a kernel finds that reports no accesses: the poison of
+// unwritten memory until it has waited.
+__global__ void look_early(const uint4* x, uint4* out) {
+  uint4* s = reinterpret_cast<uint4*>(simt::shared_memory()) + threadIdx.x;
+  store(s, uint4{1, 1, 1, 1});
+  simt::async_copy(s, x, true, 8);
+  simt::async_commit();
+  simt::async_wait(1);
+  store(&s->z, 6u);
+  out[0] = *s;
+  simt::async_wait(0);
+  out[1] = load(s);
+}
+
 void asynchronous_copies() {
+  const uint4 source{2, 3, 4, 5};
+  uint4 found[2];
+  run({1, 1}, look_early, &source, found);
+  expect(found[0].x == ~0u && found[0].y == ~0u && found[0].z == 6 && found[0].w == 1, "look_early");
+  expect(found[1].x == 2 && found[1].y == 3 && found[1].z == 6 && found[1].w == 1, "look_early");
   constexpr unsigned kStages = 7;
   std::vector<uint4> x(kStages * kThreads), y(x.size());
   for (unsigned i = 0; i < x.size(); ++i) x[i] = {i, i + 1, i + 2, i + 3};
@@ -352,7 +372,8 @@ void limits() {
   print("cluster 17", launch({17, 32, 0, 17}, nothing));
   print("grid 6 by cluster 4", launch({6, 32, 0, 4}, nothing));
   int major = 0, minor = 0, optin = 0, device = 1;
-  expect(cudaGetDevice(&device) == cudaSuccess && device == 0, "device");
+  expect(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaErrorInvalidValue, "device");
+  expect(cudaGetLastError() == cudaErrorInvalidValue && cudaGetDevice(&device) == cudaSuccess, "device");
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);

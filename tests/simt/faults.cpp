@@ -92,19 +92,23 @@ __global__ void mixed_operations() {
 }
 __global__ void overlapping_masks() { __syncwarp(threadIdx.x % 32 < 16 ? 0x1ffffu : 0xffff8000u); }
 
-enum class Copy { kUnwaited, kOtherGroup, kNoBarrier, kOverwrite, kLeft, kOffLine };
+enum class Copy { kUnwaited, kOtherGroup, kNoBarrier, kOverwrite, kStore, kTwice, kSource, kLeft, kOffLine, kOff8 };
 
 template <Copy kFault>
 __global__ void careless_copy() {
-  alignas(16) static const unsigned char source[32] = {};
+  alignas(16) static unsigned char source[32] = {};
   unsigned char* const mine = simt::shared_memory() + threadIdx.x * 16;
   if (kFault == Copy::kOverwrite) {
     store(mine, (unsigned char)(1));
     __syncthreads();
     load(simt::shared_memory() + (threadIdx.x + 37) % kThreads * 16);
   }
+  if (kFault == Copy::kOff8) simt::async_copy(mine, source + 4, true, 8);
   simt::async_copy(mine, source + (kFault == Copy::kOffLine ? 8 : 0), true);
   if (kFault != Copy::kUnwaited) simt::async_commit();
+  if (kFault == Copy::kStore) store(mine + 5, (unsigned char)(1));
+  if (kFault == Copy::kTwice) simt::async_copy(mine, source, true);
+  if (kFault == Copy::kSource) ++source[threadIdx.x % 16];
   if (kFault == Copy::kLeft) return;
   simt::async_wait(kFault == Copy::kOtherGroup ? 1 : 0);
   if (kFault != Copy::kNoBarrier) __syncthreads();
@@ -243,8 +247,12 @@ int main(int argc, char** argv) {
       {"copy_of_another_group", {copies, careless_copy<Copy::kOtherGroup>}},
       {"copy_without_barrier", {copies, careless_copy<Copy::kNoBarrier>}},
       {"copy_over_what_is_read", {copies, careless_copy<Copy::kOverwrite>}},
+      {"copy_stored_over", {copies, careless_copy<Copy::kStore>}},
+      {"copy_over_a_copy", {copies, careless_copy<Copy::kTwice>}},
+      {"copy_of_what_changes", {copies, careless_copy<Copy::kSource>}},
       {"copy_left_behind", {copies, careless_copy<Copy::kLeft>}},
       {"copy_off_a_line", {copies, careless_copy<Copy::kOffLine>}},
+      {"copy_off_8_bytes", {copies, careless_copy<Copy::kOff8>}},
       {"mixed_work", {{}, mixed_work}},
       {"work_of_a_part", {{1, 33}, work_of_a_part}},
   };

@@ -4,7 +4,8 @@
 extern "C" {
 
 struct SimtTraffic {
-  unsigned long long read, written, read_16, written_16, launches, largest_cluster, largest_shared_memory;
+  unsigned long long read, written, read_16, written_16, launches, largest_cluster, largest_shared_memory,
+      attributes_set, occupancy_queries;
 };
 
 // `capability`: 10 * major + minor. Seed 0 runs the threads in order, any other seed in a pseudo-random order of its
@@ -25,7 +26,8 @@ __attribute__((visibility("default"))) void simt_reset() {
   simt::settings().totals = {};
 }
 
-// Bytes of global memory moved since the reset, in all and in accesses of 16 bytes.
+// Since the reset: bytes of global memory moved, in all and in accesses of 16 bytes; launches, and what was asked for
+// them.
 __attribute__((visibility("default"))) void simt_traffic(SimtTraffic* out) {
   const simt::Totals totals = simt::totals();
   *out = {0,
@@ -34,7 +36,9 @@ __attribute__((visibility("default"))) void simt_traffic(SimtTraffic* out) {
           totals.traffic.written[4],
           totals.launches,
           totals.largest_cluster,
-          totals.largest_shared_memory};
+          totals.largest_shared_memory,
+          totals.attributes_set,
+          totals.occupancy_queries};
   for (int i = 0; i < 5; ++i) {
     out->read += totals.traffic.read[i];
     out->written += totals.traffic.written[i];

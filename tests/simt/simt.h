@@ -152,16 +152,6 @@ inline void record(Access& a, unsigned bytes, uint64_t now) {
   a.thread = current->id;
 }
 
-inline bool is_coming(const Block& block, size_t at) {
-  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
-  return std::any_of(block.threads, block.threads + threads, [&](const Thread& t) {
-    return std::any_of(t.copies.begin(), t.copies.end(), [&](const AsyncCopy& copy) {
-      const size_t begin = size_t(copy.to - block.shared.get());
-      return at >= begin && at < begin + sizeof(copy.bytes);
-    });
-  });
-}
-
 inline void shared_access(const void* p, size_t bytes, bool write) {
   Thread& me = *current;
   Machine& m = *me.block->machine;
@@ -181,17 +171,18 @@ inline void shared_access(const void* p, size_t bytes, bool write) {
     stop = std::min(begin + bytes, at / 4 * 4 + 4);
     const unsigned touched = ((1u << (stop - at)) - 1) << at % 4;
     Word& word = block->words[at / 4];
-    const unsigned written = word.write.time < m.start ? 0 : word.write.written;
-    if (!write && (touched & ~written)) {
-      fail("shared read at offset %zu, which %s", at,
-           is_coming(*block, at) ? "a copy not yet waited for is to write" : "was never written");
-    }
+    const bool old = word.write.time < m.start;
+    const unsigned written = old ? 0 : word.write.written;
+    if (!old && word.write.coming)
+      fail("shared %s at offset %zu, which a copy not yet waited for is to write", verb, at);
+    if (!write && (touched & ~written)) fail("shared read at offset %zu, which was never written", at);
     check_race(word.write, touched, write ? "writes" : "reads", "written", at);
     if (write) {
       check_race(word.read, touched, "writes", "read", at);
       check_race(word.other_read, touched, "writes", "read", at);
       record(word.write, touched, m.clock);
       word.write.written = written | touched;
+      word.write.coming = false;
     } else {
       if (word.read.thread != me.id) word.other_read = word.read;
       record(word.read, touched, m.clock);
@@ -209,20 +200,31 @@ inline void count(unsigned long long* by_width, size_t bytes, int width) {
 inline void count_read(size_t bytes, int width) { count(current->block->machine->traffic.read, bytes, width); }
 inline void count_write(size_t bytes, int width) { count(current->block->machine->traffic.written, bytes, width); }
 
-// An asynchronous copy of 16 bytes, or of zeros. The destination's contents become invalid at once, and the new
-// contents are there when the thread has waited for the copy's group. For the detection of races it is a write at both
-// times.
-inline void async_copy(void* to, const void* from, bool there) {
+// Marks the destination as what a copy is yet to write, or no longer.
+inline void mark_coming(const AsyncCopy& copy, bool coming) {
+  Block& block = *current->block;
+  Word* const words = &block.words[size_t(copy.to - block.shared.get()) / 4];
+  for (size_t i = 0; i < copy.size / 4; ++i) {
+    words[i].write.coming = coming;
+    if (coming) words[i].write.written = 0;
+  }
+}
+
+// An asynchronous copy of 16 bytes, or fewer, or of zeros. The destination's contents become invalid at once, and the
+// new contents are there when the thread has waited for the copy's group. Until then any access to the destination is a
+// fault, and so is a change of the source. For the detection of races it is a write at both times.
+inline void async_copy(void* to, const void* from, bool there, size_t bytes = 16) {
   Thread& me = *current;
-  if (uintptr_t(to) % 16 || (there && uintptr_t(from) % 16)) fail("an asynchronous copy off a 16-byte boundary");
-  AsyncCopy copy{static_cast<unsigned char*>(to), me.groups, {}};
-  shared_write(to, sizeof(copy.bytes));
-  Word* words = &me.block->words[size_t(copy.to - me.block->shared.get()) / 4];
-  for (int i = 0; i < 4; ++i) words[i].write.written = 0;
-  std::memset(to, 0xFF, sizeof(copy.bytes));
+  if (uintptr_t(to) % bytes || (there && uintptr_t(from) % bytes)) {
+    fail("an asynchronous copy off a %d-byte boundary", int(bytes));
+  }
+  AsyncCopy copy{static_cast<unsigned char*>(to), there ? from : nullptr, bytes, me.groups, {}};
+  shared_write(to, bytes);
+  mark_coming(copy, true);
+  std::memset(to, 0xFF, bytes);
   if (there) {
-    count_read(sizeof(copy.bytes), sizeof(copy.bytes));
-    std::memcpy(copy.bytes, from, sizeof(copy.bytes));
+    count_read(bytes, int(bytes));
+    std::memcpy(copy.bytes, from, bytes);
   }
   me.copies.push_back(copy);
 }
@@ -232,8 +234,12 @@ inline void async_wait(unsigned latest) {
   Thread& me = *current;
   auto copy = me.copies.begin();
   for (; copy != me.copies.end() && copy->group + latest < me.groups; ++copy) {
-    std::memcpy(copy->to, copy->bytes, sizeof(copy->bytes));
-    shared_write(copy->to, sizeof(copy->bytes));
+    if (copy->from && std::memcmp(copy->from, copy->bytes, copy->size) != 0) {
+      fail("the source of an asynchronous copy has changed before the copy was waited for");
+    }
+    mark_coming(*copy, false);
+    std::memcpy(copy->to, copy->bytes, copy->size);
+    shared_write(copy->to, copy->size);
   }
   me.copies.erase(me.copies.begin(), copy);
 }

@@ -25,6 +25,9 @@
 struct uint3 {
   unsigned x, y, z;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -50,9 +53,9 @@ struct Thread;
 struct Machine;
 
 // The last access of its kind to a 4-byte word. bytes: a mask of those accessed by it. written: a mask of those written
-// by any access since the block began.
+// by any access since the block began. coming: a copy not yet waited for is to write it.
 struct Access {
-  uint64_t time : 42, thread : 14, bytes : 4, written : 4;
+  uint64_t time : 41, thread : 14, bytes : 4, written : 4, coming : 1;
 };
 struct Word {
   Access write, read, other_read;  // other_read: the latest read by another thread than read.thread
@@ -67,9 +70,11 @@ struct FreeShared {
   void operator()(unsigned char* p) const { ::operator delete(p, std::align_val_t(1024)); }
 };
 
-// A copy of 16 bytes to shared memory that has not completed.
+// A copy of at most 16 bytes to shared memory that has not completed.
 struct AsyncCopy {
   unsigned char* to;
+  const void* from;  // null: zeros
+  size_t size;
   uint64_t group;
   unsigned char bytes[16];
 };
@@ -110,6 +115,7 @@ struct Traffic {
 struct Totals {
   Traffic traffic;
   unsigned long long launches = 0, largest_cluster = 0, largest_shared_memory = 0;
+  unsigned long long attributes_set = 0, occupancy_queries = 0;
 };
 
 struct FunctionLimits {
@@ -123,7 +129,7 @@ struct Settings {
   std::atomic<bool> refuse_clusters{false};
   std::mutex mutex;  // guards the members below
   Totals totals;
-  std::map<const void*, FunctionLimits> functions;
+  std::map<std::pair<int, const void*>, FunctionLimits> functions;  // by device and kernel
 };
 
 inline Settings& settings() {

@@ -59,9 +59,12 @@ inline size_t optin_shared_memory(int capability) {
   }
 }
 
+// Each configuration of the emulator has a number of its own: what is known of one device is not true of another.
+inline int device() { return 2 * settings().capability + settings().refuse_clusters; }
+
 inline FunctionLimits function_limits(const void* kernel) {
   std::lock_guard<std::mutex> lock(settings().mutex);
-  const auto found = settings().functions.find(kernel);
+  const auto found = settings().functions.find({device(), kernel});
   return found == settings().functions.end() ? FunctionLimits() : found->second;
 }
 
@@ -124,12 +127,12 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 inline cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, cudaSuccess); }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = simt::device();
   return cudaSuccess;
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return simt::note_error(cudaErrorInvalidValue);
+  if (device != simt::device()) return simt::note_error(cudaErrorInvalidValue);
   const int capability = simt::settings().capability;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
@@ -155,7 +158,8 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
     return simt::note_error(cudaErrorInvalidValue);
   }
   std::lock_guard<std::mutex> lock(simt::settings().mutex);
-  simt::FunctionLimits& limits = simt::settings().functions[reinterpret_cast<const void*>(kernel)];
+  ++simt::settings().totals.attributes_set;
+  simt::FunctionLimits& limits = simt::settings().functions[{simt::device(), reinterpret_cast<const void*>(kernel)}];
   if (is_size) {
     limits.dynamic_shared = size_t(value);
   } else {
@@ -171,6 +175,8 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Paramet
   const auto limits = simt::function_limits(reinterpret_cast<const void*>(kernel));
   const cudaError_t error = simt::check_launch(*config, limits, &shape);
   if (error != cudaSuccess) return simt::note_error(error);
+  std::lock_guard<std::mutex> lock(simt::settings().mutex);
+  ++simt::settings().totals.occupancy_queries;
   *clusters = shape.cluster > 1 && simt::settings().refuse_clusters ? 0 : 2;
   return cudaSuccess;
 }

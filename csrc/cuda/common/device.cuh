@@ -84,6 +84,12 @@ __device__ __forceinline__ void global_store16(void* to, const uint4& value) {
   *p = value;
 }
 
+__device__ __forceinline__ void global_store8(void* to, const uint2& value) {
+  uint2* p = static_cast<uint2*>(to);
+  FASTKD_TWIN(, simt::count_write(8, 8));
+  FASTKD_TWIN(__stcs(p, value), *p = value);
+}
+
 // Starts a copy of 16 bytes, or of zeros, from global to shared memory without going through registers. Copies are
 // committed in groups. A thread that has waited for a group sees its own copies; other threads see them after the next
 // barrier. Before sm_80 the copy is an ordinary load and store, complete at once.
@@ -95,6 +101,17 @@ __device__ __forceinline__ void async_copy16(void* to, const void* from, bool th
 #else
   const unsigned place = unsigned(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(there ? 16 : 0) : "memory");
+#endif
+}
+// The same with 8 bytes.
+__device__ __forceinline__ void async_copy8(void* to, const void* from) {
+#ifdef FASTKD_SIMT
+  simt::async_copy(to, from, true, 8);
+#elif __CUDA_ARCH__ < 800
+  *static_cast<uint2*>(to) = *static_cast<const uint2*>(from);
+#else
+  const unsigned place = unsigned(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(place), "l"(from) : "memory");
 #endif
 }
 __device__ __forceinline__ void async_commit() {

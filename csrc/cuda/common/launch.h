@@ -5,6 +5,7 @@
 
 #include "../../arguments/check.h"
 #include "device.cuh"
+#include "driver_answers.h"
 #include "launch_log.h"
 
 #ifndef FASTKD_SIMT
@@ -28,18 +29,20 @@ class Device {
         guard_(tensor.get_device_index()),
 #endif
         function_(function) {
-    int major = 0, minor = 0, device = 0;
-#ifndef FASTKD_SIMT
-    device = tensor.get_device_index();
+    int major = 0, minor = 0;
+#ifdef FASTKD_SIMT
+    check(cudaGetDevice(&device_), function, "a device query");
+#else
+    device_ = tensor.get_device_index();
     void* stream = nullptr;
-    if (aoti_torch_get_current_cuda_stream == nullptr || aoti_torch_get_current_cuda_stream(device, &stream) != 0) {
+    if (aoti_torch_get_current_cuda_stream == nullptr || aoti_torch_get_current_cuda_stream(device_, &stream) != 0) {
       fail("RuntimeError", function, "this PyTorch has no CUDA streams");
     }
     stream_ = static_cast<cudaStream_t>(stream);
 #endif
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), function, "a device query");
-    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), function, "a device query");
-    check(cudaDeviceGetAttribute(&shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), function,
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), function, "a device query");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_), function, "a device query");
+    check(cudaDeviceGetAttribute(&shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), function,
           "a device query");
     capability_ = 10 * major + minor;
     if (logs_launches()) shape_ = launch_shape(tensor);
@@ -47,20 +50,37 @@ class Device {
 
   int capability() const { return capability_; }
 
-  // How many such clusters this device, in its present configuration (partitioned, shared), runs at the same time.
+  // How many blocks this device, in its present configuration (partitioned, shared), runs at the same time; 0 if it
+  // cannot run such a cluster. The emulator runs two clusters or blocks, so that each has several rows.
   template <class... Parameters>
-  int clusters_at_a_time(void (*kernel)(Parameters...), int threads, int64_t shared_bytes, int cluster) const {
-    Launch launch(*this, kernel, cluster, threads, shared_bytes, cluster);
-    int clusters = 0;
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
-    if (error != cudaSuccess) (void)cudaGetLastError();  // otherwise the next launch would report it
-    return error == cudaSuccess ? clusters : 0;
+  int64_t blocks_at_a_time(void (*kernel)(Parameters...), int threads, int64_t shared_bytes, int cluster) const {
+    const DriverQuestion question{address(kernel), device_, stream_, 0, threads, shared_bytes, cluster};
+    const int64_t blocks = driver_answer(question, [&]() -> int64_t {
+      Launch launch(*this, kernel, cluster, threads, shared_bytes, cluster);
+      int count = 0;
+      if (cluster > 1) {
+        const cudaError_t error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
+        if (error == cudaSuccess) return int64_t(cluster) * count;
+        (void)cudaGetLastError();  // otherwise the next launch would report it
+        return -1;
+      }
+#ifdef FASTKD_SIMT
+      return 2;
+#else
+      int processors = 0;
+      check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_), function_, "a device query");
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, size_t(shared_bytes)), function_,
+            "a device query");
+      return int64_t(count > 0 ? count : 1) * processors;
+#endif
+    });
+    return blocks > 0 ? blocks : 0;
   }
 
   // Whether it can run such a cluster.
   template <class... Parameters>
   bool fits(void (*kernel)(Parameters...), int threads, int64_t shared_bytes, int cluster) const {
-    return cluster == 1 || clusters_at_a_time(kernel, threads, shared_bytes, cluster) > 0;
+    return cluster == 1 || blocks_at_a_time(kernel, threads, shared_bytes, cluster) > 0;
   }
 
   // Logs that the device cannot run such a cluster, and what runs instead.
@@ -83,6 +103,20 @@ class Device {
   }
 
  private:
+  template <class Kernel>
+  static const void* address(Kernel kernel) {
+    return reinterpret_cast<const void*>(kernel);
+  }
+
+  // An attribute has the same value in all launches of a kernel that need it.
+  template <class Kernel>
+  void set(Kernel kernel, cudaFuncAttribute attribute, int value, const char* what) const {
+    driver_answer({address(kernel), device_, stream_, int(attribute)}, [&] {
+      check(cudaFuncSetAttribute(kernel, attribute, value), function_, what);
+      return 0;
+    });
+  }
+
   struct Launch {
     cudaLaunchConfig_t config{};
     cudaLaunchAttribute attribute{};
@@ -102,12 +136,10 @@ class Device {
       }
       // Always the largest possible value: another thread may be about to launch this kernel with more shared memory.
       if (shared_bytes > 48 << 10) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_),
-              device.function_, "asking for shared memory");
+        device.set(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_, "asking for shared memory");
       }
       if (cluster > 8) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), device.function_,
-              "asking for a large cluster");
+        device.set(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1, "asking for a large cluster");
       }
     }
     Launch(const Launch&) = delete;
@@ -118,7 +150,7 @@ class Device {
 #endif
   const char* function_;
   cudaStream_t stream_ = nullptr;
-  int capability_ = 0, shared_ = 0;
+  int device_ = 0, capability_ = 0, shared_ = 0;
   std::string shape_;  // for the log; empty if nothing is logged
 };
 

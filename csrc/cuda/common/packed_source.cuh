@@ -8,25 +8,27 @@
 // into the same slot, and every pass reads the row from global memory again.
 #pragma once
 #include "row_arguments.cuh"
-#include "vec.cuh"
+#include "row_packs.cuh"
 
 namespace fastkd::cuda {
 
-// Student, one teacher (kPair) and gradients of one dtype, contiguous along the vocabulary and with equal offsets from
-// 16-byte boundaries. Without a teacher the student's logits are also returned as the teacher's.
+// Student, one teacher (kPair) and gradients, contiguous along the vocabulary and with rows that begin at the same
+// place of a pack; of one dtype T, or of two (T: Mixed). Without a teacher the student's logits are also returned as
+// the teacher's.
 template <class T, bool kPair = true>
 struct PackedSource {
   using Real = float;
-  static constexpr int kSize = Packed<T>::kSize;
+  using Packs = RowPacks<T>;
+  using Item = typename Packs::Item;
+  static constexpr int kSize = Packs::kSize;
   static constexpr bool kPacked = true;
-  using Item = T;
 
   const RowArguments& arguments;
   const int64_t row;
-  uint4 *const student, *const teacher;  // where pack 0 of the rows lies, which may begin before the row
-  const int lead;                        // how many elements before it
-  uint4* const student_slots;            // in shared memory
-  const int all_slots;                   // of a tensor; the teacher's follow the student's
+  const Packs student, teacher;
+  const int lead;              // how many elements of pack 0 lie before the row
+  uint4* const student_slots;  // in shared memory
+  const int all_slots;         // of a tensor; the teacher's follow the student's
   const bool resident;
   int begin, end;  // this block's packs
   // Those of them that lie in the row as a whole: all but at most the row's first and last.
@@ -37,27 +39,19 @@ struct PackedSource {
                           unsigned char* shared)
       : arguments(a),
         row(r),
-        student(packs_of(a.student, r)),
-        teacher(kPair ? packs_of(a.teachers[0], r) : nullptr),
-        lead(PackedRow<T>(a.student.at(r), a.vocab).lead),
+        student(a.student, r),
+        teacher(kPair ? Packs(a.teachers[0], r) : Packs()),
+        lead(Packs::lead(a.student, r)),
         student_slots(reinterpret_cast<uint4*>(shared)),
         all_slots(int(launch.slice_bytes / 16)),
         resident(launch.resident) {
-    const PackedRow<T> whole_row = packed(student);
+    const PackedRow<Item> whole_row(nullptr, a.vocab, lead);
     const int all = whole_row.packs(), share = (all + launch.cluster - 1) / launch.cluster;
     begin = int(rank) * share < all ? int(rank) * share : all;
     end = begin + share < all ? begin + share : all;
     first_whole = begin == 0 && !whole_row.whole(0) ? 1 : 0;
     whole_count = end - begin - first_whole;
     if (end == all && whole_count > 0 && !whole_row.whole(all - 1)) --whole_count;
-  }
-
-  // Where pack 0 of a tensor's row lies.
-  static __device__ __forceinline__ uint4* packs_of(const DeviceRows& rows, int64_t row) {
-    return rows ? reinterpret_cast<uint4*>(reinterpret_cast<uintptr_t>(rows.at(row)) & ~uintptr_t(15)) : nullptr;
-  }
-  __device__ __forceinline__ PackedRow<T> packed(uint4* packs) const {
-    return {reinterpret_cast<T*>(packs) + lead, arguments.vocab, lead};
   }
 
   __device__ __forceinline__ int packs() const { return end - begin; }
@@ -90,27 +84,25 @@ struct PackedSource {
   // Starts the copies of a pack, if it is a whole one.
   __device__ __forceinline__ void copy(int pack, int slot) const {
     if (!is_whole(pack)) return;
-    async_copy16(student_slots + slot, student + (begin + pack), true);
-    if constexpr (kPair) async_copy16(teacher_slot(slot), teacher + (begin + pack), true);
+    student.copy(student_slots + slot, begin + pack);
+    if constexpr (kPair) teacher.copy(teacher_slot(slot), begin + pack);
   }
   // Loads the packs that extend beyond the row, with -inf in the columns outside, if this thread will read them.
   __device__ __forceinline__ void load_edges(const Team& team) const {
-    const T outside = element<T>(float(-INFINITY));
 #pragma unroll 1
     for (int edge = 0; edge < kEdges; ++edge) {
       const int pack = edge == 0 ? 0 : packs() - 1;
       const bool cut = edge == 0 ? first_whole > 0 : first_whole + whole_count < packs();
       if (!cut || pack % team.threads != team.thread) continue;
-      shared_store(student_slots + slot_of(pack, 0), packed(student).load_cut(begin + pack, outside));
-      if constexpr (kPair)
-        shared_store(teacher_slot(slot_of(pack, 0)), packed(teacher).load_cut(begin + pack, outside));
+      student.load_cut(student_slots + slot_of(pack, 0), begin + pack, lead, arguments.vocab);
+      if constexpr (kPair) teacher.load_cut(teacher_slot(slot_of(pack, 0)), begin + pack, lead, arguments.vocab);
     }
   }
   __device__ __forceinline__ Raw read(int slot) const {
     if constexpr (kPair) {
-      return {shared_load(student_slots + slot), shared_load(teacher_slot(slot))};
+      return {student.read(student_slots + slot), teacher.read(teacher_slot(slot))};
     } else {
-      return {shared_load(student_slots + slot)};
+      return {student.read(student_slots + slot)};
     }
   }
 
@@ -153,16 +145,16 @@ struct PackedSource {
   // Replaces a column's logit by -inf in a row that stays, if the column is in this block.
   __device__ __forceinline__ void drop(int column) const {
     if (has(column))
-      shared_store(reinterpret_cast<T*>(student_slots) + (column + lead - begin * kSize), element<T>(float(-INFINITY)));
+      shared_store(reinterpret_cast<Item*>(student_slots) + (column + lead - begin * kSize),
+                   element<Item>(float(-INFINITY)));
   }
 
   // The two rows as sources of their own, which share the slots.
   __device__ __forceinline__ PackedSource<T, false> teacher_alone() const { return {*this, teacher, teacher_slot(0)}; }
-  __device__ PackedSource(const PackedSource<T, true>& both, uint4* one, uint4* its_slots)
+  __device__ PackedSource(const PackedSource<T, true>& both, const Packs& one, uint4* its_slots)
       : arguments(both.arguments),
         row(both.row),
         student(one),
-        teacher(nullptr),
         lead(both.lead),
         student_slots(its_slots),
         all_slots(both.all_slots),
@@ -173,64 +165,61 @@ struct PackedSource {
         whole_count(both.whole_count) {}
 
   // How many logits are in 4 bytes. next_word moves the next word's logits to the place of the first.
-  static constexpr int kWord = 4 / int(sizeof(T));
+  static constexpr int kWord = 4 / int(sizeof(Item));
   static __device__ __forceinline__ void rotate(uint4& pack) { pack = {pack.y, pack.z, pack.w, pack.x}; }
   static __device__ __forceinline__ void next_word(Raw& raw) {
     rotate(raw.student);
     if constexpr (kPair) rotate(raw.teacher);
   }
-  static __device__ __forceinline__ Real student_of(const Raw& raw, int j) { return item_of<T>(raw.student, j); }
+  static __device__ __forceinline__ Real student_of(const Raw& raw, int j) { return item_of<Item>(raw.student, j); }
   static __device__ __forceinline__ Real teacher_of(const Raw& raw, int j) {
     if constexpr (kPair) {
-      return item_of<T>(raw.teacher, j);
+      return item_of<Item>(raw.teacher, j);
     } else {
       return student_of(raw, j);
     }
   }
 
-  __device__ float student_logit(int column) const { return to_float(global_load(packed(student).data + column)); }
+  __device__ float student_logit(int column) const { return student.logit(column, lead); }
 
   // A pack of a gradient: filled word by word from the end, or all at once.
   using Out = uint4;
   static __device__ __forceinline__ void append(Out& out, const Real (&x)[kWord]) {
     rotate(out);
-    out.w = word_from<T>(x);
+    out.w = word_from<Item>(x);
   }
 
   // Where the gradients are written. Made when the gradients are: until then their addresses take no registers.
   struct Gradients {
     const PackedSource& source;
-    uint4 *const student, *const teacher;
+    const Packs student, teacher;
 
     __device__ __forceinline__ void store_student(int pack, const Out& out) const { store(student, pack, out); }
     __device__ __forceinline__ void store_teacher(int pack, const Out& out) const { store(teacher, pack, out); }
-    __device__ __forceinline__ void store_column(int column, Real x) const {
-      global_store(source.packed(student).data + column, element<T>(x));
-    }
+    __device__ __forceinline__ void store_column(int column, Real x) const { student.put(column, x, source.lead); }
     // For a pack that is_whole().
     __device__ __forceinline__ void store_whole_student(int pack, const Out& out) const {
-      global_store16(student + (source.begin + pack), out);
+      student.store(source.begin + pack, out);
     }
 
    private:
-    __device__ __forceinline__ void store(uint4* packs, int pack, const Out& out) const {
+    __device__ __forceinline__ void store(const Packs& packs, int pack, const Out& out) const {
       if (source.is_whole(pack)) {
-        global_store16(packs + (source.begin + pack), out);
+        packs.store(source.begin + pack, out);
       } else {
-        source.packed(packs).store_words(source.begin + pack, out);
+        packs.store_cut(source.begin + pack, out, source.lead, source.arguments.vocab);
       }
     }
   };
   __device__ __forceinline__ Gradients gradients() const {
-    return {*this, packs_of(arguments.student_gradient, row),
-            kPair ? packs_of(arguments.teacher_gradient, row) : nullptr};
+    return {*this, Packs(arguments.student_gradient, row), kPair ? Packs(arguments.teacher_gradient, row) : Packs()};
   }
 
   __device__ void write_zeros(const Team& team) const {
     const Gradients out = gradients();
     for (int i = team.thread; i < packs(); i += team.threads) {
-      if (out.teacher != nullptr) out.store_teacher(i, Out{});
-      if (out.student != nullptr) out.store_student(i, Out{});
+      if (out.teacher) out.store_teacher(i, Out{});
+      if (out.student) out.store_student(i, Out{});
     }
     zero_beyond_vocab(arguments, row, team);
   }

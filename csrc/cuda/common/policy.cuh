@@ -43,8 +43,8 @@ enum class LaunchReason : uint8_t {
 constexpr const char* text_of(LaunchReason reason) {
   switch (reason) {
     case LaunchReason::kElements:
-      return "the tensors cannot be moved in packs of 16 bytes (dtypes, strides, alignment, or several teachers): rows "
-             "are read element by element, again in each pass";
+      return "the tensors cannot be moved in packs of 16 bytes (strides, alignment, soft caps, or several teachers): "
+             "rows are read element by element, again in each pass";
     case LaunchReason::kWarp:
       return "a row has at most 4096 bytes: one warp per row, 4 rows per block";
     case LaunchReason::kWarpMemory:

@@ -105,22 +105,22 @@ inline DeviceRows device_rows(const Tensor& tensor, int64_t leading, const char*
   return out;
 }
 
-// Whether rows can be read and written in packs: unit stride, and each row's beginning has the same offset from a
-// 16-byte boundary as that of `like`.
-inline bool moves_like(const DeviceRows& x, const DeviceRows& like) {
-  if (x.type != like.type || x.column_stride != 1 || like.column_stride != 1) return false;
-  const auto line = [&](const DeviceRows& r) { return reinterpret_cast<uintptr_t>(r.data) % 16; };
-  if (line(x) != line(like)) return false;
-  const auto whole_lines = [](const DeviceRows& r) {
+// Whether rows can be read and written in packs of `pack` elements: unit stride, and each row begins at the same place
+// of a pack as that of `like`.
+inline bool moves_like(const DeviceRows& x, const DeviceRows& like, int pack) {
+  if (x.column_stride != 1 || like.column_stride != 1) return false;
+  const auto place = [&](const DeviceRows& r) { return reinterpret_cast<uintptr_t>(r.data) / r.element_size % pack; };
+  if (place(x) != place(like)) return false;
+  const auto whole_packs = [&](const DeviceRows& r) {
     for (int i = 0; i < r.dimensions; ++i) {
-      if (r.strides[i] * r.element_size % 16 != 0) return false;
+      if (r.strides[i] % pack != 0) return false;
     }
     return true;
   };
-  if (whole_lines(x) && whole_lines(like)) return true;
+  if (whole_packs(x) && whole_packs(like)) return true;
   if (x.dimensions != like.dimensions) return false;
   for (int i = 0; i < x.dimensions; ++i) {
-    if (x.sizes[i] != like.sizes[i] || (x.strides[i] - like.strides[i]) * x.element_size % 16 != 0) return false;
+    if (x.sizes[i] != like.sizes[i] || (x.strides[i] - like.strides[i]) % pack != 0) return false;
   }
   return true;
 }

@@ -40,9 +40,9 @@ __device__ __forceinline__ void for_packs(RowPass<kFirst, Source>& pass, const F
   }
 }
 
-enum class SourceKind { kPackedFloat32, kPackedBFloat16, kPackedFloat16, kAny };
+enum class SourceKind { kPackedFloat32, kPackedBFloat16, kPackedFloat16, kPackedMixed, kAny };
 
-// Packs need one dtype, contiguous columns, and rows with equal offsets from 16-byte boundaries.
+// Packs need contiguous columns, and rows that begin at the same place of a pack.
 SourceKind source_kind(const RowArguments& arguments);
 
 // Calls body with the Source type, and the size of its elements. kPair: there is a teacher.
@@ -59,6 +59,9 @@ void with_source(SourceKind kind, const Body& body) {
       return body(SourceType<PackedSource<BFloat16, kPair>>(), 2);
     case SourceKind::kPackedFloat16:
       return body(SourceType<PackedSource<Float16, kPair>>(), 2);
+    case SourceKind::kPackedMixed:
+      if constexpr (kPair) return body(SourceType<PackedSource<Mixed, kPair>>(), 4);
+      [[fallthrough]];  // without a teacher there is one dtype
     case SourceKind::kAny:
       return body(SourceType<AnySource>(), 4);
   }

@@ -136,6 +136,37 @@ class PackRange {
   unsigned least_ = repeated(NAN, true), most_ = repeated(NAN, true);
 };
 
+// Loads columns [begin, begin + kSize) of a row into the lowest bits, with `outside` for those beyond it: a pack at one
+// of the row's ends. A loop keeps the code small, and shifts avoid indexing a register array.
+template <int kSize, class T>
+__device__ __forceinline__ uint4 load_cut(const T* data, int columns, int begin, T outside) {
+  uint64_t low = 0, high = 0;
+#pragma unroll 1
+  for (int j = 0; j < kSize; ++j) {
+    const T value = begin + j >= 0 && begin + j < columns ? global_load(data + begin + j) : outside;
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    const int shift = j * 8 * int(sizeof(T));
+    low |= shift < 64 ? bits << (shift & 63) : 0;
+    high |= shift < 64 ? 0 : bits << (shift & 63);
+  }
+  return {unsigned(low), unsigned(low >> 32), unsigned(high), unsigned(high >> 32)};
+}
+
+// Stores those of the columns that are in the row.
+template <int kSize, class T>
+__device__ __forceinline__ void store_cut(T* data, int columns, int begin, const uint4& bits) {
+  const uint64_t low = bits.x | uint64_t(bits.y) << 32, high = bits.z | uint64_t(bits.w) << 32;
+#pragma unroll 1
+  for (int j = 0; j < kSize; ++j) {
+    const int shift = j * 8 * int(sizeof(T));
+    const uint64_t item = (shift < 64 ? low : high) >> (shift & 63);
+    T value;
+    memcpy(&value, &item, sizeof(T));
+    if (begin + j >= 0 && begin + j < columns) global_store(data + begin + j, value);
+  }
+}
+
 // One row, or the part of it that a block works on. Pack i covers columns [i kSize - lead, ...). Packs lie on 16-byte
 // boundaries wherever the row begins, so only the first and the last may extend beyond the row.
 template <class T>
@@ -168,43 +199,13 @@ struct PackedRow {
     if (whole(pack)) {
       global_store16(place(pack), words);
     } else {
-      store_cut(data, columns, column(pack), words);
+      store_cut<P::kSize>(data, columns, column(pack), words);
     }
   }
   __device__ __forceinline__ void store(int pack, const P& value) const { store_words(pack, bit_cast<uint4>(value)); }
 
-  // Loads a pack that extends beyond the row, at most two per row. A loop keeps the code small, and shifts avoid
-  // indexing a register array.
   __device__ __forceinline__ uint4 load_cut(int pack, T outside) const {
-    const int begin = column(pack);
-    uint64_t low = 0, high = 0;
-#pragma unroll 1
-    for (int j = 0; j < P::kSize; ++j) {
-      const T value = begin + j >= 0 && begin + j < columns ? global_load(data + begin + j) : outside;
-      const uint64_t bits = bits_of(value);
-      const int shift = j * 8 * int(sizeof(T));
-      low |= shift < 64 ? bits << (shift & 63) : 0;
-      high |= shift < 64 ? 0 : bits << (shift & 63);
-    }
-    return {unsigned(low), unsigned(low >> 32), unsigned(high), unsigned(high >> 32)};
-  }
-
- private:
-  static __device__ __forceinline__ void store_cut(T* data, int columns, int begin, const uint4& bits) {
-    const uint64_t low = bits.x | uint64_t(bits.y) << 32, high = bits.z | uint64_t(bits.w) << 32;
-#pragma unroll 1
-    for (int j = 0; j < P::kSize; ++j) {
-      const int shift = j * 8 * int(sizeof(T));
-      const uint64_t item = (shift < 64 ? low : high) >> (shift & 63);
-      T value;
-      memcpy(&value, &item, sizeof(T));
-      if (begin + j >= 0 && begin + j < columns) global_store(data + begin + j, value);
-    }
-  }
-  static __device__ __forceinline__ uint64_t bits_of(const T& value) {
-    uint64_t bits = 0;
-    memcpy(&bits, &value, sizeof(T));
-    return bits;
+    return cuda::load_cut<P::kSize>(data, columns, column(pack), outside);
   }
 };
 
