@@ -194,8 +194,12 @@ def test_places_without_a_passage():
 
 def test_errors_name_the_recipe_and_the_argument():
     x, shorter = torch.zeros(2, 3), torch.zeros(2, 2)
+    leaf = torch.zeros(2, 3, requires_grad=True)
     wrong = [
         (recipes.rank_net, (x, shorter), {}, "teacher_scores must have the shape"),
+        (recipes.rank_net, (x, leaf), {}, "teacher_scores takes no gradient"),
+        (recipes.lambda_rank, (x, leaf), {}, "relevance takes no gradient"),
+        (recipes.dear, (x, leaf), {}, "teacher_scores takes no gradient"),
         (recipes.rank_net, (x[0], x[0]), {}, r"student_scores must be \[B, n\]"),
         (recipes.list_net, (x, x), {"temperature": 0.0}, "temperature must be positive"),
         (recipes.lambda_rank, (x, x - 1), {}, "relevance must not be negative"),
