@@ -6,11 +6,13 @@ from fastkd._ops.library import VERSION as __version__
 from fastkd._ops.library import cpu_capability
 from fastkd.losses import (
     TokenStats,
+    TopKStats,
     clipped_divergence,
     kl_div,
     softmax_divergence,
     token_stats,
     topk_divergence,
+    topk_stats,
 )
 from fastkd.teachers import TeacherStore, TopK, teacher_topk
 from fastkd.tokenizers import (
@@ -33,6 +35,7 @@ __all__ = [
     "TeacherStore",
     "TokenStats",
     "TopK",
+    "TopKStats",
     "__version__",
     "acm",
     "align",
@@ -51,4 +54,5 @@ __all__ = [
     "teacher_topk",
     "token_stats",
     "topk_divergence",
+    "topk_stats",
 ]

@@ -8,12 +8,15 @@ from fastkd.losses._kl_div import kl_div
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import TokenStats, token_stats
 from fastkd.losses._topk_divergence import topk_divergence
+from fastkd.losses._topk_stats import TopKStats, topk_stats
 
 __all__ = [
     "TokenStats",
+    "TopKStats",
     "clipped_divergence",
     "kl_div",
     "softmax_divergence",
     "token_stats",
     "topk_divergence",
+    "topk_stats",
 ]

@@ -16,6 +16,7 @@ from fastkd.reference._rows import LARGEST_LOG_RATIO, divergence_rows
 from fastkd.reference._softmax_divergence import kl_div, softmax_divergence, softmax_divergence_op
 from fastkd.reference._token_stats import token_stats
 from fastkd.reference._topk_divergence import teacher_topk, topk_divergence, topk_divergence_op
+from fastkd.reference._topk_stats import topk_stats
 
 __all__ = [
     "LARGEST_LOG_RATIO",
@@ -35,4 +36,5 @@ __all__ = [
     "token_stats",
     "topk_divergence",
     "topk_divergence_op",
+    "topk_stats",
 ]
