@@ -84,7 +84,7 @@ def test_mixed_dtypes(backend, divergence):
     "dtypes", [("float32", "bfloat16"), ("float16", "float32"), ("bfloat16", "float16")]
 )
 def test_mixed_dtypes_wherever_rows_begin(backend, dtypes, vocab):
-    """With equal offsets rows move in packs on CUDA, with others element by element."""
+    """On CUDA rows with equal offsets move in packs."""
     labels, mask = torch.tensor([3, -100, 0, vocab - 1]), torch.tensor([True, True, False, True])
     options = {"labels": labels, "mask": mask, "temperature": 2.0}
 
@@ -93,12 +93,8 @@ def test_mixed_dtypes_wherever_rows_begin(backend, dtypes, vocab):
             (4, vocab), (vocab + padding, 1)
         )
 
-    for offsets, paddings in (
-        ((0, 0), (3, 3)),
-        ((1, 1), (0, 4)),
-        ((3, 7), (4, 8)),
-        ((1, 2), (0, 1)),
-    ):
+    places = [((0, 0), (3, 3)), ((1, 1), (0, 4)), ((3, 7), (4, 8)), ((1, 2), (0, 1))]
+    for offsets, paddings in places:
         student, teacher = map(view, dtypes, offsets, paddings)
         student[2], teacher[2], teacher[0, 5] = math.nan, math.nan, -math.inf
         assert_matches_float64(student, teacher, {**options, "divergence": "jsd"})
