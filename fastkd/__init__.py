@@ -5,10 +5,12 @@ from fastkd._ops.gradient import release_memory
 from fastkd._ops.library import VERSION as __version__
 from fastkd._ops.library import cpu_capability
 from fastkd.losses import (
+    TokenLogProbs,
     TokenStats,
     clipped_divergence,
     kl_div,
     softmax_divergence,
+    token_log_probs,
     token_stats,
     topk_divergence,
 )
@@ -31,6 +33,7 @@ __all__ = [
     "ByteVocab",
     "ChunkLogLikelihood",
     "TeacherStore",
+    "TokenLogProbs",
     "TokenStats",
     "TopK",
     "__version__",
@@ -49,6 +52,7 @@ __all__ = [
     "release_memory",
     "softmax_divergence",
     "teacher_topk",
+    "token_log_probs",
     "token_stats",
     "topk_divergence",
 ]
