@@ -302,9 +302,7 @@ def token(f: Fuzz) -> Problem:
         options["mask"] = f.rand(*f.leading) < 0.7
     if f.leading and f.often(0.2):
         options["shift"] = f.pick.choice((1, 2))
-    return Problem(
-        "token_log_probs", {"logits": f.logits()}, options=options, wanted=("logits",)
-    )
+    return Problem("token_log_probs", {"logits": f.logits()}, options=options, wanted=("logits",))
 
 
 def teacher_topk(f: Fuzz) -> Problem:

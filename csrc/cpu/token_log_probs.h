@@ -28,23 +28,8 @@ namespace fastkd::FASTKD_ISA {
 
 inline constexpr int64_t kTokenAhead = 4;  // blocks
 
-// Sums relative to an origin.
-struct TokenPartial {
-  double origin;
-  SideSums sums;
-
-  FASTKD_INLINE void merge(const TokenPartial& other, double scale) {
-    TokenPartial next = other;
-    const double to = at_least(origin, other.origin);
-    sums.raise(step_between(origin, to) * scale);
-    next.sums.raise(step_between(other.origin, to) * scale);
-    sums.add(next.sums);
-    origin = to;
-  }
-};
-
 template <bool kEntropy, class Real>
-TokenPartial token_slice(const TokenRow& row, const RowSlices& slices, int64_t slice, Real scale) {
+TokenSums token_slice(const TokenRow& row, const RowSlices& slices, int64_t slice, Real scale) {
   Origin<Real> origin;
   SideSums all{};
   slices.for_blocks(slice, [&](int64_t begin, int64_t count) {
@@ -63,15 +48,15 @@ template <class Real>
 TokenNumbers token_sums(const TokenRow& row, const SliceRunner& runner, char* partials) {
   const RowSlices slices{row.vocab, runner, partials};
   const Real scale = Real(kLog2E / row.temperature);
-  const TokenPartial found = slices.template reduce_slices<TokenPartial>(
+  const TokenSums found = slices.template reduce_slices<TokenSums>(
       [&](int64_t slice) {
         return row.entropy ? token_slice<true>(row, slices, slice, scale)
                            : token_slice<false>(row, slices, slice, scale);
       },
-      [&](TokenPartial& all, const TokenPartial& next) { all.merge(next, scale); });
+      [&](TokenSums& all, const TokenSums& next) { all.merge(next, scale); });
   Real token;
   const double logit = double(*load(row.logits, row.token, 1, &token));
-  return token_numbers(row.temperature, found.origin, found.sums, row.entropy, logit);
+  return token_numbers(row.temperature, found, row.entropy, logit);
 }
 
 // All parameters are passed by value: in a loop with stores the compiler must reload what it reads through references.

@@ -9,7 +9,7 @@
 #pragma once
 #include "../math/token_log_probs.h"
 #include "common/fast_sum.cuh"
-#include "token_stats_sums.cuh"
+#include "common/sources.cuh"
 
 namespace fastkd::cuda {
 
@@ -63,10 +63,9 @@ struct TokenSumWorker {
     const RowParameters parameters = shared_load(published);
     TokenNumbers found{};
     if (parameters.read) {
-      double origin;
-      const SideSums sums = pass(source, parameters.scale, origin);
+      const TokenSums sums = pass(source, parameters.scale);
       if (!team.leads() || team.rank != 0) return;
-      found = token_numbers(arguments.row_temperature(row), origin, sums, kEntropy, arguments.token_logit(row));
+      found = token_numbers(arguments.row_temperature(row), sums, kEntropy, arguments.token_logit(row));
     }
     if (!team.leads() || team.rank != 0) return;
     global_store(arguments.log_probs + row, float(found.log_prob));
@@ -78,35 +77,27 @@ struct TokenSumWorker {
   }
 
  private:
-  // The row's sums and their origin, valid in leading threads. NaN where the scale is.
-  __device__ SideSums pass(const Source& source, float scale, double& origin) const {
-    if constexpr (kEntropy) {
-      const StatsSums found = stats_pass<false>(source, team, scale);
-      origin = found.best.student.logit;
-      return found.sums.student;
-    } else {
-      FastSum<typename Source::Item> mine(scale, 0);
-      source.start(team);
-      RowPass<true, Source> pass(source, team, false);
-      const auto careful = [&](int, const typename Source::Raw& raw) {
-        float z[Source::kSize];
+  // The row's sums, valid in leading threads. NaN where the scale is.
+  __device__ TokenSums pass(const Source& source, float scale) const {
+    FastSum<typename Source::Item, kEntropy> mine(scale, 0);
+    source.start(team);
+    RowPass<true, Source> pass(source, team, false);
+    const auto careful = [&](int, const typename Source::Raw& raw) {
+      float z[Source::kSize];
 #pragma unroll
-        for (int j = 0; j < Source::kSize; ++j) z[j] = Source::student_of(raw, j);
-        mine.add(z);
-      };
-      if constexpr (Source::kPacked) {
-        for_packs(pass, [&](int, const typename Source::Raw& raw) { return mine.add_fast(raw.student); }, careful);
-      } else {
-        for_packs(pass, careful);
-      }
-      mine.raise(team.block_sum(mine.origin, [](float& a, float next) { a = at_least(a, next); }, /*everywhere=*/true));
-      const double sum = team.block_sum(double(mine.sum), [](double& a, double next) { a += next; });
-      const OriginSum<double> all =
-          team.cluster_sum(OriginSum<double>{double(mine.origin), sum},
-                           [&](OriginSum<double>& a, const OriginSum<double>& b) { a.merge(b, double(scale)); });
-      origin = all.origin;
-      return {all.sum, 0};
+      for (int j = 0; j < Source::kSize; ++j) z[j] = Source::student_of(raw, j);
+      mine.add(z);
+    };
+    if constexpr (Source::kPacked) {
+      for_packs(pass, [&](int, const typename Source::Raw& raw) { return mine.add_fast(raw.student); }, careful);
+    } else {
+      for_packs(pass, careful);
     }
+    mine.raise(team.block_sum(mine.origin, [](float& a, float next) { a = at_least(a, next); }, /*everywhere=*/true));
+    const SideSums sums =
+        team.block_sum(SideSums{mine.sum, mine.weighted}, [](SideSums& a, const SideSums& b) { a.add(b); });
+    return team.cluster_sum(TokenSums{double(mine.origin), sums},
+                            [&](TokenSums& a, const TokenSums& b) { a.merge(b, double(scale)); });
   }
 };
 

@@ -22,12 +22,27 @@ struct TokenFactors {
 
 namespace fastkd::FASTKD_ISA {
 
-// sums: relative to `origin`; `weighted` is 0 where the entropy is not wanted. logit: the token's.
-FASTKD_INLINE TokenNumbers token_numbers(double temperature, double origin, const SideSums& sums, bool entropy,
-                                         double logit) {
-  const double log_sum = ::log(sums.sum) + (origin - origin);  // NaN where no logit is finite, or one is +inf
-  const double below = logit - origin;
-  TokenNumbers out{{origin, log_sum}, log_share(below, below / temperature - log_sum), 0};
+// The sums of a part of a row, relative to its origin.
+struct TokenSums {
+  double origin;
+  SideSums sums;
+
+  FASTKD_INLINE void merge(const TokenSums& other, double scale) {
+    SideSums next = other.sums;
+    const double to = at_least(origin, other.origin);
+    sums.raise(step_between(origin, to) * scale);
+    next.raise(step_between(other.origin, to) * scale);
+    sums.add(next);
+    origin = to;
+  }
+};
+
+// all: of the whole row; `weighted` is 0 where the entropy is not wanted. logit: the token's.
+FASTKD_INLINE TokenNumbers token_numbers(double temperature, const TokenSums& all, bool entropy, double logit) {
+  const SideSums& sums = all.sums;
+  const double log_sum = ::log(sums.sum) + (all.origin - all.origin);  // NaN: no logit is finite, or one is +inf
+  const double below = logit - all.origin;
+  TokenNumbers out{{all.origin, log_sum}, log_share(below, below / temperature - log_sum), 0};
   if (entropy) out.entropy = at_least(0.0, log_sum - sums.weighted / sums.sum * kLn2) + (log_sum - log_sum);
   return out;
 }
