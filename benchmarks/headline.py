@@ -26,6 +26,7 @@ from benchmarks.compressed import (
 from benchmarks.harness import Case, CaseResult, make_step
 from benchmarks.measure import MIB, memory_of
 from benchmarks.shapes import GEMMA_3, Shape, correlated_logits
+from benchmarks.student_only import token_log_probs_case
 
 _ours = partial(softmax_divergence_case, peers=False)
 _with_torch = partial(softmax_divergence_case, packages=False)
@@ -49,6 +50,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "byte_log_probs": byte_log_probs_case,
     "byte_log_probs, forward": partial(byte_log_probs_case, gradient=False),
     "alm_loss": alm_loss_case,
+    "token_log_probs": token_log_probs_case,
+    "token_log_probs, forward": partial(token_log_probs_case, gradient=False),
+    "token_log_probs, entropy": partial(token_log_probs_case, entropy=True),
 }
 ALL = tuple(CASES)
 #: What a step may hold beyond its gradient: vectors over rows, allocator and page granularity.
@@ -146,6 +150,10 @@ def _goals(name: str, results: dict[str, CaseResult]) -> list[Goal]:
         return [Goal(f"{title}: over one read", 4, roof, "x"), faster("eager", 5)]
     if name == "alm_loss":
         return [Goal(f"{title}: over three reads and one write", 2, roof, "x")]
+    if name in ("token_log_probs", "token_log_probs, entropy"):
+        return [Goal(f"{title}: over two reads and one write", 1.7, roof, "x")]
+    if name == "token_log_probs, forward":
+        return [Goal(f"{title}: over one read", 1.5, roof, "x")]
     if name == "long row":
         large = results["float32"]
         share = result.case.shape.bytes / large.case.shape.bytes

@@ -162,6 +162,30 @@ def _kl_div(student: Tensor, teacher: Tensor) -> Tensor:
     return fastkd.kl_div(student, teacher.abs(), reduction="batchmean")
 
 
+def _tokens(entropy: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    def call(student: Tensor, _: Tensor) -> Tensor:
+        ids = torch.arange(student.size(0)) % student.size(-1)
+        found = fastkd.token_log_probs(student, ids, entropy=entropy)
+        return found[0].sum() + found[1].sum() if entropy else found.sum()
+
+    return call
+
+
+def _token_ops(entropy: bool) -> tuple[Op, Op]:
+    flag = f"ILb{int(entropy)}E"
+    serial = Serial(leader=500, merge=200, cluster_barriers=1)
+    forward = Part(f"token_log_probs_kernel{flag}", "rows", (FIRST,), serial)
+    backward = Part(
+        *(f"token_gradient_kernel{flag}", "gradient"),
+        *((Over(1, 1, again=False),), Serial(leader=300)),
+    )
+    name, call = "token_log_probs" + (" entropy" if entropy else ""), _tokens(entropy)
+    return (
+        Op(f"{name} forward", 1, 0, (forward,), call),
+        Op(f"{name} backward", 2, 1, (forward, backward), call, gradient=True),
+    )
+
+
 _CHUNK_SUM = Part("chunk_log_likelihood_kernel", "rows", (FIRST,), Serial(leader=500))
 _CHUNK_GRADIENT = Part(
     "chunk_gradient_kernel", "gradient", (Over(1, 1, again=False),), Serial(leader=300)
@@ -219,6 +243,8 @@ OPS = {
             gradient=True,
             mixed=True,
         ),
+        *_token_ops(entropy=False),
+        *_token_ops(entropy=True),
         Op("chunk_log_likelihood forward", 1, 0, (_CHUNK_SUM,), _chunks),
         Op(
             "chunk_log_likelihood backward",

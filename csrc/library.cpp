@@ -11,6 +11,7 @@
 #include "arguments/clipped_divergence_entry.h"
 #include "arguments/softmax_divergence_entry.h"
 #include "arguments/teacher_topk_entry.h"
+#include "arguments/token_log_probs_entry.h"
 #include "arguments/token_stats_entry.h"
 #include "arguments/topk_divergence_entry.h"
 
@@ -26,6 +27,7 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
   define_loss<ClippedDivergence>(m);
   define_differentiable<ChunkLogLikelihood, ChunkLogLikelihoodBackward>(m);
   define_differentiable<ByteLogProbs, ByteLogProbsBackward>(m);
+  define_differentiable<TokenLogProbs, TokenLogProbsBackward>(m);
   define_op<TeacherTopk>(m);
   define_op<TokenStats>(m);
   // The names that the integers of the ops above stand for: "op.field=name,name;op.field=..."

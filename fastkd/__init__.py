@@ -5,11 +5,13 @@ from fastkd._ops.gradient import release_memory
 from fastkd._ops.library import VERSION as __version__
 from fastkd._ops.library import cpu_capability
 from fastkd.losses import (
+    TokenLogProbs,
     TokenStats,
     TopKStats,
     clipped_divergence,
     kl_div,
     softmax_divergence,
+    token_log_probs,
     token_stats,
     topk_divergence,
     topk_stats,
@@ -33,6 +35,7 @@ __all__ = [
     "ByteVocab",
     "ChunkLogLikelihood",
     "TeacherStore",
+    "TokenLogProbs",
     "TokenStats",
     "TopK",
     "TopKStats",
@@ -52,6 +55,7 @@ __all__ = [
     "release_memory",
     "softmax_divergence",
     "teacher_topk",
+    "token_log_probs",
     "token_stats",
     "topk_divergence",
     "topk_stats",

@@ -288,6 +288,23 @@ def stats(f: Fuzz) -> Problem:
     return Problem("token_stats", logits, options=options)
 
 
+def token(f: Fuzz) -> Problem:
+    width = f.pick.randint(1, f.vocab) if f.often(0.2) else f.vocab
+    ids = f.randint(0, width, *f.leading)
+    options = {
+        "token_ids": torch.where(f.rand(*f.leading) < 0.2, -100, ids),
+        "temperature": f.temperature(),
+        "entropy": f.often(0.6),
+    }
+    if width < f.vocab:
+        options["vocab_size"] = width
+    if f.often(0.3):
+        options["mask"] = f.rand(*f.leading) < 0.7
+    if f.leading and f.often(0.2):
+        options["shift"] = f.pick.choice((1, 2))
+    return Problem("token_log_probs", {"logits": f.logits()}, options=options, wanted=("logits",))
+
+
 def teacher_topk(f: Fuzz) -> Problem:
     options = {"k": f.pick.randint(1, min(f.vocab, 100)), "temperature": f.temperature()}
     return Problem("teacher_topk", {"teacher_logits": f.logits()}, options=options)
@@ -357,5 +374,5 @@ def byte(f: Fuzz) -> Problem:
 
 BUILDERS = {
     function.__name__: function
-    for function in (softmax, topk, clipped, stats, teacher_topk, chunk, alm, byte)
+    for function in (softmax, topk, clipped, token, stats, teacher_topk, chunk, alm, byte)
 }

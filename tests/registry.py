@@ -78,6 +78,11 @@ def _alm(student: torch.Tensor, **given: Any) -> torch.Tensor:
     return fastkd.alm_loss(*sides, student.size(-2), **{"temperature": 2.0, **given})
 
 
+def _token_sum(student: torch.Tensor, **given: Any) -> torch.Tensor:
+    found = fastkd.token_log_probs(student, entropy=True, **given)
+    return found.log_probs.sum() + 0.5 * found.entropy.sum()
+
+
 LOSSES = [
     Entry(
         "softmax_divergence",
@@ -122,6 +127,23 @@ LOSSES = [
 ]
 OPS = [
     *LOSSES,
+    Entry(
+        "token_log_probs",
+        _token_sum,
+        lambda leading: {
+            "token_ids": torch.randint(0, VOCAB, leading),
+            "mask": torch.rand(leading) < 0.9,
+        },
+        {"temperature": (1.5, 2.5), "logit_softcap": (3.0, 5.0)},
+    ),
+    Entry(
+        "token_log_probs",
+        lambda student, **given: fastkd.token_log_probs(student, **given).sum(),
+        lambda leading: {
+            "token_ids": torch.randint(0, VOCAB, leading),
+            "temperature": torch.rand(leading) + 0.5,
+        },
+    ),
     Entry("chunk_log_likelihood", _chunk_sum, _chunks, {"temperature": (1.5, 2.5)}),
     Entry(
         "byte_log_probs",

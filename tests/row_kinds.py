@@ -146,6 +146,14 @@ def stats_problem(draw: Draw, both: bool = True) -> Problem:
     )
 
 
+def token_problem(draw: Draw, entropy: bool = True) -> Problem:
+    options = {"temperature": draw.temperature, "entropy": entropy}
+    columns = {"token_ids": draw.labels()}
+    return Problem(
+        "token_log_probs", {"logits": draw.logits()}, columns, options=options, wanted=("logits",)
+    )
+
+
 def teacher_topk_problem(draw: Draw) -> Problem:
     options = {"k": min(9, draw.vocab), "temperature": draw.temperature}
     return Problem("teacher_topk", {"teacher_logits": draw.logits()}, options=options)
@@ -243,6 +251,8 @@ def _kinds() -> dict[str, Callable[[Draw], Problem]]:
                 )
     kinds["token_stats"] = stats_problem
     kinds["token_stats-student"] = lambda draw: stats_problem(draw, both=False)
+    kinds["token_log_probs"] = lambda draw: token_problem(draw, entropy=False)
+    kinds["token_log_probs-entropy"] = token_problem
     kinds["teacher_topk"] = teacher_topk_problem
     kinds["chunk"] = lambda draw: chunk_problem(draw, boundary=False)
     kinds["chunk-boundary"] = chunk_problem

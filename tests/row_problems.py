@@ -19,6 +19,7 @@ import fastkd
 BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 OUTPUTS = {
     "token_stats": fastkd.token_stats.__globals__["TokenStats"]._fields,
+    "token_log_probs": ("log_probs", "entropy"),
     "teacher_topk": ("log_probs", "indices"),
     "chunk_log_likelihood": ("log_likelihood", "boundary_log_prob", "token_count"),
 }
@@ -180,7 +181,7 @@ def evaluate(
             continue
         generator = torch.Generator().manual_seed(7 + number)
         weights = torch.rand(x.shape, generator=generator, dtype=torch.float64) + 0.5
-        if problem.op in ("chunk_log_likelihood", "byte_log_probs"):
+        if problem.op in ("chunk_log_likelihood", "byte_log_probs", "token_log_probs"):
             weights = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         kept = x.isfinite() if keep is None else keep[name].isfinite()
         total = total + (torch.where(kept, x, 0) * weights.to(x.dtype)).sum()
@@ -202,7 +203,10 @@ def tolerance(problem: Problem, dtype: torch.dtype) -> tuple[float, float]:
     """rtol and atol of values whose logits have that dtype."""
     if dtype == torch.float64:
         return LOSS_ERROR[dtype], LOSS_ERROR[dtype]
-    if problem.op in ("chunk_log_likelihood", "byte_log_probs", "teacher_topk", "token_stats"):
+    if problem.op in (
+        *("chunk_log_likelihood", "byte_log_probs", "token_log_probs"),
+        *("teacher_topk", "token_stats"),
+    ):
         return 2e-6, 4e-6
     if problem.op == "alm_loss":
         return 2e-5, 1e-6

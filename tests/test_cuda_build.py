@@ -26,7 +26,8 @@ SOME, ALL = ["90"], ["75", "80", "86", "89", "90", "100", "120"]
 ROW_THREADS, BLOCKS, REGISTERS = 192, 2, 65536
 # Row kernels, each for four kinds of source: softmax_divergence's, and the others'; those that read
 # two tensors of logits, which may differ in dtype, also for a fifth.
-KERNELS, MIXED = len(DIVERGENCES) + 9, len(DIVERGENCES) + 2
+KERNELS, MIXED = len(DIVERGENCES) + 13, len(DIVERGENCES) + 2
+TOKENS = {"token_log_probs": 8, "token_gradient": 8}
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
@@ -90,12 +91,12 @@ def test_every_kernel_is_there(functions, architectures):
     assert compiled - {""} == set(architectures)
     for kernel in (
         *("topk_divergence", "teacher_topk", "token_stats", "clipped_divergence"),
-        *("chunk_log_likelihood", "chunk_gradient"),
+        *("chunk_log_likelihood", "chunk_gradient", "token_log_probs", "token_gradient"),
         *("byte_log_probs", "byte_log_probs_backward"),
     ):
         found = {name for name, *_ in functions if f"{kernel}_kernel" in name}
-        # token_stats: of a pair, and of one
-        expected = {"token_stats": 9, "clipped_divergence": 5}.get(kernel, 4)
+        # token_stats: of a pair, and of one; token_log_probs with the entropy, and without
+        expected = {"token_stats": 9, "clipped_divergence": 5, **TOKENS}.get(kernel, 4)
         assert len(found) == expected, kernel
     assert any("kl_div_kernel" in name for name, *_ in functions)
     # Gated routing's: three dtypes, for sm_75 and for what came later, empty where not meant.
@@ -150,7 +151,7 @@ def code(build):
 def test_row_loops_move_16_bytes_at_a_time(code):
     packed = {name: x for name, x in code.items() if "_kernelI" in name and "PackedSource" in name}
     assert len(packed) == KERNELS * 3 + MIXED
-    no_rows = "token_stats|teacher_topk|chunk_log_likelihood_kernel|byte_log_probs_kernel"
+    no_rows = "token_stats|teacher_topk|(chunk_log_likelihood|(byte|token)_log_probs)_kernel"
     for name, instructions in packed.items():
         assert any(x.load16 or x.copy16 for x in instructions), name
         assert re.search(no_rows, name) or any(x.store16 for x in instructions), name

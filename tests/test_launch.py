@@ -236,7 +236,10 @@ def test_a_refused_cluster_is_said_with_what_runs_instead(log):
     assert (rows["cluster"], rows["blocks"], rows["resident"]) == ("1", "2", "no")
     assert "the device cannot run the cluster" in rows["reason"]
 
-    for op in ("topk_divergence", "clipped_divergence", "token_stats", "teacher_topk"):
+    for op in (
+        *("topk_divergence", "clipped_divergence", "token_log_probs"),
+        *("token_stats", "teacher_topk"),
+    ):
         refused, rows, *_ = log[f"{op} refused"]
         assert (refused.re, refused["op"], refused["role"]) == (REFUSED, op, "rows")
         assert int(refused["cluster"]) > 1
@@ -258,6 +261,7 @@ def test_every_kernel_has_a_line(log):
         *(("clipped_divergence", role) for role in ("rows", "denominator", "sum of the losses")),
         ("clipped_divergence", "rows of small mass"),
         ("softmax_divergence", "losses"),
+        *(("token_log_probs", role) for role in ("rows", "gradient")),
         ("token_stats", "rows"),
         ("teacher_topk", "rows"),
         *(("chunk_log_likelihood", role) for role in ("rows", "texts", "boundary set", "gradient")),

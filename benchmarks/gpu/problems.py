@@ -144,6 +144,11 @@ def _clipped(options: dict[str, Any], module: Any, tensors: Sequence[Tensor]) ->
     return [found]
 
 
+def _tokens(entropy: bool, module: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    found = module.token_log_probs(*tensors, entropy=entropy)
+    return found if entropy else [found]
+
+
 def _stats(module: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     *logits, labels = tensors
     return module.token_stats(*logits, labels=labels)
@@ -246,6 +251,11 @@ def _problems() -> list[Problem]:
     found += [
         Problem("token_stats pair", "token_stats", pair_and_labels, _stats, mixes=True, **stats),
         Problem("token_stats one", "token_stats", one_and_labels, _stats, reads=1, **stats),
+    ]
+    # The logits are read again for the gradient.
+    found += [
+        Problem(name, "token_log_probs", one_and_labels, partial(_tokens, entropy), 1)
+        for name, entropy in (("token_log_probs", False), ("token_log_probs entropy", True))
     ]
     found += [
         Problem(

@@ -40,7 +40,7 @@ struct ByteProblem : RowProblem {
   const Tensor *prefix_tensor = nullptr, *valid_tensor = nullptr;
 
   ByteProblem(const ByteLogProbsArguments& own, bool check_values)
-      : RowProblem(kByteLogProbs, own.logits, plain_options(1), check_values, "logits"), whole(own.whole) {
+      : RowProblem(kByteLogProbs, own.logits, plain_options(1), check_values, {"logits"}), whole(own.whole) {
     const Tensor &logits = own.logits, &order_tensor = own.order, &column_tensor = own.columns;
     const Tensor& segment_tensor = own.segments;
     const std::optional<Tensor>&prefix_of_row = own.prefix, &valid_ids = own.valid;

@@ -34,7 +34,7 @@ struct ChunkProblem : RowProblem {
   const bool* boundary = nullptr;  // one per column
 
   ChunkProblem(const ChunkLogLikelihoodArguments& own, bool check_values)
-      : RowProblem(kChunkLogLikelihood, own.logits, plain_options(own.temperature), check_values, "logits"),
+      : RowProblem(kChunkLogLikelihood, own.logits, plain_options(own.temperature), check_values, {"logits"}),
         chunks(own.num_chunks),
         ids_tensor(&own.token_ids),
         chunk_ids_tensor(&own.chunk_ids) {

@@ -54,10 +54,17 @@ inline RowOptions plain_options(double temperature, const std::optional<Tensor>&
   return options;
 }
 
+// What the function calls its logits and its labels.
+struct RowNames {
+  const char* logits = "student_logits";
+  const char* labels = "labels";
+};
+
 // Those arguments, checked, as rows. Values (of temperatures, labels) are checked only where they can be read without
 // waiting for a device.
 struct RowProblem {
   const char* function;
+  RowNames names;
   RowOptions options;
   const Tensor& student_tensor;
   bool values_checked;
@@ -75,10 +82,9 @@ struct RowProblem {
   const Tensor* teacher_temperatures_tensor = nullptr;
   Rows teacher_temperatures;
 
-  // input: the name that the function gives its logits argument.
-  RowProblem(const char* name, const Tensor& s, const RowOptions& o, bool check_values,
-             const char* input = "student_logits")
-      : function(name), options(o), student_tensor(s), values_checked(check_values) {
+  RowProblem(const char* name, const Tensor& s, const RowOptions& o, bool check_values, const RowNames& called = {})
+      : function(name), names(called), options(o), student_tensor(s), values_checked(check_values) {
+    const char* const input = names.logits;
     FASTKD_CHECK_VALUE(s.dim() >= 1, function, input, " must have at least one dimension, got a scalar");
     check_logits(s, input);
     leading = s.dim() - 1;
@@ -96,7 +102,7 @@ struct RowProblem {
     weight = per_row(o.weight, "weight", is_float, "floating-point");
     mask = per_row(o.mask, "mask", [](ScalarType x) { return x == ScalarType::Bool; }, "bool");
     labels = per_row(
-        o.labels, "labels", [](ScalarType x) { return x == ScalarType::Long || x == ScalarType::Int; },
+        o.labels, names.labels, [](ScalarType x) { return x == ScalarType::Long || x == ScalarType::Int; },
         "int64 or int32");
     check_positive(o.temperature, temperatures, "temperature");
     FASTKD_CHECK_VALUE(std::isfinite(o.label_weight), function, "label_weight must be finite, got ", o.label_weight);
@@ -110,7 +116,7 @@ struct RowProblem {
   void check_device(const Tensor& x, const char* argument) const {
     FASTKD_CHECK_VALUE(
         x.is_cpu() == student_tensor.is_cpu() && x.get_device_index() == student_tensor.get_device_index(), function,
-        argument, " must be on the device of student_logits");
+        argument, " must be on the device of ", names.logits);
   }
 
   // Checks a tensor that a forward call stored for its backward, or the gradient of one of its results.
@@ -200,9 +206,9 @@ struct RowProblem {
       const int64_t place = row + options.shift;
       if (!in_sequence(row) || (mask && mask.number(place) == 0)) continue;
       const int64_t label = labels.integer(place);
-      FASTKD_CHECK_INDEX(label == options.ignore_index || (label >= 0 && label < vocab), function,
-                         "labels must lie in [0, ", vocab, ") or be ignore_index ", options.ignore_index, ", got ",
-                         label, " in row ", row);
+      FASTKD_CHECK_INDEX(label == options.ignore_index || (label >= 0 && label < vocab), function, names.labels,
+                         " must lie in [0, ", vocab, ") or be ignore_index ", options.ignore_index, ", got ", label,
+                         " in row ", row);
     }
   }
 
@@ -218,9 +224,8 @@ struct RowProblem {
   void check_shift() {
     FASTKD_CHECK_VALUE(options.shift >= 0, function, "shift must not be negative, got ", options.shift);
     if (options.shift == 0) return;
-    FASTKD_CHECK_VALUE(leading >= 1, function,
-                       "shift needs student_logits with a sequence dimension before the vocabulary, got shape ",
-                       shape_of(student_tensor));
+    FASTKD_CHECK_VALUE(leading >= 1, function, "shift needs ", names.logits,
+                       " with a sequence dimension before the vocabulary, got shape ", shape_of(student_tensor));
     sequence = student_tensor.size(leading - 1);
     if (options.shift > sequence) options.shift = sequence;
   }

@@ -30,7 +30,7 @@ struct TeacherTopk {
   template <class Backend>
   std::tuple<Tensor, Tensor> run() const {
     const RowProblem problem(kName, teacher_logits, plain_options(temperature, temperatures, std::nullopt, vocab_size),
-                             Backend::kValuesChecked, "teacher_logits");
+                             Backend::kValuesChecked, {"teacher_logits"});
     FASTKD_CHECK_VALUE(k >= 1 && k <= problem.vocab, kName, "k must lie in [1, ", problem.vocab,
                        "], the size of the vocabulary; got ", k);
     FASTKD_CHECK_VALUE(problem.vocab <= INT32_MAX, kName,

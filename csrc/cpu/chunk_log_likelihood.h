@@ -5,6 +5,7 @@
 #pragma once
 #include "../math/logit_sum.h"
 #include "common/row_slices.h"
+#include "common/softmax_sums.h"
 
 namespace fastkd {
 
@@ -55,14 +56,6 @@ struct ChunkPartial {
     origin = to;
   }
 };
-
-template <class Real>
-FASTKD_INLINE void chunk_block(const Real* u, int64_t count, Real zero, Real scale, ChunkPartial& out) {
-  Real all = 0;
-  FASTKD_SIMD_REDUCE(+ : all)
-  for (int64_t i = 0; i < count; ++i) all += exp2_of((u[i] - zero) * scale);
-  out.all += all;
-}
 
 template <class Real>
 FASTKD_INLINE void chunk_block(const Real* u, const bool* in, int64_t count, Real zero, Real scale, ChunkPartial& out) {
@@ -119,7 +112,7 @@ ChunkRowSums chunk_sums(const ChunkRow& row, const SliceRunner& runner, char* pa
           if (row.boundary) {
             chunk_block(u, row.boundary + begin, count, origin.zero(), scale, all);
           } else {
-            chunk_block(u, count, origin.zero(), scale, all);
+            all.all += softmax_block<false>(u, count, origin.zero(), scale).sum;
           }
         });
         all.origin = double(origin.logit);

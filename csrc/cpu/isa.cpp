@@ -22,6 +22,10 @@ constexpr Kernels make_kernels() {
   out.teacher_topk_double = {scan_slice<double>, collect_block<double>};
   out.token_stats_float = token_stats_row<float>;
   out.token_stats_double = token_stats_row<double>;
+  out.token_sum_float = token_sums<float>;
+  out.token_sum_double = token_sums<double>;
+  out.token_gradient_float = token_gradient<float>;
+  out.token_gradient_double = token_gradient<double>;
   out.clipped_float = clipped_row<float>;
   out.clipped_double = clipped_row<double>;
   out.byte_sum_float = byte_sums<float>;

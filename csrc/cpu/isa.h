@@ -8,6 +8,7 @@
 #include "scale_rows.h"
 #include "softmax_divergence.h"
 #include "teacher_topk.h"
+#include "token_log_probs.h"
 #include "token_stats.h"
 #include "topk_divergence.h"
 
@@ -19,6 +20,8 @@ struct Kernels {
   KlDivKernel kl_div_float, kl_div_double;
   TopkKernel topk_float, topk_double;
   ClippedKernel clipped_float, clipped_double;
+  TokenSumKernel token_sum_float, token_sum_double;
+  TokenGradientKernel token_gradient_float, token_gradient_double;
   TokenStatsKernel token_stats_float, token_stats_double;
   TeacherTopkKernel<float> teacher_topk_float;
   TeacherTopkKernel<double> teacher_topk_double;

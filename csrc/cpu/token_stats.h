@@ -8,6 +8,7 @@
 #include "../math/normalized.h"
 #include "../math/token_stats.h"
 #include "common/row_slices.h"
+#include "common/softmax_sums.h"
 
 namespace fastkd {
 
@@ -83,7 +84,7 @@ struct StatsPasses : RowSlices {
             seek(u, u_top, begin, count, best.student);
             if (!row.teacher) {
               if (u_step != 0) sums.student.raise(u_step);
-              sums.student.add(side_block(u, count, u_origin.zero()));
+              sums.student.add(softmax_block<true>(u, count, u_origin.zero(), scale));
               return;
             }
             const Real* w = load(row.teacher, begin, count, w_buffer);
@@ -103,18 +104,6 @@ struct StatsPasses : RowSlices {
     const bool first = origin.logit == Real(-INFINITY);
     const double step = origin.raise_to(top, scale);
     return first ? 0 : step * scale;
-  }
-
-  SideSums side_block(const Real* u, int64_t count, Real origin) const {
-    const Real us = scale;
-    Real sum = 0, weighted = 0;
-    FASTKD_SIMD_REDUCE(+ : sum, weighted)
-    for (int64_t i = 0; i < count; ++i) {
-      const Real x = (u[i] - origin) * us, e = exp2_of(x);
-      sum += e;
-      weighted += x > Real(-kDead) ? e * x : Real(0);
-    }
-    return {double(sum), double(weighted)};
   }
 
   PairSums pair_block(const Real* u, const Real* w, int64_t begin, int64_t count, const Origin<Real>& u_origin,

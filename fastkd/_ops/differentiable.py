@@ -1,6 +1,6 @@
 """Ops over logits with a backward pass of their own, which reads the logits again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Differentiable(Op):
         reference: the definition; takes the fields by name and returns the results.
         constant: the results without a gradient.
         fake: the results for fake tensors, from the fields by name.
+        absent: see :class:`fastkd._ops.arguments.Arguments`.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class Differentiable(Op):
         *,
         fake: Callable[..., tuple[Tensor, ...]],
         constant: Sequence[int] = (),
+        absent: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(name, (logits,), reference)
+        super().__init__(name, (logits,), reference, absent)
         self.constant, self.fake = tuple(constant), fake
         self.register("fastkd")
 

@@ -6,16 +6,19 @@ Each module has the public function with its documentation, and the declaration 
 from fastkd.losses._clipped_divergence import clipped_divergence
 from fastkd.losses._kl_div import kl_div
 from fastkd.losses._softmax_divergence import softmax_divergence
+from fastkd.losses._token_log_probs import TokenLogProbs, token_log_probs
 from fastkd.losses._token_stats import TokenStats, token_stats
 from fastkd.losses._topk_divergence import topk_divergence
 from fastkd.losses._topk_stats import TopKStats, topk_stats
 
 __all__ = [
+    "TokenLogProbs",
     "TokenStats",
     "TopKStats",
     "clipped_divergence",
     "kl_div",
     "softmax_divergence",
+    "token_log_probs",
     "token_stats",
     "topk_divergence",
     "topk_stats",

@@ -14,6 +14,7 @@ from fastkd.reference._chunk_log_likelihood import (
 from fastkd.reference._clipped_divergence import clipped_divergence, clipped_divergence_op
 from fastkd.reference._rows import LARGEST_LOG_RATIO, divergence_rows
 from fastkd.reference._softmax_divergence import kl_div, softmax_divergence, softmax_divergence_op
+from fastkd.reference._token_log_probs import token_log_probs, token_log_probs_op
 from fastkd.reference._token_stats import token_stats
 from fastkd.reference._topk_divergence import teacher_topk, topk_divergence, topk_divergence_op
 from fastkd.reference._topk_stats import topk_stats
@@ -33,6 +34,8 @@ __all__ = [
     "softmax_divergence",
     "softmax_divergence_op",
     "teacher_topk",
+    "token_log_probs",
+    "token_log_probs_op",
     "token_stats",
     "topk_divergence",
     "topk_divergence_op",

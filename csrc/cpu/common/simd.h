@@ -61,9 +61,10 @@ FASTKD_INLINE void prefetch(const Row& row, int64_t begin, int64_t count) {
   for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(first + i, 0, 3);
 }
 
-// Prefetches the block after the one that begins at `begin`, as far as column `end`.
-FASTKD_INLINE void prefetch_next(const Row& row, int64_t begin, int64_t end) {
-  const int64_t ahead = begin + kBlock;
+// Prefetches the block that comes `blocks` after the one that begins at `begin`, as far as column `end`. Passes with
+// little arithmetic need more than one block ahead.
+FASTKD_INLINE void prefetch_next(const Row& row, int64_t begin, int64_t end, int64_t blocks = 1) {
+  const int64_t ahead = begin + blocks * kBlock;
   if (ahead < end) prefetch(row, ahead, end - ahead < kBlock ? end - ahead : kBlock);
 }
 

@@ -1,5 +1,6 @@
 // The sum of 2^((z - origin) scale) over a row's packs, relative to an origin near the largest logit so far.
 #pragma once
+#include "../../math/token_stats.h"
 #include "vec.cuh"
 
 namespace fastkd::cuda {
@@ -25,15 +26,15 @@ struct NormalizerShift {
   }
 };
 
-// A thread's share of the sum over a row of T, of the same sum at a second scale (0: not wanted), and of the sum over
-// marked columns.
+// A thread's share of the sum over a row of T, of the same sum at a second scale (0: not wanted), of the sum over
+// marked columns and, if kWeighted, of the sum of 2^x x, x = (z - origin) scale.
 //
 // Packs whose logits are not far above the origin are added by add_fast, relative to a shift: the origin times the
 // scale, rounded, so that an exponent takes one multiply-add. Other packs are added by add, which may raise the origin.
-template <class T>
+template <class T, bool kWeighted = false>
 struct FastSum {
   float scale, second_scale;
-  float origin = -INFINITY, sum = 0, second = 0, marked = 0;
+  float origin = -INFINITY, sum = 0, second = 0, marked = 0, weighted = 0;
 
   __device__ __forceinline__ FastSum(float by, float second_by) : scale(by), second_scale(second_by) {}
 
@@ -43,8 +44,9 @@ struct FastSum {
     if (!range_.below(pack)) return false;
 #pragma unroll
     for (int j = 0; j < Packed<T>::kSize; ++j) {
-      const float e = exp2_fast(fused(item_of<T>(pack, j), scale, -shift_));
+      const float x = fused(item_of<T>(pack, j), scale, -shift_), e = exp2_fast(x);
       fast_ += e;
+      if constexpr (kWeighted) fast_weighted_ = fused(e, fmaxf(-float(kDead), x), fast_weighted_);
       if constexpr (kMarks) fast_marked_ += marks >> j & 1 ? e : 0;
     }
     if (second_scale != 0) {
@@ -63,8 +65,9 @@ struct FastSum {
     const float zero = origin == -INFINITY ? 0 : origin;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      const float e = exp2_of((z[j] - zero) * scale);
+      const float x = (z[j] - zero) * scale, e = exp2_of(x);
       sum += e;
+      if constexpr (kWeighted) weighted += e * fmaxf(-float(kDead), x);
       marked += marks >> j & 1 ? e : 0;
       if (second_scale != 0) second += exp2_of((z[j] - zero) * second_scale);
     }
@@ -74,13 +77,15 @@ struct FastSum {
   __device__ __forceinline__ void raise(float to) {
     // The exponents of the fast sum lack the rounding of the shift.
     if (fast_ != 0) {
-      const float factor = exp2_of(fused(-origin, scale, shift_));
+      const float lacking = fused(-origin, scale, shift_), factor = exp2_of(lacking);
       sum += fast_ * factor;
+      if constexpr (kWeighted) weighted += fused(fast_, lacking, fast_weighted_) * factor;
       marked += fast_marked_ * factor;
     }
-    fast_ = fast_marked_ = 0;
+    fast_ = fast_marked_ = fast_weighted_ = 0;
     if (to != origin) {
       const float step = origin - to;  // -inf if there was no origin yet; the sums are 0 then
+      if constexpr (kWeighted) weighted = carried(weighted, sum, step * scale, exp2_of(step * scale));
       sum *= exp2_of(step * scale);
       marked *= exp2_of(step * scale);
       second *= exp2_of(step * second_scale);
@@ -92,7 +97,7 @@ struct FastSum {
   }
 
  private:
-  float fast_ = 0, fast_marked_ = 0, shift_ = 0;
+  float fast_ = 0, fast_marked_ = 0, fast_weighted_ = 0, shift_ = 0;
   PackRange<T> range_;  // of the packs that add_fast takes; at first none
 };
 

@@ -11,10 +11,10 @@ inline int64_t teams_of(int64_t rows, int cluster) { return rows < INT32_MAX / c
 
 // Launches kernel(arguments, launch) for arguments.rows rows. team_bytes(launch) is the shared memory per team. If
 // warps would need too much of it, a row gets the whole block instead. If the device cannot run the cluster, each pass
-// reads the rows again.
+// reads the rows again. role: of the kernel, in the launch log.
 template <class Kernel, class Arguments, class TeamBytes>
 void launch_teams(const Device& device, Kernel kernel, const Arguments& arguments, RowLaunch launch,
-                  const TeamBytes& team_bytes) {
+                  const TeamBytes& team_bytes, const char* role = "rows") {
   const int capability = device.capability();
   // Where a multiprocessor has no more memory than one block may use (sm_75), limiting a block to half of it gains
   // nothing.
@@ -24,14 +24,14 @@ void launch_teams(const Device& device, Kernel kernel, const Arguments& argument
     launch.reason = LaunchReason::kWarpMemory;
   }
   if (!device.fits(kernel, launch.threads, team_bytes(launch), launch.cluster)) {
-    device.log_refused("rows", launch.threads, team_bytes(launch), launch.cluster,
+    device.log_refused(role, launch.threads, team_bytes(launch), launch.cluster,
                        "one block per row, without a cluster; each pass reads the rows again");
     launch = reread_launch(LaunchReason::kRefused, shared_threads(launch));
   }
   const int64_t block_rows = launch.warp_rows > 0 ? launch.warp_rows : 1;
   const int64_t blocks = teams_of((arguments.rows + block_rows - 1) / block_rows, launch.cluster);
   launch.teams = blocks * block_rows;
-  device.launch({"rows", launch}, kernel, blocks * launch.cluster, launch.threads, block_rows * team_bytes(launch),
+  device.launch({role, launch}, kernel, blocks * launch.cluster, launch.threads, block_rows * team_bytes(launch),
                 launch.cluster, arguments, launch);
 }
 

@@ -1,0 +1,21 @@
+// The sums of a softmax over one block of a row.
+#pragma once
+#include "../../math/token_stats.h"
+#include "simd.h"
+
+namespace fastkd::FASTKD_ISA {
+
+// Sums of e = 2^x, x = (z - zero) scale, and, if kWeighted, of e x.
+template <bool kWeighted, class Real>
+FASTKD_INLINE SideSums softmax_block(const Real* z, int64_t count, Real zero, Real scale) {
+  Real sum = 0, weighted = 0;
+  FASTKD_SIMD_REDUCE(+ : sum, weighted)
+  for (int64_t i = 0; i < count; ++i) {
+    const Real x = (z[i] - zero) * scale, e = exp2_of(x);
+    sum += e;
+    if (kWeighted) weighted += x > Real(-kDead) ? e * x : Real(0);
+  }
+  return {double(sum), double(weighted)};
+}
+
+}  // namespace fastkd::FASTKD_ISA
