@@ -62,6 +62,16 @@ def _labels(leading, vocab):
     return {"labels": torch.where(torch.rand(leading) < 0.2, -100, labels)}
 
 
+def _weighted_labels(leading, vocab):
+    return {**_labels(leading, vocab), "label_weight": label_weights(leading)}
+
+
+def label_weights(leading: tuple[int, ...], generator: torch.Generator | None = None):
+    """One a row, some of them 0."""
+    weights, kind = (torch.rand(leading, generator=generator) for _ in range(2))
+    return torch.where(kind < 0.25, 0.0, weights)
+
+
 def _row_options(teacher_logits: bool = True) -> Iterator[Case]:
     """Options of all losses over rows that need no value of their own for each."""
     yield Case("softcap", {"logit_softcap": 3.0, "reduction": "none"})
@@ -73,6 +83,8 @@ def _row_options(teacher_logits: bool = True) -> Iterator[Case]:
         yield Case("softcap-teacher", {"logit_softcap": (None, 2.5)})
         yield Case("softcaps", {"logit_softcap": (7.0, 2.5), "teacher_temperature": 0.7})
     yield Case("labels-same-temperature", {"label_weight": 2.0}, _labels)
+    yield Case("row-label-weights", {"reduction": "none"}, _weighted_labels)
+    yield Case("row-label-weights-temperature", {"temperature": 1.7}, _weighted_labels)
     yield Case("elementmean", {"reduction": "elementmean"})
     yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
 

@@ -161,7 +161,7 @@ def test_numbers_take_no_tangent(op):
     for name in ("label_weight", "normalizer"):
         with pytest.raises(ValueError, match=f"{op.name}: {name} takes no gradient, tangent"):
             torch.func.jvp(
-                lambda x, name=name: op.call(student, **given, **{name: x}),
+                lambda x, name=name: op.call(student, **{**given, name: x}),
                 (torch.tensor(2.0),),
                 (torch.tensor(1.0),),
             )
@@ -222,7 +222,7 @@ def test_types(op):
             op.call(student_of(), **{**given, name: value})
     for name in ("label_weight", "normalizer"):
         with pytest.raises(ValueError, match=rf"{op.name}: {name} must be on a device"):
-            op.call(student_of(), **given, **{name: torch.tensor(1.0, device="meta")})
+            op.call(student_of(), **{**given, name: torch.tensor(1.0, device="meta")})
     quantized = torch.quantize_per_tensor(plain, 0.1, 0, torch.quint8)
     with pytest.raises(TypeError, match=rf"{op.name}: student_logits must be"):
         op.call(quantized, **given)
@@ -231,6 +231,7 @@ def test_types(op):
 @of(LOSSES)
 def test_numbers_of_other_kinds(op):
     given = op.tensors(LEADING)
+    given.pop("label_weight", None)
     student = student_of()
     right = op.call(student, **given, label_weight=0.5, vocab_size=VOCAB, temperature=2.0)
     for number, integer in (
@@ -365,14 +366,14 @@ def test_teacher_weights_are_finite(weight):
 @of(LOSSES)
 @pytest.mark.parametrize("shift", [1, 2, 5, 6, 9])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum", "batchmean", "elementmean"])
-def test_shift_reads_labels_mask_and_weight_ahead(backend, op, shift, reduction):
+def test_shift_reads_labels_their_weights_mask_and_weight_ahead(backend, op, shift, reduction):
     leading = (3, 6)
     student = logits((*leading, VOCAB)).requires_grad_()
     given = op.tensors(leading)
     found = op.call(student, **given, shift=shift, reduction=reduction)
     (gradient,) = torch.autograd.grad(found.sum(), student)
     rows = [name for name, value in given.items() if value.shape[:2] == leading]
-    ahead = ("labels", "mask", "weight")
+    ahead = ("labels", "label_weight", "mask", "weight")
     kept = max(leading[1] - shift, 0)
     cut = {
         name: value
@@ -426,9 +427,10 @@ def test_shift_needs_a_sequence():
 def test_hints_come_once(op):
     from fastkd._ops import hints
 
-    given = {k: v for k, v in op.tensors(LEADING).items() if k != "labels"}
+    given = {k: v for k, v in op.tensors(LEADING).items() if k not in ("labels", "label_weight")}
     for options, student, message in (
-        ({"label_weight": 0.5}, student_of(), "labels is None"),
+        ({"label_weight": 0.5}, student_of(), "label_weight is 0.5, but labels is None"),
+        ({"label_weight": torch.rand(LEADING)}, student_of(), "labels is None"),
         ({"normalizer": 0}, student_of(), "normalizer is 0"),
         ({}, student_of().detach().softmax(-1), "logits are expected, not probabilities"),
     ):

@@ -25,7 +25,7 @@ def softmax_divergence(
     teacher_weights: Sequence[float] | Tensor | None = None,
     teacher_mix: str = "logits",
     labels: Tensor | None = None,
-    label_weight: float = 1.0,
+    label_weight: float | Tensor = 1.0,
     ignore_index: int = -100,
     shift: int = 0,
     vocab_size: int | None = None,
@@ -97,11 +97,12 @@ def softmax_divergence(
             and divided by their sum. Neither mixture is stored.
         labels: int64 or int32, one a row: adds ``label_weight`` x the cross-entropy of the
             student at temperature 1. Rows with ``ignore_index`` drop out of both terms.
-        label_weight: see ``labels``; with 0 even a label of probability 0 adds nothing.
+        label_weight: see ``labels``: a finite number, or a float tensor with one entry a row. No
+            gradient flows to it. With 0 even a label of probability 0 adds nothing.
         ignore_index: see ``labels``.
         shift: with 1, row t of each sequence (the dimension before the vocabulary) uses the label,
-            mask and weight of row t + 1, and the last row is ignored: for the logits and labels of
-            a causal model, without slicing either. With n: those of row t + n.
+            label weight, mask and weight of row t + 1, and the last row is ignored: for the logits
+            and labels of a causal model, without slicing either. With n: those of row t + n.
         vocab_size: only the first ``vocab_size`` columns are used, on both sides (padded
             vocabularies); the others get a zero gradient.
         logit_softcap: logits become :math:`c \tanh(z / c)` where they are read, before anything

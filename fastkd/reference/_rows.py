@@ -163,6 +163,7 @@ class Rows:
         mask: Tensor | None,
         labels: Tensor | None,
         label_weight: float,
+        label_weights: Tensor | None,
         student_logit_softcap: float,
         teacher_logit_softcap: float,
         ignore_index: int,
@@ -180,7 +181,8 @@ class Rows:
         kept = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
         if shift:
             kept[..., max(kept.size(-1) - shift, 0) :] = False
-            labels, mask, weight = (_ahead(x, shift) for x in (labels, mask, weight))
+            ahead = (_ahead(x, shift) for x in (labels, label_weights, mask, weight))
+            labels, label_weights, mask, weight = ahead
         if mask is not None:
             kept = kept & mask
         if labels is not None:
@@ -191,7 +193,10 @@ class Rows:
         self.batch = student_logits.size(0)
         self.kept = kept
         self.read = kept if weight is None else kept & (weight != 0)
-        self.weight, self.labels, self.label_weight = weight, labels, label_weight
+        self.weight, self.labels = weight, labels
+        self.label_weight: float | Tensor = label_weight
+        if label_weights is not None:
+            self.label_weight = torch.where(self.read, label_weights.to(self.dtype), 0.0)
         self.square_temperature, self.reduction = square_temperature, reduction
         self.denominator, self.normalizer = denominator, normalizer
         self.student = self._logits(student_logits, student_logit_softcap)
@@ -228,6 +233,8 @@ class Rows:
         ):
             at = torch.where(self.read, self.labels, 0).long().unsqueeze(-1)
             log_q = log_softmax(self.student, 1.0).gather(-1, at).squeeze(-1)
+            if isinstance(self.label_weight, Tensor):
+                log_q = torch.where(self.label_weight == 0, 0.0, log_q)
             loss = loss - self.label_weight * log_q
         if self.weight is not None:
             loss = loss * torch.where(self.read, self.weight.to(self.dtype), 0.0)
