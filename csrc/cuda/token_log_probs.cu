@@ -56,7 +56,8 @@ struct Cuda {
 
   // kernel_of(entropy, source): the kernel for a flag and a source, by their types.
   template <class KernelOf>
-  static void launch(const char* role, const TokenProblem& problem, const TokenArguments& a, const KernelOf& kernel_of) {
+  static void launch(const char* role, const TokenProblem& problem, const TokenArguments& a,
+                     const KernelOf& kernel_of) {
     const Device device(problem.student_tensor, kTokenLogProbs);
     with_source<false>(source_kind(a), [&](auto source, int element_size) {
       const bool packed = decltype(source)::Type::kPacked;
