@@ -26,7 +26,7 @@ from benchmarks.compressed import (
 from benchmarks.harness import Case, CaseResult, make_step
 from benchmarks.measure import MIB, memory_of
 from benchmarks.shapes import GEMMA_3, Shape, correlated_logits
-from benchmarks.student_only import token_log_probs_case
+from benchmarks.student_only import cross_entropy_case, token_log_probs_case
 
 _ours = partial(softmax_divergence_case, peers=False)
 _with_torch = partial(softmax_divergence_case, packages=False)
@@ -50,6 +50,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "byte_log_probs": byte_log_probs_case,
     "byte_log_probs, forward": partial(byte_log_probs_case, gradient=False),
     "alm_loss": alm_loss_case,
+    "cross_entropy": cross_entropy_case,
+    "cross_entropy, entropy": partial(cross_entropy_case, entropy=True),
     "token_log_probs": token_log_probs_case,
     "token_log_probs, forward": partial(token_log_probs_case, gradient=False),
     "token_log_probs, entropy": partial(token_log_probs_case, entropy=True),
@@ -150,6 +152,11 @@ def _goals(name: str, results: dict[str, CaseResult]) -> list[Goal]:
         return [Goal(f"{title}: over one read", 4, roof, "x"), faster("eager", 5)]
     if name == "alm_loss":
         return [Goal(f"{title}: over three reads and one write", 2, roof, "x")]
+    if name == "cross_entropy":
+        ours = Goal(f"{title}: over one read and one write", 1.5, roof, "x")
+        return [ours, faster("eager", 8)]
+    if name == "cross_entropy, entropy":
+        return [Goal(f"{title}: over one read and one write", 2, roof, "x")]
     if name in ("token_log_probs", "token_log_probs, entropy"):
         return [Goal(f"{title}: over two reads and one write", 1.7, roof, "x")]
     if name == "token_log_probs, forward":

@@ -162,6 +162,18 @@ def _kl_div(student: Tensor, teacher: Tensor) -> Tensor:
     return fastkd.kl_div(student, teacher.abs(), reduction="batchmean")
 
 
+def _cross_entropy(name: str, sums: int, **options: Any) -> Op:
+    serial = Serial(leader=900, merge=350, cluster_barriers=1)
+    kernel = f"cross_entropy_kernelILNS0_11EntropySumsE{sums}E"
+    part = Part(kernel, "rows", (FIRST, Over(1, 1)), serial)
+
+    def call(student: Tensor, _: Tensor) -> Tensor:
+        labels = torch.arange(student.size(0)) % student.size(-1)
+        return fastkd.cross_entropy(student, labels, **options)
+
+    return Op(name, 1, 1, (part,), call, gradient=True)
+
+
 def _tokens(entropy: bool) -> Callable[[Tensor, Tensor], Tensor]:
     def call(student: Tensor, _: Tensor) -> Tensor:
         ids = torch.arange(student.size(0)) % student.size(-1)
@@ -243,6 +255,8 @@ OPS = {
             gradient=True,
             mixed=True,
         ),
+        _cross_entropy("cross_entropy", 0),
+        _cross_entropy("cross_entropy entropy", 1, entropy_weight=0.5),
         *_token_ops(entropy=False),
         *_token_ops(entropy=True),
         Op("chunk_log_likelihood forward", 1, 0, (_CHUNK_SUM,), _chunks),

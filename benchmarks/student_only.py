@@ -17,6 +17,38 @@ def tokens_of(logits: Tensor) -> Tensor:
     return 7919 * row % logits.size(-1)
 
 
+def cross_entropy_case(
+    dtype: str = "float32",
+    vocab: int = MIDDLE_VOCAB,
+    rows: int = MIDDLE_ROWS,
+    *,
+    entropy: bool = False,
+    gradient: bool = True,
+    peers: bool = True,
+) -> Case:
+    """Cross-entropy of a label a row, with an entropy term at another temperature or without."""
+    options = {"entropy_weight": 0.5, "entropy_temperature": 2.0} if entropy else {}
+
+    def exact(student: Tensor, teacher: Tensor) -> Tensor:
+        labels = tokens_of(student)
+        return fastkd.reference.cross_entropy(student, labels, reduction="none", **options)
+
+    def ours(student: Tensor, teacher: Tensor) -> Tensor:
+        return fastkd.cross_entropy(student, tokens_of(student), **options)
+
+    def eager(student: Tensor, teacher: Tensor) -> Tensor:
+        loss = F.cross_entropy(wide(student), tokens_of(student))
+        if entropy:
+            log_a = F.log_softmax(wide(student) / 2.0, dim=-1)
+            loss = loss - 0.5 * (log_a.exp() * log_a).sum(-1).mean()
+        return loss
+
+    shape = Shape(rows, vocab, DTYPES[dtype])
+    contestants = beside_eager(ours, eager, peers, 5)
+    name = "cross_entropy" + (" and entropy" if entropy else "")
+    return Case(name, shape, correlated_logits, exact, contestants, gradient, 1)
+
+
 def token_log_probs_case(
     dtype: str = "float32",
     vocab: int = MIDDLE_VOCAB,

@@ -9,6 +9,7 @@
 #include "arguments/byte_log_probs_entry.h"
 #include "arguments/chunk_log_likelihood_entry.h"
 #include "arguments/clipped_divergence_entry.h"
+#include "arguments/cross_entropy_entry.h"
 #include "arguments/softmax_divergence_entry.h"
 #include "arguments/teacher_topk_entry.h"
 #include "arguments/token_log_probs_entry.h"
@@ -25,6 +26,7 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
   define_loss<SoftmaxDivergence>(m);
   define_loss<TopkDivergence>(m);
   define_loss<ClippedDivergence>(m);
+  define_loss<CrossEntropy>(m);
   define_differentiable<ChunkLogLikelihood, ChunkLogLikelihoodBackward>(m);
   define_differentiable<ByteLogProbs, ByteLogProbsBackward>(m);
   define_differentiable<TokenLogProbs, TokenLogProbsBackward>(m);
@@ -82,7 +84,8 @@ namespace {
 std::string cuda_architectures() { return FASTKD_ARCHITECTURES; }
 std::string choices() {
   using namespace fastkd;
-  return choices_of<SoftmaxDivergence>() + choices_of<TopkDivergence>() + choices_of<ClippedDivergence>();
+  return choices_of<SoftmaxDivergence>() + choices_of<TopkDivergence>() + choices_of<ClippedDivergence>() +
+         choices_of<CrossEntropy>();
 }
 }  // namespace
 

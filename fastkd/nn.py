@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd.acm._modules import ACM, ACMGate
 from fastkd.losses._clipped_divergence import clipped_divergence
+from fastkd.losses._cross_entropy import cross_entropy
 from fastkd.losses._kl_div import kl_div
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._topk_divergence import topk_divergence
@@ -18,6 +19,7 @@ __all__ = [
     "ACMGate",
     "AlmLoss",
     "ClippedDivergence",
+    "CrossEntropy",
     "KLDivLoss",
     "SoftmaxDivergence",
     "TopKDivergence",
@@ -119,6 +121,23 @@ class ClippedDivergence(_Loss):
     """
 
     function = staticmethod(clipped_divergence)
+
+
+class CrossEntropy(_Loss):
+    """:func:`fastkd.cross_entropy` with its options fixed at construction.
+
+    Args:
+        options: its keyword arguments that stay the same from batch to batch.
+
+    Call it with logits and labels.
+
+    >>> import torch, fastkd
+    >>> loss = fastkd.nn.CrossEntropy(label_smoothing=0.1)
+    >>> round(loss(torch.zeros(1, 2), torch.tensor([1])).item(), 4)
+    0.6931
+    """
+
+    function = staticmethod(cross_entropy)
 
 
 class AlmLoss(_Loss):

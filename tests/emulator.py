@@ -35,7 +35,7 @@ LAUNCH_LINE = re.compile(
 OPS = (
     *(fastkd.softmax_divergence, fastkd.topk_divergence, fastkd.clipped_divergence),
     *(fastkd.chunk_log_likelihood, fastkd.byte_log_probs),
-    *(fastkd.token_log_probs, fastkd.token_stats, fastkd.teacher_topk),
+    *(fastkd.cross_entropy, fastkd.token_log_probs, fastkd.token_stats, fastkd.teacher_topk),
 )
 FAKES = (
     *("_scale_rows_", "_gradient_like", "_kl_div", "_kl_div_into", "_kl_div_backward"),

@@ -157,6 +157,7 @@ def as_read(problem: Problem) -> tuple[Problem, dict[str, torch.Tensor]]:
         return problem, {}
     caps = caps if isinstance(caps, tuple) else (caps, caps)
     sides = dict(zip(("student_logits", "teacher_logits"), caps, strict=True))
+    sides["logits"] = caps[0]
     options = {name: x for name, x in problem.options.items() if name != "logit_softcap"}
 
     def cap(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -289,6 +290,20 @@ def stats(f: Fuzz) -> Problem:
     return Problem("token_stats", logits, options=options)
 
 
+def cross_entropy(f: Fuzz) -> Problem:
+    options = f.row_options(two_sides=False)
+    options.pop("teacher_temperature", None), options.pop("label_weight", None)
+    options.pop("square_temperature")
+    if "labels" not in options:
+        labels = f.randint(0, f.vocab, *f.leading)
+        options["labels"] = torch.where(f.rand(*f.leading) < 0.2, -100, labels)
+    if f.often(0.5):
+        options["entropy_weight"] = f.pick.choice((0.5, -0.2))
+        options["entropy_temperature"] = f.pick.choice((1.0, 2.0))
+        options["entropy_mask"] = f.rand(*f.leading) < 0.5 if f.often(0.5) else None
+    return Problem("cross_entropy", {"logits": f.logits()}, options=options, wanted=("logits",))
+
+
 def token(f: Fuzz) -> Problem:
     width = f.pick.randint(1, f.vocab) if f.often(0.2) else f.vocab
     ids = f.randint(0, width, *f.leading)
@@ -375,5 +390,16 @@ def byte(f: Fuzz) -> Problem:
 
 BUILDERS = {
     function.__name__: function
-    for function in (softmax, topk, clipped, token, stats, teacher_topk, chunk, alm, byte)
+    for function in (
+        softmax,
+        topk,
+        clipped,
+        cross_entropy,
+        token,
+        stats,
+        teacher_topk,
+        chunk,
+        alm,
+        byte,
+    )
 }

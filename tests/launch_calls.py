@@ -37,6 +37,7 @@ def devices() -> None:
     for op, arguments in {
         fastkd.topk_divergence: (student, *top_k((2, 60_000), 20)),
         fastkd.clipped_divergence: (student, teacher, 1e-6, 0.5),
+        fastkd.cross_entropy: (student, torch.tensor([1, 2])),
         fastkd.token_log_probs: (student, torch.tensor([1, 2])),
         fastkd.token_stats: (student, teacher),
         fastkd.teacher_topk: (teacher, 20),

@@ -89,6 +89,20 @@ def _token_sum(student: torch.Tensor, **given: Any) -> torch.Tensor:
 
 LOSSES = [
     Entry(
+        "cross_entropy",
+        lambda student, **given: fastkd.cross_entropy(
+            student, given.pop("labels"), **{"entropy_weight": 0.5, **given}
+        ),
+        _rows,
+        {
+            **{k: v for k, v in ROW_NUMBERS.items() if k != "label_weight"},
+            "label_smoothing": (0.1, 0.2),
+            "entropy_weight": (0.4, 0.6),
+            "entropy_temperature": (1.3, 1.9),
+            "z_loss_weight": (1e-3, 1e-2),
+        },
+    ),
+    Entry(
         "softmax_divergence",
         lambda student, **given: fastkd.softmax_divergence(student, divergence="jsd", **given),
         _teacher,

@@ -137,6 +137,14 @@ def clipped_problem(draw: Draw, renormalize: str, tail: str, **options: Any) -> 
     )
 
 
+def cross_entropy_problem(draw: Draw, **options: Any) -> Problem:
+    options = {"reduction": "none", "temperature": draw.temperature, **options}
+    columns = {"labels": draw.labels()}
+    return Problem(
+        "cross_entropy", {"logits": draw.logits()}, columns, options=options, wanted=("logits",)
+    )
+
+
 def stats_problem(draw: Draw, both: bool = True) -> Problem:
     logits = {"student_logits": draw.logits()}
     if both:
@@ -249,6 +257,13 @@ def _kinds() -> dict[str, Callable[[Draw], Problem]]:
                 kinds[f"clipped-{renormalize}-{tail}-{name}"] = (
                     lambda draw, r=renormalize, t=tail, o=options: clipped_problem(draw, r, t, **o)
                 )
+    kinds["cross_entropy"] = cross_entropy_problem
+    kinds["cross_entropy-entropy"] = lambda draw: cross_entropy_problem(
+        draw,
+        entropy_weight=0.5,
+        entropy_mask=draw.choice([None, "correct"]),
+        entropy_temperature=draw.choice([draw.temperature, draw.teacher_temperature]),
+    )
     kinds["token_stats"] = stats_problem
     kinds["token_stats-student"] = lambda draw: stats_problem(draw, both=False)
     kinds["token_log_probs"] = lambda draw: token_problem(draw, entropy=False)

@@ -26,8 +26,8 @@ SOME, ALL = ["90"], ["75", "80", "86", "89", "90", "100", "120"]
 ROW_THREADS, BLOCKS, REGISTERS = 192, 2, 65536
 # Row kernels, each for four kinds of source: softmax_divergence's, and the others'; those that read
 # two tensors of logits, which may differ in dtype, also for a fifth.
-KERNELS, MIXED = len(DIVERGENCES) + 13, len(DIVERGENCES) + 2
-TOKENS = {"token_log_probs": 8, "token_gradient": 8}
+KERNELS, MIXED = len(DIVERGENCES) + 16, len(DIVERGENCES) + 2
+SEVERAL = {"cross_entropy": 12, "token_log_probs": 8, "token_gradient": 8}
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
@@ -92,11 +92,12 @@ def test_every_kernel_is_there(functions, architectures):
     for kernel in (
         *("topk_divergence", "teacher_topk", "token_stats", "clipped_divergence"),
         *("chunk_log_likelihood", "chunk_gradient", "token_log_probs", "token_gradient"),
+        "cross_entropy",
         *("byte_log_probs", "byte_log_probs_backward"),
     ):
         found = {name for name, *_ in functions if f"{kernel}_kernel" in name}
-        # token_stats: of a pair, and of one; token_log_probs with the entropy, and without
-        expected = {"token_stats": 9, "clipped_divergence": 5, **TOKENS}.get(kernel, 4)
+        # token_stats: of a pair, and of one; the others without an entropy, and with it
+        expected = {"token_stats": 9, "clipped_divergence": 5, **SEVERAL}.get(kernel, 4)
         assert len(found) == expected, kernel
     assert any("kl_div_kernel" in name for name, *_ in functions)
     # Gated routing's: three dtypes, for sm_75 and for what came later, empty where not meant.

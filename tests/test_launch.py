@@ -237,7 +237,7 @@ def test_a_refused_cluster_is_said_with_what_runs_instead(log):
     assert "the device cannot run the cluster" in rows["reason"]
 
     for op in (
-        *("topk_divergence", "clipped_divergence", "token_log_probs"),
+        *("topk_divergence", "clipped_divergence", "cross_entropy", "token_log_probs"),
         *("token_stats", "teacher_topk"),
     ):
         refused, rows, *_ = log[f"{op} refused"]
@@ -261,6 +261,7 @@ def test_every_kernel_has_a_line(log):
         *(("clipped_divergence", role) for role in ("rows", "denominator", "sum of the losses")),
         ("clipped_divergence", "rows of small mass"),
         ("softmax_divergence", "losses"),
+        *(("cross_entropy", role) for role in ("rows", "denominator", "sum of the losses")),
         *(("token_log_probs", role) for role in ("rows", "gradient")),
         ("token_stats", "rows"),
         ("teacher_topk", "rows"),

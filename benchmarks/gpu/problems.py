@@ -144,6 +144,10 @@ def _clipped(options: dict[str, Any], module: Any, tensors: Sequence[Tensor]) ->
     return [found]
 
 
+def _cross_entropy(options: dict[str, Any], module: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [module.cross_entropy(*tensors, **options, reduction="none")]
+
+
 def _tokens(entropy: bool, module: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     found = module.token_log_probs(*tensors, entropy=entropy)
     return found if entropy else [found]
@@ -251,6 +255,19 @@ def _problems() -> list[Problem]:
     found += [
         Problem("token_stats pair", "token_stats", pair_and_labels, _stats, mixes=True, **stats),
         Problem("token_stats one", "token_stats", one_and_labels, _stats, reads=1, **stats),
+    ]
+    terms = {
+        "": {},
+        " entropy": {"entropy_weight": 0.5, "entropy_mask": "correct"},
+        " apart": {"entropy_weight": 0.5, "entropy_temperature": 2.0, "label_smoothing": 0.1},
+    }
+    found += [
+        Problem(
+            f"cross_entropy{name}",
+            *("cross_entropy", one_and_labels, partial(_cross_entropy, options), 1),
+            reads=1,
+        )
+        for name, options in terms.items()
     ]
     # The logits are read again for the gradient.
     found += [

@@ -57,7 +57,7 @@ struct ClippedGradients {
 };
 
 struct ClippedDivergence {
-  static constexpr const char* kName = kClippedDivergence;
+  static constexpr const char *kName = kClippedDivergence, *kLogits = "student_logits";
   static constexpr int kGradients = 4;
 
   Tensor student_logits, teacher_logits, lower, upper;

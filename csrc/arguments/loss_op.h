@@ -11,8 +11,9 @@
 // gradients: bit i requests the gradient of the i-th differentiable tensor; gradients not requested are returned empty.
 // pending: a factor still to be applied to the gradients (empty: 1), see gradient_waits in row_problem.h.
 //
-// Arguments needs kName, kGradients, fields, differentiable(i) (the first one is the student's logits), and
-// solve<Backend>(std::array of pointers to gradients, null where not requested) -> (loss, pending).
+// Arguments needs kName, kLogits (the name of its logits), kGradients, fields, differentiable(i) (the first one is the
+// student's logits), and solve<Backend>(std::array of pointers to gradients, null where not requested) -> (loss,
+// pending).
 #pragma once
 #include "allocate.h"
 #include "op.h"
@@ -35,21 +36,21 @@ void define_loss(torch::stable::detail::StableLibrary& m) {
 template <class Arguments>
 void check_destination(const Tensor& gradient, Arguments& arguments) {
   const Tensor& student = arguments.differentiable(0);
-  const char* const function = Arguments::kName;
+  const char *const function = Arguments::kName, *const logits = Arguments::kLogits;
   FASTKD_CHECK_VALUE(gradient.is_cpu() == student.is_cpu() && gradient.get_device_index() == student.get_device_index(),
-                     function, "gradient must be on the device of student_logits");
+                     function, "gradient must be on the device of ", logits);
   FASTKD_CHECK_VALUE(gradient.dim() == student.dim() && same_leading(gradient, student, student.dim()) &&
                          gradient.scalar_type() == student.scalar_type(),
-                     function, "gradient must be like student_logits, shape ", shape_of(student), ", got shape ",
+                     function, "gradient must be like ", logits, ", shape ", shape_of(student), ", got shape ",
                      shape_of(gradient));
   if (student.dim() == 0 || gradient.data_ptr() != student.data_ptr()) return;
-  FASTKD_CHECK_VALUE(!overlaps_itself(gradient), function,
-                     "inplace needs student_logits with memory of its own for every element, got a tensor whose "
+  FASTKD_CHECK_VALUE(!overlaps_itself(gradient), function, "inplace needs ", logits,
+                     " with memory of its own for every element, got a tensor whose "
                      "elements overlap (expanded, or as_strided)");
   OverlapFinder finder{gradient};
   arguments.fields(finder);
   FASTKD_CHECK_VALUE(finder.found == nullptr, function, "inplace would overwrite ", finder.found,
-                     ", which shares memory with student_logits; pass a copy of it");
+                     ", which shares memory with ", logits, "; pass a copy of it");
 }
 
 template <class Arguments, class Backend, bool kInto>

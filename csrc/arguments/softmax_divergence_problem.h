@@ -13,7 +13,7 @@ struct TeacherMixes {  // in the order of TeacherMix
 };
 
 struct SoftmaxDivergenceArguments {
-  static constexpr const char* kName = kSoftmaxDivergence;
+  static constexpr const char *kName = kSoftmaxDivergence, *kLogits = "student_logits";
 
   Tensor student_logits;
   std::vector<Tensor> teacher_logits;

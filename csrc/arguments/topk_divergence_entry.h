@@ -58,7 +58,7 @@ struct TopkProblem : RowProblem {
 };
 
 struct TopkDivergence {
-  static constexpr const char* kName = kTopkDivergence;
+  static constexpr const char *kName = kTopkDivergence, *kLogits = "student_logits";
   static constexpr int kGradients = 2;
 
   Tensor student_logits, teacher_log_probs, teacher_indices;

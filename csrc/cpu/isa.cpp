@@ -22,6 +22,8 @@ constexpr Kernels make_kernels() {
   out.teacher_topk_double = {scan_slice<double>, collect_block<double>};
   out.token_stats_float = token_stats_row<float>;
   out.token_stats_double = token_stats_row<double>;
+  out.cross_entropy_float = cross_entropy_row<float>;
+  out.cross_entropy_double = cross_entropy_row<double>;
   out.token_sum_float = token_sums<float>;
   out.token_sum_double = token_sums<double>;
   out.token_gradient_float = token_gradient<float>;

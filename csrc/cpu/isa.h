@@ -3,6 +3,7 @@
 #include "byte_log_probs.h"
 #include "chunk_log_likelihood.h"
 #include "clipped_divergence.h"
+#include "cross_entropy.h"
 #include "gated_routing.h"
 #include "kl_div.h"
 #include "scale_rows.h"
@@ -20,6 +21,7 @@ struct Kernels {
   KlDivKernel kl_div_float, kl_div_double;
   TopkKernel topk_float, topk_double;
   ClippedKernel clipped_float, clipped_double;
+  CrossEntropyKernel cross_entropy_float, cross_entropy_double;
   TokenSumKernel token_sum_float, token_sum_double;
   TokenGradientKernel token_gradient_float, token_gradient_double;
   TokenStatsKernel token_stats_float, token_stats_double;

@@ -57,17 +57,6 @@ struct StatsPasses : RowSlices {
         stored_w(stored_u + aligned(r.vocab * sizeof(Real)) / sizeof(Real)),
         scale(Real(kLog2E / r.temperature)) {}
 
-  // Sets `best` to the first column with the largest logit, if the block has a larger one than `best`.
-  static void seek(const Real* u, Real top, int64_t begin, int64_t count, Best<Real>& best) {
-    if (!(top > best.logit)) return;
-    for (int64_t i = 0; i < count; ++i) {
-      if (u[i] == top) {
-        best = {top, begin + i};
-        return;
-      }
-    }
-  }
-
   PairState accumulate() const {
     return reduce_slices<PairState>(
         [&](int64_t slice) {

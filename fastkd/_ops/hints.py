@@ -36,9 +36,10 @@ def check_loss(function: str, logits: Tensor, given: dict[str, Any]) -> None:
     if function not in _seen and not transforms_active():
         _seen.add(function)
         if _first_row_sums_to_1(logits):
+            name = "logits" if "logits" in given else "student_logits"
             hint(
-                f"{function}.student_logits",
-                f"{function}: the first row of student_logits sums to 1 and has no negative "
+                f"{function}.{name}",
+                f"{function}: the first row of {name} sums to 1 and has no negative "
                 "entry: logits are expected, not probabilities",
             )
 

@@ -65,7 +65,8 @@ class Loss(Op):
             student = packed[self.places[0]]
             if isinstance(student, torch.nn.Parameter) or student.is_neg():
                 kind = "a parameter, which would be lost" if student.is_leaf else "a negated view"
-                raise ValueError(f"{self.name}: inplace needs plain student_logits, got {kind}")
+                name = self.arguments.fields[self.places[0]]
+                raise ValueError(f"{self.name}: inplace needs plain {name}, got {kind}")
         return _LossFunction.apply(self, packed, inplace, *inputs)
 
     def trace(self, packed: list[Any], inplace: bool) -> Tensor:

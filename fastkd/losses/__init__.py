@@ -4,6 +4,7 @@ Each module has the public function with its documentation, and the declaration 
 """
 
 from fastkd.losses._clipped_divergence import clipped_divergence
+from fastkd.losses._cross_entropy import cross_entropy
 from fastkd.losses._kl_div import kl_div
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_log_probs import TokenLogProbs, token_log_probs
@@ -16,6 +17,7 @@ __all__ = [
     "TokenStats",
     "TopKStats",
     "clipped_divergence",
+    "cross_entropy",
     "kl_div",
     "softmax_divergence",
     "token_log_probs",

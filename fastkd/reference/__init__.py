@@ -12,6 +12,7 @@ from fastkd.reference._chunk_log_likelihood import (
     chunk_log_likelihood_op,
 )
 from fastkd.reference._clipped_divergence import clipped_divergence, clipped_divergence_op
+from fastkd.reference._cross_entropy import cross_entropy, cross_entropy_op
 from fastkd.reference._rows import LARGEST_LOG_RATIO, divergence_rows
 from fastkd.reference._softmax_divergence import kl_div, softmax_divergence, softmax_divergence_op
 from fastkd.reference._token_log_probs import token_log_probs, token_log_probs_op
@@ -29,6 +30,8 @@ __all__ = [
     "chunk_log_likelihood_op",
     "clipped_divergence",
     "clipped_divergence_op",
+    "cross_entropy",
+    "cross_entropy_op",
     "divergence_rows",
     "kl_div",
     "softmax_divergence",

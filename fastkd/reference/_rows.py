@@ -145,9 +145,11 @@ def softcapped(logits: Tensor, cap: float | Tensor) -> Tensor:
     return torch.where(infinite, logits, cap * torch.tanh(finite_logits / cap))
 
 
-def _ahead(x: Tensor | None, shift: int) -> Tensor | None:
+def ahead(x: Tensor | None, shift: int) -> Tensor | None:
     """Each sequence rotated by `shift` towards its front; the last `shift` entries are not used."""
-    return None if x is None else torch.cat([x[..., shift:], x[..., : min(shift, x.size(-1))]], -1)
+    if x is None or shift == 0:
+        return x
+    return torch.cat([x[..., shift:], x[..., : min(shift, x.size(-1))]], -1)
 
 
 class Rows:
@@ -181,8 +183,8 @@ class Rows:
         kept = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
         if shift:
             kept[..., max(kept.size(-1) - shift, 0) :] = False
-            ahead = (_ahead(x, shift) for x in (labels, label_weights, mask, weight))
-            labels, label_weights, mask, weight = ahead
+            rest = (ahead(x, shift) for x in (labels, label_weights, mask, weight))
+            labels, label_weights, mask, weight = rest
         if mask is not None:
             kept = kept & mask
         if labels is not None:
@@ -191,7 +193,7 @@ class Rows:
             math.prod((*kept.shape[:-1], max(kept.size(-1) - shift, 0))) if shift else kept.numel()
         )
         self.batch = student_logits.size(0)
-        self.kept = kept
+        self.kept, self.shift = kept, shift
         self.read = kept if weight is None else kept & (weight != 0)
         self.weight, self.labels = weight, labels
         self.label_weight: float | Tensor = label_weight

@@ -18,4 +18,16 @@ FASTKD_INLINE SideSums softmax_block(const Real* z, int64_t count, Real zero, Re
   return {double(sum), double(weighted)};
 }
 
+// Sets `best` to the first column with the largest logit, if the block has a larger one than `best`.
+template <class Real>
+void seek(const Real* u, Real top, int64_t begin, int64_t count, Best<Real>& best) {
+  if (!(top > best.logit)) return;
+  for (int64_t i = 0; i < count; ++i) {
+    if (u[i] == top) {
+      best = {top, begin + i};
+      return;
+    }
+  }
+}
+
 }  // namespace fastkd::FASTKD_ISA

@@ -38,10 +38,13 @@ struct FastSum {
 
   __device__ __forceinline__ FastSum(float by, float second_by) : scale(by), second_scale(second_by) {}
 
+  // Whether add_fast takes the pack.
+  __device__ __forceinline__ bool takes(const uint4& pack) const { return range_.below(pack); }
+
   // Returns false for a pack that has to be added by add. marks: bit j says whether element j is marked.
   template <bool kMarks = false>
   __device__ __forceinline__ bool add_fast(const uint4& pack, unsigned marks = 0) {
-    if (!range_.below(pack)) return false;
+    if (!takes(pack)) return false;
 #pragma unroll
     for (int j = 0; j < Packed<T>::kSize; ++j) {
       const float x = fused(item_of<T>(pack, j), scale, -shift_), e = exp2_fast(x);
