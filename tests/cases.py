@@ -35,7 +35,8 @@ GRADIENT_ERROR = {
 FEW_ENTRIES, FEW_ENTRIES_ERROR = 1000, 2e-5
 # Where one side's mass hardly meets the other's, the log of a mixture is nearly constant, and the
 # gradient is what is left of it.
-MIXTURES, MIXTURE_ERROR = ("jsd", "skew_kl", "skew_reverse_kl"), 4e-6
+MIXTURES = ("jsd", "skew_kl", "skew_reverse_kl", "skew_reverse_kl_detached")
+MIXTURE_ERROR = 4e-6
 LOSS_ERROR = {
     torch.float64: 1e-11,
     torch.float32: 1e-5,
@@ -137,6 +138,14 @@ def _softmax_divergence() -> Iterator[Case]:
             },
         )
     yield Case("forward_kl-row-betas", {"reduction": "none"}, _betas)
+    for alpha, beta in ((0.2, 0.7), (0.7, 0.2), (0.5, -0.5), (0.0, 0.0), (2.0, -0.5)):
+        options = {"divergence": "alpha_beta", "alpha": alpha, "beta": beta}
+        yield Case(f"alpha-beta-{alpha}-{beta}", options)
+    yield Case(
+        "alpha-beta-rows",
+        {"divergence": "alpha_beta", "reduction": "none"},
+        lambda leading, vocab: {"alpha": betas(leading), "beta": betas(leading).bfloat16()},
+    )
     yield Case("square", {"temperature": 2.0, "square_temperature": True, "reduction": "batchmean"})
     yield from _row_options()
     yield Case("normalizer", {"normalizer": 17.0})

@@ -188,6 +188,8 @@ def softmax(f: Fuzz) -> Problem:
     else:
         teachers = f.logits(student)
     options |= {"divergence": divergence, "beta": beta}
+    if divergence == "alpha_beta":
+        options["alpha"] = f.share((0.2, 0.5, 1.0))
     wanted = ["student_logits"]
     if not isinstance(teachers, list) and f.often(0.5):
         wanted.append("teacher_logits")

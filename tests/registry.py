@@ -131,6 +131,14 @@ LOSSES = [
         lambda leading: {**_topk(leading), **_numbers(leading)},
     ),
     Entry(
+        "softmax_divergence",
+        lambda student, **given: fastkd.softmax_divergence(
+            student, divergence="alpha_beta", **given
+        ),
+        _teacher,
+        {"alpha": (0.2, 0.4), "beta": (0.7, 0.3)},
+    ),
+    Entry(
         "clipped_divergence",
         lambda student, **given: fastkd.clipped_divergence(
             student,

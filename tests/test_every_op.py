@@ -404,7 +404,7 @@ def test_shift_reads_labels_their_weights_mask_and_weight_ahead(backend, op, shi
     assert not gradient[:, kept:].any()
     definition = getattr(fastkd.reference, op.name)
     if op.name == "softmax_divergence" or "beta" in given:
-        given["divergence"] = "jsd"
+        given["divergence"] = "alpha_beta" if "alpha" in op.numbers else "jsd"
     if op.name == "clipped_divergence":
         given["softness"] = 0.1
     if op.name == "cross_entropy":

@@ -194,11 +194,13 @@ struct RowProblem {
     }
   }
 
-  void set_beta(double all, const std::optional<Tensor>& each) {
+  // any: it may be any number, not only a share.
+  void set_beta(double all, const std::optional<Tensor>& each, bool any = false) {
     beta = all;
     if (each) betas_tensor = &*each;
     betas = per_row(each, "beta", is_float, "floating-point");
-    check_numbers(all, betas, "beta", " must lie in [0, 1], got ", [](double x) { return x >= 0 && x <= 1; });
+    check_numbers(all, betas, "beta", any ? " must be finite, got " : " must lie in [0, 1], got ",
+                  [any](double x) { return any ? std::isfinite(x) : x >= 0 && x <= 1; });
   }
 
   void set_teacher_temperature(double all, const std::optional<Tensor>& each) {
