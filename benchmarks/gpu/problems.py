@@ -144,9 +144,7 @@ def _clipped(options: dict[str, Any], module: Any, tensors: Sequence[Tensor]) ->
     return [found]
 
 
-def _cross_entropy(
-    options: dict[str, Any], module: Any, tensors: Sequence[Tensor]
-) -> list[Tensor]:
+def _cross_entropy(options: dict[str, Any], module: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [module.cross_entropy(*tensors, **options, reduction="none")]
 
 
