@@ -7,6 +7,7 @@ from fastkd._ops.library import cpu_capability
 from fastkd.losses import (
     TokenLogProbs,
     TokenStats,
+    TopKStats,
     clipped_divergence,
     cross_entropy,
     kl_div,
@@ -14,6 +15,7 @@ from fastkd.losses import (
     token_log_probs,
     token_stats,
     topk_divergence,
+    topk_stats,
 )
 from fastkd.teachers import TeacherStore, TopK, teacher_topk
 from fastkd.tokenizers import (
@@ -37,6 +39,7 @@ __all__ = [
     "TokenLogProbs",
     "TokenStats",
     "TopK",
+    "TopKStats",
     "__version__",
     "acm",
     "align",
@@ -57,4 +60,5 @@ __all__ = [
     "token_log_probs",
     "token_stats",
     "topk_divergence",
+    "topk_stats",
 ]

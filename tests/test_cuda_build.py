@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from cases import DIVERGENCES
-from kernel_limits import LIMITS
+from kernel_limits import KIB_WANTED, LIMITS
 
 from benchmarks.predicted_loops import Recorded, record
 from benchmarks.predicted_ops import OPS
@@ -176,10 +178,10 @@ def recorded(build, code) -> dict[str, list[Recorded]]:
     }
 
 
-def predicted(key: str, recorded: dict[str, list[Recorded]]) -> Prediction:
+def predicted(key: str, recorded: dict[str, list[Recorded]], gpu: str = "H200") -> Prediction:
     name, _, dtype = key.rpartition(", ")
-    launches = load()[1][name, dtype, 90]
-    return predict(OPS[name], dtype, GPUS["H200"], ROWS, VOCAB, recorded[key], launches)
+    launches = load()[1][name, dtype, GPUS[gpu].capability]
+    return predict(OPS[name], dtype, GPUS[gpu], ROWS, VOCAB, recorded[key], launches)
 
 
 def test_every_op_has_limits():
@@ -206,3 +208,50 @@ def test_recorded_instructions_are_those_of_the_kernels(recorded):
         before, now = predicted(key, kept), predicted(key, recorded)
         assert now.instructions == pytest.approx(before.instructions, rel=0.05), key
         assert now.mufu == pytest.approx(before.mufu, rel=0.05), key
+
+
+# --- sm_80: no clusters, each pass reads the rows again -------------------------------------------
+
+KERNEL = (
+    "template __global__ void softmax_divergence_kernel<{}, PackedSource<{}>>"
+    "(RowArguments, RowLaunch);"
+)
+#: Instructions an entry on an A100, as in LIMITS. More than on sm_90: each pass copies the rows.
+LIMITS_SM_80 = {
+    "softmax_divergence forward_kl, bfloat16": 39.5,
+    "softmax_divergence forward_kl, float32": 47,
+    "softmax_divergence jsd, bfloat16": 73.3,
+    "softmax_divergence jsd, float32": 90,
+}
+
+
+@pytest.fixture(scope="module")
+def recorded_of_sm_80(tmp_path_factory):
+    """Some kernels, compiled alone: all of them would take minutes more."""
+    folder = tmp_path_factory.mktemp("sm_80")
+    kernels = [KERNEL.format(d, t) for d in ("ForwardKl", "Jsd") for t in ("BFloat16", "float")]
+    source, cubin = folder / "kernels.cu", folder / "kernels.cubin"
+    header = f'#include "{ROOT}/csrc/cuda/softmax_divergence.cuh"'
+    source.write_text("\n".join([header, "namespace fastkd::cuda {", *kernels, "}"]))
+    options = ["-std=c++20", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--fmad=false", "-arch=sm_80"]
+    include = Path(torch.__file__).parent / "include"
+    options += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}"]
+    run("nvcc", *options, "-cubin", source, "-o", cubin)
+    names = {key.rpartition(", ")[0] for key in LIMITS_SM_80}
+    ops = {name: replace(OPS[name], mixed=False) for name in names}
+    found = record(parse(disassemble(cubin)), registers(cubin), ops)
+    return {
+        f"{op}, {dtype}": [Recorded.from_json(x) for x in parts]
+        for op, each in found.items()
+        for dtype, parts in each.items()
+    }
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("key", LIMITS_SM_80)
+def test_kernels_of_sm_80_stay_within_their_limits(key, recorded_of_sm_80):
+    found = predicted(key, recorded_of_sm_80, "A100")
+    assert found.instructions <= LIMITS_SM_80[key]
+    assert found.under_way >= KIB_WANTED * 1024
+    assert found.checked == 0
+    assert all(part.local == 0 for part in recorded_of_sm_80[key])

@@ -20,8 +20,8 @@ CSRC = {
 FASTKD = {
     "_ops": (),
     "reference": ("_ops",),
-    "losses": ("_ops", "reference"),
     "teachers": ("_ops", "reference"),
+    "losses": ("_ops", "reference", "teachers"),
     "tokenizers": ("_ops", "reference"),
     "acm": ("_ops", "reference"),
     "nn": ("_ops", "reference", "losses", "teachers", "tokenizers", "acm"),

@@ -47,7 +47,10 @@ def hard(
     gather, bias, activation and scatter are fused into the matrix products. On the CPU a row's
     result is bitwise the same with any other rows and any number of threads; on a GPU there is no
     synchronisation. Other dtypes use torch's products over the same prefixes: last bits may depend
-    on the other rows and on threads, and a GPU synchronises once a pass.
+    on the other rows and on threads, and a GPU synchronises once a pass. So do 16-bit dtypes on a
+    GPU where all learners on all rows take 1.5e11 multiply-adds or more (8,192 rows through
+    learners of 2,048 x 8,192 in all), unless a CUDA graph is being captured: there torch's products
+    save more time than the synchronisation takes, by an estimate that is not measured yet.
 
     Outside the CPU choices are not checked, but a row whose choice is out of range is NaN and gets
     no gradient. Second derivatives and torch.func transforms use
@@ -102,7 +105,7 @@ def hard(
     inside = _kernels.product_dtype(x, dtype)
     operands = (flat_rows(x).to(inside), w1.to(inside), b1.to(inside), w2.to(inside))
     flat, bias = choices.reshape(-1), None if bias is None else bias.to(inside)
-    if _kernels.has_kernels(x, inside):
+    if _kernels.has_kernels(x, inside) and not _kernels.products_win(operands[0], *operands[1::2]):
         if requires_grad(*operands) or (bias is not None and requires_grad(bias)):
             out = _AcmRouted.apply(*operands, bias, flat, activation)
         else:

@@ -50,6 +50,31 @@ def has_kernels(x: Tensor, dtype: torch.dtype) -> bool:
     return dtype in DTYPES.get(x.device.type, ())
 
 
+#: Multiply-adds of all rows and learners from which torch's products over prefixes are faster on a
+#: GPU. cuBLAS does about twice as many a second as the kernels' tiles (780 and 350 TFLOP/s in 16
+#: bits on an H200, an estimate), but needs the lengths of the prefixes on the host: a
+#: synchronisation, after which the GPU waits for some 50 us until work arrives again. Ten times
+#: that is saved from here on.
+_MANY_PRODUCTS = 1.5e11
+
+
+def products_win(x: Tensor, w1: Tensor, w2: Tensor) -> bool:
+    """Whether torch's own products are the faster way to run learners, and are allowed.
+
+    They synchronise, which a graph under capture and a compiled one cannot. In float32 both do the
+    same arithmetic.
+    """
+    if not x.is_cuda or x.element_size() != 2 or traced(x):
+        return False
+    sizes = (math.prod(x.shape[:-1]), x.size(-1), w1.size(0), w1.size(2), w2.size(2))
+    return worth_waiting(*sizes) and not torch.cuda.is_current_stream_capturing()
+
+
+def worth_waiting(rows: int, inputs: int, learners: int, width: int, outputs: int) -> bool:
+    """Whether so many products repay a synchronisation."""
+    return rows * learners * width * (inputs + outputs) >= _MANY_PRODUCTS
+
+
 def value(
     operands: tuple[Tensor, ...], bias: Tensor | None, choices: Tensor, activation: str
 ) -> Tensor | None:
@@ -62,6 +87,12 @@ def value(
     for other in (*operands, choices) if bias is None else (*operands, bias, choices):
         if type(other) not in _PLAIN or other.device != x.device or other.layout != torch.strided:
             return None
+    if (
+        x.is_cuda
+        and operands[1].dim() == operands[3].dim() == 3
+        and products_win(x, *operands[1::2])
+    ):
+        return None
     try:
         return torch.ops.fastkd._acm_value(*operands, bias, choices, _NUMBERS[activation])
     except RuntimeError as error:

@@ -10,10 +10,12 @@ from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_log_probs import TokenLogProbs, token_log_probs
 from fastkd.losses._token_stats import TokenStats, token_stats
 from fastkd.losses._topk_divergence import topk_divergence
+from fastkd.losses._topk_stats import TopKStats, topk_stats
 
 __all__ = [
     "TokenLogProbs",
     "TokenStats",
+    "TopKStats",
     "clipped_divergence",
     "cross_entropy",
     "kl_div",
@@ -21,4 +23,5 @@ __all__ = [
     "token_log_probs",
     "token_stats",
     "topk_divergence",
+    "topk_stats",
 ]

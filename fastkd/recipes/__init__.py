@@ -15,7 +15,7 @@ from fastkd.recipes._table import RECIPES, Recipe, listing
 from fastkd.recipes.adaptive_mixture import align_distil
 from fastkd.recipes.attention import ernie_tiny, hybrid_distill, token_relations
 from fastkd.recipes.byte_level import bpm, byte_kd, prefix_map
-from fastkd.recipes.conditioned import mend, swing
+from fastkd.recipes.conditioned import mend, mft, swing
 from fastkd.recipes.cross_tokenizer import alm, alm_latents, uld
 from fastkd.recipes.diffusion import (
     StreamDitInputs,
@@ -160,6 +160,7 @@ __all__ = [
     "meal_v2",
     "meal_v2_discrimination",
     "mend",
+    "mft",
     "mgsr",
     "mgsr_position",
     "mgsr_span",

@@ -80,6 +80,7 @@ RECIPES = (
     Recipe(None, "2602.01395", "SE-KD; TA-OPD", ("token_budget",), "S", "torch.quantile of the rows that count"),
     Recipe(None, "2406.13555", "BiLD", ("bild",), "C", "constants added to a row change nothing; equal models 0"),
     Recipe(None, "2407.14679", "Minitron", ("minitron",), "C", "balanced: twice the KL"),
+    Recipe(None, "2506.15702", "Minifinetuning", ("mft",), "C", "the corrected label is ahead by the threshold"),
     Recipe(None, "2610.08448", "Strict top-k", ("strict_topk", "shared_tokens"), "S", "one vocabulary, k of all tokens: reverse KL"),
     Recipe(None, "2402.12030", "GOLD", ("gold",), "C", "one vocabulary: JSD; nothing shared: uld"),
     Recipe(None, "2607.22334", "BPM", ("bpm", "prefix_map"), "S+M", "mass is conserved; an identity map is KL; the map by bytes"),

@@ -1,4 +1,4 @@
-"""Teachers that have read something else than the student, or say less about some tokens."""
+"""Teachers that have read something else, say less about some tokens, or are corrected."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,16 @@ from torch import Tensor
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_tensors
 from fastkd.losses._softmax_divergence import softmax_divergence
+from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import check_mask, reduced, wide
 from fastkd.recipes._rows import (
+    IGNORED,
     check_choice,
     check_row_values,
     check_rows,
+    check_share,
+    kept_rows,
+    label_log_probs,
     number_type,
     row_options,
 )
@@ -169,6 +174,80 @@ def swing(
             "swing", student_logits, mask=mask, reduction=reduction, normalizer=normalizer
         ),
     )
+
+
+def mft(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    threshold: float = 0.2,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    r"""A teacher corrected towards the label, mostly the student's former self (minifinetuning).
+
+    A term: :math:`\tau^2 KL(p' \| q)` with :math:`p' = (1 - m) p + m e_y`. Where the teacher's
+    likeliest token is not the label y, :math:`m = (p_{max} - p_y + t) / (1 + p_{max} - p_y)`: the
+    label is then ahead of it by the threshold t. Where it is, :math:`p'_y = \min(1, p_y + t)`.
+
+    Args:
+        student_logits: ``[..., T, vocab]``. Row t scores ``labels[t]``.
+        teacher_logits: the same shape; gets no gradient.
+        labels: int64 or int32 ``[..., T]``; rows with -100 do not count.
+        threshold: t, in [0, 1].
+        temperature: of both sides.
+        mask: bool ``[..., T]``: rows with False are not read.
+        reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"sequence_mean"`` (over a
+            text's rows, then over texts).
+        normalizer: replaces the denominator.
+
+    Returns:
+        float32 (float64 if a side is).
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument has the wrong value or type.
+
+    Source: arXiv 2506.15702 and NVIDIA's Model-Optimizer.
+
+    >>> import torch, fastkd
+    >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.7, 0.3]]).log()
+    >>> round(fastkd.recipes.mft(student, teacher, torch.tensor([1])).item(), 4)  # p' = (0.4, 0.6)
+    0.0201
+    """
+    tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_rows("mft", tensors, mask=mask, labels=labels)
+    check_no_gradient("mft", teacher_logits=teacher_logits)
+    check_share("mft", "threshold", threshold)
+    kept = kept_rows(student_logits, mask, labels)
+    stats = token_stats(
+        teacher_logits, labels=torch.where(kept, labels, IGNORED), temperature=temperature
+    )
+    assert stats.student_label_log_prob is not None
+    best, p = stats.student_top_prob, stats.student_label_log_prob.exp()
+    ahead = (best - p + threshold) / (1 + best - p)
+    # Where p is 1, so is p' whatever m is.
+    more = torch.where(p < 1, (p + threshold).clamp(max=1) - p, 1) / torch.where(p < 1, 1 - p, 1)
+    share = torch.where(stats.student_argmax == labels, more, ahead).clamp(0, 1)
+    share, p = (torch.where(kept, x, 0) for x in (share, p))
+    rest, corrected = 1 - share, share + (1 - share) * p
+    divergence = softmax_divergence(
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        square_temperature=True,
+        weight=rest,
+        mask=kept,
+        reduction="none",
+    )
+    log_q = label_log_probs(student_logits, labels, mask=mask, temperature=temperature)
+    # What KL(p' || q) has besides (1 - m) KL(p || q) - m log q_y.
+    constant = torch.xlogy(corrected, corrected) + (1 - p) * torch.xlogy(rest, rest)
+    constant = constant - rest * torch.xlogy(p, p)
+    losses = divergence + temperature**2 * (constant - share * log_q)
+    return reduced("mft", torch.where(kept, losses, 0), kept, reduction, normalizer)
 
 
 def _noise(kind: str, like: Tensor, generator: torch.Generator | None) -> Tensor:

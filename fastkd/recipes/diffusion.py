@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import is_number
 from fastkd.recipes._chunks import check_mask, wide
 from fastkd.recipes._features import check_floats, check_like, mean_of_rows, only
@@ -192,9 +193,10 @@ def stream_dit(
         check_mask("stream_dit", "mask", mask, rows)
     if weight is not None:
         check_row_values("stream_dit", "weight", weight, rows)
+        check_no_gradient("stream_dit", weight=weight)
     student, teacher = wide(only(prediction, mask)), wide(only(velocity, mask))
     squares = (student - teacher).square()
     losses = squares.flatten(len(rows)).mean(-1) if squares.dim() > len(rows) else squares
     if weight is not None:
-        losses = losses * only(weight.detach(), mask).to(losses.dtype)
+        losses = losses * only(weight, mask).to(losses.dtype)
     return mean_of_rows("stream_dit", losses, mask)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.arguments import to_integer
+from fastkd._ops.arguments import check_no_gradient, to_integer
 from fastkd._ops.checks import check_positive
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import readable, wide
@@ -15,11 +15,12 @@ _MAIN = ("softmax_ce", "ranknet", "listnet", "lambda", "ranknet_softmax_ce")
 
 
 def _lists(function: str, **lists: Tensor) -> list[Tensor]:
-    """Scores ``[B, n]`` of one shape; the second ones without gradient."""
+    """Scores ``[B, n]`` of one shape, checked; the second ones take no gradient."""
     (name, student), (other, teacher) = lists.items()
     check_rank(function, name, student, "B", "n")
     check_like(function, other, teacher, name, student)
-    return [wide(student), wide(teacher.detach())]
+    check_no_gradient(function, **{other: teacher})
+    return [wide(student), wide(teacher)]
 
 
 def _differences(scores: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def list_net(student_scores: Tensor, teacher_scores: Tensor, *, temperature: flo
     """
     check_positive("list_net", "temperature", temperature)
     _lists("list_net", student_scores=student_scores, teacher_scores=teacher_scores)
-    return softmax_divergence(student_scores, teacher_scores.detach(), temperature=temperature)
+    return softmax_divergence(student_scores, teacher_scores, temperature=temperature)
 
 
 def lambda_rank(student_scores: Tensor, relevance: Tensor, *, k: int | None = 5) -> Tensor:
@@ -202,7 +203,7 @@ def dear(
         check_like("dear", "relevance", grades, "student_scores", student_scores)
     else:
         check_choice("dear", "relevance", relevance, ("teacher", "binary"))
-        grades = teacher_scores.detach()
+        grades = teacher_scores
         if relevance == "binary":
             first = torch.arange(grades.size(1), device=grades.device) == 0
             grades = first.to(grades.dtype).expand(grades.shape)
@@ -221,7 +222,7 @@ def dear(
         return loss
     return (1 - alpha) * loss + softmax_divergence(
         student_scores,
-        teacher_scores.detach(),
+        teacher_scores,
         temperature=temperature,
         square_temperature=True,
         normalizer=student_scores.size(0) / alpha,

@@ -333,7 +333,7 @@ def akl(
     teacher_logits: Tensor,
     *,
     mu: float = 0.5,
-    k: int = 1024,
+    k: int = 256,
     temperature: float = 1.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
@@ -351,7 +351,8 @@ def akl(
         student_logits: ``[..., vocab]``. Row t scores the token that follows it.
         teacher_logits: the same shape; gets no gradient.
         mu: see above.
-        k: the longest head; on CUDA 1,024 at most. The head of a nearly uniform teacher is cut.
+        k: the longest head; on CUDA 1,024 at most. The head of a teacher that needs more tokens
+            for that mass is cut.
         temperature: of both sides.
         mask, weight, reduction, normalizer: see :func:`distillm`.
 

@@ -84,8 +84,9 @@ def distill_weighted(
                 f"{name}: student_logits[{place}] must have the leading dimensions "
                 f"{list(student_logits[0].shape[:-1])}, got {list(student.shape)}"
             )
+        check_no_gradient(name, teacher_logits=teacher)
     first = student_logits[0]
-    check_no_gradient(name, scores=scores)
+    check_no_gradient(name, scores=scores, weight=weight)
     found = torch.as_tensor(scores, device=first.device).double()
     if found.shape != (len(student_logits),):
         raise ValueError(
@@ -107,7 +108,7 @@ def distill_weighted(
     losses = [
         softmax_divergence(
             student,
-            teacher.detach(),
+            teacher,
             temperature=temperature,
             weight=rows * share.to(rows.dtype),
             mask=mask,

@@ -165,7 +165,8 @@ def deit_lt(
     ):
         check_like("deit_lt", name, logits, "class_logits", class_logits)
     check_classes("deit_lt", labels, class_logits)
-    target = token_stats(teacher_logits.detach()).student_argmax.long()
+    check_no_gradient("deit_lt", teacher_logits=teacher_logits)
+    target = token_stats(teacher_logits).student_argmax.long()
     weights = torch.ones_like(target, dtype=torch.float32)
     if class_weights is not None:
         check_floats("deit_lt", class_logits=class_logits, class_weights=class_weights)
@@ -238,7 +239,8 @@ def _teachers(function: str, student: Tensor, teachers: Sequence[Tensor]) -> lis
         )
     for number, teacher in enumerate(teachers):
         check_like(function, f"teacher_logits[{number}]", teacher, "student_logits", student)
-    return [teacher.detach() for teacher in teachers]
+        check_no_gradient(function, teacher_logits=teacher)
+    return list(teachers)
 
 
 def meal_v2_discrimination(

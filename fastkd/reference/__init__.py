@@ -18,6 +18,7 @@ from fastkd.reference._softmax_divergence import kl_div, softmax_divergence, sof
 from fastkd.reference._token_log_probs import token_log_probs, token_log_probs_op
 from fastkd.reference._token_stats import token_stats
 from fastkd.reference._topk_divergence import teacher_topk, topk_divergence, topk_divergence_op
+from fastkd.reference._topk_stats import topk_stats
 
 __all__ = [
     "LARGEST_LOG_RATIO",
@@ -41,4 +42,5 @@ __all__ = [
     "token_stats",
     "topk_divergence",
     "topk_divergence_op",
+    "topk_stats",
 ]

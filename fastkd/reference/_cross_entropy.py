@@ -28,6 +28,7 @@ def cross_entropy_op(
 ) -> Tensor:
     """The raw op's loss, from its fields."""
     rows = Rows(logits, (), **{**row_options, "label_weight": 0.0})
+    assert rows.labels is not None
     z, labels = rows.student, torch.where(rows.read, rows.labels, 0).long()
     lse = (relative_to_largest(z) / rows.tau).logsumexp(-1, keepdim=True)
     lse = torch.where(lse.isfinite(), lse, math.nan)
@@ -49,8 +50,9 @@ def cross_entropy_op(
     if not _is(entropy_weight, 0):
         log_a = log_softmax(z, entropy_temperature)
         entropy = -(exp(log_a) * finite(log_a)).sum(-1)
-        if entropy_mask is not None:
-            entropy = torch.where(ahead(entropy_mask, rows.shift), entropy, 0.0)
+        chosen = ahead(entropy_mask, rows.shift)
+        if chosen is not None:
+            entropy = torch.where(chosen, entropy, 0.0)
         if entropy_correct:
             columns = torch.arange(z.size(-1), device=z.device)
             best = torch.where(z == z.amax(-1, keepdim=True), columns, z.size(-1)).amin(-1)

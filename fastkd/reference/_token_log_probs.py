@@ -42,6 +42,7 @@ def token_log_probs_op(
     )
     lse = (relative_to_largest(rows.student) / rows.tau).logsumexp(-1, keepdim=True)
     lse = torch.where(lse.isfinite(), lse, math.nan)
+    assert rows.labels is not None
     at = torch.where(rows.kept, rows.labels, 0).long().unsqueeze(-1)
     # Of a token of probability 0 the value is -inf, and the gradient 1[v = token] - q_v, too.
     token = from_largest(rows.student).gather(-1, at)

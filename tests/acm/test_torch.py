@@ -33,6 +33,26 @@ def test_opcheck_of_the_kernels(backend):
     )
 
 
+def test_large_layers_use_torchs_products(monkeypatch):
+    """On a GPU in 16 bits; here the same path on the CPU."""
+    assert _kernels.worth_waiting(8192, 2048, 4, 2048, 2048) is True
+    assert _kernels.worth_waiting(8192, 768, 4, 768, 768) is False
+    assert not _kernels.products_win(
+        torch.ones(1 << 20, 8), torch.ones(4, 8, 8), torch.ones(4, 8, 8)
+    )
+    x, *weights = problem((6,))
+    choices, bias = some_choices((6,)), torch.randn(10, requires_grad=True)
+    inputs = (x, *weights, bias)
+    found = []
+    for large in (False, True):
+        monkeypatch.setattr(_kernels, "products_win", lambda *_, large=large: large)
+        out = fastkd.acm.hard(x, *weights, choices, bias=bias)
+        found.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for kernels, products in zip(*found, strict=True):
+        assert relative_error(products, kernels.double()) < 1e-6
+    assert "_AcmBackward" in out.grad_fn.next_functions[0][0].next_functions[0][0].name()
+
+
 def test_opcheck():
     x, *weights = (v.detach() for v in problem((6,)))
     choices, target = some_choices((6,)), torch.randn(6, 10)

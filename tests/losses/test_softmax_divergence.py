@@ -79,6 +79,32 @@ def test_mixed_dtypes(backend, divergence):
         assert_matches_float64(logits((5, 999), a), logits((5, 999), b), options)
 
 
+@pytest.mark.parametrize("vocab", [97, 20_011])
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "bfloat16"), ("float16", "float32"), ("bfloat16", "float16")]
+)
+def test_mixed_dtypes_wherever_rows_begin(backend, dtypes, vocab):
+    """On CUDA rows with equal offsets move in packs."""
+    labels, mask = torch.tensor([3, -100, 0, vocab - 1]), torch.tensor([True, True, False, True])
+    options = {"labels": labels, "mask": mask, "temperature": 2.0}
+
+    def view(dtype, offset, padding):
+        return logits((4 * (vocab + padding) + 8,), getattr(torch, dtype))[offset:].as_strided(
+            (4, vocab), (vocab + padding, 1)
+        )
+
+    places = [((0, 0), (3, 3)), ((1, 1), (0, 4)), ((3, 7), (4, 8)), ((1, 2), (0, 1))]
+    for offsets, paddings in places:
+        student, teacher = map(view, dtypes, offsets, paddings)
+        student[2], teacher[2], teacher[0, 5] = math.nan, math.nan, -math.inf
+        assert_matches_float64(student, teacher, {**options, "divergence": "jsd"})
+    plain = student.clone().requires_grad_()
+    fastkd.softmax_divergence(plain, teacher, **options).backward()
+    leaf = student.clone().requires_grad_()
+    fastkd.softmax_divergence(leaf.mul(1), teacher, inplace=True, **options).backward()
+    assert torch.equal(leaf.grad, plain.grad)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_large_vocabulary(backend, divergence):
     options = {"divergence": divergence, "reduction": "none"}

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, by_rows, mixed_dtypes, one_graph, problem, promises, with_leaves
+from recipe_checks import (
+    Entry,
+    by_rows,
+    mixed_dtypes,
+    one_graph,
+    one_graph_for_all,
+    problem,
+    promises,
+    with_leaves,
+)
 
 import fastkd
 from fastkd import recipes
@@ -63,6 +72,27 @@ def plain_swing(student_logits, teacher_logits, privacy, square_temperature=True
     return kl(p, q) * (tau**2 if square_temperature else 1)
 
 
+def plain_mft(student_logits, teacher_logits, labels, threshold=0.2, temperature=1.0):
+    q, p = ((z / temperature).softmax(-1) for z in (student_logits, teacher_logits))
+    best, label = max(p.tolist()), p[labels].item()
+    if p.argmax() != labels:
+        m = (best - label + threshold) / (1 + best - label)
+    else:
+        m = (min(1, label + threshold) - label) / (1 - label)
+    corrected = [(1 - m) * p[v] + (m if v == labels else 0) for v in range(len(p))]
+    return temperature**2 * sum(x * (x / q[v]).log() for v, x in enumerate(corrected) if x > 0)
+
+
+def half_right(dtype):
+    """Labels that half of the teacher's rows find likeliest, some nearly certain."""
+    tensors = problem(dtype, "labels")
+    best, labels = tensors["teacher_logits"].argmax(-1), tensors["labels"]
+    tensors["labels"] = torch.where((torch.arange(5) % 2 == 0) & (labels != -100), best, labels)
+    tensors["teacher_logits"][1] *= 5
+    return tensors
+
+
+MFT = {"problem": half_right, "reductions": ("none", "sum", "mean", "batchmean", "sequence_mean")}
 MEND = {
     "problem": places,
     "reductions": ("none", "sum", "mean", "batchmean", "sequence_mean"),
@@ -76,9 +106,17 @@ ENTRIES = [
     Entry("swing", by_rows(plain_swing), problem=private, published={"square_temperature": True}),
     Entry("swing", by_rows(plain_swing), {"square_temperature": False}, problem=private),
 ]
+ENTRIES += [
+    Entry("mft", by_rows(plain_mft), published={"threshold": 0.2, "temperature": 1.0}, **MFT),
+    Entry("mft", by_rows(plain_mft), {"threshold": 0.5, "temperature": 2.0}, **MFT),
+]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
+GIVEN = half_right(torch.float32)
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {"all": lambda x: recipes.mft(**GIVEN, threshold=x, temperature=x)}
+)
 
 
 def test_mend_does_not_read_other_rows():
@@ -144,6 +182,29 @@ def test_noise_of_swing(noise, monkeypatch):
     y = tensors["teacher_logits"]
     right = recipes.swing(**{**tensors, "teacher_logits": y + scale.unsqueeze(-1) * y.square()})
     torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 1.0])
+def test_the_corrected_label_is_ahead(threshold):
+    """Found from the gradient, q - p' at temperature 1."""
+    tensors = half_right(torch.float64)
+    z = tensors["student_logits"].requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        recipes.mft(**tensors, threshold=threshold, reduction="sum"), z
+    )
+    labels = tensors["labels"]
+    kept = tensors["mask"] & (labels != -100)
+    corrected = (z.detach().softmax(-1) - gradient)[kept]
+    p, labels = tensors["teacher_logits"].softmax(-1)[kept], labels[kept].unsqueeze(-1)
+    label, before = corrected.gather(-1, labels), p.gather(-1, labels)
+    others = corrected.scatter(-1, labels, 0).amax(-1, keepdim=True)
+    right = p.argmax(-1, keepdim=True) == labels
+    ahead = torch.where(
+        right, label - (before + threshold).clamp(max=1), label - others - threshold
+    )
+    assert right.any()
+    assert not right.all()
+    torch.testing.assert_close(ahead, torch.zeros_like(ahead), rtol=0, atol=1e-9)
 
 
 def test_errors():

@@ -182,7 +182,7 @@ def test_weights_of_videos_are_those_of_their_frames():
 
 def test_errors_name_the_recipe_and_the_argument():
     x, t = torch.zeros(2, 3, 4), torch.zeros(2, 3)
-    mask = t > 0
+    mask, leaf = t > 0, torch.zeros(2, 3, requires_grad=True)
     wrong = [
         (recipes.sid_generator, (x, x, x[:1]), {}, "fake must have the shape"),
         (recipes.sid_generator, (x, x, x), {"alpha": "1"}, "alpha must be a number"),
@@ -195,6 +195,7 @@ def test_errors_name_the_recipe_and_the_argument():
         (recipes.stream_dit, (x, x[:1]), {}, "velocity must have the shape"),
         (recipes.stream_dit, (x, x), {"mask": t}, "mask must be bool"),
         (recipes.stream_dit, (x, x), {"mask": mask[:1]}, "mask must be bool"),
+        (recipes.stream_dit, (x, x), {"weight": leaf}, "weight takes no gradient"),
         (recipes.stream_dit, (x, x), {"weight": mask}, "weight must be float"),
     ]
     for function, arguments, options, message in wrong:

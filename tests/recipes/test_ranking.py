@@ -65,6 +65,12 @@ def graded(dtype):
     return {"student_scores": found["student_scores"], "relevance": relevance}
 
 
+def hardly_graded(dtype):
+    """The ideal of each list is below 1."""
+    found = graded(dtype)
+    return {**found, "relevance": found["relevance"] / 16}
+
+
 def binary(like):
     found = torch.zeros_like(like)
     found[:, 0] = 1
@@ -105,6 +111,7 @@ ENTRIES = [
     entry("list_net", plain_list_net, options={"temperature": 3.0}),
     entry("lambda_rank", plain_lambda, graded, published={"k": 5}),
     entry("lambda_rank", plain_lambda, graded, {"k": 2}),
+    entry("lambda_rank", plain_lambda, hardly_graded),
     entry("lambda_rank", plain_lambda, graded, {"k": None}),
     entry("dear", plain_dear, published={"main": "softmax_ce", "alpha": 0.3, "temperature": 2.0}),
     *(
@@ -187,8 +194,12 @@ def test_places_without_a_passage():
 
 def test_errors_name_the_recipe_and_the_argument():
     x, shorter = torch.zeros(2, 3), torch.zeros(2, 2)
+    leaf = torch.zeros(2, 3, requires_grad=True)
     wrong = [
         (recipes.rank_net, (x, shorter), {}, "teacher_scores must have the shape"),
+        (recipes.rank_net, (x, leaf), {}, "teacher_scores takes no gradient"),
+        (recipes.lambda_rank, (x, leaf), {}, "relevance takes no gradient"),
+        (recipes.dear, (x, leaf), {}, "teacher_scores takes no gradient"),
         (recipes.rank_net, (x[0], x[0]), {}, r"student_scores must be \[B, n\]"),
         (recipes.list_net, (x, x), {"temperature": 0.0}, "temperature must be positive"),
         (recipes.lambda_rank, (x, x - 1), {}, "relevance must not be negative"),

@@ -79,6 +79,11 @@ def test_every_call_has_its_row():
             assert not recalled or "M" in recipe.evidence.split("+")
 
 
+def test_no_module_is_called_like_what_it_holds():
+    folder = Path(recipes.__file__).parent
+    assert not {path.stem for path in folder.glob("*.py")} & set(recipes.__all__)
+
+
 @pytest.mark.parametrize("check", ["share", "choice"])
 def test_checks_name_the_argument(check):
     with pytest.raises(ValueError, match="f: x must"):

@@ -90,6 +90,8 @@ def test_label_map():
     values = torch.tensor([1.0, 2.0, 3.0])
     exact = recipes.lad_label_map(labels, 3, noise=0.0, values=values)
     assert exact.tolist() == [[100, 300, 200], [0, 300, 0]]
+    only = recipes.lad_label_map(labels, 1, noise=0.0, scale=1.0, values=values[2:])
+    assert only.tolist() == [[3, 0, 0], [0, 0, 0]]
     found = [recipes.lad_label_map(labels.expand(500, 2, 3), 3, generator=generator) for _ in "ab"]
     assert not torch.equal(*found)
     for x in found:

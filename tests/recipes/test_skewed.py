@@ -43,13 +43,13 @@ def plain_taid(student_logits, teacher_logits, t, temperature=1.0):
     return -sum(p[v] * q[v].log() for v in range(len(p)))
 
 
-def plain_akl(student_logits, teacher_logits, mu=0.5, temperature=1.0):
+def plain_akl(student_logits, teacher_logits, mu=0.5, k=256, temperature=1.0):
     q, p = softmaxes(student_logits, teacher_logits, temperature)
     mass, head, tail = 0.0, 0.0, 0.0
     for place, v in enumerate(p.argsort(descending=True).tolist()):
         mass = mass + p[v].item()
         difference = (p[v] - q[v]).abs().item()
-        if place == 0 or mass <= mu:
+        if place == 0 or (mass <= mu and place < k):
             head += difference
         else:
             tail += difference
@@ -94,6 +94,7 @@ ENTRIES = [
     Entry("taid", by_rows(plain_taid), problem=with_t(0.4)),
     Entry("taid", by_rows(plain_taid), {"temperature": 2.0}, problem=with_t(torch.tensor(0.75))),
     Entry("akl", by_rows(plain_akl), published={"mu": 0.5}),
+    Entry("akl", by_rows(plain_akl), {"mu": 0.95, "k": 2}),
     Entry("akl", by_rows(plain_akl), {"mu": 0.8, "temperature": 2.0}, with_("weight")),
     Entry(
         "bild",

@@ -100,6 +100,7 @@ def test_subclasses_do_not_depend_on_a_shift_of_the_class():
 
 
 def test_one_subclass_is_plain_distillation():
+    assert (recipes.lelp_subclasses(*embeddings(), 1) == 1).all()
     given = lelp_problem(torch.float64)
     student = given["student_logits"][..., :VOCAB]
     found = recipes.lelp(student, given["teacher_logits"], torch.ones(TEXTS, LENGTH, VOCAB, 1))

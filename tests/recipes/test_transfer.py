@@ -85,6 +85,9 @@ def test_the_nearest_source_alone_is_distillation():
     given["student_logits"][0][:] = math.nan  # not read
     torch.testing.assert_close(recipes.distill_weighted(**given), right)
     assert recipes.distill_weighted(**{**given, "scores": [-1.0, 0.0, -2.0]}) == 0
+    del given["weight"]
+    right = fastkd.softmax_divergence(*pair, mask=given["mask"])
+    torch.testing.assert_close(recipes.distill_weighted(**given), right)
 
 
 # ---- parc
@@ -136,6 +139,7 @@ def test_parc_of_the_labels_themselves():
 
 def test_errors_name_the_recipe_and_the_argument():
     x, wider = torch.zeros(2, 3), torch.zeros(2, 4)
+    leaf = torch.zeros(2, 3, requires_grad=True)
     labels = torch.tensor([0, 1])
     function = recipes.distill_weighted
     wrong = [
@@ -143,6 +147,8 @@ def test_errors_name_the_recipe_and_the_argument():
         (function, ([x], [x, x], [1.0]), {}, "teacher_logits must have 1 tensors"),
         (function, ([x], [wider], [1.0]), {}, r"teacher_logits\[0\] must have the shape"),
         (function, ([x, x[:1]], [x, x[:1]], [1, 1]), {}, r"student_logits\[1\] must have the lead"),
+        (function, ([x], [leaf], [1.0]), {}, "teacher_logits takes no gradient"),
+        (function, ([x], [x], [1.0]), {"weight": leaf[:, 0]}, "weight takes no gradient"),
         (function, ([x], [x], [1.0, 2.0]), {}, "scores must be 1 numbers"),
         (function, ([x], [x], [1.0]), {"power": -1.0}, "power must be finite and not negative"),
         (function, ([x], [x], [1.0]), {"mask": labels}, "mask must be bool"),
