@@ -50,10 +50,9 @@ def cross_entropy_op(
     if not _is(entropy_weight, 0):
         log_a = log_softmax(z, entropy_temperature)
         entropy = -(exp(log_a) * finite(log_a)).sum(-1)
-        if entropy_mask is not None:
-            counts = ahead(entropy_mask, rows.shift)
-            assert counts is not None
-            entropy = torch.where(counts, entropy, 0.0)
+        chosen = ahead(entropy_mask, rows.shift)
+        if chosen is not None:
+            entropy = torch.where(chosen, entropy, 0.0)
         if entropy_correct:
             columns = torch.arange(z.size(-1), device=z.device)
             best = torch.where(z == z.amax(-1, keepdim=True), columns, z.size(-1)).amin(-1)

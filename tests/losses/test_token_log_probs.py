@@ -23,7 +23,7 @@ def results(module, scores, ids, **options):
     return found if options.get("entropy") else (found,)
 
 
-def assert_matches(scores, ids, *, gradients=True, **options):
+def assert_matches(scores, ids, *, gradients=True, atol=4e-6, **options):
     scores = scores.detach().requires_grad_(gradients)
     exact_scores = scores.detach().double().requires_grad_(gradients)
     found = results(fastkd, scores, ids, **options)
@@ -32,7 +32,7 @@ def assert_matches(scores, ids, *, gradients=True, **options):
     for mine, right in zip(found, exact, strict=True):
         assert mine.dtype == dtype
         assert mine.shape == scores.shape[:-1]
-        torch.testing.assert_close(mine.double(), right, rtol=2e-6, atol=4e-6, equal_nan=True)
+        torch.testing.assert_close(mine.double(), right, rtol=2e-6, atol=atol, equal_nan=True)
     if not gradients:
         return found
     weights = [torch.randn(right.shape, dtype=torch.float64) for right in exact]
@@ -177,7 +177,9 @@ def test_special_values(backend, entropy):
 def test_certain_rows_have_an_entropy_with_a_gradient_near_zero(backend):
     scores = torch.full((3, 500), -40.0)
     scores[:, 3] = torch.tensor([0.0, 20.0, -25.0])
-    assert_matches(scores, torch.tensor([3, 3, 4]), entropy=True)
+    # A block of 512 columns is summed in four lanes or more: where one lane's sum is near 1, each
+    # of its 128 additions rounds by up to 2^-24.
+    assert_matches(scores, torch.tensor([3, 3, 4]), entropy=True, atol=128 * 2.0**-24)
 
 
 def test_layouts(backend):
