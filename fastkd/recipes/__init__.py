@@ -72,6 +72,7 @@ from fastkd.recipes.shared_vocabulary import gold, shared_tokens, strict_topk
 from fastkd.recipes.skewed import (
     Pair,
     TaidSchedule,
+    abkd,
     akl,
     bild,
     distillm,
@@ -102,6 +103,7 @@ __all__ = [
     "Recipe",
     "StreamDitInputs",
     "TaidSchedule",
+    "abkd",
     "acceptance",
     "acm_phase1_loss",
     "acm_phase2_loss",

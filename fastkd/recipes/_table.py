@@ -74,6 +74,7 @@ RECIPES = (
     Recipe(None, "2503.07067", "DistiLLM-2", ("distillm2", "distillm2_alphas"), "C+M", "alphas 0 and beta 1: forward plus reverse KL; the mixture has no gradient"),
     Recipe(None, "2501.16937", "TAID", ("taid",), "C", "t 1 is the cross-entropy with the teacher, t 0 has no gradient; the schedule in loops"),
     Recipe(None, "2404.02657", "AKL", ("akl",), "C", "between forward and reverse KL; a head of one token"),
+    Recipe(None, "2505.04560", "ABKD", ("abkd",), "C", "alpha and beta 1 and 0 are forward and reverse KL; 1 and 1 half the squared distance"),
     Recipe(None, "2510.24021", "SelecTKD", ("select_tkd",), "S", "k = vocabulary, or a rejected weight of 1, is plain KL"),
     Recipe(None, "2604.14084", "TIP", ("tip",), "S+M", "keep 1 is plain KL; scores by loops"),
     Recipe(None, "2603.07079", "Entropy-aware OPD", ("eopd",), "S+M", "thresholds below and above all entropies: both terms, one term"),

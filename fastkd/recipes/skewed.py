@@ -395,6 +395,49 @@ def akl(
     )
 
 
+def abkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    alpha: float | Tensor = 0.2,
+    beta: float | Tensor = 0.7,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    r"""The Alpha-Beta divergence (ABKD). A term.
+
+    :math:`-\frac{1}{\alpha \beta} \sum_v p^\alpha q^\beta - \frac{\alpha}{\alpha + \beta}
+    p^{\alpha + \beta} - \frac{\beta}{\alpha + \beta} q^{\alpha + \beta}`, with its limits: (1, 0)
+    is forward and (0, 1) reverse KL. Where :math:`\alpha + \beta = 0` the authors' code lacks a
+    factor :math:`1 / \alpha`.
+
+    Arguments are those of :func:`distillm`, ``alpha`` and ``beta`` a number or one a row.
+
+    Source: Wang et al. 2025 (arXiv 2505.04560) and its code (ghwang-s/abkd), GPT-2's setting.
+
+    >>> import torch, fastkd
+    >>> student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    >>> round(fastkd.recipes.abkd(student, teacher, alpha=1.0, beta=1.0).item(), 4)
+    0.16
+    """
+    tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_rows("abkd", tensors, mask=mask, weight=weight)
+    more: dict[str, Any] = {"mask": mask, "weight": weight, "reduction": reduction}
+    return softmax_divergence(
+        *(student_logits, teacher_logits),
+        divergence="alpha_beta",
+        alpha=alpha,
+        beta=beta,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        **row_options("abkd", student_logits, normalizer=normalizer, **more),
+    )
+
+
 def bild(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -57,6 +57,15 @@ def plain_akl(student_logits, teacher_logits, mu=0.5, k=256, temperature=1.0):
     return share * kl(p, q) + (1 - share) * kl(q, p)
 
 
+def plain_abkd(student_logits, teacher_logits, alpha=0.2, beta=0.7, temperature=1.0):
+    q, p = softmaxes(student_logits, teacher_logits, temperature)
+    both, total = alpha + beta, 0
+    for v in range(len(p)):
+        mixed = alpha / both * p[v] ** both + beta / both * q[v] ** both
+        total = total + p[v] ** alpha * q[v] ** beta - mixed
+    return -total / (alpha * beta)
+
+
 def plain_bild(student_logits, teacher_logits, k=8, temperature=3.0):
     loss = 0
     for leader in (teacher_logits, student_logits):
@@ -96,6 +105,8 @@ ENTRIES = [
     Entry("akl", by_rows(plain_akl), published={"mu": 0.5}),
     Entry("akl", by_rows(plain_akl), {"mu": 0.95, "k": 2}),
     Entry("akl", by_rows(plain_akl), {"mu": 0.8, "temperature": 2.0}, with_("weight")),
+    Entry("abkd", by_rows(plain_abkd), published={"alpha": 0.2, "beta": 0.7}),
+    Entry("abkd", by_rows(plain_abkd), {"alpha": 0.5, "beta": 0.5, "temperature": 2.0}),
     Entry(
         "bild",
         by_rows(plain_bild),
@@ -225,6 +236,18 @@ def test_the_schedule_of_taid():
     assert recipes.TaidSchedule() == recipes.TaidSchedule(0.4, 1.0, 5e-4, 0.99)
     late = recipes.TaidSchedule(last_loss=1.0, t=0.9)
     assert late.step(1.0, 1.0) == 1.0
+
+
+def test_abkd_at_the_ends():
+    student, teacher = GIVEN["student_logits"], GIVEN["teacher_logits"]
+    q, p = student.double().softmax(-1), teacher.double().softmax(-1)
+    for alpha, beta, right in (
+        (1.0, 0.0, (p * (p / q).log()).sum(-1)),
+        (0.0, 1.0, (q * (q / p).log()).sum(-1)),
+        (1.0, 1.0, (p - q).square().sum(-1) / 2),
+    ):
+        found = recipes.abkd(student, teacher, alpha=alpha, beta=beta, reduction="none")
+        torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-7)
 
 
 def test_akl_between_forward_and_reverse_kl():
