@@ -18,7 +18,13 @@ DTYPES = {
 }
 DIVERGENCES = choices("softmax_divergence", "divergence")
 #: `beta` of the divergences that take one, as their papers use it.
-BETAS = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
+BETAS = {
+    "jsd": 0.5,
+    "skew_kl": 0.1,
+    "skew_reverse_kl": 0.1,
+    "skew_reverse_kl_detached": 0.1,
+    "alpha_beta": 0.7,
+}
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ class SoftmaxDivergence(_Loss):
             from batch to batch (divergence, temperature, reduction, ...).
 
     Call it with student_logits and teacher_logits. Pass options that change with the batch
-    (``weight``, ``mask``, ``labels``, ``teacher_weights``, ``normalizer``, temperatures and beta of
-    each row) to the call.
+    (``weight``, ``mask``, ``labels``, ``teacher_weights``, ``normalizer``, and temperatures, beta,
+    alpha and label_weight of each row) to the call.
 
     >>> import torch, fastkd
     >>> loss = fastkd.nn.SoftmaxDivergence(divergence="jsd", reduction="sum")

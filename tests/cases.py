@@ -35,7 +35,8 @@ GRADIENT_ERROR = {
 FEW_ENTRIES, FEW_ENTRIES_ERROR = 1000, 2e-5
 # Where one side's mass hardly meets the other's, the log of a mixture is nearly constant, and the
 # gradient is what is left of it.
-MIXTURES, MIXTURE_ERROR = ("jsd", "skew_kl", "skew_reverse_kl"), 4e-6
+MIXTURES = ("jsd", "skew_kl", "skew_reverse_kl", "skew_reverse_kl_detached")
+MIXTURE_ERROR = 4e-6
 LOSS_ERROR = {
     torch.float64: 1e-11,
     torch.float32: 1e-5,
@@ -62,6 +63,16 @@ def _labels(leading, vocab):
     return {"labels": torch.where(torch.rand(leading) < 0.2, -100, labels)}
 
 
+def _weighted_labels(leading, vocab):
+    return {**_labels(leading, vocab), "label_weight": label_weights(leading)}
+
+
+def label_weights(leading: tuple[int, ...], generator: torch.Generator | None = None):
+    """One a row, some of them 0."""
+    weights, kind = (torch.rand(leading, generator=generator) for _ in range(2))
+    return torch.where(kind < 0.25, 0.0, weights)
+
+
 def _row_options(teacher_logits: bool = True) -> Iterator[Case]:
     """Options of all losses over rows that need no value of their own for each."""
     yield Case("softcap", {"logit_softcap": 3.0, "reduction": "none"})
@@ -73,6 +84,8 @@ def _row_options(teacher_logits: bool = True) -> Iterator[Case]:
         yield Case("softcap-teacher", {"logit_softcap": (None, 2.5)})
         yield Case("softcaps", {"logit_softcap": (7.0, 2.5), "teacher_temperature": 0.7})
     yield Case("labels-same-temperature", {"label_weight": 2.0}, _labels)
+    yield Case("row-label-weights", {"reduction": "none"}, _weighted_labels)
+    yield Case("row-label-weights-temperature", {"temperature": 1.7}, _weighted_labels)
     yield Case("elementmean", {"reduction": "elementmean"})
     yield Case("normalizer-tensor", {}, lambda leading, vocab: {"normalizer": torch.tensor(9)})
 
@@ -125,6 +138,14 @@ def _softmax_divergence() -> Iterator[Case]:
             },
         )
     yield Case("forward_kl-row-betas", {"reduction": "none"}, _betas)
+    for alpha, beta in ((0.2, 0.7), (0.7, 0.2), (0.5, -0.5), (0.0, 0.0), (2.0, -0.5)):
+        options = {"divergence": "alpha_beta", "alpha": alpha, "beta": beta}
+        yield Case(f"alpha-beta-{alpha}-{beta}", options)
+    yield Case(
+        "alpha-beta-rows",
+        {"divergence": "alpha_beta", "reduction": "none"},
+        lambda leading, vocab: {"alpha": betas(leading), "beta": betas(leading).bfloat16()},
+    )
     yield Case("square", {"temperature": 2.0, "square_temperature": True, "reduction": "batchmean"})
     yield from _row_options()
     yield Case("normalizer", {"normalizer": 17.0})

@@ -129,7 +129,7 @@ class Fuzz:
                 width = self.vocab
             labels = self.randint(0, width, *self.leading)
             options["labels"] = torch.where(self.rand(*self.leading) < 0.2, -100, labels)
-            options["label_weight"] = self.pick.choice((0.0, 0.3, 1.0))
+            options["label_weight"] = self.share((0.0, 0.3, 1.0))
         options["reduction"] = self.pick.choice(
             ("none", "none", "sum", "mean", "elementmean", *(["batchmean"] if self.leading else []))
         )
@@ -188,6 +188,8 @@ def softmax(f: Fuzz) -> Problem:
     else:
         teachers = f.logits(student)
     options |= {"divergence": divergence, "beta": beta}
+    if divergence == "alpha_beta":
+        options["alpha"] = f.share((0.2, 0.5, 1.0))
     wanted = ["student_logits"]
     if not isinstance(teachers, list) and f.often(0.5):
         wanted.append("teacher_logits")
@@ -259,7 +261,8 @@ def clipped(f: Fuzz) -> Problem:
     if options["quantile"] and "softness" not in options:
         # Saturated logits may be equal in float32: which of them a quantile keeps is open.
         options.pop("logit_softcap", None)
-    if options["keep_label"] and options.get("label_weight") == 0:
+    weight = options.get("label_weight", 1.0)
+    if options["keep_label"] and not isinstance(weight, torch.Tensor) and weight == 0:
         options["label_weight"] = 0.3  # see label_weight_of_0
     # The definition takes masses, not their logarithms: in float64 they must not underflow. Whether
     # a mass that underflows in float32 beside an impossible token makes the loss infinite is open.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cases import ROW_NUMBERS, betas, logits
+from cases import ROW_NUMBERS, betas, label_weights, logits
 
 import fastkd
 
@@ -33,6 +33,10 @@ def _rows(leading: tuple[int, ...]) -> dict[str, torch.Tensor]:
         "mask": torch.rand(leading) < 0.9,
         "weight": torch.rand(leading) + 0.5,
     }
+
+
+def _numbers(leading: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    return {"beta": betas(leading), "label_weight": label_weights(leading)}
 
 
 def _teacher(leading: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -119,12 +123,20 @@ LOSSES = [
     Entry(
         "softmax_divergence",
         lambda student, **given: fastkd.softmax_divergence(student, divergence="jsd", **given),
-        lambda leading: {**_teacher(leading), "beta": betas(leading)},
+        lambda leading: {**_teacher(leading), **_numbers(leading)},
     ),
     Entry(
         "topk_divergence",
         lambda student, **given: fastkd.topk_divergence(student, divergence="jsd", **given),
-        lambda leading: {**_topk(leading), "beta": betas(leading)},
+        lambda leading: {**_topk(leading), **_numbers(leading)},
+    ),
+    Entry(
+        "softmax_divergence",
+        lambda student, **given: fastkd.softmax_divergence(
+            student, divergence="alpha_beta", **given
+        ),
+        _teacher,
+        {"alpha": (0.2, 0.4), "beta": (0.7, 0.3)},
     ),
     Entry(
         "clipped_divergence",

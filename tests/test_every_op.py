@@ -167,7 +167,7 @@ def test_numbers_take_no_tangent(op):
     for name in taken(op, "label_weight", "normalizer"):
         with pytest.raises(ValueError, match=f"{op.name}: {name} takes no gradient, tangent"):
             torch.func.jvp(
-                lambda x, name=name: op.call(student, **given, **{name: x}),
+                lambda x, name=name: op.call(student, **{**given, name: x}),
                 (torch.tensor(2.0),),
                 (torch.tensor(1.0),),
             )
@@ -230,7 +230,7 @@ def test_types(op):
             op.call(student_of(), **{**given, name: value})
     for name in taken(op, "label_weight", "normalizer"):
         with pytest.raises(ValueError, match=rf"{op.name}: {name} must be on a device"):
-            op.call(student_of(), **given, **{name: torch.tensor(1.0, device="meta")})
+            op.call(student_of(), **{**given, name: torch.tensor(1.0, device="meta")})
     quantized = torch.quantize_per_tensor(plain, 0.1, 0, torch.quint8)
     with pytest.raises(TypeError, match=rf"{op.name}: (student_)?logits must be"):
         op.call(quantized, **given)
@@ -239,6 +239,7 @@ def test_types(op):
 @of(LOSSES)
 def test_numbers_of_other_kinds(op):
     given = op.tensors(LEADING)
+    given.pop("label_weight", None)
     student = student_of()
     share = (taken(op, "label_weight") or ["label_smoothing"])[0]
     right = op.call(student, **given, **{share: 0.5}, vocab_size=VOCAB, temperature=2.0)
@@ -374,14 +375,14 @@ def test_teacher_weights_are_finite(weight):
 @of(LOSSES)
 @pytest.mark.parametrize("shift", [1, 2, 5, 6, 9])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum", "batchmean", "elementmean"])
-def test_shift_reads_labels_mask_and_weight_ahead(backend, op, shift, reduction):
+def test_shift_reads_labels_their_weights_mask_and_weight_ahead(backend, op, shift, reduction):
     leading = (3, 6)
     student = logits((*leading, VOCAB)).requires_grad_()
     given = op.tensors(leading)
     found = op.call(student, **given, shift=shift, reduction=reduction)
     (gradient,) = torch.autograd.grad(found.sum(), student)
     rows = [name for name, value in given.items() if value.shape[:2] == leading]
-    ahead = ("labels", "mask", "weight")
+    ahead = ("labels", "label_weight", "mask", "weight")
     kept = max(leading[1] - shift, 0)
     cut = {
         name: value
@@ -403,7 +404,7 @@ def test_shift_reads_labels_mask_and_weight_ahead(backend, op, shift, reduction)
     assert not gradient[:, kept:].any()
     definition = getattr(fastkd.reference, op.name)
     if op.name == "softmax_divergence" or "beta" in given:
-        given["divergence"] = "jsd"
+        given["divergence"] = "alpha_beta" if "alpha" in op.numbers else "jsd"
     if op.name == "clipped_divergence":
         given["softness"] = 0.1
     if op.name == "cross_entropy":
@@ -437,16 +438,14 @@ def test_shift_needs_a_sequence():
 def test_hints_come_once(op):
     from fastkd._ops import hints
 
-    given = {
-        k: v
-        for k, v in op.tensors(LEADING).items()
-        if k != "labels" or not taken(op, "label_weight")
-    }
+    labelled = taken(op, "label_weight")
+    left = ("labels", "label_weight") if labelled else ("label_weight",)
+    given = {k: v for k, v in op.tensors(LEADING).items() if k not in left}
+    of_labels = [
+        ({"label_weight": x}, student_of(), "labels is None") for x in (0.5, torch.rand(LEADING))
+    ]
     for options, student, message in (
-        *(
-            [({"label_weight": 0.5}, student_of(), "labels is None")]
-            * len(taken(op, "label_weight"))
-        ),
+        *(of_labels if labelled else ()),
         ({"normalizer": 0}, student_of(), "normalizer is 0"),
         ({}, student_of().detach().softmax(-1), "logits are expected, not probabilities"),
     ):

@@ -90,8 +90,9 @@ def added(one: dict, other: dict) -> dict:
 def label_weight_of_0(problem: Problem) -> Problem:
     """Without a label's term of weight 0, which the definition multiplies with what may be inf."""
     options = dict(problem.options)
-    if options.get("label_weight") != 0 or options.get("keep_label", False):
-        return problem
+    weight = options.get("label_weight", 1.0)
+    if isinstance(weight, torch.Tensor) or weight != 0 or options.get("keep_label", False):
+        return problem  # the definition leaves out rows of weight 0
     kept = options.pop("labels") != -100
     options["mask"] = kept & options["mask"] if "mask" in options else kept
     return replace(problem, options=options)

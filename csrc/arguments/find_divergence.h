@@ -16,6 +16,8 @@ struct DivergenceNames<portable::TypeList<Divergence...>> {
   static std::array<const char*, sizeof...(Divergence)> names() { return {Divergence::kName...}; }
   static std::array<const char*, sizeof...(Divergence)> names_at_zero() { return {Divergence::kAtZero...}; }
   static std::array<const char*, sizeof...(Divergence)> names_at_one() { return {Divergence::kAtOne...}; }
+  static std::array<bool, sizeof...(Divergence)> any_beta() { return {Divergence::kAnyBeta...}; }
+  static std::array<bool, sizeof...(Divergence)> constant_teacher() { return {Divergence::kConstantTeacher...}; }
 };
 
 // Where the divergence, and what it is at the ends of beta, stand in List.

@@ -20,11 +20,11 @@ struct Reductions {
 
 struct RowOptions {
   double temperature = 1;
-  std::optional<Tensor> temperatures, weight, mask, labels;
+  std::optional<Tensor> temperatures, weight, mask, labels, label_weights;
   double label_weight = 0;
   double student_logit_softcap = INFINITY, teacher_logit_softcap = INFINITY;  // infinite: none
   int64_t ignore_index = -100, vocab_size = -1;
-  int64_t shift = 0;  // a row uses the label, mask and weight of the row `shift` places later in its sequence
+  int64_t shift = 0;  // a row uses the label, label weight, mask and weight of the row `shift` places later
   bool square_temperature = false;
   Choice<Reductions> reduction;
   double denominator = 1;  // with kSum
@@ -33,7 +33,8 @@ struct RowOptions {
   template <class Visitor>
   void fields(Visitor& v) {
     v("temperature", temperature), v("temperatures", temperatures), v("weight", weight), v("mask", mask);
-    v("labels", labels), v("label_weight", label_weight), v("ignore_index", ignore_index), v("vocab_size", vocab_size);
+    v("labels", labels), v("label_weight", label_weight), v("label_weights", label_weights);
+    v("ignore_index", ignore_index), v("vocab_size", vocab_size);
     v("student_logit_softcap", student_logit_softcap), v("teacher_logit_softcap", teacher_logit_softcap);
     v("shift", shift), v("square_temperature", square_temperature), v("reduction", reduction);
     v("denominator", denominator), v("normalizer", normalizer);
@@ -70,7 +71,7 @@ struct RowProblem {
   bool values_checked;
   int64_t leading, rows = 1, vocab;
   bool float64;
-  Rows student, temperatures, weight, mask, labels;
+  Rows student, temperatures, weight, mask, labels, label_weights;
   int64_t student_width;
   int64_t sequence = 1;  // the sequence length, where there is a shift
   // Set by set_beta, in ops that have one.
@@ -105,7 +106,10 @@ struct RowProblem {
         o.labels, names.labels, [](ScalarType x) { return x == ScalarType::Long || x == ScalarType::Int; },
         "int64 or int32");
     check_positive(o.temperature, temperatures, "temperature");
-    FASTKD_CHECK_VALUE(std::isfinite(o.label_weight), function, "label_weight must be finite, got ", o.label_weight);
+    label_weights = per_row(o.label_weights, "label_weight", is_float, "floating-point");
+    check_numbers(
+        o.label_weight, label_weights, "label_weight", " must be finite, got ",
+        [](double x) { return std::isfinite(x); }, options.shift);
     for (const double cap : {o.student_logit_softcap, o.teacher_logit_softcap}) {
       FASTKD_CHECK_VALUE(cap > 0, function, "logit_softcap must be positive and finite, got ", cap);
     }
@@ -174,24 +178,29 @@ struct RowProblem {
                   [](double x) { return x > 0 && std::isfinite(x); });
   }
 
-  // Checks a number for all rows or, where there are any, the numbers of the rows that count.
+  // Checks a number for all rows or, where there are any, the numbers of the rows that count. A row's number is that of
+  // the row `ahead` places later.
   template <class Valid>
-  void check_numbers(double all, const Rows& each, const char* argument, const char* expected, Valid valid) const {
+  void check_numbers(double all, const Rows& each, const char* argument, const char* expected, Valid valid,
+                     int64_t ahead = 0) const {
     if (!each) {
       FASTKD_CHECK_VALUE(valid(all), function, argument, expected, all);
       return;
     }
     for (int64_t row = 0; values_checked && row < rows; ++row) {
-      const double value = each.number(row);
-      FASTKD_CHECK_VALUE(valid(value) || !kept(row), function, argument, expected, value, " in row ", row);
+      if (!kept(row)) continue;
+      const double value = each.number(row + ahead);
+      FASTKD_CHECK_VALUE(valid(value), function, argument, expected, value, " in row ", row + ahead);
     }
   }
 
-  void set_beta(double all, const std::optional<Tensor>& each) {
+  // any: it may be any number, not only a share.
+  void set_beta(double all, const std::optional<Tensor>& each, bool any = false) {
     beta = all;
     if (each) betas_tensor = &*each;
     betas = per_row(each, "beta", is_float, "floating-point");
-    check_numbers(all, betas, "beta", " must lie in [0, 1], got ", [](double x) { return x >= 0 && x <= 1; });
+    check_numbers(all, betas, "beta", any ? " must be finite, got " : " must lie in [0, 1], got ",
+                  [any](double x) { return any ? std::isfinite(x) : x >= 0 && x <= 1; });
   }
 
   void set_teacher_temperature(double all, const std::optional<Tensor>& each) {
@@ -239,6 +248,9 @@ struct RowProblem {
   }
   double row_weight(int64_t row) const { return !kept(row) ? 0 : weight ? weight.number(row + options.shift) : 1; }
   double temperature(int64_t row) const { return temperatures ? temperatures.number(row) : options.temperature; }
+  double row_label_weight(int64_t row) const {
+    return label_weights ? label_weights.number(row + options.shift) : options.label_weight;
+  }
   double row_beta(int64_t row) const { return betas ? betas.number(row) : beta; }
   double row_teacher_temperature(int64_t row) const {
     return teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature;

@@ -18,8 +18,8 @@ struct SoftmaxDivergenceArguments {
   Tensor student_logits;
   std::vector<Tensor> teacher_logits;
   Choice<DivergenceNames<portable::Divergences>> divergence;
-  double beta = 0.5, teacher_temperature = 1;
-  std::optional<Tensor> betas, teacher_temperatures, teacher_weights;
+  double beta = 0.5, alpha = 1, teacher_temperature = 1;
+  std::optional<Tensor> betas, alphas, teacher_temperatures, teacher_weights;
   Choice<TeacherMixes> teacher_mix;
   RowOptions rows;
 
@@ -28,7 +28,8 @@ struct SoftmaxDivergenceArguments {
   template <class Visitor>
   void fields(Visitor& v) {
     v("student_logits", student_logits), v("teacher_logits", teacher_logits), v("divergence", divergence);
-    v("beta", beta), v("betas", betas), v("teacher_temperature", teacher_temperature);
+    v("beta", beta), v("betas", betas), v("alpha", alpha), v("alphas", alphas);
+    v("teacher_temperature", teacher_temperature);
     v("teacher_temperatures", teacher_temperatures), v("teacher_weights", teacher_weights);
     v("teacher_mix", teacher_mix);
     rows.fields(v);
@@ -45,6 +46,10 @@ struct Problem : RowProblem {
   Rows teacher_weights;
   portable::DivergencePlaces divergence;
   bool mix_probs;
+  bool constant_teacher;  // its gradient is 0
+  bool any_beta;          // beta need not be a share, but alpha + beta not negative
+  double alpha;
+  Rows alphas;
 
   Problem(const SoftmaxDivergenceArguments& arguments, bool check_values)
       : RowProblem(kSoftmaxDivergence, arguments.student_logits, arguments.rows, check_values),
@@ -52,7 +57,10 @@ struct Problem : RowProblem {
         teacher_tensors(arguments.teacher_logits) {
     const std::vector<Tensor>& t = teacher_tensors;
     divergence = find_divergence<portable::Divergences>(own.divergence);
-    set_beta(own.beta, own.betas);
+    constant_teacher = DivergenceNames<portable::Divergences>::constant_teacher()[size_t(own.divergence.place)];
+    any_beta = DivergenceNames<portable::Divergences>::any_beta()[size_t(own.divergence.place)];
+    set_beta(own.beta, own.betas, any_beta);
+    set_alpha();
     for (const Tensor& teacher : t) {
       teachers.push_back(teacher_rows(teacher));
       float64 = float64 || teacher.scalar_type() == ScalarType::Double;
@@ -62,6 +70,25 @@ struct Problem : RowProblem {
     set_teacher_temperature(own.teacher_temperature, own.teacher_temperatures);
     check_teacher_weights(own.student_logits, t.size());
   }
+
+  void set_alpha() {
+    alpha = own.alpha;
+    alphas = per_row(own.alphas, "alpha", is_float, "floating-point");
+    check_numbers(alpha, alphas, "alpha", " must be finite, got ", [](double x) { return std::isfinite(x); });
+    if (!any_beta) return;
+    const bool each = alphas || betas;
+    if (!each) {
+      FASTKD_CHECK_VALUE(alpha + beta >= 0, kSoftmaxDivergence, "alpha + beta must not be negative, got ", alpha, " + ",
+                         beta);
+    }
+    for (int64_t row = 0; each && values_checked && row < rows; ++row) {
+      if (!kept(row)) continue;
+      const double a = row_alpha(row), b = row_beta(row);
+      FASTKD_CHECK_VALUE(a + b >= 0, kSoftmaxDivergence, "alpha + beta must not be negative, got ", a, " + ", b,
+                         " in row ", row);
+    }
+  }
+  double row_alpha(int64_t row) const { return alphas ? alphas.number(row) : alpha; }
 
   void check_teacher_weights(const Tensor& s, size_t count) {
     if (!own.teacher_weights) return;

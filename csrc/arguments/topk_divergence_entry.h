@@ -52,7 +52,7 @@ struct TopkProblem : RowProblem {
             cap,
             options.square_temperature ? t * t : 1,
             scale,
-            options.label_weight,
+            row_label_weight(row),
             bool(labels)};
   }
 };

@@ -44,7 +44,7 @@ struct Cpu {
       task.teacher_temperature = problem.row_teacher_temperature(index);
       task.divergence_scale = problem.options.square_temperature ? task.temperature * task.temperature : 1;
       task.scale = scale;
-      task.label_weight = problem.options.label_weight;
+      task.label_weight = problem.row_label_weight(index);
       task.has_label = bool(problem.labels) && task.label_weight != 0;
       row.base.label = task.has_label ? problem.label(index) : -1;
       row.kept_label = problem.keep_label ? problem.label(index) : -1;

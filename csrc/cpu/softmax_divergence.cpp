@@ -33,6 +33,7 @@ struct Cpu {
       row.student = problem.student.row(index);
       row.teachers = {teachers.data(), weights.data(), teacher_count, problem.mix_probs};
       row.beta = problem.row_beta(index);
+      row.alpha = problem.row_alpha(index);
       row.student_gradient = gradient_row(problem.student_gradient, index, row.student);
       row.teacher_gradient = gradient_row(problem.teacher_gradient, index, teachers[0]);
       row.student_width = problem.student_width;
@@ -42,11 +43,11 @@ struct Cpu {
       task.teacher_temperature = problem.row_teacher_temperature(index);
       task.divergence_scale = problem.options.square_temperature ? task.temperature * task.temperature : 1;
       task.scale = scale;
-      task.label_weight = problem.options.label_weight;
+      task.label_weight = problem.row_label_weight(index);
       task.has_label = bool(problem.labels) && task.label_weight != 0;
       row.label = task.has_label ? problem.label(index) : -1;
       task.mix_probs = problem.mix_probs;
-      task.teacher_weight = teacher_count == 1 ? weights[0] : 1;
+      task.teacher_weight = problem.constant_teacher ? 0 : teacher_count == 1 ? weights[0] : 1;
       task.student_gradient = bool(row.student_gradient);
       task.teacher_gradient = bool(row.teacher_gradient);
       row.scratch = scratch;

@@ -15,7 +15,7 @@ namespace fastkd::FASTKD_ISA {
 template <class Real, class Divergence>
 double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner& runner) {
   const RowTask& task = row.task;
-  const Divergence divergence{row.beta};
+  const Divergence divergence{row.beta, row.alpha};
   RowPlan<Real, Divergence> plan;
   plan.set_scales(task);
   const RowPasses<Real> passes(row, runner, plan);

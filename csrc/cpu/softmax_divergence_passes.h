@@ -10,7 +10,7 @@ struct SoftmaxDivergenceRow {
   int64_t vocab;
   Row student;
   Teachers teachers;
-  double beta;
+  double beta, alpha;
   int64_t label;  // -1: none
   RowTask task;
   Row student_gradient, teacher_gradient;  // empty: not requested
@@ -301,10 +301,16 @@ struct RowPasses : RowSlices {
       f += t.f;
       if constexpr (Divergence::kStudent != Form::kClosed) {
         qg += double(o.q) * double(t.g);
+        if constexpr (Divergence::kStudent == Form::kOpen) qg += double(t.student);
         q += double(o.q);
-        keep[i] = Divergence::kStudent == Form::kBoth ? t.student + o.q * t.g : t.g;
+        keep[i] = Divergence::kStudent == Form::kOpen   ? t.student + t.g
+                  : Divergence::kStudent == Form::kBoth ? t.student + o.q * t.g
+                                                        : t.g;
       }
-      if constexpr (kTeacher && Divergence::kTeacher != Form::kClosed) ph += double(o.p) * double(t.h);
+      if constexpr (kTeacher && Divergence::kTeacher != Form::kClosed) {
+        ph += double(o.p) * double(t.h);
+        if constexpr (Divergence::kTeacher == Form::kOpen) ph += double(t.teacher);
+      }
       if constexpr (kNear || (kTeacher && Divergence::kTeacher != Form::kClosed)) p += double(o.p);
       if constexpr (kNear) difference += o.difference;
     }
@@ -364,15 +370,18 @@ struct RowPasses : RowSlices {
     }
   }
 
-  // The same from the slopes that the pass before stored: g or, where the gradient has both forms, their sum before the
-  // mean is subtracted.
+  // The same from the slopes that the pass before stored: g or, where the gradient has another form, what the mean
+  // times q is subtracted from.
   template <Form kForm, class Entries>
   static void student_block(const Entries entries, const Real* stored, int64_t count,
                             const GradientFactors<Real> factors, const Mean<Real> mean, Real* out) {
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
       const Real q = entries.outcome(i).q, s = stored[i];
-      if constexpr (kForm == Form::kBoth) {
+      if constexpr (kForm == Form::kOpen) {
+        const Real part = q < Real(kOpenBelow) ? (s - q * mean.high) - q * mean.low : q * ((s - mean.high) - mean.low);
+        out[i] = factors.student * part + factors.label_q * q;
+      } else if constexpr (kForm == Form::kBoth) {
         out[i] = factors.student * ((s - q * mean.high) - q * mean.low) + factors.label_q * q;
       } else {
         out[i] = (factors.student * ((s - mean.high) - mean.low) + factors.label_q) * q;

@@ -21,8 +21,12 @@ RowArguments row_arguments(const Problem& problem, const RowNumbers& numbers) {
                      kMaxTeachers, " tensors on CUDA, got ", teachers.size());
   for (const Tensor& teacher : teachers) a.teachers[a.teacher_count++] = rows_of(teacher);
   a.mix_probs = problem.mix_probs;
+  a.constant_teacher = problem.constant_teacher;
   a.beta = problem.beta;
+  a.alpha = problem.alpha;
+  a.any_beta = problem.any_beta;
   if (const Tensor* each = problem.betas_tensor) a.betas = rows_of(*each);
+  if (const auto& each = problem.own.alphas) a.alphas = rows_of(*each);
   a.teacher_temperature = problem.teacher_temperature;
   if (const Tensor* each = problem.teacher_temperatures_tensor) a.teacher_temperatures = rows_of(*each);
   // In a mixture of probabilities, a single teacher is the mixture itself, whatever its weight.

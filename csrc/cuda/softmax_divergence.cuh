@@ -31,10 +31,12 @@ struct ThreadSums {
     f += t.f;
     if constexpr (Divergence::kStudent != Form::kClosed) {
       qg.add_product(o.q, t.g);
+      if constexpr (Divergence::kStudent == Form::kOpen) qg.add(t.student);
       q.add(o.q);
     }
     if constexpr (Divergence::kTeacher != Form::kClosed) {
       if (teacher) ph.add_product(o.p, t.h);
+      if (Divergence::kTeacher == Form::kOpen && teacher) ph.add(t.teacher);
     }
     if (kNear || (teacher && Divergence::kTeacher != Form::kClosed)) p.add(o.p);
     if constexpr (kNear) difference += o.difference;
@@ -68,6 +70,7 @@ struct RowLeader {
       parameters.label_scale = plan.label_scale;
       parameters.teacher_temperature = task.teacher_temperature;
       parameters.beta = task.beta;
+      parameters.alpha = task.alpha;
       parameters.student_gradient = task.student_gradient;
       parameters.teacher_gradient = task.teacher_gradient;
     }
@@ -197,7 +200,7 @@ struct RowWorker {
   template <bool kNear>
   static __device__ __forceinline__ void add_terms(ThreadSums<kNear, Divergence, Real>& sums, typename Source::Raw raw,
                                                    const RowParameters<Real>& parameters) {
-    const Divergence divergence{parameters.beta};
+    const Divergence divergence{parameters.beta, parameters.alpha};
 #pragma unroll 1
     for (int words = kSize / Source::kWord; words > 0; --words, Source::next_word(raw)) {
 #pragma unroll
@@ -295,7 +298,7 @@ struct RowWorker {
 
   template <bool kNear>
   __device__ void write(const Source& source, const RowParameters<Real>& parameters, bool backwards) const {
-    const Divergence divergence{parameters.beta};
+    const Divergence divergence{parameters.beta, parameters.alpha};
     const auto& gradients = source.gradients();
     // The parameters are loaded again for each pack that needs them all, to leave the registers to the fast loop.
     const auto write_teacher = [&](int pack, const typename Source::Raw& raw) {

@@ -17,7 +17,7 @@ struct RowParameters {
   bool read, near, student_gradient, teacher_gradient;
   int label;  // -1: none
   Real student_scale, teacher_scale, teacher_ratio, label_scale;
-  double teacher_temperature, beta;
+  double teacher_temperature, beta, alpha;
   Normalized<Real> at;
   GradientFactors<Real> factors;
   Mean<Real> student_mean, teacher_mean;

@@ -51,15 +51,19 @@ struct Outcome {
   Real logits_apart = 0, nats = 0;
 };
 
-// How a side's gradient is given: centred, q (g - mean of g), from g; closed, as it is; or as the sum of both.
-enum class Form { kCentred, kClosed, kBoth };
+// How a side's gradient is given: centred, q (g - mean of g), from g; closed, as it is; as the sum of both; or open, by
+// g or, where q is so small that g would be too large, by q g in place of the closed part.
+enum class Form { kCentred, kClosed, kBoth, kOpen };
 
 template <class Real>
 struct Terms {
   Real f;
   Real g, h;              // of the centred parts
-  Real student, teacher;  // the closed parts
+  Real student, teacher;  // the closed parts; in the open form q g and p h, where g and h are then 0
 };
+
+// Probabilities below this have the closed part of the open form.
+inline constexpr double kOpenBelow = 0x1p-60;
 
 // Exchanges student and teacher: a reverse divergence is the forward one of mirrored outcomes.
 template <class Real>
@@ -129,7 +133,9 @@ FASTKD_INLINE Real teacher_gap(const Outcome<Real>& o) {
 struct DivergenceDefaults {
   static constexpr const char *kAtZero = "", *kAtOne = "";
   static constexpr bool kUsesRatio = false;
-  double beta;
+  static constexpr bool kAnyBeta = false;          // beta may lie outside [0, 1]
+  static constexpr bool kConstantTeacher = false;  // the teacher's gradient is 0, also at the ends of beta
+  double beta, alpha = 1;
 };
 
 // KL(p || q)
@@ -211,6 +217,18 @@ struct MixedKl : DivergenceDefaults {
   }
 };
 
+// One entry's term of KL(p || m), m = c q + (1 - c) p, and log(m / p).
+template <class Real>
+struct SkewTerm {
+  Real f, log_ratio;
+};
+template <bool kNear, class Real>
+FASTKD_INLINE SkewTerm<Real> skew_term(const Outcome<Real>& o, Real mixture, Real c) {
+  const auto to_m = mix<kNear>(o, o.p, log2_parts(mixture), student_gap(o), c);
+  const Real direct = c * o.difference - o.p * to_m.log_ratio;
+  return {kNear ? select(o.small, o.p * to_m.kl, direct) : direct, to_m.log_ratio};
+}
+
 // KL(p || m), m = beta p + (1 - beta) q
 struct SkewKl : DivergenceDefaults {
   static constexpr const char* kName = "skew_kl";
@@ -223,15 +241,12 @@ struct SkewKl : DivergenceDefaults {
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     const Real b = Real(beta), c = Real(1 - beta);
     const Real mixture = floored(b * o.p + c * o.q);
-    const Log2<Real> m = log2_parts(mixture);
-    const auto to_m = mix<kNear>(o, o.p, m, student_gap(o), c);
-    const Real direct = c * o.difference - o.p * to_m.log_ratio;
+    const SkewTerm<Real> term = skew_term<kNear>(o, mixture, c);
     const Real slope = c * o.difference / mixture;
     // g = c (c (q - p) / m). Where kNear is false and p is nearly 0, that form is nearly the constant c, and
     // subtracting the mean would cancel. The form -c p / m differs from it by the constant c only and does not cancel.
     const Real g = kNear ? c * slope : -c * (o.p / mixture);
-    const Real f = kNear ? select(o.small, o.p * to_m.kl, direct) : direct;
-    return {f, g, b * slope - to_m.log_ratio, Real(0), Real(0)};
+    return {term.f, g, b * slope - term.log_ratio, Real(0), Real(0)};
   }
 };
 
@@ -247,6 +262,94 @@ struct SkewReverseKl : DivergenceDefaults {
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     return mirrored(SkewKl{beta}.template operator()<kNear>(mirrored(o)));
   }
+};
+
+// KL(q || m), m = beta q + (1 - beta) p, whose gradient takes m for a constant
+struct SkewReverseKlDetached : DivergenceDefaults {
+  static constexpr const char* kName = "skew_reverse_kl_detached";
+  static constexpr const char* kAtZero = "reverse_kl";
+  static constexpr Pass kPass = Pass::kNormalizersOnly;
+  static constexpr Form kStudent = Form::kCentred, kTeacher = Form::kClosed;
+  static constexpr bool kConstantTeacher = true;
+  static constexpr double kNearBelow = kNearSum;
+
+  template <bool kNear, class Real>
+  FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
+    const Real b = Real(beta), c = Real(1 - beta);
+    const SkewTerm<Real> term = skew_term<kNear>(mirrored(o), floored(b * o.q + c * o.p), c);
+    return {term.f, -term.log_ratio, Real(0), Real(0), Real(0) * o.difference};  // NaN where the row is
+  }
+};
+
+// The Alpha-Beta divergence: with s = alpha + beta >= 0,
+//   f = -(p^alpha q^beta - alpha / s p^s - beta / s q^s) / (alpha beta) = (w(s) - w(beta)) / alpha,
+//   q g = s / alpha w(s) - beta / alpha w(beta),   p h = -w(beta),   w(c) = p^s (e^(c d) - 1) / c, w(0) = p^s d,
+// where both sides and both numbers are exchanged if |alpha| < |beta|. No quotient then exceeds 2, and where c d is
+// small, w(c) = p^s d (1 + c d e(c d)), e(x) = (e^x - 1 - x) / x^2, without a difference of equals:
+//   f = p^s d^2 (s / alpha e(s d) - beta / alpha e(beta d)).
+struct AlphaBeta : DivergenceDefaults {
+  static constexpr const char* kName = "alpha_beta";
+  static constexpr Pass kPass = Pass::kNormalizersOnly;
+  static constexpr Form kStudent = Form::kOpen, kTeacher = Form::kOpen;
+  static constexpr bool kUsesRatio = true, kAnyBeta = true;
+  static constexpr double kNearBelow = kNearKl;
+
+  // Both sides are exchanged by products with these, which vectorise better than a choice: 1 and 0, or 0 and 1.
+  double kept, exchanged;
+  double large, small, sum;              // the numbers, by magnitude
+  double of_small;                       // small / large; sum / large is 1 more
+  double per_large, per_sum, per_small;  // reciprocals, 0 of 0
+  // Log-probabilities below these are impossible, and make the value infinite where the other side has mass.
+  double lost_below, other_lost_below;
+
+  FASTKD_INLINE AlphaBeta(double b, double a)
+      : DivergenceDefaults{b, a},
+        kept(::fabs(a) < ::fabs(b) ? 0 : 1),
+        exchanged(1 - kept),
+        large(kept * a + exchanged * b),
+        small(kept * b + exchanged * a),
+        sum(a + b),
+        of_small(large == 0 ? 0 : small / large),
+        per_large(reciprocal(large)),
+        per_sum(reciprocal(sum)),
+        per_small(reciprocal(small)),
+        lost_below(large > 0 && sum > 0 ? -2 * kDead : -kInfiniteLogRatio),
+        other_lost_below(small > 0 && sum > 0 ? -2 * kDead : -kInfiniteLogRatio) {}
+
+  template <bool kNear, class Real>
+  FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
+    const Real m = Real(small), s = Real(sum), of_m = Real(of_small);
+    const Real as_is = Real(kept), other = Real(exchanged), d = (as_is - other) * o.d;
+    const Real log_p = as_is * o.log2_p + other * o.log2_q, log_q = as_is * o.log2_q + other * o.log2_p;
+    // An impossible token has the power 0, or is 2^-126 times as likely as on the other side if that would be infinite.
+    const bool lost_p = log_p < Real(lost_below), lost_q = log_q < Real(other_lost_below);
+    const Real b = select(lost_p, at_least(log_p, log_q - Real(126)), log_p);
+    const Real a = select(lost_q, at_least(log_q, log_p - Real(126)), log_q);
+    const Real some = at_least(log_p, log_q) < Real(-kInfiniteLogRatio) ? Real(0) : Real(1);
+    const Real p_power = some * exp2_of(s * b), q_power = some * exp2_of(s * a);
+    const Real both = some * exp2_of(at_most(Real(sizeof(Real) == 8 ? 1000 : 120), s * b + m * (a - b)));
+    const Real x = s * d, y = m * d, first = p_power * d;
+    const bool small_x = magnitude(x) < Real(0.5), small_y = magnitude(y) < Real(0.5);
+    const Real curve_x = expm1_curve(select(small_x, x, Real(0))), curve_y = expm1_curve(select(small_y, y, Real(0)));
+    const Real w_x = select(small_x, first + first * x * curve_x, (q_power - p_power) * Real(per_sum));
+    const Real w_y = select(small_y, first + first * y * curve_y, (both - p_power) * Real(per_small));
+    const bool near = small_x & small_y;
+    const Real near_f = first * d * (curve_x + of_m * (curve_x - curve_y)), far_f = (w_x - w_y) * Real(per_large);
+    const Real lost = kNear ? Real(0) : lost_mass(o, select(o.d > Real(0), o.q, o.p));
+    const Real f = select(near, near_f, far_f) + select(bool(lost_p | lost_q), lost, Real(0));
+    // The gradients' quotients by q and p must be finite.
+    constexpr Real kMost = Real(sizeof(Real) == 8 ? 0x1p900 : 0x1p60);
+    const auto limited = [](Real value) { return at_most(kMost, at_least(-kMost, value)); };
+    const Real of_q = limited(select(near, w_x + of_m * (w_x - w_y), (q_power - both) * Real(per_large)));
+    const Real of_p = limited(-w_y), student = as_is * of_q + other * of_p, teacher = as_is * of_p + other * of_q;
+    const bool open_q = o.q < Real(kOpenBelow), open_p = o.p < Real(kOpenBelow);
+    return {f, select(open_q, Real(0), student / at_least(Real(kOpenBelow), o.q)),
+            select(open_p, Real(0), teacher / at_least(Real(kOpenBelow), o.p)), select(open_q, student, Real(0)),
+            select(open_p, teacher, Real(0))};
+  }
+
+ private:
+  static FASTKD_INLINE double reciprocal(double x) { return x == 0 ? 0 : 1 / x; }
 };
 
 // 1/2 sum |p - q|
@@ -275,6 +378,7 @@ template <class... Divergence>
 constexpr int length(TypeList<Divergence...>) {
   return int(sizeof...(Divergence));
 }
-using Divergences = TypeList<ForwardKl, ReverseKl, Jsd, SkewKl, SkewReverseKl, Tvd, CrossEntropy, MixedKl>;
+using Divergences = TypeList<ForwardKl, ReverseKl, Jsd, SkewKl, SkewReverseKl, Tvd, CrossEntropy, MixedKl,
+                             SkewReverseKlDetached, AlphaBeta>;
 
 }  // namespace fastkd::FASTKD_ISA

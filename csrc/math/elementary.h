@@ -125,16 +125,22 @@ FASTKD_INLINE Real log2_of(Real x) {
   return log2_parts(x).value();
 }
 
-// e^x - 1 - x for |x| <= 1/2.
-FASTKD_INLINE float expm1_gap(float x) {
+// (e^x - 1 - x) / x^2 for |x| <= 1/2.
+FASTKD_INLINE float expm1_curve(float x) {
   float p = 1.9875629e-4f;
   p = p * x + 1.3981997e-3f;
   p = p * x + 8.3334521e-3f;
   p = p * x + 4.1665796e-2f;
   p = p * x + 1.6666666e-1f;
-  p = p * x + 0.5f;
-  return p * x * x;
+  return p * x + 0.5f;
 }
+FASTKD_INLINE double expm1_curve(double x) {
+  return magnitude(x) < 1e-2 ? 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x / 5040))))
+                             : (::expm1(x) - x) / (x * x);
+}
+
+// e^x - 1 - x for |x| <= 1/2.
+FASTKD_INLINE float expm1_gap(float x) { return expm1_curve(x) * x * x; }
 FASTKD_INLINE double expm1_gap(double x) {
   return magnitude(x) < 1e-2 ? x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x / 720))))
                              : ::expm1(x) - x;

@@ -13,8 +13,8 @@ struct RowTask {
   bool has_label;
   bool mix_probs;  // the teacher is given as log2-probabilities at its temperature
   bool student_gradient, teacher_gradient;
-  double beta = 0;            // the divergence's
-  double teacher_weight = 1;  // dz_mixed / dz: the factor of the teacher's gradient where it is part of a mixture
+  double beta = 0, alpha = 1;  // the divergence's
+  double teacher_weight = 1;   // dz_mixed / dz: the factor of the teacher's gradient where it is part of a mixture
 };
 
 }  // namespace fastkd

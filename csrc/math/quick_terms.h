@@ -118,6 +118,18 @@ struct Quick<SkewReverseKl> : QuickOfMixture {
   FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -kLn2, by_q, 0, 0}; }
 };
 
+// g = log2(m / q), with m = beta q + (1 - beta) p
+template <>
+struct Quick<SkewReverseKlDetached> : QuickOfMixture {
+  FASTKD_INLINE explicit Quick(double beta) : QuickOfMixture(1 - beta, beta) {}
+
+  FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
+    const QuickMixture m = mixture(a, b);
+    return {exp2_fast(a), log2_fast(m.of_large) + at_least(0.0f, -m.d), 0, 0};
+  }
+  FASTKD_INLINE QuickScales<double> scales() const { return {0, -kLn2, -kLn2, 0, 0, 0}; }
+};
+
 // g = log2(q / p), x = p
 template <>
 struct Quick<MixedKl> {

@@ -130,7 +130,7 @@ template <Form kForm, class Real>
 FASTKD_INLINE Real in_form(Real centred, Real closed, Real own, const Mean<Real>& mean) {
   if constexpr (kForm == Form::kClosed) return closed;
   const Real part = own * ((centred - mean.high) - mean.low);
-  if constexpr (kForm == Form::kBoth) return closed + part;
+  if constexpr (kForm == Form::kBoth || kForm == Form::kOpen) return closed + part;
   return part;
 }
 template <bool kNear, class Divergence, class Real>

@@ -238,6 +238,8 @@ class Arguments:
         if each is not None and isinstance(value, Tensor):
             check_tensor(self.function, name, value)
             check_no_gradient(self.function, **{name: value})
+            if _has_tangent(value):
+                check_has_value(self.function, name, value)
             if value.dim() == 0:
                 if value.is_meta and not rows.is_meta:
                     check_has_value(self.function, name, value)
@@ -398,10 +400,14 @@ def _has_values(tensor: Tensor) -> bool:
     return not (
         tensor.is_meta
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or (
-            torch.autograd.forward_ad._current_level >= 0
-            and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
-        )
+        or _has_tangent(tensor)
+    )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return (
+        torch.autograd.forward_ad._current_level >= 0
+        and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
     )
 
 

@@ -21,11 +21,12 @@ def hint(key: str, message: str) -> None:
 def check_loss(function: str, logits: Tensor, given: dict[str, Any]) -> None:
     """Cheap hints about the arguments of a loss over rows, which are checked already."""
     label_weight = given["label_weight"]
-    if given["labels"] is None and type(label_weight) is float and label_weight != 1:
+    of_rows = given.get("label_weights") is not None
+    if given["labels"] is None and (of_rows or (type(label_weight) is float and label_weight != 1)):
         hint(
             f"{function}.label_weight",
-            f"{function}: label_weight is {label_weight}, but labels is None: there is no "
-            "label term",
+            f"{function}: label_weight is {'given' if of_rows else label_weight}, but labels is "
+            "None: there is no label term",
         )
     if type(given["denominator"]) is float and given["denominator"] == 0:
         hint(

@@ -27,7 +27,7 @@ def clipped_divergence(
     teacher_temperature: float | Tensor | None = None,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
-    label_weight: float = 1.0,
+    label_weight: float | Tensor = 1.0,
     ignore_index: int = -100,
     shift: int = 0,
     vocab_size: int | None = None,
@@ -78,8 +78,8 @@ def clipped_divergence(
         teacher_temperature: of the teacher; None: the same as ``temperature``.
         weight: see :func:`fastkd.softmax_divergence`, as for all arguments below.
         mask: rows with False are not read.
-        label_weight: adds this times the student's cross-entropy at temperature 1 with the labels;
-            0: labels are used for ``keep_label`` only.
+        label_weight: adds this times the student's cross-entropy at temperature 1 with the labels:
+            a number, or a tensor with one entry a row; 0: labels are used for ``keep_label`` only.
         shift: see :func:`fastkd.softmax_divergence`.
         ignore_index: see ``labels``.
         vocab_size: only the first ``vocab_size`` columns are used, on both sides.

@@ -18,6 +18,7 @@ def softmax_divergence(
     *,
     divergence: str = "forward_kl",
     beta: float | Tensor = 0.5,
+    alpha: float | Tensor = 1.0,
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
     weight: Tensor | None = None,
@@ -25,7 +26,7 @@ def softmax_divergence(
     teacher_weights: Sequence[float] | Tensor | None = None,
     teacher_mix: str = "logits",
     labels: Tensor | None = None,
-    label_weight: float = 1.0,
+    label_weight: float | Tensor = 1.0,
     ignore_index: int = -100,
     shift: int = 0,
     vocab_size: int | None = None,
@@ -41,19 +42,41 @@ def softmax_divergence(
     With :math:`p = \mathrm{softmax}(z_T / \tau_T)` and :math:`q = \mathrm{softmax}(z_S / \tau)`
     over the last dimension (the vocabulary), a row's value in nats is
 
-    ==================  ====================================================================
-    ``forward_kl``      :math:`KL(p \| q)`
-    ``reverse_kl``      :math:`KL(q \| p)`
-    ``jsd``             :math:`\beta KL(p \| m) + (1-\beta) KL(q \| m)`,
-                        :math:`m = \beta p + (1-\beta) q`; ``beta`` 0 and 1 stand for forward
-                        and reverse KL
-    ``skew_kl``         :math:`KL(p \| \beta p + (1-\beta) q)`, ``beta`` usually 0.1
-    ``skew_reverse_kl`` :math:`KL(q \| \beta q + (1-\beta) p)`, ``beta`` usually 0.1
-    ``tvd``             :math:`\frac12 \sum_v |p_v - q_v|`; a speculative decoder accepts with
-                        probability 1 - tvd
-    ``cross_entropy``   :math:`-\sum_v p_v \log q_v`
-    ``mixed_kl``        :math:`\beta KL(p \| q) + (1-\beta) KL(q \| p)`
-    ==================  ====================================================================
+    ============================  ==========================================================
+    ``forward_kl``                :math:`KL(p \| q)`
+    ``reverse_kl``                :math:`KL(q \| p)`
+    ``jsd``                       :math:`\beta KL(p \| m) + (1-\beta) KL(q \| m)`,
+                                  :math:`m = \beta p + (1-\beta) q`; ``beta`` 0 and 1 stand
+                                  for forward and reverse KL
+    ``skew_kl``                   :math:`KL(p \| \beta p + (1-\beta) q)`, ``beta`` usually 0.1
+    ``skew_reverse_kl``           :math:`KL(q \| \beta q + (1-\beta) p)`, ``beta`` usually 0.1
+    ``skew_reverse_kl_detached``  the value of ``skew_reverse_kl``; the gradient takes the
+                                  mixture for a constant, see below
+    ``tvd``                       :math:`\frac12 \sum_v |p_v - q_v|`; a speculative decoder
+                                  accepts with probability 1 - tvd
+    ``cross_entropy``             :math:`-\sum_v p_v \log q_v`
+    ``mixed_kl``                  :math:`\beta KL(p \| q) + (1-\beta) KL(q \| p)`
+    ``alpha_beta``                the Alpha-Beta divergence, see below; usually ``alpha`` 0.2,
+                                  ``beta`` 0.7
+    ============================  ==========================================================
+
+    ``skew_reverse_kl_detached``: the student's gradient is
+    :math:`q (\log q - \log m - KL(q \| m)) / \tau`. Nothing but the mixture contains the teacher:
+    its gradient is 0 (zeros, if it requires one), for every ``beta``. Second derivatives take the
+    mixture for a constant, too.
+
+    ``alpha_beta``, with :math:`\alpha + \beta \ge 0`:
+
+    .. math::
+        \frac{-1}{\alpha\beta} \sum_v \Big[p_v^\alpha q_v^\beta
+            - \frac{\alpha}{\alpha+\beta} p_v^{\alpha+\beta}
+            - \frac{\beta}{\alpha+\beta} q_v^{\alpha+\beta}\Big]
+
+    and its limits where a denominator is 0; with :math:`\alpha + \beta = 0` that is
+    :math:`\alpha^{-2} \sum_v [(p_v / q_v)^\alpha - 1 - \alpha \log (p_v / q_v)]`. ``alpha`` 1 and
+    ``beta`` 0 give forward KL, 0 and 1 reverse KL, 1/2 and 1/2 four times the squared Hellinger
+    distance, 1 and 1 half the squared distance. A token that is impossible on both sides adds
+    nothing.
 
     Each input is read from memory once and each gradient written once, in the forward call.
     Backward only scales the gradients, and does nothing where the incoming gradient is 1. No
@@ -82,7 +105,10 @@ def softmax_divergence(
             gets a gradient if it requires one; tensors in a list do not.
         divergence: one of the table.
         beta: share of the mixture, in [0, 1]: a number, or a float tensor with one entry a row. No
-            gradient flows to it. Divergences without beta in the table do not use it.
+            gradient flows to it. Divergences without beta in the table do not use it. For
+            ``alpha_beta`` any number.
+        alpha: of ``alpha_beta``: a number, or a float tensor with one entry a row. No gradient
+            flows to it.
         temperature: of the student, positive: a number, or a tensor with one entry a row.
         teacher_temperature: of the teacher; None: the same as ``temperature``.
         weight: float, one a row, multiplies the row's loss (also with ``reduction="none"``). No
@@ -97,11 +123,12 @@ def softmax_divergence(
             and divided by their sum. Neither mixture is stored.
         labels: int64 or int32, one a row: adds ``label_weight`` x the cross-entropy of the
             student at temperature 1. Rows with ``ignore_index`` drop out of both terms.
-        label_weight: see ``labels``; with 0 even a label of probability 0 adds nothing.
+        label_weight: see ``labels``: a finite number, or a float tensor with one entry a row. No
+            gradient flows to it. With 0 even a label of probability 0 adds nothing.
         ignore_index: see ``labels``.
         shift: with 1, row t of each sequence (the dimension before the vocabulary) uses the label,
-            mask and weight of row t + 1, and the last row is ignored: for the logits and labels of
-            a causal model, without slicing either. With n: those of row t + n.
+            label weight, mask and weight of row t + 1, and the last row is ignored: for the logits
+            and labels of a causal model, without slicing either. With n: those of row t + n.
         vocab_size: only the first ``vocab_size`` columns are used, on both sides (padded
             vocabularies); the others get a zero gradient.
         logit_softcap: logits become :math:`c \tanh(z / c)` where they are read, before anything
@@ -138,7 +165,8 @@ def softmax_divergence(
         NotImplementedError: ``group`` is given.
 
     Sources: Hinton et al. 2015 (arXiv 1503.02531); GKD (2306.13649) for ``jsd``; DistiLLM
-    (2402.03898) for the skewed divergences; DistillSpec (2310.08461) for ``tvd``.
+    (2402.03898) for the skewed divergences; DistiLLM-2 (2503.07067) for the constant mixture;
+    DistillSpec (2310.08461) for ``tvd``; ABKD (2505.04560) for ``alpha_beta``.
 
     >>> import torch, fastkd
     >>> student = torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]], requires_grad=True)
@@ -154,6 +182,7 @@ def softmax_divergence(
     options = {
         "divergence": divergence,
         "beta": beta,
+        "alpha": alpha,
         "teacher_temperature": teacher_temperature,
         "teacher_weights": teacher_weights,
         "teacher_mix": teacher_mix,

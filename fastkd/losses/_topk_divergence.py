@@ -27,7 +27,7 @@ def topk_divergence(
     weight: Tensor | None = None,
     mask: Tensor | None = None,
     labels: Tensor | None = None,
-    label_weight: float = 1.0,
+    label_weight: float | Tensor = 1.0,
     ignore_index: int = -100,
     shift: int = 0,
     vocab_size: int | None = None,
@@ -94,7 +94,7 @@ def topk_divergence(
         weight: see :func:`fastkd.softmax_divergence`, as for all arguments below.
         mask: rows with False are not read, nor are their indices.
         labels: adds ``label_weight`` x cross-entropy at temperature 1 from the same read.
-        label_weight: see ``labels``.
+        label_weight: see ``labels``: a number, or a tensor with one entry a row.
         ignore_index: see ``labels``.
         shift: see :func:`fastkd.softmax_divergence`. It does not shift the teacher's entries.
         vocab_size: only the first ``vocab_size`` columns of the logits are used.

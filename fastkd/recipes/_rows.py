@@ -1,6 +1,5 @@
 """Code shared by the recipes whose rows are tokens: checks, reductions, values of a row."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +8,10 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_normalizer, check_tensors
-from fastkd.losses._softmax_divergence import softmax_divergence
+from fastkd.losses._token_log_probs import TokenLogProbs, token_log_probs
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import check_integers, check_mask, readable
 from fastkd.teachers._teacher_topk import TopK, teacher_topk
-from fastkd.tokenizers._chunk_log_likelihood import chunk_log_likelihood
 
 IGNORED = -100
 
@@ -137,20 +135,12 @@ def label_log_probs(
 ) -> Tensor:
     r"""Log-probability of each row's label, :math:`\log q(y)`, with its gradient.
 
-    ``logits`` ``[..., T, vocab]``, ``labels`` ``[..., T]``. Rows that do not count, by the mask or
+    ``logits`` ``[..., vocab]``, ``labels`` ``[...]``. Rows that do not count, by the mask or
     by the label -100, are not read: 0. The logits are read once, and once more for the gradient.
     """
-    if logits.dim() == 1:
-        unsqueezed = None if mask is None else mask.unsqueeze(0)
-        return label_log_probs(
-            logits.unsqueeze(0), labels.unsqueeze(0), mask=unsqueezed, temperature=temperature
-        )[0]
-    kept = kept_rows(logits, mask, labels)
-    length = logits.size(-2)
-    # Each token that counts is a chunk of its own.
-    chunks = torch.where(kept, torch.arange(length, device=logits.device), -1)
-    found = chunk_log_likelihood(logits, labels, chunks, length, temperature=temperature)
-    return found.log_likelihood
+    found = token_log_probs(logits, labels, mask=mask, temperature=temperature)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def log_probs_at(
@@ -177,19 +167,12 @@ def entropy(
 ) -> Tensor:
     r"""Entropy of each row in nats, with its gradient; 0 where the mask is False.
 
-    :math:`H(q) = \log V - KL(q \| u)` with u the uniform distribution, of which nothing is stored.
+    The logits are read once, and once more for the gradient.
     """
-    uniform = torch.zeros((), dtype=logits.dtype, device=logits.device).expand_as(logits)
-    divergence = softmax_divergence(
-        logits,
-        uniform,
-        divergence="reverse_kl",
-        temperature=temperature,
-        mask=mask,
-        reduction="none",
-    )
-    found = math.log(max(1, logits.size(-1))) - divergence
-    return found if mask is None else torch.where(mask, found, 0)
+    some = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    found = token_log_probs(logits, some, mask=mask, temperature=temperature, entropy=True)
+    assert isinstance(found, TokenLogProbs)
+    return found.entropy
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -154,26 +154,14 @@ def distillm2(
             reduction=reduction,
         )
         share = _share_of_rows(name, alpha, student)
-        if name == "chosen":
-            found = softmax_divergence(
-                student,
-                teacher,
-                divergence="skew_kl",
-                beta=share,
-                temperature=temperature,
-                **options,
-            )
-        else:
-            found = softmax_divergence(
-                student,
-                [student.detach(), teacher],
-                divergence="reverse_kl",
-                teacher_weights=torch.stack([share, 1 - share], -1),
-                teacher_mix="probs",
-                temperature=temperature,
-                **options,
-            )
-        total = total + found
+        total = total + softmax_divergence(
+            student,
+            teacher,
+            divergence="skew_kl" if name == "chosen" else "skew_reverse_kl_detached",
+            beta=share,
+            temperature=temperature,
+            **options,
+        )
     return total
 
 

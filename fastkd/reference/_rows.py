@@ -104,8 +104,69 @@ def by_beta(
     return torch.where(beta == 0, zero(), torch.where(beta == 1, one(), mixed))
 
 
-def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float | Tensor) -> Tensor:
-    """Divergence of rows of normalised log-probabilities, teacher first; beta: one or one a row."""
+def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float | Tensor, beta: float | Tensor) -> Tensor:
+    """The Alpha-Beta divergence of rows, as (w(s) - w(beta)) / alpha, s = alpha + beta.
+
+    w(c) = p^s (e^(c d) - 1) / c with d = log q - log p. Both sides and both numbers are exchanged
+    where |alpha| < |beta|, so that nothing is divided by the smaller one.
+    """
+    a, b = (
+        x.unsqueeze(-1) if isinstance(x, Tensor) else torch.full_like(log_p[..., :1], x)
+        for x in (alpha, beta)
+    )
+    other = a.abs() < b.abs()
+    log_p, log_q = torch.where(other, log_q, log_p), torch.where(other, log_p, log_q)
+    a, b, s = torch.where(other, b, a), torch.where(other, a, b), a + b
+    no_p, no_q = log_p == -math.inf, log_q == -math.inf
+    neither = no_p & no_q
+    # Infinite where mass meets an impossible token; the gradient as if that were 2^-126 of it.
+    lost_p = no_p & ~no_q & ~((a > 0) & (s > 0))
+    lost_q = no_q & ~no_p & ~((b > 0) & (s > 0))
+    log_p, log_q = log_p.masked_fill(no_p, 0), log_q.masked_fill(no_q, 0)
+    log_p, log_q = (
+        torch.where(no_p, torch.where(neither, 0, log_q.detach() - LARGEST_LOG_RATIO), log_p),
+        torch.where(no_q, torch.where(neither, 0, log_p.detach() - LARGEST_LOG_RATIO), log_q),
+    )
+    without_p, without_q = neither | (no_p & ~lost_p), neither | (no_q & ~lost_q)
+    p_power = exp(torch.where(without_p, -math.inf, s * log_p))
+    q_power = exp(torch.where(without_q, -math.inf, s * log_q))
+    both = exp(torch.where(without_p | without_q, -math.inf, a * log_p + b * log_q))
+    d = log_q - log_p
+    per = lambda c: 1 / torch.where(c == 0, 1, c)  # noqa: E731
+    of_s, of_b = torch.where(a == 0, 1, s * per(a)), b * per(a)
+
+    def curve(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether |x| < 1/2, and there e(x) = (e^x - 1 - x) / x^2 and 1 + x e(x)."""
+        near = x.abs() < 0.5
+        x, value = x.masked_fill(~near, 0), torch.zeros_like(x)
+        for n in range(17, 1, -1):
+            value = value * x + 1 / math.factorial(n)
+        return near, value, 1 + x * value
+
+    near_s, curve_s, slope_s = curve(s * d)
+    near_b, curve_b, slope_b = curve(b * d)
+    nearby = near_s & near_b
+    straight = p_power * d
+    w_s = torch.where(near_s, straight * slope_s, (q_power - p_power) * per(s))
+    w_b = torch.where(near_b, straight * slope_b, (both - p_power) * per(b))
+    near = straight * d.masked_fill(~nearby, 0) * (of_s * curve_s - of_b * curve_b)
+    terms = torch.where(nearby, near, (w_s - w_b) * per(a))
+    mass = torch.where(no_p, log_q, log_p) >= NO_WEIGHT
+    infinite = (lost_p | lost_q) & mass
+    return torch.where(infinite, terms + (math.inf - terms).detach(), terms).sum(-1)
+
+
+def divergence_rows(
+    log_p: Tensor,
+    log_q: Tensor,
+    divergence: str,
+    beta: float | Tensor,
+    alpha: float | Tensor = 1.0,
+) -> Tensor:
+    """Divergence of rows of normalised log-probabilities, teacher first.
+
+    beta, alpha: one, or one a row.
+    """
     forward, reverse = lambda: kl(log_p, log_q), lambda: kl(log_q, log_p)
     if divergence == "forward_kl":
         return forward()
@@ -126,6 +187,17 @@ def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float |
     if divergence == "skew_reverse_kl":
         own = lambda: kl(log_q, log_q)  # noqa: E731
         return by_beta(beta, reverse, own, lambda share: kl(log_q, mixture(log_q, log_p, share)))
+    if divergence == "skew_reverse_kl_detached":
+        p, q = log_p.detach(), log_q.detach()
+        value = by_beta(
+            beta,
+            lambda: kl(log_q, p),
+            lambda: kl(log_q, q),
+            lambda share: kl(log_q, mixture(q, p, share)),
+        )
+        return value + (log_p.masked_fill(log_p == -math.inf, 0) * 0).sum(-1)  # a gradient of 0
+    if divergence == "alpha_beta":
+        return alpha_beta(log_p, log_q, alpha, beta)
     if divergence == "tvd":
         return 0.5 * (exp(log_p) - exp(log_q)).abs().sum(-1)
     if divergence == "cross_entropy":
@@ -165,6 +237,7 @@ class Rows:
         mask: Tensor | None,
         labels: Tensor | None,
         label_weight: float,
+        label_weights: Tensor | None,
         student_logit_softcap: float,
         teacher_logit_softcap: float,
         ignore_index: int,
@@ -182,7 +255,8 @@ class Rows:
         kept = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
         if shift:
             kept[..., max(kept.size(-1) - shift, 0) :] = False
-            labels, mask, weight = (ahead(x, shift) for x in (labels, mask, weight))
+            rest = (ahead(x, shift) for x in (labels, label_weights, mask, weight))
+            labels, label_weights, mask, weight = rest
         if mask is not None:
             kept = kept & mask
         if labels is not None:
@@ -193,7 +267,10 @@ class Rows:
         self.batch = student_logits.size(0)
         self.kept, self.shift = kept, shift
         self.read = kept if weight is None else kept & (weight != 0)
-        self.weight, self.labels, self.label_weight = weight, labels, label_weight
+        self.weight, self.labels = weight, labels
+        self.label_weight: float | Tensor = label_weight
+        if label_weights is not None:
+            self.label_weight = torch.where(self.read, label_weights.to(self.dtype), 0.0)
         self.square_temperature, self.reduction = square_temperature, reduction
         self.denominator, self.normalizer = denominator, normalizer
         self.student = self._logits(student_logits, student_logit_softcap)
@@ -230,6 +307,8 @@ class Rows:
         ):
             at = torch.where(self.read, self.labels, 0).long().unsqueeze(-1)
             log_q = log_softmax(self.student, 1.0).gather(-1, at).squeeze(-1)
+            if isinstance(self.label_weight, Tensor):
+                log_q = torch.where(self.label_weight == 0, 0.0, log_q)
             loss = loss - self.label_weight * log_q
         if self.weight is not None:
             loss = loss * torch.where(self.read, self.weight.to(self.dtype), 0.0)

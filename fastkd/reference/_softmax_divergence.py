@@ -47,6 +47,8 @@ def softmax_divergence_op(
     divergence: str,
     beta: float,
     betas: Tensor | None,
+    alpha: float,
+    alphas: Tensor | None,
     teacher_temperature: float,
     teacher_temperatures: Tensor | None,
     teacher_weights: Tensor | None,
@@ -63,7 +65,8 @@ def softmax_divergence_op(
         rows.per_row(teacher_temperature, teacher_temperatures),
         rows.dtype,
     )
-    return rows.finish(divergence_rows(log_p, log_q, divergence, rows.share(beta, betas)))
+    shares = rows.share(beta, betas), rows.share(alpha, alphas)
+    return rows.finish(divergence_rows(log_p, log_q, divergence, *shares))
 
 
 def softmax_divergence(

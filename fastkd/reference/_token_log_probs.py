@@ -30,6 +30,7 @@ def token_log_probs_op(
         mask=mask,
         labels=token_ids,
         label_weight=0.0,
+        label_weights=None,
         student_logit_softcap=logit_softcap,
         teacher_logit_softcap=math.inf,
         ignore_index=-100,

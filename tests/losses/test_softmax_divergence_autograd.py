@@ -12,7 +12,11 @@ CASES = cases("softmax_divergence")
 
 
 @pytest.mark.only("cpu")  # float64
-@pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != "tvd"])
+@pytest.mark.parametrize(
+    # Not tvd, which has kinks, nor what is not the derivative of its value.
+    "divergence",
+    [d for d in DIVERGENCES if d not in ("tvd", "skew_reverse_kl_detached")],
+)
 def test_gradcheck(backend, divergence):
     student = logits((3, 6), torch.float64, 1.0).requires_grad_()
     teacher = logits((3, 6), torch.float64, 1.0).requires_grad_()

@@ -17,9 +17,9 @@ struct RowArguments : RowNumbers {
   DeviceRows student, student_gradient, teacher_gradient;
   DeviceRows teachers[kMaxTeachers];
   int teacher_count;
-  bool mix_probs;
-  double beta, teacher_temperature;
-  DeviceRows betas, teacher_temperatures, teacher_weights;
+  bool mix_probs, constant_teacher = false, any_beta = false;
+  double beta, teacher_temperature, alpha = 1;
+  DeviceRows betas, alphas, teacher_temperatures, teacher_weights;
   int beta_kinds = kAnyBeta;  // the launch computes rows with such a beta; other launches do the others
 
   // Whether the launch computes this row.
@@ -28,11 +28,12 @@ struct RowArguments : RowNumbers {
     const double x = betas.number(row);
     return (beta_kinds & (x == 0 ? kBetaZero : x == 1 ? kBetaOne : kBetaInside)) != 0;
   }
-  // NaN, as an invalid temperature is, where it is not in [0, 1].
+  // NaN, as an invalid temperature is, where it is not in [0, 1]; see any_beta in RowProblem.
   __device__ double row_beta(int64_t row) const {
     const double x = betas ? betas.number(row) : beta;
-    return x >= 0 && x <= 1 ? x : double(NAN);
+    return any_beta || (x >= 0 && x <= 1) ? x : double(NAN);
   }
+  __device__ double row_alpha(int64_t row) const { return alphas ? alphas.number(row) : alpha; }
   // The student's temperature, NaN also where beta is: the row is NaN then.
   __device__ double temperature_with(double row_beta, int64_t row) const {
     return row_temperature(row) + (row_beta - row_beta);
@@ -47,12 +48,15 @@ struct RowArguments : RowNumbers {
     task.scale = scale(row);
     if (task.scale == 0) return false;
     task.beta = row_beta(row);
-    task.temperature = temperature_with(task.beta, row);
+    task.alpha = row_alpha(row);
+    const double sum = task.beta + task.alpha;
+    task.temperature = temperature_with(any_beta && !(sum >= 0) ? double(NAN) : sum, row);
     task.teacher_temperature = row_teacher_temperature(row);
     task.divergence_scale = square_temperature ? task.temperature * task.temperature : 1;
     label = read_label(row, task);
     task.mix_probs = mix_probs;
     task.teacher_weight = teacher_count == 1 && teacher_weights ? teacher_weights.number(row) : 1;
+    if (constant_teacher) task.teacher_weight = 0;
     task.student_gradient = bool(student_gradient);
     task.teacher_gradient = bool(teacher_gradient);
     return true;

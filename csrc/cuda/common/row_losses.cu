@@ -82,6 +82,7 @@ RowLosses::RowLosses(const Device& device, const RowProblem& problem, std::initi
   numbers.weight = optional_rows(o.weight);
   numbers.mask = optional_rows(o.mask);
   numbers.labels = optional_rows(o.labels);
+  numbers.label_weights = optional_rows(o.label_weights);
   numbers.temperature = o.temperature;
   numbers.label_weight = o.label_weight;
   numbers.student_map = LogitFunction<float>(o.student_map());

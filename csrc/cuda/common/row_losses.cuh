@@ -14,7 +14,7 @@ namespace fastkd::cuda {
 struct RowNumbers {
   int64_t rows;
   int vocab, student_width;
-  DeviceRows temperatures, weight, mask, labels;
+  DeviceRows temperatures, weight, mask, labels, label_weights;
   double temperature, label_weight;
   LogitFunction<float> student_map, teacher_map;
   bool square_temperature;
@@ -37,7 +37,7 @@ struct RowNumbers {
   }
 
   // Invalid values that the host could not check make a row NaN: a temperature that is not positive, a label out of
-  // range.
+  // range, an infinite weight of a label.
   static __device__ double positive(double x) { return x > 0 && x < double(INFINITY) ? x : double(NAN); }
   __device__ double row_temperature(int64_t row) const {
     return positive(temperatures ? temperatures.number(row) : temperature);
@@ -48,6 +48,10 @@ struct RowNumbers {
     task.has_label = bool(labels);
     task.label_weight = label_weight;
     if (!labels) return -1;
+    if (label_weights) {
+      const double x = label_weights.number(row + shift);
+      task.label_weight = x + (x - x);
+    }
     const int64_t label = labels.integer(row + shift);
     if (label >= 0 && label < vocab) return int(label);
     task.label_weight = NAN;
