@@ -34,13 +34,14 @@ struct Cpu {
       row.task.apart = row.task.entropy_weight != 0 && row.task.temperature != own.entropy_temperature;
       row.label = problem.label(index);
       row.correct_only = own.entropy_correct && row.task.entropy_weight != 0;
-      row.partials = memory;
+      row.scratch = memory;
       return kernel(row, runner);
     };
     const auto skip_row = [&](int64_t index) {
       if (gradients) portable::fill_zero(gradients.row(index), 0, problem.student_width);
     };
-    return solve_rows(problem, {gradient}, slices_of(problem.vocab) * kPartialBytes, solve_row, skip_row);
+    const int64_t scratch = cross_entropy_scratch(problem.vocab, problem.float64 ? sizeof(double) : sizeof(float));
+    return solve_rows(problem, {gradient}, scratch, solve_row, skip_row);
   }
 };
 

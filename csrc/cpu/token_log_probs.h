@@ -26,7 +26,7 @@ using TokenGradientKernel = void (*)(const TokenRow& row, const SliceRunner& run
 
 namespace fastkd::FASTKD_ISA {
 
-inline constexpr int64_t kTokenAhead = 4;  // blocks
+inline constexpr int64_t kTokenAhead = 8;  // blocks
 
 template <bool kEntropy, class Real>
 TokenSums token_slice(const TokenRow& row, const RowSlices& slices, int64_t slice, Real scale) {

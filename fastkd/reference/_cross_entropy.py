@@ -27,7 +27,7 @@ def cross_entropy_op(
     **row_options: Any,
 ) -> Tensor:
     """The raw op's loss, from its fields."""
-    rows = Rows(logits, (), **{**row_options, "label_weight": 0.0})
+    rows = Rows(logits, (), **{**row_options, "label_weight": 0.0, "label_weights": None})
     assert rows.labels is not None
     z, labels = rows.student, torch.where(rows.read, rows.labels, 0).long()
     lse = (relative_to_largest(z) / rows.tau).logsumexp(-1, keepdim=True)
