@@ -54,6 +54,8 @@ def rows() -> None:
     fastkd.softmax_divergence(*pair(1000, rows=6))
     begin("dtypes differ")
     fastkd.softmax_divergence(logits((2, 5000)), logits((2, 5000), BF16))
+    begin("offsets differ")
+    fastkd.softmax_divergence(logits((2, 5001))[:, 1:], logits((2, 5000)))
     begin("one pass")
     fastkd.token_stats(logits((2, 5000)))
     begin("short, one pass")

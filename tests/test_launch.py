@@ -152,7 +152,15 @@ def test_every_launch_is_possible_and_holds_its_rows(capability):
 
 # --- The log --------------------------------------------------------------------------------------
 
-ROWS = ("short", "dtypes differ", "one pass", "short, one pass", "block per row", "warps' memory")
+ROWS = (
+    "short",
+    "dtypes differ",
+    "offsets differ",
+    "one pass",
+    "short, one pass",
+    "block per row",
+    "warps' memory",
+)
 ROWS += ("no rows",)
 
 HEAD, LINE = emulator.LAUNCH_HEAD, emulator.LAUNCH_LINE
@@ -211,7 +219,8 @@ def test_a_line_has_the_launch(log, capability):
     ("call", "threads", "blocks", "resident", "reason"),
     [
         ("short", 128, 2, "yes", "one warp per row, 4 rows per block"),
-        ("dtypes differ", 256, 2, "no", "rows are read element by element"),
+        ("dtypes differ", 192, 2, "yes", "the rows fit with half"),
+        ("offsets differ", 256, 2, "no", "rows are read element by element"),
         ("one pass", 192, 2, "no", "there is one pass"),
         ("short, one pass", 128, 2, "no", "4 rows per block; there is one pass"),
         ("block per row", 128, 2, "yes", "this op needs a whole block"),

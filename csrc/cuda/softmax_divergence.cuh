@@ -460,14 +460,15 @@ struct RowWorker {
   }
 };
 
-// Threads per block where two share a multiprocessor.
-template <class Divergence>
+// Threads per block where two share a multiprocessor. Two dtypes take more registers than one.
+template <class Divergence, class Source>
 constexpr int threads_for() {
-  return Divergence::kPass == Pass::kNormalizersOnly ? kRowThreads : kManyRowThreads;
+  const bool mixed = std::is_same<Source, PackedSource<Mixed>>::value;
+  return Divergence::kPass == Pass::kNormalizersOnly || mixed ? kRowThreads : kManyRowThreads;
 }
 
 template <class Divergence, class Source>
-__global__ void __launch_bounds__(2 * threads_for<Divergence>(), 1)
+__global__ void __launch_bounds__(2 * threads_for<Divergence, Source>(), 1)
     softmax_divergence_kernel(const RowArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   unsigned char* shared = team_memory(launch, team_bytes(by_warp) + 2 * launch.slice_bytes);
