@@ -123,7 +123,9 @@ def _softmax_divergence(divergence: str, mangled: str, sums: bool) -> Op:
         return fastkd.softmax_divergence(student, teacher, **options)
 
     part = Part(kernel, "rows", passes, serial)
-    return Op(f"softmax_divergence {divergence}", 2, 1, (part,), call, gradient=True, mixed=True)
+    # alpha_beta has no short formula: with two dtypes its loops have too many paths to read.
+    mixed = divergence != "alpha_beta"
+    return Op(f"softmax_divergence {divergence}", 2, 1, (part,), call, gradient=True, mixed=mixed)
 
 
 #: Divergences whose value comes from the first pass.
