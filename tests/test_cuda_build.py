@@ -216,7 +216,8 @@ KERNEL = (
     "template __global__ void softmax_divergence_kernel<{}, PackedSource<{}>>"
     "(RowArguments, RowLaunch);"
 )
-#: Instructions an entry, and KiB under way, on an A100, as in LIMITS. More than on sm_90: each pass copies the rows.
+#: Instructions an entry, and KiB under way, on an A100, as in LIMITS. More instructions than on
+#: sm_90: each pass copies the rows.
 LIMITS_SM_80 = {
     "softmax_divergence forward_kl, bfloat16": (39.5, KIB_WANTED),
     "softmax_divergence forward_kl, float32": (47, KIB_WANTED),
