@@ -177,8 +177,8 @@ def test_special_values(backend, entropy):
 def test_certain_rows_have_an_entropy_with_a_gradient_near_zero(backend):
     scores = torch.full((3, 500), -40.0)
     scores[:, 3] = torch.tensor([0.0, 20.0, -25.0])
-    # A block of 512 columns is summed in float32, in one lane where the loop is not vectorised (with
-    # sanitizers): beside a sum near 1 each of its additions rounds by up to 2^-24.
+    # A block of 512 columns is summed in float32, in one lane where the loop is not vectorised
+    # (with sanitizers): beside a sum near 1 each of its additions rounds by up to 2^-24.
     assert_matches(scores, torch.tensor([3, 3, 4]), entropy=True, atol=512 * 2.0**-24)
 
 
