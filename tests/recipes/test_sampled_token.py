@@ -249,7 +249,7 @@ def test_errors():
         recipes.opd(**tensors, discount=2.0)
     with pytest.raises(ValueError, match=r"opd: old_log_probs must be float \[3, 5\]"):
         recipes.opd(**tensors, old_log_probs=torch.zeros(3, 4))
-    with pytest.raises(IndexError, match="chunk_log_likelihood: token_ids"):
+    with pytest.raises(IndexError, match="token_log_probs: token_ids"):
         recipes.opd(**{**tensors, "labels": torch.full((3, 5), 11)})
     tensors = sampled(torch.float32, None)
     with pytest.raises(TypeError, match="minillm: labels must be int64 or int32"):
