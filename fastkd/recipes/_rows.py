@@ -1,6 +1,6 @@
 """Code shared by the recipes whose rows are tokens: checks, reductions, values of a row."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_normalizer, check_tensors
+from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_log_probs import TokenLogProbs, token_log_probs
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import check_integers, check_mask, readable
@@ -115,6 +116,31 @@ def row_options(
     options["reduction"] = "sum"
     options["normalizer"] = texts if normalizer is None else normalizer
     return options
+
+
+def row_divergence(
+    function: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    *,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """:func:`fastkd.softmax_divergence` with the reductions of recipes, see :func:`row_options`."""
+    rows = row_options(
+        function,
+        student_logits,
+        mask=mask,
+        labels=labels,
+        weight=weight,
+        reduction=reduction,
+        normalizer=normalizer,
+    )
+    return softmax_divergence(student_logits, teacher_logits, labels=labels, **options, **rows)
 
 
 def scaled_weight(logits: Tensor, factor: float | Tensor, weight: Tensor | None) -> Tensor:

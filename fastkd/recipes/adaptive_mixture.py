@@ -5,9 +5,13 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_positive
-from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
-from fastkd.recipes._rows import check_choice, check_rows, row_options, scaled_weight
+from fastkd.recipes._rows import (
+    check_choice,
+    check_rows,
+    row_divergence,
+    scaled_weight,
+)
 
 _VARIANTS = ("aligndistil", "theorem1", "theorem1_adaptive", "theorem1_contrast")
 #: Added to an adaptive weight, which is then positive where the two models agree.
@@ -100,7 +104,8 @@ def align_distil(
     share = scaled_weight(student_logits, share, None)
     contrast = variant in ("aligndistil", "theorem1_contrast")
     of_teacher, of_reference = (1 + share, -share) if contrast else (share, 1 - share)
-    return softmax_divergence(
+    return row_divergence(
+        "align_distil",
         student_logits,
         [teacher_logits, reference_logits],
         divergence="reverse_kl",
@@ -108,12 +113,8 @@ def align_distil(
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         vocab_size=vocab_size,
-        **row_options(
-            "align_distil",
-            student_logits,
-            mask=mask,
-            weight=scaled_weight(student_logits, coefficient, None),
-            reduction=reduction,
-            normalizer=normalizer,
-        ),
+        mask=mask,
+        weight=scaled_weight(student_logits, coefficient, None),
+        reduction=reduction,
+        normalizer=normalizer,
     )

@@ -10,7 +10,13 @@ from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_tensors
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import check_integers, check_range, reduced, wide
-from fastkd.recipes._rows import check_choice, check_rows, kept_rows, number_type, row_options
+from fastkd.recipes._rows import (
+    check_choice,
+    check_rows,
+    kept_rows,
+    number_type,
+    row_divergence,
+)
 from fastkd.recipes._rowwise import at_rows, by_blocks, chosen, placed
 from fastkd.tokenizers._byte_log_probs import byte_log_probs
 from fastkd.tokenizers._byte_vocab import ByteVocab
@@ -79,20 +85,17 @@ def byte_kd(
         ("teacher", teacher_logits, teacher_vocab, teacher_prefix),
     )
     student, teacher = (_bytes_of(*side) for side in sides)
-    return softmax_divergence(
+    return row_divergence(
+        "byte_kd",
         student,
         teacher,
         divergence=divergence,
         beta=beta,
         temperature=temperature,
-        **row_options(
-            "byte_kd",
-            student,
-            mask=mask,
-            weight=weight,
-            reduction=reduction,
-            normalizer=normalizer,
-        ),
+        mask=mask,
+        weight=weight,
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 

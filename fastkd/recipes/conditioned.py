@@ -19,7 +19,7 @@ from fastkd.recipes._rows import (
     kept_rows,
     label_log_probs,
     number_type,
-    row_options,
+    row_divergence,
 )
 from fastkd.recipes._rowwise import by_blocks, placed
 
@@ -165,14 +165,15 @@ def swing(
         teacher_logits = teacher_logits + scale * _noise(noise, teacher_logits, generator)
     elif noise_scale is not None:
         raise ValueError("swing: noise_scale needs noise, got None")
-    return softmax_divergence(
+    return row_divergence(
+        "swing",
         student_logits,
         teacher_logits,
         temperature=tau,
         square_temperature=square_temperature,
-        **row_options(
-            "swing", student_logits, mask=mask, reduction=reduction, normalizer=normalizer
-        ),
+        mask=mask,
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 

@@ -17,7 +17,7 @@ from fastkd.recipes._rows import (
     kept_rows,
     label_log_probs,
     masked_mean,
-    row_options,
+    row_divergence,
     scaled_weight,
 )
 
@@ -71,23 +71,19 @@ def kd(
     check_share("kd", "alpha", alpha)
     if not alpha:
         raise ValueError("kd: alpha must be positive, got 0; use sequence_kd for labels alone")
-    return softmax_divergence(
+    return row_divergence(
+        "kd",
         student_logits,
         teacher_logits,
         temperature=temperature,
         square_temperature=True,
-        labels=labels,
         label_weight=1.0 if labels is None else (1 - alpha) / alpha,
         vocab_size=vocab_size,
-        **row_options(
-            "kd",
-            student_logits,
-            mask=mask,
-            labels=labels,
-            weight=scaled_weight(student_logits, alpha, weight),
-            reduction=reduction,
-            normalizer=normalizer,
-        ),
+        mask=mask,
+        labels=labels,
+        weight=scaled_weight(student_logits, alpha, weight),
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 
@@ -256,23 +252,19 @@ def ddk(
     check_rows("ddk", tensors, mask=mask, labels=labels, weight=weight)
     if not gamma > 0:
         raise ValueError(f"ddk: gamma must be positive, got {gamma}; sequence_kd has labels alone")
-    return softmax_divergence(
+    return row_divergence(
+        "ddk",
         student_logits,
         teacher_logits,
         divergence=divergence,
         temperature=temperature,
-        labels=labels,
         label_weight=1 / gamma,
         vocab_size=vocab_size,
-        **row_options(
-            "ddk",
-            student_logits,
-            mask=mask,
-            labels=labels,
-            weight=scaled_weight(student_logits, gamma, weight),
-            reduction=reduction,
-            normalizer=normalizer,
-        ),
+        mask=mask,
+        labels=labels,
+        weight=scaled_weight(student_logits, gamma, weight),
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 
@@ -342,19 +334,16 @@ def llava_mod(
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("llava_mod", tensors, mask=mask, weight=weight)
-    return softmax_divergence(
+    return row_divergence(
+        "llava_mod",
         student_logits,
         teacher_logits,
         divergence="cross_entropy",
         vocab_size=min(vocab_size, student_logits.size(-1), teacher_logits.size(-1)),
-        **row_options(
-            "llava_mod",
-            student_logits,
-            mask=mask,
-            weight=weight,
-            reduction=reduction,
-            normalizer=normalizer,
-        ),
+        mask=mask,
+        weight=weight,
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 
@@ -403,21 +392,18 @@ def distillspec(
     check_rows("distillspec", tensors, mask=mask, weight=weight)
     choices = ("forward_kl", "reverse_kl", "jsd", "tvd")
     check_choice("distillspec", "divergence", divergence, choices)
-    return softmax_divergence(
+    return row_divergence(
+        "distillspec",
         student_logits,
         teacher_logits,
         divergence=divergence,
         beta=beta,
         temperature=temperature,
         vocab_size=vocab_size,
-        **row_options(
-            "distillspec",
-            student_logits,
-            mask=mask,
-            weight=weight,
-            reduction=reduction,
-            normalizer=normalizer,
-        ),
+        mask=mask,
+        weight=weight,
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 

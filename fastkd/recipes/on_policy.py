@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_positive
-from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.losses._topk_divergence import topk_divergence
 from fastkd.recipes._chunks import reduced, wide
@@ -18,6 +17,7 @@ from fastkd.recipes._rows import (
     check_rows,
     kept_rows,
     log_probs_at,
+    row_divergence,
     row_options,
 )
 from fastkd.teachers._teacher_topk import teacher_topk
@@ -65,21 +65,18 @@ def gkd(
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("gkd", tensors, mask=mask, weight=weight)
-    return softmax_divergence(
+    return row_divergence(
+        "gkd",
         student_logits,
         teacher_logits,
         divergence="jsd",
         beta=beta,
         temperature=temperature,
         vocab_size=vocab_size,
-        **row_options(
-            "gkd",
-            student_logits,
-            mask=mask,
-            weight=weight,
-            reduction=reduction,
-            normalizer=normalizer,
-        ),
+        mask=mask,
+        weight=weight,
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 
@@ -224,14 +221,15 @@ def minitron(
     check_rows("minitron", tensors, mask=mask)
     check_choice("minitron", "hidden", hidden, ("cosine", "mse"))
     check_choice("minitron", "reduction", reduction, ("sum", "mean", "batchmean", "sequence_mean"))
-    loss = softmax_divergence(
+    loss = row_divergence(
+        "minitron",
         student_logits,
         teacher_logits,
         temperature=temperature,
         vocab_size=vocab_size,
-        **row_options(
-            "minitron", student_logits, mask=mask, reduction=reduction, normalizer=normalizer
-        ),
+        mask=mask,
+        reduction=reduction,
+        normalizer=normalizer,
     )
     if not pairs:
         return loss

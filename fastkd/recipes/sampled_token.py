@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
-from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import reduced
 from fastkd.recipes._rows import (
@@ -17,7 +16,7 @@ from fastkd.recipes._rows import (
     label_log_probs,
     number_type,
     other_label_log_probs,
-    row_options,
+    row_divergence,
 )
 
 
@@ -214,14 +213,15 @@ def minillm(
     found = reduced("minillm", losses, kept, reduction, normalizer)
     if not single_step:
         return found
-    return found + softmax_divergence(
+    return found + row_divergence(
+        "minillm",
         student_logits,
         teacher_logits,
         divergence="reverse_kl",
         temperature=temperature,
-        **row_options(
-            "minillm", student_logits, mask=kept, reduction=reduction, normalizer=normalizer
-        ),
+        mask=kept,
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 

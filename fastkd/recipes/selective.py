@@ -19,6 +19,7 @@ from fastkd.recipes._rows import (
     check_share,
     kept_rows,
     number_type,
+    row_divergence,
     row_options,
 )
 from fastkd.teachers._teacher_topk import teacher_topk
@@ -129,14 +130,15 @@ def adaspec(
     with torch.no_grad():
         behind = rows(student_logits) - (reference if stored else rows(reference))
         chosen = token_budget(behind, keep=keep, mask=mask)
-    return softmax_divergence(
+    return row_divergence(
+        "adaspec",
         student_logits,
         teacher_logits,
         divergence=divergence,
         temperature=temperature,
-        **row_options(
-            "adaspec", student_logits, mask=chosen, reduction=reduction, normalizer=normalizer
-        ),
+        mask=chosen,
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 
@@ -196,14 +198,15 @@ def tip(
         )
         h, d = (_from_extremes(x, kept) for x in (uncertain, distance))
         chosen = token_budget(h + d - h * d, keep=keep, mask=mask)
-    return softmax_divergence(
+    return row_divergence(
+        "tip",
         student_logits,
         teacher_logits,
         divergence=divergence,
         temperature=temperature,
-        **row_options(
-            "tip", student_logits, mask=chosen, reduction=reduction, normalizer=normalizer
-        ),
+        mask=chosen,
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 
@@ -264,19 +267,16 @@ def select_tkd(
     accepted = (teacher_topk(teacher_logits, k).indices == choice).any(-1)
     one = torch.ones((), dtype=number_type(student_logits), device=accepted.device)
     weight = torch.where(accepted, one, one * rejected_weight)
-    return softmax_divergence(
+    return row_divergence(
+        "select_tkd",
         student_logits,
         teacher_logits,
         divergence=divergence,
         temperature=temperature,
-        **row_options(
-            "select_tkd",
-            student_logits,
-            mask=mask,
-            weight=weight,
-            reduction=reduction,
-            normalizer=normalizer,
-        ),
+        mask=mask,
+        weight=weight,
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 
@@ -332,12 +332,13 @@ def eopd(
     best = best_log_probs(teacher_logits, k, temperature)
     uncertain = (kept & (spread >= entropy)).to(number_type(student_logits))
     options: dict[str, Any] = {"mask": mask, "reduction": reduction, "normalizer": normalizer}
-    reverse = softmax_divergence(
+    reverse = row_divergence(
+        "eopd",
         student_logits,
         teacher_logits,
         divergence="reverse_kl",
         temperature=temperature,
-        **row_options("eopd", student_logits, **options),
+        **options,
     )
     forward = topk_divergence(
         student_logits,

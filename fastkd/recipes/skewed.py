@@ -19,7 +19,7 @@ from fastkd.recipes._rows import (
     kept_rows,
     log_probs_at,
     number_type,
-    row_options,
+    row_divergence,
     scaled_weight,
 )
 from fastkd.teachers._teacher_topk import teacher_topk
@@ -69,21 +69,18 @@ def distillm(
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("distillm", tensors, mask=mask, weight=weight)
     check_choice("distillm", "kind", kind, ("skew_kl", "skew_reverse_kl"))
-    return softmax_divergence(
+    return row_divergence(
+        "distillm",
         student_logits,
         teacher_logits,
         divergence=kind,
         beta=beta,
         temperature=temperature,
         vocab_size=vocab_size,
-        **row_options(
-            "distillm",
-            student_logits,
-            mask=mask,
-            weight=weight,
-            reduction=reduction,
-            normalizer=normalizer,
-        ),
+        mask=mask,
+        weight=weight,
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 
@@ -146,21 +143,17 @@ def distillm2(
         sides = {f"{name}.student_logits": student, f"{name}.teacher_logits": teacher}
         check_rows("distillm2", sides, mask=mask)
         check_no_gradient("distillm2", **{f"{name}.teacher_logits": teacher})
-        options = row_options(
-            "distillm2",
-            student,
-            mask=mask,
-            weight=scaled_weight(student, factor, None),
-            reduction=reduction,
-        )
         share = _share_of_rows(name, alpha, student)
-        total = total + softmax_divergence(
+        total = total + row_divergence(
+            "distillm2",
             student,
             teacher,
             divergence="skew_kl" if name == "chosen" else "skew_reverse_kl_detached",
             beta=share,
             temperature=temperature,
-            **options,
+            mask=mask,
+            weight=scaled_weight(student, factor, None),
+            reduction=reduction,
         )
     return total
 
@@ -261,21 +254,18 @@ def taid(
     check_no_gradient("taid", teacher_logits=teacher_logits, t=t)
     check_share("taid", "t", t)
     share = scaled_weight(student_logits, t, None)
-    return softmax_divergence(
+    return row_divergence(
+        "taid",
         student_logits,
         [student_logits.detach(), teacher_logits],
         divergence="cross_entropy",
         teacher_weights=torch.stack([1 - share, share], -1),
         temperature=temperature,
         vocab_size=vocab_size,
-        **row_options(
-            "taid",
-            student_logits,
-            mask=mask,
-            weight=weight,
-            reduction=reduction,
-            normalizer=normalizer,
-        ),
+        mask=mask,
+        weight=weight,
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 
@@ -378,20 +368,17 @@ def akl(
     total = 2 * stats.tvd
     near = torch.where(head, (p - q).abs(), 0).sum(-1)
     share = torch.where(total > 0, near / torch.where(total > 0, total, 1), 0.5).clamp(0, 1)
-    return softmax_divergence(
+    return row_divergence(
+        "akl",
         student_logits,
         teacher_logits,
         divergence="mixed_kl",
         beta=share,
         temperature=temperature,
-        **row_options(
-            "akl",
-            student_logits,
-            mask=mask,
-            weight=weight,
-            reduction=reduction,
-            normalizer=normalizer,
-        ),
+        mask=mask,
+        weight=weight,
+        reduction=reduction,
+        normalizer=normalizer,
     )
 
 
@@ -427,14 +414,16 @@ def abkd(
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("abkd", tensors, mask=mask, weight=weight)
     more: dict[str, Any] = {"mask": mask, "weight": weight, "reduction": reduction}
-    return softmax_divergence(
+    return row_divergence(
+        "abkd",
         *(student_logits, teacher_logits),
         divergence="alpha_beta",
         alpha=alpha,
         beta=beta,
         temperature=temperature,
         vocab_size=vocab_size,
-        **row_options("abkd", student_logits, normalizer=normalizer, **more),
+        normalizer=normalizer,
+        **more,
     )
 
 
