@@ -15,7 +15,10 @@ from fastkd._ops.arguments import choices
 from fastkd._ops.library import usable_instruction_sets
 
 #: Of softmax_divergence, as the library lists them. One without a definition fails every test.
-DIVERGENCES = choices("softmax_divergence", "divergence")
+ALL_DIVERGENCES = choices("softmax_divergence", "divergence")
+#: Those that need labels are tested with the option sets that have some.
+NEED_LABELS = ("decoupled_kl",)
+DIVERGENCES = tuple(name for name in ALL_DIVERGENCES if name not in NEED_LABELS)
 #: Numbers of all losses over rows, with two values of each.
 ROW_NUMBERS = {
     "temperature": (1.5, 2.5),
@@ -121,6 +124,27 @@ def _softmax_divergence() -> Iterator[Case]:
             f"{name}-labels",
             {"divergence": name, "temperature": 3.0, "label_weight": 0.3, "reduction": "sum"},
             _labels,
+        )
+    for name in NEED_LABELS:
+        labelled = {"divergence": name, "beta": 3.0, "alpha": 0.7, "label_weight": 0.3}
+        yield Case(name, {**labelled, "reduction": "none", "label_weight": 0.0}, _labels)
+        yield Case(f"{name}-labels", labelled, _labels)
+        yield Case(f"{name}-temperature", {**labelled, "temperature": 3.0}, _labels)
+        yield Case(
+            f"{name}-teachers-probs",
+            {**labelled, "teacher_mix": "probs", "teacher_temperature": 2.0},
+            _labels,
+            teachers=2,
+        )
+        yield Case(f"{name}-softcap", {**labelled, "logit_softcap": 5.0}, _labels)
+        yield Case(
+            f"{name}-rows",
+            {"divergence": name, "reduction": "none"},
+            lambda leading, vocab: {
+                **_weighted_labels(leading, vocab),
+                "alpha": betas(leading),
+                "beta": 5 * betas(leading),
+            },
         )
     yield Case("jsd-beta-0", {"divergence": "jsd", "beta": 0.0})
     yield Case("jsd-beta-1", {"divergence": "jsd", "beta": 1.0})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import DIVERGENCES, betas
+from cases import DIVERGENCES, NEED_LABELS, betas
 from row_problems import BITS, Problem
 from torch import Tensor
 
@@ -235,6 +235,11 @@ def _kinds() -> dict[str, Callable[[Draw], Problem]]:
         kinds[f"softmax-{d}-labels"] = lambda draw, d=d: softmax_problem(
             draw, d, labelled=True, label_weight=0.3
         )
+    for d in NEED_LABELS:
+        for weight in (0.0, 0.3):
+            kinds[f"softmax-{d}-{weight}"] = lambda draw, d=d, weight=weight: softmax_problem(
+                draw, d, labelled=True, label_weight=weight
+            )
     for d in ("forward_kl", "jsd"):
         for mix in ("logits", "probs"):
             kinds[f"softmax-{d}-teachers-{mix}"] = lambda draw, d=d, mix=mix: softmax_problem(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DIVERGENCES
+from cases import ALL_DIVERGENCES
 from kernel_limits import KIB_WANTED, LIMITS
 
 from benchmarks.predicted_loops import Recorded, record
@@ -26,7 +26,7 @@ SOME, ALL = ["90"], ["75", "80", "86", "89", "90", "100", "120"]
 ROW_THREADS, BLOCKS, REGISTERS = 192, 2, 65536
 # Row kernels, each for four kinds of source: softmax_divergence's, and the others'; those that read
 # two tensors of logits, which may differ in dtype, also for a fifth.
-KERNELS, MIXED = len(DIVERGENCES) + 16, len(DIVERGENCES) + 2
+KERNELS, MIXED = len(ALL_DIVERGENCES) + 16, len(ALL_DIVERGENCES) + 2
 SEVERAL = {"cross_entropy": 12, "token_log_probs": 8, "token_gradient": 8}
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
@@ -83,7 +83,7 @@ def functions(build):
 @pytest.mark.timeout(1500)
 def test_every_kernel_is_there(functions, architectures):
     names = {name for name, *_ in functions if "softmax_divergence_kernel" in name}
-    for divergence in DIVERGENCES:
+    for divergence in ALL_DIVERGENCES:
         divergence = divergence.title().replace("_", "")
         mine = [name for name in names if re.search(rf"\d{divergence}E", name)]
         assert len(mine) == 5, divergence  # three dtypes in packs; two of them; any other

@@ -17,6 +17,7 @@ struct DivergenceNames<portable::TypeList<Divergence...>> {
   static std::array<const char*, sizeof...(Divergence)> names_at_zero() { return {Divergence::kAtZero...}; }
   static std::array<const char*, sizeof...(Divergence)> names_at_one() { return {Divergence::kAtOne...}; }
   static std::array<bool, sizeof...(Divergence)> any_beta() { return {Divergence::kAnyBeta...}; }
+  static std::array<bool, sizeof...(Divergence)> excludes_label() { return {Divergence::kExcludesLabel...}; }
   static std::array<bool, sizeof...(Divergence)> constant_teacher() { return {Divergence::kConstantTeacher...}; }
 };
 

@@ -74,6 +74,9 @@ struct RowProblem {
   Rows student, temperatures, weight, mask, labels, label_weights;
   int64_t student_width;
   int64_t sequence = 1;  // the sequence length, where there is a shift
+  // Set by set_teacher_places, in ops that have them: which of the teacher's rows belongs to a row, negative: none.
+  Rows teacher_places;
+  const std::optional<Tensor>* teacher_places_tensor = nullptr;
   // Set by set_beta, in ops that have one.
   double beta = 0.5;
   const Tensor* betas_tensor = nullptr;
@@ -140,10 +143,12 @@ struct RowProblem {
   // Checks a teacher's logits against the student's.
   void check_teacher(const Tensor& teacher) const {
     check_logits(teacher, "teacher_logits");
-    FASTKD_CHECK_VALUE(teacher.dim() == student_tensor.dim() && same_leading(teacher, student_tensor, leading),
-                       function, "teacher_logits must have student_logits' leading dimensions ",
-                       leading_of(student_tensor, leading), ", got shape ", shape_of(teacher));
-    const int64_t width = teacher.size(leading);
+    if (teacher_places_tensor == nullptr || !*teacher_places_tensor) {
+      FASTKD_CHECK_VALUE(teacher.dim() == student_tensor.dim() && same_leading(teacher, student_tensor, leading),
+                         function, "teacher_logits must have student_logits' leading dimensions ",
+                         leading_of(student_tensor, leading), ", got shape ", shape_of(teacher));
+    }
+    const int64_t width = teacher.size(teacher.dim() - 1);
     if (options.vocab_size < 0) {
       FASTKD_CHECK_VALUE(width == student_width, function, "teacher_logits has ", width,
                          " columns, student_logits has ", student_width,
@@ -156,7 +161,7 @@ struct RowProblem {
   // A teacher's logits, checked.
   Rows teacher_rows(const Tensor& teacher) const {
     check_teacher(teacher);
-    Rows rows(teacher, leading);
+    Rows rows(teacher, teacher.dim() - 1);
     rows.set_map(options.teacher_map());
     return rows;
   }
@@ -203,6 +208,20 @@ struct RowProblem {
                   [any](double x) { return any ? std::isfinite(x) : x >= 0 && x <= 1; });
   }
 
+  // count: how many rows the teacher has.
+  void set_teacher_places(const std::optional<Tensor>& places, int64_t count) {
+    teacher_places_tensor = &places;
+    teacher_places = per_row(
+        places, "teacher_rows", [](ScalarType x) { return x == ScalarType::Long || x == ScalarType::Int; },
+        "int64 or int32");
+    for (int64_t row = 0; values_checked && teacher_places && row < rows; ++row) {
+      const int64_t place = teacher_places.integer(row);
+      FASTKD_CHECK_INDEX(place >= -1 && place < count, function, "teacher_rows must lie in [-1, ", count, "), got ",
+                         place, " in row ", row);
+    }
+  }
+  int64_t teacher_place(int64_t row) const { return teacher_places ? teacher_places.integer(row) : row; }
+
   void set_teacher_temperature(double all, const std::optional<Tensor>& each) {
     teacher_temperature = all;
     if (each) teacher_temperatures_tensor = &*each;
@@ -244,7 +263,8 @@ struct RowProblem {
   bool kept(int64_t row) const {
     const int64_t place = row + options.shift;
     return in_sequence(row) && (!mask || mask.number(place) != 0) &&
-           (!labels || labels.integer(place) != options.ignore_index);
+           (!labels || labels.integer(place) != options.ignore_index) &&
+           (!teacher_places || teacher_places.integer(row) >= 0);
   }
   double row_weight(int64_t row) const { return !kept(row) ? 0 : weight ? weight.number(row + options.shift) : 1; }
   double temperature(int64_t row) const { return temperatures ? temperatures.number(row) : options.temperature; }
@@ -264,7 +284,7 @@ struct RowProblem {
   }
   // Known without reading any row's data.
   bool denominator_is_known() const {
-    const bool counted = options.reduced() == Reduction::kMean && (mask || labels);
+    const bool counted = options.reduced() == Reduction::kMean && (mask || labels || teacher_places);
     return !options.normalizer && !counted;
   }
   double known_denominator() const {

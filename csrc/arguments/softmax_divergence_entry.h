@@ -15,6 +15,7 @@ struct SoftmaxDivergence : SoftmaxDivergenceArguments {
                        "teacher_logits must hold at least one tensor, got an empty list");
     FASTKD_CHECK_VALUE((wanted & 2) == 0 || teacher_logits.size() == 1, kName,
                        "teacher_logits in a list take no gradient");
+    FASTKD_CHECK_VALUE((wanted & 2) == 0 || !teacher_rows, kName, "teacher_logits take no gradient with teacher_rows");
   }
 
   template <class Backend>

@@ -19,7 +19,7 @@ struct SoftmaxDivergenceArguments {
   std::vector<Tensor> teacher_logits;
   Choice<DivergenceNames<portable::Divergences>> divergence;
   double beta = 0.5, alpha = 1, teacher_temperature = 1;
-  std::optional<Tensor> betas, alphas, teacher_temperatures, teacher_weights;
+  std::optional<Tensor> betas, alphas, teacher_temperatures, teacher_weights, teacher_rows;
   Choice<TeacherMixes> teacher_mix;
   RowOptions rows;
 
@@ -31,7 +31,7 @@ struct SoftmaxDivergenceArguments {
     v("beta", beta), v("betas", betas), v("alpha", alpha), v("alphas", alphas);
     v("teacher_temperature", teacher_temperature);
     v("teacher_temperatures", teacher_temperatures), v("teacher_weights", teacher_weights);
-    v("teacher_mix", teacher_mix);
+    v("teacher_mix", teacher_mix), v("teacher_rows", teacher_rows);
     rows.fields(v);
   }
 };
@@ -42,11 +42,12 @@ struct Problem : RowProblem {
   const std::vector<Tensor>& teacher_tensors;
   Rows student_gradient, teacher_gradient;
   std::vector<Rows> teachers;
-  int64_t teacher_width;
+  int64_t teacher_width, teacher_row_count = -1;  // rows: only with teacher_rows
   Rows teacher_weights;
   portable::DivergencePlaces divergence;
   bool mix_probs;
   bool constant_teacher;  // its gradient is 0
+  bool excludes_label;    // it is of all tokens but the label
   bool any_beta;          // beta need not be a share, but alpha + beta not negative
   double alpha;
   Rows alphas;
@@ -58,17 +59,37 @@ struct Problem : RowProblem {
     const std::vector<Tensor>& t = teacher_tensors;
     divergence = find_divergence<portable::Divergences>(own.divergence);
     constant_teacher = DivergenceNames<portable::Divergences>::constant_teacher()[size_t(own.divergence.place)];
+    excludes_label = DivergenceNames<portable::Divergences>::excludes_label()[size_t(own.divergence.place)];
+    FASTKD_CHECK_VALUE(!excludes_label || options.labels, kSoftmaxDivergence,
+                       "labels must be given with divergence='decoupled_kl', got None");
     any_beta = DivergenceNames<portable::Divergences>::any_beta()[size_t(own.divergence.place)];
+    set_places();
     set_beta(own.beta, own.betas, any_beta);
     set_alpha();
     for (const Tensor& teacher : t) {
       teachers.push_back(teacher_rows(teacher));
       float64 = float64 || teacher.scalar_type() == ScalarType::Double;
     }
-    teacher_width = t[0].size(leading);
+    teacher_width = t[0].size(t[0].dim() - 1);
     mix_probs = own.mix() == TeacherMix::kProbs && t.size() > 1;
     set_teacher_temperature(own.teacher_temperature, own.teacher_temperatures);
     check_teacher_weights(own.student_logits, t.size());
+  }
+
+  void set_places() {
+    if (!own.teacher_rows) return;
+    int64_t count = -1;
+    for (const Tensor& teacher : teacher_tensors) {
+      FASTKD_CHECK_VALUE(teacher.dim() >= 1, kSoftmaxDivergence,
+                         "teacher_logits must have at least one dimension, got a scalar");
+      int64_t mine = 1;
+      for (int64_t i = 0; i < teacher.dim() - 1; ++i) mine *= teacher.size(i);
+      FASTKD_CHECK_VALUE(count < 0 || mine == count, kSoftmaxDivergence,
+                         "teacher_logits must all have the same number of rows, got ", count, " and ", mine);
+      count = mine;
+    }
+    teacher_row_count = count;
+    set_teacher_places(own.teacher_rows, count);
   }
 
   void set_alpha() {

@@ -25,33 +25,34 @@ struct Cpu {
       std::vector<Row> teachers(teacher_count);
       std::vector<double> weights(teacher_count, 1.0 / teacher_count);
       for (int k = 0; k < teacher_count; ++k) {
-        teachers[k] = problem.teachers[k].row(index);
+        teachers[k] = problem.teachers[k].row(problem.teacher_place(index));
         if (problem.teacher_weights && weighted) weights[k] = problem.teacher_weights.number(index, k);
       }
       SoftmaxDivergenceRow row{};
       row.vocab = problem.vocab;
       row.student = problem.student.row(index);
       row.teachers = {teachers.data(), weights.data(), teacher_count, problem.mix_probs};
-      row.beta = problem.row_beta(index);
-      row.alpha = problem.row_alpha(index);
       row.student_gradient = gradient_row(problem.student_gradient, index, row.student);
       row.teacher_gradient = gradient_row(problem.teacher_gradient, index, teachers[0]);
       row.student_width = problem.student_width;
       row.teacher_width = problem.teacher_width;
       RowTask& task = row.task;
       task.temperature = problem.temperature(index);
+      task.beta = problem.row_beta(index);
+      task.alpha = problem.row_alpha(index);
       task.teacher_temperature = problem.row_teacher_temperature(index);
       task.divergence_scale = problem.options.square_temperature ? task.temperature * task.temperature : 1;
       task.scale = scale;
       task.label_weight = problem.row_label_weight(index);
       task.has_label = bool(problem.labels) && task.label_weight != 0;
-      row.label = task.has_label ? problem.label(index) : -1;
+      row.excludes_label = problem.excludes_label;
+      row.label = task.has_label || row.excludes_label ? problem.label(index) : -1;
       task.mix_probs = problem.mix_probs;
       task.teacher_weight = problem.constant_teacher ? 0 : teacher_count == 1 ? weights[0] : 1;
       task.student_gradient = bool(row.student_gradient);
       task.teacher_gradient = bool(row.teacher_gradient);
       row.scratch = scratch;
-      const SoftmaxDivergenceKernel& kernel = divergences[problem.divergence.at(row.beta)];
+      const SoftmaxDivergenceKernel& kernel = divergences[problem.divergence.at(task.beta)];
       return (problem.float64 ? kernel.double_row : kernel.float_row)(row, runner);
     };
     const auto skip_row = [&](int64_t index) {

@@ -15,17 +15,21 @@ namespace fastkd::FASTKD_ISA {
 template <class Real, class Divergence>
 double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner& runner) {
   const RowTask& task = row.task;
-  const Divergence divergence{row.beta, row.alpha};
+  const Divergence divergence{task.beta, task.alpha};
   RowPlan<Real, Divergence> plan;
   plan.set_scales(task);
   const RowPasses<Real> passes(row, runner, plan);
 
-  Real label_logit = 0;  // read before the gradient may overwrite it
-  if (task.has_label) label_logit = *load(row.student, row.label, 1, &label_logit);
+  Real label_logit = 0, teacher_logit = 0, spare;  // read before the gradient may overwrite it
+  if (row.label >= 0) label_logit = *load(row.student, row.label, 1, &label_logit);
 
   const bool keep = !plan.kOnePass || task.student_gradient;
-  plan.begin(task, keep ? passes.template accumulate<Divergence::kPass, true>()
-                        : passes.template accumulate<Divergence::kPass, false>());
+  const RowState<double> state = keep ? passes.template accumulate<Divergence::kPass, true>()
+                                      : passes.template accumulate<Divergence::kPass, false>();
+  if constexpr (Divergence::kExcludesLabel) {
+    teacher_logit = *passes.teacher.load_block(row.label, 1, &teacher_logit, &spare);
+  }
+  plan.begin(task, state, {label_logit, teacher_logit});
   while (plan.step != Step::kWrite) {
     plan.add(task, plan.step == Step::kSumNear ? passes.template sum_terms<true>(divergence)
                                                : passes.template sum_terms<false>(divergence));
@@ -33,18 +37,18 @@ double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner
   // The teacher's gradient is written first: writing the student's may overwrite the student's logits.
   if (task.teacher_gradient) {
     if (plan.near)
-      passes.template write_teacher_gradient<true>(divergence, plan.teacher_mean);
+      passes.template write_teacher_gradient<true>(divergence, plan);
     else
-      passes.template write_teacher_gradient<false>(divergence, plan.teacher_mean);
+      passes.template write_teacher_gradient<false>(divergence, plan);
     fill_zero(row.teacher_gradient, row.vocab, row.teacher_width);
   }
   if (task.student_gradient) {
     if (plan.near)
-      passes.template write_student_gradient<true, false>(divergence, plan.student_mean);
+      passes.template write_student_gradient<true, false>(divergence, plan);
     else if (plan.kept)
-      passes.template write_student_gradient<false, true>(divergence, plan.student_mean);
+      passes.template write_student_gradient<false, true>(divergence, plan);
     else
-      passes.template write_student_gradient<false, false>(divergence, plan.student_mean);
+      passes.template write_student_gradient<false, false>(divergence, plan);
     fill_zero(row.student_gradient, row.vocab, row.student_width);
   }
   return plan.loss(task, label_logit);

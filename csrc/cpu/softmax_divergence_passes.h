@@ -10,8 +10,8 @@ struct SoftmaxDivergenceRow {
   int64_t vocab;
   Row student;
   Teachers teachers;
-  double beta, alpha;
-  int64_t label;  // -1: none
+  int64_t label;                // -1: none
+  bool excludes_label = false;  // the divergence is of all tokens but the label
   RowTask task;
   Row student_gradient, teacher_gradient;  // empty: not requested
   int64_t student_width, teacher_width;    // columns of the gradients; those from vocab on are set to 0
@@ -74,6 +74,20 @@ struct RowPasses : RowSlices {
     if (out != nullptr && out != r.student.data) student_stored = out;
   }
 
+  // Blocks of both sides' logits. The label's are -inf where the divergence excludes it.
+  const Real* student_block(int64_t begin, int64_t count, Real* buffer) const {
+    return without_label(load(row.student, begin, count, buffer), begin, count, buffer);
+  }
+  const Real* teacher_block(int64_t begin, int64_t count, Real* buffer, Real* spare) const {
+    return without_label(teacher.load_block(begin, count, buffer, spare), begin, count, buffer);
+  }
+  const Real* without_label(const Real* block, int64_t begin, int64_t count, Real* buffer) const {
+    if (!row.excludes_label || row.label < begin || row.label >= begin + count) return block;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = block[i];
+    buffer[row.label - begin] = Real(-INFINITY);
+    return buffer;
+  }
+
   void normalize_teachers() const {
     using State = OriginSum<double>;
     if (teacher.alone()) return;
@@ -121,8 +135,8 @@ struct RowPasses : RowSlices {
       prefetch(row.student, ahead, some);
       teacher.prefetch_block(ahead, some);
     }
-    const Real* u = load(row.student, begin, count, student_buffer);
-    const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
+    const Real* u = student_block(begin, count, student_buffer);
+    const Real* w = teacher_block(begin, count, teacher_buffer, spare);
     if (u_origin == Real(-INFINITY)) u_origin = largest(u, count);
     if (w_origin == Real(-INFINITY)) w_origin = largest(w, count);
     // The label's softmax uses another temperature on the same logits. Neither sum may overflow.
@@ -263,8 +277,8 @@ struct RowPasses : RowSlices {
         body(from_stored<kPass>(begin, centre), begin, count);
       } else {
         alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], spare[kBlock];
-        const Real* u = load(row.student, begin, count, student_buffer);
-        const Real* w = teacher.load_block(begin, count, teacher_buffer, spare);
+        const Real* u = student_block(begin, count, student_buffer);
+        const Real* w = teacher_block(begin, count, teacher_buffer, spare);
         if constexpr (kStored) {
           body(StoredWithRatio<Real, kPass>{from_stored<kPass>(begin, centre), from_logits<false>(u, w)}, begin, count);
         } else {
@@ -325,12 +339,12 @@ struct RowPasses : RowSlices {
   };
 
   template <bool kNear, bool kStored, class Divergence>
-  void write_student_gradient(const Divergence& divergence, double g_mean) const {
-    const GradientFactors<Real> factors(row.task, frame);
+  void write_student_gradient(const Divergence& divergence, const RowPlan<Real, Divergence>& plan) const {
+    const auto factors = GradientFactors<Real>::of(row.task, plan);
     // In that case g is the log-ratio, from which its mean is subtracted before rounding.
     constexpr bool kCentred = kStored && Divergence::kPass == Pass::kStudentWeighted;
-    const double centre = kCentred ? g_mean : 0;
-    const Mean<Real> mean(g_mean - centre);
+    const double centre = kCentred ? plan.student_mean : 0;
+    const Mean<Real> mean(plan.student_mean - centre);
     const bool label_apart = frame.label_scale != Real(0);
     const Real label_shift = Real(frame.label_lse), origin = frame.student_origin, scale = frame.label_scale;
     for_slices([&](int64_t slice) {
@@ -338,7 +352,7 @@ struct RowPasses : RowSlices {
           slice, centre, [&](const auto& entries, int64_t begin, int64_t count) {
             alignas(64) Real buffer[kBlock], label_part[kBlock];
             if (label_apart) {  // before the student's logits may be overwritten
-              const Real* u = load(row.student, begin, count, buffer);
+              const Real* u = student_block(begin, count, buffer);
               FASTKD_SIMD
               for (int64_t i = 0; i < count; ++i) {
                 label_part[i] = factors.label * exp2_of((u[i] - origin) * scale - label_shift);
@@ -346,15 +360,15 @@ struct RowPasses : RowSlices {
             }
             Real* out = destination(row.student_gradient, begin, buffer);
             if constexpr (Divergence::kPass == Pass::kNormalizersOnly) {
-              student_block<Divergence::kStudent>(entries, slopes + begin, count, factors, mean, out);
+              write_student_block<Divergence::kStudent>(entries, slopes + begin, count, factors, mean, out);
             } else {
-              student_block<kNear>(divergence, entries, count, factors, mean, out);
+              write_student_block<kNear>(divergence, entries, count, factors, mean, out);
             }
             if (label_apart) {
               FASTKD_SIMD
               for (int64_t i = 0; i < count; ++i) out[i] += label_part[i];
             }
-            if (row.label >= begin && row.label < begin + count) out[row.label - begin] -= factors.label;
+            if (row.label >= begin && row.label < begin + count) out[row.label - begin] += factors.at_label;
             store(row.student_gradient, begin, count, out);
           });
       finish_streaming(row.student_gradient);
@@ -362,8 +376,8 @@ struct RowPasses : RowSlices {
   }
 
   template <bool kNear, class Divergence, class Entries>
-  static void student_block(const Divergence divergence, const Entries entries, int64_t count,
-                            const GradientFactors<Real> factors, const Mean<Real> mean, Real* out) {
+  static void write_student_block(const Divergence divergence, const Entries entries, int64_t count,
+                                  const GradientFactors<Real> factors, const Mean<Real> mean, Real* out) {
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
       out[i] = student_gradient<kNear>(divergence, entries.outcome(i), mean, factors);
@@ -373,8 +387,8 @@ struct RowPasses : RowSlices {
   // The same from the slopes that the pass before stored: g or, where the gradient has another form, what the mean
   // times q is subtracted from.
   template <Form kForm, class Entries>
-  static void student_block(const Entries entries, const Real* stored, int64_t count,
-                            const GradientFactors<Real> factors, const Mean<Real> mean, Real* out) {
+  static void write_student_block(const Entries entries, const Real* stored, int64_t count,
+                                  const GradientFactors<Real> factors, const Mean<Real> mean, Real* out) {
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
       const Real q = entries.outcome(i).q, s = stored[i];
@@ -390,15 +404,18 @@ struct RowPasses : RowSlices {
   }
 
   template <bool kNear, class Divergence>
-  void write_teacher_gradient(const Divergence& divergence, double h_mean) const {
+  void write_teacher_gradient(const Divergence& divergence, const RowPlan<Real, Divergence>& plan) const {
     constexpr bool kStored = !kNear && Divergence::kPass == Pass::kNormalizersOnly;
-    const GradientFactors<Real> factors(row.task, frame);
-    const Mean<Real> mean(h_mean);
+    const auto factors = GradientFactors<Real>::of(row.task, plan);
+    const Mean<Real> mean(plan.teacher_mean);
     for_slices([&](int64_t slice) {
       for_outcomes<kNear, kStored, Divergence>(slice, 0, [&](const auto& entries, int64_t begin, int64_t count) {
         alignas(64) Real buffer[kBlock];
         Real* out = destination(row.teacher_gradient, begin, buffer);
-        teacher_block<kNear>(divergence, entries, count, factors, mean, out);
+        write_teacher_block<kNear>(divergence, entries, count, factors, mean, out);
+        if (row.excludes_label && row.label >= begin && row.label < begin + count) {
+          out[row.label - begin] += factors.teacher_at_label;
+        }
         store(row.teacher_gradient, begin, count, out);
       });
       finish_streaming(row.teacher_gradient);
@@ -406,8 +423,8 @@ struct RowPasses : RowSlices {
   }
 
   template <bool kNear, class Divergence, class Entries>
-  static void teacher_block(const Divergence divergence, const Entries entries, int64_t count,
-                            const GradientFactors<Real> factors, const Mean<Real> mean, Real* out) {
+  static void write_teacher_block(const Divergence divergence, const Entries entries, int64_t count,
+                                  const GradientFactors<Real> factors, const Mean<Real> mean, Real* out) {
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) {
       out[i] = teacher_gradient<kNear>(divergence, entries.outcome(i), mean, factors);

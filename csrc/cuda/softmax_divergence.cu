@@ -19,7 +19,10 @@ RowArguments row_arguments(const Problem& problem, const RowNumbers& numbers) {
   a.student = rows_of(problem.student_tensor);
   FASTKD_CHECK_VALUE(teachers.size() <= kMaxTeachers, kSoftmaxDivergence, "teacher_logits may hold at most ",
                      kMaxTeachers, " tensors on CUDA, got ", teachers.size());
-  for (const Tensor& teacher : teachers) a.teachers[a.teacher_count++] = rows_of(teacher);
+  for (const Tensor& teacher : teachers) {
+    a.teachers[a.teacher_count++] = device_rows(teacher, teacher.dim() - 1, kSoftmaxDivergence);
+  }
+  a.teacher_row_count = problem.teacher_row_count;
   a.mix_probs = problem.mix_probs;
   a.constant_teacher = problem.constant_teacher;
   a.beta = problem.beta;
@@ -84,7 +87,7 @@ SourceKind source_kind(const RowArguments& a) {
   const bool mixed = a.teacher_count > 0 && teacher.type != a.student.type;
   const int pack = 16 / (mixed ? 4 : a.student.element_size);
   const auto packed = [&](const DeviceRows& x, const DeviceRows& like) {
-    return !x || (x.type == like.type && moves_like(x, a.student, pack));
+    return !x || (x.type == like.type && moves_like(x, a.student, pack, /*any_row=*/bool(a.teacher_places)));
   };
   if (a.student_map || a.teacher_map || a.teacher_count > 1 || a.teacher_weights || !packed(a.student, a.student) ||
       !packed(teacher, teacher) || !packed(a.student_gradient, a.student) || !packed(a.teacher_gradient, teacher)) {

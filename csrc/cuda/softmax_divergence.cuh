@@ -55,7 +55,7 @@ struct RowLeader {
   RowPlan<Real, Divergence> plan;
   RowState<double> state;
   Sums sums;
-  double label_logit;
+  LabelLogits label;
 
   // Publishes whether the row is read, and how its logits are scaled.
   __device__ __noinline__ void open(bool read, int label, RowParameters<Real>* published) {
@@ -77,7 +77,7 @@ struct RowLeader {
     shared_store(published, parameters);
   }
 
-  __device__ __noinline__ void begin() { plan.begin(task, state); }
+  __device__ __noinline__ void begin() { plan.begin(task, state, label); }
   __device__ __noinline__ void add() { plan.add(task, sums); }
 
   // Publishes the present state of the plan.
@@ -86,7 +86,7 @@ struct RowLeader {
     parameters.step = plan.step;
     parameters.near = plan.near;
     parameters.at = plan.normalized();
-    parameters.factors = GradientFactors<Real>(task, plan);
+    parameters.factors = GradientFactors<Real>::of(task, plan);
     parameters.student_mean = Mean<Real>(plan.student_mean);
     parameters.teacher_mean = Mean<Real>(plan.teacher_mean);
     if constexpr (Divergence::kPass == Pass::kStudentWeighted) {
@@ -104,6 +104,7 @@ template <class Divergence, class Source>
 struct RowWorker {
   using Real = typename Source::Real;
   static constexpr int kSize = Source::kSize;
+  static constexpr bool kExcludes = Divergence::kExcludesLabel;
 
   static_assert(sizeof(RowParameters<Real>) <= kParametersBytes && sizeof(RowLeader<Real, Divergence>) <= kPlanBytes);
 
@@ -126,9 +127,10 @@ struct RowWorker {
     }
     source.start(team);
     source.normalize_teachers(team, parameters.teacher_temperature);
-    const RowState<double> state = first_pass<Divergence::kPass>(source, team, parameters);
+    const RowState<double> state = first_pass<Divergence::kPass, kExcludes>(source, team, parameters);
     if (team.leads()) {
       leader.state = state;
+      if constexpr (kExcludes) leader.label.teacher = source.teacher_logit(parameters.label);
       leader.begin();
     }
     bool backwards = true;
@@ -142,7 +144,7 @@ struct RowWorker {
       }
     }
     if (team.leads() && team.rank == 0) {
-      const double loss = leader.plan.loss(leader.task, leader.label_logit);
+      const double loss = leader.plan.loss(leader.task, leader.label.student);
       global_store(arguments.losses + row, arguments.row_weight(row) * loss);
     }
     if (parameters.student_gradient || parameters.teacher_gradient) {
@@ -163,12 +165,12 @@ struct RowWorker {
       const bool read = arguments.read_task(row, leader.task, label);
       if (read && leader.task.label_weight == 0) {
         leader.task.has_label = false;
-        label = -1;
+        if (!kExcludes) label = -1;
       }
       leader.open(read, label, shared_parameters);
       if (read) {
         // Read now, since writing the gradient may overwrite it.
-        leader.label_logit = leader.task.has_label ? double(source.student_logit(label)) : 0;
+        leader.label.student = label >= 0 ? double(source.student_logit(label)) : 0;
       } else if (team.rank == 0) {
         global_store(arguments.losses + row, 0.0);
       }
@@ -191,8 +193,9 @@ struct RowWorker {
       if (quick(parameters)) return sum_quickly(source, parameters, backwards);
     }
     ThreadSums<kNear, Divergence, Real> mine;
-    for_packs<false>(source, team, backwards,
-                     [&](int, const typename Source::Raw& raw) { add_terms(mine, raw, parameters); });
+    for_packs<false>(source, team, backwards, [&](int pack, const typename Source::Raw& raw) {
+      add_terms(mine, without_label<kExcludes>(source, pack, raw, parameters.label), parameters);
+    });
     return team.sum(mine.whole(), [](Sums& all, const Sums& next) { all.add(next); });
   }
 
@@ -303,21 +306,25 @@ struct RowWorker {
     // The parameters are loaded again for each pack that needs them all, to leave the registers to the fast loop.
     const auto write_teacher = [&](int pack, const typename Source::Raw& raw) {
       const RowParameters<Real> all = shared_load(shared_parameters);
-      gradients.store_teacher(pack, map<kNear>(raw, all, [&](Real, Real, const Outcome<Real>& o, int) {
-                                return teacher_gradient<kNear>(divergence, o, all.teacher_mean, all.factors);
-                              }));
+      const int label = all.label - source.column(pack);
+      const auto entry = [&](Real, Real, const Outcome<Real>& o, int j) {
+        const Real h = teacher_gradient<kNear>(divergence, o, all.teacher_mean, all.factors);
+        return kExcludes && j == label ? h + all.factors.teacher_at_label : h;
+      };
+      gradients.store_teacher(pack, map<kNear>(without_label<kExcludes>(source, pack, raw, all.label), all, entry));
     };
     const auto write_student = [&](int pack, const typename Source::Raw& raw) {
       const RowParameters<Real> all = shared_load(shared_parameters);
       const int label = all.label - source.column(pack);
-      gradients.store_student(pack, map<kNear>(raw, all, [&](Real u, Real w, const Outcome<Real>& o, int j) {
-                                Real g = student_gradient<kNear>(divergence, o, all.student_mean, all.factors);
-                                if constexpr (kCentred && !kNear) {
-                                  if (magnitude(o.logits_apart) < Real(kDead)) g = o.q * centred(u, w, all);
-                                }
-                                if (all.label_scale != Real(0)) g += label_share(u, all);
-                                return all.label >= 0 && j == label ? g - all.factors.label : g;
-                              }));
+      const auto entry = [&](Real u, Real w, const Outcome<Real>& o, int j) {
+        Real g = student_gradient<kNear>(divergence, o, all.student_mean, all.factors);
+        if constexpr (kCentred && !kNear) {
+          if (magnitude(o.logits_apart) < Real(kDead)) g = o.q * centred(u, w, all);
+        }
+        if (all.label_scale != Real(0)) g += label_share(u, all);
+        return all.label >= 0 && j == label ? g + all.factors.at_label : g;
+      };
+      gradients.store_student(pack, map<kNear>(without_label<kExcludes>(source, pack, raw, all.label), all, entry));
     };
     RowPass<false, Source> pass(source, team, backwards);
     if constexpr (Source::kPacked && !kNear && (kDifference || kCentred || kQuick)) {

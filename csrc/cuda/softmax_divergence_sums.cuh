@@ -236,8 +236,17 @@ struct Largest {
   Real student, teacher;
 };
 
-// Pass 1: the states of both softmaxes, valid in the blocks' leading threads.
-template <Pass kPass, class Source>
+// The pack with the label's logits replaced by -inf, where the divergence excludes it.
+template <bool kExcludes, class Source>
+__device__ __forceinline__ typename Source::Raw without_label(const Source& source, int pack,
+                                                              const typename Source::Raw& raw, int label) {
+  if constexpr (!kExcludes) return raw;
+  const int place = label - source.column(pack);
+  return unsigned(place) < unsigned(Source::kSize) ? Source::without(raw, place) : raw;
+}
+
+// Pass 1: the states of both softmaxes, valid in the blocks' leading threads. kExcludes: of all tokens but the label.
+template <Pass kPass, bool kExcludes = false, class Source>
 __device__ __forceinline__ RowState<double> first_pass(const Source& source, const Team& team,
                                                        const RowParameters<typename Source::Real>& parameters) {
   using Real = typename Source::Real;
@@ -246,15 +255,24 @@ __device__ __forceinline__ RowState<double> first_pass(const Source& source, con
   if constexpr (Source::kPacked) {
     FastSums<Source, kPass> fast;
     for_packs(
-        pass, [&](int, const typename Source::Raw& raw) { return fast.add(raw, mine, parameters); },
-        [&](int, const typename Source::Raw& raw) {
+        pass,
+        [&](int pack, const typename Source::Raw& raw) {
+          if (kExcludes && source.column(pack) <= parameters.label &&
+              parameters.label < source.column(pack) + Source::kSize) {
+            return false;
+          }
+          return fast.add(raw, mine, parameters);
+        },
+        [&](int pack, const typename Source::Raw& raw) {
           fast.move_to(mine, parameters);
-          mine.template add<Source>(raw, parameters);
+          mine.template add<Source>(without_label<kExcludes>(source, pack, raw, parameters.label), parameters);
           fast.set_origins(mine, parameters);
         });
     fast.move_to(mine, parameters);
   } else {
-    for_packs(pass, [&](int, const typename Source::Raw& raw) { mine.template add<Source>(raw, parameters); });
+    for_packs(pass, [&](int pack, const typename Source::Raw& raw) {
+      mine.template add<Source>(without_label<kExcludes>(source, pack, raw, parameters.label), parameters);
+    });
   }
   // With the same origins in all threads, the sums can simply be added.
   const auto at_least_both = [](Largest<Real>& all, const Largest<Real>& x) {

@@ -51,7 +51,6 @@ struct SmallNumbers {
 
 namespace fastkd::FASTKD_ISA {
 
-FASTKD_INLINE double log_sigmoid(double x) { return (x < 0 ? x : 0) - ::log1p(::exp(-magnitude(x))); }
 FASTKD_INLINE double log_of_sum(double log_x, double log_y) {
   const double all = at_least(log_x, log_y);
   return all == -INFINITY ? all : all + ::log1p(::exp(at_most(log_x, log_y) - all));

@@ -135,6 +135,7 @@ struct DivergenceDefaults {
   static constexpr bool kUsesRatio = false;
   static constexpr bool kAnyBeta = false;          // beta may lie outside [0, 1]
   static constexpr bool kConstantTeacher = false;  // the teacher's gradient is 0, also at the ends of beta
+  static constexpr bool kExcludesLabel = false;    // the terms are of all tokens but the label: see target_term.h
   double beta, alpha = 1;
 };
 
@@ -149,6 +150,13 @@ struct ForwardKl : DivergenceDefaults {
   FASTKD_INLINE Terms<Real> operator()(const Outcome<Real>& o) const {
     return {kl_term<kNear>(o), Real(0), -o.d, o.difference, Real(0)};
   }
+};
+
+// beta KL(p' || q') + alpha KL((p_t, 1 - p_t) || (q_t, 1 - q_t)), t the label, p' and q' the distributions of the other
+// tokens. All passes read the label's logits as -inf, so that the terms are those of KL(p' || q').
+struct DecoupledKl : ForwardKl {
+  static constexpr const char* kName = "decoupled_kl";
+  static constexpr bool kAnyBeta = true, kExcludesLabel = true;
 };
 
 // KL(q || p)
@@ -379,6 +387,6 @@ constexpr int length(TypeList<Divergence...>) {
   return int(sizeof...(Divergence));
 }
 using Divergences = TypeList<ForwardKl, ReverseKl, Jsd, SkewKl, SkewReverseKl, Tvd, CrossEntropy, MixedKl,
-                             SkewReverseKlDetached, AlphaBeta>;
+                             SkewReverseKlDetached, AlphaBeta, DecoupledKl>;
 
 }  // namespace fastkd::FASTKD_ISA

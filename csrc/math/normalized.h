@@ -1,6 +1,6 @@
 // From logits to the Outcome (divergence.h) of every vocabulary entry, once the row's normalisers are known.
 #pragma once
-#include "divergence.h"
+#include "target_term.h"
 
 namespace fastkd {
 

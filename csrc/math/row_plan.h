@@ -38,15 +38,19 @@ struct RowPlan : RowFrame<Real> {
   bool kept;
   double value;  // of the divergence, before its weight
   double student_mean, teacher_mean;
+  TargetTerm target;  // where the divergence excludes the label
 
-  // To be called after pass 1.
-  FASTKD_INLINE void begin(const RowTask& task, const RowState<double>& all) {
+  // To be called after pass 1. label: where the divergence excludes it.
+  FASTKD_INLINE void begin(const RowTask& task, const RowState<double>& all, const LabelLogits& label = {}) {
     this->normalize(task, all);
+    if constexpr (Divergence::kExcludesLabel) exclude_label(all, label);
     near = refined_ = false;
     kept = true;
     value = student_mean = teacher_mean = 0;
     step = Step::kSumFar;
-    if constexpr (kOnePass) {
+    if (Divergence::kExcludesLabel && no_others()) {
+      step = Step::kWrite;
+    } else if constexpr (kOnePass) {
       // Pass 1 gives the value, and the mean for the student's gradient if that mean is finite.
       student_mean = all.kl(kPass);
       value = kCrossing ? all.cross_entropy() : student_mean;
@@ -58,7 +62,7 @@ struct RowPlan : RowFrame<Real> {
         step = Step::kWrite;
       }
     }
-    if (step == Step::kWrite) finish();
+    if (step == Step::kWrite) finish(task);
   }
 
   // To be called after each pass that sums the row's terms.
@@ -80,17 +84,64 @@ struct RowPlan : RowFrame<Real> {
       if (!again) step = Step::kWrite;
     }
     teacher_mean = needs_teacher_mean(task) ? sums.ph / sums.p : 0;
-    if (step == Step::kWrite) finish();
+    if (step == Step::kWrite) finish(task);
   }
 
   // The divergence plus the label's term, log-sum-exp - logit.
   FASTKD_INLINE double loss(const RowTask& task, double label_logit) const {
     const double label = task.has_label ? this->label_lse * kLn2 - (label_logit - double(this->student_origin)) : 0;
-    return value * task.divergence_scale + (task.has_label ? task.label_weight * label : 0);
+    return divergence() * task.divergence_scale + (task.has_label ? task.label_weight * label : 0);
   }
 
  private:
   bool refined_;
+  LabelLogits label_;
+  bool student_alone_, teacher_alone_;  // the label is that side's only token
+
+  FASTKD_INLINE double divergence() const {
+    if constexpr (!Divergence::kExcludesLabel) return value;
+    return (target.share == 0 ? 0 : target.share * value) + target.value;
+  }
+
+  // The distribution of the other tokens is of no account where a side has none: TCKD is then infinite if only the
+  // student has none.
+  FASTKD_INLINE bool no_others() const { return student_alone_ || teacher_alone_; }
+  FASTKD_INLINE void exclude_label(const RowState<double>& all, const LabelLogits& label) {
+    label_ = label;
+    student_alone_ = all.student.sum == 0, teacher_alone_ = all.teacher.sum == 0;
+    if (student_alone_) {
+      set_alone(label.student, this->student_origin, this->student_lse);
+      this->label_lse = this->student_lse;
+    }
+    if (teacher_alone_) set_alone(label.teacher, this->teacher_origin, this->teacher_lse);
+  }
+  // All other probabilities are then 0. NaN if the label is not a token either.
+  static FASTKD_INLINE void set_alone(double logit, Real& origin, double& lse) {
+    origin = Real(logit);
+    lse = logit - logit;
+  }
+
+  // The label's log-odds.
+  static FASTKD_INLINE double log_odds(double logit, double origin, double scale, double lse, bool alone) {
+    if (!(logit < double(INFINITY))) return double(NAN);
+    return alone ? double(INFINITY) + (lse - lse) : ((logit - origin) * scale - lse) * kLn2;
+  }
+  FASTKD_INLINE void find_target(const RowTask& task) {
+    const double teacher_scale = task.mix_probs ? 1 : kLog2E / task.teacher_temperature, own = kLog2E;
+    const double x =
+        log_odds(label_.student, this->student_origin, own / task.temperature, this->student_lse, student_alone_);
+    const double y = log_odds(label_.teacher, this->teacher_origin, teacher_scale, this->teacher_lse, teacher_alone_);
+    set_target(target, x, y, task.alpha);
+    target.share = no_others() ? 0 : task.beta;
+    if (!task.has_label) return;
+    // The label's softmax, at temperature 1, is of all tokens.
+    const bool apart = this->label_scale != Real(0);
+    const double lse = apart ? this->label_lse : this->student_lse;
+    const double odds = apart ? log_odds(label_.student, this->student_origin, own, lse, student_alone_) : x;
+    target.others = sigmoid(-odds);
+    this->label_lse = odds > 0 ? (label_.student - this->student_origin) * own - log_sigmoid(odds) * kLog2E
+                               : lse - log_sigmoid(-odds) * kLog2E;
+  }
 
   static FASTKD_INLINE bool needs_student_mean(const RowTask& task) {
     return task.student_gradient && Divergence::kStudent != Form::kClosed;
@@ -100,7 +151,8 @@ struct RowPlan : RowFrame<Real> {
   }
 
   // A NaN normaliser makes the whole row NaN, whatever the logarithms gave.
-  FASTKD_INLINE void finish() {
+  FASTKD_INLINE void finish(const RowTask& task) {
+    if constexpr (Divergence::kExcludesLabel) find_target(task);
     if (Divergence::kStudent == Form::kClosed) student_mean = 0;
     const double nan_or_zero = (this->student_lse - this->student_lse) + (this->teacher_lse - this->teacher_lse);
     value += nan_or_zero;
@@ -112,17 +164,45 @@ struct RowPlan : RowFrame<Real> {
 // The factors of a row's gradients:
 //   student: scale T^2 q (g - mean g) / temperature + scale label_weight (softmax(u) - onehot(label))
 //   teacher: scale T^2 p (h - mean h) / teacher_temperature
+// Where the divergence excludes the label, q, p and softmax(u) are 0 there; `at_label` is the whole gradient of the
+// label's logit, and the log-odds' gradient divided by the other tokens, -q d / dx, is part of `label_q`.
 template <class Real>
 struct GradientFactors {
   Real student, teacher;
-  Real label;    // of the label's term
-  Real label_q;  // label if its softmax is q (temperature 1), else 0: the softmax is then added separately
+  Real label;     // of the label's term
+  Real label_q;   // what q is multiplied by besides: label if its softmax is q (temperature 1), else 0, and the softmax
+                  // is added separately
+  Real at_label;  // what is added to the gradient of the label's logit
+  Real teacher_q, teacher_at_label;  // the same of the teacher, where the divergence excludes the label
   GradientFactors() = default;
   FASTKD_INLINE GradientFactors(const RowTask& task, const RowFrame<Real>& frame)
       : student(Real(task.scale * task.divergence_scale / task.temperature)),
         teacher(Real(task.scale * task.divergence_scale * task.teacher_weight / task.teacher_temperature)),
         label(Real(task.has_label ? task.scale * task.label_weight : 0)),
-        label_q(frame.label_scale == Real(0) ? label : Real(0)) {}
+        label_q(frame.label_scale == Real(0) ? label : Real(0)),
+        at_label(-label),
+        teacher_q(0),
+        teacher_at_label(0) {}
+  // Of a divergence.
+  template <class Divergence>
+  static FASTKD_INLINE GradientFactors of(const RowTask& task, const RowPlan<Real, Divergence>& plan) {
+    GradientFactors all(task, plan);
+    if constexpr (Divergence::kExcludesLabel) {
+      const TargetTerm& target = plan.target;
+      const double scale = task.scale * task.divergence_scale,
+                   label = task.has_label ? task.scale * task.label_weight : 0;
+      const double by_x = scale * target.student / task.temperature;
+      const double by_y = scale * target.teacher * task.teacher_weight / task.teacher_temperature;
+      const bool apart = plan.label_scale != Real(0);
+      all.student = Real(target.share * double(all.student));
+      all.teacher = Real(target.share * double(all.teacher));
+      all.label_q = Real((apart || label == 0 ? 0 : label * target.others) - by_x);
+      all.at_label = Real(by_x - (label == 0 ? 0 : label * target.others));
+      all.teacher_q = Real(-by_y);
+      all.teacher_at_label = Real(by_y);
+    }
+    return all;
+  }
 };
 
 // The gradient of one entry of probability `own`, before its factor.
@@ -143,7 +223,8 @@ template <bool kNear, class Divergence, class Real>
 FASTKD_INLINE Real teacher_gradient(const Divergence& divergence, const Outcome<Real>& o, const Mean<Real>& mean,
                                     const GradientFactors<Real>& factors) {
   const Terms<Real> t = divergence.template operator()<kNear>(o);
-  return factors.teacher * in_form<Divergence::kTeacher>(t.h, t.teacher, o.p, mean);
+  const Real part = factors.teacher * in_form<Divergence::kTeacher>(t.h, t.teacher, o.p, mean);
+  return Divergence::kExcludesLabel ? part + factors.teacher_q * o.p : part;
 }
 
 }  // namespace fastkd::FASTKD_ISA

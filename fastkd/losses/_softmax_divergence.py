@@ -25,6 +25,7 @@ def softmax_divergence(
     mask: Tensor | None = None,
     teacher_weights: Sequence[float] | Tensor | None = None,
     teacher_mix: str = "logits",
+    teacher_rows: Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: float | Tensor = 1.0,
     ignore_index: int = -100,
@@ -58,6 +59,8 @@ def softmax_divergence(
     ``mixed_kl``                  :math:`\beta KL(p \| q) + (1-\beta) KL(q \| p)`
     ``alpha_beta``                the Alpha-Beta divergence, see below; usually ``alpha`` 0.2,
                                   ``beta`` 0.7
+    ``decoupled_kl``              :math:`\alpha\,TCKD + \beta\,NCKD`, see below; usually
+                                  ``alpha`` 1, ``beta`` 8; needs ``labels``
     ============================  ==========================================================
 
     ``skew_reverse_kl_detached``: the student's gradient is
@@ -77,6 +80,12 @@ def softmax_divergence(
     ``beta`` 0 give forward KL, 0 and 1 reverse KL, 1/2 and 1/2 four times the squared Hellinger
     distance, 1 and 1 half the squared distance. A token that is impossible on both sides adds
     nothing.
+
+    ``decoupled_kl`` (DKD), with t the row's label and :math:`p'`, :math:`q'` the distributions of
+    the other tokens: :math:`TCKD = KL((p_t, 1 - p_t) \| (q_t, 1 - q_t))` and
+    :math:`NCKD = KL(p' \| q')`, so that :math:`KL(p \| q) = TCKD + (1 - p_t) NCKD`. Both stay
+    accurate where the label is nearly certain. NCKD is 0 where a side has no other token.
+    ``label_weight`` times the cross-entropy is added as everywhere.
 
     Each input is read from memory once and each gradient written once, in the forward call.
     Backward only scales the gradients, and does nothing where the incoming gradient is 1. No
@@ -106,9 +115,9 @@ def softmax_divergence(
         divergence: one of the table.
         beta: share of the mixture, in [0, 1]: a number, or a float tensor with one entry a row. No
             gradient flows to it. Divergences without beta in the table do not use it. For
-            ``alpha_beta`` any number.
-        alpha: of ``alpha_beta``: a number, or a float tensor with one entry a row. No gradient
-            flows to it.
+            ``alpha_beta`` and ``decoupled_kl`` any number.
+        alpha: of ``alpha_beta`` and ``decoupled_kl``: a number, or a float tensor with one entry a
+            row. No gradient flows to it.
         temperature: of the student, positive: a number, or a tensor with one entry a row.
         teacher_temperature: of the teacher; None: the same as ``temperature``.
         weight: float, one a row, multiplies the row's loss (also with ``reduction="none"``). No
@@ -121,6 +130,10 @@ def softmax_divergence(
             sign; a token with logit -inf for a teacher of nonzero weight has probability 0.
             ``"probs"``: :math:`\sum_k w_k \mathrm{softmax}(z_k / \tau_T)`, weights not negative
             and divided by their sum. Neither mixture is stored.
+        teacher_rows: int64 or int32, one a row of the student: which row of the teachers' flattened
+            leading dimensions teaches it, for sequences that differ in their tokens or for teachers
+            stored once. A row with -1 drops out, also of a mean's denominator. The teachers then
+            have any leading dimensions, and take no gradient; nothing is copied.
         labels: int64 or int32, one a row: adds ``label_weight`` x the cross-entropy of the
             student at temperature 1. Rows with ``ignore_index`` drop out of both terms.
         label_weight: see ``labels``: a finite number, or a float tensor with one entry a row. No
@@ -166,7 +179,8 @@ def softmax_divergence(
 
     Sources: Hinton et al. 2015 (arXiv 1503.02531); GKD (2306.13649) for ``jsd``; DistiLLM
     (2402.03898) for the skewed divergences; DistiLLM-2 (2503.07067) for the constant mixture;
-    DistillSpec (2310.08461) for ``tvd``; ABKD (2505.04560) for ``alpha_beta``.
+    DistillSpec (2310.08461) for ``tvd``; ABKD (2505.04560) for ``alpha_beta``;
+    DKD (2203.08679) for ``decoupled_kl``.
 
     >>> import torch, fastkd
     >>> student = torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]], requires_grad=True)
@@ -186,6 +200,7 @@ def softmax_divergence(
         "teacher_temperature": teacher_temperature,
         "teacher_weights": teacher_weights,
         "teacher_mix": teacher_mix,
+        "teacher_rows": teacher_rows,
         "temperature": temperature,
         "weight": weight,
         "mask": mask,
@@ -209,6 +224,14 @@ def given(
     check_tensor("softmax_divergence", "student_logits", student_logits)
     options["student_logits"] = student_logits
     options["teacher_logits"] = _teachers(teacher_logits)
+    if options["teacher_rows"] is not None:
+        check_tensor("softmax_divergence", "teacher_rows", options["teacher_rows"])
+        for teacher in options["teacher_logits"]:
+            if torch.is_grad_enabled() and isinstance(teacher, Tensor) and teacher.requires_grad:
+                raise ValueError(
+                    "softmax_divergence: teacher_logits take no gradient with teacher_rows, but "
+                    "one requires it; detach it"
+                )
     options["teacher_weights"] = _weights(options["teacher_weights"], student_logits)
     return options
 

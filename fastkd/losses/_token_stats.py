@@ -33,6 +33,8 @@ class TokenStats(NamedTuple):
     reverse_kl: Tensor | None
     #: 1/2 sum |p - q|; a speculative decoder accepts with probability 1 - tvd.
     tvd: Tensor | None
+    #: KL(p || softmax(reference)), teacher first.
+    reference_kl: Tensor | None = None
 
 
 def token_stats(
@@ -42,6 +44,7 @@ def token_stats(
     labels: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
+    reference_logits: Tensor | None = None,
 ) -> TokenStats:
     r"""Entropy, likeliest token, label likelihood and divergences of each row, from one read.
 
@@ -58,7 +61,9 @@ def token_stats(
         teacher_logits: the same shape, its own dtype, or None.
         labels: int64 or int32, one a row; -100 for none.
         temperature: of both sides, positive: a number, or a tensor with one entry a row.
-        vocab_size: only the first ``vocab_size`` columns are used, on both sides.
+        vocab_size: only the first ``vocab_size`` columns are used, on all sides.
+        reference_logits: of a third model, for ``reference_kl`` = KL(teacher || reference): the
+            same shape, its own dtype. It needs ``teacher_logits``, which are then read twice.
 
     Returns:
         :class:`TokenStats` of float32 tensors (float64 where an input is) in the leading
@@ -83,6 +88,11 @@ def token_stats(
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if logits is not None or name == "student_logits":
             check_tensor("token_stats", name, logits)
+    reference_kl = None
+    if reference_logits is not None:
+        reference_kl = _reference_kl(
+            student_logits, teacher_logits, reference_logits, temperature, vocab_size
+        )
     student_logits = student_logits.detach()
     numbers, argmax = OP(
         student_logits,
@@ -102,7 +112,32 @@ def token_stats(
         lse, entropy, top_prob, label = numbers[4 * side : 4 * side + 4].unbind(0)
         label_log_prob = None if labels is None else label
         fields += [lse, entropy, argmax[side], top_prob, label_log_prob]
-    return TokenStats(*fields, *([None] * 3 if teacher_logits is None else numbers[8:].unbind(0)))
+    pair = [None] * 3 if teacher_logits is None else numbers[8:].unbind(0)
+    return TokenStats(*fields, *pair, reference_kl)
+
+
+def _reference_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    reference_logits: Tensor,
+    temperature: float | Tensor,
+    vocab_size: int | None,
+) -> Tensor | None:
+    check_tensor("token_stats", "reference_logits", reference_logits)
+    if teacher_logits is None:
+        raise ValueError(
+            "token_stats: teacher_logits must be given with reference_logits, got None"
+        )
+    if reference_logits.shape != student_logits.shape and (
+        vocab_size is None or reference_logits.shape[:-1] != student_logits.shape[:-1]
+    ):
+        raise ValueError(
+            "token_stats: reference_logits must have student_logits' shape, "
+            f"{list(student_logits.shape)}, got {list(reference_logits.shape)}"
+        )
+    return token_stats(
+        reference_logits, teacher_logits, temperature=temperature, vocab_size=vocab_size
+    ).forward_kl
 
 
 def _fake(student_logits: Tensor, teacher_logits: Tensor | None, **_: Any) -> tuple[Tensor, ...]:

@@ -85,6 +85,7 @@ RECIPES = (
     Recipe(None, "2610.08448", "Strict top-k", ("strict_topk", "shared_tokens"), "S", "one vocabulary, k of all tokens: reverse KL"),
     Recipe(None, "2402.12030", "GOLD", ("gold",), "C", "one vocabulary: JSD; nothing shared: uld"),
     Recipe(None, "2607.22334", "BPM", ("bpm", "prefix_map"), "S+M", "mass is conserved; an identity map is KL; the map by bytes"),
+    Recipe(None, "2203.08679", "DKD", ("dkd",), "C", "alpha 1 and beta 1 - p_t: the KL divergence; a label nearly certain"),
     Recipe(None, "2205.10536", "DIST", ("dist",), "C", "rows without variance"),
     Recipe(None, "1905.00414", "CKA", ("linear_cka",), "T", "rotations and scale change nothing; equal features 1"),
 )

@@ -21,7 +21,6 @@ from fastkd.recipes._rows import (
     number_type,
     row_divergence,
 )
-from fastkd.recipes._rowwise import by_blocks, placed
 
 
 def mend(
@@ -38,8 +37,8 @@ def mend(
 
     The teacher reads demonstrations, the student vectors that stand for them: the same tokens
     follow, at other places. The rows chosen by the two masks are paired in order, text by text,
-    and a pair's loss is :math:`KL(p \| q)`. Teacher rows are gathered in blocks; of all rows only
-    the student's gradient is stored.
+    and a pair's loss is :math:`KL(p \| q)`. Nothing is copied: ``teacher_rows`` of
+    :func:`fastkd.softmax_divergence`.
 
     Args:
         student_logits: ``[B, T_S, vocab]``. Row t scores the token that follows it.
@@ -89,16 +88,17 @@ def mend(
             f"mend: teacher_mask must have as many rows in each text as student_mask, {counts[0]}, "
             f"got {counts[1]}"
         )
-    rows, teacher_rows = (x.flatten().nonzero()[:, 0] for x in (student_mask, teacher_mask))
-    student, teacher = (x.flatten(0, 1) for x in (student_logits, teacher_logits))
-
-    def loss(block: slice, logits: Tensor) -> Tensor:
-        return softmax_divergence(
-            logits, teacher[teacher_rows[block]], temperature=temperature, reduction="none"
-        )
-
-    values = by_blocks(loss, [student], [rows], student_mask, student.size(-1))
-    return reduced("mend", placed(values, student_mask), student_mask, reduction, normalizer)
+    chosen = teacher_mask.flatten().nonzero()[:, 0]
+    teacher_rows = student_mask.new_full(student_mask.shape, -1, dtype=torch.int64)
+    teacher_rows[student_mask] = chosen
+    values = softmax_divergence(
+        student_logits,
+        teacher_logits,
+        teacher_rows=teacher_rows,
+        temperature=temperature,
+        reduction="none",
+    )
+    return reduced("mend", values, student_mask, reduction, normalizer)
 
 
 def swing(

@@ -156,16 +156,48 @@ def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float | Tensor, beta: float 
     return torch.where(infinite, terms + (math.inf - terms).detach(), terms).sum(-1)
 
 
+def decoupled_kl(
+    log_p: Tensor, log_q: Tensor, labels: Tensor, alpha: float | Tensor, beta: float | Tensor
+) -> Tensor:
+    """alpha TCKD + beta NCKD of rows; labels: columns.
+
+    TCKD: of "the label" and "another token"; NCKD: of the other tokens among themselves, 0 where a
+    side has none.
+    """
+    at = labels.unsqueeze(-1)
+
+    def split(log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The two outcomes, the other tokens' distribution, whether there are any."""
+        others = log.scatter(-1, at, -math.inf)
+        lse = log_sum_exp(others)
+        none = lse == -math.inf
+        both = torch.cat([log.gather(-1, at), lse], -1)
+        return both, shifted(others, lse.masked_fill(none, 0)), none.squeeze(-1)
+
+    target_p, others_p, none_p = split(log_p)
+    target_q, others_q, none_q = split(log_q)
+    target = kl(target_p, target_q)
+    rest = torch.where(none_p | none_q, 0.0, kl(others_p, others_q))
+
+    def times(factor: float | Tensor, value: Tensor) -> Tensor:
+        """0 x inf = 0."""
+        zero = torch.as_tensor(factor, device=value.device) == 0
+        return torch.where(zero & (value == math.inf), 0.0, factor * value)
+
+    return times(alpha, target) + times(beta, rest)
+
+
 def divergence_rows(
     log_p: Tensor,
     log_q: Tensor,
     divergence: str,
     beta: float | Tensor,
     alpha: float | Tensor = 1.0,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Divergence of rows of normalised log-probabilities, teacher first.
 
-    beta, alpha: one, or one a row.
+    beta, alpha: one, or one a row. labels: columns, for decoupled_kl.
     """
     forward, reverse = lambda: kl(log_p, log_q), lambda: kl(log_q, log_p)
     if divergence == "forward_kl":
@@ -198,6 +230,12 @@ def divergence_rows(
         return value + (log_p.masked_fill(log_p == -math.inf, 0) * 0).sum(-1)  # a gradient of 0
     if divergence == "alpha_beta":
         return alpha_beta(log_p, log_q, alpha, beta)
+    if divergence == "decoupled_kl":
+        if labels is None:
+            raise ValueError(
+                "softmax_divergence: labels must be given with divergence='decoupled_kl', got None"
+            )
+        return decoupled_kl(log_p, log_q, labels, alpha, beta)
     if divergence == "tvd":
         return 0.5 * (exp(log_p) - exp(log_q)).abs().sum(-1)
     if divergence == "cross_entropy":
@@ -247,6 +285,7 @@ class Rows:
         reduction: str,
         denominator: float,
         normalizer: Tensor | None,
+        taught: Tensor | None = None,
     ) -> None:
         double = any(x.dtype == torch.float64 for x in (student_logits, *others))
         self.dtype = torch.float64 if double else torch.float32
@@ -261,6 +300,8 @@ class Rows:
             kept = kept & mask
         if labels is not None:
             kept = kept & (labels != ignore_index)
+        if taught is not None:
+            kept = kept & taught
         self.shifted_rows = (
             math.prod((*kept.shape[:-1], max(kept.size(-1) - shift, 0))) if shift else kept.numel()
         )
@@ -293,6 +334,11 @@ class Rows:
         """The beta of all rows, or one of each."""
         return number if numbers is None else numbers.to(self.dtype)
 
+    def columns(self) -> Tensor:
+        """The labels as columns, 0 in rows that are not read."""
+        assert self.labels is not None
+        return torch.where(self.read, self.labels, 0).long()
+
     def finish(self, loss: Tensor) -> Tensor:
         """The op's result from the divergence of each row."""
         if self.square_temperature:
@@ -305,7 +351,7 @@ class Rows:
         if self.labels is not None and not (
             isinstance(self.label_weight, float | int) and self.label_weight == 0
         ):
-            at = torch.where(self.read, self.labels, 0).long().unsqueeze(-1)
+            at = self.columns().unsqueeze(-1)
             log_q = log_softmax(self.student, 1.0).gather(-1, at).squeeze(-1)
             if isinstance(self.label_weight, Tensor):
                 log_q = torch.where(self.label_weight == 0, 0.0, log_q)

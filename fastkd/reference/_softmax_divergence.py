@@ -53,9 +53,16 @@ def softmax_divergence_op(
     teacher_temperatures: Tensor | None,
     teacher_weights: Tensor | None,
     teacher_mix: str,
+    teacher_rows: Tensor | None,
     **row_options: Any,
 ) -> Tensor:
     """The raw op's loss, from its fields."""
+    if teacher_rows is not None:
+        # Only rows that are read may have numbers that mean nothing.
+        row_options["taught"] = taught = teacher_rows >= 0
+        at = torch.where(taught, teacher_rows, 0).long()
+        some = [t.reshape(-1, t.size(-1)) for t in teacher_logits]
+        teacher_logits = [t[at] if len(t) else t.new_zeros((*at.shape, t.size(-1))) for t in some]
     rows = Rows(student_logits, teacher_logits, **row_options)
     log_q = log_softmax(rows.student, rows.tau)
     log_p = _teacher_log_probs(
@@ -66,7 +73,8 @@ def softmax_divergence_op(
         rows.dtype,
     )
     shares = rows.share(beta, betas), rows.share(alpha, alphas)
-    return rows.finish(divergence_rows(log_p, log_q, divergence, *shares))
+    labels = None if rows.labels is None else rows.columns()
+    return rows.finish(divergence_rows(log_p, log_q, divergence, *shares, labels=labels))
 
 
 def softmax_divergence(

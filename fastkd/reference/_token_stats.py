@@ -15,6 +15,7 @@ def token_stats(
     labels: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
+    reference_logits: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """`fastkd.token_stats` in plain PyTorch; the same fields in the same order."""
     given = [student_logits] if teacher_logits is None else [student_logits, teacher_logits]
@@ -40,7 +41,11 @@ def token_stats(
         entropy = -(exp(log_q) * finite(log_q)).sum(-1)
         fields += [lse, entropy, torch.where(lost, -1, argmax), log_q.amax(-1).exp(), label]
     if teacher_logits is None:
-        return (*fields, *[None] * 8)
+        return (*fields, *[None] * 9)
     q, p = logs
     pair = [divergence_rows(p, q, name, 0.5) for name in ("forward_kl", "reverse_kl", "tvd")]
-    return (*fields, *pair)
+    reference_kl = None
+    if reference_logits is not None:
+        reference = log_softmax(reference_logits[..., :vocab_size].to(dtype), temperature)
+        reference_kl = divergence_rows(p, reference, "forward_kl", 0.5)
+    return (*fields, *pair, reference_kl)

@@ -59,7 +59,7 @@ def test_divergences_stay_accurate_whatever_the_constant(backend, offsets):
     student = student + offsets[0]
     found = fastkd.token_stats(student, teacher)
     exact = fastkd.reference.token_stats(student.double(), teacher.double())
-    for mine, right in zip(found[-3:], exact[-3:], strict=True):
+    for mine, right in zip(found[-4:-1], exact[-4:-1], strict=True):
         assert ((mine - right).abs() / right).max() < 1e-4
 
 

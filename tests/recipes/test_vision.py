@@ -19,6 +19,7 @@ from recipe_checks import (
     one_graph_for_all,
     problem,
     promises,
+    with_,
 )
 
 import fastkd
@@ -138,7 +139,33 @@ def without_elementmean(reductions=ROW_REDUCTIONS):
 
 
 UNMASKED = {"reductions": (), "read": None}
+
+
+def plain_dkd(student_logits, teacher_logits, labels, alpha=1.0, beta=8.0, temperature=4.0):
+    """Of a row, entry by entry."""
+    sides = [[x.exp() for x in z / temperature] for z in (teacher_logits, student_logits)]
+    label, value = int(labels), 0.0
+    (p_t, p_rest, p_sum), (q_t, q_rest, q_sum) = (
+        (e[label], [x for v, x in enumerate(e) if v != label], sum(e)) for e in sides
+    )
+    p, q = p_t / p_sum, q_t / q_sum
+    value = alpha * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
+    for a, b in zip(p_rest, q_rest, strict=True):
+        a, b = a / sum(p_rest), b / sum(q_rest)
+        value += beta * a * (a / b).log()
+    return temperature**2 * value
+
+
 ENTRIES = [
+    Entry(
+        "dkd",
+        by_rows(plain_dkd),
+        {},
+        with_("labels"),
+        ("student_logits", "teacher_logits"),
+        published={"alpha": 1.0, "beta": 8.0, "temperature": 4.0},
+    ),
+    Entry("dkd", by_rows(plain_dkd), {"alpha": 0.5, "beta": 2.0}, with_("labels", "weight")),
     Entry(
         "dist",
         at_once(plain_dist),

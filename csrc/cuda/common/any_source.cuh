@@ -31,7 +31,7 @@ struct AnySource {
       : arguments(a),
         row(r),
         student(a.student.at(r)),
-        teacher(a.teachers[0].at(r)),
+        teacher(a.teachers[0].at(a.teacher_row(r))),
         student_gradient(a.student_gradient ? a.student_gradient.at(r) : nullptr),
         teacher_gradient(a.teacher_gradient ? a.teacher_gradient.at(r) : nullptr),
         normalizers(reinterpret_cast<OriginSum<double>*>(shared)),
@@ -75,7 +75,8 @@ struct AnySource {
     if (!mixed()) return;
     if (team.leads()) {
 #pragma unroll 1
-      for (int k = 0; k < arguments.teacher_count; ++k) shared_store(firsts + k, arguments.teachers[k].at(row));
+      for (int k = 0; k < arguments.teacher_count; ++k)
+        shared_store(firsts + k, arguments.teachers[k].at(arguments.teacher_row(row)));
     }
     team.sync();
     for (int k = 0; k < arguments.teacher_count; ++k) {
@@ -147,6 +148,8 @@ struct AnySource {
                : arguments.mix_probs        ? mixed_probs(column)
                                             : mixed_logits(column)};
   }
+  __device__ Real teacher_logit(int column) const { return fetch(column).teacher; }
+  static __device__ __forceinline__ Raw without(const Raw&, int) { return {Real(-INFINITY), Real(-INFINITY)}; }
   static constexpr int kWord = 1;
   static __device__ __forceinline__ void next_word(Raw&) {}
   static __device__ __forceinline__ Real student_of(const Raw& raw, int) { return raw.student; }

@@ -40,7 +40,7 @@ struct PackedSource {
       : arguments(a),
         row(r),
         student(a.student, r),
-        teacher(kPair ? Packs(a.teachers[0], r) : Packs()),
+        teacher(kPair ? Packs(a.teachers[0], a.teacher_row(r)) : Packs()),
         lead(Packs::lead(a.student, r)),
         student_slots(reinterpret_cast<uint4*>(shared)),
         all_slots(int(launch.slice_bytes / 16)),
@@ -180,7 +180,28 @@ struct PackedSource {
     }
   }
 
+  // With -inf at a place of the pack.
+  static __device__ __forceinline__ Raw without(const Raw& raw, int place) {
+    Raw out = raw;
+    blank(out.student, place);
+    if constexpr (kPair) blank(out.teacher, place);
+    return out;
+  }
+  static __device__ __forceinline__ void blank(uint4& pack, int place) {
+#pragma unroll
+    for (int k = 0; k < kSize / kWord; ++k) {
+      Real word[kWord];
+#pragma unroll
+      for (int j = 0; j < kWord; ++j) {
+        const int at = k * kWord + j;
+        word[j] = at == place ? Real(-INFINITY) : item_of<Item>(pack, at);
+      }
+      set_word(pack, k, word_from<Item>(word));
+    }
+  }
+
   __device__ float student_logit(int column) const { return student.logit(column, lead); }
+  __device__ float teacher_logit(int column) const { return teacher.logit(column, lead); }
 
   // A pack of a gradient: filled word by word from the end, or all at once.
   using Out = uint4;

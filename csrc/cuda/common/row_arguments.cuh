@@ -17,10 +17,18 @@ struct RowArguments : RowNumbers {
   DeviceRows student, student_gradient, teacher_gradient;
   DeviceRows teachers[kMaxTeachers];
   int teacher_count;
+  int64_t teacher_row_count = 0;  // with teacher_places
   bool mix_probs, constant_teacher = false, any_beta = false;
   double beta, teacher_temperature, alpha = 1;
   DeviceRows betas, alphas, teacher_temperatures, teacher_weights;
   int beta_kinds = kAnyBeta;  // the launch computes rows with such a beta; other launches do the others
+
+  // The teacher's row; any where there is none.
+  __device__ __forceinline__ int64_t teacher_row(int64_t row) const {
+    if (!teacher_places) return row;
+    const int64_t place = teacher_places.integer(row);
+    return uint64_t(place) < uint64_t(teacher_row_count) ? place : 0;
+  }
 
   // Whether the launch computes this row.
   __device__ __forceinline__ bool takes(int64_t row) const {
@@ -52,6 +60,7 @@ struct RowArguments : RowNumbers {
     const double sum = task.beta + task.alpha;
     task.temperature = temperature_with(any_beta && !(sum >= 0) ? double(NAN) : sum, row);
     task.teacher_temperature = row_teacher_temperature(row);
+    if (teacher_places && teacher_places.integer(row) >= teacher_row_count) task.temperature = NAN;
     task.divergence_scale = square_temperature ? task.temperature * task.temperature : 1;
     label = read_label(row, task);
     task.mix_probs = mix_probs;

@@ -83,6 +83,7 @@ RowLosses::RowLosses(const Device& device, const RowProblem& problem, std::initi
   numbers.mask = optional_rows(o.mask);
   numbers.labels = optional_rows(o.labels);
   numbers.label_weights = optional_rows(o.label_weights);
+  if (problem.teacher_places_tensor) numbers.teacher_places = optional_rows(*problem.teacher_places_tensor);
   numbers.temperature = o.temperature;
   numbers.label_weight = o.label_weight;
   numbers.student_map = LogitFunction<float>(o.student_map());

@@ -14,7 +14,7 @@ namespace fastkd::cuda {
 struct RowNumbers {
   int64_t rows;
   int vocab, student_width;
-  DeviceRows temperatures, weight, mask, labels, label_weights;
+  DeviceRows temperatures, weight, mask, labels, label_weights, teacher_places;
   double temperature, label_weight;
   LogitFunction<float> student_map, teacher_map;
   bool square_temperature;
@@ -27,7 +27,8 @@ struct RowNumbers {
   __device__ bool counts(int64_t row) const {
     if (shift != 0 && row % sequence + shift >= sequence) return false;
     const int64_t place = row + shift;
-    return (!mask || mask.number(place) != 0) && (!labels || labels.integer(place) != ignore_index);
+    return (!mask || mask.number(place) != 0) && (!labels || labels.integer(place) != ignore_index) &&
+           (!teacher_places || teacher_places.integer(row) >= 0);
   }
   __device__ double row_weight(int64_t row) const { return !counts(row) ? 0 : weight ? weight.number(row + shift) : 1; }
 

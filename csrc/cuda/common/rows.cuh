@@ -106,8 +106,8 @@ inline DeviceRows device_rows(const Tensor& tensor, int64_t leading, const char*
 }
 
 // Whether rows can be read and written in packs of `pack` elements: unit stride, and each row begins at the same place
-// of a pack as that of `like`.
-inline bool moves_like(const DeviceRows& x, const DeviceRows& like, int pack) {
+// of a pack as that of `like`; any_row: as any row of `like`.
+inline bool moves_like(const DeviceRows& x, const DeviceRows& like, int pack, bool any_row = false) {
   if (x.column_stride != 1 || like.column_stride != 1) return false;
   const auto place = [&](const DeviceRows& r) { return reinterpret_cast<uintptr_t>(r.data) / r.element_size % pack; };
   if (place(x) != place(like)) return false;
@@ -118,7 +118,7 @@ inline bool moves_like(const DeviceRows& x, const DeviceRows& like, int pack) {
     return true;
   };
   if (whole_packs(x) && whole_packs(like)) return true;
-  if (x.dimensions != like.dimensions) return false;
+  if (any_row || x.dimensions != like.dimensions) return false;
   for (int i = 0; i < x.dimensions; ++i) {
     if (x.sizes[i] != like.sizes[i] || (x.strides[i] - like.strides[i]) % pack != 0) return false;
   }
