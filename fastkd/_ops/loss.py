@@ -23,6 +23,8 @@ class Loss(Op):
         together: fields with one number a row whose gradients the kernel always computes together.
     """
 
+    kind = "loss"
+
     def __init__(
         self,
         name: str,
