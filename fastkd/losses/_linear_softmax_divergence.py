@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._ops.arguments import to_flag
 from fastkd._ops.checks import check_no_group
 from fastkd._ops.linear import function as linear
 from fastkd._ops.linear.logits import checked_options, linear_side
@@ -98,9 +99,10 @@ def linear_softmax_divergence(
     0.4621
     >>> loss.backward()
     >>> [[round(x, 4) for x in row] for row in head.grad.tolist()]
-    [[0.0, -0.4621], [0.0, 0.4621]]
+    [[-0.0, -0.4621], [0.0, 0.4621]]
     """
     check_no_group(_NAME, group)
+    return_stats = to_flag(_NAME, "return_stats", return_stats)
     options = checked_options(_NAME, logits_dtype, chunk_size, compact)
     scales = logit_scale if isinstance(logit_scale, (tuple, list)) else (logit_scale, logit_scale)
     if len(scales) != 2:
@@ -133,7 +135,13 @@ def linear_softmax_divergence(
         "reduction": reduction,
         "normalizer": normalizer,
     }
-    found = linear.run(OP, given(student, teacher, row_options), stats=bool(return_stats))
+    try:
+        found = linear.run(OP, given(student, teacher, row_options), stats=return_stats)
+    except (ValueError, TypeError, IndexError) as error:
+        message = str(error)
+        if message.startswith("softmax_divergence:"):
+            message = f"linear_{message}"
+        raise type(error)(message) from None
     if not return_stats:
         return found
     loss, numbers, argmax = found

@@ -1,9 +1,9 @@
 """The matrix products of linear heads, and the memory of a chunk.
 
-The logits are float32 by default where hidden states and weight are 16-bit. On CUDA such a product
-is one call. On the CPU slices of the weight are converted to float32, 8,192 rows at a time. There
-the products of the gradient are float32, too, unless the processor multiplies 16-bit matrices: then
-the gradient is rounded first, and its products are 16-bit.
+The logits are float32 by default where hidden states and weight are 16-bit. On CUDA, from sm_80 on,
+such a product is one call. Elsewhere the weight is converted to float32, 8,192 rows at a time. On a
+CPU the products of the gradient are float32, too, unless the processor multiplies 16-bit matrices:
+then the gradient is rounded first, and its products are 16-bit. So it is on CUDA.
 """
 
 from functools import cache
@@ -59,6 +59,14 @@ def _processor(capability: str) -> bool:
     return bool(torch.cpu.get_capabilities().get(capability, False))
 
 
+@cache
+def _sums_in_float32(device: torch.device) -> bool:
+    """Whether products of 16-bit matrices have float32 results there."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device multiplies matrices of a 16-bit dtype faster than float32."""
     if device.type != "cpu":
@@ -96,8 +104,8 @@ def _slices(weight: Tensor, dtype: torch.dtype) -> Any:
 
 def project(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
     """Out = scale x hidden @ weight.T + bias, in the dtype of out."""
-    if out.is_cuda and out.dtype == torch.float32 and hidden.dtype.itemsize == 2:
-        torch.mm(hidden, weight.mT, out_dtype=out.dtype, out=out)
+    if hidden.dtype.itemsize < out.dtype.itemsize == 4 and _sums_in_float32(out.device):
+        torch.ops.aten.mm.dtype_out(hidden, weight.mT, out.dtype, out=out)
         if scale != 1:
             out.mul_(scale)
         if bias is not None:
@@ -116,9 +124,11 @@ def project(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, sc
 def add_to_weight(total: Tensor, gradient: Tensor, hidden: Tensor, scale: float, add: bool) -> None:
     """Total = scale x gradient.T @ hidden, added to what it has where ``add``."""
     beta = int(add)
-    if gradient.is_cuda and gradient.dtype.itemsize < total.dtype.itemsize:
-        dtype = total.dtype
-        torch.addmm(total, gradient.mT, hidden, out_dtype=dtype, beta=beta, alpha=scale, out=total)
+    low = hidden.dtype == gradient.dtype != total.dtype
+    if low and total.dtype.itemsize == 4 and _sums_in_float32(total.device):
+        torch.ops.aten.addmm.dtype_out(
+            total, gradient.mT, hidden, total.dtype, beta=beta, alpha=scale, out=total
+        )
     elif gradient.dtype == total.dtype:
         total.addmm_(gradient.mT, hidden.to(total.dtype), beta=beta, alpha=scale)
     else:
