@@ -131,5 +131,11 @@ def given(logits: Tensor | LinearLogits, labels: Tensor, options: dict[str, Any]
     return options
 
 
-OP = Loss("cross_entropy", ("logits",), reference.cross_entropy_op, precision=("logits",))
+OP = Loss(
+    "cross_entropy",
+    ("logits",),
+    reference.cross_entropy_op,
+    precision=("logits",),
+    overwrites=True,
+)
 OP.serves(cross_entropy, given)

@@ -248,5 +248,6 @@ OP = Loss(
     reference.softmax_divergence_op,
     precision=("student_logits", "teacher_logits"),
     absent={"teacher_temperature": "temperature"},
+    overwrites=True,
 )
 OP.serves(softmax_divergence, given)

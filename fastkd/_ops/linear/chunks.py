@@ -29,6 +29,8 @@ def chunk_rows(call: Call, trained: bool) -> int:
     weight = max((side.linear.weight for side in sides), key=lambda x: x.size(1))
     least = _LEAST["cuda" if weight.is_cuda else 16 if weight.dtype.itemsize == 2 else 32]
     bytes_of_column = sum(side.dtype.itemsize for side in sides)
+    if call.kind == "loss" and not call.op.overwrites:
+        bytes_of_column += sides[0].dtype.itemsize
     sum_bytes = products.sum_dtype(weight.dtype).itemsize
     return max(sum_bytes * weight.size(1) // bytes_of_column, least)
 
@@ -88,6 +90,11 @@ class Chunks:
             most = numel * self.size * self.length
             self._taken[key] = products.workspace.take(key, most, dtype, self.call.rows.device)
         return self._taken[key]
+
+    def like(self, role: str, logits: Tensor) -> Tensor:
+        """Memory of a chunk's logits again, for another use."""
+        flat = self.memory(role, self.vocab, logits.dtype)
+        return flat[: logits.numel()].view(logits.shape)
 
     def release(self) -> None:
         """Give the memory back."""

@@ -7,6 +7,7 @@ their gradient over them. The gradients of weights and biases are sums over the 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,15 +104,17 @@ def _loss(call: Call, wanted: Sequence[bool], row_factor: Tensor | None = None) 
     needs = [gradients.of_bit(bit) for bit in range(len(op.places))]
     bits = op.wanted(needs)
     stats = RowStats(call, rows) if call.stats else None
-    over = needs[0] and any(side.place == op.places[0] for side in call.sides)
+    first_side = [side for side in call.sides if side.place == op.places[0]]
     try:
         for first, last in chunks:
             values, hidden = chunks.logits_of(first, last)
             if stats is not None:
                 stats.add(values, first, last)
             raw = (*op.arguments.eager(values), bits)
-            if over:
+            if needs[0] and first_side:
                 gradient = values[op.places[0]]
+                if not op.overwrites:
+                    gradient = chunks.like("gradient of logits", gradient)
                 loss, *found = chunks.raw(op.raw("_into"), first, last, gradient, *raw)
                 found.insert(0, gradient)
             else:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._ops.gradient import scaled
+from fastkd._ops.gradient import product, scaled
 from fastkd._ops.library import (
     is_batched,
     is_tracing,
@@ -133,7 +133,11 @@ class _LinearFunction(torch.autograd.Function):
                 found = run_backward(call, _filled(call, grads), needs)
         else:
             grad = grads[0] if pending is None else grads[0] * pending
-            found = [None if x is None else scaled(x, grad) for x in gradients]
+            each = getattr(call.op, "one_a_row", ())
+            found = [
+                None if x is None else (product if slot.bit in each else scaled)(x, grad)
+                for slot, x in zip(call.slots, gradients, strict=True)
+            ]
         return None, *[
             None if x is None or not need else x.to(tensor.dtype)
             for x, tensor, need in zip(found, inputs, needs, strict=True)
