@@ -106,9 +106,12 @@ class _LinearFunction(torch.autograd.Function):
         else:
             results = run_rows(call)
             ctx.mark_non_differentiable(*(results[i] for i in call.op.constant))
-        # Autograd saves the inputs; the call must not hold them.
-        ctx.call = call.with_inputs([None] * len(inputs))
-        ctx.save_for_backward(pending, *inputs, *([] if ctx.again else gradients))
+        # Autograd saves what needs a gradient. It cannot save some others, such as those made under
+        # torch.inference_mode.
+        pairs = list(zip(inputs, needs, strict=True))
+        ctx.call = call.with_inputs([None if need else x for x, need in pairs])
+        saved = [x if need else None for x, need in pairs]
+        ctx.save_for_backward(pending, *saved, *([] if ctx.again else gradients))
         ctx.set_materialize_grads(False)
         return tuple(results)
 
@@ -116,7 +119,9 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx, *grads):
         needs = ctx.needs_input_grad[1:]
         pending, *saved = ctx.saved_tensors
-        inputs, gradients = saved[: len(needs)], saved[len(needs) :]
+        mine, gradients = saved[: len(needs)], saved[len(needs) :]
+        others = zip(mine, ctx.call.inputs(), strict=True)
+        inputs = [other if x is None else x for x, other in others]
         if all(grad is None for grad in grads):
             return None, *[None] * len(needs)
         call = ctx.call.with_inputs(inputs)

@@ -263,12 +263,16 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.count = len(tensors)
     ctx.set_materialize_grads(False)
     results = output if wanted else []
-    ctx.save_for_backward(numbers, *tensors, *results)
+    # Autograd cannot save tensors made under torch.inference_mode.
+    ctx.unsaved = [x if x.is_inference() else None for x in tensors]
+    saved = [None if x.is_inference() else x for x in tensors]
+    ctx.save_for_backward(numbers, *saved, *results)
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     numbers, *saved = ctx.saved_tensors
     tensors, results = saved[: ctx.count], saved[ctx.count :]
+    tensors = [y if x is None else x for x, y in zip(tensors, ctx.unsaved, strict=True)]
     needs = ctx.needs_input_grad[1]
     needs = [needs] * ctx.count if isinstance(needs, bool) else list(needs)
     found: list[Tensor | None] = [None] * ctx.count
