@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import check_tensor
+from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.op import Plain
 
 
@@ -38,8 +38,8 @@ class TokenStats(NamedTuple):
 
 
 def token_stats(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None = None,
+    student_logits: Tensor | LinearLogits,
+    teacher_logits: Tensor | LinearLogits | None = None,
     *,
     labels: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -85,14 +85,15 @@ def token_stats(
     >>> stats.student_label_log_prob is None
     True
     """
+    if reference_logits is not None:
+        _check_reference(student_logits, teacher_logits, reference_logits, vocab_size)
+        options = {"temperature": temperature, "vocab_size": vocab_size}
+        reference = token_stats(reference_logits, teacher_logits, **options)
+        stats = token_stats(student_logits, teacher_logits, labels=labels, **options)
+        return stats._replace(reference_kl=reference.forward_kl)
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if logits is not None or name == "student_logits":
-            check_tensor("token_stats", name, logits)
-    reference_kl = None
-    if reference_logits is not None:
-        reference_kl = _reference_kl(
-            student_logits, teacher_logits, reference_logits, temperature, vocab_size
-        )
+            check_logits("token_stats", name, logits)
     student_logits = student_logits.detach()
     numbers, argmax = OP(
         student_logits,
@@ -104,40 +105,35 @@ def token_stats(
             "vocab_size": vocab_size,
         },
     )
+    return token_stats_of(numbers, argmax, teacher_logits is not None, labels is not None)
+
+
+def token_stats_of(numbers: Tensor, argmax: Tensor, teacher: bool, labels: bool) -> TokenStats:
+    """The op's results by name. ``teacher``, ``labels``: whether they were given."""
     fields: list[Any] = []
     for side in range(2):
-        if side == 1 and teacher_logits is None:
+        if side == 1 and not teacher:
             fields += [None] * 5
             continue
         lse, entropy, top_prob, label = numbers[4 * side : 4 * side + 4].unbind(0)
-        label_log_prob = None if labels is None else label
+        label_log_prob = label if labels else None
         fields += [lse, entropy, argmax[side], top_prob, label_log_prob]
-    pair = [None] * 3 if teacher_logits is None else numbers[8:].unbind(0)
-    return TokenStats(*fields, *pair, reference_kl)
+    return TokenStats(*fields, *(numbers[8:].unbind(0) if teacher else [None] * 3))
 
 
-def _reference_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    reference_logits: Tensor,
-    temperature: float | Tensor,
-    vocab_size: int | None,
-) -> Tensor | None:
-    check_tensor("token_stats", "reference_logits", reference_logits)
-    if teacher_logits is None:
+def _check_reference(student: Any, teacher: Any, reference: Any, vocab_size: int | None) -> None:
+    check_logits("token_stats", "reference_logits", reference)
+    if teacher is None:
         raise ValueError(
             "token_stats: teacher_logits must be given with reference_logits, got None"
         )
-    if reference_logits.shape != student_logits.shape and (
-        vocab_size is None or reference_logits.shape[:-1] != student_logits.shape[:-1]
+    if reference.shape != student.shape and (
+        vocab_size is None or reference.shape[:-1] != student.shape[:-1]
     ):
         raise ValueError(
             "token_stats: reference_logits must have student_logits' shape, "
-            f"{list(student_logits.shape)}, got {list(reference_logits.shape)}"
+            f"{list(student.shape)}, got {list(reference.shape)}"
         )
-    return token_stats(
-        reference_logits, teacher_logits, temperature=temperature, vocab_size=vocab_size
-    ).forward_kl
 
 
 def _fake(student_logits: Tensor, teacher_logits: Tensor | None, **_: Any) -> tuple[Tensor, ...]:
@@ -153,4 +149,4 @@ def _fake(student_logits: Tensor, teacher_logits: Tensor | None, **_: Any) -> tu
     )
 
 
-OP = Plain("token_stats", _fake)
+OP = Plain("token_stats", _fake, axes=(1, 1))
