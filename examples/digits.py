@@ -4,7 +4,7 @@ The digits (8 x 8 pixels) are scikit-learn's. Three small convolutional networks
 1,200 of them; they are the teachers. A student of a tenth of their size learns in three settings:
 
 * `few labels`: 60 of the 1,200 images have labels, the teacher answers on all of them.
-* `long tail`: class c keeps 0.55^c of its images, the last ones a handful.
+* `long tail`: class c keeps 0.65^c of its images, the last ones a handful.
 * `few bits`: the student's weights are rounded to 4 or 16 levels, by buckets.
 
 Run, from the repository:
@@ -254,7 +254,7 @@ def setting_of(setting: str, train: Digits, teaching: Teaching) -> tuple[Digits,
     rows = torch.arange(len(train.labels))
     if setting == "long tail":
         of_class = [(train.labels == c).nonzero().flatten() for c in range(CLASSES)]
-        rows = torch.cat([r[: max(2, round(0.55**c * len(r)))] for c, r in enumerate(of_class)])
+        rows = torch.cat([r[: max(2, round(0.65**c * len(r)))] for c, r in enumerate(of_class)])
     known = torch.ones(len(rows), dtype=torch.bool)
     return Digits(train.images[rows], train.labels[rows], known), teaching[rows]
 
