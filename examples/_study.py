@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastkd
 
-LENGTH, BATCH = 128, 8
+LENGTH, BATCH = 128, 4
 
 #: Logits of student and teacher ``[windows, length, vocab]`` and their windows, to a scalar.
 StudyLoss = Callable[[Tensor, Tensor, Windows], Tensor]
@@ -99,7 +99,7 @@ def prepare(options: argparse.Namespace, console: Console) -> Material:
     train, held = build_windows(
         tokenizer,
         train=options.windows,
-        held_out=BATCH if options.quick else 2 * BATCH,
+        held_out=BATCH if options.quick else 4 * BATCH,
         length=LENGTH,
         seed=options.seed,
     )
@@ -115,7 +115,7 @@ def _nothing(tokens: int) -> None:
     """Nobody waits for a batch of a batch."""
 
 
-def new_student(material: Material, seed: int, *, dim: int = 192, layers: int = 3) -> Student:
+def new_student(material: Material, seed: int, *, dim: int = 128, layers: int = 3) -> Student:
     """A small student, the same for the same seed."""
     torch.manual_seed(seed)
     return Student(material.teacher.embedding, length=LENGTH, dim=dim, layers=layers, heads=4)

@@ -90,7 +90,7 @@ class Moments:
 def main() -> None:
     """Run the example."""
     options = parse_options(
-        "on_policy", "Gradient noise of on-policy estimators.", steps=40, windows=64, quick=(3, 8)
+        "on_policy", "Gradient noise of on-policy estimators.", steps=40, windows=64, quick=(3, 4)
     )
     console = Console()
     material = prepare(options, console)
@@ -137,7 +137,7 @@ def main() -> None:
 
 
 def full_windows(material: Material) -> Tensor:
-    """Ids of up to eight held-out windows without padding."""
+    """Ids of up to four held-out windows without padding."""
     return material.held.ids[material.held.mask.all(1)][:BATCH]
 
 

