@@ -4,6 +4,7 @@ from fastkd import acm, nn, recipes, reference
 from fastkd._ops.gradient import release_memory
 from fastkd._ops.library import VERSION as __version__
 from fastkd._ops.library import cpu_capability
+from fastkd._ops.linear.logits import LinearLogits
 from fastkd.losses import (
     TokenLogProbs,
     TokenStats,
@@ -11,6 +12,7 @@ from fastkd.losses import (
     clipped_divergence,
     cross_entropy,
     kl_div,
+    linear_softmax_divergence,
     softmax_divergence,
     token_log_probs,
     token_stats,
@@ -35,6 +37,7 @@ __all__ = [
     "ByteStream",
     "ByteVocab",
     "ChunkLogLikelihood",
+    "LinearLogits",
     "TeacherStore",
     "TokenLogProbs",
     "TokenStats",
@@ -51,6 +54,7 @@ __all__ = [
     "cpu_capability",
     "cross_entropy",
     "kl_div",
+    "linear_softmax_divergence",
     "nn",
     "recipes",
     "reference",

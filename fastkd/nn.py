@@ -10,6 +10,7 @@ from fastkd.acm._modules import ACM, ACMGate
 from fastkd.losses._clipped_divergence import clipped_divergence
 from fastkd.losses._cross_entropy import cross_entropy
 from fastkd.losses._kl_div import kl_div
+from fastkd.losses._linear_softmax_divergence import linear_softmax_divergence
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._topk_divergence import topk_divergence
 from fastkd.tokenizers._alm_loss import alm_loss
@@ -21,6 +22,7 @@ __all__ = [
     "ClippedDivergence",
     "CrossEntropy",
     "KLDivLoss",
+    "LinearSoftmaxDivergence",
     "SoftmaxDivergence",
     "TopKDivergence",
 ]
@@ -44,7 +46,7 @@ class KLDivLoss(torch.nn.KLDivLoss):
 class _Loss(torch.nn.Module):
     """A loss function with options from the constructor; a call may add or replace some."""
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -86,6 +88,24 @@ class SoftmaxDivergence(_Loss):
     """
 
     function = staticmethod(softmax_divergence)
+
+
+class LinearSoftmaxDivergence(_Loss):
+    """:func:`fastkd.linear_softmax_divergence` with its options fixed at construction.
+
+    Args:
+        options: its keyword arguments that stay the same from batch to batch.
+
+    Call it with student_hidden, student_weight, teacher_hidden and teacher_weight.
+
+    >>> import torch, fastkd
+    >>> loss = fastkd.nn.LinearSoftmaxDivergence(divergence="jsd", chunk_size=1024)
+    >>> hidden, head = torch.ones(3, 2), torch.eye(4, 2)
+    >>> loss(hidden, head, hidden, head).item()
+    0.0
+    """
+
+    function = staticmethod(linear_softmax_divergence)
 
 
 class TopKDivergence(_Loss):

@@ -342,7 +342,7 @@ class Arguments:
         packed = list(packed)
         for i, kind in enumerate(self.kinds.values()):
             if kind == _NUMBER:
-                numbers.append(_traced_number(packed[i]))
+                numbers.append(traced_number(packed[i]))
                 packed[i] = 1.0
         return (*packed, torch.cat(numbers))
 
@@ -411,7 +411,8 @@ def _has_tangent(tensor: Tensor) -> bool:
     )
 
 
-def _traced_number(value: Any) -> Tensor:
+def traced_number(value: Any) -> Tensor:
+    """A number as a tensor of one element, which is no constant of the graph."""
     if isinstance(value, Tensor):
         return value.detach().reshape(1).to("cpu", torch.float64)
     # A product, as torch.full and torch.tensor would make the number a constant of the graph.
@@ -447,5 +448,5 @@ def numbers_tensor(function: str, name: str, values: Any, like: Tensor) -> Tenso
         if isinstance(number, float) and not math.isfinite(number):
             raise ValueError(f"{function}: {name} must be finite, got {number}")
     if torch.compiler.is_compiling():
-        return torch.cat([_traced_number(value) for value in numbers]).to(like.device)
+        return torch.cat([traced_number(value) for value in numbers]).to(like.device)
     return torch.tensor(numbers, dtype=torch.float64, device=like.device)

@@ -1,7 +1,7 @@
 """Checks and reductions of functions that compose ops, and of gated routing."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -94,3 +94,22 @@ def reduced(
         divisor = torch.ones((), dtype=torch.float64, device=losses.device) * normalizer
     empty = divisor == 0
     return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, divisor)).to(losses.dtype)
+
+
+def check_devices(
+    function: str,
+    values: Mapping[str, Any],
+    tensors: Sequence[str],
+    called: Mapping[str, str],
+) -> None:
+    """Raise if a tensor is on another device, also for meta tensors, which use the fake kernel."""
+    device = values[tensors[0]].device
+    for field in tensors:
+        value = values[field]
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            if tensor is not None and tensor.device != device:
+                name = called.get(field, field)
+                raise ValueError(
+                    f"{function}: {name} must be on the device of {tensors[0]}, {device}, got "
+                    f"{tensor.device}"
+                )

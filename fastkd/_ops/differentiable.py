@@ -24,7 +24,11 @@ class Differentiable(Op):
         constant: the results without a gradient.
         fake: the results for fake tensors, from the fields by name.
         absent: see :class:`fastkd._ops.arguments.Arguments`.
+        count: how many results there are.
+        unit: dimensions of the logits, before the vocabulary, that the op reads as one text.
     """
+
+    kind = "differentiable"
 
     def __init__(
         self,
@@ -35,8 +39,11 @@ class Differentiable(Op):
         fake: Callable[..., tuple[Tensor, ...]],
         constant: Sequence[int] = (),
         absent: Mapping[str, Any] | None = None,
+        count: int = 2,
+        unit: int = 0,
     ) -> None:
         super().__init__(name, (logits,), reference, absent)
+        self.results, self.unit, self.axes = count, unit, (0,) * count
         self.constant, self.fake = tuple(constant), fake
         self.register("fastkd")
 

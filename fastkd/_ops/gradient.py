@@ -75,10 +75,11 @@ class GradientMemory:
     def release(self) -> None:
         """Free the memory kept."""
         self._kept.clear()
-        _release_memory_of_kernels()
 
 
 memory = GradientMemory()
+#: What :func:`release_memory` frees: each has a method ``release``.
+kept_memories: list[Any] = [memory]
 
 
 def gradient_for(tensor: Tensor) -> Tensor:
@@ -93,12 +94,15 @@ def release_memory() -> None:
     Call it after training, or before a phase that needs all memory. At most one gradient's memory
     is kept, and none below 128 KiB. Also kept is the largest working memory so far of the backward
     pass of :func:`fastkd.acm.hard`: about the weights and a few hundred hidden rows of each
-    learner.
+    learner. And the logits of the last chunk of :class:`fastkd.LinearLogits`, with the last
+    gradient of its weight.
 
     >>> import fastkd
     >>> fastkd.release_memory()
     """
-    memory.release()
+    for each in kept_memories:
+        each.release()
+    _release_memory_of_kernels()
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:

@@ -21,7 +21,10 @@ class Loss(Op):
         reference: the definition; takes the raw op's fields by name, choices as names.
         precision: tensors of which one in float64 makes the loss float64.
         together: fields with one number a row whose gradients the kernel always computes together.
+        overwrites: whether the kernel may write the gradient over the student's logits.
     """
+
+    kind = "loss"
 
     def __init__(
         self,
@@ -32,8 +35,10 @@ class Loss(Op):
         precision: Sequence[str],
         together: Sequence[str] = (),
         absent: Mapping[str, Any] | None = None,
+        overwrites: bool = False,
     ) -> None:
         super().__init__(name, differentiable, reference, absent)
+        self.overwrites = overwrites
         self.hints = check_loss
         self.precision = tuple(precision)
         self.one_a_row = frozenset(differentiable.index(field) for field in together)

@@ -23,20 +23,20 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.arguments import Arguments, with_defaults
+from fastkd._ops.checks import check_devices
 from fastkd._ops.library import (
     is_tracing,
     raise_as_python,
     traced_transforms_active,
     transforms_active,
 )
-
-#: Every op by its name, for the public definitions, which take the same arguments.
-_DECLARED: dict[str, "Op"] = {}
+from fastkd._ops.linear import function as linear
+from fastkd._ops.linear.call import OPS, find
 
 
 def declared(name: str) -> "Op":
-    """The op of that name."""
-    return _DECLARED[name]
+    """The op of that name, for the public definitions, which take the same arguments."""
+    return OPS[name]
 
 
 class Op:
@@ -45,6 +45,9 @@ class Op:
     #: The public function, and the conversion of its arguments to the op's; see :meth:`serves`.
     function: Callable[..., Any]
     given: Callable[..., dict[str, Any]]
+
+    #: "loss", or "differentiable" with a backward pass of its own; see fastkd/_ops/linear.
+    kind: str
 
     #: Warns about arguments of an eager call that are probably wrong.
     hints: Callable[[str, Tensor, dict[str, Any]], None] | None = None
@@ -61,7 +64,7 @@ class Op:
         self.places = self.arguments.differentiable
         self.reference = reference
         self._name = f"_{name}"
-        _DECLARED[name] = self
+        OPS[name] = self
 
     def serves(self, function: Callable[..., Any], given: Callable[..., dict[str, Any]]) -> None:
         """Set the public function of this op, and the conversion of its arguments to the op's."""
@@ -90,12 +93,16 @@ class Op:
             found.append(value)
         return found
 
-    def define(self, rows: Tensor, given: dict[str, Any]) -> Any:
+    def define(self, rows: Any, given: dict[str, Any]) -> Any:
         """The result by the definition, in plain PyTorch."""
+        if find(given):
+            return linear.define(self, given)
         return self.reference(**self.arguments.unpack(self.arguments.pack(rows, given)))
 
-    def __call__(self, rows: Tensor, given: dict[str, Any], inplace: bool = False) -> Any:
+    def __call__(self, rows: Any, given: dict[str, Any], inplace: bool = False) -> Any:
         """The op's result. ``rows``: the logits; ``given``: the public arguments by name."""
+        if find(given):
+            return linear.run(self, given, inplace)
         packed = self.arguments.pack(rows, given)
         try:
             # The op for graphs has no rules for transforms inside the traced function.
@@ -137,25 +144,6 @@ class Op:
         raise NotImplementedError
 
 
-def check_devices(
-    function: str,
-    values: Mapping[str, Any],
-    tensors: Sequence[str],
-    called: Mapping[str, str],
-) -> None:
-    """Raise if a tensor is on another device, also for meta tensors, which use the fake kernel."""
-    device = values[tensors[0]].device
-    for field in tensors:
-        value = values[field]
-        for tensor in value if isinstance(value, (list, tuple)) else [value]:
-            if tensor is not None and tensor.device != device:
-                name = called.get(field, field)
-                raise ValueError(
-                    f"{function}: {name} must be on the device of {tensors[0]}, {device}, got "
-                    f"{tensor.device}"
-                )
-
-
 def fake_values(arguments: Arguments, fields: Sequence[Any]) -> dict[str, Any]:
     """A fake kernel's arguments by name, after a check of their devices."""
     values = dict(zip(arguments.fields, fields, strict=False))
@@ -185,28 +173,41 @@ def restored(kept: list[Any], places: Sequence[int], inputs: Sequence[Tensor | N
 
 
 class Plain:
-    """An op without gradients: arguments by the schema, and a fake kernel."""
+    """An op without gradients: arguments by the schema, and a fake kernel.
 
-    def __init__(self, name: str, fake: Callable[..., tuple[Tensor, ...]]) -> None:
-        self._name, self.fake = f"_{name}", fake
+    ``axes``: of each result, the first dimension that counts rows.
+    """
+
+    kind, results = "plain", None
+
+    def __init__(
+        self, name: str, fake: Callable[..., tuple[Tensor, ...]], axes: Sequence[int] = (0, 0)
+    ) -> None:
+        self.name, self._name, self.fake, self.axes = name, f"_{name}", fake, tuple(axes)
         self.arguments = Arguments(name)
+        OPS[name] = self
         self.register("fastkd")
 
     def register(self, library: str) -> None:
         """See :meth:`Loss.register`."""
         torch.library.register_fake(f"{library}::{self._name}", self._fake)
 
-    def __call__(self, rows: Tensor, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    def __call__(self, rows: Any, given: dict[str, Any]) -> tuple[Tensor, ...]:
         """See :meth:`Op.__call__`."""
+        if find(given):
+            return linear.run(self, given)
         packed = self.arguments.pack(rows, given)
         pack = self.arguments.graph if is_tracing(rows) else self.arguments.eager
         try:
             if rows.is_meta and type(rows) is Tensor:
-                raw = getattr(torch.ops.fastkd, self._name)
-                raw(*self.arguments.eager(self.arguments.emptied(packed)))
-            return getattr(torch.ops.fastkd, self._name)(*pack(packed))
+                self.raw()(*self.arguments.eager(self.arguments.emptied(packed)))
+            return self.raw()(*pack(packed))
         except RuntimeError as error:
             raise_as_python(error)
+
+    def raw(self) -> Any:
+        """See :meth:`Op.raw`."""
+        return getattr(torch.ops.fastkd, self._name)
 
     def _fake(self, *fields: Any) -> tuple[Tensor, ...]:
         return self.fake(**fake_values(self.arguments, fields))

@@ -6,6 +6,7 @@ Each module has the public function with its documentation, and the declaration 
 from fastkd.losses._clipped_divergence import clipped_divergence
 from fastkd.losses._cross_entropy import cross_entropy
 from fastkd.losses._kl_div import kl_div
+from fastkd.losses._linear_softmax_divergence import linear_softmax_divergence
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_log_probs import TokenLogProbs, token_log_probs
 from fastkd.losses._token_stats import TokenStats, token_stats
@@ -19,6 +20,7 @@ __all__ = [
     "clipped_divergence",
     "cross_entropy",
     "kl_div",
+    "linear_softmax_divergence",
     "softmax_divergence",
     "token_log_probs",
     "token_stats",

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._ops.arguments import check_tensor, to_number
+from fastkd._ops.arguments import to_number
 from fastkd._ops.checks import check_no_group
+from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.loss import Loss
 
 
 def clipped_divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Tensor | LinearLogits,
+    teacher_logits: Tensor | LinearLogits,
     lower: float | Tensor,
     upper: float | Tensor,
     *,
@@ -140,14 +141,14 @@ def clipped_divergence(
 
 
 def given(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Tensor | LinearLogits,
+    teacher_logits: Tensor | LinearLogits,
     lower: float | Tensor,
     upper: float | Tensor,
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """The arguments by name, as the op takes them."""
-    check_tensor("clipped_divergence", "student_logits", student_logits)
+    check_logits("clipped_divergence", "student_logits", student_logits)
     _check_edges(lower, upper, options["softness"])
     options["student_logits"] = student_logits
     options["teacher_logits"] = teacher_logits
@@ -171,13 +172,13 @@ def _check_edges(lower: Any, upper: Any, softness: Any) -> None:
                 )
 
 
-def _bound(name: str, bound: float | Tensor, student: Tensor) -> Tensor:
+def _bound(name: str, bound: float | Tensor, student: Tensor | LinearLogits) -> Tensor:
     if not isinstance(bound, Tensor):
         number = to_number("clipped_divergence", name, bound)
         if torch.compiler.is_compiling():  # torch.full would make it a constant of the graph
-            one = student.new_ones((), dtype=torch.float64) * number
+            one = torch.ones((), dtype=torch.float64, device=student.device) * number
         else:
-            one = student.new_full((), number, dtype=torch.float64)
+            one = torch.full((), number, dtype=torch.float64, device=student.device)
         return one.expand(student.shape[:-1])
     return bound.expand(student.shape[:-1]) if bound.dim() == 0 else bound
 

@@ -7,11 +7,12 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor
 from fastkd._ops.checks import check_no_group
+from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.loss import Loss
 
 
 def cross_entropy(
-    logits: Tensor,
+    logits: Tensor | LinearLogits,
     labels: Tensor,
     *,
     weight: Tensor | None = None,
@@ -112,9 +113,9 @@ def cross_entropy(
     return OP(logits, given(logits, labels, options), inplace=inplace)
 
 
-def given(logits: Tensor, labels: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+def given(logits: Tensor | LinearLogits, labels: Tensor, options: dict[str, Any]) -> dict[str, Any]:
     """The arguments by name, as the op takes them."""
-    check_tensor("cross_entropy", "logits", logits)
+    check_logits("cross_entropy", "logits", logits)
     check_tensor("cross_entropy", "labels", labels)
     options["logits"], options["labels"] = logits, labels
     options["label_weight"], options["square_temperature"] = 1.0, False
@@ -130,5 +131,11 @@ def given(logits: Tensor, labels: Tensor, options: dict[str, Any]) -> dict[str, 
     return options
 
 
-OP = Loss("cross_entropy", ("logits",), reference.cross_entropy_op, precision=("logits",))
+OP = Loss(
+    "cross_entropy",
+    ("logits",),
+    reference.cross_entropy_op,
+    precision=("logits",),
+    overwrites=True,
+)
 OP.serves(cross_entropy, given)

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._ops.arguments import check_tensor, numbers_tensor
+from fastkd._ops.arguments import numbers_tensor
 from fastkd._ops.checks import check_no_group
+from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.loss import Loss
 
 
 def softmax_divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Sequence[Tensor],
+    student_logits: Tensor | LinearLogits,
+    teacher_logits: Tensor | LinearLogits | Sequence[Tensor | LinearLogits],
     *,
     divergence: str = "forward_kl",
     beta: float | Tensor = 0.5,
@@ -203,18 +204,22 @@ def softmax_divergence(
 
 
 def given(
-    student_logits: Tensor, teacher_logits: Tensor | Sequence[Tensor], options: dict[str, Any]
+    student_logits: Tensor | LinearLogits,
+    teacher_logits: Tensor | LinearLogits | Sequence[Tensor | LinearLogits],
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """The arguments by name, as the op takes them."""
-    check_tensor("softmax_divergence", "student_logits", student_logits)
+    check_logits("softmax_divergence", "student_logits", student_logits)
     options["student_logits"] = student_logits
     options["teacher_logits"] = _teachers(teacher_logits)
     options["teacher_weights"] = _weights(options["teacher_weights"], student_logits)
     return options
 
 
-def _teachers(teacher_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(teacher_logits, Tensor):
+def _teachers(
+    teacher_logits: Tensor | LinearLogits | Sequence[Tensor | LinearLogits],
+) -> list[Tensor | LinearLogits]:
+    if isinstance(teacher_logits, (Tensor, LinearLogits)):
         return [teacher_logits]
     if not isinstance(teacher_logits, (list, tuple)):
         raise TypeError(
@@ -223,7 +228,7 @@ def _teachers(teacher_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
         )
     if torch.is_grad_enabled():
         for teacher in teacher_logits:
-            if isinstance(teacher, Tensor) and teacher.requires_grad:
+            if isinstance(teacher, (Tensor, LinearLogits)) and teacher.requires_grad:
                 raise ValueError(
                     "softmax_divergence: teacher_logits in a list take no gradient, but one "
                     "requires it; detach it, or pass a single teacher as a tensor"
@@ -231,7 +236,7 @@ def _teachers(teacher_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(teacher_logits)
 
 
-def _weights(weights: Sequence[float] | Tensor | None, like: Tensor) -> Tensor | None:
+def _weights(weights: Sequence[float] | Tensor | None, like: Any) -> Tensor | None:
     if weights is None or isinstance(weights, Tensor):
         return weights
     return numbers_tensor("softmax_divergence", "teacher_weights", weights, like)
@@ -243,5 +248,6 @@ OP = Loss(
     reference.softmax_divergence_op,
     precision=("student_logits", "teacher_logits"),
     absent={"teacher_temperature": "temperature"},
+    overwrites=True,
 )
 OP.serves(softmax_divergence, given)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._ops.arguments import check_tensor
 from fastkd._ops.differentiable import Differentiable
+from fastkd._ops.linear.logits import LinearLogits, check_logits
 
 
 class TokenLogProbs(NamedTuple):
@@ -21,7 +21,7 @@ class TokenLogProbs(NamedTuple):
 
 
 def token_log_probs(
-    logits: Tensor,
+    logits: Tensor | LinearLogits,
     token_ids: Tensor,
     *,
     mask: Tensor | None = None,
@@ -79,7 +79,7 @@ def token_log_probs(
     >>> logits.grad.tolist()
     [[-0.5, 0.5], [0.0, 0.0]]
     """
-    check_tensor("token_log_probs", "logits", logits)
+    check_logits("token_log_probs", "logits", logits)
     log_probs, entropies = OP(
         logits,
         {

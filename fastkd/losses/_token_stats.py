@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import check_tensor
+from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.op import Plain
 
 
@@ -36,8 +36,8 @@ class TokenStats(NamedTuple):
 
 
 def token_stats(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None = None,
+    student_logits: Tensor | LinearLogits,
+    teacher_logits: Tensor | LinearLogits | None = None,
     *,
     labels: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -82,7 +82,7 @@ def token_stats(
     """
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if logits is not None or name == "student_logits":
-            check_tensor("token_stats", name, logits)
+            check_logits("token_stats", name, logits)
     student_logits = student_logits.detach()
     numbers, argmax = OP(
         student_logits,
@@ -94,15 +94,20 @@ def token_stats(
             "vocab_size": vocab_size,
         },
     )
+    return token_stats_of(numbers, argmax, teacher_logits is not None, labels is not None)
+
+
+def token_stats_of(numbers: Tensor, argmax: Tensor, teacher: bool, labels: bool) -> TokenStats:
+    """The op's results by name. ``teacher``, ``labels``: whether they were given."""
     fields: list[Any] = []
     for side in range(2):
-        if side == 1 and teacher_logits is None:
+        if side == 1 and not teacher:
             fields += [None] * 5
             continue
         lse, entropy, top_prob, label = numbers[4 * side : 4 * side + 4].unbind(0)
-        label_log_prob = None if labels is None else label
+        label_log_prob = label if labels else None
         fields += [lse, entropy, argmax[side], top_prob, label_log_prob]
-    return TokenStats(*fields, *([None] * 3 if teacher_logits is None else numbers[8:].unbind(0)))
+    return TokenStats(*fields, *(numbers[8:].unbind(0) if teacher else [None] * 3))
 
 
 def _fake(student_logits: Tensor, teacher_logits: Tensor | None, **_: Any) -> tuple[Tensor, ...]:
@@ -118,4 +123,4 @@ def _fake(student_logits: Tensor, teacher_logits: Tensor | None, **_: Any) -> tu
     )
 
 
-OP = Plain("token_stats", _fake)
+OP = Plain("token_stats", _fake, axes=(1, 1))

@@ -6,13 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._ops.arguments import check_tensor
 from fastkd._ops.checks import check_no_group
+from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.loss import Loss
 
 
 def topk_divergence(
-    student_logits: Tensor,
+    student_logits: Tensor | LinearLogits,
     teacher_log_probs: Tensor,
     teacher_indices: Tensor,
     *,
@@ -157,13 +157,13 @@ def topk_divergence(
 
 
 def given(
-    student_logits: Tensor,
+    student_logits: Tensor | LinearLogits,
     teacher_log_probs: Tensor,
     teacher_indices: Tensor,
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """The arguments by name, as the op takes them."""
-    check_tensor("topk_divergence", "student_logits", student_logits)
+    check_logits("topk_divergence", "student_logits", student_logits)
     options["student_logits"] = student_logits
     options["teacher_log_probs"] = teacher_log_probs
     options["teacher_indices"] = teacher_indices

@@ -5,6 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd._ops.linear import function as linear
+from fastkd._ops.linear.call import OPS
+from fastkd._ops.linear.logits import LinearLogits
+from fastkd.losses import _topk_divergence
 from fastkd.losses._topk_divergence import topk_divergence
 from fastkd.teachers._teacher_topk import teacher_topk
 
@@ -26,7 +30,7 @@ class TopKStats(NamedTuple):
 
 
 def topk_stats(
-    student_logits: Tensor,
+    student_logits: Tensor | LinearLogits,
     teacher_log_probs: Tensor,
     teacher_indices: Tensor,
     *,
@@ -88,6 +92,8 @@ def topk_stats(
         "vocab_size": vocab_size,
         "reduction": "none",
     }
+    if isinstance(student_logits, LinearLogits):
+        return _of_chunks(student_logits, teacher_log_probs, teacher_indices, options)
     with torch.no_grad():
         # It checks all arguments.
         values = topk_divergence(student_logits, teacher_log_probs, teacher_indices, **options)
@@ -121,3 +127,68 @@ def topk_stats(
             total((at >= least).to(wide), count),
             values,
         )
+
+
+def _of_chunks(
+    student_logits: LinearLogits,
+    teacher_log_probs: Tensor,
+    teacher_indices: Tensor,
+    options: dict[str, Any],
+) -> TopKStats:
+    """The same of logits that are computed a chunk of rows at a time."""
+    row_options = {
+        "label_weight": 1.0,
+        "ignore_index": -100,
+        "shift": 0,
+        "square_temperature": False,
+        **options,
+    }
+    given = _topk_divergence.given(
+        student_logits.detach(), teacher_log_probs.detach(), teacher_indices, row_options
+    )
+    return TopKStats(*linear.run(_CHUNKED, given))
+
+
+class _Chunked:
+    """The statistics as an op with topk_divergence's arguments, for chunks of rows."""
+
+    name, kind, results, axes = "topk_stats", "plain", None, (0, 0, 0, 0)
+    checker, arguments = _topk_divergence.OP, _topk_divergence.OP.arguments
+
+    def raw(self) -> Any:
+        """The statistics of a chunk by the fields of topk_divergence."""
+
+        def stats(*fields: Any) -> TopKStats:
+            given = self.arguments.unpack(fields)
+
+            def each(name: str) -> Any:
+                return given[name] if given[f"{name}s"] is None else given[f"{name}s"]
+
+            return topk_stats(
+                given["student_logits"],
+                given["teacher_log_probs"],
+                given["teacher_indices"],
+                divergence=given["divergence"],
+                beta=each("beta"),
+                tail=given["tail"],
+                temperature=each("temperature"),
+                stored_temperature=given["stored_temperature"],
+                teacher_temperature=each("teacher_temperature"),
+                mask=given["mask"],
+                vocab_size=None if given["vocab_size"] < 0 else given["vocab_size"],
+            )
+
+        return stats
+
+    def fake(
+        self, student_logits: Tensor, teacher_log_probs: Tensor, **_: Any
+    ) -> tuple[Tensor, ...]:
+        """Uninitialised results."""
+        wide = torch.float64 in (student_logits.dtype, teacher_log_probs.dtype)
+        shape = student_logits.shape[:-1]
+        dtypes = [torch.float32] * 3 + [torch.float64 if wide else torch.float32]
+        return tuple(student_logits.new_empty(shape, dtype=dtype) for dtype in dtypes)
+
+
+_CHUNKED = _Chunked()
+OPS[_CHUNKED.name] = _CHUNKED

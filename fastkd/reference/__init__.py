@@ -13,6 +13,7 @@ from fastkd.reference._chunk_log_likelihood import (
 )
 from fastkd.reference._clipped_divergence import clipped_divergence, clipped_divergence_op
 from fastkd.reference._cross_entropy import cross_entropy, cross_entropy_op
+from fastkd.reference._linear_softmax_divergence import linear_softmax_divergence
 from fastkd.reference._rows import LARGEST_LOG_RATIO, divergence_rows
 from fastkd.reference._softmax_divergence import kl_div, softmax_divergence, softmax_divergence_op
 from fastkd.reference._token_log_probs import token_log_probs, token_log_probs_op
@@ -34,6 +35,7 @@ __all__ = [
     "cross_entropy_op",
     "divergence_rows",
     "kl_div",
+    "linear_softmax_divergence",
     "softmax_divergence",
     "softmax_divergence_op",
     "teacher_topk",

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import check_tensor
+from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.op import Plain
 
 
@@ -19,7 +19,7 @@ class TopK(NamedTuple):
 
 
 def teacher_topk(
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | LinearLogits,
     k: int,
     *,
     temperature: float | Tensor = 1.0,
@@ -53,7 +53,7 @@ def teacher_topk(
     >>> [round(x, 4) for x in best.log_probs[0].tolist()]
     [-0.9176, -0.9176, -1.9176]
     """
-    check_tensor("teacher_topk", "teacher_logits", teacher_logits)
+    check_logits("teacher_topk", "teacher_logits", teacher_logits)
     teacher_logits = teacher_logits.detach()
     found = OP(
         teacher_logits,

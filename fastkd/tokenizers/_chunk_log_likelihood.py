@@ -10,6 +10,7 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor
 from fastkd._ops.differentiable import Differentiable
+from fastkd._ops.linear.logits import LinearLogits, check_logits
 
 
 class ChunkLogLikelihood(NamedTuple):
@@ -25,7 +26,7 @@ class ChunkLogLikelihood(NamedTuple):
 
 
 def chunk_log_likelihood(
-    logits: Tensor,
+    logits: Tensor | LinearLogits,
     token_ids: Tensor,
     chunk_ids: Tensor,
     num_chunks: int,
@@ -78,7 +79,7 @@ def chunk_log_likelihood(
     ([[0.0625, 0.25]], [[0.5, 1.0]])
     """
     function = "chunk_log_likelihood"
-    check_tensor(function, "logits", logits)
+    check_logits(function, "logits", logits)
     if boundary is not None:
         if isinstance(boundary, np.ndarray):
             boundary = torch.tensor(boundary, device=logits.device)
@@ -115,4 +116,6 @@ OP = Differentiable(
     reference.chunk_log_likelihood_op,
     fake=_fake,
     constant=(2,),
+    count=3,
+    unit=1,
 )

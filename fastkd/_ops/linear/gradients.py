@@ -1,0 +1,98 @@
+"""The gradients of hidden states, weights and biases, from those of the logits of chunks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd._ops.linear import products
+from fastkd._ops.linear.call import Slot
+from fastkd._ops.linear.chunks import Chunks
+from fastkd._ops.linear.rows import RowResult
+
+
+class Gradients:
+    """The gradients of the slots, from those of a chunk's logits."""
+
+    def __init__(self, chunks: Chunks, wanted: Sequence[bool]) -> None:
+        self.chunks, self.wanted = chunks, tuple(wanted)
+        self.found: list[Tensor | None] = []
+        self.rows: list[RowResult | None] = []
+        call = chunks.call
+        for slot, tensor, want in zip(call.slots, call.inputs(), wanted, strict=True):
+            out = None
+            if want and tensor is not None:
+                out = self._memory(slot, tensor)
+            self.found.append(out)
+            by_row = out is not None and slot.part in ("hidden", "rows")
+            leading = len(chunks.rows.leading)
+            self.rows.append(
+                RowResult(out, 0, leading, chunks.rows.index)
+                if by_row and out is not None
+                else None
+            )
+
+    def _memory(self, slot: Slot, tensor: Tensor) -> Tensor:
+        some = self.chunks.rows.count > 0
+        if slot.part in ("hidden", "rows"):
+            whole = some and self.chunks.rows.index is None
+            make = torch.empty if whole else torch.zeros
+            return make(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        dtype = products.sum_dtype(tensor.dtype)
+        if slot.part == "bias":
+            return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
+        total = products.gradient_of_weight(tensor)
+        total[self.chunks.vocab if some else 0 :].zero_()
+        return total
+
+    def of_bit(self, bit: int) -> bool:
+        """Whether one of the gradients comes from the op's gradient of that number."""
+        pairs = zip(self.chunks.call.slots, self.wanted, strict=True)
+        return any(want and slot.bit == bit for slot, want in pairs)
+
+    def add(self, bit: int, gradient: Tensor, hidden: list[Tensor], first: int, last: int) -> None:
+        """Take the gradient of a chunk's tensor number ``bit`` of the op."""
+        call, chunks = self.chunks.call, self.chunks
+        narrow: Tensor | None = None
+        for i, slot in enumerate(call.slots):
+            if slot.bit != bit or self.found[i] is None:
+                continue
+            out, rows = self.found[i], self.rows[i]
+            assert out is not None
+            if slot.side is None:
+                assert rows is not None
+                rows.put(first, last, gradient)
+                continue
+            which = call.sides.index(slot.side)
+            linear, weight = slot.side.linear, chunks.weights[which]
+            if narrow is None:
+                narrow = self._narrow(gradient.reshape(-1, chunks.vocab), hidden[which])
+            if slot.part == "hidden":
+                assert rows is not None
+                part = rows.part(first, last)
+                if part is None:
+                    part = torch.empty_like(hidden[which])
+                    products.to_hidden(part, narrow, weight, linear.scale)
+                    rows.put(first, last, part)
+                else:
+                    part = part.view(-1, part.size(-1))
+                    products.to_hidden(part, narrow, weight, linear.scale)
+            elif slot.part == "weight":
+                total = out[: chunks.vocab]
+                products.add_to_weight(total, narrow, hidden[which], linear.scale, first > 0)
+            else:
+                out[: chunks.vocab] += narrow.sum(0, dtype=out.dtype)
+
+    def _narrow(self, gradient: Tensor, hidden: Tensor) -> Tensor:
+        """The gradient in the dtype of its products."""
+        dtype = products.gradient_dtype(gradient.dtype, hidden)
+        if dtype == gradient.dtype:
+            return gradient
+        flat = self.chunks.memory("gradient", self.chunks.vocab, dtype)
+        return flat[: gradient.numel()].view(gradient.shape).copy_(gradient)
+
+    def keep(self) -> None:
+        """Keep the memory of the weight's gradient for the next call."""
+        for slot, out in zip(self.chunks.call.slots, self.found, strict=True):
+            if slot.part == "weight" and out is not None:
+                products.weight_memory.keep(out)

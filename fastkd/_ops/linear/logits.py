@@ -1,0 +1,294 @@
+"""Logits as the product of hidden states and a head's weight, which ops take in place of logits."""
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd._ops.arguments import check_tensor, to_flag, to_integer, to_number
+
+_AUTOCAST = ("cpu", "cuda")  # other devices may not know it
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class LinearLogits:
+    r"""The logits of a linear head, for ops that compute them a chunk of rows at a time.
+
+    .. math:: z = s \, h W^\top + b, \qquad \text{with } \mathrm{softcap}\ c{:}\quad
+              c \tanh\big((s \, h W^\top + b) / c\big)
+
+    It stands wherever an op takes logits: :func:`fastkd.softmax_divergence` (also in a list of
+    teachers), :func:`fastkd.topk_divergence`, :func:`fastkd.clipped_divergence`,
+    :func:`fastkd.cross_entropy`, :func:`fastkd.token_log_probs`, :func:`fastkd.token_stats`,
+    :func:`fastkd.teacher_topk`, :func:`fastkd.topk_stats` and :func:`fastkd.chunk_log_likelihood`.
+    The op computes the logits of a chunk of rows, its results of them, and the chunk's part of the
+    gradients of ``hidden``, ``weight`` and ``bias``. ``[rows, vocab]`` is never stored.
+
+    Matrix products of a training step of ``softmax_divergence`` with a student and a teacher: 4;
+    with a frozen student head, or of ``topk_divergence``: 3; without gradients: 2. The gradients
+    are computed in the forward call, those of the weight summed in float32, and the backward pass
+    multiplies them by the incoming gradient, or does nothing where that is 1. With
+    ``reduction="none"``, in :func:`fastkd.token_log_probs` and in
+    :func:`fastkd.chunk_log_likelihood` the backward pass computes the logits again. Where the heads
+    of student and teacher are one tensor, their logits are one product.
+
+    On the CPU, rows that are masked, ignored or of weight 0 are left out of the products. On CUDA
+    they are only with ``compact=True``, because their number has to be read back.
+
+    Memory beyond the inputs: the logits of a chunk on each side, a gradient of ``hidden``, and the
+    gradient of the weight in float32. On the CPU the memory of a chunk is kept for the next call;
+    :func:`fastkd.release_memory` frees it.
+
+    Inside :class:`torch.autocast`, hidden states, weight and bias are cast as
+    :func:`torch.nn.functional.linear` casts them. Under ``torch.func`` transforms and for second
+    derivatives the logits are stored whole, see :meth:`logits`.
+
+    Args:
+        hidden: ``[..., features]`` float32, bfloat16, float16 or float64. The leading dimensions
+            are rows (tokens).
+        weight: ``[vocab, features]``, of the dtype of ``hidden``. A weight that is sharded
+            (DTensor) is an error: run the loss inside the forward of the module that owns it, with
+            :func:`fastkd.integrations.call_through`.
+        bias: ``[vocab]``, or None.
+        scale: s, a number.
+        softcap: c, a positive number, or None for none. It is an error to give ``logit_softcap``
+            to the op, too.
+        logits_dtype: of a chunk's logits. None: float32 for 16-bit weights, the weight's dtype
+            else. 16-bit logits save memory, and time where the machine multiplies such matrices
+            faster; they spoil the gradient of a student near its teacher by up to 15 %.
+        chunk_size: rows in a chunk. None: chosen so that the logits take about as much memory as
+            the gradient of the weight.
+            :func:`fastkd.chunk_log_likelihood` takes whole texts, at least one.
+        compact: whether rows that are not read are left out of the products. None: on the CPU only.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit each other.
+
+    >>> import torch, fastkd
+    >>> hidden = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], requires_grad=True)
+    >>> logits = fastkd.LinearLogits(hidden, weight)
+    >>> logits.shape
+    torch.Size([1, 3])
+    >>> loss = fastkd.cross_entropy(logits, torch.tensor([1]))
+    >>> round(loss.item(), 4)
+    0.4076
+    >>> loss.backward()
+    >>> [round(x, 4) for x in hidden.grad[0].tolist()]
+    [0.2447, -0.3348]
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        logits_dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+        compact: bool | None = None,
+    ) -> None:
+        self._set(hidden, weight, bias, scale, softcap)
+        self.options = checked_options("LinearLogits", logits_dtype, chunk_size, compact)
+
+    def _set(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Any,
+        softcap: Any,
+        called: tuple[str, str] = ("LinearLogits", ""),
+    ) -> None:
+        """Check and set. ``called``: the function, and what its arguments' names begin with."""
+        function, side = called
+        self.hidden, self.weight, self.bias, self.called = hidden, weight, bias, called
+        _check(function, f"{side}hidden", hidden, None)
+        _check(function, f"{side}weight", weight, 2)
+        if hidden.dim() < 1 or hidden.size(-1) != weight.size(1):
+            raise ValueError(
+                f"{function}: {side}hidden must have shape [..., {weight.size(1)}], as "
+                f"{side}weight has shape {list(weight.shape)}; got shape {list(hidden.shape)}"
+            )
+        if bias is not None:
+            _check(function, f"{side}bias", bias, 1)
+            if bias.size(0) != weight.size(0):
+                raise ValueError(
+                    f"{function}: {side}bias must have shape [{weight.size(0)}], got shape "
+                    f"{list(bias.shape)}"
+                )
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.device != hidden.device:
+                raise ValueError(
+                    f"{function}: {side}{name} must be on the device of {side}hidden, "
+                    f"{hidden.device}, got {tensor.device}"
+                )
+        self.scale = to_number(function, f"{side}scale" if side == "" else "logit_scale", scale)
+        if not torch.compiler.is_compiling() and not math.isfinite(self.scale):
+            raise ValueError(f"{function}: scale must be finite, got {scale}")
+        self.softcap: Any = None
+        if softcap is not None:
+            self.softcap = to_number(function, "softcap", softcap)
+            if not torch.compiler.is_compiling() and not 0 < self.softcap < math.inf:
+                raise ValueError(f"{function}: softcap must be positive and finite, got {softcap}")
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the logits, ``[..., vocab]``."""
+        return torch.Size((*self.hidden.shape[:-1], self.weight.size(0)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the logits, outside of autocast."""
+        return logits_dtype_of(self.hidden, self.options[0])
+
+    @property
+    def device(self) -> torch.device:
+        """That of the hidden states."""
+        return self.hidden.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether hidden states, weight or bias require a gradient."""
+        return any(x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias))
+
+    def dim(self) -> int:
+        """Number of dimensions of the logits."""
+        return self.hidden.dim()
+
+    def size(self, dimension: int) -> int:
+        """Size of a dimension of the logits."""
+        return self.shape[dimension]
+
+    def detach(self) -> "LinearLogits":
+        """The same without gradients."""
+        return self.replaced(
+            self.hidden.detach(),
+            self.weight.detach(),
+            None if self.bias is None else self.bias.detach(),
+        )
+
+    def replaced(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "LinearLogits":
+        """The same logits of other tensors of the same shapes."""
+        other = LinearLogits.__new__(LinearLogits)
+        other.hidden, other.weight, other.bias = hidden, weight, bias
+        other.scale, other.softcap, other.options = self.scale, self.softcap, self.options
+        other.called = self.called
+        return other
+
+    def logits(self) -> Tensor:
+        """All logits, stored whole, in plain PyTorch: the definition.
+
+        >>> import torch, fastkd
+        >>> head = fastkd.LinearLogits(torch.ones(1, 2), torch.eye(2), scale=3.0)
+        >>> head.logits().tolist()
+        [[3.0, 3.0]]
+        """
+        found = self.uncapped_logits()
+        return found if self.softcap is None else softcapped(found, self.softcap)
+
+    def uncapped_logits(self) -> Tensor:
+        """The same before the soft cap."""
+        dtype = self.dtype
+        with without_autocast(self.device):
+            found = self.hidden.to(dtype) @ self.weight.to(dtype).mT * self.scale
+            return (found if self.bias is None else found + self.bias).to(dtype)
+
+    def prepared(self) -> "LinearLogits":
+        """The same as products take it: cast where autocast is active, with dtypes that agree."""
+        kind, (function, side) = self.device.type, self.called
+        hidden, weight, bias = self.hidden, self.weight, self.bias
+        if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
+            to = torch.get_autocast_dtype(kind)
+            hidden = hidden if hidden.dtype == torch.float64 else hidden.to(to)
+            weight = weight if weight.dtype == torch.float64 else weight.to(to)
+        if hidden.dtype != weight.dtype:
+            raise TypeError(
+                f"{function}: {side}weight must have the dtype of {side}hidden, {hidden.dtype}, "
+                f"got {weight.dtype}"
+            )
+        return self.replaced(hidden, weight, bias)
+
+
+def without_autocast(device: torch.device) -> Any:
+    """A context in which products have the dtypes that they are given."""
+    if device.type not in _AUTOCAST:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def logits_dtype_of(hidden: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of logits: float32 of 16-bit hidden states, unless another one is wanted."""
+    if wanted is not None:
+        return wanted
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def softcapped(logits: Tensor, cap: Any) -> Tensor:
+    """Cap tanh(logits / cap); infinite logits stay."""
+    infinite = logits.isinf()
+    finite = logits.masked_fill(infinite, 0)
+    return torch.where(infinite, logits, cap * torch.tanh(finite / cap))
+
+
+def checked_options(
+    function: str, logits_dtype: Any, chunk_size: Any, compact: Any
+) -> tuple[torch.dtype | None, int | None, bool | None]:
+    """The options of products, checked."""
+    if logits_dtype is not None and logits_dtype not in FLOATS:
+        raise TypeError(
+            f"{function}: logits_dtype must be float32, float64, bfloat16, float16 or None, got "
+            f"{logits_dtype!r}"
+        )
+    if chunk_size is not None:
+        chunk_size = to_integer(function, "chunk_size", chunk_size)
+        if not chunk_size >= 1:
+            raise ValueError(f"{function}: chunk_size must be positive, got {chunk_size}")
+    if compact is not None:
+        compact = to_flag(function, "compact", compact)
+    return logits_dtype, chunk_size, compact
+
+
+def _check(function: str, name: str, tensor: Any, dimensions: int | None) -> None:
+    if isinstance(tensor, torch.Tensor) and type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{function}: {name} must be a plain tensor, got DTensor; run the loss inside the "
+            "forward of the module that owns it, where it is gathered: "
+            "fastkd.integrations.call_through(module, loss)"
+        )
+    check_tensor(function, name, tensor)
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{function}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}"
+        )
+    if dimensions is not None and tensor.dim() != dimensions:
+        raise ValueError(
+            f"{function}: {name} must have {dimensions} dimension{'s' * (dimensions > 1)}, got "
+            f"shape {list(tensor.shape)}"
+        )
+
+
+def linear_side(
+    function: str,
+    side: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Any,
+    options: tuple[Any, Any, Any],
+) -> LinearLogits:
+    """One side's logits by a function's own arguments, whose names begin with ``side``."""
+    found = LinearLogits.__new__(LinearLogits)
+    found._set(hidden, weight, bias, scale, None, (function, side))
+    found.options = options
+    return found
+
+
+def check_logits(function: str, name: str, value: Any) -> None:
+    """Raise unless the value is a plain tensor or logits of a linear head."""
+    if not isinstance(value, LinearLogits):
+        check_tensor(function, name, value)
