@@ -23,7 +23,7 @@ export OMP_WAIT_POLICY := passive
 export PATH := $(abspath $(BIN)):$(PATH)
 export CMAKE_ARGS := -DFASTKD_CUDA=$(CUDA) -DFASTKD_WERROR=on
 
-.PHONY: demo gpu-report test test-unit test-schedules test-gpu test-sanitized test-slow lint format bench wheel clean
+.PHONY: demo examples gpu-report test test-unit test-schedules test-gpu test-sanitized test-slow lint format bench wheel clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,11 @@ $(VENV)/.examples: $(VENV)/.fastkd
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/distill_lm.py
+
+# All of them, one after another; QUICK=--quick for tiny runs.
+QUICK ?=
+examples: $(VENV)/.examples
+	for example in examples/[!_]*.py; do echo "== $$example"; $(BIN)/python $$example $(QUICK) || exit 1; done
 
 test: test-unit test-schedules test-sanitized
 

@@ -103,11 +103,12 @@ def _tokens_per_second(
 
 
 class Block(nn.Module):
-    """Pre-norm causal attention and a GELU MLP."""
+    """Pre-norm attention, causal or to both sides, and a GELU MLP."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, causal: bool = True) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.attention_norm = nn.RMSNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
@@ -120,25 +121,32 @@ class Block(nn.Module):
         batch, length, dim = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, dim))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
 class Student(nn.Module):
-    """A small causal transformer over the teacher's vocabulary, its embedding tied to its output.
+    """A small transformer over the teacher's vocabulary, its embedding tied to its output.
 
     The embedding starts as the teacher's, projected onto its `dim` leading principal directions.
     """
 
     def __init__(
-        self, teacher_embedding: Tensor, *, length: int, dim: int, layers: int, heads: int
+        self,
+        teacher_embedding: Tensor,
+        *,
+        length: int,
+        dim: int,
+        layers: int,
+        heads: int,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         vocab = teacher_embedding.shape[0]
         self.embedding = nn.Embedding(vocab, dim)
         self.position = nn.Embedding(length, dim)
-        blocks = [Block(dim, heads) for _ in range(layers)]
+        blocks = [Block(dim, heads, causal) for _ in range(layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(dim)
         _, directions = torch.linalg.eigh(teacher_embedding.T @ teacher_embedding)
@@ -152,7 +160,15 @@ class Student(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map token ids [batch, length] to logits [batch, length, vocab]."""
-        x = self.embedding(ids) + self.position.weight[: ids.shape[1]]
+        return self.head(self.hidden(ids)[-1])
+
+    def hidden(self, ids: Tensor) -> list[Tensor]:
+        """Return the states [batch, length, dim] before and after each block."""
+        states = [self.embedding(ids) + self.position.weight[: ids.shape[1]]]
         for block in self.blocks:
-            x = block(x)
-        return F.linear(self.norm(x), self.embedding.weight)
+            states.append(block(states[-1]))
+        return states
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Map last states to logits."""
+        return F.linear(self.norm(hidden), self.embedding.weight)

@@ -14,6 +14,7 @@ from rich.table import Table
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 ACCENT, NEUTRAL, DARK = "#d1495b", "#9aa5b1", "#26323f"
 MIB = 1 << 20
@@ -72,10 +73,8 @@ def _times(value: float | None, ours: float | None) -> str:
     return f" ({value / ours:.1f}×)" if value and ours and value != ours else ""
 
 
-def save_figure(
-    path: Path, history: History, contestants: list[Contestant], *, title: str, batch: str
-) -> None:
-    """Draw the loss curves, and bars of the loss step's time and memory."""
+def style() -> None:
+    """Set what all figures have in common."""
     plt.rcParams.update(
         {
             "font.size": 11,
@@ -92,6 +91,33 @@ def save_figure(
             "ytick.color": DARK,
         }
     )
+
+
+def show(
+    console: Console, title: str, headings: list[str], rows: list[list[str]], *, left: int = 1
+) -> None:
+    """Print a table; the first `left` columns are words."""
+    table = _table(title)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def save(figure: Figure, path: Path, console: Console) -> None:
+    """Write a figure and say where it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    console.print(f"Figure: {path}", soft_wrap=True)
+
+
+def save_figure(
+    path: Path, history: History, contestants: list[Contestant], *, title: str, batch: str
+) -> None:
+    """Draw the loss curves, and bars of the loss step's time and memory."""
+    style()
     figure, (curves, time, memory) = plt.subplots(
         1, 3, figsize=(14, 5), width_ratios=(1.9, 1, 1), layout="constrained"
     )
