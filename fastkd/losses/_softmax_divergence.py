@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor, numbers_tensor
-from fastkd._ops.checks import check_no_group
 from fastkd._ops.loss import Loss
+from fastkd._ops.shards import shards_of
+from fastkd.losses import _sharded
 
 
 def softmax_divergence(
@@ -36,6 +37,7 @@ def softmax_divergence(
     square_temperature: bool = False,
     inplace: bool = False,
     group: Any = None,
+    vocab_start: int | None = None,
 ) -> Tensor:
     r"""Divergence between a teacher's and a student's next-token distributions.
 
@@ -178,7 +180,6 @@ def softmax_divergence(
     >>> [round(x, 4) for x in student.grad[0].tolist()]
     [0.048, 0.1305, -0.1786]
     """
-    check_no_group("softmax_divergence", group)
     options = {
         "divergence": divergence,
         "beta": beta,
@@ -199,7 +200,11 @@ def softmax_divergence(
         "reduction": reduction,
         "normalizer": normalizer,
     }
-    return OP(student_logits, given(student_logits, teacher_logits, options), inplace)
+    shards = shards_of("softmax_divergence", student_logits, group, vocab_start, vocab_size)
+    arguments = given(student_logits, teacher_logits, options)
+    if shards is not None:
+        return _sharded.softmax_divergence(OP, student_logits, arguments, inplace, shards)
+    return OP(student_logits, arguments, inplace)
 
 
 def given(
