@@ -16,12 +16,14 @@ from torch import Tensor
 
 from fastkd._ops.arguments import to_integer
 from fastkd._ops.gradient import gradient_for, memory
+from fastkd._ops.op import Op, Plain
 
 #: The largest whole number below which float32 holds all of them.
 _WHOLE = 1 << 24
 #: The rows of `_shard_statistics`' result.
 ORIGIN, SUM, WEIGHTED, SECOND_SUM, SECOND_WEIGHTED = range(5)
 TOKEN_LOGIT, BEST_LOGIT, BEST_COLUMN, TOTAL, COLUMNS = range(5, 10)
+_LN2 = 0.6931471805599453
 #: Bits of `_shard_statistics`' argument `wanted`.
 ENTROPY, SECOND, BEST, TOTAL_BIT = 1, 2, 4, 8
 _EMPTY = (-torch.inf, 0.0, 0.0, 0.0, 0.0, -torch.inf, -torch.inf, 0.0, 0.0, 0.0)
@@ -46,15 +48,30 @@ class Shards:
         """The numbers [n, rows] of all processes, float64 [size, n, rows], sent in this dtype."""
         from torch.distributed import _functional_collectives as collectives
 
-        found = collectives.all_gather_tensor(numbers.to(dtype).contiguous(), 0, self.group)
-        if isinstance(found, collectives.AsyncCollectiveTensor):
-            found = found.wait()
+        # PyTorch 2.13 renamed it.
+        gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+        found = _waited(gather(numbers.to(dtype).contiguous(), 0, self.group))
         return found.view(self.size, *numbers.shape).to(torch.float64)
+
+    def sum(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum over all processes of numbers of which all but one process's are 0: exact."""
+        from torch.distributed import _functional_collectives as collectives
+
+        found = collectives.all_reduce(numbers.to(dtype).contiguous(), "sum", self.group)
+        return _waited(found).to(torch.float64)
 
     def local(self, token_ids: Tensor) -> Tensor:
         """Token ids as columns of this process; -1 for those of other processes."""
         column = token_ids.to(torch.int64) - self.start
         return torch.where((column >= 0) & (column < self.columns), column, -1)
+
+
+def _waited(tensor: Tensor) -> Tensor:
+    from torch.distributed import _functional_collectives as collectives
+
+    if isinstance(tensor, collectives.AsyncCollectiveTensor):
+        return tensor.wait()
+    return tensor
 
 
 def shards_of(
@@ -116,6 +133,17 @@ def shards_of(
     return Shards(function, group, size, start, columns, vocab_size)
 
 
+def packed_values(
+    op: Op | Plain, logits: Tensor, given: dict[str, Any], shards: Shards
+) -> dict[str, Any]:
+    """The arguments by the raw op's fields, checked as those of a single process are."""
+    given["vocab_size"] = max(shards.columns, 1)
+    packed = op.arguments.pack(logits, given)
+    if isinstance(op, Op) and not torch.compiler.is_compiling() and logits.size(-1) > 0:
+        op.checked(packed)
+    return dict(zip(op.arguments.fields, packed, strict=True))
+
+
 def table(rows: int, like: Tensor, *numbers: Any) -> Tensor:
     """Numbers, or tensors with one number a row, as a float64 table [numbers, rows]."""
     one = torch.ones(rows, dtype=torch.float64, device=like.device)
@@ -140,6 +168,15 @@ def statistics(
     )
 
 
+def pair_sums(
+    shards: Shards, student: Tensor, teacher: Tensor, numbers: Tensor, divergence: int
+) -> Tensor:
+    """`_shard_sums` of this process's columns; also where it has none."""
+    if shards.columns == 0:
+        return numbers.new_zeros((3, numbers.size(1)))
+    return torch.ops.fastkd._shard_sums(student, teacher, numbers, divergence, shards.columns)
+
+
 def dtype_of(*logits: Tensor) -> torch.dtype:
     """The dtype of what is sent, and of results."""
     double = any(x.dtype == torch.float64 for x in logits)
@@ -159,9 +196,8 @@ class Merged:
 
     def __init__(self, origins: Tensor) -> None:
         self._origins = origins
-        top = origins.amax(0)
-        self._top = top
-        self.origin = top + (top - top)
+        self._top = origins.amax(0)
+        self.origin = self._top + (self._top - self._top)
 
     def factors(self, temperature: Tensor) -> Tensor:
         """What sums at this temperature are multiplied by, so that they are relative to `origin`."""
@@ -175,11 +211,10 @@ class Merged:
     def entropy(self, sums: Tensor, weighted: Tensor, temperature: Tensor) -> Tensor:
         """The entropy, from sums of e and of e log2(e)."""
         factors = self.factors(temperature)
-        moved = ((self._origins - self._top) / temperature).clamp(min=-1e30)
-        moved = torch.where(self._origins == self._top, 0.0, moved)
-        of_each = weighted * 0.6931471805599453 + torch.where(sums > 0, sums * moved, 0.0)
+        moved = (self._origins - self._top) / temperature
+        moved = torch.where((self._origins == self._top) | (sums == 0), 0.0, moved)
         total = (sums * factors).sum(0)
-        found = total.log() - (of_each * factors).sum(0) / total
+        found = total.log() - ((weighted * _LN2 + sums * moved) * factors).sum(0) / total
         return found.clamp(min=0) + (self.origin - self.origin)
 
     def total(self, totals: Tensor, columns: Tensor) -> Tensor:

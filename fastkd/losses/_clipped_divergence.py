@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor, to_number
-from fastkd._ops.checks import check_no_group
 from fastkd._ops.loss import Loss
+from fastkd._ops.shards import shards_of
+from fastkd.losses import _sharded_clipped
 
 
 def clipped_divergence(
@@ -36,6 +37,7 @@ def clipped_divergence(
     normalizer: float | Tensor | None = None,
     square_temperature: bool = False,
     group: Any = None,
+    vocab_start: int | None = None,
 ) -> Tensor:
     r"""KL(p || q) over the tokens whose teacher probability lies between two bounds.
 
@@ -115,7 +117,6 @@ def clipped_divergence(
     >>> round(lower.grad.item(), 3)
     -0.15
     """
-    check_no_group("clipped_divergence", group)
     options = {
         "keep_label": keep_label,
         "renormalize": renormalize,
@@ -136,7 +137,11 @@ def clipped_divergence(
         "reduction": reduction,
         "normalizer": normalizer,
     }
-    return OP(student_logits, given(student_logits, teacher_logits, lower, upper, options))
+    shards = shards_of("clipped_divergence", student_logits, group, vocab_start, vocab_size)
+    arguments = given(student_logits, teacher_logits, lower, upper, options)
+    if shards is not None:
+        return _sharded_clipped.clipped_divergence(OP, student_logits, arguments, shards)
+    return OP(student_logits, arguments)
 
 
 def given(

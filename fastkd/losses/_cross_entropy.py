@@ -6,8 +6,9 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor
-from fastkd._ops.checks import check_no_group
 from fastkd._ops.loss import Loss
+from fastkd._ops.shards import shards_of
+from fastkd.losses import _sharded_softmax
 
 
 def cross_entropy(
@@ -30,6 +31,7 @@ def cross_entropy(
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
     group: Any = None,
+    vocab_start: int | None = None,
 ) -> Tensor:
     r"""Cross-entropy of one label a row, its gradient in the same call: one read and one write.
 
@@ -92,7 +94,6 @@ def cross_entropy(
     >>> [[round(x, 4) for x in row] for row in logits.grad.tolist()]
     [[0.2689, -0.2689], [0.0, 0.0]]
     """
-    check_no_group("cross_entropy", group)
     options = {
         "weight": weight,
         "mask": mask,
@@ -109,7 +110,11 @@ def cross_entropy(
         "reduction": reduction,
         "normalizer": normalizer,
     }
-    return OP(logits, given(logits, labels, options), inplace=inplace)
+    shards = shards_of("cross_entropy", logits, group, vocab_start, vocab_size)
+    arguments = given(logits, labels, options)
+    if shards is not None:
+        return _sharded_softmax.cross_entropy(OP, logits, arguments, inplace, shards)
+    return OP(logits, arguments, inplace=inplace)
 
 
 def given(logits: Tensor, labels: Tensor, options: dict[str, Any]) -> dict[str, Any]:

@@ -14,28 +14,25 @@ from torch.autograd.function import once_differentiable
 from fastkd._ops import shards as ops
 from fastkd._ops.arguments import CHOICES
 from fastkd._ops.op import Op
-from fastkd._ops.shards import Merged, Shards, table
-
+from fastkd._ops.shards import Merged, Shards, packed_values, table
 _LN2 = 0.6931471805599453
-_REDUCTIONS = tuple(CHOICES["softmax_divergence.reduction"])
-
-
-def packed_values(op: Op, logits: Tensor, given: dict[str, Any], shards: Shards) -> dict[str, Any]:
-    """The arguments by the raw op's fields, checked as those of a single process are."""
-    given["vocab_size"] = max(shards.columns, 1)
-    packed = op.arguments.pack(logits, given)
-    if not torch.compiler.is_compiling() and logits.size(-1) > 0:
-        op.checked(packed)
-    return dict(zip(op.arguments.fields, packed, strict=True))
+REDUCTIONS = tuple(CHOICES["softmax_divergence.reduction"])
 
 
 class LossRows:
     """The options of a loss over rows: rows that are read, weights, labels, the reduction."""
 
     def __init__(
-        self, shards: Shards, logits: Tensor, values: dict[str, Any], labels: str = "labels"
+        self,
+        shards: Shards,
+        logits: Tensor,
+        values: dict[str, Any],
+        *others: Tensor,
+        labels: str = "labels",
     ) -> None:
         self.shards, self.values = shards, values
+        #: Of the result.
+        self.dtype = ops.dtype_of(logits, *others)
         self.logits = logits
         self.leading = logits.shape[:-1]
         self.count = 1
@@ -50,22 +47,22 @@ class LossRows:
         kept = self.within
         mask = values.get("mask")
         if mask is not None:
-            kept = kept & self._flat(mask)
+            kept = kept & self.flat(mask)
         given, ignored = values.get(labels), values.get("ignore_index", -100)
         self.labels = None
         if given is not None:
-            ids = self._flat(given).to(torch.int64)
+            ids = self.flat(given).to(torch.int64)
             kept = kept & (ids != ignored)
             self.labels = torch.where(kept, ids, -1)
             self._check_labels(labels, kept, ids, ignored)
         #: The rows that the mean counts.
         self.kept = kept
         weight = values.get("weight")
-        self.weight = None if weight is None else self._flat(weight).to(torch.float64)
+        self.weight = None if weight is None else self.flat(weight).to(torch.float64)
         #: The rows that are read.
         self.read = kept if self.weight is None else kept & (self.weight != 0)
 
-    def _flat(self, x: Tensor) -> Tensor:
+    def flat(self, x: Tensor) -> Tensor:
         """One number a row, that of the row that the shift refers to."""
         if not (isinstance(self.shift, int) and self.shift == 0):
             x = x.roll(-self.shift, -1)
@@ -87,7 +84,7 @@ class LossRows:
         each = self.values.get(f"{name}s")
         if each is None:
             return self.values[name]
-        each = self._flat(each) if shifted else each.reshape(-1)
+        each = self.flat(each) if shifted else each.reshape(-1)
         return each.to(torch.float64)
 
     def column(self, name: str) -> Tensor:
@@ -113,12 +110,9 @@ class LossRows:
         if self.weight is not None:
             losses = losses * torch.where(self.read, self.weight, 0.0)
         losses = torch.where(self.read, losses, 0.0)
-        dtype = ops.dtype_of(*[x for x in values.values() if _is_logits(x, self.logits)])
-        for teacher in values.get("teacher_logits") or ():
-            dtype = torch.promote_types(dtype, ops.dtype_of(teacher))
-        reduction = _REDUCTIONS[values["reduction"]]
+        reduction = REDUCTIONS[values["reduction"]]
         if reduction == "none":
-            return losses.reshape(self.leading).to(dtype)
+            return losses.reshape(self.leading).to(self.dtype)
         if values["normalizer"] is not None:
             divisor = values["normalizer"]
         elif reduction == "mean":
@@ -132,11 +126,9 @@ class LossRows:
         one = torch.ones((), dtype=torch.float64, device=losses.device)
         divisor = one * divisor
         empty = divisor == 0
-        return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, divisor)).to(dtype)
-
-
-def _is_logits(x: Any, logits: Tensor) -> bool:
-    return x is logits
+        return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, divisor)).to(
+            self.dtype
+        )
 
 
 def softmax_divergence(
@@ -154,7 +146,7 @@ def softmax_divergence(
         )
     (teacher,) = given["teacher_logits"]
     values = packed_values(op, student, given, shards)
-    rows = LossRows(shards, student, values)
+    rows = LossRows(shards, student, values, teacher)
     value, label_loss = pair_numbers(rows, student, teacher, values["divergence"], inplace)
     losses = value
     if values["square_temperature"]:
@@ -261,7 +253,7 @@ class _PairCall:
             label_loss = label_log_sum - (logit - merged.origin)
         frame = [merged.origin, log_sum / _LN2, merged_t.origin, log_sum_t / _LN2]
         numbers = torch.cat([base, torch.stack(frame)])
-        sums = self._sums(numbers, student, teacher)
+        sums = ops.pair_sums(self.shards, student, teacher, numbers, self.divergence)
         wanted = [True, student_gradient, teacher_gradient]
         sent = [sums[i] for i in range(3) if wanted[i]]
         found = self.shards.gather(torch.stack(sent), dtype).sum(0)
@@ -269,13 +261,6 @@ class _PairCall:
         value = found[0] + (log_sum - log_sum) + (log_sum_t - log_sum_t)
         stored = torch.cat([numbers, value[None], found[1:], label_log_sum[None] / _LN2])
         return (value, label_loss), stored
-
-    def _sums(self, numbers: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-        if self.shards.columns == 0:
-            return numbers.new_zeros((3, numbers.size(1)))
-        return torch.ops.fastkd._shard_sums(
-            student, teacher, numbers, self.divergence, self.shards.columns
-        )
 
     def gradient(
         self,
@@ -336,3 +321,15 @@ class _Pair(torch.autograd.Function):
                 stored, token_ids, (student, teacher), factors, stored[12], False
             )
         return None, None, None, *found, None, None
+
+
+def side_table(rows: LossRows, second: Any, softcap: str) -> Tensor:
+    """What :class:`SoftmaxCall` takes of each row."""
+    return table(
+        rows.count,
+        rows.logits,
+        rows.read,
+        rows.column("temperature"),
+        second,
+        rows.values[softcap],
+    )

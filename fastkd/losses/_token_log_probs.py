@@ -9,6 +9,8 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor
 from fastkd._ops.differentiable import Differentiable
+from fastkd._ops.shards import shards_of
+from fastkd.losses import _sharded_softmax
 
 
 class TokenLogProbs(NamedTuple):
@@ -30,6 +32,8 @@ def token_log_probs(
     shift: int = 0,
     vocab_size: int | None = None,
     logit_softcap: float | None = None,
+    group: Any = None,
+    vocab_start: int | None = None,
 ) -> Tensor | TokenLogProbs:
     r"""Log-probability of one token a row, and optionally the row's entropy, from one read.
 
@@ -80,19 +84,21 @@ def token_log_probs(
     [[-0.5, 0.5], [0.0, 0.0]]
     """
     check_tensor("token_log_probs", "logits", logits)
-    log_probs, entropies = OP(
-        logits,
-        {
-            "logits": logits,
-            "token_ids": token_ids,
-            "mask": mask,
-            "temperature": temperature,
-            "shift": shift,
-            "vocab_size": vocab_size,
-            "logit_softcap": logit_softcap,
-            "entropy": entropy,
-        },
-    )
+    given = {
+        "logits": logits,
+        "token_ids": token_ids,
+        "mask": mask,
+        "temperature": temperature,
+        "shift": shift,
+        "vocab_size": vocab_size,
+        "logit_softcap": logit_softcap,
+        "entropy": entropy,
+    }
+    shards = shards_of("token_log_probs", logits, group, vocab_start, vocab_size)
+    if shards is not None:
+        log_probs, entropies = _sharded_softmax.token_log_probs(OP, logits, given, shards)
+    else:
+        log_probs, entropies = OP(logits, given)
     return TokenLogProbs(log_probs, entropies) if entropy else log_probs
 
 

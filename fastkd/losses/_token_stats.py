@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_tensor
 from fastkd._ops.op import Plain
+from fastkd._ops.shards import dtype_of, shards_of
+from fastkd.losses import _sharded_softmax
 
 
 class TokenStats(NamedTuple):
@@ -42,6 +44,8 @@ def token_stats(
     labels: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
+    group: Any = None,
+    vocab_start: int | None = None,
 ) -> TokenStats:
     r"""Entropy, likeliest token, label likelihood and divergences of each row, from one read.
 
@@ -84,16 +88,24 @@ def token_stats(
         if logits is not None or name == "student_logits":
             check_tensor("token_stats", name, logits)
     student_logits = student_logits.detach()
-    numbers, argmax = OP(
-        student_logits,
-        {
-            "student_logits": student_logits,
-            "teacher_logits": None if teacher_logits is None else teacher_logits.detach(),
-            "labels": labels,
-            "temperature": temperature,
-            "vocab_size": vocab_size,
-        },
-    )
+    teacher_logits = None if teacher_logits is None else teacher_logits.detach()
+    given = {
+        "student_logits": student_logits,
+        "teacher_logits": teacher_logits,
+        "labels": labels,
+        "temperature": temperature,
+        "vocab_size": vocab_size,
+    }
+    shards = shards_of("token_stats", student_logits, group, vocab_start, vocab_size)
+    if shards is not None:
+        found = _sharded_softmax.token_stats(OP, student_logits, given, shards)
+        dtype = dtype_of(*(x for x in (student_logits, teacher_logits) if x is not None))
+        for i, x in enumerate(found):
+            if x is not None:
+                x = x.reshape(student_logits.shape[:-1])
+                found[i] = x.to(dtype) if x.is_floating_point() else x
+        return TokenStats(*found, *[None] * (13 - len(found)))
+    numbers, argmax = OP(student_logits, given)
     fields: list[Any] = []
     for side in range(2):
         if side == 1 and teacher_logits is None:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor
-from fastkd._ops.checks import check_no_group
 from fastkd._ops.loss import Loss
+from fastkd._ops.shards import shards_of
+from fastkd.losses import _sharded_topk
 
 
 def topk_divergence(
@@ -36,6 +37,7 @@ def topk_divergence(
     normalizer: float | Tensor | None = None,
     square_temperature: bool = False,
     group: Any = None,
+    vocab_start: int | None = None,
 ) -> Tensor:
     r"""Divergence between a student's logits and a teacher's k stored log-probabilities.
 
@@ -131,7 +133,6 @@ def topk_divergence(
     >>> [round(x, 4) for x in student.grad[0].tolist()]
     [0.0326, -0.0755, 0.0103, 0.0326]
     """
-    check_no_group("topk_divergence", group)
     options = {
         "divergence": divergence,
         "beta": beta,
@@ -153,7 +154,11 @@ def topk_divergence(
         "reduction": reduction,
         "normalizer": normalizer,
     }
-    return OP(student_logits, given(student_logits, teacher_log_probs, teacher_indices, options))
+    shards = shards_of("topk_divergence", student_logits, group, vocab_start, vocab_size)
+    arguments = given(student_logits, teacher_log_probs, teacher_indices, options)
+    if shards is not None:
+        return _sharded_topk.topk_divergence(OP, student_logits, arguments, shards)
+    return OP(student_logits, arguments)
 
 
 def given(
