@@ -163,14 +163,13 @@ struct ShardSoftmaxGradient : ShardSide {
     if (hole_gradients) {
       problem.check_stored(*hole_gradients, ScalarType::Double, problem.rows * problem.hole_count, "hole_gradients");
     }
-    const double* const of_holes =
-        hole_gradients ? static_cast<const double*>(hole_gradients->data_ptr()) : nullptr;
+    const double* const of_holes = hole_gradients ? static_cast<const double*>(hole_gradients->data_ptr()) : nullptr;
     if (problem.rows > 0) Backend::softmax_gradient(problem, of_holes, gradient);
   }
 };
 
 // A student and a teacher.
-struct ShardPairArguments {
+struct ShardPairFields {
   Tensor student_logits, teacher_logits, numbers;
   Choice<DivergenceNames<portable::Divergences>> divergence;
   int64_t vocab_size = -1;
@@ -183,12 +182,14 @@ struct ShardPairArguments {
 };
 
 struct ShardPairProblem : ShardProblem {
+  const Tensor& teacher_tensor;
   Rows teacher;
   portable::DivergencePlaces divergence;
   bool constant_teacher;
 
-  ShardPairProblem(const char* name, const ShardPairArguments& own, int64_t count, bool values_checked)
+  ShardPairProblem(const char* name, const ShardPairFields& own, int64_t count, bool values_checked)
       : ShardProblem(name, own.student_logits, own.numbers, count, own.vocab_size, values_checked),
+        teacher_tensor(own.teacher_logits),
         teacher(teacher_rows(own.teacher_logits)),
         divergence(find_divergence<portable::Divergences>(own.divergence)),
         constant_teacher(DivergenceNames<portable::Divergences>::constant_teacher()[size_t(own.divergence.place)]) {
@@ -196,7 +197,7 @@ struct ShardPairProblem : ShardProblem {
   }
 };
 
-struct ShardSumsOp : ShardPairArguments {
+struct ShardSumsOp : ShardPairFields {
   static constexpr const char* kName = "shard_sums";
   static constexpr int kResults = 1;
 
@@ -210,14 +211,14 @@ struct ShardSumsOp : ShardPairArguments {
 };
 
 // The gradient of the side that of_teacher names. token_ids: the labels, of the student.
-struct ShardGradient : ShardPairArguments {
+struct ShardGradient : ShardPairFields {
   static constexpr const char* kName = "shard_gradient";
   Tensor token_ids;
   bool of_teacher = false;
 
   template <class Visitor>
   void fields(Visitor& v) {
-    ShardPairArguments::fields(v), v("token_ids", token_ids), v("of_teacher", of_teacher);
+    ShardPairFields::fields(v), v("token_ids", token_ids), v("of_teacher", of_teacher);
   }
   const Tensor& differentiated() const { return of_teacher ? teacher_logits : student_logits; }
 

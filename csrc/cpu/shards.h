@@ -163,8 +163,8 @@ ShardNumbers shard_statistics(const ShardSideRow& row, const SliceRunner& runner
     Real token;
     token_logit = double(*load(row.logits, row.token, 1, &token));
   }
-  return {state.origin, state.first.sum, state.first.weighted, state.second.sum, state.second.weighted,
-          token_logit, found.best_logit, state.total, state.columns, found.best_column};
+  return {state.origin, state.first.sum,  state.first.weighted, state.second.sum, state.second.weighted,
+          token_logit,  found.best_logit, state.total,          state.columns,    found.best_column};
 }
 
 // All parameters are passed by value: in a loop with stores the compiler must reload what it reads through references.
@@ -336,11 +336,10 @@ void shard_gradient_row(const ShardPairRow& row, const SliceRunner& runner, cons
                         const Row& gradient) {
   const Divergence divergence{row.task.beta, row.task.alpha};
   const ShardMean at = shard_mean(divergence, given.value, given.slope_sum, given.of_teacher);
-  const auto write = given.of_teacher
-                         ? (at.near ? write_shard_gradient<true, true, Real, Divergence>
-                                    : write_shard_gradient<false, true, Real, Divergence>)
-                         : (at.near ? write_shard_gradient<true, false, Real, Divergence>
-                                    : write_shard_gradient<false, false, Real, Divergence>);
+  const auto write = given.of_teacher ? (at.near ? write_shard_gradient<true, true, Real, Divergence>
+                                                 : write_shard_gradient<false, true, Real, Divergence>)
+                                      : (at.near ? write_shard_gradient<true, false, Real, Divergence>
+                                                 : write_shard_gradient<false, false, Real, Divergence>);
   write(row, runner, given, at.mean, divergence, gradient);
 }
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor, to_number
+from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.loss import Loss
 from fastkd._ops.shards import shards_of
 from fastkd.losses import _sharded_clipped
@@ -137,6 +138,10 @@ def clipped_divergence(
         "reduction": reduction,
         "normalizer": normalizer,
     }
+    if is_dtensor(student_logits):
+        others = {"teacher_logits": teacher_logits, "lower": lower, "upper": upper}
+        place = {"group": group, "vocab_start": vocab_start}
+        return loss_of_dtensors(clipped_divergence, student_logits, others, {**options, **place})
     shards = shards_of("clipped_divergence", student_logits, group, vocab_start, vocab_size)
     arguments = given(student_logits, teacher_logits, lower, upper, options)
     if shards is not None:

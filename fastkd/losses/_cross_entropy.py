@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor
+from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.loss import Loss
 from fastkd._ops.shards import shards_of
 from fastkd.losses import _sharded_softmax
@@ -110,6 +111,10 @@ def cross_entropy(
         "reduction": reduction,
         "normalizer": normalizer,
     }
+    if is_dtensor(logits):
+        others = {"labels": labels}
+        place = {"group": group, "vocab_start": vocab_start, "inplace": inplace}
+        return loss_of_dtensors(cross_entropy, logits, others, {**options, **place})
     shards = shards_of("cross_entropy", logits, group, vocab_start, vocab_size)
     arguments = given(logits, labels, options)
     if shards is not None:

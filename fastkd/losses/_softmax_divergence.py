@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor, numbers_tensor
+from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.loss import Loss
 from fastkd._ops.shards import shards_of
 from fastkd.losses import _sharded
@@ -200,6 +201,10 @@ def softmax_divergence(
         "reduction": reduction,
         "normalizer": normalizer,
     }
+    if is_dtensor(student_logits):
+        others = {"teacher_logits": teacher_logits}
+        place = {"group": group, "vocab_start": vocab_start, "inplace": inplace}
+        return loss_of_dtensors(softmax_divergence, student_logits, others, {**options, **place})
     shards = shards_of("softmax_divergence", student_logits, group, vocab_start, vocab_size)
     arguments = given(student_logits, teacher_logits, options)
     if shards is not None:

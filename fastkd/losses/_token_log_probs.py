@@ -9,6 +9,7 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor
 from fastkd._ops.differentiable import Differentiable
+from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.shards import shards_of
 from fastkd.losses import _sharded_softmax
 
@@ -83,6 +84,18 @@ def token_log_probs(
     >>> logits.grad.tolist()
     [[-0.5, 0.5], [0.0, 0.0]]
     """
+    if is_dtensor(logits):
+        options = {
+            "mask": mask,
+            "temperature": temperature,
+            "entropy": entropy,
+            "shift": shift,
+            "vocab_size": vocab_size,
+            "logit_softcap": logit_softcap,
+            "group": group,
+            "vocab_start": vocab_start,
+        }
+        return rows_of_dtensors(token_log_probs, logits, {"token_ids": token_ids}, options)
     check_tensor("token_log_probs", "logits", logits)
     given = {
         "logits": logits,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.arguments import check_tensor
+from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.op import Plain
 from fastkd._ops.shards import dtype_of, shards_of
 from fastkd.losses import _sharded_softmax
@@ -84,6 +85,16 @@ def token_stats(
     >>> stats.student_label_log_prob is None
     True
     """
+    if is_dtensor(student_logits):
+        options = {
+            "labels": labels,
+            "temperature": temperature,
+            "vocab_size": vocab_size,
+            "group": group,
+            "vocab_start": vocab_start,
+        }
+        others = {"teacher_logits": teacher_logits}
+        return rows_of_dtensors(token_stats, student_logits, others, options)
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if logits is not None or name == "student_logits":
             check_tensor("token_stats", name, logits)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor
+from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.loss import Loss
 from fastkd._ops.shards import shards_of
 from fastkd.losses import _sharded_topk
@@ -154,6 +155,10 @@ def topk_divergence(
         "reduction": reduction,
         "normalizer": normalizer,
     }
+    if is_dtensor(student_logits):
+        others = {"teacher_log_probs": teacher_log_probs, "teacher_indices": teacher_indices}
+        place = {"group": group, "vocab_start": vocab_start}
+        return loss_of_dtensors(topk_divergence, student_logits, others, {**options, **place})
     shards = shards_of("topk_divergence", student_logits, group, vocab_start, vocab_size)
     arguments = given(student_logits, teacher_log_probs, teacher_indices, options)
     if shards is not None:

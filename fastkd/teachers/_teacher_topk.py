@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_tensor, to_integer
 from fastkd._ops import shards as ops
+from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.op import Plain
 from fastkd._ops.shards import Merged, Shards, shards_of
 
@@ -58,6 +59,14 @@ def teacher_topk(
     >>> [round(x, 4) for x in best.log_probs[0].tolist()]
     [-0.9176, -0.9176, -1.9176]
     """
+    if is_dtensor(teacher_logits):
+        options = {
+            "temperature": temperature,
+            "vocab_size": vocab_size,
+            "group": group,
+            "vocab_start": vocab_start,
+        }
+        return rows_of_dtensors(teacher_topk, teacher_logits, {}, options, {"k": k})
     check_tensor("teacher_topk", "teacher_logits", teacher_logits)
     teacher_logits = teacher_logits.detach()
     given = {

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor, to_integer, to_number
 from fastkd._ops.differentiable import Differentiable
+from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.shard_softmax import SoftmaxCall
 from fastkd._ops.shards import Shards, dtype_of, shards_of, table
 
@@ -83,6 +84,16 @@ def chunk_log_likelihood(
     ([[0.0625, 0.25]], [[0.5, 1.0]])
     """
     function = "chunk_log_likelihood"
+    if is_dtensor(logits):
+        options = {
+            "temperature": temperature,
+            "group": group,
+            "vocab_start": vocab_start,
+            "vocab_size": vocab_size,
+        }
+        others = {"token_ids": token_ids, "chunk_ids": chunk_ids}
+        whole = {"num_chunks": num_chunks, "boundary": boundary}
+        return rows_of_dtensors(chunk_log_likelihood, logits, others, options, whole)
     check_tensor(function, "logits", logits)
     if boundary is not None:
         if isinstance(boundary, np.ndarray):
