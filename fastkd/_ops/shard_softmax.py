@@ -5,7 +5,7 @@ the logit of a token, those of some chosen columns, and the sum of all. The back
 columns again and writes their gradient. Losses are plain PyTorch on these numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,19 +68,25 @@ class SoftmaxCall:
         ``base``: float64 [4, rows]: whether the row is read, temperature, second temperature, cap.
         ``token_ids``: [rows] and ``holes``: [rows, holes], columns of this process or -1.
         """
+        arguments = (logits, base, token_ids, columns, holes)
         if torch.is_grad_enabled() and logits.requires_grad:
-            found = _Softmax.apply(self, logits, base, token_ids, columns, holes)
+            found = dict(zip(self.names(holes), _Softmax.apply(self, *arguments), strict=True))
         else:
-            found = self.forward(logits, base, token_ids, columns, holes)
-        numbers = [found[0]]
-        for asked, number in zip(self.asked(holes), found[1:7], strict=True):
-            numbers.append(number if asked else None)
-        return SoftmaxNumbers(*numbers, found[7], found[8] if self.best else None)
+            found = self.forward(*arguments)
+        return SoftmaxNumbers(**{name: found.get(name) for name in SoftmaxNumbers._fields})
 
-    def asked(self, holes: Tensor | None) -> tuple[bool, ...]:
-        """Which of the numbers after the first are asked for."""
-        second = self.second_entropy
-        return self.entropy, self.second, second, self.token, self.total, holes is not None
+    def names(self, holes: Tensor | None) -> list[str]:
+        """The fields of SoftmaxNumbers that are asked for, in their order."""
+        asked = {
+            "entropy": self.entropy,
+            "second_log_sum": self.second,
+            "second_entropy": self.second_entropy,
+            "token_logit": self.token,
+            "total": self.total,
+            "holes": holes is not None,
+            "best": self.best,
+        }
+        return [name for name in SoftmaxNumbers._fields if asked.get(name, True)]
 
     def forward(
         self,
@@ -89,8 +95,8 @@ class SoftmaxCall:
         token_ids: Tensor,
         columns: Tensor | None,
         holes: Tensor | None,
-    ) -> list[Tensor]:
-        """The numbers in the order of SoftmaxNumbers; empty for those that are not asked for."""
+    ) -> dict[str, Tensor]:
+        """The numbers that are asked for, in the order of SoftmaxNumbers."""
         shards = self.shards
         wanted = ops.ENTROPY * (self.entropy or self.second_entropy) + ops.SECOND * self.second
         wanted += ops.BEST * self.best + ops.TOTAL_BIT * self.total
@@ -123,35 +129,32 @@ class SoftmaxCall:
             largest = torch.cat([hole_values, torch.full_like(hole_values[:, :1], -torch.inf)], 1)
             origins = torch.cat([origins, largest.amax(1).unsqueeze(0)])
         merged = Merged(origins)
-        none = base.new_empty(0)
         sums, tau, tau_2 = self._with_holes(every[:, 1], holes), base[1], base[2]
-        result = [merged.log_sum(sums, tau), none, none, none, none, none, none]
+        result = {"log_sum": merged.log_sum(sums, tau)}
         if self.entropy:
             weighted = self._with_holes(every[:, places["weighted"]], holes)
-            result[1] = merged.entropy(sums, weighted, tau)
+            result["entropy"] = merged.entropy(sums, weighted, tau)
         if self.second:
             second = self._with_holes(every[:, places["second"]], holes)
-            result[2] = merged.log_sum(second, tau_2)
+            result["second_log_sum"] = merged.log_sum(second, tau_2)
             if self.second_entropy:
                 weighted = self._with_holes(every[:, places["second_weighted"]], holes)
-                result[3] = merged.entropy(second, weighted, tau_2)
+                result["second_entropy"] = merged.entropy(second, weighted, tau_2)
         if self.token:
-            result[4] = every[:, places["token"]].amax(0) - merged.origin
+            result["token_logit"] = every[:, places["token"]].amax(0) - merged.origin
         if self.total:
             at = places["total"]
             totals = self._with_holes(every[:, at], holes)
-            result[5] = merged.total(totals, self._with_holes(every[:, at + 1], holes))
+            result["total"] = merged.total(totals, self._with_holes(every[:, at + 1], holes))
         if holes is not None:
-            result[6] = hole_values - merged.origin.unsqueeze(1)
-        result.append(merged.origin)
-        best = none
+            result["holes"] = hole_values - merged.origin.unsqueeze(1)
+        result["origin"] = merged.origin
         if self.best:
             at = places["best"]
             logit, column = every[:, at], every[:, at + 1]
-            largest = logit == logit.amax(0)
-            best = torch.where(largest, column, torch.inf).amin(0)
-            best = torch.where(merged.origin.isnan() | result[0].isnan(), -1, best).to(torch.int64)
-        result.append(best)
+            best = torch.where(logit == logit.amax(0), column, torch.inf).amin(0)
+            lost = result["log_sum"].isnan()
+            result["best"] = torch.where(lost, -1, best).to(torch.int64)
         return result
 
     def _with_holes(self, sums: Tensor, holes: Tensor | None) -> Tensor:
@@ -163,36 +166,37 @@ class SoftmaxCall:
     def gradient(
         self,
         logits: Tensor,
-        saved: Sequence[Tensor],
-        grads: Sequence[Tensor],
+        base: Tensor,
+        token_ids: Tensor,
         columns: Tensor | None,
         holes: Tensor | None,
+        found: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
     ) -> Tensor:
         """The gradient by this process's columns from those by the numbers."""
         if self.shards.columns == 0:
             return torch.zeros_like(logits)
-        base, token_ids, *found = saved
-        log_sum, entropy, second_log_sum, second_entropy, origin = found
         zero = torch.zeros_like(base[0])
 
-        def given(x: Tensor, asked: bool = True) -> Tensor:
-            return x if asked and x.numel() else zero
-
-        def factors(into_sum: Tensor, into: Tensor, value: Tensor, tau: Tensor) -> list[Tensor]:
+        def factors(name: str, tau: Tensor) -> list[Tensor]:
             """Of q (constant + slope log2 q)."""
-            rest = torch.where(into == 0, 0.0, into * given(value))
-            return [(into_sum - rest) / tau, -into * _LN2 / tau]
+            into = grads.get(f"{name}entropy", zero)
+            rest = torch.where(into == 0, 0.0, into * found.get(f"{name}entropy", zero))
+            return [(grads.get(f"{name}log_sum", zero) - rest) / tau, -into * _LN2 / tau]
 
-        first = factors(grads[0], given(grads[1]), entropy, base[1])
-        second = factors(given(grads[2]), given(grads[3]), second_entropy, base[2])
-        into_token, into_total = given(grads[4]), given(grads[5])
-        sums = [finite_or_zero(x) / _LN2 for x in (log_sum, given(second_log_sum))]
-        numbers = [origin, *sums, *first, *second]
-        table = torch.cat([base, torch.stack([*numbers, into_token, into_total])])
+        def log2_sum(name: str) -> Tensor:
+            # Of a softmax without a possible column any normaliser gives 0.
+            log_sum = found.get(name, zero)
+            return torch.where(log_sum == -torch.inf, 0.0, log_sum) / _LN2
+
+        into_token = grads.get("token_logit", zero)
+        numbers = [found["origin"], log2_sum("log_sum"), log2_sum("second_log_sum")]
+        numbers += [*factors("", base[1]), *factors("second_", base[2])]
+        table = torch.cat([base, torch.stack([*numbers, into_token, grads.get("total", zero)])])
         of_holes = None
         if holes is not None:
             here = (holes == token_ids.unsqueeze(1)) & (holes >= 0)
-            of_holes = grads[6] + torch.where(here, into_token.unsqueeze(1), 0.0)
+            of_holes = grads["holes"] + torch.where(here, into_token.unsqueeze(1), 0.0)
             of_holes = of_holes.contiguous()
         arguments = (logits, table, token_ids, columns, holes, self.shards.columns, of_holes)
         if self.inplace:
@@ -200,11 +204,6 @@ class SoftmaxCall:
             torch.ops.fastkd._shard_softmax_gradient_into(gradient, *arguments)
             return gradient
         return ops.gradient_by("_shard_softmax_gradient", logits, *arguments)
-
-
-def finite_or_zero(log_sum: Tensor) -> Tensor:
-    """Of a softmax without a possible column any normaliser gives 0."""
-    return torch.where(log_sum == -torch.inf, 0.0, log_sum)
 
 
 def _hole_logits(logits: Tensor, base: Tensor, holes: Tensor) -> Tensor:
@@ -230,23 +229,29 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, logits, base, token_ids, columns, holes):
         found = call.forward(logits, base, token_ids, columns, holes)
-        log_sum, entropy, second_log_sum, second_entropy, *_, origin, best = found
-        ctx.call, ctx.columns, ctx.holes = call, columns, holes
-        stored = (base, token_ids, log_sum, entropy, second_log_sum, second_entropy, origin)
+        ctx.call, ctx.columns, ctx.holes, ctx.names = call, columns, holes, list(found)
+        ctx.mark_non_differentiable(*(found[x] for x in ("origin", "best") if x in found))
         # With inplace the gradient is written to the logits' own memory, in the backward pass.
         ctx.logits = logits.detach() if call.inplace else None
         if call.inplace:
             torch.autograd.graph.increment_version(logits)
-            ctx.save_for_backward(*stored)
+            ctx.save_for_backward(base, token_ids, *found.values())
         else:
-            ctx.save_for_backward(*stored, logits)
-        ctx.mark_non_differentiable(origin, best)
-        return tuple(found)
+            ctx.save_for_backward(base, token_ids, *found.values(), logits)
+        return tuple(found.values())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        saved = ctx.saved_tensors
-        logits, saved = (saved[-1], saved[:-1]) if ctx.logits is None else (ctx.logits, saved)
-        gradient = ctx.call.gradient(logits, saved, grads, ctx.columns, ctx.holes)
+        base, token_ids, *found = ctx.saved_tensors
+        logits = found.pop() if ctx.logits is None else ctx.logits
+        gradient = ctx.call.gradient(
+            logits,
+            base,
+            token_ids,
+            ctx.columns,
+            ctx.holes,
+            dict(zip(ctx.names, found, strict=True)),
+            dict(zip(ctx.names, grads, strict=True)),
+        )
         return None, gradient, None, None, None, None

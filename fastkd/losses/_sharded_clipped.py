@@ -27,6 +27,7 @@ _ELEMENTS = 1 << 18  # of the rows that are worked on at a time
 _DIVERGENCE, _MASS, _STUDENT_MASS, _REST, _STUDENT_REST = range(5)
 
 
+@torch.compiler.disable  # the backward pass forms terms by autograd
 def clipped_divergence(op: Op, student: Tensor, given: dict[str, Any], shards: Shards) -> Tensor:
     """`fastkd.clipped_divergence` of columns split across processes."""
     if given["quantile"]:
