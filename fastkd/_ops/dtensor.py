@@ -59,9 +59,7 @@ class _Layout:
         self.rows = tuple(rows)
         self.sharded = [i for i, x in enumerate(rows) if type(x) is Shard]
         self.vocab = logits.size(last)
-        _, offset = compute_local_shape_and_global_offset(
-            logits.shape, self.mesh, self.placements
-        )
+        _, offset = compute_local_shape_and_global_offset(logits.shape, self.mesh, self.placements)
         self.start = offset[last]
 
     def local(self, name: str, x: Any, placements: Sequence[Any]) -> Any:
@@ -180,7 +178,9 @@ def _local_arguments(
     def local(key: str, x: Any) -> Any:
         return layout.of_columns(key, x) if key in _WIDE else layout.of_rows(key, x)
 
-    found = {key: local(key, x) for key, x in options.items() if key not in ("group", "vocab_start")}
+    found = {
+        key: local(key, x) for key, x in options.items() if key not in ("group", "vocab_start")
+    }
     found.update(layout.options(options.get("vocab_size")))
     return layout, [logits.to_local(), *(local(key, x) for key, x in others.items())], found
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastkd._ops import shards as ops
 from fastkd._ops.shards import Merged, Shards
@@ -241,8 +240,8 @@ class _Softmax(torch.autograd.Function):
         return tuple(found.values())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
+        ops.check_first_order(ctx.call.shards)
         base, token_ids, *found = ctx.saved_tensors
         logits = found.pop() if ctx.logits is None else ctx.logits
         gradient = ctx.call.gradient(

@@ -83,7 +83,9 @@ def shards_of(
     """
     if group is None:
         if vocab_start is not None:
-            raise ValueError(f"{function}: vocab_start needs group, the processes of the other columns")
+            raise ValueError(
+                f"{function}: vocab_start needs group, the processes of the other columns"
+            )
         return None
     import torch.distributed as dist
 
@@ -219,10 +221,19 @@ class Merged:
 
     def total(self, totals: Tensor, columns: Tensor) -> Tensor:
         """The sum of z - origin over all columns."""
-        moved = torch.where(
-            self._origins == -torch.inf, -self._top, self._origins - self._top
-        ) * columns
+        moved = (
+            torch.where(self._origins == -torch.inf, -self._top, self._origins - self._top)
+            * columns
+        )
         return torch.where(columns > 0, totals + moved, 0.0).sum(0)
+
+
+def check_first_order(shards: Shards) -> None:
+    """Raise in a backward pass that is to be differentiated again."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{shards.function}: group has no second derivatives (create_graph=True)"
+        )
 
 
 def gradient_by(name: str, logits: Tensor, *arguments: Any) -> Tensor:

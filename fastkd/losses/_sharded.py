@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastkd._ops import shards as ops
 from fastkd._ops.arguments import CHOICES
 from fastkd._ops.op import Op
 from fastkd._ops.shards import Merged, Shards, packed_values, table
+
 _LN2 = 0.6931471805599453
 REDUCTIONS = tuple(CHOICES["softmax_divergence.reduction"])
 
@@ -126,9 +126,7 @@ class LossRows:
         one = torch.ones((), dtype=torch.float64, device=losses.device)
         divisor = one * divisor
         empty = divisor == 0
-        return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, divisor)).to(
-            self.dtype
-        )
+        return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, divisor)).to(self.dtype)
 
 
 def softmax_divergence(
@@ -304,8 +302,8 @@ class _Pair(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, into_value, into_label):
+        ops.check_first_order(ctx.call.shards)
         stored, token_ids, teacher, *others = ctx.saved_tensors
         student = ctx.student if ctx.student is not None else others[0]
         factors = [into_value, into_label]

@@ -47,7 +47,9 @@ def topk_divergence(op: Op, student: Tensor, given: dict[str, Any], shards: Shar
     if spread and divergence == "jsd" and (isinstance(share, Tensor) or not (forward or reverse)):
         raise NotImplementedError("topk_divergence: group takes no jsd with tail='uniform'")
     if spread and values["min_log_prob"] > -torch.inf:
-        raise NotImplementedError("topk_divergence: group takes no min_log_prob with tail='uniform'")
+        raise NotImplementedError(
+            "topk_divergence: group takes no min_log_prob with tail='uniform'"
+        )
     call = SoftmaxCall(
         shards,
         entropy=spread and bool(reverse),
@@ -83,7 +85,9 @@ def topk_divergence(op: Op, student: Tensor, given: dict[str, Any], shards: Shar
         log_p, log_q, outcomes, divergence, share, tail, values["min_log_prob"]
     )
     if spread:
-        losses = losses + _even_rest(found, log_p_rest, log_q_rest, log_z, others, tau, divergence, bool(reverse))
+        losses = losses + _even_rest(
+            found, log_p_rest, log_q_rest, log_z, others, tau, divergence, bool(reverse)
+        )
     if tail == "renormalize":
         losses = torch.where((some | ~stored.any(-1, True)).squeeze(-1), losses, torch.nan)
     losses = losses + poison
@@ -150,11 +154,18 @@ def _check_entries(
     function, counts = shards.function, read.unsqueeze(1) & (indices != -1)
     real = log_probs > PADDING_LOG_PROB
     wrong = {
-        f"teacher_indices must lie in [0, {shards.vocab}) or be -1": (IndexError, counts
-            & ((indices < 0) | (indices >= shards.vocab))),
-        "teacher_log_probs must be log-probabilities, 0 at most": (ValueError, counts & (log_probs > 0.02)),
-        "teacher_indices must be distinct in a row": (ValueError,
-            repeated & real & (_count_real(indices, counts & real) > 1)),
+        f"teacher_indices must lie in [0, {shards.vocab}) or be -1": (
+            IndexError,
+            counts & ((indices < 0) | (indices >= shards.vocab)),
+        ),
+        "teacher_log_probs must be log-probabilities, 0 at most": (
+            ValueError,
+            counts & (log_probs > 0.02),
+        ),
+        "teacher_indices must be distinct in a row": (
+            ValueError,
+            repeated & real & (_count_real(indices, counts & real) > 1),
+        ),
     }
     for message, (kind, where) in wrong.items():
         if bool(where.any()):

@@ -193,12 +193,24 @@ def _check_chunks(
     )
     scored = chunks >= 0
     wrong = [
-        (f"chunk_ids must lie in [-1, num_chunks = {num_chunks})", IndexError, chunks,
-         (chunks < -1) | (chunks >= num_chunks)),
-        ("chunk_ids must ascend, with the tokens of a chunk contiguous", ValueError, chunks,
-         scored & (chunks != before) & (chunks <= earlier)),
-        (f"token_ids must lie in [0, {shards.vocab})", IndexError, tokens,
-         scored & ((tokens < 0) | (tokens >= shards.vocab))),
+        (
+            f"chunk_ids must lie in [-1, num_chunks = {num_chunks})",
+            IndexError,
+            chunks,
+            (chunks < -1) | (chunks >= num_chunks),
+        ),
+        (
+            "chunk_ids must ascend, with the tokens of a chunk contiguous",
+            ValueError,
+            chunks,
+            scored & (chunks != before) & (chunks <= earlier),
+        ),
+        (
+            f"token_ids must lie in [0, {shards.vocab})",
+            IndexError,
+            tokens,
+            scored & ((tokens < 0) | (tokens >= shards.vocab)),
+        ),
     ]
     for message, kind, values, where in wrong:
         if bool(where.any()):
