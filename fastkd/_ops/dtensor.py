@@ -1,4 +1,4 @@
-"""Calls with logits that are DTensors: what each process computes, and the placements of the result.
+"""Calls with logits that are DTensors: what each process computes, and the result's placements.
 
 At most one dimension of the mesh shards the vocabulary; the others shard leading dimensions or
 replicate. Each process calls the same function with its local tensors, and with the group of the
@@ -24,6 +24,10 @@ def is_dtensor(x: Any) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(x, DTensor)
+
+
+def _whole(x: Any) -> Any:
+    return x.full_tensor() if is_dtensor(x) else x
 
 
 class _Layout:
@@ -82,9 +86,9 @@ class _Layout:
         """The same of a tensor whose leading dimensions are the rows'."""
         leading = self.logits.shape[:-1]
         if not isinstance(x, Tensor) or x.dim() == 0:
-            return x.full_tensor() if is_dtensor(x) else x
+            return _whole(x)
         if name == "teacher_weights" and x.dim() == 1:
-            return x.full_tensor() if is_dtensor(x) else x  # the same for all rows
+            return _whole(x)  # the same for all rows
         if x.shape[: len(leading)] != leading:
             raise ValueError(
                 f"{self.function}: {name} must have one entry a row, shape {list(leading)}, got "

@@ -7,7 +7,7 @@ columns again and writes their gradient. Losses are plain PyTorch on these numbe
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +72,8 @@ class SoftmaxCall:
             found = dict(zip(self.names(holes), _Softmax.apply(self, *arguments), strict=True))
         else:
             found = self.forward(*arguments)
-        return SoftmaxNumbers(**{name: found.get(name) for name in SoftmaxNumbers._fields})
+        every: list[Any] = [found.get(name) for name in SoftmaxNumbers._fields]
+        return SoftmaxNumbers(*every)
 
     def names(self, holes: Tensor | None) -> list[str]:
         """The fields of SoftmaxNumbers that are asked for, in their order."""

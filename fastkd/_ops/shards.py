@@ -202,7 +202,7 @@ class Merged:
         self.origin = self._top + (self._top - self._top)
 
     def factors(self, temperature: Tensor) -> Tensor:
-        """What sums at this temperature are multiplied by, so that they are relative to `origin`."""
+        """What makes sums at this temperature relative to `origin`."""
         apart = (self._origins - self._top) / temperature
         return torch.where(self._origins == self._top, 1.0, apart.exp())
 

@@ -1,7 +1,7 @@
 """clipped_divergence of columns split across processes.
 
 Rows are taken a few at a time in plain PyTorch: each process sums over its part of the support, and
-the sums of all are merged in the second collective. The backward pass forms a few rows' terms again.
+the sums of all are merged in the second collective. The backward pass forms the terms again.
 The gradients of the teacher and of the bounds are sums over all columns, too: one collective more,
 and only where they are asked for.
 """
@@ -22,8 +22,8 @@ from fastkd.reference._rows import NO_WEIGHT, exp, finite
 
 _ELEMENTS = 1 << 18  # of the rows that are worked on at a time
 #: What each process sums over its part of the support: p (log p - log q); the logarithms of the
-#: masses inside and outside, of the teacher and of the student.
-_DIVERGENCE, _MASS, _STUDENT_MASS, _REST, _STUDENT_REST = range(5)
+#: masses inside and outside, of the teacher and of the student; p where q is not 0.
+_DIVERGENCE, _MASS, _STUDENT_MASS, _REST, _STUDENT_REST, _ALIVE = range(6)
 
 
 @torch.compiler.disable  # the backward pass forms terms by autograd
@@ -75,7 +75,7 @@ class _Clipped:
 
     def value(self, sums: Tensor) -> Tensor:
         """The rows' divergences from the sums of all processes."""
-        total, mass, other, rest, rest_other = sums
+        total, mass, other, rest, rest_other = sums[:5]
         empty = mass == -torch.inf
         if self.values["renormalize"] != "none":
             log_mass = mass.masked_fill(empty, 0)
@@ -97,7 +97,7 @@ class _Clipped:
     def forward(
         self, student: Tensor, teacher: Tensor, lower: Tensor, upper: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """The sums [5, rows], the label's loss, 0 or NaN; and the normalisers."""
+        """The sums [6, rows], the label's loss, 0 or NaN; and the normalisers."""
         shards, (tau, tau_t) = self.shards, self.temperatures
         one, dtype = torch.ones_like(tau), ops.dtype_of(student, teacher)
         read, no_token = one * self.rows.read, torch.full_like(self.token_ids, -1)
@@ -127,12 +127,12 @@ class _Clipped:
             )
             for chunk in self.chunks()
         ]
-        sums = torch.cat(parts, 1) if parts else frame.new_zeros((5, 0))
+        sums = torch.cat(parts, 1) if parts else frame.new_zeros((6, 0))
         every = shards.gather(sums, dtype)
-        first, logs = every[:, :1].sum(0), every[:, 1:].logsumexp(0)
+        first, logs, alive = every[:, :1].sum(0), every[:, 1:5].logsumexp(0), every[:, 5:].sum(0)
         poison = (log_sum - log_sum) + (log_sum_t - log_sum_t)
         poison = torch.where(self.rows.read, poison, 0.0)
-        return (torch.cat([first, logs]), label_loss, poison), frame
+        return (torch.cat([first, logs, alive]), label_loss, poison), frame
 
     def chunks(self) -> Iterator[slice]:
         """A few rows at a time."""
@@ -163,12 +163,12 @@ class _Clipped:
     ) -> Tensor:
         """What this process adds to the sums of these rows."""
         if self.shards.columns == 0:
-            empty = log_q.new_full((5, lower.numel()), -torch.inf)
-            empty[0] = 0
+            empty = log_q.new_full((6, lower.numel()), -torch.inf)
+            empty[_DIVERGENCE] = empty[_ALIVE] = 0
             return empty
         softness, p = self.values["softness"], exp(log_p)
         if softness:
-            share, rest = reference._log_shares(p, lower, upper, softness)
+            share, rest = reference.log_shares(p, lower, upper, softness)
         else:
             inside = (p >= lower.unsqueeze(1)) & (p <= upper.unsqueeze(1))
             share = torch.zeros_like(p).masked_fill(~inside, -torch.inf)
@@ -177,15 +177,16 @@ class _Clipped:
             columns = torch.arange(p.size(1), device=p.device)
             kept = columns == self.token_ids[chunk].unsqueeze(1)
             share, rest = share.masked_fill(kept, 0), rest.masked_fill(kept, -torch.inf)
-        own = reference._product(share, log_p)
+        own = reference.product(share, log_p)
         weight = own.masked_fill(own == -torch.inf, 0)
         terms = exp(weight) * (finite(log_p) - finite(log_q))
         terms = torch.where(own == -torch.inf, 0.0, terms)
         lost = (own >= NO_WEIGHT) & (log_q == -torch.inf)
         terms = torch.where(lost, terms + (torch.inf - terms).detach(), terms)
-        logs = [own, reference._product(share, log_q)]
-        logs += [reference._product(rest, log_p), reference._product(rest, log_q)]
-        return torch.stack([terms.sum(1), *(reference._total(x) for x in logs)])
+        logs = [own, reference.product(share, log_q)]
+        logs += [reference.product(rest, log_p), reference.product(rest, log_q)]
+        alive = torch.where((own == -torch.inf) | (log_q == -torch.inf), 0.0, exp(weight)).sum(1)
+        return torch.stack([terms.sum(1), *(reference.total(x) for x in logs), alive])
 
     def gradients(
         self,
@@ -197,59 +198,57 @@ class _Clipped:
         into_label: Tensor,
     ) -> list[Tensor | None]:
         """The gradients by the inputs from those by the sums of all processes."""
-        student, teacher, lower, upper = inputs
-        logits = [torch.zeros_like(x) if n else None for x, n in zip(inputs, needs, strict=True)]
-        whole: list[list[Tensor]] = [[], [], [], []]
-        # The logarithm of a sum over processes: each has its share of the gradient.
-        for final in (False, True):
-            if final:
-                totals = torch.stack([torch.cat(x) for x in whole])
-                if needs[1] or needs[2] or needs[3]:
-                    every = self.shards.gather(totals, torch.float64).sum(0)
-                else:
-                    none = sums[1:] == -torch.inf
-                    share = torch.where(none, 0.0, into[1:])
-                    mass = torch.where(none[0], 0.0, sums[_MASS].exp())
-                    every = torch.zeros_like(totals)
-                    every[0] = -into[0] * mass + share[1] + share[3]
+        if any(needs[1:]):
+            own = []
             for chunk in self.chunks():
-                leaves = [x.requires_grad_() for x in self.chunk(chunk, student, teacher, frame)]
-                edges = [x[chunk].detach().clone().requires_grad_() for x in (lower, upper)]
-                with torch.enable_grad():
-                    own = self.sums(*leaves, *edges, chunk)
-                if self.shards.columns:
-                    own_logs = own[1:].detach()
-                    part = torch.where(
-                        own_logs == -torch.inf, 0.0, (own_logs - sums[1:, chunk]).exp()
-                    )
-                    given = torch.cat([into[:1, chunk], into[1:, chunk] * part])
-                    found = torch.autograd.grad(own, [*leaves, *edges], given, allow_unused=True)
-                    found = [
-                        torch.zeros_like(x) if f is None else f
-                        for f, x in zip(found, [*leaves, *edges], strict=True)
-                    ]
-                else:
-                    found = [torch.zeros_like(x) for x in [*leaves, *edges]]
-                if not final:
-                    whole[0].append(found[0].sum(1))
-                    whole[1].append(found[1].sum(1))
-                    whole[2].append(found[2])
-                    whole[3].append(found[3])
+                q, p, low, high = self.slopes(frame, sums, inputs, into, chunk)
+                own.append(torch.stack([q.sum(1), p.sum(1), low, high]))
+            whole = torch.cat(own, 1) if own else frame.new_zeros((4, 0))
+            whole = self.shards.gather(whole, torch.float64).sum(0)
+        else:
+            none = sums[1:5] == -torch.inf
+            of_logs = torch.where(none, 0.0, into[1:5])
+            total = of_logs[_STUDENT_MASS - 1] + of_logs[_STUDENT_REST - 1]
+            whole = (total - into[_DIVERGENCE] * sums[_ALIVE]).unsqueeze(0)
+        found: list[Tensor | None] = [None] * 4
+        for i in range(2):
+            if not needs[i]:
+                continue
+            found[i] = gradient = torch.zeros_like(inputs[i])
+            for chunk in self.chunks():
+                if self.shards.columns == 0:
                     continue
-                for i in range(2):
-                    if logits[i] is None:
-                        continue
-                    tau = self.temperatures[i][chunk].unsqueeze(1)
-                    own_share = exp(leaves[i].detach())
-                    gradient = (found[i] - own_share * every[i, chunk].unsqueeze(1)) / tau
-                    if i == 0 and self.labelled:
-                        gradient = gradient + self.label_gradient(chunk, student, frame, into_label)
-                    self.write(logits[i], chunk, gradient, inputs[i], i)
-        if needs[2]:
-            logits[2] = every[2]
-        if needs[3]:
-            logits[3] = every[3]
-        return logits
+                slope = self.slopes(frame, sums, inputs, into, chunk)[i]
+                share = exp(self.chunk(chunk, inputs[0], inputs[1], frame)[i])
+                tau = self.temperatures[i][chunk].unsqueeze(1)
+                part = (slope - share * whole[i, chunk].unsqueeze(1)) / tau
+                if i == 0 and self.labelled:
+                    part = part + self.label_gradient(chunk, inputs[0], frame, into_label)
+                self.write(gradient, chunk, part, inputs[i], i)
+        for i in (2, 3):
+            found[i] = whole[i] if needs[i] else None
+        return found
+
+    def slopes(
+        self, frame: Tensor, sums: Tensor, inputs: Sequence[Tensor], into: Tensor, chunk: slice
+    ) -> tuple[Tensor, ...]:
+        """The gradients by log q, log p and the bounds of these rows, at fixed normalisers."""
+        student, teacher, lower, upper = inputs
+        leaves = [*self.chunk(chunk, student, teacher, frame)]
+        leaves += [x[chunk].detach().clone() for x in (lower, upper)]
+        if self.shards.columns == 0:
+            return tuple(torch.zeros_like(x) for x in leaves)
+        for x in leaves:
+            x.requires_grad_()
+        with torch.enable_grad():
+            own = self.sums(leaves[0], leaves[1], leaves[2], leaves[3], chunk)[:5]
+        # The logarithm of a sum over processes: this one has its share of the gradient.
+        logs = own[1:].detach()
+        part = torch.where(logs == -torch.inf, 0.0, (logs - sums[1:5, chunk]).exp())
+        given = torch.cat([into[:1, chunk], into[1:5, chunk] * part])
+        found = torch.autograd.grad(own, leaves, given, allow_unused=True)
+        pairs = zip(found, leaves, strict=True)
+        return tuple(torch.zeros_like(x) if one is None else one for one, x in pairs)
 
     def label_gradient(self, chunk: slice, student: Tensor, frame: Tensor, into: Tensor) -> Tensor:
         z = self.logits(chunk, student, 0)

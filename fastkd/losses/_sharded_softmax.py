@@ -74,7 +74,7 @@ def cross_entropy(
         entropy = found.second_entropy
         if values["entropy_mask"] is not None:
             entropy = torch.where(rows.flat(values["entropy_mask"]), entropy, 0.0)
-        if found.best is not None:
+        if found.best is not None and rows.labels is not None:
             entropy = torch.where(found.best == rows.labels, entropy, 0.0)
         losses = losses + of_entropy * entropy
     return rows.divided(losses)

@@ -97,7 +97,8 @@ def topk_divergence(op: Op, student: Tensor, given: dict[str, Any], shards: Shar
     losses = torch.where(losses > cap, torch.ones_like(losses) * cap, losses)
     if labelled:
         assert found.token_logit is not None
-        all_at_one = torch.cat([entries, (found.second_log_sum if apart else rest).unsqueeze(1)], 1)
+        at_one_rest = rest if found.second_log_sum is None else found.second_log_sum
+        all_at_one = torch.cat([entries, at_one_rest.unsqueeze(1)], 1)
         label_loss = log_sum_exp(all_at_one).squeeze(1) - rows.owned(found.token_logit)
         losses = losses + label_term(rows.number("label_weight", shifted=True), label_loss)
     return rows.divided(losses)

@@ -108,6 +108,7 @@ def token_log_probs(
         "entropy": entropy,
     }
     shards = shards_of("token_log_probs", logits, group, vocab_start, vocab_size)
+    entropies: Any
     if shards is not None:
         log_probs, entropies = _sharded_softmax.token_log_probs(OP, logits, given, shards)
     else:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import check_tensor, to_integer
 from fastkd._ops import shards as ops
+from fastkd._ops.arguments import check_tensor, to_integer
 from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.op import Plain
 from fastkd._ops.shards import Merged, Shards, shards_of
