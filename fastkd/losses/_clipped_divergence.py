@@ -90,7 +90,11 @@ def clipped_divergence(
         reduction: ``"none"``, ``"sum"``, ``"mean"``, ``"batchmean"`` or ``"elementmean"``.
         normalizer: replaces the reduction's denominator.
         square_temperature: multiplies the divergence by temperature squared.
-        group: reserved for vocabularies split across a process group.
+        group: the vocabulary is split across this process group, see
+            :func:`fastkd.softmax_divergence`, as for DTensors. Two all-gathers, and one
+            more in the backward pass where the teacher or a bound requires a gradient. Rows are
+            worked on a few at a time in plain PyTorch, which torch.compile does not trace.
+        vocab_start: with ``group``, the first of this process's columns.
 
     Returns:
         float32 (float64 where an input is): a scalar, or with ``reduction="none"`` the leading
@@ -102,7 +106,7 @@ def clipped_divergence(
             would synchronise, a row with such bounds is NaN instead.
         ValueError, TypeError, IndexError: another argument has the wrong value or type, or a label
             is out of range.
-        NotImplementedError: ``group`` is given.
+        NotImplementedError: ``group`` with ``quantile``.
 
     Source: DAC-KL of Multi-Granularity Semantic Revision (arXiv 2407.10068), whose bounds a small
     network learns. The paper does not say whether it renormalises.

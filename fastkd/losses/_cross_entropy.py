@@ -72,7 +72,10 @@ def cross_entropy(
             ``ignore_index``, whatever their weights), ``"batchmean"`` or ``"elementmean"``.
         normalizer: replaces the reduction's denominator: a number or a 0-d tensor.
         inplace: the gradient overwrites ``logits``, see :func:`fastkd.softmax_divergence`.
-        group: reserved for vocabularies split across a process group.
+        group: the vocabulary is split across this process group, see
+            :func:`fastkd.softmax_divergence`, as for DTensors. Labels are those of the whole
+            vocabulary. One all-gather.
+        vocab_start: with ``group``, the first of this process's columns.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or with ``reduction="none"`` the leading
@@ -81,7 +84,7 @@ def cross_entropy(
     Raises:
         IndexError: a label out of range (on CUDA its row is NaN instead).
         ValueError, TypeError: another argument has the wrong value or type.
-        NotImplementedError: ``group`` is given.
+        NotImplementedError: second derivatives with ``group``.
 
     Sources: Szegedy et al. 2015 (arXiv 1512.00567, label smoothing); Chowdhery et al. 2022
     (2204.02311, z-loss); dParallel (2509.26488, entropy of correct tokens).

@@ -66,6 +66,10 @@ def token_log_probs(
             last row has no token.
         vocab_size: only the first ``vocab_size`` columns are used; the others get a zero gradient.
         logit_softcap: c: logits become c tanh(z / c), in the same read.
+        group: the vocabulary is split across this process group, see
+            :func:`fastkd.softmax_divergence`, as for DTensors. Tokens are those of the whole
+            vocabulary. One all-gather.
+        vocab_start: with ``group``, the first of this process's columns.
 
     Returns:
         The log-probabilities, float32 (float64 for float64 logits) in the leading dimensions'

@@ -64,6 +64,10 @@ def token_stats(
         labels: int64 or int32, one a row; -100 for none.
         temperature: of both sides, positive: a number, or a tensor with one entry a row.
         vocab_size: only the first ``vocab_size`` columns are used, on both sides.
+        group: the vocabulary is split across this process group, see
+            :func:`fastkd.softmax_divergence`, as for DTensors. Labels are those of the whole
+            vocabulary. Two all-gathers; both sides are read four times.
+        vocab_start: with ``group``, the first of this process's columns.
 
     Returns:
         :class:`TokenStats` of float32 tensors (float64 where an input is) in the leading

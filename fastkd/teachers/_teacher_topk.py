@@ -45,6 +45,10 @@ def teacher_topk(
         k: from 1 to the size of the vocabulary; on CUDA 1,024 at most.
         temperature: positive: a number, or a tensor with one entry a row.
         vocab_size: only the first ``vocab_size`` columns are used (padded vocabularies).
+        group: the vocabulary is split across this process group, see
+            :func:`fastkd.softmax_divergence`, as for DTensors. One all-gather of 8 (k + 1)
+            bytes a row.
+        vocab_start: with ``group``, the first of this process's columns.
 
     Returns:
         ``TopK(log_probs, indices)``, float32 and int32 of shape ``[..., k]``.

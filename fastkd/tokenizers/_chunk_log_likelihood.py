@@ -64,6 +64,11 @@ def chunk_log_likelihood(
             :meth:`fastkd.ByteVocab.boundary`. A set without a possible token has log-probability
             ``-inf``, which gets no gradient.
         temperature: positive.
+        group: the vocabulary is split across this process group, see
+            :func:`fastkd.softmax_divergence`, as for DTensors.
+            Ids and ``boundary`` are those of the whole vocabulary. One all-gather.
+        vocab_start: with ``group``, the first of this process's columns.
+        vocab_size: only the first ``vocab_size`` columns are used.
 
     Returns:
         :class:`ChunkLogLikelihood`, float32 (float64 for float64 logits).
