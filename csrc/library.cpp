@@ -10,6 +10,7 @@
 #include "arguments/chunk_log_likelihood_entry.h"
 #include "arguments/clipped_divergence_entry.h"
 #include "arguments/cross_entropy_entry.h"
+#include "arguments/shards_entry.h"
 #include "arguments/softmax_divergence_entry.h"
 #include "arguments/teacher_topk_entry.h"
 #include "arguments/token_log_probs_entry.h"
@@ -32,6 +33,7 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
   define_differentiable<TokenLogProbs, TokenLogProbsBackward>(m);
   define_op<TeacherTopk>(m);
   define_op<TokenStats>(m);
+  define_shard_ops(m);
   // The names that the integers of the ops above stand for: "op.field=name,name;op.field=..."
   m.def("_choices() -> str");
   // Gated routing, as csrc/arguments/gated_routing_entry.h describes it. Returns order and counts, int32.

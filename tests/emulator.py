@@ -39,6 +39,8 @@ OPS = (
 )
 FAKES = (
     *("_scale_rows_", "_gradient_like", "_kl_div", "_kl_div_into", "_kl_div_backward"),
+    *("_shard_statistics", "_shard_sums", "_shard_gradient", "_shard_gradient_into"),
+    *("_shard_softmax_gradient", "_shard_softmax_gradient_into"),
     *("_acm_route", "_acm_value", "_acm_rows", "_acm_rows_backward"),
 )
 

@@ -41,6 +41,10 @@ constexpr Kernels make_kernels() {
   out.gated_routing = gated_routing_kernels();
   out.scale_row_float = scale_row<float>;
   out.scale_row_double = scale_row<double>;
+  out.shard_side_float = shard_side_kernels<float>();
+  out.shard_side_double = shard_side_kernels<double>();
+  list_shard_kernels<float>(out.shard_pair_float, Divergences{});
+  list_shard_kernels<double>(out.shard_pair_double, Divergences{});
   return out;
 }
 }  // namespace FASTKD_ISA

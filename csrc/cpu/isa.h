@@ -7,6 +7,7 @@
 #include "gated_routing.h"
 #include "kl_div.h"
 #include "scale_rows.h"
+#include "shards.h"
 #include "softmax_divergence.h"
 #include "teacher_topk.h"
 #include "token_log_probs.h"
@@ -33,6 +34,8 @@ struct Kernels {
   ChunkGradientKernel chunk_gradient_float, chunk_gradient_double;
   GatedRoutingKernels gated_routing;
   ScaleRowKernel scale_row_float, scale_row_double;
+  ShardSideKernels shard_side_float, shard_side_double;
+  ShardPairKernels shard_pair_float[kDivergences], shard_pair_double[kDivergences];
 };
 
 // The kernels of the best instruction set that this machine can run, or of the one chosen by use_isa.

@@ -51,10 +51,10 @@ def check_normalizer(function: str, normalizer: Any) -> None:
 
 
 def check_no_group(function: str, group: Any) -> None:
-    """Raise if a group is given: split vocabularies are not implemented yet."""
+    """Raise if a group is given to a function without split vocabularies."""
     if group is not None:
         raise NotImplementedError(
-            f"{function}: group (a vocabulary split across processes) is not available yet"
+            f"{function}: group (a vocabulary split across processes) is not available here"
         )
 
 

@@ -131,6 +131,13 @@ class Op:
         """Do the raw op's checks where it is not called for its result."""
         self.compute(self.arguments.emptied(packed))
 
+    def checked(self, packed: list[Any]) -> None:
+        """The same, with errors as Python exceptions."""
+        try:
+            self.check(packed)
+        except RuntimeError as error:
+            raise_as_python(error)
+
     def compute(self, packed: list[Any]) -> Any:
         """The result without autograd."""
         raise NotImplementedError

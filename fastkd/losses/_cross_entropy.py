@@ -6,9 +6,11 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._ops.arguments import check_tensor
-from fastkd._ops.checks import check_no_group
+from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.loss import Loss
+from fastkd._ops.shards import shards_of
+from fastkd.losses import _sharded_softmax
 
 
 def cross_entropy(
@@ -31,6 +33,7 @@ def cross_entropy(
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
     group: Any = None,
+    vocab_start: int | None = None,
 ) -> Tensor:
     r"""Cross-entropy of one label a row, its gradient in the same call: one read and one write.
 
@@ -70,7 +73,10 @@ def cross_entropy(
             ``ignore_index``, whatever their weights), ``"batchmean"`` or ``"elementmean"``.
         normalizer: replaces the reduction's denominator: a number or a 0-d tensor.
         inplace: the gradient overwrites ``logits``, see :func:`fastkd.softmax_divergence`.
-        group: reserved for vocabularies split across a process group.
+        group: the vocabulary is split across this process group, see
+            :func:`fastkd.softmax_divergence`, as for DTensors. Labels are those of the whole
+            vocabulary. One all-gather.
+        vocab_start: with ``group``, the first of this process's columns.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or with ``reduction="none"`` the leading
@@ -79,7 +85,7 @@ def cross_entropy(
     Raises:
         IndexError: a label out of range (on CUDA its row is NaN instead).
         ValueError, TypeError: another argument has the wrong value or type.
-        NotImplementedError: ``group`` is given.
+        NotImplementedError: second derivatives with ``group``.
 
     Sources: Szegedy et al. 2015 (arXiv 1512.00567, label smoothing); Chowdhery et al. 2022
     (2204.02311, z-loss); dParallel (2509.26488, entropy of correct tokens).
@@ -93,7 +99,6 @@ def cross_entropy(
     >>> [[round(x, 4) for x in row] for row in logits.grad.tolist()]
     [[0.2689, -0.2689], [0.0, 0.0]]
     """
-    check_no_group("cross_entropy", group)
     options = {
         "weight": weight,
         "mask": mask,
@@ -110,7 +115,16 @@ def cross_entropy(
         "reduction": reduction,
         "normalizer": normalizer,
     }
-    return OP(logits, given(logits, labels, options), inplace=inplace)
+    if is_dtensor(logits):
+        others = {"labels": labels}
+        place = {"group": group, "vocab_start": vocab_start, "inplace": inplace}
+        return loss_of_dtensors(cross_entropy, logits, others, {**options, **place})
+    shards = shards_of("cross_entropy", logits, group, vocab_start, vocab_size)
+    arguments = given(logits, labels, options)
+    if shards is not None:
+        assert isinstance(logits, Tensor)
+        return _sharded_softmax.cross_entropy(OP, logits, arguments, inplace, shards)
+    return OP(logits, arguments, inplace=inplace)
 
 
 def given(logits: Tensor | LinearLogits, labels: Tensor, options: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._ops.arguments import numbers_tensor
-from fastkd._ops.checks import check_no_group
+from fastkd._ops.arguments import check_tensor, numbers_tensor
+from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.loss import Loss
+from fastkd._ops.shards import shards_of
+from fastkd.losses import _sharded
 
 
 def softmax_divergence(
@@ -38,6 +40,7 @@ def softmax_divergence(
     square_temperature: bool = False,
     inplace: bool = False,
     group: Any = None,
+    vocab_start: int | None = None,
 ) -> Tensor:
     r"""Divergence between a teacher's and a student's next-token distributions.
 
@@ -108,6 +111,19 @@ def softmax_divergence(
     1e-5; those of ``jsd`` and ``skew_reverse_kl``, which are small there, lose digits, fewer than
     eager float32.
 
+    Split vocabularies: with ``group`` each process reads its columns and sends 16 bytes a row (20
+    with labels, 24 also at another temperature), and then 4 bytes for the value and 4 for each
+    gradient: two all-gathers a call, whatever the divergence, and none in the backward pass, which
+    reads the columns again and writes the gradient of this process's columns. Logits that are
+    DTensors mean the same without ``group``: at most one dimension of the mesh shards the
+    vocabulary, the others shard leading dimensions or replicate. Then ``teacher_logits`` and
+    tensors with one entry a row are DTensors, or plain tensors of whole size. The result is a
+    DTensor: placed as the rows with ``reduction="none"``, else ``Partial("sum")`` over the
+    dimensions that shard rows; the denominator is that of all rows (one more all-reduce where rows
+    are counted). It is the same inside
+    :func:`torch.distributed.tensor.parallel.loss_parallel`, where
+    :func:`torch.nn.functional.kl_div` gives a wrong gradient.
+
     Args:
         student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. The
             leading dimensions are rows (tokens).
@@ -167,7 +183,12 @@ def softmax_divergence(
             kept until backward. Do not read the logits after the call. Second derivatives are not
             available. Without grad mode nothing is overwritten. Use ``shift`` instead of
             ``logits[:, :-1]``, whose gradient autograd copies into one of the whole tensor.
-        group: reserved for vocabularies split across a process group.
+        group: a torch.distributed process group across which the vocabulary is split: process r
+            has the columns from r x width on, of both logits, or from ``vocab_start`` on.
+            ``labels`` and ``vocab_size`` count the whole vocabulary; everything else is the same on
+            all processes, and so is the result, bit for bit. See below.
+        vocab_start: with ``group``, the first of this process's columns, where they are not of
+            equal widths; ``vocab_size`` must then be given. A process may have none.
 
     Returns:
         float32 (float64 where an input is): a scalar, or with ``reduction="none"`` the leading
@@ -176,7 +197,7 @@ def softmax_divergence(
     Raises:
         ValueError, TypeError, IndexError: an argument has the wrong value or type, or a label is
             out of range; the message names it, the expected and the actual value.
-        NotImplementedError: ``group`` is given.
+        NotImplementedError: ``group`` with several teachers, or its second derivatives.
 
     Sources: Hinton et al. 2015 (arXiv 1503.02531); GKD (2306.13649) for ``jsd``; DistiLLM
     (2402.03898) for the skewed divergences; DistiLLM-2 (2503.07067) for the constant mixture;
@@ -193,7 +214,6 @@ def softmax_divergence(
     >>> [round(x, 4) for x in student.grad[0].tolist()]
     [0.048, 0.1305, -0.1786]
     """
-    check_no_group("softmax_divergence", group)
     options = {
         "divergence": divergence,
         "beta": beta,
@@ -215,7 +235,16 @@ def softmax_divergence(
         "reduction": reduction,
         "normalizer": normalizer,
     }
-    return OP(student_logits, given(student_logits, teacher_logits, options), inplace)
+    if is_dtensor(student_logits):
+        others = {"teacher_logits": teacher_logits}
+        place = {"group": group, "vocab_start": vocab_start, "inplace": inplace}
+        return loss_of_dtensors(softmax_divergence, student_logits, others, {**options, **place})
+    shards = shards_of("softmax_divergence", student_logits, group, vocab_start, vocab_size)
+    arguments = given(student_logits, teacher_logits, options)
+    if shards is not None:
+        assert isinstance(student_logits, Tensor)
+        return _sharded.softmax_divergence(OP, student_logits, arguments, inplace, shards)
+    return OP(student_logits, arguments, inplace)
 
 
 def given(

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._ops.differentiable import Differentiable
+from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
+from fastkd._ops.shards import shards_of
+from fastkd.losses import _sharded_softmax
 
 
 class TokenLogProbs(NamedTuple):
@@ -30,6 +33,8 @@ def token_log_probs(
     shift: int = 0,
     vocab_size: int | None = None,
     logit_softcap: float | None = None,
+    group: Any = None,
+    vocab_start: int | None = None,
 ) -> Tensor | TokenLogProbs:
     r"""Log-probability of one token a row, and optionally the row's entropy, from one read.
 
@@ -61,6 +66,10 @@ def token_log_probs(
             last row has no token.
         vocab_size: only the first ``vocab_size`` columns are used; the others get a zero gradient.
         logit_softcap: c: logits become c tanh(z / c), in the same read.
+        group: the vocabulary is split across this process group, see
+            :func:`fastkd.softmax_divergence`, as for DTensors. Tokens are those of the whole
+            vocabulary. One all-gather.
+        vocab_start: with ``group``, the first of this process's columns.
 
     Returns:
         The log-probabilities, float32 (float64 for float64 logits) in the leading dimensions'
@@ -79,20 +88,36 @@ def token_log_probs(
     >>> logits.grad.tolist()
     [[-0.5, 0.5], [0.0, 0.0]]
     """
-    check_logits("token_log_probs", "logits", logits)
-    log_probs, entropies = OP(
-        logits,
-        {
-            "logits": logits,
-            "token_ids": token_ids,
+    if is_dtensor(logits):
+        options = {
             "mask": mask,
             "temperature": temperature,
+            "entropy": entropy,
             "shift": shift,
             "vocab_size": vocab_size,
             "logit_softcap": logit_softcap,
-            "entropy": entropy,
-        },
-    )
+            "group": group,
+            "vocab_start": vocab_start,
+        }
+        return rows_of_dtensors(token_log_probs, logits, {"token_ids": token_ids}, options)
+    check_logits("token_log_probs", "logits", logits)
+    given = {
+        "logits": logits,
+        "token_ids": token_ids,
+        "mask": mask,
+        "temperature": temperature,
+        "shift": shift,
+        "vocab_size": vocab_size,
+        "logit_softcap": logit_softcap,
+        "entropy": entropy,
+    }
+    shards = shards_of("token_log_probs", logits, group, vocab_start, vocab_size)
+    entropies: Any
+    if shards is not None:
+        assert isinstance(logits, Tensor)
+        log_probs, entropies = _sharded_softmax.token_log_probs(OP, logits, given, shards)
+    else:
+        log_probs, entropies = OP(logits, given)
     return TokenLogProbs(log_probs, entropies) if entropy else log_probs
 
 

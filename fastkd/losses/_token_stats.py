@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.op import Plain
+from fastkd._ops.shards import dtype_of, shards_of
+from fastkd.losses import _sharded_softmax
 
 
 class TokenStats(NamedTuple):
@@ -45,6 +48,8 @@ def token_stats(
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     reference_logits: Tensor | None = None,
+    group: Any = None,
+    vocab_start: int | None = None,
 ) -> TokenStats:
     r"""Entropy, likeliest token, label likelihood and divergences of each row, from one read.
 
@@ -64,6 +69,10 @@ def token_stats(
         vocab_size: only the first ``vocab_size`` columns are used, on all sides.
         reference_logits: of a third model, for ``reference_kl`` = KL(teacher || reference): the
             same shape, its own dtype. It needs ``teacher_logits``, which are then read twice.
+        group: the vocabulary is split across this process group, see
+            :func:`fastkd.softmax_divergence`, as for DTensors. Labels are those of the whole
+            vocabulary. Two all-gathers; both sides are read four times.
+        vocab_start: with ``group``, the first of this process's columns.
 
     Returns:
         :class:`TokenStats` of float32 tensors (float64 where an input is) in the leading
@@ -87,24 +96,48 @@ def token_stats(
     """
     if reference_logits is not None:
         _check_reference(student_logits, teacher_logits, reference_logits, vocab_size)
-        options = {"temperature": temperature, "vocab_size": vocab_size}
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "vocab_size": vocab_size,
+            "group": group,
+            "vocab_start": vocab_start,
+        }
         reference = token_stats(reference_logits, teacher_logits, **options)
         stats = token_stats(student_logits, teacher_logits, labels=labels, **options)
         return stats._replace(reference_kl=reference.forward_kl)
+    if is_dtensor(student_logits):
+        options = {
+            "labels": labels,
+            "temperature": temperature,
+            "vocab_size": vocab_size,
+            "group": group,
+            "vocab_start": vocab_start,
+        }
+        others = {"teacher_logits": teacher_logits}
+        return rows_of_dtensors(token_stats, student_logits, others, options)
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if logits is not None or name == "student_logits":
             check_logits("token_stats", name, logits)
     student_logits = student_logits.detach()
-    numbers, argmax = OP(
-        student_logits,
-        {
-            "student_logits": student_logits,
-            "teacher_logits": None if teacher_logits is None else teacher_logits.detach(),
-            "labels": labels,
-            "temperature": temperature,
-            "vocab_size": vocab_size,
-        },
-    )
+    teacher_logits = None if teacher_logits is None else teacher_logits.detach()
+    given = {
+        "student_logits": student_logits,
+        "teacher_logits": teacher_logits,
+        "labels": labels,
+        "temperature": temperature,
+        "vocab_size": vocab_size,
+    }
+    shards = shards_of("token_stats", student_logits, group, vocab_start, vocab_size)
+    if shards is not None:
+        assert isinstance(student_logits, Tensor)
+        found = _sharded_softmax.token_stats(OP, student_logits, given, shards)
+        dtype = dtype_of(*(x for x in (student_logits, teacher_logits) if isinstance(x, Tensor)))
+        for i, x in enumerate(found):
+            if x is not None:
+                x = x.reshape(student_logits.shape[:-1])
+                found[i] = x.to(dtype) if x.is_floating_point() else x
+        return TokenStats(*found, *[None] * (13 - len(found)))
+    numbers, argmax = OP(student_logits, given)
     return token_stats_of(numbers, argmax, teacher_logits is not None, labels is not None)
 
 

@@ -28,24 +28,24 @@ def _quantile(log_p: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return at, first, torch.where(place > below, second, first)
 
 
-def _product(log_x: Tensor, log_y: Tensor) -> Tensor:
+def product(log_x: Tensor, log_y: Tensor) -> Tensor:
     """The logarithm of x y, whose gradient stays finite where one of them is 0."""
     dead = (log_x == -math.inf) | (log_y == -math.inf)
     return torch.where(dead, -math.inf, log_x.masked_fill(dead, 0) + log_y.masked_fill(dead, 0))
 
 
-def _total(log: Tensor) -> Tensor:
+def total(log: Tensor) -> Tensor:
     return log_sum_exp(log).squeeze(-1)
 
 
-def _log_shares(p: Tensor, low: Tensor, high: Tensor, softness: float) -> tuple[Tensor, Tensor]:
+def log_shares(p: Tensor, low: Tensor, high: Tensor, softness: float) -> tuple[Tensor, Tensor]:
     """The logarithms of the weight s of soft edges and of 1 - s."""
     above, below = (p - low.unsqueeze(-1)) / softness, (high.unsqueeze(-1) - p) / softness
     inside = F.logsigmoid(above) + F.logsigmoid(below)
     outside = torch.stack(
         [F.logsigmoid(-above), F.logsigmoid(above) + F.logsigmoid(-below)], dim=-1
     )
-    return inside, _total(outside)
+    return inside, total(outside)
 
 
 def clipped_divergence_op(
@@ -73,7 +73,7 @@ def clipped_divergence_op(
     if softness:
         if quantile:
             low, high = _quantile(log_p, low)[0], _quantile(log_p, high)[0]
-        log_share, log_rest = _log_shares(p, low, high, softness)
+        log_share, log_rest = log_shares(p, low, high, softness)
     else:
         if quantile:
             least, most = _quantile(log_p, low)[2], _quantile(log_p, high)[1]
@@ -88,23 +88,23 @@ def clipped_divergence_op(
         log_share = log_share.masked_fill(kept, 0)
         log_rest = log_rest.masked_fill(kept, -math.inf)
     # Masses are kept as logarithms, so that small ones do not underflow.
-    own = _product(log_share, log_p)
+    own = product(log_share, log_p)
     by_p, by_q = torch.zeros_like(p[..., :1]), torch.zeros_like(p[..., :1])
     infinite = torch.zeros_like(rows.read)
     if renormalize != "none":
         log_mass = log_sum_exp(own)
         by_p = torch.where(log_mass == -math.inf, 0.0, log_mass)
         if renormalize == "both":
-            log_other = log_sum_exp(_product(log_share, log_q))
+            log_other = log_sum_exp(product(log_share, log_q))
             infinite = ((log_mass != -math.inf) & (log_other == -math.inf)).squeeze(-1)
             by_q = torch.where(log_other == -math.inf, 0.0, log_other)
-    weight = _product(own, -by_p) if renormalize != "none" else own
+    weight = product(own, -by_p) if renormalize != "none" else own
     # Entries of weight 0 add nothing, whatever the other side's probability.
     infinite = infinite | ((weight >= NO_WEIGHT) & (log_q == -math.inf)).any(-1)
     ratio = (finite(log_p) - by_p) - (finite(log_q) - by_q)
     loss = torch.where(weight == -math.inf, 0.0, exp(weight) * ratio).sum(-1)
     if renormalize == "none" and tail == "lump":
-        rest, rest_q = _total(_product(log_rest, log_p)), _total(_product(log_rest, log_q))
+        rest, rest_q = total(product(log_rest, log_p)), total(product(log_rest, log_q))
         infinite = infinite | ((rest != -math.inf) & (rest_q == -math.inf))
         loss = loss + torch.where(
             rest == -math.inf, 0.0, exp(rest) * (finite(rest) - finite(rest_q))

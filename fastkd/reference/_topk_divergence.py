@@ -52,41 +52,17 @@ def topk_divergence_op(
     log_q_rest = log_q_all.masked_fill(inside, -math.inf)
     others = rows.vocab - stored.sum(-1, keepdim=True)
 
-    # The teacher at its temperature: stored entries, and the mass of the rest.
-    log_p = torch.where(stored, teacher_log_probs.to(rows.dtype), -math.inf)
     ratio = stored_temperature / rows.per_row(teacher_temperature, teacher_temperatures)
-    as_stored = torch.as_tensor(ratio == 1, device=log_p.device)
-    mass = exp(log_p).sum(-1, keepdim=True)
-    rest_mass = torch.where((others > 0) & (mass < 1), 1 - mass, 0.0)
     share = rows.share(beta, betas)
-    forward, reverse = _plain(divergence, share)
-    if reverse is not False:
-        # Rounding may hide so much of the rest, and would decide whether KL(q || p) is infinite.
-        rounding = max(torch.finfo(x).eps / 2 for x in (teacher_log_probs.dtype, torch.float32))
-        entropy = -(exp(log_p) * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1, keepdim=True)
-        hidden = rounding * entropy.detach().clamp(min=rounding)
-        fixed = torch.as_tensor(reverse, device=mass.device).unsqueeze(-1)
-        rest_mass = torch.where(fixed & (others > 0) & (rest_mass < hidden), hidden, rest_mass)
-    log_p = torch.where(stored & (log_p != -math.inf), log_p.masked_fill(~stored, 0) * ratio, log_p)
-    spread = others.clamp(min=1).to(rows.dtype).log()
-    log_p_rest = torch.where(
-        rest_mass > 0, safe_log(rest_mass) * ratio + (1 - ratio) * spread, -math.inf
+    log_p, log_p_rest, some = teacher_entries(
+        teacher_log_probs, stored, others, ratio, plain(divergence, share)[1], tail, rows.dtype
     )
     if tail == "renormalize":
-        log_z = log_sum_exp(log_p)
         # Relative to the support's own largest logit, which may be far below the row's largest.
         log_q = torch.where(stored, as_given.gather(-1, at), -math.inf)
-        log_q = from_largest(log_q) / rows.tau
-        student_log_z = log_sum_exp(log_q)
-        log_q = shifted(log_q, torch.where(student_log_z == -math.inf, 0.0, student_log_z))
-        without = ((log_z == -math.inf) | (student_log_z == -math.inf)) & stored.any(-1, True)
-    else:
-        log_z = log_sum_exp(torch.cat([log_p, log_p_rest], -1))
-        whole = as_stored & ((others > 0) & (mass <= 1) | torch.as_tensor(tail == "drop"))
-        log_z = torch.where(whole, 0.0, log_z)
-    log_z = torch.where(log_z == -math.inf, 0.0, log_z)
-    log_p, log_p_rest = shifted(log_p, log_z), shifted(log_p_rest, log_z)
-
+        log_q, some_q = normalized(from_largest(log_q) / rows.tau)
+        some = some & some_q
+    outcomes = stored
     if tail == "lump":
         log_p, log_q = (
             torch.cat([log_p, log_p_rest], -1),
@@ -94,6 +70,7 @@ def topk_divergence_op(
         )
         outcomes = torch.cat([stored, others > 0], -1)
     elif tail == "uniform":
+        spread = others.clamp(min=1).to(rows.dtype).log()
         each = torch.where(inside, -math.inf, log_p_rest - spread)
         where_stored = torch.where(stored, log_p, 0.0)
         placed = torch.zeros_like(log_q_all).scatter_add(
@@ -105,21 +82,9 @@ def topk_divergence_op(
         log_p = torch.where(inside, torch.where(dead > 0, -math.inf, placed), each)
         log_q = log_q_all
         outcomes = torch.ones_like(inside)
-    else:
-        outcomes = stored
-    if min_log_prob > -math.inf:
-        log_p = torch.where(outcomes & (log_p < min_log_prob), min_log_prob, log_p)
-        log_q = torch.where(outcomes & (log_q < min_log_prob), min_log_prob, log_q)
-    loss = divergence_rows(log_p, log_q, divergence, share)
-    # divergence_rows adds q - p to each term of KL(p || q), in sum 0 for two distributions.
-    if tail == "drop" or min_log_prob > -math.inf:
-        excess = (exp(log_p) - exp(log_q)).sum(-1)
-        for rows_of, sign in ((forward, 1), (reverse, -1)):
-            if rows_of is not False:
-                of_these = torch.as_tensor(rows_of, device=loss.device)
-                loss = loss + torch.where(of_these, sign * excess, 0.0)
+    loss = support_loss(log_p, log_q, outcomes, divergence, share, tail, min_log_prob)
     if tail == "renormalize":  # NaN for rows without mass on the support
-        loss = torch.where(without.squeeze(-1), math.nan, loss)
+        loss = torch.where((some | ~stored.any(-1, True)).squeeze(-1), loss, math.nan)
     poison = log_q_all.masked_fill(log_q_all == -math.inf, 0).sum(-1) * 0
     loss = loss + poison.detach()
     if rows.square_temperature:
@@ -127,7 +92,79 @@ def topk_divergence_op(
     return rows.reduce(torch.where(loss > max_token_loss, max_token_loss, loss))
 
 
-def _plain(divergence: str, beta: float | Tensor) -> tuple[bool | Tensor, bool | Tensor]:
+def teacher_entries(
+    teacher_log_probs: Tensor,
+    stored: Tensor,
+    others: Tensor,
+    ratio: float | Tensor,
+    reverse: bool | Tensor,
+    tail: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher at its temperature: log p of the entries, of the rest, whether there is any mass.
+
+    ``stored``: which entries count. ``others``: how many tokens are no entries. ``ratio``: the
+    stored temperature divided by the teacher's. ``reverse``: see :func:`plain`.
+    """
+    log_p = torch.where(stored, teacher_log_probs.to(dtype), -math.inf)
+    as_stored = torch.as_tensor(ratio == 1, device=log_p.device)
+    mass = exp(log_p).sum(-1, keepdim=True)
+    rest_mass = torch.where((others > 0) & (mass < 1), 1 - mass, 0.0)
+    if reverse is not False:
+        # Rounding may hide so much of the rest, and would decide whether KL(q || p) is infinite.
+        rounding = max(torch.finfo(x).eps / 2 for x in (teacher_log_probs.dtype, torch.float32))
+        entropy = -(exp(log_p) * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1, keepdim=True)
+        hidden = rounding * entropy.detach().clamp(min=rounding)
+        fixed = torch.as_tensor(reverse, device=mass.device).unsqueeze(-1)
+        rest_mass = torch.where(fixed & (others > 0) & (rest_mass < hidden), hidden, rest_mass)
+    log_p = torch.where(stored & (log_p != -math.inf), log_p.masked_fill(~stored, 0) * ratio, log_p)
+    spread = others.clamp(min=1).to(dtype).log()
+    log_p_rest = torch.where(
+        rest_mass > 0, safe_log(rest_mass) * ratio + (1 - ratio) * spread, -math.inf
+    )
+    if tail == "renormalize":
+        log_z = log_sum_exp(log_p)
+    else:
+        log_z = log_sum_exp(torch.cat([log_p, log_p_rest], -1))
+        whole = as_stored & ((others > 0) & (mass <= 1) | torch.as_tensor(tail == "drop"))
+        log_z = torch.where(whole, 0.0, log_z)
+    some = log_z != -math.inf
+    log_z = torch.where(some, log_z, 0.0)
+    return shifted(log_p, log_z), shifted(log_p_rest, log_z), some
+
+
+def normalized(log: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms less their log-sum-exp, and whether there is any mass."""
+    log_z = log_sum_exp(log)
+    some = log_z != -math.inf
+    return shifted(log, torch.where(some, log_z, 0.0)), some
+
+
+def support_loss(
+    log_p: Tensor,
+    log_q: Tensor,
+    outcomes: Tensor,
+    divergence: str,
+    share: float | Tensor,
+    tail: str,
+    min_log_prob: float,
+) -> Tensor:
+    """The divergence of rows of outcomes, which need not sum to 1."""
+    if min_log_prob > -math.inf:
+        log_p = torch.where(outcomes & (log_p < min_log_prob), min_log_prob, log_p)
+        log_q = torch.where(outcomes & (log_q < min_log_prob), min_log_prob, log_q)
+    loss = divergence_rows(log_p, log_q, divergence, share)
+    # divergence_rows adds q - p to each term of KL(p || q), in sum 0 for two distributions.
+    if tail == "drop" or min_log_prob > -math.inf:
+        excess = (exp(log_p) - exp(log_q)).sum(-1)
+        for rows_of, sign in zip(plain(divergence, share), (1, -1), strict=True):
+            if rows_of is not False:
+                of_these = torch.as_tensor(rows_of, device=loss.device)
+                loss = loss + torch.where(of_these, sign * excess, 0.0)
+    return loss
+
+
+def plain(divergence: str, beta: float | Tensor) -> tuple[bool | Tensor, bool | Tensor]:
     """Whether the divergence is forward KL, and whether reverse KL, as jsd with beta 0 or 1 is.
 
     For all rows, or where beta is one a row for each.

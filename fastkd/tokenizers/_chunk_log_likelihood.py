@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._ops.arguments import check_tensor
+from fastkd._ops.arguments import check_tensor, to_integer, to_number
 from fastkd._ops.differentiable import Differentiable
+from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
+from fastkd._ops.shard_softmax import SoftmaxCall
+from fastkd._ops.shards import Shards, dtype_of, shards_of, table
 
 
 class ChunkLogLikelihood(NamedTuple):
@@ -33,6 +36,9 @@ def chunk_log_likelihood(
     *,
     boundary: Tensor | np.ndarray | None = None,
     temperature: float = 1.0,
+    group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
 ) -> ChunkLogLikelihood:
     r"""Log-likelihood of every chunk of tokens, and of a token boundary after it, from one read.
 
@@ -59,6 +65,11 @@ def chunk_log_likelihood(
             :meth:`fastkd.ByteVocab.boundary`. A set without a possible token has log-probability
             ``-inf``, which gets no gradient.
         temperature: positive.
+        group: the vocabulary is split across this process group, see
+            :func:`fastkd.softmax_divergence`, as for DTensors.
+            Ids and ``boundary`` are those of the whole vocabulary. One all-gather.
+        vocab_start: with ``group``, the first of this process's columns.
+        vocab_size: only the first ``vocab_size`` columns are used.
 
     Returns:
         :class:`ChunkLogLikelihood`, float32 (float64 for float64 logits).
@@ -79,24 +90,144 @@ def chunk_log_likelihood(
     ([[0.0625, 0.25]], [[0.5, 1.0]])
     """
     function = "chunk_log_likelihood"
+    if is_dtensor(logits):
+        options = {
+            "temperature": temperature,
+            "group": group,
+            "vocab_start": vocab_start,
+            "vocab_size": vocab_size,
+        }
+        others = {"token_ids": token_ids, "chunk_ids": chunk_ids}
+        whole = {"num_chunks": num_chunks, "boundary": boundary}
+        return rows_of_dtensors(chunk_log_likelihood, logits, others, options, whole)
     check_logits(function, "logits", logits)
     if boundary is not None:
         if isinstance(boundary, np.ndarray):
             boundary = torch.tensor(boundary, device=logits.device)
         check_tensor(function, "boundary", boundary)
         boundary = boundary.contiguous()
-    likelihood, boundary_log_prob, count = OP(
-        logits,
-        {
-            "logits": logits,
-            "token_ids": token_ids,
-            "chunk_ids": chunk_ids,
-            "num_chunks": num_chunks,
-            "boundary": boundary,
-            "temperature": temperature,
-        },
-    )
+    given = {
+        "logits": logits,
+        "token_ids": token_ids,
+        "chunk_ids": chunk_ids,
+        "num_chunks": num_chunks,
+        "boundary": boundary,
+        "temperature": temperature,
+    }
+    shards = shards_of(function, logits, group, vocab_start, vocab_size)
+    if shards is not None:
+        assert isinstance(logits, Tensor)
+        return _sharded(logits, given, shards)
+    if vocab_size is not None and vocab_size < logits.size(-1):
+        if isinstance(logits, LinearLogits):
+            bias = None if logits.bias is None else logits.bias[:vocab_size]
+            logits = logits.replaced(logits.hidden, logits.weight[:vocab_size], bias)
+        else:
+            logits = logits[..., :vocab_size]
+        given["logits"] = logits
+    likelihood, boundary_log_prob, count = OP(logits, given)
     return ChunkLogLikelihood(likelihood, None if boundary is None else boundary_log_prob, count)
+
+
+def _sharded(logits: Tensor, given: dict[str, Any], shards: Shards) -> ChunkLogLikelihood:
+    """The likelihoods of columns split across processes."""
+    function, boundary = shards.function, given["boundary"]
+    for name in ("token_ids", "chunk_ids"):
+        ids = given[name]
+        check_tensor(function, name, ids)
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{function}: {name} must be int64 or int32, got {ids.dtype}")
+        if logits.dim() < 2 or ids.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"{function}: {name} must have one entry a row, shape {list(logits.shape[:-1])}, "
+                f"got shape {list(ids.shape)}"
+            )
+    if boundary is not None and (boundary.dtype != torch.bool or boundary.shape != (shards.vocab,)):
+        raise ValueError(
+            f"{function}: boundary must be bool of shape [{shards.vocab}], that of the vocabulary, "
+            f"got {boundary.dtype} of shape {list(boundary.shape)}"
+        )
+    chunks_in_all = to_integer(function, "num_chunks", given["num_chunks"])
+    temperature = to_number(function, "temperature", given["temperature"])
+    if not torch.compiler.is_compiling() and not 0 < temperature < math.inf:
+        raise ValueError(f"{function}: temperature must be positive and finite, got {temperature}")
+    tokens, chunks = given["token_ids"].long(), given["chunk_ids"].long()
+    before = torch.cat([torch.full_like(chunks[..., :1], -1), chunks[..., :-1]], -1)
+    scored = chunks >= 0
+    _check_chunks(shards, tokens, chunks, before, chunks_in_all)
+    ended = (before >= 0) & (before != chunks) & (boundary is not None)
+    read = (scored | ended).reshape(-1)
+    base = table(read.numel(), logits, read, temperature, temperature, math.inf)
+    columns = None
+    if boundary is not None:
+        columns = boundary[shards.start : shards.start + shards.columns].contiguous()
+    call = SoftmaxCall(shards, second=boundary is not None, token=True)
+    ids = shards.local(torch.where(scored, tokens, -1).reshape(-1))
+    found = call.numbers(logits, base, ids, columns)
+    assert found.token_logit is not None
+    dtype, shape = dtype_of(logits), (*logits.shape[:-2], chunks_in_all)
+    in_range = ((tokens >= 0) & (tokens < shards.vocab)).reshape(-1)
+    token = torch.where(in_range, found.token_logit, math.nan)
+
+    def summed(values: Tensor, where: Tensor, of: Tensor) -> Tensor:
+        """Sums by chunk; those of no chunk go to an entry more, which is dropped."""
+        of = torch.where(where & (of >= 0) & (of < chunks_in_all), of, chunks_in_all)
+        of = of.reshape(-1, of.size(-1))
+        out = values.new_zeros((of.size(0), chunks_in_all + 1))
+        rows = torch.arange(of.size(0), device=of.device).unsqueeze(1).expand_as(of)
+        # Unlike scatter_add, this adds in a fixed order on a GPU, too.
+        out = out.index_put((rows, of), values.reshape(of.shape), accumulate=True)
+        return out[:, :-1].reshape(shape)
+
+    of_tokens = torch.where(scored.reshape(-1), token / temperature - found.log_sum, 0.0)
+    likelihood = summed(of_tokens, scored, chunks).to(dtype)
+    count = summed(scored.reshape(-1).long(), scored, chunks)
+    if found.second_log_sum is None:
+        return ChunkLogLikelihood(likelihood, None, count)
+    mass = found.second_log_sum
+    none = mass == -math.inf
+    log_prob = torch.where(none, -math.inf, mass.masked_fill(none, 0) - found.log_sum)
+    log_prob = torch.where(ended.reshape(-1), log_prob, 0.0)
+    return ChunkLogLikelihood(likelihood, summed(log_prob, ended, before).to(dtype), count)
+
+
+def _check_chunks(
+    shards: Shards, tokens: Tensor, chunks: Tensor, before: Tensor, num_chunks: int
+) -> None:
+    """Raise as the raw op does, where values can be read without waiting for a device."""
+    function = shards.function
+    if num_chunks < 0:
+        raise ValueError(f"{function}: num_chunks must not be negative, got {num_chunks}")
+    if torch.compiler.is_compiling() or chunks.device.type != "cpu" or not chunks.numel():
+        return
+    earlier = torch.cat(
+        [torch.full_like(chunks[..., :1], -1), chunks.cummax(-1).values[..., :-1]], -1
+    )
+    scored = chunks >= 0
+    wrong = [
+        (
+            f"chunk_ids must lie in [-1, num_chunks = {num_chunks})",
+            IndexError,
+            chunks,
+            (chunks < -1) | (chunks >= num_chunks),
+        ),
+        (
+            "chunk_ids must ascend, with the tokens of a chunk contiguous",
+            ValueError,
+            chunks,
+            scored & (chunks != before) & (chunks <= earlier),
+        ),
+        (
+            f"token_ids must lie in [0, {shards.vocab})",
+            IndexError,
+            tokens,
+            scored & ((tokens < 0) | (tokens >= shards.vocab)),
+        ),
+    ]
+    for message, kind, values, where in wrong:
+        if bool(where.any()):
+            row = int(where.reshape(-1).nonzero()[0])
+            raise kind(f"{function}: {message}, got {int(values.reshape(-1)[row])} in row {row}")
 
 
 def _fake(logits: Tensor, num_chunks: int, boundary: Tensor | None, **_: Any) -> tuple[Tensor, ...]:

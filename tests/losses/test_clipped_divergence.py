@@ -266,7 +266,12 @@ def test_threads_change_no_bit(backend):
         ((torch.zeros(3, requires_grad=True), 0.4), {}, ValueError, "lower requires a gradient"),
         ((0.1, 0.4), {"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be"),
         ((0.1, 0.4), {"labels": torch.tensor([1, 40, 2])}, IndexError, r"lie in \[0, 40\)"),
-        ((0.1, 0.4), {"group": object()}, NotImplementedError, "group"),
+        (
+            (0.1, 0.4),
+            {"group": object()},
+            TypeError,
+            "group must be a torch.distributed process group",
+        ),
     ],
 )
 def test_errors(backend, edges, options, error, message):

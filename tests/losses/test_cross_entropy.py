@@ -300,7 +300,7 @@ def test_threads_change_no_bit(backend):
         ({"vocab_size": 41}, ValueError, "vocab_size is 41, logits has only 40"),
         ({"logits": torch.zeros(3, 40).long()}, TypeError, "logits must be float32"),
         ({"logits": 3.0}, TypeError, "logits must be a tensor, got float"),
-        ({"group": object()}, NotImplementedError, "group"),
+        ({"group": object()}, TypeError, "group must be a torch.distributed process group"),
     ],
 )
 def test_errors(backend, change, error, message):

@@ -336,7 +336,7 @@ REFUSALS = [
     ((S, T), {"normalizer": -1.0}, ValueError, "normalizer must not be negative, got -1.0"),
     ((S, T), {"normalizer": torch.ones(2)}, ValueError, "normalizer must be a number or a 0-d"),
     ((S, T), {"normalizer": 2, "reduction": "none"}, ValueError, "normalizer has no meaning"),
-    ((S, T), {"group": object()}, NotImplementedError, "group"),
+    ((S, T), {"group": object()}, TypeError, "group must be a torch.distributed process group"),
 ]
 
 

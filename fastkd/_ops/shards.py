@@ -1,0 +1,285 @@
+"""Vocabularies split across the processes of a group: one process's columns, and sums over all.
+
+Each process reads its columns and sends a few numbers a row. All processes receive all numbers, in
+the order of their ranks, and merge them in the same way: every process has the same bits. The
+numbers of a row are a logit near the largest, the origin, and sums relative to it, for example
+``sum exp((z - origin) / temperature)``.
+
+The raw ops take a table, float64 [numbers, rows] (csrc/arguments/shards_entry.h has its rows).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd._ops.arguments import to_integer
+from fastkd._ops.gradient import gradient_for, memory
+from fastkd._ops.op import Op, Plain
+
+#: The largest whole number below which float32 holds all of them.
+_WHOLE = 1 << 24
+#: The rows of `_shard_statistics`' result.
+ORIGIN, SUM, WEIGHTED, SECOND_SUM, SECOND_WEIGHTED = range(5)
+TOKEN_LOGIT, BEST_LOGIT, BEST_COLUMN, TOTAL, COLUMNS = range(5, 10)
+_LN2 = 0.6931471805599453
+#: Bits of `_shard_statistics`' argument `wanted`.
+ENTROPY, SECOND, BEST, TOTAL_BIT = 1, 2, 4, 8
+_EMPTY = (-torch.inf, 0.0, 0.0, 0.0, 0.0, -torch.inf, -torch.inf, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The columns of this process.
+
+    ``columns``: how many of them the vocabulary has; those after them are padding. ``start``: the
+    vocabulary's number of the first one. ``vocab``: the vocabulary's size.
+    """
+
+    function: str
+    group: Any
+    size: int
+    start: int
+    columns: int
+    vocab: int
+
+    def gather(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers [n, rows] of all processes, float64 [size, n, rows], sent in this dtype."""
+        from torch.distributed import _functional_collectives as collectives
+
+        # PyTorch 2.13 renamed it.
+        gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+        found = _waited(gather(numbers.to(dtype).contiguous(), 0, self.group))
+        return found.view(self.size, *numbers.shape).to(torch.float64)
+
+    def sum(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum over all processes of numbers of which all but one process's are 0: exact."""
+        from torch.distributed import _functional_collectives as collectives
+
+        found = collectives.all_reduce(numbers.to(dtype).contiguous(), "sum", self.group)
+        return _waited(found).to(torch.float64)
+
+    def local(self, token_ids: Tensor) -> Tensor:
+        """Token ids as columns of this process; -1 for those of other processes."""
+        column = token_ids.to(torch.int64) - self.start
+        return torch.where((column >= 0) & (column < self.columns), column, -1)
+
+
+def _waited(tensor: Tensor) -> Tensor:
+    from torch.distributed import _functional_collectives as collectives
+
+    if isinstance(tensor, collectives.AsyncCollectiveTensor):
+        return tensor.wait()
+    return tensor
+
+
+def shards_of(
+    function: str, logits: Any, group: Any, vocab_start: Any, vocab_size: Any
+) -> Shards | None:
+    """The part of this process in a call, or None if it has all columns.
+
+    The raw op of a single process checks ``vocab_size`` where there is no group.
+    """
+    if group is None:
+        if vocab_start is not None:
+            raise ValueError(
+                f"{function}: vocab_start needs group, the processes of the other columns"
+            )
+        return None
+    import torch.distributed as dist
+
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"{function}: group must be a process group or a mesh of one dimension, got a mesh "
+                f"of {group.ndim}"
+            )
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{function}: group must be a torch.distributed process group, got "
+            f"{type(group).__name__}"
+        )
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError(f"{function}: this process is not in group")
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"{function}: with group, logits must be a tensor, got {type(logits).__name__}"
+        )
+    if logits.dim() < 1:
+        raise ValueError(f"{function}: logits must have at least one dimension, got a scalar")
+    width = logits.size(-1)
+    if vocab_size is not None:
+        vocab_size = to_integer(function, "vocab_size", vocab_size)
+        if vocab_size < 1:
+            raise ValueError(f"{function}: vocab_size must be positive, got {vocab_size}")
+    if vocab_start is not None:
+        start = to_integer(function, "vocab_start", vocab_start)
+        if vocab_size is None:
+            raise ValueError(f"{function}: vocab_start needs vocab_size, that of all processes")
+        if start < 0:
+            raise ValueError(f"{function}: vocab_start must not be negative, got {start}")
+    else:
+        start = rank * width
+        vocab_size = size * width if vocab_size is None else vocab_size
+        if vocab_size > size * width:
+            raise ValueError(
+                f"{function}: vocab_size is {vocab_size}, the {size} processes have only "
+                f"{size * width} columns"
+            )
+    if size == 1:
+        if start != 0:
+            raise ValueError(f"{function}: vocab_start must be 0 in a group of one, got {start}")
+        return None
+    columns = min(max(vocab_size - start, 0), width)
+    return Shards(function, group, size, start, columns, vocab_size)
+
+
+def packed_values(
+    op: Op | Plain, logits: Tensor, given: dict[str, Any], shards: Shards
+) -> dict[str, Any]:
+    """The arguments by the raw op's fields, checked as those of a single process are."""
+    given["vocab_size"] = max(shards.columns, 1)
+    packed = op.arguments.pack(logits, given)
+    if isinstance(op, Op) and not torch.compiler.is_compiling() and logits.size(-1) > 0:
+        op.checked(packed)
+    return dict(zip(op.arguments.fields, packed, strict=True))
+
+
+def table(rows: int, like: Tensor, *numbers: Any) -> Tensor:
+    """Numbers, or tensors with one number a row, as a float64 table [numbers, rows]."""
+    one = torch.ones(rows, dtype=torch.float64, device=like.device)
+    return torch.stack([one * x for x in numbers])
+
+
+def statistics(
+    shards: Shards,
+    logits: Tensor,
+    numbers: Tensor,
+    token_ids: Tensor,
+    wanted: int = 0,
+    columns: Tensor | None = None,
+    holes: Tensor | None = None,
+) -> Tensor:
+    """`_shard_statistics` of this process's columns; also where it has none."""
+    if shards.columns == 0:
+        empty = torch.tensor(_EMPTY, dtype=torch.float64, device=logits.device)
+        return empty.unsqueeze(1).expand(-1, numbers.size(1))
+    return torch.ops.fastkd._shard_statistics(
+        logits, numbers, token_ids, columns, holes, shards.columns, wanted
+    )
+
+
+def pair_sums(
+    shards: Shards, student: Tensor, teacher: Tensor, numbers: Tensor, divergence: int
+) -> Tensor:
+    """`_shard_sums` of this process's columns; also where it has none."""
+    if shards.columns == 0:
+        return numbers.new_zeros((3, numbers.size(1)))
+    return torch.ops.fastkd._shard_sums(student, teacher, numbers, divergence, shards.columns)
+
+
+def dtype_of(*logits: Tensor) -> torch.dtype:
+    """The dtype of what is sent, and of results."""
+    double = any(x.dtype == torch.float64 for x in logits)
+    return torch.float64 if double else torch.float32
+
+
+def sent_dtype(shards: Shards, *logits: Tensor) -> torch.dtype:
+    """The same where columns' numbers are sent."""
+    return torch.float64 if shards.vocab >= _WHOLE else dtype_of(*logits)
+
+
+class Merged:
+    """Origins of all processes, [processes, rows], merged.
+
+    ``origin``: the largest, NaN where the row has no finite logit, or +inf.
+    """
+
+    def __init__(self, origins: Tensor) -> None:
+        self._origins = origins
+        self._top = origins.amax(0)
+        self.origin = self._top + (self._top - self._top)
+
+    def factors(self, temperature: Tensor) -> Tensor:
+        """What makes sums at this temperature relative to `origin`."""
+        apart = (self._origins - self._top) / temperature
+        return torch.where(self._origins == self._top, 1.0, apart.exp())
+
+    def log_sum(self, sums: Tensor, temperature: Tensor) -> Tensor:
+        """log sum exp((z - origin) / temperature), from the sums of all processes."""
+        return (sums * self.factors(temperature)).sum(0).log() + (self.origin - self.origin)
+
+    def entropy(self, sums: Tensor, weighted: Tensor, temperature: Tensor) -> Tensor:
+        """The entropy, from sums of e and of e log2(e)."""
+        factors = self.factors(temperature)
+        moved = (self._origins - self._top) / temperature
+        moved = torch.where((self._origins == self._top) | (sums == 0), 0.0, moved)
+        total = (sums * factors).sum(0)
+        found = total.log() - ((weighted * _LN2 + sums * moved) * factors).sum(0) / total
+        return found.clamp(min=0) + (self.origin - self.origin)
+
+    def total(self, totals: Tensor, columns: Tensor) -> Tensor:
+        """The sum of z - origin over all columns."""
+        moved = (
+            torch.where(self._origins == -torch.inf, -self._top, self._origins - self._top)
+            * columns
+        )
+        return torch.where(columns > 0, totals + moved, 0.0).sum(0)
+
+
+def check_first_order(shards: Shards) -> None:
+    """Raise in a backward pass that is to be differentiated again."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{shards.function}: group has no second derivatives (create_graph=True)"
+        )
+
+
+def gradient_by(name: str, logits: Tensor, *arguments: Any) -> Tensor:
+    """The gradient of these logits by a raw op, in reused memory where possible."""
+    if torch.compiler.is_compiling() or type(logits) is not Tensor:
+        return getattr(torch.ops.fastkd, name)(*arguments)
+    gradient = gradient_for(logits)
+    getattr(torch.ops.fastkd, f"{name}_into")(gradient, *arguments)
+    memory.keep(gradient)
+    return gradient
+
+
+def _rows(logits: Tensor) -> int:
+    rows = 1
+    for size in logits.shape[:-1]:
+        rows *= size
+    return rows
+
+
+@torch.library.register_fake("fastkd::_shard_statistics")
+def _(logits, numbers, token_ids, columns, holes, vocab_size, wanted):
+    return logits.new_empty((10, _rows(logits)), dtype=torch.float64)
+
+
+@torch.library.register_fake("fastkd::_shard_sums")
+def _(student_logits, teacher_logits, numbers, divergence, vocab_size):
+    return student_logits.new_empty((3, _rows(student_logits)), dtype=torch.float64)
+
+
+@torch.library.register_fake("fastkd::_shard_gradient")
+def _(student_logits, teacher_logits, numbers, divergence, vocab_size, token_ids, of_teacher):
+    return torch.empty_like(teacher_logits if of_teacher else student_logits)
+
+
+@torch.library.register_fake("fastkd::_shard_softmax_gradient")
+def _(logits, *others):
+    return torch.empty_like(logits)
+
+
+@torch.library.register_fake("fastkd::_shard_gradient_into")
+def _(gradient, *others):
+    return None
+
+
+@torch.library.register_fake("fastkd::_shard_softmax_gradient_into")
+def _(gradient, *others):
+    return None
