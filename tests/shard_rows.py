@@ -1,0 +1,150 @@
+"""Widths, infinities, NaN, masks and labels of vocabularies split across processes."""
+
+import functools
+
+import pytest
+import torch
+from shard_ranks import ROWS, WIDTH, Ranks, logits
+
+import fastkd
+from fastkd._ops.arguments import choices
+
+
+def uneven(vocab: int, ranks: Ranks) -> slice:
+    """As DTensor splits: equal parts, the last ones short or empty."""
+    each = -(-vocab // ranks.size)
+    return slice(min(ranks.rank * each, vocab), min((ranks.rank + 1) * each, vocab))
+
+
+def width_case(vocab: int, ranks: Ranks) -> None:
+    """A short last process, or one without columns."""
+    columns, labels = uneven(vocab, ranks), torch.arange(ROWS) % vocab
+    sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
+    place = {"vocab_start": columns.start, "vocab_size": vocab}
+    for name in ("forward_kl", "jsd", "tvd"):
+        function = functools.partial(
+            fastkd.softmax_divergence, divergence=name, labels=labels, reduction="elementmean"
+        )
+        ranks.compare(function, sides, tolerance=1e-12, columns=columns, **place)
+    best = fastkd.teacher_topk(sides[1], min(3, vocab))
+    ranks.compare(
+        lambda z, **p: fastkd.topk_divergence(z, best.log_probs, best.indices, **p),
+        sides[:1],
+        tolerance=1e-12,
+        columns=columns,
+        **place,
+    )
+    ranks.compare(
+        lambda z, **p: fastkd.cross_entropy(z, labels, label_smoothing=0.1, **p),
+        sides[:1],
+        tolerance=1e-12,
+        columns=columns,
+        **place,
+    )
+    ranks.compare(
+        lambda s, t, **p: fastkd.clipped_divergence(s, t, 0.01, 0.9, softness=0.1, **p),
+        sides,
+        tolerance=1e-12,
+        columns=columns,
+        **place,
+    )
+    stats = fastkd.token_stats(
+        sides[0][:, columns], sides[1][:, columns], group=ranks.group, **place
+    )
+    expected = fastkd.token_stats(*sides)
+    torch.testing.assert_close(stats.student_entropy, expected.student_entropy)
+    torch.testing.assert_close(stats.reverse_kl, expected.reverse_kl)
+    found = fastkd.teacher_topk(sides[0][:, columns], 2, group=ranks.group, **place)
+    assert torch.equal(found.indices, fastkd.teacher_topk(sides[0], 2).indices)
+
+
+def padding_case(vocab: int, ranks: Ranks) -> None:
+    """vocab_size cuts inside a process, or leaves the last ones nothing: padding gets zeros."""
+    sides = [logits(ROWS, WIDTH * ranks.size, seed=i) for i in range(2)]
+    for x in sides:
+        x[:, vocab:] = torch.nan
+    function = functools.partial(fastkd.softmax_divergence, vocab_size=vocab)
+    ranks.compare(lambda s, t, **place: function(s, t, **place), sides, tolerance=1e-12)
+    labels = torch.full((ROWS,), vocab - 1)
+    ranks.compare(
+        lambda z, **place: fastkd.cross_entropy(z, labels, vocab_size=vocab, **place),
+        sides[:1],
+        tolerance=1e-12,
+    )
+
+
+def infinite_case(ranks: Ranks) -> None:
+    """-inf on a whole process's columns, on either side; infinite values."""
+    vocab = WIDTH * ranks.size
+    for name in choices("softmax_divergence", "divergence"):
+        sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
+        sides[0][0, :WIDTH] = sides[1][0, :WIDTH] = -torch.inf
+        sides[0][1, -WIDTH:] = -torch.inf
+        sides[1][2, -WIDTH:] = -torch.inf
+        sides[1][3, 1:] = -torch.inf
+        sides[0][4] = -torch.inf
+        function = functools.partial(fastkd.softmax_divergence, divergence=name, reduction="none")
+        ranks.compare(function, sides, tolerance=1e-12)
+
+
+def nan_case(ranks: Ranks) -> None:
+    """A NaN on one process makes its row NaN on all, and no other row."""
+    vocab = WIDTH * ranks.size
+    for name in choices("softmax_divergence", "divergence"):
+        sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
+        sides[0][1, 0], sides[1][2, -1], sides[0][3, 4] = torch.nan, torch.nan, torch.inf
+        function = functools.partial(fastkd.softmax_divergence, divergence=name, reduction="none")
+        found = ranks.compare(function, sides, tolerance=1e-12)
+        assert found.isnan().tolist() == [False, True, True, True, False, False]
+        local = sides[0][:, ranks.even(WIDTH)].clone().requires_grad_()
+        loss = function(local, sides[1][:, ranks.even(WIDTH)], group=ranks.group)
+        loss.sum().backward()
+        assert local.grad is not None
+        assert local.grad.isnan().all(1).tolist() == [False, True, True, True, False, False]
+
+
+def masked_case(ranks: Ranks) -> None:
+    """Masked rows are not read: NaN in them changes nothing, and their gradient is 0."""
+    vocab, mask = WIDTH * ranks.size, torch.arange(ROWS) % 2 == 0
+    sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
+    for x in sides:
+        x[1] = torch.nan
+    for name in ("forward_kl", "jsd"):
+        ranks.compare(
+            functools.partial(fastkd.softmax_divergence, divergence=name, mask=mask),
+            sides,
+            tolerance=1e-12,
+        )
+
+
+def edge_label_case(ranks: Ranks) -> None:
+    """Labels on the first and last column of every process."""
+    edges = [x for rank in range(ranks.size) for x in (rank * WIDTH, (rank + 1) * WIDTH - 1)]
+    z, labels = logits(len(edges), WIDTH * ranks.size), torch.tensor(edges)
+    for temperature in (1.0, 0.5):
+        ranks.compare(
+            functools.partial(
+                fastkd.softmax_divergence, labels=labels, temperature=temperature, reduction="none"
+            ),
+            [z, logits(*z.shape, seed=1)],
+            tolerance=1e-12,
+        )
+
+
+def label_error_case(ranks: Ranks) -> None:
+    z = logits(ROWS, WIDTH)
+    for call in (
+        lambda: fastkd.softmax_divergence(
+            z, z, labels=torch.full((ROWS,), WIDTH * ranks.size), group=ranks.group
+        ),
+        lambda: fastkd.cross_entropy(z, torch.full((ROWS,), -1), group=ranks.group),
+        lambda: fastkd.token_log_probs(z, torch.full((ROWS,), 10**6), group=ranks.group),
+        lambda: fastkd.topk_divergence(
+            z,
+            torch.full((ROWS, 1), -1.0),
+            torch.full((ROWS, 1), WIDTH * ranks.size),
+            group=ranks.group,
+        ),
+    ):
+        with pytest.raises(IndexError, match=r"must lie in \[0, "):
+            call()
