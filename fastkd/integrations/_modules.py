@@ -100,7 +100,7 @@ def _innermost(module: nn.Module) -> nn.Module:
 
 
 class LinearHead(NamedTuple):
-    """A model's output layer: logits = softcap(logit_scale x hidden @ weight.T + bias)."""
+    """A model's output layer: logits = softcap(logit_scale x (hidden @ weight.T + bias))."""
 
     #: The layer; call through it before reading its weight.
     module: nn.Module
@@ -163,7 +163,7 @@ def lm_head(model: nn.Module) -> LinearHead:
             f"lm_head: model must have an output layer (get_output_embeddings), got "
             f"{type(inner).__name__}"
         )
-    config = getattr(inner, "config", None)
+    config: Any = getattr(inner, "config", None)
     text = getattr(config, "get_text_config", None)
     config = text() if callable(text) else config
     scale, softcap = 1.0, getattr(config, "final_logit_softcapping", None)
