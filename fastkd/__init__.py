@@ -1,6 +1,6 @@
 """fastkd: fused kernels for knowledge-distillation losses in PyTorch."""
 
-from fastkd import acm, nn, recipes, reference
+from fastkd import acm, integrations, nn, recipes, reference
 from fastkd._ops.gradient import release_memory
 from fastkd._ops.library import VERSION as __version__
 from fastkd._ops.library import cpu_capability
@@ -53,6 +53,7 @@ __all__ = [
     "clipped_divergence",
     "cpu_capability",
     "cross_entropy",
+    "integrations",
     "kl_div",
     "linear_softmax_divergence",
     "nn",

@@ -21,6 +21,7 @@ __all__ = [
     "AlmLoss",
     "ClippedDivergence",
     "CrossEntropy",
+    "KDLoss",
     "KLDivLoss",
     "LinearSoftmaxDivergence",
     "SoftmaxDivergence",
@@ -124,6 +125,82 @@ class TopKDivergence(_Loss):
     """
 
     function = staticmethod(topk_divergence)
+
+
+class KDLoss(_Loss):
+    r"""What recipes of NeMo Automodel, torchtune, Model-Optimizer and Lightning call a KD loss.
+
+    ``forward(student_logits, teacher_logits, labels=None, num_batch_labels=None)`` is the mean of
+    :func:`fastkd.softmax_divergence` over the rows whose label is not ``ignore_index``; with
+    ``num_batch_labels`` the sum over them, divided by it. Labels are shifted already: row t is
+    scored by ``labels[t]``. They choose the rows; their cross-entropy counts only with a
+    ``label_weight`` (0 here).
+
+    Logits may be DTensors whose vocabulary is sharded, as tensor parallelism leaves them; the
+    result is then the whole loss, the same on each rank.
+
+    Args:
+        ignore_index: of labels whose rows drop out.
+        temperature: of both sides.
+        square_temperature: multiplies the loss by temperature².
+        options: further keyword arguments of :func:`fastkd.softmax_divergence`.
+
+    Raises:
+        TypeError: an unknown option, or one that ``forward`` gives.
+
+    >>> import torch, fastkd
+    >>> loss = fastkd.nn.KDLoss(temperature=2.0)
+    >>> labels = torch.tensor([1, -100])
+    >>> student, teacher = torch.zeros(2, 2), torch.tensor([[0.0, 2.0], [9.0, 0.0]])
+    >>> round(loss(student, teacher, labels).item(), 4)
+    0.4438
+    >>> round(loss(student, teacher, labels, num_batch_labels=2).item(), 4)
+    0.2219
+    """
+
+    function = staticmethod(softmax_divergence)
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        square_temperature: bool = True,
+        **options: Any,
+    ) -> None:
+        for name in ("labels", "normalizer", "reduction", "inplace"):
+            if name in options:
+                raise TypeError(f"KDLoss: {name} is not an option: forward takes what a step has")
+        super().__init__(
+            **{"label_weight": 0.0, **options},
+            ignore_index=ignore_index,
+            temperature=temperature,
+            square_temperature=square_temperature,
+        )
+        # Recipes read these two.
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+
+    def forward(  # type: ignore[override]
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        num_batch_labels: float | Tensor | None = None,
+    ) -> Tensor:
+        """See the class."""
+        options = {
+            **self.options,
+            "ignore_index": self.ignore_index,
+            "temperature": self.temperature,
+        }
+        if labels is None:
+            del options["label_weight"]
+        loss = softmax_divergence(
+            student_logits, teacher_logits, labels=labels, normalizer=num_batch_labels, **options
+        )
+        whole = getattr(loss, "full_tensor", None)  # of a DTensor
+        return loss if whole is None else whole()
 
 
 class ClippedDivergence(_Loss):

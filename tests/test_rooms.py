@@ -26,6 +26,7 @@ FASTKD = {
     "acm": ("_ops", "reference"),
     "nn": ("_ops", "reference", "losses", "teachers", "tokenizers", "acm"),
     "recipes": ("_ops", "reference", "losses", "teachers", "tokenizers", "acm"),
+    "integrations": ("_ops", "reference", "losses", "teachers", "tokenizers", "acm"),
 }
 
 

@@ -1,0 +1,19 @@
+"""Seams to trainers and servers. This package imports torch alone; a module its trainer, when used.
+
+| module | for |
+|---|---|
+| `fastkd.integrations` | any loop: `call_through`, `lm_head`, `normalizer`, `KDOptions` |
+| `.transformers` | Trainer: `DistillationMixin`, `DistillationTrainer` |
+| `.trl` | GKDTrainer, GOLDTrainer, DistillationTrainer: the same functions, `enable` |
+| `.vllm`, `.sglang` | `teacher_topk`: what a served teacher returns |
+| `.verl` | `register`: a top-k divergence as a distillation loss |
+
+For loops that call ``loss(student_logits, teacher_logits, labels)`` there is
+:class:`fastkd.nn.KDLoss`.
+"""
+
+from fastkd.integrations._counts import normalizer
+from fastkd.integrations._modules import LinearHead, call_through, lm_head
+from fastkd.integrations._options import KDOptions
+
+__all__ = ["KDOptions", "LinearHead", "call_through", "lm_head", "normalizer"]

@@ -1,0 +1,192 @@
+"""Running a loss inside a wrapped module's forward, and finding a model's output head."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+Result = TypeVar("Result")
+
+#: Wrappers whose forward calls that of `module`; by name, as some are in packages not needed here.
+_WRAPPERS = {
+    "DataParallel",
+    "DeepSpeedEngine",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+}
+
+
+def call_through(
+    module: nn.Module, function: Callable[..., Result], *args: Any, **kwargs: Any
+) -> Result:
+    """Run a function as a module's own forward, so that all its hooks act.
+
+    A loss that reads ``lm_head.weight`` without calling ``lm_head`` bypasses what its wrappers do
+    in forward: DistributedDataParallel prepares the reduction of gradients there, FSDP gathers
+    parameters, tensor parallelism redistributes inputs. Inside ``call_through`` the function finds
+    gathered parameters, and gradients are reduced as after an ordinary forward.
+
+    Nest two calls where the output head may be an FSDP unit of its own::
+
+        call_through(model, lambda: call_through(lm_head, loss, hidden))
+
+    Args:
+        module: as it is called in training: wrapped by DistributedDataParallel,
+            FullyShardedDataParallel, ``fully_shard`` or DeepSpeed, or not at all. A module that
+            torch.compile returned runs the function eagerly.
+        function: what to run. It may call the module in the ordinary way.
+        args: for the function. Pass tensors that need a gradient here rather than in a closure:
+            FSDP's hooks look at the arguments of forward and at its result.
+        kwargs: the same.
+
+    Returns:
+        what the function returns, after the module's forward hooks.
+
+    Raises:
+        TypeError: ``module`` is no module, or ``function`` cannot be called.
+
+    >>> import torch
+    >>> from fastkd.integrations import call_through
+    >>> head = torch.nn.Linear(2, 3)
+    >>> call_through(head, lambda x: (x @ head.weight.T).shape, torch.ones(4, 2))
+    torch.Size([4, 3])
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"call_through: module must be a torch.nn.Module, got {type(module).__name__}"
+        )
+    if not callable(function):
+        raise TypeError(f"call_through: function must be callable, got {type(function).__name__}")
+    entry = _eager(module)
+    target = _innermost(entry)
+    own = target.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            target.__dict__.pop("forward", None)
+        else:
+            target.__dict__["forward"] = own
+
+    def forward(*inner_args: Any, **inner_kwargs: Any) -> Result:
+        restore()  # the function may call the module itself
+        return function(*inner_args, **inner_kwargs)
+
+    target.__dict__["forward"] = forward
+    try:
+        return entry(*args, **kwargs)
+    finally:
+        restore()
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module within wrappers and compiled modules."""
+    return _innermost(_eager(module))
+
+
+def _eager(module: nn.Module) -> nn.Module:
+    while isinstance(inner := module.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+        module = inner
+    return module
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    while any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__):
+        inner = getattr(module, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        module = inner
+    # A compiled module inside a wrapper has no forward to replace: what it compiled has.
+    return _eager(module)
+
+
+class LinearHead(NamedTuple):
+    """A model's output layer: logits = softcap(logit_scale x (hidden @ weight.T + bias))."""
+
+    #: The layer; call through it before reading its weight.
+    module: nn.Module
+    logit_scale: float
+    #: c of c tanh(z / c), or None.
+    logit_softcap: float | None
+
+    @property
+    def weight(self) -> Tensor:
+        """``[vocab, features]``, as it is now."""
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[vocab]`` or None."""
+        return getattr(self.module, "bias", None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer is an ``nn.Linear`` and no more: not quantised, not with an adapter."""
+        module = self.module
+        return (
+            isinstance(module, nn.Linear)
+            and type(module).forward is nn.Linear.forward
+            and "forward" not in module.__dict__
+            and module.weight.is_floating_point()
+        )
+
+
+def lm_head(model: nn.Module) -> LinearHead:
+    """The output layer of a causal language model of transformers, with its scale and soft-cap.
+
+    Models differ in what follows the layer: Cohere and HyperCLOVA X multiply the logits, Falcon-H1
+    too (``lm_head_multiplier``), Granite divides them, MiniCPM divides the hidden states, Gemma
+    caps the logits. All of it is read off the configuration (transformers 5.24).
+
+    Args:
+        model: wrapped or not; a PEFT model too.
+
+    Raises:
+        TypeError: the model has no ``get_output_embeddings``, or that returns None.
+        ValueError: the configuration has a ``logits_scaling`` of unknown meaning.
+
+    >>> import torch
+    >>> from fastkd.integrations import lm_head
+    >>> class Model(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.head = torch.nn.Linear(2, 3, bias=False)
+    ...     def get_output_embeddings(self):
+    ...         return self.head
+    >>> lm_head(Model()).logit_scale
+    1.0
+    """
+    inner = base_of(model)
+    found = getattr(inner, "get_output_embeddings", None)
+    module = found() if callable(found) else None
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"lm_head: model must have an output layer (get_output_embeddings), got "
+            f"{type(inner).__name__}"
+        )
+    config: Any = getattr(inner, "config", None)
+    text = getattr(config, "get_text_config", None)
+    config = text() if callable(text) else config
+    scale, softcap = 1.0, getattr(config, "final_logit_softcapping", None)
+    kind = getattr(config, "model_type", "")
+    if divisor := getattr(config, "logits_scaling", None):
+        if kind.startswith(("granite", "minicpm")):
+            scale /= divisor
+        elif kind.startswith("hyperclovax"):
+            scale *= divisor
+        else:
+            raise ValueError(
+                f"lm_head: logits_scaling of a model whose type is granite, minicpm or hyperclovax "
+                f"is known, got {kind!r}: whether it multiplies or divides is not"
+            )
+    if kind.startswith("cohere") and getattr(config, "logit_scale", None):
+        scale *= config.logit_scale
+    if getattr(config, "lm_head_multiplier", None):
+        scale *= config.lm_head_multiplier
+    return LinearHead(module, float(scale), None if softcap is None else float(softcap))
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model of transformers within wrappers and a PEFT model."""
+    inner = unwrapped(model)
+    get = getattr(inner, "get_base_model", None)
+    return get() if callable(get) else inner

@@ -1,0 +1,141 @@
+"""What vLLM and SGLang return, as stored teachers."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import fastkd
+from fastkd.integrations import sglang, vllm
+
+
+@dataclass
+class Logprob:
+    """As vLLM's class has it."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+VOCAB, LENGTH, K = 11, 6, 3
+
+
+@pytest.fixture
+def teacher():
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(LENGTH, VOCAB, generator=random)
+    ids = torch.randint(VOCAB, (LENGTH,), generator=random)
+    return logits, ids
+
+
+def vllm_rows(logits, ids, k):
+    """Position t + 1 has row t's best k, and the text's own token."""
+    rows = [None]
+    for row, token in zip(logits.log_softmax(-1)[:-1], ids[1:].tolist(), strict=True):
+        order = row.argsort(descending=True).tolist()
+        chosen = order[:k] + ([token] if token not in order[:k] else [])
+        rows.append({v: Logprob(row[v].item(), order.index(v) + 1, "x") for v in reversed(chosen)})
+    return rows
+
+
+def sglang_rows(logits, k):
+    best = fastkd.teacher_topk(logits[:-1], k)
+    rows = [
+        [[p, v, None] for p, v in zip(*x, strict=True)]
+        for x in zip(best.log_probs.tolist(), best.indices.tolist(), strict=True)
+    ]
+    return {"id": "1", "input_top_logprobs": [None, *rows]}
+
+
+def check(found, logits, k):
+    best = fastkd.teacher_topk(logits[:-1], k)
+    assert found.log_probs.dtype == torch.float32
+    assert found.indices.dtype == torch.int32
+    assert torch.equal(found.indices[:-1], best.indices)
+    torch.testing.assert_close(found.log_probs[:-1], best.log_probs)
+    assert (found.indices[-1] == -1).all()
+    assert (found.log_probs[-1] == -math.inf).all()
+
+
+def test_vllm_objects_and_json(teacher):
+    rows = vllm_rows(*teacher, K)
+    assert max(len(row) for row in rows[1:]) == K + 1  # the text's own token is extra somewhere
+    check(vllm.teacher_topk(rows, K), teacher[0], K)
+    served = [
+        row and {str(v): {"logprob": x.logprob, "rank": x.rank} for v, x in row.items()}
+        for row in rows
+    ]
+    check(vllm.teacher_topk(json.loads(json.dumps(served)), K), teacher[0], K)
+    plain = [row and {v: x.logprob for v, x in row.items() if x.rank <= K} for row in rows]
+    check(vllm.teacher_topk(plain, K), teacher[0], K)
+
+
+def test_sglang(teacher):
+    meta = sglang_rows(teacher[0], K)
+    check(sglang.teacher_topk(json.loads(json.dumps(meta)), K), teacher[0], K)
+    both = sglang.teacher_topk([meta, {"input_top_logprobs": [None]}], K)
+    assert both.indices.shape == (2, LENGTH, K)
+    check(fastkd.TopK(both.log_probs[0], both.indices[0]), teacher[0], K)
+    assert (both.indices[1] == -1).all()
+
+
+def test_missing_and_short_rows(teacher):
+    rows = vllm_rows(*teacher, K)
+    rows[2] = None
+    rows[3] = dict(list(rows[3].items())[-2:])  # the two likeliest
+    found = vllm.teacher_topk([rows, rows[:2]], K)
+    assert found.indices.shape == (2, LENGTH, K)
+    assert (found.indices[0, 1] == -1).all()
+    assert found.indices[0, 2, 2] == -1
+    assert (found.indices[0, 2, :2] >= 0).all()
+    assert (found.indices[1, 1:] == -1).all()
+    assert torch.equal(found.indices[1, 0], found.indices[0, 0])
+    assert vllm.teacher_topk(rows, 1).indices.shape == (LENGTH, 1)
+
+
+def test_a_loss_takes_them(teacher):
+    """With the rows that the server says nothing of masked, as the documentation says."""
+    student = torch.randn(LENGTH, VOCAB, requires_grad=True)
+    found = vllm.teacher_topk(vllm_rows(*teacher, K), K)
+    loss = fastkd.topk_divergence(student, *found, mask=found.indices[..., 0] >= 0)
+    best = fastkd.teacher_topk(teacher[0][:-1], K)
+    torch.testing.assert_close(loss, fastkd.topk_divergence(student[:-1], *best))
+    loss.backward()
+    assert student.grad.isfinite().all()
+    assert not student.grad[-1].any()
+
+
+@pytest.mark.parametrize(
+    ("served", "k", "error", "message"),
+    [
+        ("text", 2, TypeError, "prompt_logprobs must be a list, got str"),
+        ([None, [1]], 2, TypeError, "prompt_logprobs must be a list, got NoneType"),
+        ([None, {3: "x"}], 2, TypeError, "a token must have a logprob"),
+        ([None, {3: math.nan}], 2, ValueError, "a log-probability must be at most 0, got nan"),
+        ([None, {3: 1.5}], 2, ValueError, "at most 0, got 1.5"),
+        ([None, {-3: -1.0}], 2, ValueError, "a token id must be in"),
+        ([None, {"3": -1.0, 3: -2.0}], 2, ValueError, "position 1 has a token twice"),
+        ([None, {"a": -1.0}], 2, TypeError, "an entry must be a log-probability and a token id"),
+        ([None], 0, ValueError, "k must be 1 or more, got 0"),
+    ],
+)
+def test_errors_of_vllm(served, k, error, message):
+    with pytest.raises(error, match=rf"vllm\.teacher_topk: .*{message}"):
+        vllm.teacher_topk(served, k)
+
+
+@pytest.mark.parametrize(
+    ("served", "error", "message"),
+    [
+        ({"id": 1}, ValueError, "meta_info must have input_top_logprobs"),
+        ([3], ValueError, "meta_info must have input_top_logprobs .* got int"),
+        ({"input_top_logprobs": [None, [[-1.0]]]}, TypeError, "a token must be"),
+        ({"input_top_logprobs": [None, {1: 2}]}, TypeError, "must be a list, got dict"),
+    ],
+)
+def test_errors_of_sglang(served, error, message):
+    with pytest.raises(error, match=rf"sglang\.teacher_topk: .*{message}"):
+        sglang.teacher_topk(served, 2)
