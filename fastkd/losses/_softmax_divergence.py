@@ -258,6 +258,11 @@ def given(
     options["teacher_logits"] = _teachers(teacher_logits)
     if options["teacher_rows"] is not None:
         check_tensor("softmax_divergence", "teacher_rows", options["teacher_rows"])
+        if any(isinstance(x, LinearLogits) for x in (student_logits, *options["teacher_logits"])):
+            raise NotImplementedError(
+                "softmax_divergence: teacher_rows is not available with LinearLogits; index the "
+                "teacher's hidden states"
+            )
         for teacher in options["teacher_logits"]:
             if torch.is_grad_enabled() and isinstance(teacher, Tensor) and teacher.requires_grad:
                 raise ValueError(
