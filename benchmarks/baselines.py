@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fastkd
 from benchmarks.harness import OURS, Contestant, Exact, Loss
-from benchmarks.shapes import BETAS
+from benchmarks.shapes import BETAS, divergence_options
 
 LIGER = "liger-kernel==0.8.5"
 TRITON = "triton"
@@ -31,7 +31,7 @@ def exact_divergence(divergence: str) -> Exact:
     """Return the definition in float64, one value a row."""
 
     def exact(student: Tensor, teacher: Tensor) -> Tensor:
-        options = {"divergence": divergence, "beta": BETAS.get(divergence, 0.5)}
+        options = divergence_options(divergence, student)
         return fastkd.reference.softmax_divergence(student, teacher, reduction="none", **options)
 
     return exact
@@ -46,11 +46,10 @@ def softmax_divergence_contestants(
     divergence: str, *, peers: bool = True, packages: bool = True
 ) -> list[Contestant]:
     """Everybody who computes this divergence from logits."""
-    beta = BETAS.get(divergence, 0.5)
 
     def ours(student: Tensor, teacher: Tensor) -> Tensor:
         return fastkd.softmax_divergence(
-            student, teacher, divergence=divergence, beta=beta, reduction="batchmean"
+            student, teacher, **divergence_options(divergence, student), reduction="batchmean"
         )
 
     # It keeps the last gradient's memory for the next step; nobody else keeps any.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from benchmarks.shapes import BETAS, DIVERGENCES
+from benchmarks.shapes import DIVERGENCES, divergence_options
 from benchmarks.time_model import Serial
 
 
@@ -117,9 +117,7 @@ def _softmax_divergence(divergence: str, mangled: str, sums: bool) -> Op:
     serial = Serial(leader=1000, merge=450 + 150 * sums, cluster_barriers=1 + sums)
 
     def call(student: Tensor, teacher: Tensor) -> Tensor:
-        options: dict[str, Any] = {"divergence": divergence}
-        if divergence in BETAS:
-            options["beta"] = BETAS[divergence]
+        options = divergence_options(divergence, student)
         return fastkd.softmax_divergence(student, teacher, **options)
 
     part = Part(kernel, "rows", passes, serial)
@@ -129,7 +127,7 @@ def _softmax_divergence(divergence: str, mangled: str, sums: bool) -> Op:
 
 
 #: Divergences whose value comes from the first pass.
-ONE_SUM = ("forward_kl", "reverse_kl", "cross_entropy")
+ONE_SUM = ("forward_kl", "reverse_kl", "cross_entropy", "decoupled_kl")
 
 
 def _topk(k: int) -> Op:

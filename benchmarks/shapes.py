@@ -1,6 +1,7 @@
 """What is measured: vocabularies, rows, dtypes, and the bytes each op cannot avoid moving."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,17 @@ BETAS = {
     "skew_reverse_kl": 0.1,
     "skew_reverse_kl_detached": 0.1,
     "alpha_beta": 0.7,
+    "decoupled_kl": 8.0,
 }
+
+
+def divergence_options(divergence: str, student: Tensor) -> dict[str, Any]:
+    """What a call of softmax_divergence takes for this divergence."""
+    options: dict[str, Any] = {"divergence": divergence, "beta": BETAS.get(divergence, 0.5)}
+    if divergence == "decoupled_kl":
+        rows = torch.arange(student.size(0), device=student.device)
+        options |= {"labels": 7919 * rows % student.size(-1), "label_weight": 0.0}
+    return options
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastkd
 from benchmarks.byte_level import Texts, vocabulary
-from benchmarks.shapes import BETAS, DIVERGENCES
+from benchmarks.shapes import DIVERGENCES, divergence_options
 
 LOWER, UPPER = 1e-6, 0.5
 #: x, learners, hidden units and outputs of acm's problem.
@@ -119,8 +119,8 @@ def learners(
 
 
 def _divergence(name: str, module: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
-    options = {"divergence": name, "beta": BETAS.get(name, 0.5), "reduction": "none"}
-    return [module.softmax_divergence(*tensors, **options)]
+    options = divergence_options(name, tensors[0])
+    return [module.softmax_divergence(*tensors, **options, reduction="none")]
 
 
 def _labelled(softcap: float | None, module: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
