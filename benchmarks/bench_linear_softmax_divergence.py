@@ -168,6 +168,8 @@ def measure(
 ) -> Outcome:
     """Time everybody in turn, then read the peak memory of a step."""
     torch.compiler.reset()
+    rows, features, vocab = size
+    title = f"{divergence}, {rows:,} x {features:,} x {vocab:,} {dtype}"
     given = operands(*size, DTYPES[dtype])
     remarks: dict[str, str] = {}
     steps: dict[str, Callable[[], object]] = {}
@@ -182,6 +184,7 @@ def measure(
             loss(*given).backward()
             given[0].grad = given[1].grad = None
 
+        print(f"{title}: checking {name}", file=sys.stderr)
         try:
             if remark := wrong(loss, divergence, DTYPES[dtype]):
                 remarks[name] = remark
@@ -195,6 +198,7 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names, others, start = list(steps), cpu_seconds_of_others(), time.perf_counter()
     for turn in range(rounds):
+        print(f"{title}: round {turn + 1} of {rounds}", file=sys.stderr)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             begin = time.process_time()
@@ -209,8 +213,6 @@ def measure(
         if not name.startswith(PRODUCTS):
             memory[name] = memory_of(steps[name], torch.device("cpu"))
     fastkd.release_memory()
-    rows, features, vocab = size
-    title = f"{divergence}, {rows:,} x {features:,} x {vocab:,} {dtype}"
     return Outcome(title, seconds, memory, remarks, other_cores, GOALS.get((dtype, divergence)))
 
 

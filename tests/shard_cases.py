@@ -31,7 +31,7 @@ def cases(size: int) -> dict[str, Case]:
         name = "-".join([function.__name__.removesuffix("_case"), *words])
         found[name] = functools.partial(function, *arguments)
 
-    divergences = choices("softmax_divergence", "divergence")
+    divergences = DIVERGENCES
     for i, name in enumerate(divergences):
         for j, options in enumerate(OPTIONS):
             for dtype in TOLERANCE:

@@ -65,9 +65,10 @@ def clipped_divergence(
     learn them.
 
     Args:
-        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
-        teacher_logits: the same shape, its own dtype. Gradients flow to it where it requires them
-            (a hard support and the position of a quantile are constants).
+        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. Or a
+            :class:`fastkd.LinearLogits`.
+        teacher_logits: the same shape, its own dtype, in either form. Gradients flow to it where it
+            requires them (a hard support and the position of a quantile are constants).
         lower: the smallest probability of the support: a number, or a float tensor with one a row.
         upper: the largest probability of the support, in the same form.
         labels: int64 or int32, one a row. Rows with ``ignore_index`` are ignored entirely.

@@ -52,7 +52,8 @@ def cross_entropy(
     no finite logit gives NaN.
 
     Args:
-        logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
+        logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. Or a
+            :class:`fastkd.LinearLogits`.
         labels: int64 or int32, one a row.
         weight: float, one a row. Rows with 0 are not read.
         mask: bool, one a row. Rows with False are not read, add nothing and get a zero gradient.

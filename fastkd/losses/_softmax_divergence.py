@@ -126,9 +126,10 @@ def softmax_divergence(
 
     Args:
         student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. The
-            leading dimensions are rows (tokens).
+            leading dimensions are rows (tokens). Or a :class:`fastkd.LinearLogits`.
         teacher_logits: the same shape, its own dtype, or a list of such tensors. A single tensor
-            gets a gradient if it requires one; tensors in a list do not.
+            gets a gradient if it requires one; tensors in a list do not. Each may be a
+            :class:`fastkd.LinearLogits`.
         divergence: one of the table.
         beta: share of the mixture, in [0, 1]: a number, or a float tensor with one entry a row. No
             gradient flows to it. Divergences without beta in the table do not use it. For

@@ -56,7 +56,8 @@ def token_log_probs(
     has log-probability ``-inf``. A row with a NaN, ``+inf`` or no finite logit gives NaN.
 
     Args:
-        logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
+        logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. Or a
+            :class:`fastkd.LinearLogits`.
         token_ids: int64 or int32, one a row; -100 for none.
         mask: bool, one a row.
         temperature: positive: a number, or a tensor with one entry a row.

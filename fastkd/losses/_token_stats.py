@@ -62,8 +62,9 @@ def token_stats(
     :func:`fastkd.softmax_divergence`.
 
     Args:
-        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
-        teacher_logits: the same shape, its own dtype, or None.
+        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. Or a
+            :class:`fastkd.LinearLogits`.
+        teacher_logits: the same shape, its own dtype, in either form, or None.
         labels: int64 or int32, one a row; -100 for none.
         temperature: of both sides, positive: a number, or a tensor with one entry a row.
         vocab_size: only the first ``vocab_size`` columns are used, on all sides.

@@ -75,7 +75,8 @@ def topk_divergence(
       the last place of 1 in the stored format, and never less than float32's 2^-24.
 
     Args:
-        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
+        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. Or a
+            :class:`fastkd.LinearLogits`.
         teacher_log_probs: ``[..., k]`` natural logarithms, any float dtype, in any order,
             normalised over the whole vocabulary (as :func:`fastkd.teacher_topk` gives them).
             Gradients flow to them where they require it. Masses that exceed 1 by rounding (2 %)

@@ -56,7 +56,8 @@ def topk_stats(
     ``+inf`` or no finite logit gives NaN; one without stored tokens has masses 0 and overlap NaN.
 
     Args:
-        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
+        student_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. Or a
+            :class:`fastkd.LinearLogits`.
         teacher_log_probs: ``[..., k]``, see :func:`fastkd.topk_divergence`.
         teacher_indices: ``[..., k]`` int32 or int64; -1 pads a short row. An entry with a
             log-probability of -1e4 or less does not count.

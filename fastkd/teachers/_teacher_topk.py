@@ -42,7 +42,8 @@ def teacher_topk(
     NaN, ``+inf`` or no finite logit gives NaN for all k, with indices 0 to k - 1.
 
     Args:
-        teacher_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides.
+        teacher_logits: ``[..., vocab]`` float32, bfloat16, float16 or float64, any strides. Or a
+            :class:`fastkd.LinearLogits`.
         k: from 1 to the size of the vocabulary; on CUDA 1,024 at most.
         temperature: positive: a number, or a tensor with one entry a row.
         vocab_size: only the first ``vocab_size`` columns are used (padded vocabularies).

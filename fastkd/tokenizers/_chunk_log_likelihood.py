@@ -56,7 +56,8 @@ def chunk_log_likelihood(
     0; a row with a NaN or without a finite logit makes the chunks that need it NaN.
 
     Args:
-        logits: ``[..., T, vocab]`` float32, bfloat16, float16 or float64, any strides.
+        logits: ``[..., T, vocab]`` float32, bfloat16, float16 or float64, any strides. Or a
+            :class:`fastkd.LinearLogits`.
         token_ids: ``[..., T]`` int64 or int32. Ids of tokens in no chunk are ignored.
         chunk_ids: ``[..., T]`` int64 or int32: the token's chunk, -1 for none. The tokens of a
             chunk are contiguous and chunks ascend, as :func:`fastkd.align` returns them.

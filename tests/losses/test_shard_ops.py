@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from cases import logits
+from cases import DIVERGENCES, logits
 
 from fastkd import reference
 from fastkd._ops import shards as ops
 from fastkd._ops.arguments import CHOICES, choices
 
 ROWS, VOCAB = 5, 300
-DIVERGENCES = choices("softmax_divergence", "divergence")
 DTYPES = (torch.float32, torch.bfloat16)
 LN2 = math.log(2)
 

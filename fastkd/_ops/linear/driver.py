@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._ops.checks import check_devices
 from fastkd._ops.linear.call import Call, Side
 from fastkd._ops.linear.chunks import Chunks
 from fastkd._ops.linear.gradients import Gradients
@@ -60,16 +61,25 @@ def check(call: Call) -> None:
         raw, checker = op.arguments.eager(packed), getattr(op, "checker", op)
         checker.raw()(*raw, 0) if checker.kind == "loss" else checker.raw()(*raw)
         return
+    values = dict(zip(fields, packed, strict=False))
+    check_devices(op.name, values, op.arguments.tensors, op.arguments.called)
     leading = call.rows.shape[:-1]
     for name, value in zip(fields, packed, strict=False):
         if not isinstance(value, Tensor) or name == "boundary":
             continue
-        if value.shape[: len(leading)] != leading or value.device != device:
+        if value.shape[: len(leading)] != leading:
             name = op.arguments.called.get(name, name)
             raise ValueError(
-                f"{op.name}: {name} must have one entry a row, shape {list(leading)}, on "
-                f"{device}; got shape {list(value.shape)} on {value.device}"
+                f"{op.name}: {name} must have one entry a row, shape {list(leading)}, got shape "
+                f"{list(value.shape)}"
             )
+
+
+def check_empty(call: Call) -> None:
+    """Do the raw op's checks where tensors have no values, of a transform or on the meta device."""
+    op = getattr(call.op, "checker", call.op)
+    raw = op.arguments.eager(op.arguments.emptied(call.packed))
+    op.raw()(*raw, 0) if op.kind == "loss" else op.raw()(*raw)
 
 
 def run_loss(call: Call, wanted: Sequence[bool]) -> Results:
@@ -131,7 +141,7 @@ def _loss(call: Call, wanted: Sequence[bool], row_factor: Tensor | None = None) 
     gradients.keep()
     pending = None
     if wait:
-        factor = torch.as_tensor(divisor, dtype=torch.float64, device=device)
+        factor = divisor if isinstance(divisor, Tensor) else total.new_full((), divisor)
         factor = torch.where(factor == 0, 0, 1 / torch.where(factor == 0, 1, factor))
         total = torch.where(factor == 0, 0, total * factor)
         pending = factor.float()

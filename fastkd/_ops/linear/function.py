@@ -16,7 +16,7 @@ from fastkd._ops.library import (
 )
 from fastkd._ops.linear import graph
 from fastkd._ops.linear.call import Call, make
-from fastkd._ops.linear.driver import check, run_backward, run_loss, run_rows
+from fastkd._ops.linear.driver import check_empty, run_backward, run_loss, run_rows
 
 
 def run(op: Any, given: dict[str, Any], inplace: bool = False, stats: bool = False) -> Any:
@@ -43,10 +43,10 @@ def _run(call: Call) -> Any:
         if traced_transforms_active():
             return _whole(call)
     elif transforms_active():
+        check_empty(call)
         return _whole(call)
     elif head.is_meta:
-        packed = call.op.arguments.emptied(call.packed)
-        check(Call(call.op, packed, (), (None, None), False))
+        check_empty(call)
     inputs = call.inputs()
     wanted = [x is not None and x.requires_grad for x in inputs]
     if not torch.is_grad_enabled():

@@ -75,7 +75,7 @@ class Gradients:
                     products.to_hidden(part, narrow, weight, linear.scale)
                     rows.put(first, last, part)
                 else:
-                    part = part.view(-1, part.size(-1))
+                    part = part.view(hidden[which].shape)
                     products.to_hidden(part, narrow, weight, linear.scale)
             elif slot.part == "weight":
                 total = out[: chunks.vocab]

@@ -40,7 +40,9 @@ class Workspace:
         """Keep the memory of a tensor that :meth:`take` returned, of all of its storage."""
         if flat.device.type == "cpu" and not flat.is_inference():
             storage = flat.untyped_storage()
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
+            whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(
+                storage, 0, (storage.nbytes(),), (1,)
+            )
             self._kept[role] = whole
 
     def release(self) -> None:
