@@ -7,6 +7,19 @@
 namespace fastkd::cuda {
 namespace {
 
+__global__ void __launch_bounds__(kRowThreads, kShardBlocks)
+    shard_statistics_kernel(const ShardSideArguments arguments, const RowLaunch launch) {
+  work_on_shard_rows(arguments, launch, [&](int64_t row, const Team& team, unsigned* filter) {
+    shard_statistics_row(arguments, row, team, filter);
+  });
+}
+__global__ void __launch_bounds__(kRowThreads, kShardBlocks)
+    shard_softmax_gradient_kernel(const ShardSideArguments arguments, const RowLaunch launch) {
+  work_on_shard_rows(arguments, launch, [&](int64_t row, const Team& team, unsigned* filter) {
+    shard_softmax_gradient_row(arguments, row, team, filter);
+  });
+}
+
 // Calls body with a value of the type at a place of the list.
 template <class Body, class First, class... Rest>
 void with_place(int place, const Body& body, TypeList<First, Rest...>) {

@@ -308,7 +308,7 @@ __device__ void write_shard_gradient(const ShardPairArguments& a, int64_t row, c
   const float label = kTeacher ? 0 : float(a.at(kLabelFactor, row)), shift = float(a.at(kLabelLog2Sum, row));
   const int64_t id = global_load(a.tokens + row);
   char* const out = a.gradient.at(row);
-#pragma unroll 2
+#pragma unroll 1
   for (int column = team.thread; column < a.vocab; column += team.threads) {
     const float x = u(column);
     float gradient = factor * shard_gradient<kNear, kTeacher>(divergence, at.outcome<kNear>(x, w(column)), mean);
@@ -340,6 +340,9 @@ __device__ void shard_gradient_row(const ShardPairArguments& a, int64_t row, con
   }
 }
 
+// Blocks per multiprocessor.
+inline constexpr int kShardBlocks = 2;
+
 // --- Kernels ------------------------------------------------------------------------------------
 
 template <class Arguments, class Body>
@@ -351,27 +354,15 @@ __device__ __forceinline__ void work_on_shard_rows(const Arguments& arguments, c
            [&](int64_t row) { body(row, team, reinterpret_cast<unsigned*>(shared + Team::kSharedBytes)); });
 }
 
-inline __global__ void __launch_bounds__(kRowThreads)
-    shard_statistics_kernel(const ShardSideArguments arguments, const RowLaunch launch) {
-  work_on_shard_rows(arguments, launch, [&](int64_t row, const Team& team, unsigned* filter) {
-    shard_statistics_row(arguments, row, team, filter);
-  });
-}
-inline __global__ void __launch_bounds__(kRowThreads)
-    shard_softmax_gradient_kernel(const ShardSideArguments arguments, const RowLaunch launch) {
-  work_on_shard_rows(arguments, launch, [&](int64_t row, const Team& team, unsigned* filter) {
-    shard_softmax_gradient_row(arguments, row, team, filter);
-  });
-}
 template <class Divergence>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kShardBlocks)
     shard_sums_kernel(const ShardPairArguments arguments, const RowLaunch launch) {
   work_on_shard_rows(arguments, launch, [&](int64_t row, const Team& team, unsigned*) {
     if (arguments.takes(row)) shard_sums_row<Divergence>(arguments, row, team);
   });
 }
 template <class Divergence>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kShardBlocks)
     shard_gradient_kernel(const ShardPairArguments arguments, const RowLaunch launch) {
   work_on_shard_rows(arguments, launch, [&](int64_t row, const Team& team, unsigned*) {
     if (arguments.takes(row)) shard_gradient_row<Divergence>(arguments, row, team);
