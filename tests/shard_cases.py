@@ -14,6 +14,7 @@ import shard_rows as rows
 import shard_values as values
 import torch
 import torch.distributed as dist
+from cases import DIVERGENCES
 from shard_ranks import OPTIONS, TOLERANCE, WIDTH, Ranks
 
 from fastkd._ops.arguments import choices

@@ -8,7 +8,7 @@ from cases import DIVERGENCES, logits
 
 from fastkd import reference
 from fastkd._ops import shards as ops
-from fastkd._ops.arguments import CHOICES, choices
+from fastkd._ops.arguments import CHOICES
 
 ROWS, VOCAB = 5, 300
 DTYPES = (torch.float32, torch.bfloat16)
