@@ -73,6 +73,7 @@ def cases(size: int) -> dict[str, Case]:
             values.topk_gradient_case,
             values.clipped_bounds_case,
             rows.infinite_case,
+            rows.infinite_support_case,
             rows.nan_case,
             rows.masked_case,
         ),

@@ -30,6 +30,7 @@ class Ranks:
         columns: slice | None = None,
         relative: bool = False,
         collectives: int | None = None,
+        gradients_of_infinite: bool = True,
         **options: Any,
     ) -> Tensor:
         """Compare with one process. function(*tensors, **place): a tensor; the tensors: logits.
@@ -56,8 +57,10 @@ class Ranks:
             assert count() == collectives, f"{count()} collectives"
         if expected.requires_grad:
             weights = torch.linspace(0.5, 1.5, max(expected.numel(), 1)).to(expected.dtype)
+            if not gradients_of_infinite:  # finite, but not defined
+                weights = weights * expected.detach().isfinite().reshape(-1)
             for x in (found, expected):
-                x.reshape(-1).mul(weights).sum().backward()
+                x.reshape(-1).backward(weights)
             if collectives is not None:
                 assert count() == collectives, f"{count()} collectives with the backward pass"
         for x, y in zip(local, whole, strict=True):
@@ -99,6 +102,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "labels": {"labels": True, "temperature": 2.0, "square_temperature": True, "weight": True},
     "one": {"labels": True, "label_weight": 0.5, "mask": True, "reduction": "sum"},
     "rows": {"temperature": "rows", "reduction": "none", "labels": True, "label_weight": "rows"},
+    "shift": {"labels": True, "shift": 2, "mask": True, "weight": True, "label_weight": "rows"},
     "softcap": {"logit_softcap": 5.0, "normalizer": 3.0},
 }
 

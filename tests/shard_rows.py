@@ -87,6 +87,38 @@ def infinite_case(ranks: Ranks) -> None:
         ranks.compare(function, sides, tolerance=1e-12)
 
 
+def infinite_support_case(ranks: Ranks) -> None:
+    """The same of the losses over a support, and of those of hard labels."""
+    vocab = WIDTH * ranks.size
+    sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
+    sides[0][0, :WIDTH] = -torch.inf
+    sides[0][1, -WIDTH:] = -torch.inf
+    sides[1][2, -WIDTH:] = -torch.inf
+    sides[0][3, 1:] = -torch.inf
+    best, labels = fastkd.teacher_topk(sides[1], 4), torch.tensor([0, vocab - 1, 3, 0, 1, 2])
+    for divergence in ("forward_kl", "reverse_kl", "cross_entropy"):
+        for tail in ("lump", "uniform", "drop"):
+            function = functools.partial(
+                fastkd.topk_divergence, divergence=divergence, tail=tail, reduction="none"
+            )
+            ranks.compare(
+                lambda z, f=function, **place: f(z, best.log_probs, best.indices, **place),
+                sides[:1],
+                tolerance=1e-12,
+                gradients_of_infinite=False,
+            )
+    for edges in ({}, {"tail": "lump"}, {"renormalize": "both"}):
+        function = functools.partial(
+            fastkd.clipped_divergence, lower=0.001, upper=0.9, reduction="none", **edges
+        )
+        ranks.compare(function, sides, tolerance=1e-12, gradients_of_infinite=False)
+    ranks.compare(
+        lambda z, **place: fastkd.cross_entropy(z, labels, reduction="none", **place),
+        sides[:1],
+        tolerance=1e-12,
+    )
+
+
 def nan_case(ranks: Ranks) -> None:
     """A NaN on one process makes its row NaN on all, and no other row."""
     vocab = WIDTH * ranks.size

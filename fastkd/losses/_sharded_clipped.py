@@ -22,8 +22,9 @@ from fastkd.reference._rows import NO_WEIGHT, exp, finite
 
 _ELEMENTS = 1 << 18  # of the rows that are worked on at a time
 #: What each process sums over its part of the support: p (log p - log q); the logarithms of the
-#: masses inside and outside, of the teacher and of the student; p where q is not 0.
-_DIVERGENCE, _MASS, _STUDENT_MASS, _REST, _STUDENT_REST, _ALIVE = range(6)
+#: masses inside and outside, of the teacher and of the student; p where q is not 0; how many have
+#: mass where q is 0, which makes the value infinite.
+_DIVERGENCE, _MASS, _STUDENT_MASS, _REST, _STUDENT_REST, _ALIVE, _LOST = range(7)
 
 
 @torch.compiler.disable  # the backward pass forms terms by autograd
@@ -75,6 +76,11 @@ class _Clipped:
 
     def value(self, sums: Tensor) -> Tensor:
         """The rows' divergences from the sums of all processes."""
+        loss = self._finite_value(sums)
+        lost = (sums[_LOST] > 0) & loss.isfinite()
+        return torch.where(lost, loss + (torch.inf - loss).detach(), loss)
+
+    def _finite_value(self, sums: Tensor) -> Tensor:
         total, mass, other, rest, rest_other = sums[:5]
         empty = mass == -torch.inf
         if self.values["renormalize"] != "none":
@@ -97,7 +103,7 @@ class _Clipped:
     def forward(
         self, student: Tensor, teacher: Tensor, lower: Tensor, upper: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """The sums [6, rows], the label's loss, 0 or NaN; and the normalisers."""
+        """The sums [7, rows], the label's loss, 0 or NaN; and the normalisers."""
         shards, (tau, tau_t) = self.shards, self.temperatures
         one, dtype = torch.ones_like(tau), ops.dtype_of(student, teacher)
         read, no_token = one * self.rows.read, torch.full_like(self.token_ids, -1)
@@ -127,7 +133,7 @@ class _Clipped:
             )
             for chunk in self.chunks()
         ]
-        sums = torch.cat(parts, 1) if parts else frame.new_zeros((6, 0))
+        sums = torch.cat(parts, 1) if parts else frame.new_zeros((7, 0))
         every = shards.gather(sums, dtype)
         first, logs, alive = every[:, :1].sum(0), every[:, 1:5].logsumexp(0), every[:, 5:].sum(0)
         poison = (log_sum - log_sum) + (log_sum_t - log_sum_t)
@@ -163,8 +169,8 @@ class _Clipped:
     ) -> Tensor:
         """What this process adds to the sums of these rows."""
         if self.shards.columns == 0:
-            empty = log_q.new_full((6, lower.numel()), -torch.inf)
-            empty[_DIVERGENCE] = empty[_ALIVE] = 0
+            empty = log_q.new_full((7, lower.numel()), -torch.inf)
+            empty[_DIVERGENCE] = empty[_ALIVE] = empty[_LOST] = 0
             return empty
         softness, p = self.values["softness"], exp(log_p)
         if softness:
@@ -182,11 +188,10 @@ class _Clipped:
         terms = exp(weight) * (finite(log_p) - finite(log_q))
         terms = torch.where(own == -torch.inf, 0.0, terms)
         lost = (own >= NO_WEIGHT) & (log_q == -torch.inf)
-        terms = torch.where(lost, terms + (torch.inf - terms).detach(), terms)
         logs = [own, reference.product(share, log_q)]
         logs += [reference.product(rest, log_p), reference.product(rest, log_q)]
         alive = torch.where((own == -torch.inf) | (log_q == -torch.inf), 0.0, exp(weight)).sum(1)
-        return torch.stack([terms.sum(1), *(reference.total(x) for x in logs), alive])
+        return torch.stack([terms.sum(1), *(reference.total(x) for x in logs), alive, lost.sum(1)])
 
     def gradients(
         self,
