@@ -1,0 +1,183 @@
+"""The Trainer with a teacher: a tiny random model, gradients read off one step of SGD."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastkd
+
+lacking = [name for name in ("transformers", "accelerate") if not importlib.util.find_spec(name)]
+if lacking:
+    pytest.skip(
+        f"{', '.join(lacking)} not installed: pip install 'fastkd[transformers]'",
+        allow_module_level=True,
+    )
+
+import tiny_trainer as tiny  # noqa: E402
+from transformers import Trainer  # noqa: E402
+
+from fastkd.integrations import KDOptions  # noqa: E402
+from fastkd.integrations.transformers import DistillationMixin  # noqa: E402
+
+
+def step(folder, **options):
+    """The loss that is logged and the gradient of a step from the same start."""
+    student = tiny.model(1)
+    run = tiny.trainer(folder, student, **options)
+    run.train()
+    (loss,) = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    return loss, tiny.moved(tiny.model(1), student)
+
+
+def formula(*, divergence, label_weight, temperature=1.0):
+    """Loss and gradient over all texts, in plain PyTorch."""
+    student, teacher = tiny.model(1), tiny.model(2, 24)
+    batch = tiny.texts()
+    ids, labels = (torch.stack([text[k] for text in batch]) for k in ("input_ids", "labels"))
+    z, labels = student(input_ids=ids).logits[:, :-1], labels[:, 1:]
+    with torch.no_grad():
+        p = (teacher(input_ids=ids).logits[:, :-1] / temperature).log_softmax(-1)
+    q = (z / temperature).log_softmax(-1)
+    rows = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    if divergence == "reverse_kl":
+        rows = F.kl_div(p, q, reduction="none", log_target=True).sum(-1)
+    kept = labels != -100
+    loss = (
+        rows[kept] + label_weight * F.cross_entropy(z[kept], labels[kept], reduction="none")
+    ).mean()
+    loss.backward()
+    return loss.item(), torch.cat([x.grad.flatten() for x in student.parameters()])
+
+
+def close_gradients(found, expected):
+    """Beyond float32's digits of the gradient, the step has rounded each parameter once."""
+    parameters = torch.cat([p.detach().flatten() for p in tiny.model(1).parameters()])
+    bound = 2e-5 * expected.norm() + 2**-24 * parameters.norm()
+    assert (found - expected).norm() < bound
+
+
+def close(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-4)
+    close_gradients(found[1], expected[1])
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return formula(divergence="forward_kl", label_weight=0.5)
+
+
+@pytest.mark.parametrize("head", ["fused", "logits"])
+def test_step_is_the_formula(tmp_path, truth, head):
+    close(step(tmp_path, teacher=tiny.model(2, 24), label_weight=0.5, head=head), truth)
+    other = formula(divergence="reverse_kl", label_weight=0.0, temperature=2.0)
+    options = {"divergence": "reverse_kl", "temperature": 2.0, "chunk_size": 5}
+    close(step(tmp_path, teacher=tiny.model(2, 24), head=head, **options), other)
+
+
+@pytest.mark.parametrize("head", ["fused", "logits"])
+def test_accumulation_changes_nothing(tmp_path, truth, head):
+    options = {"label_weight": 0.5, "head": head, "batch": 2, "accumulate": 4}
+    close(step(tmp_path, teacher=tiny.model(2, 24), **options), truth)
+
+
+@pytest.mark.parametrize("head", ["fused", "logits"])
+def test_a_stored_teacher(tmp_path, truth, head):
+    teacher = tiny.model(2, 24).eval()
+    whole = tiny.texts(stored=(teacher, tiny.VOCAB))
+    close(step(tmp_path, dataset=whole, label_weight=0.5, head=head), truth)
+    student = tiny.model(1)
+    few = tiny.texts(stored=(teacher, 5))
+    few[0]["teacher_indices"] = torch.full_like(few[0]["teacher_indices"], -1)  # nothing known
+    run = tiny.trainer(tmp_path, student, dataset=few, head=head)
+    batch = {k: torch.stack([text[k] for text in few]) for k in few[0]}
+    loss = run.compute_loss(student, batch)
+    kept = F.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
+    kept[0] = False
+    expected = fastkd.topk_divergence(
+        student(input_ids=batch["input_ids"]).logits,
+        batch["teacher_log_probs"],
+        batch["teacher_indices"],
+        mask=kept,
+    )
+    torch.testing.assert_close(loss, expected)
+
+
+def test_evaluation_and_shifted_labels(tmp_path, truth):
+    run = tiny.trainer(tmp_path, tiny.model(1), teacher=tiny.model(2, 24), label_weight=0.5)
+    assert run.evaluate()["eval_loss"] == pytest.approx(truth[0], rel=1e-5)
+    batch = {k: torch.stack([text[k] for text in tiny.texts()]) for k in ("input_ids", "labels")}
+    shifted = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+    loss = run.compute_loss(run.model, {**batch, "shift_labels": shifted})
+    assert loss.item() == pytest.approx(truth[0], rel=1e-5)
+    empty = run.compute_loss(run.model, {**batch, "labels": torch.full_like(shifted, -100)})
+    empty.backward()
+    assert empty.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in run.model.parameters())
+
+
+def test_metrics_get_logits(tmp_path, truth):
+    run = tiny.trainer(tmp_path, tiny.model(1), teacher=tiny.model(2, 24), label_weight=0.5)
+    shapes = []
+    run.compute_metrics = lambda found: shapes.append(found.predictions.shape) or {"n": 1}
+    assert run.evaluate()["eval_loss"] == pytest.approx(truth[0], rel=1e-5)
+    assert shapes == [(tiny.TEXTS, tiny.LENGTH, tiny.VOCAB)]
+
+
+def test_an_adapted_head_has_logits(tmp_path, truth):
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    student = tiny.model(1)
+    layer = Adapted(16, tiny.VOCAB, bias=False)
+    layer.load_state_dict(student.lm_head.state_dict())
+    student.lm_head = layer
+    run = tiny.trainer(tmp_path, student, teacher=tiny.model(2, 24), label_weight=0.5)
+    assert run._fused_head(student) is None
+    run.train()
+    close_gradients(tiny.moved(tiny.model(1), student), truth[1])
+
+
+def test_two_processes_are_one_with_all_texts(tmp_path, truth):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = Path(__file__).with_name("tiny_trainer.py")
+    package = str(Path(fastkd.__file__).parents[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"PYTHONPATH": package, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path)],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), errors
+    close_gradients(torch.load(tmp_path / "gradient.pt"), truth[1])
+
+
+def test_errors(tmp_path):
+    student = tiny.model(1)
+    with pytest.raises(TypeError, match=r"teacher must be a torch.nn.Module, got str"):
+        DistillationMixin(teacher="model")
+    with pytest.raises(TypeError, match=r"kd must be KDOptions, got dict"):
+        DistillationMixin(kd={})
+    run = tiny.trainer(tmp_path, student)
+    batch = {"input_ids": torch.zeros(1, 3, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=r"a batch must have labels"):
+        run.compute_loss(student, batch)
+    with pytest.raises(ValueError, match=r"without a teacher a batch must have teacher_log_probs"):
+        run.compute_loss(student, {**batch, "labels": batch["input_ids"]})
+    assert isinstance(run, Trainer)
+    assert run.kd == KDOptions()
