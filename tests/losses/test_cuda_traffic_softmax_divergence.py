@@ -38,6 +38,26 @@ def test_cluster_reads_each_input_once_and_writes_once(divergence, dtype):
 
 
 @pytest.mark.parametrize("dtype", WIDE)
+def test_decoupled_kl_reads_the_label_beside_its_row(dtype):
+    labels = torch.tensor([0, QWEN - 3])
+    options = {"divergence": "decoupled_kl", "labels": labels, "beta": 8.0}
+    for weight in (0.0, 0.3):
+        student = logits((2, QWEN), dtype).requires_grad_()
+        found, tensor = moved(student, logits((2, QWEN), dtype), label_weight=weight, **options)
+        assert found.moved <= 1.02 * 3 * tensor
+        assert found.share_of_16 >= 0.99
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+def test_rows_of_a_shared_teacher_are_not_copied(dtype):
+    rows = torch.tensor([1, 1, 0])
+    student = logits((3, QWEN), dtype).requires_grad_()
+    found, tensor = moved(student, logits((2, QWEN), dtype), teacher_rows=rows)
+    assert found.moved <= 1.02 * 3 * tensor
+    assert found.share_of_16 >= 0.98  # all threads read which row is the teacher's
+
+
+@pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_loss_alone_reads_each_input_once(divergence, dtype):
     found, tensor = moved(logits((2, QWEN), dtype), logits((2, QWEN), dtype), divergence=divergence)
@@ -158,6 +178,9 @@ def test_numbers_no_check_could_see_become_nan():
     assert loss.isnan().tolist() == [False, True, True]
     temperature = torch.tensor([1.0, 0.0, float("inf")])
     loss = fastkd.softmax_divergence(student, teacher, temperature=temperature, reduction="none")
+    assert loss.isnan().tolist() == [False, True, True]
+    rows = torch.tensor([0, 3, 1 << 40])
+    loss = fastkd.softmax_divergence(student, teacher, teacher_rows=rows, reduction="none")
     assert loss.isnan().tolist() == [False, True, True]
     for divergence in DIVERGENCES:
         beta = torch.tensor([1.0, -2.0, float("nan")])
