@@ -353,3 +353,32 @@ def test_the_container():
     assert LinearLogits(h.bfloat16(), w.bfloat16()).dtype == torch.float32
     again = pickle.loads(pickle.dumps(logits.detach()))
     assert torch.equal(again.logits(), logits.detach().logits())
+
+
+def test_nothing_of_each_size():
+    h, w, _, t, v, _ = (x.detach() for x in two(4))
+    no_features = torch.randn(4, 0, requires_grad=True), torch.randn(VOCAB, 0, requires_grad=True)
+    loss = fastkd.linear_softmax_divergence(*no_features, t, v)
+    uniform = fastkd.softmax_divergence(torch.zeros(4, VOCAB), t @ v.T)
+    torch.testing.assert_close(loss, uniform)
+    assert gradients(loss, no_features)[1].shape == (VOCAB, 0)
+    with pytest.raises(ValueError, match="at least one column"):
+        fastkd.linear_softmax_divergence(h, w[:0], t, v[:0])
+    assert fastkd.linear_softmax_divergence(h[:0], w, t[:0], v, reduction="none").shape == (0,)
+    for rows in ((0,), (2, 0)):
+        assert fastkd.teacher_topk(LinearLogits(h.new_empty(*rows, FEATURES), w), 3)[0].shape == (
+            *rows,
+            3,
+        )
+
+
+def test_retained_graphs_saved_tensors_and_default_devices():
+    h, w, _, t, v, _ = two(4)
+    true = gradients(fastkd.linear_softmax_divergence(h, w, t, v), [h, w])
+    with torch.autograd.graph.save_on_cpu():
+        loss = fastkd.linear_softmax_divergence(h, w, t, v)
+    torch.testing.assert_close(gradients(loss, [h, w], retain_graph=True), true)
+    torch.testing.assert_close(gradients(loss, [h, w], retain_graph=True), true)
+    with torch.device("meta"):  # of tensors that a call makes without saying where
+        again = fastkd.linear_softmax_divergence(h, w, t, v)
+    torch.testing.assert_close(gradients(again, [h, w]), true)
