@@ -26,7 +26,7 @@ def call(name, *arguments):
 def near(found, expected, dtype=torch.float32, scale=1.0):
     tolerance = (2e-6 if dtype == torch.float32 else 2**-8) * scale
     torch.testing.assert_close(
-        found.double().cpu(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True
+        found.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True
     )
 
 
@@ -51,7 +51,7 @@ def test_statistics(backend, dtype):
     total[:, [4, 150]] = 0
     total[1, 3] = -torch.inf
     for row in (0, 1, 3):
-        shift = found[ops.ORIGIN, row].cpu() - without[row].nan_to_num(-torch.inf).amax()
+        shift = found[ops.ORIGIN, row] - without[row].nan_to_num(-torch.inf).amax()
         first = ((at[row] - shift) / tau).exp()
         other = ((at[row] - shift) / second).exp() * columns
         near(found[ops.SUM, row], first.sum(), scale=10)
@@ -150,7 +150,7 @@ def test_sums_and_gradients(backend, name, near_rows):
     }
     expected = reference.softmax_divergence(*inputs, **options)
     torch.testing.assert_close(
-        sums[0].cpu(),
+        sums[0],
         expected.detach(),
         rtol=1e-4 if near_rows else 2e-6,
         atol=0 if near_rows else 2e-6,
@@ -161,7 +161,6 @@ def test_sums_and_gradients(backend, name, near_rows):
     both.sum().backward()
     capped = reference._rows.softcapped(student.double(), caps[0])
     at_one = (capped - capped.amax(1, keepdim=True)).logsumexp(1) / LN2
-    scale = expected.detach().clamp(min=1e-6).sqrt() if near_rows else torch.ones(ROWS)
     for side, x in enumerate(inputs):
         extra = torch.stack([sums[0], sums[1 + side], *numbers(1.0, 0.7), at_one])
         arguments = (student, teacher, torch.cat([table, extra]), place, VOCAB, labels, bool(side))
@@ -171,7 +170,6 @@ def test_sums_and_gradients(backend, name, near_rows):
         into = torch.full_like(student, torch.nan)
         call("_shard_gradient_into", into, *arguments)
         assert torch.equal(into, found)
-    assert scale.isfinite().all()
 
 
 def test_infinite_and_nan_rows(backend):
