@@ -125,6 +125,12 @@ def kd(net: Net, maps: Tensor, logits: list[Tensor], batch: Digits, teaching: Te
     return recipes.kd(logits[0], teaching.logits[0], temperature=4.0)
 
 
+def dkd(net: Net, maps: Tensor, logits: list[Tensor], batch: Digits, teaching: Teaching) -> Tensor:
+    """Target and other classes apart; where there is no label, the teacher's answer is it."""
+    labels = torch.where(batch.known, batch.labels, teaching.logits[0].argmax(-1))
+    return recipes.dkd(logits[0], teaching.logits[0], labels)
+
+
 def dist(net: Net, maps: Tensor, logits: list[Tensor], batch: Digits, teaching: Teaching) -> Tensor:
     """Correlations of rows and of columns."""
     return recipes.dist(logits[0], teaching.logits[0])
@@ -164,6 +170,7 @@ def quantised(
 METHODS = {
     "no teacher": Method("few labels", None),
     "kd": Method("few labels", kd),
+    "dkd": Method("few labels", dkd),
     "dist": Method("few labels", dist),
     "meal_v2": Method("few labels", meal_v2),
     "lelp": Method("few labels", lelp, (CLASSES * SUBCLASSES,)),

