@@ -15,8 +15,7 @@ Run, from the repository:
     python examples/on_policy.py
 
 On the student of the default size, which has learnt for seconds, the mean gradients of the top 16
-pointed against the full one (cosine -0.99), with a tail and without: a support says little that
-holds little of the mass. `--steps` trains it longer.
+pointed against the full one (cosine -0.99), with a tail and without. `--steps` trains it longer.
 
 The table also has the time of the loss, and how many times as many texts an estimator needs for the
 noise of the full reverse KL. The figure goes to examples/output/on_policy.png.
