@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from cases import DIVERGENCES
 from shard_ranks import LABELS, ROWS, WIDTH, Ranks, logits
 from torch import Tensor
 
 import fastkd
-from fastkd._ops.arguments import choices
 
 
 def payload_case(ranks: Ranks) -> None:
@@ -30,7 +30,7 @@ def payload_case(ranks: Ranks) -> None:
     z, labels = logits(ROWS, WIDTH, seed=ranks.rank, dtype=torch.float32), LABELS[2]
     Shards.gather = recorded  # type: ignore[method-assign]
     try:
-        for name in choices("softmax_divergence", "divergence"):
+        for name in DIVERGENCES:
             call = functools.partial(fastkd.softmax_divergence, divergence=name, group=ranks.group)
             with torch.no_grad():
                 call(z, z)

@@ -4,10 +4,10 @@ import functools
 
 import pytest
 import torch
+from cases import DIVERGENCES
 from shard_ranks import ROWS, WIDTH, Ranks, logits
 
 import fastkd
-from fastkd._ops.arguments import choices
 
 
 def uneven(vocab: int, ranks: Ranks) -> slice:
@@ -76,7 +76,7 @@ def padding_case(vocab: int, ranks: Ranks) -> None:
 def infinite_case(ranks: Ranks) -> None:
     """-inf on a whole process's columns, on either side; infinite values."""
     vocab = WIDTH * ranks.size
-    for name in choices("softmax_divergence", "divergence"):
+    for name in DIVERGENCES:
         sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
         sides[0][0, :WIDTH] = sides[1][0, :WIDTH] = -torch.inf
         sides[0][1, -WIDTH:] = -torch.inf
@@ -122,7 +122,7 @@ def infinite_support_case(ranks: Ranks) -> None:
 def nan_case(ranks: Ranks) -> None:
     """A NaN on one process makes its row NaN on all, and no other row."""
     vocab = WIDTH * ranks.size
-    for name in choices("softmax_divergence", "divergence"):
+    for name in DIVERGENCES:
         sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
         sides[0][1, 0], sides[1][2, -1], sides[0][3, 4] = torch.nan, torch.nan, torch.inf
         function = functools.partial(fastkd.softmax_divergence, divergence=name, reduction="none")

@@ -67,13 +67,20 @@ enum SoftmaxIn {  // the first four are StatisticsIn's
 // Bits of `wanted`.
 enum StatisticsWanted { kWantEntropy = 1, kWantSecond = 2, kWantBest = 4, kWantTotal = 8 };
 
+// The options of a call of which only the number of columns matters here.
+inline RowOptions of_columns(int64_t vocab_size) {
+  RowOptions options;
+  options.vocab_size = vocab_size;
+  return options;
+}
+
 // Rows of logits, and the table.
 struct ShardProblem : RowProblem {
   const double* numbers;
 
   ShardProblem(const char* name, const Tensor& logits, const Tensor& table, int64_t count, int64_t vocab_size,
                bool values_checked)
-      : RowProblem(name, logits, plain_options(1, {}, {}, vocab_size), values_checked, {"logits", "labels"}),
+      : RowProblem(name, logits, of_columns(vocab_size), values_checked, {"logits", "labels"}),
         numbers(static_cast<const double*>(table.data_ptr())) {
     check_stored(table, ScalarType::Double, count * rows, "numbers");
   }

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from cases import DIVERGENCES
 from heads import gradients, head
 
 import fastkd
 from fastkd import LinearLogits
-from fastkd._ops.arguments import choices
 
 ROWS, FEATURES, VOCAB = (3, 13), 6, 29
 CHUNKS = ({"chunk_size": 5}, {}, {"chunk_size": 7, "compact": False})
@@ -100,7 +100,7 @@ def test_softmax_divergence(name, chunks, backend):
     )
 
 
-@pytest.mark.parametrize("divergence", choices("softmax_divergence", "divergence"))
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_divergence(divergence):
     student, teacher, inputs = sides(options={"chunk_size": 16})
     agree(
