@@ -125,6 +125,7 @@ def linear_softmax_divergence(
         "mask": mask,
         "teacher_weights": teacher_weights,
         "teacher_mix": teacher_mix,
+        "teacher_rows": None,
         "labels": labels,
         "label_weight": label_weight,
         "ignore_index": ignore_index,

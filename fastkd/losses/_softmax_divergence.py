@@ -257,7 +257,7 @@ def given(
     check_logits("softmax_divergence", "student_logits", student_logits)
     options["student_logits"] = student_logits
     options["teacher_logits"] = _teachers(teacher_logits)
-    if options.setdefault("teacher_rows", None) is not None:
+    if options["teacher_rows"] is not None:
         check_tensor("softmax_divergence", "teacher_rows", options["teacher_rows"])
         if any(isinstance(x, LinearLogits) for x in (student_logits, *options["teacher_logits"])):
             raise NotImplementedError(
