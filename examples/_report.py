@@ -105,8 +105,9 @@ def show(
     console.print(table)
 
 
-def save(figure: Figure, path: Path, console: Console) -> None:
-    """Write a figure and say where it is."""
+def save(figure: Figure, path: Path, console: Console, title: str) -> None:
+    """Write a figure with its title and say where it is."""
+    figure.suptitle(title, x=0.008, ha="left", fontsize=14)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -191,8 +191,7 @@ def draw(
     )
     panel.legend(frameon=False)
     panel.grid(axis="y", alpha=0.25)
-    figure.suptitle("SmolLM2 teaches itself", x=0.008, ha="left", fontsize=14)
-    save(figure, path, console)
+    save(figure, path, console, "SmolLM2 teaches itself")
 
 
 def draw_tokens(panel: Axes, one: Contrast, width: int = 96) -> None:

@@ -364,13 +364,12 @@ def draw(options: argparse.Namespace, results: dict[str, Result], console: Conso
         panel.margins(y=0.2)
         panel.grid(axis="y", alpha=0.25)
     panels[0].set_ylabel("accuracy on held-out digits, %")
-    figure.suptitle(
+    save(
+        figure,
+        options.output,
+        console,
         "Small students on 1,797 real digits: without a teacher, and by each recipe",
-        x=0.008,
-        ha="left",
-        fontsize=14,
     )
-    save(figure, options.output, console)
 
 
 if __name__ == "__main__":

@@ -215,13 +215,7 @@ def draw(
     right.set(title="Entropy of correct predictions, nats", yticks=[])
     right.spines["left"].set_visible(False)
     right.margins(x=0.3, y=0.15)
-    figure.suptitle(
-        "A masked language model learns to be sure of what it gets right",
-        x=0.008,
-        ha="left",
-        fontsize=14,
-    )
-    save(figure, path, console)
+    save(figure, path, console, "A masked language model learns to be sure of what it gets right")
 
 
 if __name__ == "__main__":

@@ -226,8 +226,7 @@ def draw(
     )
     right.legend(frameon=False, loc="lower right")
     right.grid(alpha=0.25)
-    figure.suptitle("Draft models for SmolLM2-135M", x=0.008, ha="left", fontsize=14)
-    save(figure, path, console)
+    save(figure, path, console, "Draft models for SmolLM2-135M")
 
 
 if __name__ == "__main__":

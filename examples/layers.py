@@ -207,8 +207,7 @@ def draw(
     )
     right.grid(axis="y", alpha=0.25)
     right.legend(frameon=False, loc="lower right")
-    figure.suptitle("SmolLM2's hidden states", x=0.008, ha="left", fontsize=14)
-    save(figure, path, console)
+    save(figure, path, console, "SmolLM2's hidden states")
 
 
 if __name__ == "__main__":

@@ -207,13 +207,12 @@ def draw(path: os.PathLike[str], measures: dict[str, dict[str, float]], console:
         panel.margins(x=0.14)
         if panel is not axes[0]:
             panel.set_yticklabels([])
-    figure.suptitle(
+    save(
+        figure,
+        path,
+        console,
         "On-policy distillation from SmolLM2: the same sampled tokens, seven gradients",
-        x=0.008,
-        ha="left",
-        fontsize=14,
     )
-    save(figure, path, console)
 
 
 if __name__ == "__main__":

@@ -304,13 +304,7 @@ def draw(
     axes[1].legend(frameon=False, loc="lower right")
     for panel in axes:
         panel.spines["bottom"].set_visible(False)
-    figure.suptitle(
-        "SmolLM2-135M teaches the same small student by each recipe",
-        x=0.008,
-        ha="left",
-        fontsize=14,
-    )
-    save(figure, path, console)
+    save(figure, path, console, "SmolLM2-135M teaches the same small student by each recipe")
 
 
 if __name__ == "__main__":
