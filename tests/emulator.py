@@ -103,13 +103,13 @@ def ops():
     return torch.ops.fastkd_simt
 
 
-def configure(capability: int, seed: int = 0, *, clusters: bool = True) -> None:
+def configure(capability: int, seed: int = 0, *, clusters: bool | int = True) -> None:
     """Emulate this compute capability, and an order of threads: 0 theirs, else a random one.
 
-    clusters=False: a device that refuses clusters of several blocks.
+    clusters=False: a device that refuses clusters of several blocks; a number: of more blocks.
     """
     library().simt_configure(capability, ctypes.c_uint(seed))
-    library().simt_refuse_clusters(not clusters)
+    library().simt_limit_clusters(16 if clusters is True else max(1, clusters))
 
 
 def traffic_of(run) -> Traffic:

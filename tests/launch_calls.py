@@ -24,7 +24,7 @@ def pair(vocab: int, dtype: torch.dtype = BF16, rows: int = 2) -> tuple[torch.Te
 
 
 def devices() -> None:
-    """The same call on every device, and on one that refuses clusters."""
+    """The same call on every device, and on those that refuse clusters, or large ones."""
     for capability in (75, 80, 86, 89, 90, 100, 120):
         emulator.configure(capability)
         begin(f"{capability}")
@@ -32,6 +32,12 @@ def devices() -> None:
     emulator.configure(90, clusters=False)
     begin("refused")
     fastkd.softmax_divergence(*pair(32_000))
+    begin("refused twice")
+    fastkd.softmax_divergence(*pair(151_936))
+    emulator.configure(90, clusters=8)
+    begin("sixteen refused")
+    fastkd.softmax_divergence(*pair(151_936))
+    emulator.configure(90, clusters=False)
     student, teacher = pair(60_000, torch.float32)
     vocab = fastkd.ByteVocab([bytes([i % 256, i // 256]) for i in range(60_000)])
     for op, arguments in {

@@ -26,9 +26,9 @@ pytestmark = pytest.mark.skipif(not emulator.is_built(), reason="run through `ma
 REASONS = {
     "elements": "element by element",
     "warp": "one warp per row",
+    "quarter": "four blocks run on each",
     "half": "two blocks run on each",
     "whole": "one block runs on each",
-    "sixteen": "fit only with all the shared memory of 16",
     "exceeds 1": "exceed the shared memory of one block",
     "exceeds 8": "exceed the shared memory of 8 blocks",
     "exceeds 16": "exceed the shared memory of 16 blocks",
@@ -41,40 +41,42 @@ REREAD_OLD = (192, 0, 1, False, emulator.UNDER_WAY, "exceeds 1")
 TABLE = [
     ((EVERYWHERE, 2, 1024, 2), (128, 4, 1, True, 2064, "warp")),
     ((EVERYWHERE, 2, 2040, 2), (128, 4, 1, True, 4096, "warp")),  # 16 bytes for an odd beginning
-    ((EVERYWHERE, 2, 2041, 2), (192, 0, 1, True, 4112, "half")),
-    ((EVERYWHERE, 4, 1024, 2), (192, 0, 1, True, 4112, "half")),
-    ((EVERYWHERE, 2, 4096, 2), (192, 0, 1, True, 8208, "half")),
+    ((EVERYWHERE, 2, 2041, 2), (128, 0, 1, True, 4112, "quarter")),
+    ((EVERYWHERE, 4, 1024, 2), (128, 0, 1, True, 4112, "quarter")),
+    (((75,), 2, 4096, 2), (192, 0, 1, True, 8208, "half")),
+    (((80, 86, 89, *LARGE, *SMALL), 2, 4096, 2), (128, 0, 1, True, 8208, "quarter")),
     (((75,), 4, 4096, 2), (384, 0, 1, True, 16_400, "whole")),
-    (((80, 86, 89, *LARGE, *SMALL), 4, 4096, 2), (192, 0, 1, True, 16_400, "half")),
+    (((80, *LARGE), 4, 4096, 2), (128, 0, 1, True, 16_400, "quarter")),
+    (((86, 89, *SMALL), 4, 4096, 2), (192, 0, 1, True, 16_400, "half")),
     (((75, 86, 89), 2, 32_000, 2), REREAD_OLD),
     (((80,), 2, 32_000, 2), (384, 0, 1, True, 64_016, "whole")),
-    ((LARGE, 2, 32_000, 2), (192, 0, 2, True, 32_016, "half")),
-    # With half of 99 KiB it would take 4 blocks, whose parts of a row have less than 16 KiB.
-    ((SMALL, 2, 32_000, 2), (384, 0, 2, True, 32_016, "whole")),
+    ((LARGE, 2, 32_000, 2), (128, 0, 4, True, 16_016, "quarter")),
+    # With a quarter of 99 KiB it would take 8 blocks, with less than five packs a thread.
+    ((SMALL, 2, 32_000, 2), (192, 0, 4, True, 16_016, "half")),
     ((OLD, 4, 32_000, 2), REREAD_OLD),
-    ((LARGE, 4, 32_000, 2), (192, 0, 4, True, 32_016, "half")),
-    ((SMALL, 4, 32_000, 2), (384, 0, 4, True, 32_016, "whole")),
+    ((LARGE, 4, 32_000, 2), (128, 0, 8, True, 16_016, "quarter")),
+    ((SMALL, 4, 32_000, 2), (192, 0, 8, True, 16_016, "half")),
     ((OLD, 2, 50_257, 2), REREAD_OLD),
-    ((LARGE, 2, 50_257, 2), (192, 0, 2, True, 50_272, "half")),
+    ((LARGE, 2, 50_257, 2), (128, 0, 4, True, 25_136, "quarter")),
     ((SMALL, 2, 50_257, 2), (384, 0, 2, True, 50_272, "whole")),
-    ((LARGE, 4, 50_257, 2), (192, 0, 4, True, 50_272, "half")),
+    ((LARGE, 4, 50_257, 2), (128, 0, 8, True, 25_136, "quarter")),
     ((OLD, 2, 128_256, 2), REREAD_OLD),
-    ((LARGE, 2, 128_256, 2), (192, 0, 8, True, 32_080, "half")),
+    ((LARGE, 2, 128_256, 2), (128, 0, 16, True, 16_048, "quarter")),
     ((SMALL, 2, 128_256, 2), (384, 0, 8, True, 32_080, "whole")),
-    ((LARGE, 4, 128_256, 2), (384, 0, 8, True, 64_144, "whole")),
+    ((LARGE, 4, 128_256, 2), (192, 0, 16, True, 32_080, "half")),
     ((SMALL, 4, 128_256, 2), (192, 0, 1, False, emulator.UNDER_WAY, "exceeds 8")),
     ((OLD, 2, 151_936, 2), REREAD_OLD),
-    ((LARGE, 2, 151_936, 2), (192, 0, 8, True, 38_000, "half")),
+    ((LARGE, 2, 151_936, 2), (128, 0, 16, True, 19_008, "quarter")),
     ((SMALL, 2, 151_936, 2), (384, 0, 8, True, 38_000, "whole")),
-    ((LARGE, 4, 151_936, 2), (384, 0, 8, True, 75_984, "whole")),
-    ((LARGE, 2, 262_144, 2), (384, 0, 8, True, 65_552, "whole")),
-    ((LARGE, 4, 262_144, 2), (384, 0, 16, True, 65_552, "sixteen")),
+    ((LARGE, 4, 151_936, 2), (192, 0, 16, True, 38_000, "half")),
+    ((LARGE, 2, 262_144, 2), (192, 0, 16, True, 32_784, "half")),
+    ((LARGE, 4, 262_144, 2), (384, 0, 16, True, 65_552, "whole")),
     ((SMALL, 2, 262_144, 2), (192, 0, 1, False, emulator.UNDER_WAY, "exceeds 8")),
     ((LARGE, 4, 500_000, 2), (192, 0, 1, False, emulator.UNDER_WAY, "exceeds 16")),
-    # One tensor: topk_divergence, teacher_topk, token_stats of a student alone.
+    # One tensor: topk_divergence, cross_entropy.
     (((80,), 2, 50_257, 1), (384, 0, 1, True, 100_544, "whole")),
-    ((LARGE, 2, 50_257, 1), (192, 0, 1, True, 100_544, "half")),
-    ((LARGE, 4, 262_144, 1), (384, 0, 8, True, 131_088, "whole")),
+    ((LARGE, 2, 50_257, 1), (128, 0, 2, True, 50_272, "quarter")),
+    ((LARGE, 4, 262_144, 1), (192, 0, 16, True, 65_552, "half")),
     ((SMALL, 4, 151_936, 1), (384, 0, 8, True, 75_984, "whole")),
 ]
 
@@ -116,10 +118,10 @@ def test_rows_without_packs_are_read_again(capability, vocab, threads):
 
 
 def test_what_a_team_needs_besides_its_rows_counts():
-    room = (227 + 1) * 1024 // 2 - 1024 - 2 * 38_000
-    fitting = (192, 0, 8, True, 38_000, "half")
+    room = (227 + 1) * 1024 // 4 - 1024 - 2 * 19_008
+    fitting = (128, 0, 16, True, 19_008, "quarter")
     assert policy(90, 2, 151_936, overhead=room) == fitting
-    larger = (384, 0, 4, True, 75_984, "whole")  # with one block per multiprocessor 4 are enough
+    larger = (192, 0, 8, True, 38_000, "half")  # with two blocks per multiprocessor 8 are enough
     assert policy(90, 2, 151_936, overhead=room + 1) == larger
 
 
@@ -148,6 +150,8 @@ def test_every_launch_is_possible_and_holds_its_rows(capability):
                     assert cluster * size >= vocab * element, vocab
                     if not warp_rows:
                         assert tensors * size + 2000 <= shared * 1024, vocab
+                    # A block of a cluster has enough to do.
+                    assert cluster == 1 or size >= 5 * 16 * threads, vocab
 
 
 # --- The log --------------------------------------------------------------------------------------
@@ -219,7 +223,7 @@ def test_a_line_has_the_launch(log, capability):
     ("call", "threads", "blocks", "resident", "reason"),
     [
         ("short", 128, 2, "yes", "one warp per row, 4 rows per block"),
-        ("dtypes differ", 192, 2, "yes", "the rows fit with half"),
+        ("dtypes differ", 128, 2, "yes", "the rows fit with a quarter"),
         ("offsets differ", 256, 2, "no", "rows are read element by element"),
         ("one pass", 192, 2, "no", "there is one pass"),
         ("short, one pass", 128, 2, "no", "4 rows per block; there is one pass"),
@@ -245,11 +249,19 @@ def test_a_refused_cluster_is_said_with_what_runs_instead(log):
     assert (rows["cluster"], rows["blocks"], rows["resident"]) == ("1", "2", "no")
     assert "the device cannot run the cluster" in rows["reason"]
 
+    sixteen, eight, rows, _ = log["refused twice"]
+    assert [int(x["cluster"]) for x in (sixteen, eight, rows)] == [16, 8, 1]
+    assert sixteen["instead"] == "a launch with fewer blocks per row"
+    assert "without a cluster" in eight["instead"]
+    sixteen, rows, _ = log["sixteen refused"]
+    assert (int(sixteen["cluster"]), sixteen.re) == (16, REFUSED)
+    assert (int(rows["cluster"]), rows["resident"]) == (8, "yes")
+
     for op in (
         *("topk_divergence", "clipped_divergence", "cross_entropy", "token_log_probs"),
         *("token_stats", "teacher_topk"),
     ):
-        refused, rows = (x for x in log[f"{op} refused"] if x["role"] == "rows")
+        *_, refused, rows = (x for x in log[f"{op} refused"] if x["role"] == "rows")
         assert (refused.re, refused["op"], refused["role"]) == (REFUSED, op, "rows")
         assert int(refused["cluster"]) > 1
         assert (rows["op"], rows["role"], rows["cluster"]) == (op, "rows", "1")

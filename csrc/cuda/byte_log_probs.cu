@@ -322,22 +322,24 @@ void launch_sums(const Device& device, ByteArguments a, const Tensor& like) {
   }
   // Each id takes a logit and a place in the list.
   const int64_t overhead = bytes() + 128 + a.columns * 8;
-  RowLaunch launch =
-      block_per_row(row_launch(device.capability(), item + 2, a.ids, overhead, /*packed=*/true, /*tensors=*/1));
-  launch.threads = shared_threads(launch);  // the worker has room for kRowThreads
+  const RowNeeds needs{overhead, /*packed=*/true, /*tensors=*/1};
   int64_t blocks = 0;
-  a.slices = launch.cluster;
-  a.slice = slice_size(a.ids, a.slices);
-  if (launch.resident && a.slice <= kMostIds) {
+  for (int most_blocks : {kMostBlocks, kPortableBlocks}) {
+    RowLaunch launch = block_per_row(row_launch(device.capability(), item + 2, a.ids, needs, most_blocks));
+    if (launch.threads > kRowThreads) launch.threads = kRowThreads;  // the worker has no room for more
+    a.slices = launch.cluster;
+    a.slice = slice_size(a.ids, a.slices);
+    if (!launch.resident || a.slice > kMostIds) break;
     blocks = device.blocks_at_a_time(kernel, launch.threads, bytes(), launch.cluster);
-    if (blocks == 0) {
-      device.log_refused("rows", launch.threads, bytes(), launch.cluster,
-                         "slices without a cluster; a second kernel adds their sums");
+    if (blocks > 0) {
+      return device.launch({"rows", launch}, kernel, teams_for(a, blocks) * a.slices, launch.threads, bytes(),
+                           launch.cluster, a);
     }
-  }
-  if (blocks > 0) {
-    return device.launch({"rows", launch}, kernel, teams_for(a, blocks) * a.slices, launch.threads, bytes(),
-                         launch.cluster, a);
+    const bool smaller = launch.cluster > kPortableBlocks;
+    device.log_refused(
+        "rows", launch.threads, bytes(), launch.cluster,
+        smaller ? "a launch with fewer blocks per row" : "slices without a cluster; a second kernel adds their sums");
+    if (!smaller) break;
   }
   cut(a, device.capability(), overhead, item + 2);
   FASTKD_CHECK_VALUE(a.slices <= kMostSlices, kByteLogProbs, "vocab on this device may have at most ",

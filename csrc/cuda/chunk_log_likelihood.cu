@@ -154,7 +154,7 @@ template <class KernelOf>
 void launch_rows(const char* role, const Device& device, const ChunkArguments& arguments, const KernelOf& kernel_of) {
   with_source<false>(source_kind(arguments), [&](auto source, int element_size) {
     using Source = typename decltype(source)::Type;
-    RowLaunch launch = one_pass(row_launch(device.capability(), element_size, arguments.vocab, 0, Source::kPacked));
+    RowLaunch launch = one_pass(row_launch(device.capability(), element_size, arguments.vocab, {0, Source::kPacked}));
     launch.cluster = 1;
     const bool by_warp = launch.warp_rows > 0;
     const int64_t block_rows = by_warp ? launch.warp_rows : 1;

@@ -292,11 +292,13 @@ struct ClipLeader {
   // To be called after pass 2: computes the value and the factors of the gradients. near: the sums are exact also where
   // student and teacher are close; else they may have to be computed again, and only `near` is published.
   __device__ __noinline__ void finish(Renormalize renormalize, bool lump, bool near, ClipParameters<Real>* published) {
-    ClipParameters<Real> parameters = shared_load(published);
-    parameters.near = near || is_close(sums);
-    if (parameters.near && !near) return shared_store(published, parameters);
-    parameters.small = nan_or_zero == 0 && is_small(sums, renormalize, lump);
-    numbers = clip_numbers(sums, renormalize, lump, nan_or_zero);
+    const bool close = is_close(sums), again = close && !near;
+    const bool small = !again && nan_or_zero == 0 && is_small(sums, renormalize, lump);
+    if (!again) numbers = clip_numbers(sums, renormalize, lump, nan_or_zero);
+    ClipParameters<Real> parameters = shared_load(published);  // after these, which need many registers
+    parameters.near = near || close;
+    if (again) return shared_store(published, parameters);
+    parameters.small = small;
     parameters.factors.teacher = Real(parameters.factors.teacher * numbers.gain);
     parameters.alpha = Real(numbers.alpha);
     parameters.gamma = Real(numbers.gamma);

@@ -12,10 +12,12 @@ template <EntropySums kEntropy>
 void launch(const Device& device, const CrossEntropyArgumentsOnDevice& a) {
   with_source<false>(source_kind(a), [&](auto source, int element_size) {
     using Source = typename decltype(source)::Type;
-    const RowLaunch rows =
-        row_launch(device.capability(), element_size, a.vocab, cross_entropy_overhead(false), Source::kPacked, 1);
-    launch_teams(device, cross_entropy_kernel<kEntropy, Source>, a, a.student_gradient ? rows : one_pass(rows),
-                 cross_entropy_team_bytes);
+    const RowNeeds needs{cross_entropy_overhead(false), Source::kPacked, /*tensors=*/1};
+    const auto rows = [&](int most_blocks) {
+      const RowLaunch launch = row_launch(device.capability(), element_size, a.vocab, needs, most_blocks);
+      return a.student_gradient ? launch : one_pass(launch);
+    };
+    launch_teams(device, cross_entropy_kernel<kEntropy, Source>, a, rows, cross_entropy_team_bytes);
   });
 }
 

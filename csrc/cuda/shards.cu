@@ -123,7 +123,9 @@ struct Cuda {
   static void launch(const char* role, const ShardProblem& problem, const char* name, Kernel kernel,
                      const Arguments& arguments) {
     const Device device(problem.student_tensor, name);
-    const RowLaunch rows = row_launch(device.capability(), 4, arguments.vocab, kShardTeamBytes, /*packed=*/false);
+    const auto rows = [&](int most_blocks) {
+      return row_launch(device.capability(), 4, arguments.vocab, {kShardTeamBytes, /*packed=*/false}, most_blocks);
+    };
     launch_teams(device, kernel, arguments, rows, shard_team_bytes, role);
   }
 };

@@ -467,11 +467,13 @@ struct RowWorker {
   }
 };
 
-// Threads per block where two share a multiprocessor. Two dtypes take more registers than one.
+// Threads per block where two share a multiprocessor. More registers are needed for two dtypes, and for a label apart
+// in rows that are read element by element.
 template <class Divergence, class Source>
 constexpr int threads_for() {
-  const bool mixed = std::is_same<Source, PackedSource<Mixed>>::value;
-  return Divergence::kPass == Pass::kNormalizersOnly || mixed ? kRowThreads : kManyRowThreads;
+  const bool more =
+      std::is_same<Source, PackedSource<Mixed>>::value || (Divergence::kExcludesLabel && !Source::kPacked);
+  return Divergence::kPass == Pass::kNormalizersOnly || more ? kRowThreads : kManyRowThreads;
 }
 
 template <class Divergence, class Source>

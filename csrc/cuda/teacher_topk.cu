@@ -267,10 +267,14 @@ __global__ void __launch_bounds__(2 * kRowThreads, 1)
 
 template <class Source>
 void launch_rows(const Device& device, const SelectArguments& arguments, int element_size) {
-  const RowLaunch launch =
-      row_launch(device.capability(), element_size, arguments.vocab, kTeamBytes, Source::kPacked, /*tensors=*/1);
-  launch_teams(device, teacher_topk_kernel<Source>, arguments, block_per_row(launch),  // a row needs a histogram
-               [](const RowLaunch& with) { return kTeamBytes + with.slice_bytes; });
+  // The many barriers of a row make large clusters of small blocks slower than small clusters.
+  const RowNeeds needs{kTeamBytes, Source::kPacked, /*tensors=*/1, kRowThreads, /*most_shared=*/2};
+  launch_teams(
+      device, teacher_topk_kernel<Source>, arguments,
+      [&](int most_blocks) {  // a row needs a histogram
+        return block_per_row(row_launch(device.capability(), element_size, arguments.vocab, needs, most_blocks));
+      },
+      [](const RowLaunch& with) { return kTeamBytes + with.slice_bytes; });
 }
 
 struct Cuda {

@@ -12,11 +12,13 @@ template <class Source>
 void launch_rows(const Device& device, TopkArguments arguments, int element_size) {
   const int packs = arguments.vocab / Source::kSize + 2;  // a row may begin within its first pack
   while ((packs >> arguments.group_shift) >= kTopkBits) ++arguments.group_shift;
-  const RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab,
-                                      topk_team_bytes(false, arguments.k), Source::kPacked, 1);
-  launch_teams(device, topk_divergence_kernel<Source>, arguments, launch, [&](const RowLaunch& with) {
-    return topk_team_bytes(with.warp_rows > 0, arguments.k) + with.slice_bytes;
-  });
+  const RowNeeds needs{topk_team_bytes(false, arguments.k), Source::kPacked, /*tensors=*/1};
+  launch_teams(
+      device, topk_divergence_kernel<Source>, arguments,
+      [&](int most_blocks) {
+        return row_launch(device.capability(), element_size, arguments.vocab, needs, most_blocks);
+      },
+      [&](const RowLaunch& with) { return topk_team_bytes(with.warp_rows > 0, arguments.k) + with.slice_bytes; });
 }
 
 struct Cuda {

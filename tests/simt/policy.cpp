@@ -13,7 +13,7 @@ __attribute__((visibility("default"))) void simt_row_launch(int capability, int 
                                                             long long overhead, int packed, int tensors, int threads,
                                                             SimtRowLaunch* out) {
   using namespace fastkd::cuda;
-  const RowLaunch launch = row_launch(capability, element_size, vocab, overhead, packed != 0, tensors, threads);
+  const RowLaunch launch = row_launch(capability, element_size, vocab, {overhead, packed != 0, tensors, threads});
   *out = {launch.threads,  launch.warp_rows,   launch.cluster,
           launch.resident, launch.slice_bytes, text_of(launch.reason)};
 }

@@ -15,10 +15,10 @@ __attribute__((visibility("default"))) void simt_configure(int capability, unsig
   simt::settings().seed = seed;
 }
 
-// A device that cannot run clusters of several blocks, for example a partition of one. No query finds room for one, and
-// a launch of one fails.
-__attribute__((visibility("default"))) void simt_refuse_clusters(int refuse) {
-  simt::settings().refuse_clusters = refuse != 0;
+// A device, or a partition of one, that cannot run clusters of more blocks than these. No query finds room for one, and
+// its launch is an error.
+__attribute__((visibility("default"))) void simt_limit_clusters(int most) {
+  simt::settings().most_blocks = unsigned(most);
 }
 
 __attribute__((visibility("default"))) void simt_reset() {

@@ -126,8 +126,8 @@ struct FunctionLimits {
 struct Settings {
   std::atomic<int> capability{90};
   std::atomic<unsigned> seed{0};
-  std::atomic<bool> refuse_clusters{false};
-  std::mutex mutex;  // guards the members below
+  std::atomic<unsigned> most_blocks{16};  // of a cluster
+  std::mutex mutex;                       // guards the members below
   Totals totals;
   std::map<std::pair<int, const void*>, FunctionLimits> functions;  // by device and kernel
 };

@@ -60,7 +60,7 @@ inline size_t optin_shared_memory(int capability) {
 }
 
 // Each configuration of the emulator has a number of its own: what is known of one device is not true of another.
-inline int device() { return 2 * settings().capability + settings().refuse_clusters; }
+inline int device() { return 32 * settings().capability + int(settings().most_blocks); }
 
 inline FunctionLimits function_limits(const void* kernel) {
   std::lock_guard<std::mutex> lock(settings().mutex);
@@ -177,7 +177,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Paramet
   if (error != cudaSuccess) return simt::note_error(error);
   std::lock_guard<std::mutex> lock(simt::settings().mutex);
   ++simt::settings().totals.occupancy_queries;
-  *clusters = shape.cluster > 1 && simt::settings().refuse_clusters ? 0 : 2;
+  *clusters = shape.cluster > simt::settings().most_blocks ? 0 : 2;
   return cudaSuccess;
 }
 
@@ -188,7 +188,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const auto limits = simt::function_limits(reinterpret_cast<const void*>(kernel));
   const cudaError_t error = simt::check_launch(*config, limits, &shape);
   if (error != cudaSuccess) return simt::note_error(error);
-  if (shape.cluster > 1 && simt::settings().refuse_clusters) return simt::note_error(cudaErrorInvalidConfiguration);
+  if (shape.cluster > simt::settings().most_blocks) return simt::note_error(cudaErrorInvalidConfiguration);
   using Call = std::pair<void (*)(Parameters...), std::tuple<Parameters...>>;
   const Call call(kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...));
   const auto run = [](const void* closure) {

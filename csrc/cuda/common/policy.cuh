@@ -29,9 +29,9 @@ enum class LaunchReason : uint8_t {
   kWarp,
   kWarpMemory,
   kBlockPerRow,
+  kQuarter,
   kHalf,
   kWhole,
-  kSixteenBlocks,
   kExceedsBlock,
   kExceedsEightBlocks,
   kExceedsSixteenBlocks,
@@ -51,12 +51,12 @@ constexpr const char* text_of(LaunchReason reason) {
       return "a row has at most 4096 bytes, but 4 rows per block would need too much shared memory: one block per row";
     case LaunchReason::kBlockPerRow:
       return "a row has at most 4096 bytes, but this op needs a whole block: one block per row";
+    case LaunchReason::kQuarter:
+      return "the rows fit with a quarter of the shared memory of a multiprocessor per block: four blocks run on each";
     case LaunchReason::kHalf:
       return "the rows fit with half of the shared memory of a multiprocessor per block: two blocks run on each";
     case LaunchReason::kWhole:
       return "the rows fit with all the shared memory of a multiprocessor per block: one block runs on each";
-    case LaunchReason::kSixteenBlocks:
-      return "the rows fit only with all the shared memory of 16 multiprocessors";
     case LaunchReason::kExceedsBlock:
       return "the rows exceed the shared memory of one block, and there are no clusters: each pass reads them again";
     case LaunchReason::kExceedsEightBlocks:
@@ -85,9 +85,10 @@ struct RowLaunch {
   int64_t teams = 0;    // of the grid; set by the launch
 };
 
-// Threads per block where two blocks share a multiprocessor; twice as many where one block has it to itself. A thread
-// may then use 168 registers, or 128.
-inline constexpr int kRowThreads = 192, kManyRowThreads = 256;
+// Threads per block where four blocks share a multiprocessor (a thread may then use 128 registers; with up to 168,
+// three blocks do), and where two do (168 registers, or 128). Twice as many as the latter where one block has the
+// multiprocessor to itself.
+inline constexpr int kQuarterThreads = 128, kRowThreads = 192, kManyRowThreads = 256;
 // How many packs ahead a thread's copies are, where rows do not stay in shared memory. With 384 or 512 threads per
 // multiprocessor, that is 24 or 32 KiB under way of each tensor.
 inline constexpr int kAhead = 4;
@@ -99,68 +100,77 @@ inline constexpr int kWarpRows = 4;
 inline constexpr int64_t kWarpRowBytes = 4096;
 static_assert(kWarpRowBytes == 4096 && kWarpRows == 4, "text_of names both");
 
-// A launch's threads per block if two blocks shared a multiprocessor.
-constexpr int shared_threads(const RowLaunch& launch) {
-  const bool whole = launch.reason == LaunchReason::kWhole || launch.reason == LaunchReason::kSixteenBlocks;
-  return whole ? launch.threads / 2 : launch.threads;
-}
-
 // The launch in which each pass reads the rows from global memory again. Shared memory holds the packs under way.
 constexpr RowLaunch reread_launch(LaunchReason reason, int threads) {
   return {threads, 0, 1, false, reason, ahead_bytes(threads)};
 }
 
-// The shared memory per block if two blocks share a multiprocessor. The multiprocessor has 1 KiB more than one block
-// may use, and reserves 1 KiB for each block. (On sm_75 it has no more than one block may use.)
-constexpr int64_t half_limit(int capability) {
+// The shared memory per block if so many blocks share a multiprocessor. The multiprocessor has 1 KiB more than one
+// block may use, and reserves 1 KiB for each block. (On sm_75 it has no more than one block may use.)
+constexpr int64_t share_limit(int capability, int blocks) {
   const int64_t all = shared_limit(capability) + (capability == 75 ? 0 : 1024);
-  return all / 2 - 1024;
+  return blocks == 1 ? shared_limit(capability) : all / blocks - 1024;
 }
+constexpr int64_t half_limit(int capability) { return share_limit(capability, 2); }
 
-// overhead: shared memory that a team needs besides the rows. tensors: how many tensors' rows stay there.
-// threads: kRowThreads, or kManyRowThreads for a kernel that needs fewer registers.
-constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, int64_t overhead, bool packed,
-                               int tensors = 2, int threads = kRowThreads) {
+// The blocks of a cluster at most: on every device that has clusters, and on some (where a launch must ask for it).
+inline constexpr int kPortableBlocks = 8, kMostBlocks = 16;
+// A block of a cluster has at least this many packs of a row a thread; with fewer, its barriers would take longer.
+inline constexpr int kLeastPacks = 5;
+
+// What a kernel needs of a launch.
+struct RowNeeds {
+  int64_t overhead;           // shared memory that a team needs besides the rows
+  bool packed;                // rows are moved in packs
+  int tensors = 2;            // how many tensors' rows stay in shared memory
+  int threads = kRowThreads;  // per block where two share a multiprocessor; more for a kernel that needs few registers
+  int most_shared = 4;        // at most so many blocks share a multiprocessor
+};
+
+// most_blocks: in a cluster, at most; 0: the device has refused clusters.
+//
+// Of the launches that keep the rows in shared memory, that with the most blocks per multiprocessor is taken: while
+// the blocks of one row wait for each other, or for their leading threads, other rows' copies and arithmetic go on.
+constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, const RowNeeds& needs,
+                               int most_blocks = kMostBlocks) {
   // One more pack, for a row that does not begin on a 16-byte boundary.
   const int64_t bytes = (vocab * element_size + 15) / 16 * 16 + 16;
-  if (!packed) {
-    return {vocab >= 4096 ? threads : vocab >= 1024 ? 128 : 32, 0, 1, false, LaunchReason::kElements, 0};
+  if (!needs.packed) {
+    const int threads = vocab >= 4096 ? needs.threads : vocab >= 1024 ? 128 : 32;
+    return {threads, 0, 1, false, LaunchReason::kElements, 0};
   }
   if (bytes <= kWarpRowBytes) return {kWarpRows * 32, kWarpRows, 1, true, LaunchReason::kWarp, bytes};
-  const int64_t limit = shared_limit(capability) - overhead;
-  const int64_t half = half_limit(capability) - overhead;
-  // Using half of the limit leaves room for a second block, whose loads overlap this block's arithmetic. Using all of
-  // it still saves the second read. Portable clusters have at most 8 blocks; 16 are used for rows that fit no other
-  // way.
-  for (int64_t room : {half, limit}) {
-    for (int cluster = 1; cluster <= (capability >= 90 ? 8 : 1); cluster *= 2) {
-      const int64_t slice = ((bytes / 16 + cluster - 1) / cluster) * 16;
-      const bool many = cluster > 1 && slice < 16384;  // too little work per block for the barriers
-      if (tensors * slice <= room && !many) {
-        return room == half ? RowLaunch{threads, 0, cluster, true, LaunchReason::kHalf, slice}
-                            : RowLaunch{2 * threads, 0, cluster, true, LaunchReason::kWhole, slice};
-      }
-    }
-  }
-  const int64_t slice = ((bytes / 16 + 15) / 16) * 16;
+  if (most_blocks == 0) return reread_launch(LaunchReason::kRefused, needs.threads);
   const bool sixteen = capability == 90 || capability == 100;
-  if (sixteen && tensors * slice <= limit) {
-    return {2 * threads, 0, 16, true, LaunchReason::kSixteenBlocks, slice};
+  const int most = capability < 90 ? 1 : sixteen ? kMostBlocks : kPortableBlocks;
+  for (int share : {4, 2, 1}) {
+    if (share > needs.most_shared) continue;
+    const int threads = share == 4 ? kQuarterThreads : share == 2 ? needs.threads : 2 * needs.threads;
+    const int64_t room = share_limit(capability, share) - needs.overhead;
+    for (int cluster = 1; cluster <= (most < most_blocks ? most : most_blocks); cluster *= 2) {
+      const int64_t slice = ((bytes / 16 + cluster - 1) / cluster) * 16;
+      if (needs.tensors * slice > room || (cluster > 1 && slice < kLeastPacks * 16 * threads)) continue;
+      const LaunchReason reason = share == 4   ? LaunchReason::kQuarter
+                                  : share == 2 ? LaunchReason::kHalf
+                                               : LaunchReason::kWhole;
+      return {threads, 0, cluster, true, reason, slice};
+    }
   }
   return reread_launch(capability < 90 ? LaunchReason::kExceedsBlock
                        : sixteen       ? LaunchReason::kExceedsSixteenBlocks
                                        : LaunchReason::kExceedsEightBlocks,
-                       threads);
+                       needs.threads);
 }
 
-// The same launch for an op with a single pass.
+// The same launch for an op with a single pass. Any number of blocks fits: rows need no shared memory of their own.
 constexpr RowLaunch one_pass(RowLaunch launch) {
   if (launch.resident) {
-    launch.threads = shared_threads(launch);  // any number of blocks fits
+    if (launch.reason == LaunchReason::kQuarter && launch.cluster > 1) launch.cluster /= 2;
+    if (launch.warp_rows == 0) launch.threads = kRowThreads;
     launch.slice_bytes = ahead_bytes(launch.warp_rows > 0 ? 32 : launch.threads);
     launch.resident = false;
   }
-  if (launch.reason != LaunchReason::kElements) {
+  if (launch.reason != LaunchReason::kElements && launch.reason != LaunchReason::kRefused) {
     launch.reason = launch.warp_rows > 0 ? LaunchReason::kOnePassWarp : LaunchReason::kOnePass;
   }
   return launch;

@@ -9,13 +9,15 @@ namespace fastkd::cuda {
 // The size of a grid is limited: a team that finishes its row takes another one.
 inline int64_t teams_of(int64_t rows, int cluster) { return rows < INT32_MAX / cluster ? rows : INT32_MAX / cluster; }
 
-// Launches kernel(arguments, launch) for arguments.rows rows. team_bytes(launch) is the shared memory per team. If
-// warps would need too much of it, a row gets the whole block instead. If the device cannot run the cluster, each pass
-// reads the rows again. role: of the kernel, in the launch log.
-template <class Kernel, class Arguments, class TeamBytes>
-void launch_teams(const Device& device, Kernel kernel, const Arguments& arguments, RowLaunch launch,
+// Launches kernel(arguments, launch) for arguments.rows rows. launch_of(most_blocks) is the launch with clusters of at
+// most so many blocks; 0: without clusters. team_bytes(launch) is the shared memory per team. If warps would need too
+// much of it, a row gets the whole block instead. If the device cannot run a cluster, a smaller one is tried, and then
+// each pass reads the rows again. role: of the kernel, in the launch log.
+template <class Kernel, class Arguments, class LaunchOf, class TeamBytes>
+void launch_teams(const Device& device, Kernel kernel, const Arguments& arguments, const LaunchOf& launch_of,
                   const TeamBytes& team_bytes, const char* role = "rows") {
   const int capability = device.capability();
+  RowLaunch launch = launch_of(kMostBlocks);
   // Where a multiprocessor has no more memory than one block may use (sm_75), limiting a block to half of it gains
   // nothing.
   const int64_t room = capability == 75 ? shared_limit(capability) : half_limit(capability);
@@ -23,10 +25,12 @@ void launch_teams(const Device& device, Kernel kernel, const Arguments& argument
     launch.warp_rows = 0;
     launch.reason = LaunchReason::kWarpMemory;
   }
-  if (!device.fits(kernel, launch.threads, team_bytes(launch), launch.cluster)) {
+  while (!device.fits(kernel, launch.threads, team_bytes(launch), launch.cluster)) {
+    const RowLaunch next = launch_of(launch.cluster > kPortableBlocks ? kPortableBlocks : 0);
     device.log_refused(role, launch.threads, team_bytes(launch), launch.cluster,
-                       "one block per row, without a cluster; each pass reads the rows again");
-    launch = reread_launch(LaunchReason::kRefused, shared_threads(launch));
+                       next.resident ? "a launch with fewer blocks per row"
+                                     : "one block per row, without a cluster; each pass reads the rows again");
+    launch = next;
   }
   const int64_t block_rows = launch.warp_rows > 0 ? launch.warp_rows : 1;
   const int64_t blocks = teams_of((arguments.rows + block_rows - 1) / block_rows, launch.cluster);
