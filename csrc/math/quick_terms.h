@@ -48,21 +48,15 @@ FASTKD_INLINE float saturated(float x) {
 #endif
 }
 
-// The mixture m = by_p p + by_q q, relative to the larger of p and q, so that nothing cancels.
+// The mixture m = by_p p + by_q q. Where p and q are 0 in float, so that m would be, it is a number whose logarithm and
+// reciprocal are finite: they are multiplied by p or q.
 struct QuickMixture {
-  float d;         // log2(q / p)
-  bool student;    // q is the larger one
-  float ratio;     // the smaller one divided by the larger one
-  float of_large;  // m divided by the larger one
+  float q, p, m;
 
   FASTKD_INLINE QuickMixture(float a, float b, float by_q, float by_p)
-      : d(a - b),
-        student(d > 0),
-        ratio(exp2_fast(-magnitude(d))),
-        of_large(fused(ratio, student ? by_p : by_q, student ? by_q : by_p)) {}
+      : q(exp2_fast(a)), p(exp2_fast(b)), m(at_least(fused(by_p, p, by_q * q), kLeast)) {}
 
-  FASTKD_INLINE float p_share() const { return reciprocal_fast(of_large) * (student ? ratio : 1.0f); }  // p / m
-  FASTKD_INLINE float q_share() const { return reciprocal_fast(of_large) * (student ? 1.0f : ratio); }
+  static constexpr float kLeast = 0x1p-125f;
 };
 
 // None: the divergence is computed by divergence.h alone.
@@ -85,9 +79,9 @@ struct Quick<Jsd> : QuickOfMixture {
   FASTKD_INLINE explicit Quick(double beta) : QuickOfMixture(beta, 1 - beta) {}
 
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const QuickMixture m = mixture(a, b);
-    const float to_large = log2_fast(m.of_large);
-    return {exp2_fast(a), to_large + at_least(0.0f, -m.d), exp2_fast(b), to_large + at_least(0.0f, m.d)};
+    const QuickMixture x = mixture(a, b);
+    const float log_m = log2_fast(x.m);
+    return {x.q, log_m - a, x.p, log_m - b};
   }
   FASTKD_INLINE QuickScales<double> scales() const { return {-by_p * kLn2, -by_q * kLn2, -by_q * kLn2, 0, 0, 0}; }
 };
@@ -98,8 +92,8 @@ struct Quick<SkewKl> : QuickOfMixture {
   FASTKD_INLINE explicit Quick(double beta) : QuickOfMixture(beta, 1 - beta) {}
 
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const QuickMixture m = mixture(a, b);
-    return {exp2_fast(a), m.p_share(), exp2_fast(b), log2_fast(m.of_large) + at_least(0.0f, m.d)};
+    const QuickMixture x = mixture(a, b);
+    return {x.q, x.p * reciprocal_fast(x.m), x.p, log2_fast(x.m) - b};
   }
   FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -double(by_q), 0, 0, 0}; }
 };
@@ -111,9 +105,9 @@ struct Quick<SkewReverseKl> : QuickOfMixture {
   FASTKD_INLINE explicit Quick(double beta) : QuickOfMixture(1 - beta, beta), of_share(float(beta * kLog2E)) {}
 
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const QuickMixture m = mixture(a, b);
-    const float q = exp2_fast(a), to_q = log2_fast(m.of_large) + at_least(0.0f, -m.d);
-    return {q, fused(m.q_share(), of_share, to_q), q, to_q};
+    const QuickMixture x = mixture(a, b);
+    const float to_q = log2_fast(x.m) - a;
+    return {x.q, fused(x.q * reciprocal_fast(x.m), of_share, to_q), x.q, to_q};
   }
   FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -kLn2, by_q, 0, 0}; }
 };
@@ -124,8 +118,8 @@ struct Quick<SkewReverseKlDetached> : QuickOfMixture {
   FASTKD_INLINE explicit Quick(double beta) : QuickOfMixture(1 - beta, beta) {}
 
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const QuickMixture m = mixture(a, b);
-    return {exp2_fast(a), log2_fast(m.of_large) + at_least(0.0f, -m.d), 0, 0};
+    const QuickMixture x = mixture(a, b);
+    return {x.q, log2_fast(x.m) - a, 0, 0};
   }
   FASTKD_INLINE QuickScales<double> scales() const { return {0, -kLn2, -kLn2, 0, 0, 0}; }
 };
