@@ -332,7 +332,7 @@ def test_the_driver_is_asked_once_on_each_device(monkeypatch):
 
 # --- Devices that refuse clusters -----------------------------------------------------------------
 
-LONG = 50_257
+LONG = 60_000
 
 
 @dataclass

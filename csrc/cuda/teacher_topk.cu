@@ -34,18 +34,18 @@ struct SelectParameters {
   double temperature, origin, log_sum;  // of the softmax's sum: origin is a logit, log_sum natural and relative to it
 };
 
-// A team's shared memory: [parameters][counters][selection][keys collected][slots of the reductions][row]. The best
-// keys are sorted in the memory of the selection's bins.
+// A block's shared memory: [parameters][counters][selection][slots of the reductions][keys collected][row]. The keys
+// are divided among the blocks of a cluster. The best keys are sorted in the memory of the selection's bins.
 struct SelectShared {
   SelectParameters parameters;
   unsigned collected, best;  // number of keys
   alignas(16) unsigned char selection[RadixSelect::kSharedBytes];
-  alignas(16) uint64_t keys[kMaxKeys];
   alignas(16) unsigned char slots[Team::kSharedBytes];
 };
 static_assert(RadixSelect::kBinsBytes >= kMaxK * sizeof(uint64_t));
-constexpr int64_t kTeamBytes = sizeof(SelectShared);
-static_assert(kTeamBytes % 16 == 0);
+constexpr int64_t kKeysBytes = kMaxKeys * sizeof(uint64_t);  // of all blocks
+__host__ __device__ constexpr int64_t select_bytes(int cluster) { return sizeof(SelectShared) + kKeysBytes / cluster; }
+static_assert(select_bytes(kMostBlocks) % 16 == 0);
 
 template <class Source>
 struct SelectWorker {
@@ -59,6 +59,7 @@ struct SelectWorker {
   const SelectArguments& arguments;
   const Team& team;
   SelectShared& shared;
+  uint64_t* const keys;  // this block's
 
   __device__ void run(int64_t row, const Source& source) const {
     const RadixSelect select(team, shared.selection, team.blocks);
@@ -187,16 +188,14 @@ struct SelectWorker {
     });
   }
 
-  // Collects all keys that are at least `from`, at most kMaxKeys, in the memory of the team's first block. Ends with a
-  // barrier.
+  // Collects all keys that are at least `from`, at most kMaxKeys. The team's first block counts them. Ends with a
+  // barrier. The next row's keys are written after further barriers, when the first block is done with these.
   __device__ void collect(const Source& source, uint64_t from, bool backwards) const {
-    uint64_t* keys = shared.keys;
-    unsigned* collected = &shared.collected;
-    if (team.blocks > 1) {
-      keys = in_peer(keys, 0);
-      collected = in_peer(collected, 0);
-    }
-    for_keys(source, from, backwards, [&](uint64_t key) { put<kMaxKeys>(keys, collected, key); });
+    unsigned* const collected = team.blocks > 1 ? in_peer(&shared.collected, 0) : &shared.collected;
+    for_keys(source, from, backwards, [&](uint64_t key) {
+      const unsigned place = shared_add(collected, 1u);
+      if (place < kMaxKeys) shared_store(collected_key(place), key);
+    });
     if (team.blocks > 1) {
       cluster_sync();
     } else {
@@ -204,12 +203,13 @@ struct SelectWorker {
     }
   }
 
-  // The capacity is checked: if the logits are modified during the call, there may be more keys than were counted.
-  template <int kCapacity>
-  static __device__ __forceinline__ void put(uint64_t* keys, unsigned* count, uint64_t key) {
-    const unsigned place = shared_add(count, 1u);
-    if (place < kCapacity) shared_store(keys + place, key);
+  // Where a key that was collected is: each block has kMaxKeys / blocks of them.
+  __device__ __forceinline__ uint64_t* collected_key(unsigned place) const {
+    if (team.blocks == 1) return keys + place;
+    return in_peer(keys + place / team.blocks, place % team.blocks);
   }
+
+  // The capacity is checked: if the logits are modified during the call, there may be more keys than were counted.
   template <int kCapacity>
   static __device__ __forceinline__ int count_of(const unsigned* count) {
     const unsigned n = shared_load(count);
@@ -221,13 +221,15 @@ struct SelectWorker {
     const SelectParameters parameters = shared_load(&shared.parameters);
     const int k = arguments.k, count = count_of<kMaxKeys>(&shared.collected);
     const auto for_collected = [&](const KeyBin&, const auto& body) {
-      for (int i = team.thread; i < count; i += team.threads) body(shared_load(shared.keys + i));
+      for (int i = team.thread; i < count; i += team.threads) body(shared_load(collected_key(unsigned(i))));
     };
     const RadixSelect here(team, shared.selection, 1);
     bin = here.select(bin, unsigned(k), unsigned(2 * k < kMaxK ? 2 * k : kMaxK), for_collected);
     uint64_t* const best = reinterpret_cast<uint64_t*>(shared.selection);
     for_collected(bin, [&](uint64_t key) {
-      if (key >= bin.least) put<kMaxK>(best, &shared.best, key);
+      if (key < bin.least) return;
+      const unsigned place = shared_add(&shared.best, 1u);
+      if (place < kMaxK) shared_store(best + place, key);
     });
     team.sync();
     int size = 1;
@@ -258,23 +260,23 @@ __global__ void __launch_bounds__(2 * kRowThreads, 1)
     teacher_topk_kernel(const SelectArguments arguments, const RowLaunch launch) {
   SelectShared& shared = *reinterpret_cast<SelectShared*>(shared_memory());
   const Team team(shared.slots, unsigned(launch.cluster));
-  const SelectWorker<Source> worker{arguments, team, shared};
+  const SelectWorker<Source> worker{arguments, team, shared, reinterpret_cast<uint64_t*>(&shared + 1)};
+  unsigned char* const rows = shared_memory() + select_bytes(launch.cluster);
   for_rows(team, launch, arguments.rows, [&](int64_t row) {
-    const Source source(arguments, row, launch, team.rank, shared.slots, shared_memory() + kTeamBytes);
+    const Source source(arguments, row, launch, team.rank, shared.slots, rows);
     worker.run(row, source);
   });
 }
 
 template <class Source>
 void launch_rows(const Device& device, const SelectArguments& arguments, int element_size) {
-  // The many barriers of a row make large clusters of small blocks slower than small clusters.
-  const RowNeeds needs{kTeamBytes, Source::kPacked, /*tensors=*/1, kRowThreads, /*most_shared=*/2};
+  const RowNeeds needs{sizeof(SelectShared), Source::kPacked, /*tensors=*/1, kRowThreads, kKeysBytes};
   launch_teams(
       device, teacher_topk_kernel<Source>, arguments,
       [&](int most_blocks) {  // a row needs a histogram
         return block_per_row(row_launch(device.capability(), element_size, arguments.vocab, needs, most_blocks));
       },
-      [](const RowLaunch& with) { return kTeamBytes + with.slice_bytes; });
+      [](const RowLaunch& with) { return select_bytes(with.cluster) + with.slice_bytes; });
 }
 
 struct Cuda {

@@ -120,17 +120,18 @@ inline constexpr int kLeastPacks = 5;
 
 // What a kernel needs of a launch.
 struct RowNeeds {
-  int64_t overhead;           // shared memory that a team needs besides the rows
+  int64_t overhead;           // shared memory that each block needs besides the rows
   bool packed;                // rows are moved in packs
   int tensors = 2;            // how many tensors' rows stay in shared memory
   int threads = kRowThreads;  // per block where two share a multiprocessor; more for a kernel that needs few registers
-  int most_shared = 4;        // at most so many blocks share a multiprocessor
+  int64_t divided = 0;        // shared memory that the blocks of a row divide among them
 };
 
 // most_blocks: in a cluster, at most; 0: the device has refused clusters.
 //
-// Of the launches that keep the rows in shared memory, that with the most blocks per multiprocessor is taken: while
-// the blocks of one row wait for each other, or for their leading threads, other rows' copies and arithmetic go on.
+// Of the launches that keep the rows in shared memory, that with the most rows at a time is taken, and of several such
+// that with the most blocks per multiprocessor: while the blocks of one row wait for each other, or for their leading
+// threads, other rows' copies and arithmetic go on.
 constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, const RowNeeds& needs,
                                int most_blocks = kMostBlocks) {
   // One more pack, for a row that does not begin on a 16-byte boundary.
@@ -143,23 +144,29 @@ constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, 
   if (most_blocks == 0) return reread_launch(LaunchReason::kRefused, needs.threads);
   const bool sixteen = capability == 90 || capability == 100;
   const int most = capability < 90 ? 1 : sixteen ? kMostBlocks : kPortableBlocks;
-  for (int share : {4, 2, 1}) {
-    if (share > needs.most_shared) continue;
+  RowLaunch best = reread_launch(capability < 90 ? LaunchReason::kExceedsBlock
+                                 : sixteen       ? LaunchReason::kExceedsSixteenBlocks
+                                                 : LaunchReason::kExceedsEightBlocks,
+                                 needs.threads);
+  int best_share = 0;
+  for (int share : {4, 2, 1}) {  // blocks on a multiprocessor
     const int threads = share == 4 ? kQuarterThreads : share == 2 ? needs.threads : 2 * needs.threads;
     const int64_t room = share_limit(capability, share) - needs.overhead;
     for (int cluster = 1; cluster <= (most < most_blocks ? most : most_blocks); cluster *= 2) {
       const int64_t slice = ((bytes / 16 + cluster - 1) / cluster) * 16;
-      if (needs.tensors * slice > room || (cluster > 1 && slice < kLeastPacks * 16 * threads)) continue;
-      const LaunchReason reason = share == 4   ? LaunchReason::kQuarter
-                                  : share == 2 ? LaunchReason::kHalf
-                                               : LaunchReason::kWhole;
-      return {threads, 0, cluster, true, reason, slice};
+      if (needs.tensors * slice + needs.divided / cluster > room) continue;
+      if (cluster > 1 && slice < kLeastPacks * 16 * threads) break;
+      if (share * best.cluster > best_share * cluster) {
+        const LaunchReason reason = share == 4   ? LaunchReason::kQuarter
+                                    : share == 2 ? LaunchReason::kHalf
+                                                 : LaunchReason::kWhole;
+        best = {threads, 0, cluster, true, reason, slice};
+        best_share = share;
+      }
+      break;
     }
   }
-  return reread_launch(capability < 90 ? LaunchReason::kExceedsBlock
-                       : sixteen       ? LaunchReason::kExceedsSixteenBlocks
-                                       : LaunchReason::kExceedsEightBlocks,
-                       needs.threads);
+  return best;
 }
 
 // The same launch for an op with a single pass. Any number of blocks fits: rows need no shared memory of their own.
