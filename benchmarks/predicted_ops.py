@@ -232,7 +232,8 @@ OPS = {
                     "teacher_topk_kernel",
                     "rows",
                     (FIRST, Over(1, mufu=0)),
-                    Serial(leader=1500, merge=150, cluster_barriers=5),
+                    # To add the sums, the counts of a digit, and for the keys collected.
+                    Serial(leader=1500, merge=150, cluster_barriers=3),
                 ),
             ),
             lambda student, teacher: fastkd.teacher_topk(teacher, 64),

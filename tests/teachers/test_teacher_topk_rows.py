@@ -67,3 +67,13 @@ def test_a_constant_is_not_seen(backend, dtype, temperature):
         assert torch.equal(found.indices, right.indices)
         torch.testing.assert_close(found.log_probs, right.log_probs, rtol=1e-6, atol=1e-6)
     assert_matches(right, teacher, 20, temperature=temperature)
+
+
+@pytest.mark.parametrize("spread", [0.2, 1e-4])
+def test_many_close_logits_of_a_long_row(backend, spread):
+    """More than are sorted share the leading bits: further bits are counted, by all blocks."""
+    z = 1 + spread * torch.rand(2, 60_000)
+    found = fastkd.teacher_topk(z, 50)
+    exact = z.double().log_softmax(-1).sort(dim=-1, descending=True, stable=True)
+    torch.testing.assert_close(found.log_probs.double(), exact.values[:, :50], rtol=1e-6, atol=0)
+    assert found.indices.tolist() == exact.indices[:, :50].tolist()

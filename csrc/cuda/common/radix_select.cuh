@@ -64,7 +64,7 @@ struct RadixSelect {
   __device__ __forceinline__ void count(unsigned digit) const { shared_add(bins + digit, 1u); }
 
   // The bin that contains the `wanted`-th largest key counted (the lowest bin if fewer were counted). Counting may
-  // continue afterwards.
+  // continue afterwards. Until the team's next barrier, other blocks may still read this block's counts.
   __device__ Place find(unsigned wanted) const {
     team.sync();
     for (int g = team.thread; g < kGroups; g += team.threads) {
@@ -90,7 +90,7 @@ struct RadixSelect {
       above = group.above + in_higher_lanes(inside);
       if (has_wanted(above, inside, wanted)) shared_store(found, Place{number, above, inside});
     }
-    sync_all();
+    team.sync();
     return shared_load(found);
   }
 
@@ -102,6 +102,7 @@ struct RadixSelect {
 #pragma unroll 1
     while (bin.from_here() > enough && bin.shift > 0) {
       const int shift = bin.shift > kDigit ? bin.shift - kDigit : 0;
+      sync_all();  // see find()
       clear();
       team.sync();
       for_keys(bin, [&](uint64_t key) {
