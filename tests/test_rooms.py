@@ -14,6 +14,7 @@ CSRC = {
     "host": (),
     "cpu/common": ("math", "arguments"),
     "cpu": ("math", "arguments", "cpu/common"),
+    "cpu/kernels": ("math", "arguments", "cpu/common", "cpu"),
     "cuda/common": ("math", "arguments"),
     "cuda": ("math", "arguments", "cuda/common"),
 }

@@ -29,7 +29,7 @@ struct Cpu {
   static constexpr bool kValuesChecked = true;
 
   static void solve(const ByteProblem& problem, Tensor& out, Tensor& sums) {
-    const auto kernel = problem.float64 ? kernels().byte_sum_double : kernels().byte_sum_float;
+    const auto kernel = kernels().byte_log_probs.at(problem.float64).sum;
     const int64_t scratch = byte_log_probs_scratch(problem.ids, problem.columns);
     for_rows(problem.rows, problem.vocab, scratch, [&](int64_t index, const SliceRunner& runner, char* memory) {
       double* const found = static_cast<double*>(sums.data_ptr()) + index * problem.sums_per_row();
@@ -43,7 +43,7 @@ struct Cpu {
 
   static void differentiate(const ByteProblem& problem, const Tensor& gradient, const Tensor& sums,
                             const Tensor& grad_output) {
-    const auto kernel = problem.float64 ? kernels().byte_gradient_double : kernels().byte_gradient_float;
+    const auto kernel = kernels().byte_log_probs.at(problem.float64).gradient;
     const Rows gradients = gradient_rows(&gradient, problem);
     for_rows(problem.rows, problem.vocab, 0, [&](int64_t index, const SliceRunner& runner, char*) {
       const double* const logs = static_cast<const double*>(sums.data_ptr()) + index * problem.sums_per_row();

@@ -38,6 +38,11 @@ using ByteSumKernel = void (*)(const ByteRow& row, const SliceRunner& runner, ch
 using ByteGradientKernel = void (*)(const ByteRow& row, const SliceRunner& runner, const double* sums,
                                     const double* factor, const Row& gradient);
 
+struct ByteKernels {
+  ByteSumKernel sum;
+  ByteGradientKernel gradient;
+};
+
 }  // namespace fastkd
 
 namespace fastkd::FASTKD_ISA {
@@ -266,5 +271,7 @@ void byte_gradient(const ByteRow& row, const SliceRunner& runner, const double* 
     }
   }
 }
+
+extern const Precisions<ByteKernels> byte_kernels;
 
 }  // namespace fastkd::FASTKD_ISA

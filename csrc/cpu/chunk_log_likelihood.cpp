@@ -33,7 +33,7 @@ struct Cpu {
   static constexpr bool kValuesChecked = true;
 
   static void solve(const ChunkProblem& problem, ChunkOutput& out) {
-    const auto kernel = problem.float64 ? kernels().chunk_sum_double : kernels().chunk_sum_float;
+    const auto kernel = kernels().chunk_log_likelihood.at(problem.float64).sum;
     const StoredSums stored{static_cast<double*>(out.numbers.data_ptr()), problem.rows};
     std::vector<double> label_log_prob(problem.rows);
     const int64_t scratch = slices_of(problem.vocab) * kPartialBytes;
@@ -65,7 +65,7 @@ struct Cpu {
 
   static void differentiate(const ChunkProblem& problem, const Tensor& gradient, const Tensor& numbers,
                             const Tensor& likelihood_gradient, const Tensor* boundary_gradient) {
-    const auto kernel = problem.float64 ? kernels().chunk_gradient_double : kernels().chunk_gradient_float;
+    const auto kernel = kernels().chunk_log_likelihood.at(problem.float64).gradient;
     const StoredSums stored{static_cast<double*>(numbers.data_ptr()), problem.rows};
     const Rows gradients = gradient_rows(&gradient, problem);
     for_rows(problem.rows, problem.vocab, 0, [&](int64_t index, const SliceRunner& runner, char*) {

@@ -41,6 +41,11 @@ struct ChunkFactors {
 using ChunkGradientKernel = void (*)(const ChunkRow& row, const SliceRunner& runner, const ChunkRowSums& sums,
                                      const ChunkFactors& factors, int64_t label, const Row& gradient);
 
+struct ChunkKernels {
+  ChunkSumKernel sum;
+  ChunkGradientKernel gradient;
+};
+
 }  // namespace fastkd
 
 namespace fastkd::FASTKD_ISA {
@@ -180,5 +185,7 @@ void chunk_gradient(const ChunkRow& row, const SliceRunner& runner, const ChunkR
     finish_streaming(gradient);
   });
 }
+
+extern const Precisions<ChunkKernels> chunk_kernels;
 
 }  // namespace fastkd::FASTKD_ISA

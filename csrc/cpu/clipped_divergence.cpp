@@ -13,7 +13,7 @@ struct Cpu {
   static constexpr bool kValuesChecked = true;
 
   static std::tuple<Tensor, Tensor> solve(const ClippedProblem& problem, const ClippedGradients& wanted) {
-    const ClippedKernel kernel = problem.float64 ? kernels().clipped_double : kernels().clipped_float;
+    const ClippedKernel kernel = kernels().clipped_divergence.at(problem.float64);
     const Rows student = gradient_rows(wanted.student, problem), teacher = gradient_rows(wanted.teacher, problem);
     const Rows lower = wanted.lower ? Rows(*wanted.lower, problem.leading) : Rows();
     const Rows upper = wanted.upper ? Rows(*wanted.upper, problem.leading) : Rows();

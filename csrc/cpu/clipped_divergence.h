@@ -472,4 +472,6 @@ double clipped_row(ClippedRow& row, const SliceRunner& runner) {
   return value * task.divergence_scale + (task.has_label ? task.label_weight * label : 0);
 }
 
+extern const Precisions<ClippedKernel> clipped_kernels;
+
 }  // namespace fastkd::FASTKD_ISA

@@ -14,7 +14,7 @@ struct Cpu {
   static constexpr bool kValuesChecked = true;
 
   static std::tuple<Tensor, Tensor> solve(const CrossEntropyProblem& problem, const Tensor* gradient) {
-    const auto kernel = problem.float64 ? kernels().cross_entropy_double : kernels().cross_entropy_float;
+    const auto kernel = kernels().cross_entropy.at(problem.float64);
     const Rows gradients = gradient_rows(gradient, problem);
     const CrossEntropyArguments& own = problem.own;
     const auto solve_row = [&](int64_t index, double scale, const SliceRunner& runner, char* memory) {

@@ -169,4 +169,6 @@ double cross_entropy_row(const CrossEntropyRow& row, const SliceRunner& runner) 
   return CrossEntropyPasses<Real>(row, runner).run();
 }
 
+extern const Precisions<CrossEntropyKernel> cross_entropy_kernels;
+
 }  // namespace fastkd::FASTKD_ISA

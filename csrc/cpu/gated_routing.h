@@ -437,9 +437,6 @@ inline void learner_weights(const WeightGradients& g, int64_t begin, int64_t end
   }
 }
 
-constexpr GatedRoutingKernels gated_routing_kernels() {
-  return {kTileColumns,  learners_scratch, learner_rows,    learner_first,  learner_second,
-          packed_floats, pack_weights,     weights_scratch, learner_weights};
-}
+extern const GatedRoutingKernels gated_routing_kernels;
 
 }  // namespace fastkd::FASTKD_ISA

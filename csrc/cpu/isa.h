@@ -16,26 +16,24 @@
 
 namespace fastkd {
 
+// Each op's kernels are compiled on their own, in csrc/cpu/kernels.
 struct Kernels {
   const char* isa;
-  SoftmaxDivergenceKernel softmax_divergence[kDivergences];
-  KlDivKernel kl_div_float, kl_div_double;
-  TopkKernel topk_float, topk_double;
-  ClippedKernel clipped_float, clipped_double;
-  CrossEntropyKernel cross_entropy_float, cross_entropy_double;
-  TokenSumKernel token_sum_float, token_sum_double;
-  TokenGradientKernel token_gradient_float, token_gradient_double;
-  TokenStatsKernel token_stats_float, token_stats_double;
-  TeacherTopkKernel<float> teacher_topk_float;
-  TeacherTopkKernel<double> teacher_topk_double;
-  ByteSumKernel byte_sum_float, byte_sum_double;
-  ByteGradientKernel byte_gradient_float, byte_gradient_double;
-  ChunkSumKernel chunk_sum_float, chunk_sum_double;
-  ChunkGradientKernel chunk_gradient_float, chunk_gradient_double;
-  GatedRoutingKernels gated_routing;
-  ScaleRowKernel scale_row_float, scale_row_double;
-  ShardSideKernels shard_side_float, shard_side_double;
-  ShardPairKernels shard_pair_float[kDivergences], shard_pair_double[kDivergences];
+  const Precisions<ByteKernels>& byte_log_probs;
+  const Precisions<ChunkKernels>& chunk_log_likelihood;
+  const Precisions<ClippedKernel>& clipped_divergence;
+  const Precisions<CrossEntropyKernel>& cross_entropy;
+  const GatedRoutingKernels& gated_routing;
+  const Precisions<KlDivKernel>& kl_div;
+  const Precisions<ScaleRowKernel>& scale_rows;
+  Precisions<const ShardPairKernels&> shard_pair;
+  const Precisions<ShardSideKernels>& shard_side;
+  Precisions<const SoftmaxDivergenceKernels&> softmax_divergence;
+  const TeacherTopkKernel<float>& teacher_topk_float;
+  const TeacherTopkKernel<double>& teacher_topk_double;
+  const Precisions<TokenKernels>& token_log_probs;
+  const Precisions<TokenStatsKernel>& token_stats;
+  const Precisions<TopkKernel>& topk_divergence;
 };
 
 // The kernels of the best instruction set that this machine can run, or of the one chosen by use_isa.

@@ -21,7 +21,7 @@ Row flat_gradient(const Tensor& x) {
 }
 
 double run(KlDivChunk whole, int64_t count, bool float64) {
-  const auto kernel = float64 ? kernels().kl_div_double : kernels().kl_div_float;
+  const auto kernel = kernels().kl_div.at(float64);
   std::vector<double> sums((count + kChunk - 1) / kChunk);
   torch::stable::parallel_for(0, int64_t(sums.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

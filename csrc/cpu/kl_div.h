@@ -87,4 +87,6 @@ double kl_div_chunk(const KlDivChunk& c) {
   return sum;
 }
 
+extern const Precisions<KlDivKernel> kl_div_kernels;
+
 }  // namespace fastkd::FASTKD_ISA

@@ -14,8 +14,7 @@ struct Cpu {
   static void solve(const ScaleRowsCall& call) {
     const Rows all(call.gradient, call.leading), factors(call.factor, call.one ? 0 : call.leading);
     if (call.one && factors.number(0) == 1) return;
-    const auto kernel =
-        call.gradient.scalar_type() == ScalarType::Double ? kernels().scale_row_double : kernels().scale_row_float;
+    const auto kernel = kernels().scale_rows.at(call.gradient.scalar_type() == ScalarType::Double);
     for_rows(call.rows, call.width, 0, [&](int64_t row, const SliceRunner&, char*) {
       kernel(all.row(row), call.width, factors.number(call.one ? 0 : row));
     });

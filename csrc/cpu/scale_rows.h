@@ -25,4 +25,6 @@ void scale_row(const Row& row, int64_t width, double factor) {
   }
 }
 
+extern const Precisions<ScaleRowKernel> scale_row_kernels;
+
 }  // namespace fastkd::FASTKD_ISA

@@ -95,7 +95,7 @@ struct Cpu {
 
  private:
   static const ShardSideKernels& side_kernels(const ShardSideProblem& problem) {
-    return problem.float64 ? kernels().shard_side_double : kernels().shard_side_float;
+    return kernels().shard_side.at(problem.float64);
   }
   static ShardSideRow row_of(const ShardSideProblem& problem, int64_t index) {
     ShardSideRow row{};
@@ -110,9 +110,9 @@ struct Cpu {
     return row;
   }
 
-  static const ShardPairKernels& pair_kernels(const ShardPairProblem& problem, int64_t index) {
+  static const ShardPairKernel& pair_kernels(const ShardPairProblem& problem, int64_t index) {
     const int place = problem.divergence.at(problem.at(kBeta, index));
-    return (problem.float64 ? kernels().shard_pair_double : kernels().shard_pair_float)[place];
+    return kernels().shard_pair.at(problem.float64).of[place];
   }
   static ShardPairRow pair_of(const ShardPairProblem& problem, int64_t index) {
     const auto at = [&](int place) { return problem.at(place, index); };

@@ -49,9 +49,12 @@ struct ShardSideKernels {
   ShardNumbers (*statistics)(const ShardSideRow&, const SliceRunner&, char* partials);
   void (*gradient)(const ShardSideRow&, const SliceRunner&, const ShardSoftmaxFactors&, const Row& gradient);
 };
-struct ShardPairKernels {
+struct ShardPairKernel {
   ShardSums (*sums)(const ShardPairRow&, const SliceRunner&, char* partials);
   void (*gradient)(const ShardPairRow&, const SliceRunner&, const ShardGradientRow&, const Row& gradient);
+};
+struct ShardPairKernels {
+  ShardPairKernel of[kDivergences];
 };
 
 }  // namespace fastkd
@@ -226,11 +229,6 @@ void shard_softmax_gradient(const ShardSideRow& row, const SliceRunner& runner, 
   });
 }
 
-template <class Real>
-constexpr ShardSideKernels shard_side_kernels() {
-  return {shard_statistics<Real>, shard_softmax_gradient<Real>};
-}
-
 // --- Student and teacher ------------------------------------------------------------------------
 
 template <class Real>
@@ -344,8 +342,11 @@ void shard_gradient_row(const ShardPairRow& row, const SliceRunner& runner, cons
 }
 
 template <class Real, class... Divergence>
-constexpr void list_shard_kernels(ShardPairKernels* out, TypeList<Divergence...>) {
-  ((*out++ = {shard_sums<Real, Divergence>, shard_gradient_row<Real, Divergence>}), ...);
+constexpr ShardPairKernels list_shard_kernels(TypeList<Divergence...>) {
+  return {{{shard_sums<Real, Divergence>, shard_gradient_row<Real, Divergence>}...}};
 }
+
+extern const Precisions<ShardSideKernels> shard_side_kernels;
+extern const ShardPairKernels shard_pair_float, shard_pair_double;
 
 }  // namespace fastkd::FASTKD_ISA

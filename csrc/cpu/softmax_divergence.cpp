@@ -14,7 +14,7 @@ struct Cpu {
   static std::tuple<Tensor, Tensor> solve(Problem& problem, const Tensor* student_gradient,
                                           const Tensor* teacher_gradient) {
     const SoftmaxDivergenceArguments& own = problem.own;
-    const SoftmaxDivergenceKernel* const divergences = kernels().softmax_divergence;
+    const SoftmaxDivergenceKernels& divergences = kernels().softmax_divergence.at(problem.float64);
     const int teacher_count = int(problem.teachers.size());
     // In a mixture of probabilities, a single teacher is the mixture itself, whatever its weight.
     const bool weighted = teacher_count > 1 || own.mix() == TeacherMix::kLogits;
@@ -52,8 +52,7 @@ struct Cpu {
       task.student_gradient = bool(row.student_gradient);
       task.teacher_gradient = bool(row.teacher_gradient);
       row.scratch = scratch;
-      const SoftmaxDivergenceKernel& kernel = divergences[problem.divergence.at(task.beta)];
-      return (problem.float64 ? kernel.double_row : kernel.float_row)(row, runner);
+      return divergences.of[problem.divergence.at(task.beta)](row, runner);
     };
     const auto skip_row = [&](int64_t index) {
       if (problem.student_gradient) portable::fill_zero(problem.student_gradient.row(index), 0, problem.student_width);

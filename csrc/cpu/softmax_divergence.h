@@ -54,11 +54,11 @@ double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner
   return plan.loss(task, label_logit);
 }
 
-template <class... Divergence>
-constexpr void list_kernels(SoftmaxDivergenceKernel* out, TypeList<Divergence...>) {
-  ((*out++ = {Divergence::kName, softmax_divergence_row<float, Divergence>,
-              softmax_divergence_row<double, Divergence>}),
-   ...);
+template <class Real, class... Divergence>
+constexpr SoftmaxDivergenceKernels list_kernels(TypeList<Divergence...>) {
+  return {{softmax_divergence_row<Real, Divergence>...}};
 }
+
+extern const SoftmaxDivergenceKernels softmax_divergence_float, softmax_divergence_double;
 
 }  // namespace fastkd::FASTKD_ISA

@@ -18,12 +18,10 @@ struct SoftmaxDivergenceRow {
   void* scratch;                           // softmax_divergence_scratch(...) bytes, aligned to 64
 };
 
-struct SoftmaxDivergenceKernel {
-  const char* name;
-  double (*float_row)(const SoftmaxDivergenceRow&, const SliceRunner&);
-  double (*double_row)(const SoftmaxDivergenceRow&, const SliceRunner&);
+using SoftmaxDivergenceKernel = double (*)(const SoftmaxDivergenceRow&, const SliceRunner&);
+struct SoftmaxDivergenceKernels {
+  SoftmaxDivergenceKernel of[kDivergences];
 };
-inline constexpr int kDivergences = length(FASTKD_ISA::Divergences{});
 
 // What a pass stores besides a slice's partial sums. For each block: the logits that its 2^x are relative to. For each
 // entry: one number for each side and, where the teacher's gradient is requested too, g.

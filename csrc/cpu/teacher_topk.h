@@ -98,4 +98,7 @@ int64_t collect_block(const Row& row, int64_t vocab, int64_t block, Real least, 
   return found;
 }
 
+extern const TeacherTopkKernel<float> teacher_topk_float;
+extern const TeacherTopkKernel<double> teacher_topk_double;
+
 }  // namespace fastkd::FASTKD_ISA

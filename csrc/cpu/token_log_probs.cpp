@@ -19,7 +19,7 @@ struct Cpu {
   }
 
   static void solve(const TokenProblem& problem, TokenOutput& out) {
-    const auto kernel = problem.float64 ? kernels().token_sum_double : kernels().token_sum_float;
+    const auto kernel = kernels().token_log_probs.at(problem.float64).sum;
     double* const stored = static_cast<double*>(out.numbers.data_ptr());
     const int64_t rows = problem.rows, scratch = slices_of(problem.vocab) * kPartialBytes;
     for_rows(rows, problem.vocab, scratch, [&](int64_t index, const SliceRunner& runner, char* memory) {
@@ -34,7 +34,7 @@ struct Cpu {
   }
 
   static void differentiate(const TokenProblem& problem, const Tensor& gradient, const TokenLogProbsBackward& given) {
-    const auto kernel = problem.float64 ? kernels().token_gradient_double : kernels().token_gradient_float;
+    const auto kernel = kernels().token_log_probs.at(problem.float64).gradient;
     const double* const stored = static_cast<const double*>(given.numbers.data_ptr());
     const Rows gradients = gradient_rows(&gradient, problem);
     const int64_t rows = problem.rows;

@@ -22,6 +22,11 @@ using TokenSumKernel = TokenNumbers (*)(const TokenRow& row, const SliceRunner& 
 using TokenGradientKernel = void (*)(const TokenRow& row, const SliceRunner& runner, const LogNormalizer& normalizer,
                                      const TokenFactors& factors, const Row& gradient);
 
+struct TokenKernels {
+  TokenSumKernel sum;
+  TokenGradientKernel gradient;
+};
+
 }  // namespace fastkd
 
 namespace fastkd::FASTKD_ISA {
@@ -94,5 +99,7 @@ void token_gradient(const TokenRow& row, const SliceRunner& runner, const LogNor
     finish_streaming(gradient);
   });
 }
+
+extern const Precisions<TokenKernels> token_kernels;
 
 }  // namespace fastkd::FASTKD_ISA

@@ -30,7 +30,7 @@ struct Cpu {
   static constexpr bool kValuesChecked = true;
 
   static void solve(const RowProblem& problem, const Tensor* teacher_logits, const StatsOutput& out) {
-    const TokenStatsKernel kernel = problem.float64 ? kernels().token_stats_double : kernels().token_stats_float;
+    const TokenStatsKernel kernel = kernels().token_stats.at(problem.float64);
     const Rows teachers = teacher_logits ? Rows(*teacher_logits, problem.leading) : Rows();
     const int64_t scratch = token_stats_scratch(problem.vocab, problem.float64 ? sizeof(double) : sizeof(float));
     for_rows(problem.rows, problem.vocab, scratch, [&](int64_t index, const SliceRunner& runner, char* memory) {

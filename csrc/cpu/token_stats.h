@@ -238,4 +238,6 @@ RowStats token_stats_row(const StatsRow& row, const SliceRunner& runner) {
   return StatsPasses<Real>(row, runner).run();
 }
 
+extern const Precisions<TokenStatsKernel> token_stats_kernels;
+
 }  // namespace fastkd::FASTKD_ISA

@@ -91,7 +91,7 @@ struct Cpu {
 
   static std::tuple<Tensor, Tensor> solve(const TopkProblem& problem, const Tensor* student_gradient,
                                           const Tensor* teacher_gradient) {
-    const TopkKernel& kernel = problem.float64 ? kernels().topk_double : kernels().topk_float;
+    const TopkKernel& kernel = kernels().topk_divergence.at(problem.float64);
     const Rows gradients = gradient_rows(student_gradient, problem);
     const Rows teacher_gradients = teacher_gradient ? Rows(*teacher_gradient, problem.leading) : Rows();
     std::atomic<int64_t> first_bad{problem.rows};

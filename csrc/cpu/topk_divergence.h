@@ -250,9 +250,6 @@ void write_rest(const TopkRow& row, const SliceRunner& runner, const TopkNumbers
                                [&](const auto& divergence) { passes.write_rest(plan, divergence); });
 }
 
-template <class Real>
-constexpr TopkKernel topk_kernel() {
-  return {sum_rest<Real>, uniform_terms<Real>, write_rest<Real>};
-}
+extern const Precisions<TopkKernel> topk_kernels;
 
 }  // namespace fastkd::FASTKD_ISA

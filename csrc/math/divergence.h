@@ -390,3 +390,7 @@ using Divergences = TypeList<ForwardKl, ReverseKl, Jsd, SkewKl, SkewReverseKl, T
                              SkewReverseKlDetached, AlphaBeta, DecoupledKl>;
 
 }  // namespace fastkd::FASTKD_ISA
+
+namespace fastkd {
+inline constexpr int kDivergences = length(FASTKD_ISA::Divergences{});
+}

@@ -3,6 +3,7 @@
 #pragma once
 #include "../../arguments/row.h"
 #include "../../math/float16.h"
+#include "precisions.h"
 
 #ifdef __SSE2__
 #include <emmintrin.h>

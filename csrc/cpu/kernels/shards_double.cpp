@@ -1,0 +1,7 @@
+#include "../shards.h"
+
+namespace fastkd::FASTKD_ISA {
+
+const ShardPairKernels shard_pair_double = list_shard_kernels<double>(Divergences{});
+
+}  // namespace fastkd::FASTKD_ISA
