@@ -110,7 +110,7 @@ bench: $(VENV)/.fastkd
 
 # The pages and the API reference, into build/site; a warning is an error.
 docs: $(VENV)/.fastkd
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
 # On a machine with a GPU, in at most 8 minutes: builds for it, checks, times. Nothing is downloaded.

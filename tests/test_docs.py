@@ -144,23 +144,46 @@ def test_every_public_name_is_in_the_api_reference():
                 assert path in names or any(value is x for x in objects), path
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The built site."""
+def build(folder, site):
+    """`make docs`, into another folder: whether it passed, and its messages."""
     for package in ("mkdocs", "material", "mkdocstrings_handlers"):
         if not importlib.util.find_spec(package):
             pytest.skip(f"{package} is missing: pip install 'fastkd[docs]'")
-    folder = tmp_path_factory.mktemp("site")
+    # With --quiet mkdocs counts no warnings, and --strict passes.
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
-        cwd=ROOT,
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site],
+        cwd=folder,
         capture_output=True,
         text=True,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )
-    assert built.returncode == 0, built.stderr
-    assert not built.stderr
+    return built.returncode == 0, built.stderr
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site."""
+    folder = tmp_path_factory.mktemp("site")
+    passed, messages = build(ROOT, folder)
+    assert passed, messages
     return folder
+
+
+def test_bad_links_are_errors(tmp_path):
+    """As mkdocs.yml has it."""
+    text = (ROOT / "mkdocs.yml").read_text()
+    (validation,) = re.findall(r"^validation:\n(?: .*\n)+", text, re.MULTILINE)
+    (tmp_path / "mkdocs.yml").write_text(f"site_name: x\n{validation}")
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "index.md"
+    page.write_text("# Title\n\n[a](#title)\n")
+    assert build(tmp_path, tmp_path / "site")[0]
+    bad = ("nowhere.md", "#nowhere", "/absolute")
+    page.write_text("# Title\n" + "".join(f"\n[a]({target})\n" for target in bad))
+    passed, messages = build(tmp_path, tmp_path / "site")
+    assert not passed
+    for target in bad:
+        assert target in messages
 
 
 def test_site(site):
@@ -261,7 +284,7 @@ def test_every_benchmark_has_a_row():
 def test_the_command_and_the_workflow():
     """`make docs` and the workflow that publishes what it builds."""
     makefile = (ROOT / "Makefile").read_text()
-    assert "mkdocs build --strict" in makefile
+    assert "mkdocs build --strict\n" in makefile  # no --quiet: see `build`
     assert re.search(r"^\.PHONY:[^:]*\bdocs\b", makefile, re.MULTILINE)  # there is a folder docs
     workflow = (ROOT / ".github/workflows/docs.yml").read_text()
     assert "make docs" in workflow
