@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import fastkd
@@ -56,6 +57,8 @@ def lacking(requirements):
 def test_code_runs(path, tmp_path, monkeypatch):
     """And calls in the cells of tables, after the page's blocks."""
     monkeypatch.chdir(tmp_path)
+    # On the CPU, also where there is a GPU that this fastkd was not built for.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = path.read_text(encoding="utf-8")
     namespace = {"__name__": "page"}
     blocks = list(_BLOCK.finditer(text))

@@ -1,8 +1,8 @@
 """fastkd's docstrings as Markdown, for the API reference (a griffe extension, `mkdocs.yml`).
 
 The docstrings have Google's sections (Args, Returns, Raises), reStructuredText's roles, tables and
-formulas, and doctests. `markdown` converts the latter three; links go to the objects that the pages
-of `docs/api` show.
+formulas, and doctests. mkdocstrings reads the Args; `markdown` converts everything else. Links go
+to the objects that the pages of `docs/api` show.
 """
 
 import inspect
@@ -23,7 +23,7 @@ _ERRORS = r"[A-Z]\w*Error(?:, [A-Z]\w*Error)*"
 
 def shown() -> set[str]:
     """The names that the pages of `docs/api` show."""
-    return {name for page in API.glob("*.md") for name in _SHOWN.findall(page.read_text())}
+    return {name for page in API.glob("*.md") for name in _SHOWN.findall(page.read_text("utf-8"))}
 
 
 def markdown(text: str, link: Callable[[str], str | None]) -> str:
@@ -112,7 +112,7 @@ def _formula(lines: list[str], indent: str) -> list[str]:
 
 
 def _table(lines: list[str], indent: str) -> list[str]:
-    """A simple table; a row whose first cell is empty continues the one before."""
+    """A table whose borders are of `=`; a row without a first cell continues the one before."""
     starts = [x.start() for x in re.finditer(r"=+", lines[0])]
     rows: list[list[str]] = []
     header = []
