@@ -23,7 +23,8 @@ export OMP_WAIT_POLICY := passive
 export PATH := $(abspath $(BIN)):$(PATH)
 export CMAKE_ARGS := -DFASTKD_CUDA=$(CUDA) -DFASTKD_WERROR=on
 
-.PHONY: demo examples gpu-report test test-unit test-schedules test-gpu test-sanitized test-slow lint format bench wheel clean
+.PHONY: demo examples gpu-report test test-unit test-schedules test-gpu test-sanitized test-slow lint format bench docs \
+        wheel clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -106,6 +107,11 @@ format: $(VENV)/.lint
 bench: $(VENV)/.fastkd
 	$(BIN)/pip install --quiet "fastkd[bench]"
 	$(BIN)/python -m benchmarks.bench_softmax_divergence --headline
+
+# The pages and the API reference, into build/site; a warning is an error.
+docs: $(VENV)/.fastkd
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "build/site/index.html"
 
 # On a machine with a GPU, in at most 8 minutes: builds for it, checks, times. Nothing is downloaded.
 GPU_REPORT ?= build/gpu_report

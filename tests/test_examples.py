@@ -73,8 +73,9 @@ def test_compiles_and_says_what_it_does(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_readme_has_a_row(name):
-    assert f"examples/{name}.py" in (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+def test_the_page_has_a_row(name):
+    page = EXAMPLES.parent / "docs" / "examples.md"
+    assert f"| `examples/{name}.py` |" in page.read_text(encoding="utf-8")
 
 
 def test_options_are_parsed():

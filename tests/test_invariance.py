@@ -281,7 +281,7 @@ def test_a_row_of_one_number_is_uniform(backend, kind, dtype, request):
 
 @pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != "cross_entropy"])
 def test_digits_near_convergence_do_not_depend_on_a_constant(backend, divergence, request):
-    """README's 1e-4 of the value and 2e-6 of the gradient, for s + c against t + d.
+    """docs/numerics.md's 1e-4 of the value and 2e-6 of the gradient, for s + c against t + d.
 
     In one problem of two the logits are any float32 numbers, rounded where the constant is added:
     what is right is then that of the rounded ones.

@@ -1,4 +1,4 @@
-"""The package as installed: the library's symbols, its command, its README, its house rules."""
+"""The package as installed: the library's symbols, its command, its house rules."""
 
 import re
 import shutil
@@ -95,7 +95,7 @@ def test_missing_library_says_what_to_do(tmp_path):
 
 
 def test_the_source_folder_uses_what_is_installed(tmp_path):
-    """README: `pip install .`, and then `python -m fastkd` in the same folder."""
+    """docs/install.md: `pip install .`, and then `python -m fastkd` in the same folder."""
     (tmp_path / "site").mkdir()
     folder, site = sources(tmp_path / "sources", fastkd.__version__), installed(tmp_path / "site")
     found = run_in(folder, site, program=["-m", "fastkd"])
@@ -139,7 +139,7 @@ def test_source_distribution(tmp_path):
     with tarfile.open(archive) as content:
         found = {name.partition("/")[2] for name in content.getnames()}
     assert archive.name == f"fastkd-{fastkd.__version__}.tar.gz"
-    suffixes = (".py", ".h", ".cpp", ".cu", ".cuh", ".typed", ".png")
+    suffixes = (".py", ".h", ".cpp", ".cu", ".cuh", ".typed", ".png", ".md", ".js")
     wanted = {
         str(path.relative_to(tmp_path))
         for name in names
@@ -148,6 +148,7 @@ def test_source_distribution(tmp_path):
     }
     files = {"CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE"}
     files |= {"benchmarks/gpu_report.sh", "tests/op_tests.txt", "tests/gpu_report_sample.json"}
+    files |= {"mkdocs.yml"}
     assert wanted | files <= found
     assert {"csrc/library.cpp", "csrc/cuda/gated_routing.cu", "tests/simt/simt.h"} <= found
     assert not [name for name in found if name.endswith((".so", ".pyc", ".o"))]
@@ -161,13 +162,6 @@ def test_warnings_stop_no_build_but_the_developers():
     assert makefile.count("-DFASTKD_WERROR=on") == 3  # installed, sanitized, emulated
 
 
-def test_readme_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-
-
 def test_docstring_examples():
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", "--doctest-modules", "-q", ROOT / "fastkd"],
@@ -179,7 +173,7 @@ def test_docstring_examples():
 
 
 def test_source_files_are_read_in_one_sitting():
-    for folder in ("csrc", "fastkd", "tests", "benchmarks", "examples"):
+    for folder in ("csrc", "fastkd", "tests", "benchmarks", "examples", "docs"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".h", ".cuh", ".cpp", ".cu"):
                 assert len(path.read_text().splitlines()) <= 500, path

@@ -471,7 +471,7 @@ def test_nan_in_one_of_several_teachers_stays(backend, mix, order):
     assert loss.isnan().tolist() == [False, True, True]
 
 
-@pytest.mark.only("cpu")  # the CUDA kernels' reverse_kl is less exact here: see README
+@pytest.mark.only("cpu")  # the CUDA kernels' reverse_kl is less exact here: see docs/numerics.md
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("margin", [14.0, 18.0])
 def test_gradient_of_a_certain_student(backend, divergence, margin):

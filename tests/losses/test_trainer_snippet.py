@@ -1,4 +1,4 @@
-"""The README's loss in a Trainer against transformers' own: shift, accumulation, processes."""
+"""The loss in docs/trainers.md against transformers' own: shift, accumulation, processes."""
 
 import copy
 
