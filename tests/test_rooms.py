@@ -19,6 +19,7 @@ CSRC = {
 }
 FASTKD = {
     "_ops": (),
+    "typing": ("_ops",),
     "reference": ("_ops",),
     "teachers": ("_ops", "reference"),
     "losses": ("_ops", "reference", "teachers"),

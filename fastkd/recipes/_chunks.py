@@ -14,6 +14,7 @@ from fastkd._ops.arguments import to_integer
 from fastkd._ops.checks import check_normalizer, check_tensors
 from fastkd._ops.constants import fake_mode_of
 from fastkd._ops.library import transforms_active
+from fastkd._ops.names import TextReduction
 from fastkd.tokenizers._byte_vocab import ByteVocab
 
 
@@ -183,7 +184,7 @@ def reduced(
     function: str,
     loss: Tensor,
     kept: Tensor,
-    reduction: str,
+    reduction: TextReduction,
     normalizer: float | Tensor | None,
 ) -> Tensor:
     """The losses, their sum, or the sum over a denominator; a denominator of 0 gives 0.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_normalizer, check_tensors
+from fastkd._ops.names import TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_log_probs import TokenLogProbs, token_log_probs
 from fastkd.losses._token_stats import token_stats
@@ -91,7 +92,7 @@ def row_options(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> dict[str, Any]:
     """Arguments of an op over rows that make it reduce so, also by ``"sequence_mean"``.
@@ -126,7 +127,7 @@ def row_divergence(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
     **options: Any,
 ) -> Tensor:

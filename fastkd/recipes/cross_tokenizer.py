@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_positive, check_tensors
+from fastkd._ops.names import AlmDivergence, Reduction, TextReduction
 from fastkd.recipes._chunks import (
     boundaries,
     check_batch,
@@ -42,12 +43,12 @@ def alm(
     *,
     student_mask: Tensor | None = None,
     teacher_mask: Tensor | None = None,
-    divergence: str = "binary_ce",
+    divergence: AlmDivergence = "binary_ce",
     temperature: float = 100.0,
     epsilon: float = 1e-6,
     merge_threshold: float | None = 0.1,
     debias: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Approximate likelihood matching of two causal models' outputs, with the published defaults.
@@ -161,7 +162,7 @@ def alm_latents(
     norm: str = "l2_channelwise",
     projection: Callable[[Tensor], Tensor] | None = None,
     epsilon: float = 1e-8,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Relative distance of two models' hidden states at the last token of each chunk.
@@ -252,7 +253,7 @@ def uld(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Universal logit distillation: distance between two vocabularies' sorted probabilities.

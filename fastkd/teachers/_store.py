@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastkd._ops.names import StoredLogProbs
 from fastkd.teachers._fingerprint import fingerprint
 from fastkd.teachers._shards import (
     Settings,
@@ -224,7 +225,7 @@ class TeacherStore:
         k: int,
         temperature: float = 1.0,
         fingerprint: str | None = None,
-        log_probs: str = "8bit",
+        log_probs: StoredLogProbs = "8bit",
         shard_tokens: int = 1 << 18,
         exist_ok: bool = False,
     ) -> "TeacherStoreWriter":
