@@ -87,9 +87,9 @@ class _Model:
 
     def relative_log_probs(self, sequences: list[Ids]) -> list[float]:
         """log P of token sequences, given their common prefix."""
-        shared = min((shared(sequences[0], ids) for ids in sequences), default=0)
+        same = min((shared(sequences[0], ids) for ids in sequences), default=0)
         return [
-            sum(float(self.node(ids[:i]).log_probs[ids[i]]) for i in range(shared, len(ids)))
+            sum(float(self.node(ids[:i]).log_probs[ids[i]]) for i in range(same, len(ids)))
             for ids in sequences
         ]
 
