@@ -1,6 +1,7 @@
 """Distillation across tokenizers: token bytes, alignment, likelihoods of chunks and bytes."""
 
 from fastkd.tokenizers._alignment import Alignment, align, align_batch
+from fastkd.tokenizers._alm_collator import AlmCollator
 from fastkd.tokenizers._alm_loss import alm_loss
 from fastkd.tokenizers._byte_log_probs import byte_log_probs
 from fastkd.tokenizers._byte_stream import ByteStream
@@ -10,6 +11,7 @@ from fastkd.tokenizers._chunk_log_likelihood import ChunkLogLikelihood, chunk_lo
 
 __all__ = [
     "Alignment",
+    "AlmCollator",
     "ByteStream",
     "ByteVocab",
     "CachedModel",
