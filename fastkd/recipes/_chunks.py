@@ -143,11 +143,6 @@ def first_token_chunks(mask: Tensor | None, places: Tensor, num_chunks: int) -> 
     return F.pad(hits[:, :-1] > 0, (0, 1))
 
 
-def shifted(values: Tensor, fill: int) -> Tensor:
-    """The values moved from t + 1 to t."""
-    return F.pad(values[:, 1:], (0, min(1, values.size(1))), value=fill)
-
-
 def boundaries(
     student: ByteVocab, student_logits: Tensor, teacher: ByteVocab, teacher_logits: Tensor
 ) -> tuple[Tensor, Tensor]:

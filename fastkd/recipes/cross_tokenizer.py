@@ -10,6 +10,7 @@ from torch import Tensor
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_positive, check_tensors
 from fastkd._ops.names import AlmDivergence, Reduction, TextReduction
+from fastkd._ops.shift import following
 from fastkd.recipes._chunks import (
     boundaries,
     check_batch,
@@ -22,7 +23,6 @@ from fastkd.recipes._chunks import (
     first_token_chunks,
     readable,
     reduced,
-    shifted,
     wide,
 )
 from fastkd.recipes._rowwise import at_rows, by_blocks, chosen, placed
@@ -145,7 +145,7 @@ def alm(
     lost = first_token_chunks(student_mask, places[0], num_chunks)
     lost |= first_token_chunks(teacher_mask, places[1], num_chunks)
     student, teacher = (
-        (logits, shifted(ids, 0), shifted(torch.where(lost.gather(1, at), -1, chunks), -1))
+        (logits, following(ids, 0), following(torch.where(lost.gather(1, at), -1, chunks), -1))
         for logits, ids, chunks, at in (
             (student_logits, student_ids, found[0], places[0]),
             (teacher_logits, teacher_ids, found[1], places[1]),
