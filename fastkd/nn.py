@@ -1,11 +1,29 @@
-"""Modules for each loss and for gated routing."""
+"""Modules for each loss and for gated routing.
 
-from collections.abc import Callable
+A loss module has its function's keyword arguments that stay the same from batch to batch, checked
+when it is made: a wrong name or value raises the function's error at once. Those that change with
+the batch (``weight``, ``mask``, ``labels``, ``teacher_rows``) go to the call, which may replace
+others, too. Its ``repr`` shows the options that are not the defaults.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd._ops.loss_module import LossModule, columns
+from fastkd._ops.names import (
+    AlmDivergence,
+    ClippedTail,
+    Divergence,
+    Reduction,
+    Renormalize,
+    Tail,
+    TeacherMix,
+)
+from fastkd._ops.names import TopKDivergence as TopKDivergenceName
 from fastkd.acm._modules import ACM, ACMGate
 from fastkd.losses._clipped_divergence import clipped_divergence
 from fastkd.losses._cross_entropy import cross_entropy
@@ -44,41 +62,26 @@ class KLDivLoss(torch.nn.KLDivLoss):
         return kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
-class _Loss(torch.nn.Module):
-    """A loss function with options from the constructor; a call may add or replace some."""
-
-    function: Callable[..., Any]
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        known = self.function.__kwdefaults__ or {}
-        for name in options:
-            if name not in known:
-                raise TypeError(
-                    f"{type(self).__name__}: unknown option {name!r}; {self.function.__name__} "
-                    f"takes {', '.join(known)}"
-                )
-        self.options = options
-
-    def forward(self, *inputs: Any, **batch: Any) -> Tensor:
-        """Call the function; ``batch`` adds or replaces options."""
-        return self.function(*inputs, **{**self.options, **batch})
-
-    def extra_repr(self) -> str:
-        """The options passed to the constructor."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+def _call_divergence(one: Tensor, options: dict[str, Any]) -> None:
+    logits, weights = columns(one, options), options.get("teacher_weights")
+    labels = one.new_zeros(one.shape[:-1], dtype=torch.int64)
+    teachers: Any = logits
+    if isinstance(weights, Tensor) and weights.dim():
+        teachers = [logits] * weights.size(-1)
+    elif isinstance(weights, Sequence) and not isinstance(weights, str):
+        teachers = [logits] * len(weights)
+    softmax_divergence(logits, teachers, labels=labels, **options)
 
 
-class SoftmaxDivergence(_Loss):
+class SoftmaxDivergence(LossModule):
     """:func:`fastkd.softmax_divergence` with its options fixed at construction.
 
-    Args:
-        options: the keyword arguments of :func:`fastkd.softmax_divergence` that stay the same
-            from batch to batch (divergence, temperature, reduction, ...).
+    Call it with student_logits and teacher_logits, and with what changes with the batch:
+    ``weight``, ``mask``, ``labels``, ``teacher_rows``, and mostly ``teacher_weights``,
+    ``normalizer``, and temperatures, beta, alpha and label_weight of each row.
 
-    Call it with student_logits and teacher_logits. Pass options that change with the batch
-    (``weight``, ``mask``, ``labels``, ``teacher_weights``, ``normalizer``, and temperatures, beta,
-    alpha and label_weight of each row) to the call.
+    Raises:
+        ValueError, TypeError: an option has the wrong name, value or type.
 
     >>> import torch, fastkd
     >>> loss = fastkd.nn.SoftmaxDivergence(divergence="jsd", reduction="sum")
@@ -90,12 +93,36 @@ class SoftmaxDivergence(_Loss):
 
     function = staticmethod(softmax_divergence)
 
+    def __init__(
+        self,
+        *,
+        divergence: Divergence = "forward_kl",
+        beta: float | Tensor = 0.5,
+        alpha: float | Tensor = 1.0,
+        temperature: float | Tensor = 1.0,
+        teacher_temperature: float | Tensor | None = None,
+        teacher_weights: Sequence[float] | Tensor | None = None,
+        teacher_mix: TeacherMix = "logits",
+        label_weight: float | Tensor = 1.0,
+        ignore_index: int = -100,
+        shift: int = 0,
+        vocab_size: int | None = None,
+        logit_softcap: float | tuple[float | None, float | None] | None = None,
+        reduction: Reduction = "mean",
+        normalizer: float | Tensor | None = None,
+        square_temperature: bool = False,
+        inplace: bool = False,
+        group: Any = None,
+        vocab_start: int | None = None,
+    ) -> None:
+        super().__init__(locals())
 
-class LinearSoftmaxDivergence(_Loss):
+    def _call(self, one: Tensor, options: dict[str, Any]) -> None:
+        _call_divergence(one, options)
+
+
+class LinearSoftmaxDivergence(LossModule):
     """:func:`fastkd.linear_softmax_divergence` with its options fixed at construction.
-
-    Args:
-        options: its keyword arguments that stay the same from batch to batch.
 
     Call it with student_hidden, student_weight, teacher_hidden and teacher_weight.
 
@@ -108,12 +135,44 @@ class LinearSoftmaxDivergence(_Loss):
 
     function = staticmethod(linear_softmax_divergence)
 
+    def __init__(
+        self,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        logit_scale: float | tuple[float, float] = 1.0,
+        logit_softcap: float | tuple[float | None, float | None] | None = None,
+        chunk_size: int | None = None,
+        compact: bool | None = None,
+        logits_dtype: torch.dtype | None = None,
+        return_stats: bool = False,
+        divergence: Divergence = "forward_kl",
+        beta: float | Tensor = 0.5,
+        alpha: float | Tensor = 1.0,
+        temperature: float | Tensor = 1.0,
+        teacher_temperature: float | Tensor | None = None,
+        teacher_weights: Sequence[float] | Tensor | None = None,
+        teacher_mix: TeacherMix = "logits",
+        label_weight: float | Tensor = 1.0,
+        ignore_index: int = -100,
+        shift: int = 0,
+        vocab_size: int | None = None,
+        reduction: Reduction = "mean",
+        normalizer: float | Tensor | None = None,
+        square_temperature: bool = False,
+        group: Any = None,
+    ) -> None:
+        super().__init__(locals())
 
-class TopKDivergence(_Loss):
+    def _call(self, one: Tensor, options: dict[str, Any]) -> None:
+        head = columns(one.new_zeros(1), options).unsqueeze(-1)
+        labels = one.new_zeros(one.shape[:-1], dtype=torch.int64)
+        options |= {"student_bias": None, "teacher_bias": None}
+        linear_softmax_divergence(one, head, one, head, labels=labels, **options)
+
+
+class TopKDivergence(LossModule):
     """:func:`fastkd.topk_divergence` with its options fixed at construction.
-
-    Args:
-        options: its keyword arguments that stay the same from batch to batch.
 
     Call it with student_logits, teacher_log_probs and teacher_indices.
 
@@ -126,8 +185,36 @@ class TopKDivergence(_Loss):
 
     function = staticmethod(topk_divergence)
 
+    def __init__(
+        self,
+        *,
+        divergence: TopKDivergenceName = "forward_kl",
+        beta: float | Tensor = 0.5,
+        tail: Tail = "lump",
+        temperature: float | Tensor = 1.0,
+        stored_temperature: float = 1.0,
+        teacher_temperature: float | Tensor | None = None,
+        min_log_prob: float | None = None,
+        max_token_loss: float | None = None,
+        label_weight: float | Tensor = 1.0,
+        ignore_index: int = -100,
+        shift: int = 0,
+        vocab_size: int | None = None,
+        logit_softcap: float | tuple[float | None, float | None] | None = None,
+        reduction: Reduction = "mean",
+        normalizer: float | Tensor | None = None,
+        square_temperature: bool = False,
+        group: Any = None,
+        vocab_start: int | None = None,
+    ) -> None:
+        super().__init__(locals())
 
-class KDLoss(_Loss):
+    def _call(self, one: Tensor, options: dict[str, Any]) -> None:
+        index = one.new_zeros(one.shape, dtype=torch.int64)
+        topk_divergence(columns(one, options, least=2), one, index, **options)
+
+
+class KDLoss(LossModule):
     r"""What recipes of NeMo Automodel, torchtune, Model-Optimizer and Lightning call a KD loss.
 
     ``forward(student_logits, teacher_logits, labels=None, num_batch_labels=None)`` is the mean of
@@ -143,10 +230,10 @@ class KDLoss(_Loss):
         ignore_index: of labels whose rows drop out.
         temperature: of both sides.
         square_temperature: multiplies the loss by temperature².
-        options: further keyword arguments of :func:`fastkd.softmax_divergence`.
+        divergence, ...: as for :func:`fastkd.softmax_divergence`.
 
     Raises:
-        TypeError: an unknown option, or one that ``forward`` gives.
+        ValueError, TypeError: an option has the wrong name, value or type.
 
     >>> import torch, fastkd
     >>> loss = fastkd.nn.KDLoss(temperature=2.0)
@@ -164,22 +251,43 @@ class KDLoss(_Loss):
         self,
         *,
         ignore_index: int = -100,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         square_temperature: bool = True,
-        **options: Any,
+        divergence: Divergence = "forward_kl",
+        beta: float | Tensor = 0.5,
+        alpha: float | Tensor = 1.0,
+        teacher_temperature: float | Tensor | None = None,
+        teacher_weights: Sequence[float] | Tensor | None = None,
+        teacher_mix: TeacherMix = "logits",
+        label_weight: float | Tensor = 0.0,
+        shift: int = 0,
+        vocab_size: int | None = None,
+        logit_softcap: float | tuple[float | None, float | None] | None = None,
+        group: Any = None,
+        vocab_start: int | None = None,
     ) -> None:
-        for name in ("labels", "normalizer", "reduction", "inplace"):
-            if name in options:
-                raise TypeError(f"KDLoss: {name} is not an option: forward takes what a step has")
-        super().__init__(
-            **{"label_weight": 0.0, **options},
-            ignore_index=ignore_index,
-            temperature=temperature,
-            square_temperature=square_temperature,
-        )
-        # Recipes read these two.
-        self.ignore_index = ignore_index
-        self.temperature = temperature
+        super().__init__(locals())
+
+    def _call(self, one: Tensor, options: dict[str, Any]) -> None:
+        _call_divergence(one, options)
+
+    @property
+    def ignore_index(self) -> int:
+        """Of labels whose rows drop out. Recipes read and set it."""
+        return self.options["ignore_index"]
+
+    @ignore_index.setter
+    def ignore_index(self, value: int) -> None:
+        self.options["ignore_index"] = value
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """Of both sides. Recipes read and set it."""
+        return self.options["temperature"]
+
+    @temperature.setter
+    def temperature(self, value: float | Tensor) -> None:
+        self.options["temperature"] = value
 
     def forward(  # type: ignore[override]
         self,
@@ -189,11 +297,7 @@ class KDLoss(_Loss):
         num_batch_labels: float | Tensor | None = None,
     ) -> Tensor:
         """See the class."""
-        options = {
-            **self.options,
-            "ignore_index": self.ignore_index,
-            "temperature": self.temperature,
-        }
+        options = dict(self.options)
         if labels is None:
             del options["label_weight"]
         loss = softmax_divergence(
@@ -203,11 +307,8 @@ class KDLoss(_Loss):
         return loss if whole is None else whole()
 
 
-class ClippedDivergence(_Loss):
+class ClippedDivergence(LossModule):
     """:func:`fastkd.clipped_divergence` with its options fixed at construction.
-
-    Args:
-        options: its keyword arguments that stay the same from batch to batch.
 
     Call it with student_logits, teacher_logits, lower and upper.
 
@@ -219,12 +320,36 @@ class ClippedDivergence(_Loss):
 
     function = staticmethod(clipped_divergence)
 
+    def __init__(
+        self,
+        *,
+        keep_label: bool = True,
+        renormalize: Renormalize = "none",
+        tail: ClippedTail = "drop",
+        softness: float | None = None,
+        quantile: bool = False,
+        temperature: float | Tensor = 1.0,
+        teacher_temperature: float | Tensor | None = None,
+        label_weight: float | Tensor = 1.0,
+        ignore_index: int = -100,
+        shift: int = 0,
+        vocab_size: int | None = None,
+        logit_softcap: float | tuple[float | None, float | None] | None = None,
+        reduction: Reduction = "mean",
+        normalizer: float | Tensor | None = None,
+        square_temperature: bool = False,
+        group: Any = None,
+        vocab_start: int | None = None,
+    ) -> None:
+        super().__init__(locals())
 
-class CrossEntropy(_Loss):
+    def _call(self, one: Tensor, options: dict[str, Any]) -> None:
+        logits = columns(one, options)
+        clipped_divergence(logits, logits, 0.0, 1.0, **options)
+
+
+class CrossEntropy(LossModule):
     """:func:`fastkd.cross_entropy` with its options fixed at construction.
-
-    Args:
-        options: its keyword arguments that stay the same from batch to batch.
 
     Call it with logits and labels.
 
@@ -236,13 +361,34 @@ class CrossEntropy(_Loss):
 
     function = staticmethod(cross_entropy)
 
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 1.0,
+        label_smoothing: float = 0.0,
+        entropy_weight: float = 0.0,
+        entropy_temperature: float = 1.0,
+        entropy_mask: Tensor | str | None = None,
+        z_loss_weight: float = 0.0,
+        ignore_index: int = -100,
+        shift: int = 0,
+        vocab_size: int | None = None,
+        logit_softcap: float | None = None,
+        reduction: Reduction = "mean",
+        normalizer: float | Tensor | None = None,
+        inplace: bool = False,
+        group: Any = None,
+        vocab_start: int | None = None,
+    ) -> None:
+        super().__init__(locals())
 
-class AlmLoss(_Loss):
+    def _call(self, one: Tensor, options: dict[str, Any]) -> None:
+        labels = one.new_zeros(one.shape[:-1], dtype=torch.int64)
+        cross_entropy(columns(one, options), labels, **options)
+
+
+class AlmLoss(LossModule):
     """:func:`fastkd.alm_loss` with its options fixed at construction.
-
-    Args:
-        options: its keyword arguments that stay the same from batch to batch, including boundary
-            sets.
 
     Call it with logits, token ids and chunk ids of the student, the same of the teacher, and
     num_chunks.
@@ -255,3 +401,30 @@ class AlmLoss(_Loss):
     """
 
     function = staticmethod(alm_loss)
+
+    def __init__(
+        self,
+        *,
+        divergence: AlmDivergence = "binary_ce",
+        temperature: float = 100.0,
+        epsilon: float = 1e-06,
+        student_boundary: Tensor | np.ndarray | None = None,
+        teacher_boundary: Tensor | np.ndarray | None = None,
+        debias: bool = True,
+        merge_threshold: float | None = None,
+        reduction: Reduction = "mean",
+        normalizer: float | Tensor | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def _call(self, one: Tensor, options: dict[str, Any]) -> None:
+        ids = torch.zeros(1, 0, dtype=torch.int64, device="cpu")
+        sides: list[Any] = []
+        for side in ("student", "teacher"):
+            boundary = options[f"{side}_boundary"]
+            is_set = isinstance(boundary, Tensor | np.ndarray) and boundary.ndim == 1
+            width = len(boundary) if is_set else 1
+            like = ids.to(boundary.device) if isinstance(boundary, Tensor) else ids
+            sides += [like.new_zeros(1, 0, width, dtype=torch.float32), like, like]
+        student, teacher = sides[:3], sides[3:]
+        alm_loss(*student, *teacher, 0, **options)  # type: ignore[call-arg, arg-type]

@@ -20,6 +20,7 @@ CSRC = {
 }
 FASTKD = {
     "_ops": (),
+    "typing": ("_ops",),
     "reference": ("_ops",),
     "teachers": ("_ops", "reference"),
     "losses": ("_ops", "reference", "teachers"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.arguments import CHOICES, check_device_has_kernels
+from fastkd._ops.names import Reduction
 
 _REDUCTIONS = tuple(CHOICES["softmax_divergence.reduction"])
 
@@ -62,7 +63,7 @@ def reduced(
     function: str,
     losses: Tensor,
     kept: Tensor,
-    reduction: str,
+    reduction: Reduction,
     normalizer: float | Tensor | None,
 ) -> Tensor:
     """The reduced losses. ``kept``: those that ``"mean"`` counts; the others are 0."""

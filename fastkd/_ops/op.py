@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import Arguments, with_defaults
+from fastkd._ops.arguments import Arguments, to_flag, with_defaults
 from fastkd._ops.checks import check_devices
 from fastkd._ops.library import (
     is_tracing,
@@ -101,6 +101,8 @@ class Op:
 
     def __call__(self, rows: Any, given: dict[str, Any], inplace: bool = False) -> Any:
         """The op's result. ``rows``: the logits; ``given``: the public arguments by name."""
+        if inplace is not False:
+            inplace = to_flag(self.name, "inplace", inplace)
         if find(given):
             return linear.run(self, given, inplace)
         packed = self.arguments.pack(rows, given)

@@ -2,7 +2,7 @@
 
 | module | for |
 |---|---|
-| `fastkd.integrations` | any loop: `call_through`, `lm_head`, `normalizer`, `KDOptions` |
+| `fastkd.integrations` | loops: `call_through`, `lm_head`, `labels_of`, `normalizer`, `KDOptions` |
 | `.transformers` | Trainer: `DistillationMixin`, `DistillationTrainer` |
 | `.trl` | GKDTrainer, GOLDTrainer, DistillationTrainer: the same functions, `enable` |
 | `.vllm`, `.sglang` | `teacher_topk`: what a served teacher returns |
@@ -13,7 +13,8 @@ For loops that call ``loss(student_logits, teacher_logits, labels)`` there is
 """
 
 from fastkd.integrations._counts import normalizer
+from fastkd.integrations._labels import labels_of
 from fastkd.integrations._modules import LinearHead, call_through, lm_head
 from fastkd.integrations._options import KDOptions
 
-__all__ = ["KDOptions", "LinearHead", "call_through", "lm_head", "normalizer"]
+__all__ = ["KDOptions", "LinearHead", "call_through", "labels_of", "lm_head", "normalizer"]

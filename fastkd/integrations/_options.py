@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from fastkd._ops.arguments import choices
+from fastkd._ops.names import Divergence, Tail
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class KDOptions:
     0.5
     """
 
-    divergence: str = "forward_kl"
+    divergence: Divergence = "forward_kl"
     beta: float = 0.5
     temperature: float = 1.0
     label_weight: float = 0.0
-    tail: str = "lump"
+    tail: Tail = "lump"
     square_temperature: bool = False
     head: str = "fused"
     chunk_size: int | None = None

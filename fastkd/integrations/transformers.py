@@ -3,20 +3,17 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd._ops.linear.logits import LinearLogits
+from fastkd._ops.shift import IGNORED, following
 from fastkd.integrations._modules import LinearHead, base_of, call_through, lm_head, unwrapped
 from fastkd.integrations._options import KDOptions
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._topk_divergence import topk_divergence
+from fastkd.teachers._collate import COLUMNS
 
 __all__ = ["DistillationMixin", "DistillationTrainer"]  # noqa: F822
-
-#: Columns of a stored teacher, ``[B, T, k]``.
-COLUMNS = ("teacher_log_probs", "teacher_indices")
-_IGNORED = -100
 
 
 class DistillationMixin:
@@ -95,7 +92,7 @@ class DistillationMixin:
                 f"DistillationMixin: without a teacher a batch must have {' and '.join(COLUMNS)}"
             )
         # Row t scores the label of t + 1; the last row nothing.
-        targets = F.pad(labels[..., 1:], (0, 1), value=_IGNORED) if shifted is None else shifted
+        targets = following(labels, IGNORED) if shifted is None else shifted
         found = None if stored[0] is None else (stored[0], stored[1])
         normalizer = self._normalizer(num_items_in_batch)
         self.loss_is_scaled_for_ga = normalizer is not None
@@ -199,7 +196,7 @@ class DistillationMixin:
             "square_temperature": kd.square_temperature,
             "labels": targets,
             "label_weight": kd.label_weight,
-            "ignore_index": _IGNORED,
+            "ignore_index": IGNORED,
             "normalizer": normalizer,
         }
         if stored is not None:

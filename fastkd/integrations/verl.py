@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.arguments import choices
+from fastkd._ops.names import Tail, TopKDivergence
 from fastkd.losses._topk_divergence import topk_divergence
 from fastkd.losses._topk_stats import topk_stats
 from fastkd.teachers._teacher_topk import teacher_topk
@@ -30,9 +31,9 @@ _SIGNATURE = [
 def register(
     name: str = "fastkd_topk",
     *,
-    divergence: str = "forward_kl",
+    divergence: TopKDivergence = "forward_kl",
     beta: float = 0.5,
-    tail: str = "lump",
+    tail: Tail = "lump",
 ) -> Callable[[], None]:
     """Add a distillation loss to verl: its name is a ``loss_mode`` of ``distillation_loss``.
 

@@ -10,6 +10,7 @@ from fastkd._ops.arguments import to_number
 from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.loss import Loss
+from fastkd._ops.names import ClippedTail, Reduction, Renormalize
 from fastkd._ops.shards import shards_of
 from fastkd.losses import _sharded_clipped
 
@@ -22,8 +23,8 @@ def clipped_divergence(
     *,
     labels: Tensor | None = None,
     keep_label: bool = True,
-    renormalize: str = "none",
-    tail: str = "drop",
+    renormalize: Renormalize = "none",
+    tail: ClippedTail = "drop",
     softness: float | None = None,
     quantile: bool = False,
     temperature: float | Tensor = 1.0,
@@ -35,7 +36,7 @@ def clipped_divergence(
     shift: int = 0,
     vocab_size: int | None = None,
     logit_softcap: float | tuple[float | None, float | None] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     square_temperature: bool = False,
     group: Any = None,

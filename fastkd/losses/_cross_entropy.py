@@ -9,6 +9,7 @@ from fastkd._ops.arguments import check_tensor
 from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.loss import Loss
+from fastkd._ops.names import Reduction
 from fastkd._ops.shards import shards_of
 from fastkd.losses import _sharded_softmax
 
@@ -29,7 +30,7 @@ def cross_entropy(
     shift: int = 0,
     vocab_size: int | None = None,
     logit_softcap: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
     group: Any = None,

@@ -10,6 +10,7 @@ from fastkd._ops.arguments import to_flag
 from fastkd._ops.checks import check_no_group
 from fastkd._ops.linear import function as linear
 from fastkd._ops.linear.logits import checked_options, linear_side
+from fastkd._ops.names import Divergence, Reduction, TeacherMix
 from fastkd.losses._softmax_divergence import OP, given
 from fastkd.losses._token_stats import TokenStats, token_stats_of
 
@@ -30,7 +31,7 @@ def linear_softmax_divergence(
     compact: bool | None = None,
     logits_dtype: torch.dtype | None = None,
     return_stats: bool = False,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     beta: float | Tensor = 0.5,
     alpha: float | Tensor = 1.0,
     temperature: float | Tensor = 1.0,
@@ -38,13 +39,13 @@ def linear_softmax_divergence(
     weight: Tensor | None = None,
     mask: Tensor | None = None,
     teacher_weights: Sequence[float] | Tensor | None = None,
-    teacher_mix: str = "logits",
+    teacher_mix: TeacherMix = "logits",
     labels: Tensor | None = None,
     label_weight: float | Tensor = 1.0,
     ignore_index: int = -100,
     shift: int = 0,
     vocab_size: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     square_temperature: bool = False,
     group: Any = None,

@@ -11,6 +11,7 @@ from fastkd._ops.arguments import check_tensor, numbers_tensor
 from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.loss import Loss
+from fastkd._ops.names import Divergence, Reduction, TeacherMix
 from fastkd._ops.shards import shards_of
 from fastkd.losses import _sharded
 
@@ -19,7 +20,7 @@ def softmax_divergence(
     student_logits: Tensor | LinearLogits,
     teacher_logits: Tensor | LinearLogits | Sequence[Tensor | LinearLogits],
     *,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     beta: float | Tensor = 0.5,
     alpha: float | Tensor = 1.0,
     temperature: float | Tensor = 1.0,
@@ -27,7 +28,7 @@ def softmax_divergence(
     weight: Tensor | None = None,
     mask: Tensor | None = None,
     teacher_weights: Sequence[float] | Tensor | None = None,
-    teacher_mix: str = "logits",
+    teacher_mix: TeacherMix = "logits",
     teacher_rows: Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: float | Tensor = 1.0,
@@ -35,7 +36,7 @@ def softmax_divergence(
     shift: int = 0,
     vocab_size: int | None = None,
     logit_softcap: float | tuple[float | None, float | None] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     square_temperature: bool = False,
     inplace: bool = False,

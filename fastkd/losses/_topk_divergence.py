@@ -9,6 +9,7 @@ from fastkd import reference
 from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.loss import Loss
+from fastkd._ops.names import Reduction, Tail, TopKDivergence
 from fastkd._ops.shards import shards_of
 from fastkd.losses import _sharded_topk
 
@@ -18,9 +19,9 @@ def topk_divergence(
     teacher_log_probs: Tensor,
     teacher_indices: Tensor,
     *,
-    divergence: str = "forward_kl",
+    divergence: TopKDivergence = "forward_kl",
     beta: float | Tensor = 0.5,
-    tail: str = "lump",
+    tail: Tail = "lump",
     temperature: float | Tensor = 1.0,
     stored_temperature: float = 1.0,
     teacher_temperature: float | Tensor | None = None,
@@ -34,7 +35,7 @@ def topk_divergence(
     shift: int = 0,
     vocab_size: int | None = None,
     logit_softcap: float | tuple[float | None, float | None] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     square_temperature: bool = False,
     group: Any = None,

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkd._ops.linear import function as linear
 from fastkd._ops.linear.call import OPS
 from fastkd._ops.linear.logits import LinearLogits
+from fastkd._ops.names import Tail, TopKDivergence
 from fastkd.losses import _topk_divergence
 from fastkd.losses._topk_divergence import topk_divergence
 from fastkd.teachers._teacher_topk import teacher_topk
@@ -34,9 +35,9 @@ def topk_stats(
     teacher_log_probs: Tensor,
     teacher_indices: Tensor,
     *,
-    divergence: str = "forward_kl",
+    divergence: TopKDivergence = "forward_kl",
     beta: float | Tensor = 0.5,
-    tail: str = "lump",
+    tail: Tail = "lump",
     temperature: float | Tensor = 1.0,
     stored_temperature: float = 1.0,
     teacher_temperature: float | Tensor | None = None,

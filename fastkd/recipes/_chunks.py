@@ -14,6 +14,7 @@ from fastkd._ops.arguments import to_integer
 from fastkd._ops.checks import check_normalizer, check_tensors
 from fastkd._ops.constants import fake_mode_of
 from fastkd._ops.library import transforms_active
+from fastkd._ops.names import TextReduction
 from fastkd.tokenizers._byte_vocab import ByteVocab
 
 
@@ -142,11 +143,6 @@ def first_token_chunks(mask: Tensor | None, places: Tensor, num_chunks: int) -> 
     return F.pad(hits[:, :-1] > 0, (0, 1))
 
 
-def shifted(values: Tensor, fill: int) -> Tensor:
-    """The values moved from t + 1 to t."""
-    return F.pad(values[:, 1:], (0, min(1, values.size(1))), value=fill)
-
-
 def boundaries(
     student: ByteVocab, student_logits: Tensor, teacher: ByteVocab, teacher_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -183,7 +179,7 @@ def reduced(
     function: str,
     loss: Tensor,
     kept: Tensor,
-    reduction: str,
+    reduction: TextReduction,
     normalizer: float | Tensor | None,
 ) -> Tensor:
     """The losses, their sum, or the sum over a denominator; a denominator of 0 gives 0.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import choices
 from fastkd._ops.checks import check_normalizer, check_tensors, is_number
+from fastkd._ops.names import Reduction
 from fastkd.recipes._chunks import check_integers, check_mask, check_range, reduced, wide
 from fastkd.recipes._rows import check_choice
 
@@ -111,7 +112,7 @@ def masked_pair(function: str, mask: Tensor | None, **pair: Tensor) -> tuple[Ten
     return wide(only(student, mask)), wide(only(teacher, mask))
 
 
-def check_reduction(function: str, reduction: str, normalizer: float | Tensor | None) -> None:
+def check_reduction(function: str, reduction: Reduction, normalizer: float | Tensor | None) -> None:
     """Raise unless an op over rows reduces so."""
     check_choice(function, "reduction", reduction, choices("softmax_divergence", "reduction"))
     check_normalizer(function, normalizer)

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_normalizer, check_tensors
+from fastkd._ops.names import TextReduction
+from fastkd._ops.shift import IGNORED
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_log_probs import TokenLogProbs, token_log_probs
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import check_integers, check_mask, readable
 from fastkd.teachers._teacher_topk import TopK, teacher_topk
-
-IGNORED = -100
 
 
 def check_rows(
@@ -91,7 +91,7 @@ def row_options(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> dict[str, Any]:
     """Arguments of an op over rows that make it reduce so, also by ``"sequence_mean"``.
@@ -126,7 +126,7 @@ def row_divergence(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
     **options: Any,
 ) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_positive
+from fastkd._ops.names import TextReduction
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._rows import (
     check_choice,
@@ -30,7 +31,7 @@ def align_distil(
     teacher_temperature: float | Tensor | None = None,
     mask: Tensor | None = None,
     vocab_size: int | None = None,
-    reduction: str = "sequence_mean",
+    reduction: TextReduction = "sequence_mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Reverse KL to a contrast of two models, as strong as they differ (AlignDistil). A term.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_tensors
+from fastkd._ops.names import Divergence, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import check_integers, check_range, reduced, wide
 from fastkd.recipes._rows import (
@@ -33,12 +34,12 @@ def byte_kd(
     *,
     student_prefix: bytes | Sequence[Any] = b"",
     teacher_prefix: bytes | Sequence[Any] = b"",
-    divergence: str = "jsd",
+    divergence: Divergence = "jsd",
     beta: float | Tensor = 0.5,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Divergence of the two models' distributions of the next byte. A term.
@@ -148,7 +149,7 @@ def bpm(
     *,
     residual: str = "drop",
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Teacher mass moved to the student's tokens that begin its own (BPM; recalled, not verified).

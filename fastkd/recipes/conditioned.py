@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_tensors
+from fastkd._ops.names import Reduction, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import check_mask, reduced, wide
@@ -30,7 +31,7 @@ def mend(
     teacher_mask: Tensor,
     *,
     temperature: float = 1.0,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""KL between rows at different places of the two models' inputs (MEND). A term.
@@ -112,7 +113,7 @@ def swing(
     generator: torch.Generator | None = None,
     mask: Tensor | None = None,
     square_temperature: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Temperature and noise by how private a token is (Swing). A term.
@@ -185,7 +186,7 @@ def mft(
     threshold: float = 0.2,
     temperature: float = 1.0,
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""A teacher corrected towards the label, mostly the student's former self (minifinetuning).

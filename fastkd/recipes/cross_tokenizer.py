@@ -1,12 +1,16 @@
 """Methods for a teacher whose tokenizer is not the student's."""
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_positive, check_tensors
+from fastkd._ops.names import AlmDivergence, Reduction, TextReduction
+from fastkd._ops.shift import following
 from fastkd.recipes._chunks import (
     boundaries,
     check_batch,
@@ -19,40 +23,42 @@ from fastkd.recipes._chunks import (
     first_token_chunks,
     readable,
     reduced,
-    shifted,
     wide,
 )
 from fastkd.recipes._rowwise import at_rows, by_blocks, chosen, placed
+from fastkd.tokenizers._alignment import Alignment
 from fastkd.tokenizers._alm_loss import alm_loss
 from fastkd.tokenizers._byte_vocab import ByteVocab
 
+_INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int8, torch.int16)
 _NORMS = ("l2_channelwise", "l2", "l1_channelwise", "l1")
 
 
 def alm(
     student_logits: Tensor,
     student_ids: Tensor,
-    student_chunks: Tensor,
+    student_chunks: Tensor | Alignment,
     teacher_logits: Tensor,
     teacher_ids: Tensor,
-    teacher_chunks: Tensor,
-    num_chunks: int,
-    student_vocab: ByteVocab,
-    teacher_vocab: ByteVocab,
+    teacher_chunks: Tensor | None = None,
+    num_chunks: int | None = None,
+    student_vocab: ByteVocab | None = None,
+    teacher_vocab: ByteVocab | None = None,
     *,
     student_mask: Tensor | None = None,
     teacher_mask: Tensor | None = None,
-    divergence: str = "binary_ce",
+    divergence: AlmDivergence = "binary_ce",
     temperature: float = 100.0,
     epsilon: float = 1e-6,
     merge_threshold: float | None = 0.1,
     debias: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Approximate likelihood matching of two causal models' outputs, with the published defaults.
 
-    This is :func:`fastkd.alm_loss` for the chunks of :func:`fastkd.align_batch`. Row t of the
+    This is :func:`fastkd.alm_loss` for the chunks of :func:`fastkd.align_batch`, or for a batch of
+    :class:`fastkd.tokenizers.AlmCollator`. Row t of the
     logits scores token t + 1; nothing is copied for the shift. A token begins a word if its bytes
     start with a space, tab or newline, or if it has none (:meth:`fastkd.ByteVocab.boundary`). The
     row of a text's last token has the probability that a word begins after it, so that the last
@@ -68,16 +74,18 @@ def alm(
             has ids. Additional columns are not in the boundary set.
         student_ids: ``[B, T_S]``, the input tokens. Those in chunks must be ids of the vocabulary
             (checked on the CPU, outside of compiled graphs).
-        student_chunks: ``[B, T_S]``, -1 for none.
+        student_chunks: int32 or int64 ``[B, T_S]``, -1 for none. Or the whole
+            :class:`fastkd.Alignment`, without the arguments of the next two.
         teacher_logits: ``[B, T_T, vocab_T]``.
         teacher_ids: ``[B, T_T]``.
         teacher_chunks: ``[B, T_T]``.
         num_chunks: the largest number of chunks of a text.
         student_vocab: for its boundary set.
         teacher_vocab: for its boundary set, which is also used for merging.
-        student_mask: bool ``[B, T_S]``, False for padding. Needed to find the first tokens where
-            texts are padded on the left, or several texts are in a row with padding between them.
-        teacher_mask: bool ``[B, T_T]``.
+        student_mask: ``[B, T_S]``, bool or integers as a model's ``attention_mask`` has them, False
+            or 0 for padding. Needed to find the first tokens where texts are padded on the left, or
+            several texts are in a row with padding between them.
+        teacher_mask: ``[B, T_T]``.
         divergence, temperature, epsilon, merge_threshold, debias, reduction, normalizer: see
             :func:`fastkd.alm_loss`.
 
@@ -97,17 +105,27 @@ def alm(
     >>> loss = fastkd.recipes.alm(*sides, vocab, vocab, divergence="k2")
     >>> loss.item()
     0.0
+    >>> vocabs = {"student_vocab": vocab, "teacher_vocab": vocab}
+    >>> loss = fastkd.recipes.alm(student, ids, chunks, student.detach(), ids, **vocabs)
+    >>> loss.requires_grad
+    True
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_tensors("alm", tensors)
     for name, logits in tensors.items():
         check_batch("alm", name, logits, student_logits)
-    num_chunks = check_number("alm", num_chunks)
-    places = []
+    alignment = _aligned(student_chunks, teacher_chunks, num_chunks)
+    vocabs: tuple[Any, Any] = (student_vocab, teacher_vocab)
+    num_chunks = check_number("alm", alignment[2])
+    student_mask = _attention_mask("student_mask", student_mask)
+    teacher_mask = _attention_mask("teacher_mask", teacher_mask)
+    found, places = [], []
     for name, logits, ids, chunks, mask, vocab in (
-        ("student", student_logits, student_ids, student_chunks, student_mask, student_vocab),
-        ("teacher", teacher_logits, teacher_ids, teacher_chunks, teacher_mask, teacher_vocab),
+        ("student", student_logits, student_ids, alignment[0], student_mask, vocabs[0]),
+        ("teacher", teacher_logits, teacher_ids, alignment[1], teacher_mask, vocabs[1]),
     ):
+        if isinstance(chunks, np.ndarray):
+            chunks = torch.as_tensor(chunks, device=logits.device)
         check_integers("alm", f"{name}_ids", ids, logits.shape[:-1])
         check_integers("alm", f"{name}_chunks", chunks, logits.shape[:-1])
         check_mask("alm", f"{name}_mask", mask, logits.shape[:-1])
@@ -122,18 +140,19 @@ def alm(
             )
         if readable(ids):
             check_range("alm", f"{name}_ids in chunks", ids[chunks >= 0], 0, vocab._size)
+        found.append(chunks)
         places.append(chunk_slots(chunks, num_chunks))
     lost = first_token_chunks(student_mask, places[0], num_chunks)
     lost |= first_token_chunks(teacher_mask, places[1], num_chunks)
     student, teacher = (
-        (logits, shifted(ids, 0), shifted(torch.where(lost.gather(1, at), -1, chunks), -1))
+        (logits, following(ids, 0), following(torch.where(lost.gather(1, at), -1, chunks), -1))
         for logits, ids, chunks, at in (
-            (student_logits, student_ids, student_chunks, places[0]),
-            (teacher_logits, teacher_ids, teacher_chunks, places[1]),
+            (student_logits, student_ids, found[0], places[0]),
+            (teacher_logits, teacher_ids, found[1], places[1]),
         )
     )
     student_boundary, teacher_boundary = boundaries(
-        student_vocab, student_logits, teacher_vocab, teacher_logits
+        vocabs[0], student_logits, vocabs[1], teacher_logits
     )
     return alm_loss(
         *student,
@@ -151,6 +170,28 @@ def alm(
     )
 
 
+def _aligned(student_chunks: Any, teacher_chunks: Any, num_chunks: Any) -> tuple[Any, Any, Any]:
+    """Chunks of both sides and their number, out of an alignment where one is given."""
+    if not isinstance(student_chunks, Alignment):
+        return student_chunks, teacher_chunks, num_chunks
+    if teacher_chunks is not None or num_chunks is not None:
+        raise ValueError(
+            "alm: teacher_chunks and num_chunks must be None besides an Alignment, which has them"
+        )
+    return student_chunks.student_chunks, student_chunks.teacher_chunks, student_chunks.num_chunks
+
+
+def _attention_mask(name: str, mask: Any) -> Any:
+    """A mask as bool where it is one of integers."""
+    if not isinstance(mask, Tensor) or mask.dtype not in _INTEGERS:
+        return mask
+    if readable(mask) and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"alm: {name} must be bool, or 0 and 1, got {int(mask.max())} as its largest"
+        )
+    return mask != 0
+
+
 def alm_latents(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
@@ -161,7 +202,7 @@ def alm_latents(
     norm: str = "l2_channelwise",
     projection: Callable[[Tensor], Tensor] | None = None,
     epsilon: float = 1e-8,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Relative distance of two models' hidden states at the last token of each chunk.
@@ -252,7 +293,7 @@ def uld(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Universal logit distillation: distance between two vocabularies' sorted probabilities.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_normalizer, check_tensors
+from fastkd._ops.names import Divergence, Reduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import (
     check_batch,
@@ -50,11 +51,11 @@ def dskd(
     to_student: Map | None,
     to_teacher: Map | None,
     only_correct: bool | None = None,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: tuple[float | Tensor, float | Tensor] | None = None,
 ) -> Tensor:
     r"""Dual-space distillation with cross-model attention between the tokens of two tokenizers.
@@ -288,7 +289,7 @@ def _rows(kept: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _total(
-    losses: Tensor, kept: Tensor, reduction: str, normalizer: float | Tensor | None
+    losses: Tensor, kept: Tensor, reduction: Reduction, normalizer: float | Tensor | None
 ) -> Tensor:
     """The sum, over the denominator if there is one; a denominator of 0 gives 0."""
     return reduced("dskd", placed(losses, kept), kept, reduction, normalizer)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._ops.checks import check_positive
+from fastkd._ops.names import TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import check_mask, reduced, wide
 from fastkd.recipes._features import (
@@ -40,7 +41,7 @@ def feature_distance(
     projection: Callable[[Tensor], Tensor] | None = None,
     beta: float = 1.0,
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Distance between each row of the student's features s and the teacher's t.

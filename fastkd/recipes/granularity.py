@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_tensors
+from fastkd._ops.names import ClippedTail, Renormalize, TextReduction
 from fastkd.losses._clipped_divergence import clipped_divergence
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
@@ -31,13 +32,13 @@ def mgsr(
     upper: float | Tensor,
     *,
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    renormalize: str = "none",
-    tail: str = "drop",
+    renormalize: Renormalize = "none",
+    tail: ClippedTail = "drop",
     softness: float | None = 0.01,
     quantile: bool = True,
     distance: str = "l2",
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
 ) -> Tensor:
     r"""Cross-entropy, clipped KL and span relations (MGSR; recalled, not verified). The total.
 
@@ -115,7 +116,7 @@ def mgsr_span(
     mask: Tensor | None = None,
     *,
     distance: str = "l2",
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""How neighbouring tokens of a span relate, in both models (recalled, not verified). A term.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._ops.checks import check_tensors
+from fastkd._ops.names import Divergence, Reduction, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import reduced, wide
@@ -32,7 +33,7 @@ def kd(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     vocab_size: int | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Knowledge distillation of Hinton et al.: the total, from one read of the logits.
@@ -94,7 +95,7 @@ def sequence_kd(
     weight: Tensor | None = None,
     mask: Tensor | None = None,
     temperature: float = 1.0,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Cross-entropy on a teacher's text (sequence-level distillation). The total.
@@ -215,11 +216,11 @@ def ddk(
     *,
     gamma: float = 0.2,
     temperature: float | Tensor = 1.0,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     vocab_size: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Cross-entropy and a divergence, on a mixture of domains (DDK). The total.
@@ -302,7 +303,7 @@ def llava_mod(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     vocab_size: int = 151936,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Cross-entropy with the teacher's distribution (LLaVA-MoD's mimic distillation). A term.
@@ -351,13 +352,13 @@ def distillspec(
     student_logits: Tensor,
     teacher_logits: Tensor,
     *,
-    divergence: str = "tvd",
+    divergence: Divergence = "tvd",
     beta: float | Tensor = 0.5,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     vocab_size: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""A draft model for speculative decoding (DistillSpec; recalled, not verified). A term.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_tensors
+from fastkd._ops.names import Divergence, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import (
     check_batch,
@@ -32,11 +33,11 @@ def mined(
     mask: Tensor | None = None,
     unmatched: str = "label",
     match: str = "scored",
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Divergence from teacher logits mapped to the student's vocabulary by edit distance.

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.checks import check_tensors
+from fastkd._ops.names import Reduction
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._rows import (
     check_choice,
@@ -22,7 +23,7 @@ def dparallel(
     *,
     beta: float = 2.0,
     temperature: float = 0.5,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Certainty of a masked diffusion model on its own trajectory (dParallel). The total.
 

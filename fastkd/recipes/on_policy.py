@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_positive
+from fastkd._ops.names import Tail, TextReduction, TopKDivergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.losses._topk_divergence import topk_divergence
 from fastkd.recipes._chunks import reduced, wide
@@ -32,7 +33,7 @@ def gkd(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     vocab_size: int | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Generalised Jensen-Shannon divergence, on the student's texts or on others (GKD). A term.
@@ -86,14 +87,14 @@ def opd_topk(
     *,
     k: int = 100,
     support: str = "student",
-    divergence: str = "reverse_kl",
+    divergence: TopKDivergence = "reverse_kl",
     beta: float | Tensor = 0.5,
-    tail: str = "lump",
+    tail: Tail = "lump",
     max_token_loss: float | None = None,
     temperature: float = 1.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Divergence over the k likeliest tokens and one outcome for all others. A term.
@@ -177,7 +178,7 @@ def minitron(
     balance: bool = True,
     mask: Tensor | None = None,
     vocab_size: int | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""KL of the logits and a distance of hidden states of the same size (Minitron). A term.

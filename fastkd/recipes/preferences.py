@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._ops.checks import check_positive
+from fastkd._ops.names import Reduction
 from fastkd.recipes._rows import (
     check_choice,
     check_rows,
@@ -25,7 +26,7 @@ def preference(
     loss: str = "sigmoid",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Preference optimisation with a teacher as the reference (DPO, KTO; LLaVA-MoD). A term.
 

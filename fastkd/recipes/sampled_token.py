@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
+from fastkd._ops.names import TextReduction
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import reduced
 from fastkd.recipes._rows import (
@@ -33,7 +34,7 @@ def opd(
     baseline: str | None = None,
     mask: Tensor | None = None,
     temperature: float = 1.0,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""On-policy distillation from the sampled token alone (OPD). A term.
@@ -144,7 +145,7 @@ def minillm(
     sampling_weight: Tensor | None = None,
     mask: Tensor | None = None,
     temperature: float = 1.0,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Policy gradient of the reverse KL of texts, and each row's own KL (MiniLLM). A term.

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.checks import check_positive
+from fastkd._ops.names import Reduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import check_integers, wide
 from fastkd.recipes._features import check_factors, check_floats, check_like, check_reduction
@@ -23,7 +24,7 @@ def cwd(
     teacher_maps: Tensor,
     *,
     temperature: float = 4.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Channel-wise distillation of maps: each channel is a distribution over pixels. A term.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_tensors
+from fastkd._ops.names import Divergence, Reduction, Tail, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.losses._topk_divergence import topk_divergence
@@ -68,9 +69,9 @@ def adaspec(
     *,
     mask: Tensor | None = None,
     keep: float = 0.4,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     temperature: float | Tensor = 1.0,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""A draft model learns the tokens where it is most behind a distilled copy (AdaSPEC). A term.
@@ -147,10 +148,10 @@ def tip(
     teacher_logits: Tensor,
     *,
     keep: float = 0.5,
-    divergence: str = "reverse_kl",
+    divergence: Divergence = "reverse_kl",
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Tokens where the student is uncertain or far from the teacher (TIP). A term.
@@ -226,10 +227,10 @@ def select_tkd(
     *,
     k: int = 5,
     rejected_weight: float = 0.01,
-    divergence: str = "forward_kl",
+    divergence: Divergence = "forward_kl",
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Tokens on which the teacher would accept the student's choice (SelecTKD). A term.
@@ -286,10 +287,10 @@ def eopd(
     *,
     k: int,
     entropy: float = 0.8,
-    tail: str = "lump",
+    tail: Tail = "lump",
     temperature: float = 1.0,
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Reverse KL, and forward KL where the teacher is uncertain (entropy-aware OPD). A term.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_positive, check_tensors
+from fastkd._ops.names import Divergence, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import (
     check_batch,
@@ -63,11 +64,11 @@ def strict_topk(
     shared: Tensor,
     *,
     k: int = 16,
-    divergence: str = "reverse_kl",
+    divergence: Divergence = "reverse_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""The student's likeliest shared tokens, where both have one token (strict top-k). A term.
@@ -153,7 +154,7 @@ def gold(
     merge: str = "observed",
     matched_weight: float | None = None,
     mask: Tensor | None = None,
-    reduction: str = "sequence_mean",
+    reduction: TextReduction = "sequence_mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Shared tokens by divergence, others by sorted probabilities, chunk by chunk (GOLD). A term.

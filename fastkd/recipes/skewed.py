@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_positive, check_tensors
+from fastkd._ops.names import Reduction, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import reduced, wide
@@ -35,7 +36,7 @@ def distillm(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     vocab_size: int | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Skewed KL divergences (DistiLLM). A term.
@@ -102,7 +103,7 @@ def distillm2(
     alphas: tuple[float | Tensor, float | Tensor] = (0.1, 0.1),
     beta: float = 1.0,
     temperature: float | Tensor = 1.0,
-    reduction: str = "sequence_mean",
+    reduction: TextReduction = "sequence_mean",
 ) -> Tensor:
     r"""Skewed KL on the teacher's texts, skewed reverse KL on the student's (DistiLLM-2). A term.
 
@@ -221,7 +222,7 @@ def taid(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     vocab_size: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Cross-entropy with a teacher between the student and the teacher (TAID). A term.
@@ -315,7 +316,7 @@ def akl(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Forward and reverse KL, by where the row's distributions differ (adaptive KL). A term.
@@ -392,7 +393,7 @@ def abkd(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     vocab_size: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""The Alpha-Beta divergence (ABKD). A term.
@@ -434,7 +435,7 @@ def bild(
     k: int = 8,
     temperature: float = 3.0,
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""KL of the softmaxes of logit differences, both models leading (BiLD). A term.

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient, to_integer
 from fastkd._ops.checks import check_positive
+from fastkd._ops.names import Reduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import check_integers, check_mask, check_range, wide
 from fastkd.recipes._features import check_floats, check_rank, check_reduction, only, product
@@ -105,7 +106,7 @@ def lelp(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""LELP: cross-entropy of the student's C S subclasses with the teacher's. A term.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_positive
+from fastkd._ops.names import Reduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import check_integers, check_mask, check_range
 from fastkd.recipes._features import (
@@ -29,7 +30,7 @@ def distill_weighted(
     temperature: float = 1.0,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""DistillWeighted: one student head for each source model, weighted by their scores. A term.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_positive
+from fastkd._ops.names import Reduction, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.losses._topk_divergence import topk_divergence
@@ -44,7 +45,7 @@ def dkd(
     square_temperature: bool = True,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: TextReduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Decoupled knowledge distillation (DKD). A term.
@@ -260,7 +261,7 @@ def meal_v2(
     teacher_logits: Sequence[Tensor],
     *,
     teacher_weights: Sequence[float] | Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""MEAL V2: cross-entropy with the mean of several teachers' distributions. A term.
@@ -368,7 +369,7 @@ def fkd(
     *,
     kind: str,
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""FKD: cross-entropy with soft labels stored as the teacher's k best classes. A term.

@@ -45,7 +45,8 @@ def _decoded(k: int, log_probs: str) -> np.ndarray:
     return table.reshape(-1)
 
 
-def _array(where: str, name: str, value: Any, dtypes: tuple[str, ...]) -> np.ndarray:
+def array_of(where: str, name: str, value: Any, dtypes: tuple[str, ...]) -> np.ndarray:
+    """A contiguous array on the CPU of a tensor or array of one of these dtypes."""
     if not isinstance(value, (torch.Tensor, np.ndarray)):
         raise TypeError(
             f"{where}: {name} must be a tensor or a numpy array, got {type(value).__name__}"
@@ -104,8 +105,8 @@ class Packing:
     def checked(self, log_probs: Any, indices: Any) -> tuple[np.ndarray, np.ndarray]:
         """Check the arguments of ``TeacherStore.append``, and convert them for :meth:`pack`."""
         where = "TeacherStore.append"
-        log_probs = _array(where, "log_probs", log_probs, ("float32",))
-        indices = _array(where, "indices", indices, ("int32", "int64")).astype(np.int64)
+        log_probs = array_of(where, "log_probs", log_probs, ("float32",))
+        indices = array_of(where, "indices", indices, ("int32", "int64")).astype(np.int64)
         if log_probs.ndim != 2 or log_probs.shape[1] != self.k:
             raise ValueError(
                 f"{where}: log_probs must be [tokens, {self.k}], got {list(log_probs.shape)}"

@@ -6,8 +6,9 @@ import operator
 import os
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,10 @@ import numpy as np
 from fastkd.teachers._packing import Packing
 
 FORMATS = ("8bit", "float16")
-KIND, VERSION = "fastkd.TeacherStore", 1
+KIND = "fastkd.TeacherStore"
+#: 2: with keys or input ids.
+VERSIONS = (1, 2)
+ID_BYTES = 4  # of an input id, before the packed record
 
 BLOCK = 64  # tokens under one checksum
 _MOST = 1 << 48  # sequences or tokens of a shard: more than fit on any disk
@@ -37,11 +41,13 @@ class Settings(NamedTuple):
     fingerprint: str | None
     log_probs: str
     shard_tokens: int
+    keys: bool = False
+    input_ids: bool = False
 
     @classmethod
     def checked(cls, where: str, *values: Any) -> "Settings":
         """Settings from values, or an error that names a wrong one."""
-        vocab_size, k, temperature, fingerprint, log_probs, shard_tokens = values
+        vocab_size, k, temperature, fingerprint, log_probs, shard_tokens, *flags = values
         vocab_size = integer(where, "vocab_size", vocab_size, 1, 2**31 - 1)
         k = integer(where, "k", k, 1, min(vocab_size, 1024))
         shard_tokens = integer(where, "shard_tokens", shard_tokens, 1, 1 << 40)
@@ -60,7 +66,19 @@ class Settings(NamedTuple):
             raise ValueError(
                 f"{where}: log_probs must be one of {', '.join(FORMATS)}, got {log_probs!r}"
             )
-        return cls(vocab_size, k, float(temperature), fingerprint, log_probs, shard_tokens)
+        for name, flag in zip(("keys", "input_ids"), flags, strict=True):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{where}: {name} must be True or False, got {type(flag).__name__}")
+        return cls(vocab_size, k, float(temperature), fingerprint, log_probs, shard_tokens, *flags)
+
+    def stored(self) -> dict[str, Any]:
+        """The settings as files have them: without what version 1 does not know, where absent."""
+        return {x: value for x, value in self._asdict().items() if value is not False}
+
+    @property
+    def version(self) -> int:
+        """Of the format."""
+        return 2 if self.keys or self.input_ids else 1
 
     def check_match(self, where: str, path: Path, **wanted: Any) -> None:
         """Raise for the first of the wanted settings that is not None and differs from this."""
@@ -73,7 +91,12 @@ class Settings(NamedTuple):
 
     def text(self) -> str:
         """The settings as text, as in the shards."""
-        return json.dumps(self._asdict())
+        return json.dumps(self.stored())
+
+    @property
+    def record_bytes(self) -> int:
+        """Of a token."""
+        return self.packing().record_bytes + ID_BYTES * self.input_ids
 
     def packing(self) -> Packing:
         """The packing of the records."""
@@ -127,7 +150,8 @@ def _sync(path: Path) -> None:
 
 def _index(settings: Settings, shards: list[tuple[int, int]]) -> str:
     """The text of store.json: the settings, and each shard's number of sequences and of tokens."""
-    content = {"format": KIND, "version": VERSION, **settings._asdict(), "shards": shards}
+    content = {"format": KIND, "version": settings.version, **settings.stored()}
+    content["shards"] = shards
     content["crc32"] = zlib.crc32(json.dumps(content).encode())
     return json.dumps(content) + "\n"
 
@@ -153,11 +177,13 @@ def read_index(path: Path, where: str) -> tuple[Settings, list[tuple[int, int]],
         content = json.loads(file.read_bytes())
         crc32 = content.pop("crc32")
         kind = content["format"], content["version"]
-        if kind == (KIND, VERSION):
+        known = kind[0] == KIND and kind[1] in VERSIONS
+        if known:
             found = zlib.crc32(json.dumps(content).encode())
             if found != crc32:
                 raise ValueError(f"checksum is {found:08x}, not {crc32:08x}")
-            settings = Settings.checked("store.json", *(content[n] for n in Settings._fields))
+            filled = {**Settings._field_defaults, **content}
+            settings = Settings.checked("store.json", *(filled[x] for x in Settings._fields))
             shards = [
                 (_count(sequences), _count(tokens)) for sequences, tokens in content["shards"]
             ]
@@ -165,10 +191,10 @@ def read_index(path: Path, where: str) -> tuple[Settings, list[tuple[int, int]],
         raise FileNotFoundError(f"{where}: {path} is no teacher store: no store.json") from None
     except (*_UNREADABLE, IsADirectoryError) as error:
         raise damaged(file, f"{type(error).__name__}: {error}") from None
-    if kind != (KIND, VERSION):
+    if not known:
         raise ValueError(
-            f"{where}: {file} must have format {KIND}, version {VERSION}, got {kind[0]}, "
-            f"version {kind[1]}"
+            f"{where}: {file} must have format {KIND}, version 1 or 2, got {kind[0]}, version "
+            f"{kind[1]}"
         )
     # A writer that was killed may not have listed its last shard.
     while Shard.file(path, len(shards)).exists():
@@ -195,7 +221,7 @@ class Shard:
         self, path: Path, number: int, settings: Settings, counts: tuple[int, int] | None
     ) -> None:
         self.path = self.file(path, number)
-        self.record_bytes = settings.packing().record_bytes
+        self.record_bytes = settings.record_bytes
         try:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed with self)
         except FileNotFoundError:
@@ -218,15 +244,20 @@ class Shard:
             facts: list[tuple[str, Any, Any]] = [
                 ("shard", metadata["shard"], str(number)),
                 ("store", metadata["store"], settings.text()),
-                ("tensors", sorted(header), ["block_crc32", "offsets", "records"]),
             ]
             if counts:
                 facts += [("counts", (self.sequences, self.tokens), counts)]
-            for name, dtype, itemsize, shape in (
+            tensors = [
                 ("offsets", "I64", 8, [self.sequences + 1]),
                 ("block_crc32", "U32", 4, [blocks]),
                 ("records", "U8", 1, [self.tokens, self.record_bytes]),
-            ):
+            ]
+            if settings.keys:
+                text = _count(header["keys"]["shape"][0])
+                tensors += [("keys", "U8", 1, [text])]
+                tensors += [("key_offsets", "I64", 8, [self.sequences + 1])]
+            facts += [("tensors", sorted(header), sorted(x[0] for x in tensors))]
+            for name, dtype, itemsize, shape in tensors:
                 found = header[name]["dtype"], header[name]["shape"], self._spans[name][1]
                 facts += [(name, found, (dtype, shape, itemsize * math.prod(shape)))]
             end = start + sum(span[1] for span in self._spans.values())
@@ -235,11 +266,23 @@ class Shard:
         for what, is_, was in [*facts, ("size in bytes", size, end)]:
             if is_ != was:
                 raise damaged(self.path, f"{what}: found {is_}, expected {was}")
-        self.offsets = np.frombuffer(self._checked("offsets"), "<i8")
+        self.offsets = self._offsets("offsets", self.tokens, "its sequence offsets")
         self._block_crc32 = np.frombuffer(self._checked("block_crc32"), "<u4")
-        falls = (self.offsets[1:] < self.offsets[:-1]).any()
-        if self.offsets[0] or self.offsets[-1] != self.tokens or falls:
-            raise damaged(self.path, "its sequence offsets do not ascend to the token count")
+
+    def _offsets(self, name: str, end: int, what: str) -> np.ndarray:
+        offsets = np.frombuffer(self._checked(name), "<i8")
+        if offsets[0] or offsets[-1] != end or (offsets[1:] < offsets[:-1]).any():
+            raise damaged(self.path, f"{what} do not ascend to {end}")
+        return offsets
+
+    def keys(self) -> list[str]:
+        """The key of each sequence, in a store that has them."""
+        content = self._checked("keys")
+        ends = self._offsets("key_offsets", len(content), "its keys' offsets").tolist()
+        try:
+            return [content[a:b].decode() for a, b in pairwise(ends)]
+        except UnicodeDecodeError as error:
+            raise damaged(self.path, f"its keys: {error}") from None
 
     @staticmethod
     def file(path: Path, number: int) -> Path:
@@ -248,15 +291,28 @@ class Shard:
 
     @classmethod
     def write(
-        cls, path: Path, number: int, settings: Settings, sequences: list[np.ndarray], save: Any
+        cls,
+        path: Path,
+        number: int,
+        settings: Settings,
+        sequences: list[np.ndarray],
+        save: Any,
+        keys: Sequence[str] = (),
     ) -> tuple[int, int]:
-        """Write sequences of records with ``safetensors.numpy.save_file``; returns counts."""
+        """Write sequences of records with ``safetensors.numpy.save_file``; returns counts.
+
+        ``keys``: of each sequence, where the settings say that the store has them.
+        """
         records = np.concatenate(sequences)
         tensors: dict[str, np.ndarray] = {
             "offsets": np.cumsum([0, *map(len, sequences)], dtype=np.int64),
             "block_crc32": np.array(_checksums(records), dtype=np.uint32),
             "records": records,
         }
+        if settings.keys:
+            texts = [key.encode() for key in keys]
+            tensors["keys"] = np.frombuffer(b"".join(texts), np.uint8)
+            tensors["key_offsets"] = np.cumsum([0, *map(len, texts)], dtype=np.int64)
         metadata = {"store": settings.text(), "shard": str(number)}
         for name, tensor in tensors.items():
             metadata["crc32." + name] = f"{zlib.crc32(tensor.data):08x}"
@@ -304,7 +360,7 @@ class Shard:
         return records[start - begin : stop - begin]
 
     def verify(self) -> None:
-        """Check the records, which are not checked when the shard is opened."""
+        """Check records and keys, which are not checked when the shard is opened."""
         found, step = 0, BLOCK << 10
         for start in range(0, self.tokens, step):
             part = self.read(start, min(start + step, self.tokens))
@@ -313,6 +369,8 @@ class Shard:
             raise damaged(
                 self.path, f"checksum of records is {found:08x}, not {self._crc32['records']}"
             )
+        if "keys" in self._spans:
+            self.keys()
 
 
 def _checksums(records: np.ndarray) -> list[int]:

@@ -1,35 +1,30 @@
 """A teacher's top-k log-probabilities on disk, by sequence and token, for offline distillation."""
 
-import errno
-import fcntl
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from fastkd._ops.names import StoredLogProbs
 from fastkd.teachers._fingerprint import fingerprint
 from fastkd.teachers._shards import (
+    ID_BYTES,
     Settings,
     Shard,
     damaged,
-    index_is,
     integer,
     read_index,
-    write_index,
 )
 from fastkd.teachers._teacher_topk import TopK
+from fastkd.teachers._writer import TeacherStoreWriter, as_key, check_new
 
 __all__ = ["TeacherStore", "TeacherStoreWriter", "fingerprint"]
 
 _OPEN_SHARDS = 64  # file descriptors kept
-_LOCK = "writer.lock"
-_LEFTOVER = re.compile(r"(shard-\d+\.safetensors|store\.json)\.tmp")
 
 
 class TeacherStore:
@@ -42,7 +37,9 @@ class TeacherStore:
     from the original by less than 1e-4 nats of KL up to k = 128 and 2e-4 up to k = 1024.
 
     Reading a part of a shard checks the checksums (CRC-32, one for 64 tokens) of that part, and
-    reads otherwise only the header and sequence offsets. A store is a ``torch`` map-style dataset;
+    reads otherwise only the header and sequence offsets. With keys, ``store[key]`` is the sequence
+    of a key, and ``key in store`` says whether there is one; all keys are read when the first is
+    needed. A store is a ``torch`` map-style dataset;
     pickled, or in a DataLoader's worker, it opens its files again. Sequences that are written after
     it was opened are not seen.
 
@@ -90,10 +87,11 @@ class TeacherStore:
         self._packing = self._settings.packing()
         self._first = np.cumsum([0, *(sequences for sequences, _ in self._counts)])
         self._shards: dict[int, Shard] = {}
+        self._numbers: dict[str, int] | None = None  # of the keys, read when they are needed
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without open files."""
-        return {**self.__dict__, "_shards": {}}
+        return {**self.__dict__, "_shards": {}, "_numbers": None}
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -131,21 +129,71 @@ class TeacherStore:
         """The fingerprint of the tokenizer or teacher, as passed to :meth:`create`."""
         return self._settings.fingerprint
 
-    def length(self, i: int) -> int:
+    @property
+    def has_keys(self) -> bool:
+        """Whether each sequence has a key."""
+        return self._settings.keys
+
+    @property
+    def has_input_ids(self) -> bool:
+        """Whether each row has the token that the teacher read."""
+        return self._settings.input_ids
+
+    def length(self, i: int | str) -> int:
         """Number of tokens of sequence i."""
         _, start, stop = self._locate("TeacherStore.length", i)
         return stop - start
 
-    def __getitem__(self, i: int) -> TopK:
-        """Sequence i: float32 log_probs and int32 indices, ``[tokens, k]``."""
+    def keys(self) -> list[str]:
+        """The key of each sequence; ValueError without keys."""
+        return list(self._by_key("TeacherStore.keys"))
+
+    def find(self, key: str | int) -> int:
+        """The number of the sequence with this key; KeyError where there is none.
+
+        Where a sequence is asked for, a text is a key, and an integer a number: pass the integers
+        that are keys to this function.
+        """
+        number = self._by_key("TeacherStore.find").get(str(key))
+        if number is None:
+            raise KeyError(f"TeacherStore.find: no sequence has the key {key!r} in {self.path}")
+        return number
+
+    def __contains__(self, key: object) -> bool:
+        """Whether a sequence has this key."""
+        return as_key(key) in self._by_key("TeacherStore")
+
+    def _by_key(self, where: str) -> dict[str, int]:
+        if not self.has_keys:
+            raise ValueError(f"{where}: {self.path} was created without keys")
+        if self._numbers is None:
+            keys = [
+                key
+                for number in range(len(self._counts))
+                for key in self._shard(number).keys()  # noqa: SIM118
+            ]
+            self._numbers = {key: number for number, key in enumerate(keys)}
+        return self._numbers
+
+    def __getitem__(self, i: int | str) -> TopK:
+        """Sequence i, or that with the key i: float32 log_probs and int32 indices."""
         shard, start, stop = self._locate("TeacherStore", i)
         return self._top_k(shard, start, stop)
 
-    def read(self, i: int, start: int = 0, stop: int | None = None) -> TopK:
+    def input_ids(self, i: int | str) -> torch.Tensor:
+        """The tokens that the teacher read, int64 ``[tokens]``; ValueError if not stored."""
+        where = "TeacherStore.input_ids"
+        if not self.has_input_ids:
+            raise ValueError(f"{where}: {self.path} was created without input_ids")
+        shard, start, stop = self._locate(where, i)
+        ids = np.ascontiguousarray(shard.read(start, stop)[:, :ID_BYTES]).view("<i4")
+        return torch.from_numpy(ids.reshape(-1).astype(np.int64))
+
+    def read(self, i: int | str, start: int = 0, stop: int | None = None) -> TopK:
         """The positions [start, stop) of sequence i.
 
         Args:
-            i: the sequence; -1 is the last.
+            i: the sequence; -1 is the last. Or its key.
             start: the first position.
             stop: the position after the last one; None: the sequence's end.
 
@@ -191,13 +239,20 @@ class TeacherStore:
         if problems:
             raise ValueError("\n".join(problems))
 
-    def _locate(self, where: str, i: int) -> tuple[Shard, int, int]:
+    def _locate(self, where: str, i: int | str) -> tuple[Shard, int, int]:
         """The shard with sequence i, and the range of its tokens there."""
+        if isinstance(i, str):
+            i = self.find(i)
         i = integer(
             where, f"the sequence, of {len(self)},", i, -len(self), len(self) - 1, IndexError
         )
         i %= len(self)
         number = int(np.searchsorted(self._first, i, side="right")) - 1
+        shard = self._shard(number)
+        start, stop = shard.offsets[i - self._first[number] :][:2].tolist()
+        return shard, start, stop
+
+    def _shard(self, number: int) -> Shard:
         shard = self._shards.pop(number, None)
         if shard is None:
             shard = Shard(self.path, number, self._settings, self._counts[number])
@@ -205,11 +260,12 @@ class TeacherStore:
         # A shard is closed when no thread reads from it any more.
         for oldest in list(self._shards)[:-_OPEN_SHARDS]:
             self._shards.pop(oldest, None)
-        start, stop = shard.offsets[i - self._first[number] :][:2].tolist()
-        return shard, start, stop
+        return shard
 
     def _top_k(self, shard: Shard, start: int, stop: int) -> TopK:
         records = shard.read(start, stop)
+        if self.has_input_ids:
+            records = records[:, ID_BYTES:]
         try:
             log_probs, indices = self._packing.unpack(records)
         except ValueError as error:  # with a correct checksum: the record was written like this
@@ -224,10 +280,12 @@ class TeacherStore:
         k: int,
         temperature: float = 1.0,
         fingerprint: str | None = None,
-        log_probs: str = "8bit",
+        log_probs: StoredLogProbs = "8bit",
         shard_tokens: int = 1 << 18,
+        keys: bool = False,
+        input_ids: bool = False,
         exist_ok: bool = False,
-    ) -> "TeacherStoreWriter":
+    ) -> TeacherStoreWriter:
         """Begin a store in a new or empty directory.
 
         Args:
@@ -239,6 +297,9 @@ class TeacherStore:
             log_probs: ``"8bit"`` or ``"float16"``.
             shard_tokens: a shard is written when it has this number of tokens. The unfinished one
                 is in memory, and is lost if the writer is killed.
+            keys: each sequence gets a key, by which it is found (:meth:`find`, ``store[key]``).
+            input_ids: each row gets the token that the teacher read there (:meth:`input_ids`), for
+                4 bytes more.
             exist_ok: continue a store that exists and has the same settings.
 
         Raises:
@@ -248,11 +309,12 @@ class TeacherStore:
         """
         where = "TeacherStore.create"
         settings = Settings.checked(
-            where, vocab_size, k, temperature, fingerprint, log_probs, shard_tokens
+            where,
+            *(vocab_size, k, temperature, fingerprint, log_probs, shard_tokens, keys, input_ids),
         )
         path = Path(path).absolute()
         path.mkdir(parents=True, exist_ok=True)
-        _check_new(path, where, exist_ok)
+        check_new(path, where, exist_ok)
         return TeacherStoreWriter(path, where, settings, exist_ok)
 
     @staticmethod
@@ -261,7 +323,7 @@ class TeacherStore:
         *,
         vocab_size: int | None = None,
         fingerprint: str | None = None,
-    ) -> "TeacherStoreWriter":
+    ) -> TeacherStoreWriter:
         """Continue a store with its settings; ``len(writer)`` sequences are in it.
 
         Args:
@@ -280,201 +342,82 @@ class TeacherStore:
         settings.check_match(where, path, vocab_size=vocab_size, fingerprint=fingerprint)
         return TeacherStoreWriter(path, where, settings, True)
 
-
-def _check_new(path: Path, where: str, exist_ok: bool) -> None:
-    names = {file.name for file in path.iterdir()}
-    if "store.json" in names:
-        if not exist_ok:
-            raise FileExistsError(
-                f"{where}: {path} is a store already; exist_ok=True or TeacherStore.append_to "
-                "continue it"
-            )
-        return
-    others = [name for name in names if name != _LOCK and not _LEFTOVER.fullmatch(name)]
-    if others:
-        raise FileExistsError(f"{where}: {path} must be empty, got {min(others)} in it")
-
-
-class TeacherStoreWriter:
-    """Appends sequences to a store; from :meth:`TeacherStore.create` or :meth:`~.append_to`.
-
-    Sequences are held in memory until they fill a shard, which is then written atomically;
-    :meth:`flush` writes them at once. Leaving the ``with`` block flushes, also on an exception. If
-    the writer is killed, only the sequences in memory are lost. Where writing fails (OSError: no
-    space, for example), the store and the sequences in memory are unchanged, and the call may be
-    repeated. A store can have one writer and any number of readers at a time.
-
-    >>> import tempfile, torch
-    >>> from fastkd import TeacherStore
-    >>> path = tempfile.mkdtemp()
-    >>> for _ in range(2):
-    ...     with TeacherStore.create(path, vocab_size=50, k=1, exist_ok=True) as writer:
-    ...         writer.append(torch.tensor([[-0.5]]), torch.tensor([[7]]))
-    0
-    1
-    """
-
-    def __init__(self, path: Path, where: str, settings: Settings, exist_ok: bool) -> None:
-        self.path, self._settings, self._save_file = path, settings, _save_file(where)
-        self._packing = settings.packing()
-        self._pending: list[np.ndarray] = []
-        self._pending_tokens = 0
-        self._unfinished = False  # a failed write may have left something on disk
-        self._process = os.getpid()
-        self._lock = open(path / _LOCK, "a")  # noqa: SIM115 (held until close)
-        try:
-            self._begin(where, exist_ok)
-        except BaseException:
-            self._lock.close()
-            raise
-
-    def _begin(self, where: str, exist_ok: bool) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"{where}: another writer is at work in {self.path}; one at a time"
-            ) from None
-        _check_new(self.path, where, exist_ok)
-        for file in self.path.iterdir():
-            if _LEFTOVER.fullmatch(file.name):
-                file.unlink()
-        self._counts: list[tuple[int, int]] = []
-        if (self.path / "store.json").exists():
-            stored, self._counts, beyond = read_index(self.path, where)
-            stored.check_match(where, self.path, **self._settings._asdict())
-            if beyond:
-                raise ValueError(f"{where}: cannot continue: {beyond}")
-            if self._counts:
-                last = len(self._counts) - 1
-                try:
-                    Shard(self.path, last, stored, self._counts[last]).verify()
-                except ValueError as error:
-                    raise ValueError(f"{where}: cannot continue: {error}") from None
-            self._settings = stored
-        self._written = sum(sequences for sequences, _ in self._counts)
-        write_index(self.path, self._settings, self._counts)
-
-    def __enter__(self) -> "TeacherStoreWriter":
-        """Return the writer."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """:meth:`close`, also on an exception; the lock is released even if writing fails."""
-        try:
-            self.close()
-        finally:
-            self._unlock()
-
-    def __len__(self) -> int:
-        """Number of sequences, those in memory included."""
-        return self._written + len(self._pending)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens, those in memory included."""
-        return sum(tokens for _, tokens in self._counts) + self._pending_tokens
-
-    def append(self, log_probs: Any, indices: Any) -> int:
-        """Append one sequence.
+    @staticmethod
+    def merge(
+        path: str | os.PathLike[str],
+        sources: Sequence[str | os.PathLike[str]],
+        *,
+        interleave: bool = False,
+        duplicates: Literal["error", "first"] = "error",
+        shard_tokens: int | None = None,
+    ) -> "TeacherStore":
+        """Join stores, such as those of several ranks, into a new one; records are copied as is.
 
         Args:
-            log_probs: float32 tensor or array ``[tokens, k]``, any device, nats, sorted
-                descending, normalised over the whole vocabulary: a row's exp sums to at most 1.
-                -inf is probability 0.
-            indices: int32 or int64, the same shape: the tokens, distinct in a row. -1, with any
-                log_prob, pads a short row at its end.
+            path: a new or empty directory.
+            sources: directories of stores with the same settings but for ``shard_tokens``.
+            interleave: take a sequence of each source in turn, as ``DistributedSampler`` without
+                shuffling has dealt them out; False: all of the first, then all of the second, ...
+            duplicates: what to do with a key of an earlier sequence, in stores with keys:
+                ``"error"``, or ``"first"``: leave out the later one, as where a sampler has filled
+                up its last batch.
+            shard_tokens: see :meth:`create`; None: that of the first source.
 
         Returns:
-            the sequence's number.
+            the new store.
 
         Raises:
-            ValueError, TypeError, IndexError: an argument is not as above; nothing is stored. The
-                message names the argument, the expected and the actual value.
-            OSError: the shard that this fills cannot be written; the sequence is not stored.
+            FileExistsError: the directory is not empty. FileNotFoundError: a source is no store.
+                ValueError: there is no source, their settings differ, a key is there twice, or a
+                source is damaged; ``path`` then holds a part, which may be deleted.
+
+        >>> import tempfile, torch, fastkd
+        >>> best = fastkd.teacher_topk(torch.zeros(1, 5, 9), 2)
+        >>> ranks = []
+        >>> for rank in range(2):
+        ...     settings = {"vocab_size": 9, "k": 2, "keys": True}
+        ...     with fastkd.TeacherStore.create(tempfile.mkdtemp(), **settings) as writer:
+        ...         _ = writer.append_batch(*best, keys=[f"text {rank}"])
+        ...     ranks.append(writer.path)
+        >>> fastkd.TeacherStore.merge(tempfile.mkdtemp(), ranks).keys()
+        ['text 0', 'text 1']
         """
-        self._check_usable("TeacherStore.append")
-        records = self._packing.pack(*self._packing.checked(log_probs, indices))
-        number = len(self)
-        if self._pending_tokens + len(records) >= self._settings.shard_tokens:
-            self._write([*self._pending, records])
-        else:
-            self._pending.append(records)
-            self._pending_tokens += len(records)
-        return number
-
-    def flush(self) -> None:
-        """Write the sequences in memory as a shard."""
-        self._check_usable("TeacherStore.flush")
-        if self._pending:
-            self._write(self._pending)
-        else:
-            self._undo()
-
-    def close(self) -> None:
-        """Flush, and release the lock for other writers. Closing again does nothing.
-
-        If flushing fails, the writer stays open with the sequences in memory: close it again.
-        """
-        if self._lock.closed:
-            return
-        self._check_usable("TeacherStore.close")
-        self.flush()
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if not self._lock.closed and os.getpid() == self._process:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # explicitly: forked processes hold it too
-            self._lock.close()
-
-    def _check_usable(self, where: str) -> None:
-        if self._lock.closed:
-            raise ValueError(f"{where}: the writer is closed")
-        if os.getpid() != self._process:
-            raise RuntimeError(f"{where}: the writer belongs to process {self._process}")
-
-    def _write(self, pending: list[np.ndarray]) -> None:
-        """Write the sequences as a shard: all of them, or none after an error."""
-        self._undo()
-        number = len(self._counts)
-        self._unfinished = True
-        try:
-            counts = Shard.write(self.path, number, self._settings, pending, self._save_file)
-            write_index(self.path, self._settings, [*self._counts, counts])
-        except BaseException:
-            with suppress(OSError):  # repeated before the next write
-                self._undo()
-            raise
-        self._unfinished = False
-        self._counts.append(counts)
-        self._written += len(pending)
-        self._pending, self._pending_tokens = [], 0
-
-    def _undo(self) -> None:
-        """Undo a failed write; the order of the steps keeps the store valid at any time."""
-        if self._unfinished:
-            if not index_is(self.path, self._settings, self._counts):
-                write_index(self.path, self._settings, self._counts)
-            Shard.remove(self.path, len(self._counts))
-            self._unfinished = False
-
-
-def _save_file(where: str) -> Callable[..., None]:
-    """``safetensors.numpy.save_file``, which raises errors of writing as OSError."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
-    except ImportError:
-        raise ImportError(
-            f'{where}: needs the safetensors package: pip install "fastkd[store]"'
-        ) from None
-
-    def save(tensors: dict[str, np.ndarray], file: Path, metadata: dict[str, str]) -> None:
-        try:
-            save_file(tensors, file, metadata)
-        except SafetensorError as error:
-            code = re.search(r"\(os error (\d+)\)", str(error))
-            number = int(code[1]) if code else errno.EIO
-            raise OSError(number, str(error), str(file)) from error
-
-    return save
+        where = "TeacherStore.merge"
+        if isinstance(sources, (str, os.PathLike)) or not isinstance(sources, Iterable):
+            kind = type(sources).__name__
+            raise TypeError(f"{where}: sources must be a sequence of paths, got {kind}")
+        if duplicates not in ("error", "first"):
+            raise ValueError(f"{where}: duplicates must be error or first, got {duplicates!r}")
+        stores = [TeacherStore(source) for source in sources]
+        if not stores:
+            raise ValueError(f"{where}: sources must be one store or more, got none")
+        for store in stores:
+            if store._beyond:
+                raise ValueError(f"{where}: {store._beyond}")
+            wanted = {**stores[0]._settings._asdict(), "shard_tokens": None}
+            # None is no wish: a source without a fingerprint is not one with it.
+            if store.fingerprint != stores[0].fingerprint:
+                wanted["fingerprint"] = str(stores[0].fingerprint)
+            store._settings.check_match(where, store.path, **wanted)
+        settings = stores[0]._settings
+        if shard_tokens is not None:
+            number = integer(where, "shard_tokens", shard_tokens, 1, 1 << 40)
+            settings = settings._replace(shard_tokens=number)
+        path = Path(path).absolute()
+        path.mkdir(parents=True, exist_ok=True)
+        check_new(path, where, False)
+        order = [(i, store) for store in stores for i in range(len(store))]
+        if interleave:
+            order.sort(key=lambda x: x[0])  # stable: of equal numbers the earlier store's first
+        names = [store.keys() if settings.keys else [] for store in stores]
+        keys = {id(store): found for store, found in zip(stores, names, strict=True)}
+        with TeacherStoreWriter(path, where, settings, False) as writer:
+            for i, store in order:
+                key = keys[id(store)][i] if settings.keys else ""
+                if settings.keys and key in writer:
+                    if duplicates == "first":
+                        continue
+                    raise ValueError(f"{where}: key {key!r} of {store.path} is in another, too")
+                shard, start, stop = store._locate(where, i)
+                writer._add(shard.read(start, stop), key)
+        return TeacherStore(path)

@@ -16,6 +16,7 @@ from fastkd._ops.checks import (
     is_number,
     reduced,
 )
+from fastkd._ops.names import AlmDivergence, Reduction
 from fastkd.tokenizers._chunk_log_likelihood import ChunkLogLikelihood, chunk_log_likelihood
 
 #: Replaces a log-likelihood of -inf: e^-10,000 is 0 in float64.
@@ -33,14 +34,14 @@ def alm_loss(
     teacher_chunks: Tensor,
     num_chunks: int,
     *,
-    divergence: str = "binary_ce",
+    divergence: AlmDivergence = "binary_ce",
     temperature: float = 100.0,
     epsilon: float = 1e-6,
     student_boundary: Tensor | np.ndarray | None = None,
     teacher_boundary: Tensor | np.ndarray | None = None,
     debias: bool = True,
     merge_threshold: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     r"""Match the likelihoods of chunks of text that two tokenizers cover with whole tokens.
@@ -244,7 +245,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 
 def _losses(
-    divergence: str,
+    divergence: AlmDivergence,
     likelihoods: list[Tensor],
     kept: Tensor,
     temperature: float,

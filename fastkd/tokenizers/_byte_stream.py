@@ -40,7 +40,7 @@ def _shown(text: bytes) -> str:
     return repr(text) if len(text) <= 40 else f"...{text[-40:]!r}"
 
 
-def _shared(first: Ids, second: Ids) -> int:
+def shared(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the common prefix."""
     return sum(1 for _ in takewhile(lambda x: x[0] == x[1], zip(first, second, strict=False)))
 
@@ -87,9 +87,9 @@ class _Model:
 
     def relative_log_probs(self, sequences: list[Ids]) -> list[float]:
         """log P of token sequences, given their common prefix."""
-        shared = min((_shared(sequences[0], ids) for ids in sequences), default=0)
+        same = min((shared(sequences[0], ids) for ids in sequences), default=0)
         return [
-            sum(float(self.node(ids[:i]).log_probs[ids[i]]) for i in range(shared, len(ids)))
+            sum(float(self.node(ids[:i]).log_probs[ids[i]]) for i in range(same, len(ids)))
             for ids in sequences
         ]
 
@@ -219,7 +219,8 @@ class ByteStream:
         next_token_logits: from a list of ids, ``[]`` for no text (it may prepend a token for the
             beginning), to ``[width]`` logits of the next one, any dtype and device; columns from
             ``len(vocab)`` on are ignored. Called without gradients. The last results are cached,
-            up to 256 MiB.
+            up to 256 MiB. Covers share all but their last tokens: for a model of transformers use
+            :class:`fastkd.tokenizers.CachedModel`, which computes only the others.
         vocab: see :class:`fastkd.ByteVocab`.
         prompt: bytes that the text begins with. Without ``encode`` they cost as much as pushing
             them, with it a few model calls.
@@ -248,18 +249,6 @@ class ByteStream:
     >>> round(math.exp(stream.log_prob(b"is")), 4)
     0.9
     >>> stream.push(b"i")
-
-    Covers share all but their last tokens; with a model of transformers, keep the cache of those:
-
-    >>> cache, seen = transformers.DynamicCache(), []  # doctest: +SKIP
-    >>> def next_token_logits(ids):  # doctest: +SKIP
-    ...     ids = [bos, *ids]
-    ...     while seen != ids[: len(seen)] or len(seen) == len(ids):
-    ...         seen.pop()
-    ...         cache.crop(-1)  # one token less
-    ...     new = ids[len(seen) :]
-    ...     seen.extend(new)
-    ...     return model(torch.tensor([new]), past_key_values=cache).logits[0, -1]
     """
 
     def __init__(
@@ -429,7 +418,7 @@ class ByteStream:
         possible = joint > -math.inf and self._model.encode is not None
         whole = []
         for ids in self._model.beginnings(text) if possible else ():
-            near = max(self._covers, key=lambda cover: _shared(cover.ids, ids))
+            near = max(self._covers, key=lambda cover: shared(cover.ids, ids))
             old, new = self._model.relative_log_probs([near.ids, ids])
             if old == -math.inf:  # All covers have -inf then: their common prefix is impossible.
                 parts, old = [], near.log_prob

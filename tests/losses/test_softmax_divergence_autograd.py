@@ -364,7 +364,7 @@ def test_module():
         student, teacher, divergence="jsd", temperature=2.0, mask=mask
     )
     assert torch.equal(module(student, teacher, mask=mask), expected)
-    with pytest.raises(TypeError, match="unknown option 'temprature'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
         fastkd.nn.SoftmaxDivergence(temprature=2.0)
 
 

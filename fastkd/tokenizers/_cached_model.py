@@ -1,0 +1,225 @@
+"""A causal language model of transformers, with its key-value cache, as ByteStream's callable."""
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd._ops.arguments import to_integer
+from fastkd.tokenizers._byte_stream import shared
+from fastkd.tokenizers._byte_vocab import integers
+
+#: Of a model's argument and result with the cache, the newer first.
+_NAMES = ("cache", "past_key_values")
+#: What caches raise that cannot go back, or not so far.
+_CANNOT = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def _can_be_cut(cache: Any) -> bool:
+    return bool(getattr(cache, "is_croppable", hasattr(cache, "crop")))
+
+
+class CachedModel:
+    """A causal language model that computes only the tokens that its last call did not have.
+
+    ``model(ids)`` are the logits of the token after a text of ids, for any sequence of texts. The
+    key-value cache is that of the last text. Of a new text the tokens after the common beginning
+    are computed, at least the last one, and the cache is cut to that beginning first. A
+    :class:`fastkd.ByteStream` calls it for texts that differ in their last few tokens::
+
+        model = fastkd.tokenizers.CachedModel(AutoModelForCausalLM.from_pretrained(...))
+        stream = fastkd.ByteStream(model, vocab, b"The capital of Fran", encode=encode)
+
+    Where the cache cannot be cut (states of a recurrent model; a sliding window that has moved on),
+    the text is computed from its beginning, and a warning says so once. The logits are the same,
+    but for roundings of another order of sums.
+
+    Args:
+        model: a causal language model of transformers (also wrapped by PEFT), in ``eval`` mode,
+            in any dtype, on any device: ids go to the device of its token embedding. It is not
+            changed. Call :meth:`clear` after changing its weights.
+        prefix: ids before every text, for example that of a beginning-of-text token. None: the
+            ``bos_token_id`` of the model's configuration. ``()``: nothing; an empty text then has
+            no logits.
+        max_length: the most tokens of prefix and text; None: the configuration's
+            ``max_position_embeddings``, if it has that.
+
+    Raises:
+        TypeError: the model is no causal language model. ValueError: it is in training mode, or
+            has no ``bos_token_id`` and no prefix is given.
+        A call raises IndexError for an id that the model does not have, and ValueError for a text
+        that is too long, or empty without a prefix.
+
+    A copy or a pickle of it has an empty cache. One thread at a time may use it.
+
+    >>> import torch, transformers, fastkd
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> config = transformers.LlamaConfig(vocab_size=257, intermediate_size=8, **sizes)
+    >>> model = transformers.LlamaForCausalLM(config).eval()
+    >>> cached = fastkd.tokenizers.CachedModel(model, prefix=256)
+    >>> vocab = fastkd.ByteVocab([*(bytes([i]) for i in range(256)), None])
+    >>> stream = fastkd.ByteStream(cached, vocab, b"to", max_covers=1)
+    >>> stream.push(b"p")
+    >>> expected = model(torch.tensor([[256, *b"top"]])).logits[0, -1]
+    >>> torch.allclose(cached(list(b"top")), expected, atol=1e-6)
+    True
+    >>> cached.computed  # the prefix, "t", "o" and "p", each once
+    4
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        prefix: int | Sequence[int] | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        get = getattr(model, "get_input_embeddings", None)
+        if not isinstance(model, torch.nn.Module) or not callable(get):
+            raise TypeError(
+                "CachedModel: model must be a causal language model of transformers, got "
+                f"{type(model).__name__}"
+            )
+        config: Any = getattr(model, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            raise TypeError(
+                "CachedModel: model must be a decoder alone, got the encoder-decoder "
+                f"{type(model).__name__}"
+            )
+        if model.training:
+            raise ValueError("CachedModel: model must be in eval mode, got one in training mode")
+        text = getattr(config, "get_text_config", None)
+        config = text() if callable(text) else config
+        if prefix is None:
+            prefix = getattr(config, "bos_token_id", None)
+            if prefix is None:
+                raise ValueError(
+                    f"CachedModel: prefix must be given, as {type(model).__name__} has no "
+                    "bos_token_id; () is none"
+                )
+        if max_length is None:
+            max_length = getattr(config, "max_position_embeddings", None)
+        else:
+            max_length = to_integer("CachedModel", "max_length", max_length)
+            if max_length < 1:
+                raise ValueError(f"CachedModel: max_length must be 1 or more, got {max_length}")
+        self.model: Any = model
+        self._prefix: list[int] = []
+        self._max_length = max_length
+        #: Number of tokens that the model has computed.
+        self.computed = 0
+        self._warned = False
+        base = getattr(model, "get_base_model", None)  # of PEFT
+        parameters = inspect.signature((base() if callable(base) else model).forward).parameters
+        self._name = next((name for name in _NAMES if name in parameters), None)
+        # Logits of the last token alone, where the model can.
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.clear()
+        one = isinstance(prefix, int)
+        self._prefix = self._checked("prefix", [prefix] if one else prefix)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state with an empty cache."""
+        return {**self.__dict__, "_cache": None, "_seen": []}
+
+    def __copy__(self) -> "CachedModel":
+        """Return a copy with an empty cache."""
+        other = object.__new__(CachedModel)
+        other.__dict__.update(self.__getstate__())
+        return other
+
+    def __repr__(self) -> str:
+        """The model's class, the prefix, and how much is cached."""
+        return (
+            f"CachedModel({type(self.model).__name__}, prefix={self._prefix}, "
+            f"{len(self._seen)} tokens cached)"
+        )
+
+    def clear(self) -> None:
+        """Forget the cache: after a change of the model's weights, or to free its memory."""
+        self._cache: Any = None
+        self._seen: list[int] = []
+
+    def __call__(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Logits of the token after these ids, ``[vocab]``, of the model's dtype and device.
+
+        Args:
+            ids: the text's, without the prefix: integers, a sequence or a tensor ``[length]``.
+        """
+        text = [*self._prefix, *self._checked("ids", ids)]
+        if not text:
+            raise ValueError("CachedModel: ids must not be empty without a prefix")
+        if self._max_length is not None and len(text) > self._max_length:
+            raise ValueError(
+                f"CachedModel: ids must have at most {self._max_length} tokens with the prefix, "
+                f"got {len(text)}"
+            )
+        if self.model.training:
+            raise ValueError("CachedModel: model must be in eval mode, got one in training mode")
+        keep = min(shared(text, self._seen), len(text) - 1)
+        if self._cache is not None and not self._cut(keep):
+            self.clear()
+        start = 0 if self._cache is None else keep
+        try:
+            logits = self._run(text[start:])
+        except BaseException:
+            self.clear()  # layers may differ in what they have
+            raise
+        self._seen = text if self._cache is not None else []
+        return logits
+
+    @torch.no_grad()
+    def _run(self, new: list[int]) -> Tensor:
+        device = self.model.get_input_embeddings().weight.device
+        # Recurrent models continue their state by one token alone: of several they begin anew.
+        step = len(new) if self._cache is None or _can_be_cut(self._cache) else 1
+        for start in range(0, len(new), step):
+            some, options = new[start : start + step], dict(self._options)
+            if self._name is not None:
+                options["use_cache"] = True
+                if self._cache is not None:
+                    options[self._name] = self._cache
+            found = self.model(input_ids=torch.tensor([some], device=device), **options)
+            self.computed += len(some)
+            self._cache = getattr(found, self._name, None) if self._name else None
+        if self._cache is None:
+            self._say(f"{type(self.model).__name__} returns no key-value cache")
+        return found.logits[0, -1]
+
+    def _cut(self, length: int) -> bool:
+        """Cut the cache to a number of tokens, if it can be."""
+        remove = len(self._seen) - length
+        if remove == 0:
+            return True
+        cache = self._cache
+        try:
+            if not _can_be_cut(cache):
+                raise NotImplementedError
+            cache.crop(-remove)
+            if cache.get_seq_length() == length:
+                return True
+        except _CANNOT:
+            pass
+        self._say(f"the cache of {type(self.model).__name__} cannot be cut")
+        return False
+
+    def _say(self, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"CachedModel: {why}; texts are computed from their beginning", stacklevel=4
+            )
+
+    def _checked(self, name: str, ids: Any) -> list[int]:
+        size = self.model.get_input_embeddings().weight.size(0)
+        array = integers(f"CachedModel: {name}", ids)
+        if array.ndim != 1:
+            raise ValueError(f"CachedModel: {name} must be [length], got shape {list(array.shape)}")
+        found: list[int] = array.tolist()
+        for one in found:
+            if not 0 <= one < size:
+                raise IndexError(f"CachedModel: {name} must lie in [0, {size}), got {one}")
+        return found

@@ -1,0 +1,160 @@
+"""Names of options: the types that mypy checks are the library's own tables; modules check them."""
+
+import copy
+import inspect
+import pickle
+import typing
+
+import pytest
+import torch
+
+import fastkd
+from fastkd._ops import names
+from fastkd._ops.arguments import CHOICES
+from fastkd.recipes import RECIPES
+from fastkd.teachers import _shards
+from fastkd.tokenizers import _alm_loss
+
+FUNCTIONS = {
+    "SoftmaxDivergence": fastkd.softmax_divergence,
+    "LinearSoftmaxDivergence": fastkd.linear_softmax_divergence,
+    "TopKDivergence": fastkd.topk_divergence,
+    "ClippedDivergence": fastkd.clipped_divergence,
+    "CrossEntropy": fastkd.cross_entropy,
+    "AlmLoss": fastkd.alm_loss,
+    "KDLoss": fastkd.softmax_divergence,
+}
+#: Of a call, not of a constructor.
+BATCH = {"weight", "mask", "labels", "teacher_rows"}
+STEP = {"reduction", "normalizer", "inplace"}
+
+
+def test_types_are_the_librarys_tables():
+    assert set(names.NAMES) == set(CHOICES)
+    for field, allowed in names.NAMES.items():
+        assert typing.get_args(allowed) == tuple(CHOICES[field]), field
+    assert typing.get_args(names.AlmDivergence) == tuple(_alm_loss._DIVERGENCES)
+    assert typing.get_args(names.StoredLogProbs) == _shards.FORMATS
+    text = typing.get_args(names.TextReduction)
+    assert text == (*typing.get_args(names.Reduction), "sequence_mean")
+
+
+@pytest.mark.parametrize("field", names.NAMES)
+def test_signatures_have_them(field):
+    function, name = field.split(".")
+    if name == "divergence" and function == "softmax_divergence":
+        functions = [fastkd.softmax_divergence, fastkd.linear_softmax_divergence]
+    else:
+        functions = [getattr(fastkd, function)]
+    for one in functions:
+        assert inspect.signature(one).parameters[name].annotation == names.NAMES[field]
+
+
+def test_no_name_is_plain_text():
+    """In a public signature, as for a name of another kind that becomes a type's."""
+    functions = [getattr(fastkd, x) for x in fastkd.__all__ if x[0].islower()]
+    functions += [getattr(fastkd.recipes, x) for x in fastkd.recipes.__all__ if x[0].islower()]
+    assert len(functions) > len(RECIPES)
+    for function in filter(inspect.isfunction, functions):
+        for name in ("divergence", "reduction", "tail", "renormalize", "teacher_mix"):
+            parameter = inspect.signature(function).parameters.get(name)
+            if parameter is not None and function is not fastkd.kl_div:
+                assert typing.get_origin(parameter.annotation) is typing.Literal, function
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_modules_spell_their_options(name):
+    function = inspect.signature(FUNCTIONS[name]).parameters
+    expected = {
+        x: (p.annotation, p.default)
+        for x, p in function.items()
+        if p.kind is p.KEYWORD_ONLY and x not in BATCH
+    }
+    if name == "KDLoss":
+        for option in STEP:
+            del expected[option]
+        for option, value in (("label_weight", 0.0), ("square_temperature", True)):
+            expected[option] = expected[option][0], value
+    found = inspect.signature(getattr(fastkd.nn, name)).parameters
+    assert {x: (p.annotation, p.default) for x, p in found.items()} == expected
+    assert all(p.kind is p.KEYWORD_ONLY for p in found.values())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_modules_survive_copies_and_modes(name):
+    with torch.device("meta"):
+        module = getattr(fastkd.nn, name)(temperature=2.0)
+    with torch.inference_mode():
+        assert repr(getattr(fastkd.nn, name)(temperature=2.0)) == f"{name}(temperature=2.0)"
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(again) == f"{name}(temperature=2.0)"
+        assert again.options == module.options
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("SoftmaxDivergence", {"divergence": "jds"}, "softmax_divergence: divergence must be one"),
+        ("SoftmaxDivergence", {"beta": 2.0}, r"softmax_divergence: beta must lie in \[0, 1\]"),
+        ("SoftmaxDivergence", {"temperature": -1}, "temperature must be positive"),
+        ("SoftmaxDivergence", {"temperature": -torch.ones(3, 2)}, "got -1 in row 0"),
+        ("SoftmaxDivergence", {"inplace": 2}, "inplace must be True or False, got int"),
+        ("SoftmaxDivergence", {"normalizer": -3.0}, "normalizer must not be negative"),
+        ("SoftmaxDivergence", {"vocab_size": 0}, "the vocabulary must have at least one column"),
+        ("SoftmaxDivergence", {"vocab_size": "all"}, "vocab_size must be an integer, got str"),
+        ("SoftmaxDivergence", {"vocab_start": 3}, "vocab_start needs group"),
+        (
+            "SoftmaxDivergence",
+            {"teacher_weights": [-1.0, 2.0], "teacher_mix": "probs"},
+            "teacher_weights must not be negative",
+        ),
+        ("TopKDivergence", {"divergence": "tvd"}, "topk_divergence: divergence must be one of"),
+        ("TopKDivergence", {"tail": "rest"}, "topk_divergence: tail must be one of lump"),
+        ("TopKDivergence", {"min_log_prob": 1.0}, "min_log_prob must be negative"),
+        ("ClippedDivergence", {"tail": "uniform"}, "clipped_divergence: tail must be one of"),
+        ("ClippedDivergence", {"softness": -1.0}, "softness must be positive"),
+        ("CrossEntropy", {"label_smoothing": 2.0}, "label_smoothing must lie in"),
+        ("CrossEntropy", {"entropy_mask": "all"}, "entropy_mask must be a bool tensor, 'correct'"),
+        ("LinearSoftmaxDivergence", {"chunk_size": 0}, "chunk_size must be positive"),
+        ("LinearSoftmaxDivergence", {"divergence": "kl"}, "linear_softmax_divergence: divergence"),
+        ("AlmLoss", {"divergence": "kl"}, "alm_loss: divergence must be one of binary_ce"),
+        ("AlmLoss", {"merge_threshold": 0.1}, "merge_threshold needs teacher_boundary"),
+        ("AlmLoss", {"reduction": "sequence_mean"}, "alm_loss: reduction must be one of"),
+        ("KDLoss", {"temperature": 0.0}, "temperature must be positive"),
+    ],
+)
+def test_a_bad_option_fails_at_once(name, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        getattr(fastkd.nn, name)(**options)
+
+
+def test_options_of_rows_and_teachers():
+    """Tensors with one entry a row have a batch's shape; weights number the teachers."""
+    student, teacher = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
+    rows = torch.full((3, 2), 0.3)
+    module = fastkd.nn.SoftmaxDivergence(divergence="jsd", beta=rows, temperature=2 * rows)
+    expected = fastkd.softmax_divergence(
+        student, teacher, divergence="jsd", beta=rows, temperature=2 * rows
+    )
+    assert torch.equal(module(student, teacher), expected)
+    assert repr(module) == (
+        "SoftmaxDivergence(divergence='jsd', beta=<tensor [3, 2]>, temperature=<tensor [3, 2]>)"
+    )
+    for weights in ([0.2, 0.8], torch.tensor([0.2, 0.8]), torch.full((3, 2, 2), 0.5)):
+        module = fastkd.nn.SoftmaxDivergence(teacher_weights=weights, vocab_size=4)
+        expected = fastkd.softmax_divergence(
+            student, [teacher, student], teacher_weights=weights, vocab_size=4
+        )
+        assert torch.equal(module(student, [teacher, student]), expected)
+    tail = fastkd.nn.TopKDivergence(tail="uniform", beta=rows, divergence="jsd")
+    best = fastkd.teacher_topk(teacher, 2)
+    assert tail(student, *best).isfinite()
+
+
+def test_a_compiled_module_makes_no_call_of_its_own():
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x, y):
+        return fastkd.nn.SoftmaxDivergence(divergence="jsd")(x, y)
+
+    x, y = torch.randn(3, 5), torch.randn(3, 5)
+    assert torch.equal(step(x, y), fastkd.softmax_divergence(x, y, divergence="jsd"))
