@@ -51,9 +51,11 @@ examples: $(VENV)/.examples
 
 test: test-unit test-schedules test-sanitized
 
+# BACKENDS=all: every test on every backend.
+BACKENDS ?=
 test-unit: $(VENV)/.fastkd $(SIMT)/.built
 	@! command -v nvcc > /dev/null || $(BIN)/pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
-	$(PYTEST) --durations=5
+	$(PYTEST) --durations=20 $(if $(BACKENDS),--backends $(BACKENDS))
 
 # The emulated CUDA kernels once more, their threads in another order, their arithmetic rounded as a GPU's may be.
 test-schedules: $(VENV)/.fastkd $(SIMT)/.built
