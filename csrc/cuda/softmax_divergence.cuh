@@ -261,9 +261,11 @@ struct RowWorker {
       if (!Quick<Divergence>::kLogs) return raw;
       return {u_range.raised(raw.student), w_range.raised(raw.teacher)};
     }
+    template <QuickUse kUse>
     __device__ __forceinline__ QuickTerms<Real> terms(Real u, Real w) const {
-      return divergence.terms(fused(u, parameters.student_scale, -parameters.student_shift.shift),
-                              fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift) + rest);
+      return divergence.template terms<kUse>(
+          fused(u, parameters.student_scale, -parameters.student_shift.shift),
+          fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift) + rest);
     }
   };
 
@@ -275,7 +277,8 @@ struct RowWorker {
       const typename Source::Raw raw = pack.raised(any);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const QuickTerms<Real> t = pack.terms(Source::student_of(raw, j), Source::teacher_of(raw, j));
+        const QuickTerms<Real> t =
+            pack.template terms<QuickUse::kSums>(Source::student_of(raw, j), Source::teacher_of(raw, j));
         f = fused(t.x, t.y, f);
         qg = fused(t.q, t.g, qg);
         q += t.q;
@@ -436,7 +439,7 @@ struct RowWorker {
 
     __device__ __forceinline__ Real entry(Real u, Real w) const {
       if constexpr (kQuick) {
-        const QuickTerms<Real> t = quick_pack.terms(u, w);
+        const QuickTerms<Real> t = quick_pack.template terms<QuickUse::kGradient>(u, w);
         const Real centred_part = t.q * fused(t.g - mean, slope, by_q);
         return Quick<Divergence>::kFinite ? fused(t.x, by_p, centred_part) : centred_part;
       } else {

@@ -19,6 +19,9 @@ struct QuickTerms {
   Real q, g, x, y;
 };
 
+// What terms() is for: the sums, or the gradient, which needs only q and g (and x, where `closed` is not 0).
+enum class QuickUse { kSums, kGradient };
+
 template <class Real>
 struct QuickScales {
   Real f, f_from_g, g, g_offset, closed, f_apart;
@@ -48,15 +51,33 @@ FASTKD_INLINE float saturated(float x) {
 #endif
 }
 
-// The mixture m = by_p p + by_q q. Where p and q are 0 in float, so that m would be, it is a number whose logarithm and
-// reciprocal are finite: they are multiplied by p or q.
+struct QuickPair {
+  float q, p;
+};
+
+// The mixture m = by_p p + by_q q, relative to the larger of p and q, so that nothing cancels.
 struct QuickMixture {
-  float q, p, m;
+  float d;         // log2(q / p)
+  bool student;    // q is the larger one
+  float ratio;     // the smaller one divided by the larger one
+  float of_large;  // m divided by the larger one
 
   FASTKD_INLINE QuickMixture(float a, float b, float by_q, float by_p)
-      : q(exp2_fast(a)), p(exp2_fast(b)), m(at_least(fused(by_p, p, by_q * q), kLeast)) {}
+      : d(a - b),
+        student(d > 0),
+        ratio(exp2_fast(-magnitude(d))),
+        of_large(fused(ratio, student ? by_p : by_q, student ? by_q : by_p)) {}
 
-  static constexpr float kLeast = 0x1p-125f;
+  // q, and with it p where both are needed: one exponential and the ratio give both.
+  template <QuickUse kUse>
+  FASTKD_INLINE QuickPair sides(float a, float b) const {
+    if constexpr (kUse == QuickUse::kGradient) return {exp2_fast(a), 0.0f};
+    const float large = exp2_fast(at_least(a, b)), small = large * ratio;
+    return {student ? large : small, student ? small : large};
+  }
+
+  FASTKD_INLINE float p_share() const { return reciprocal_fast(of_large) * (student ? ratio : 1.0f); }  // p / m
+  FASTKD_INLINE float q_share() const { return reciprocal_fast(of_large) * (student ? 1.0f : ratio); }
 };
 
 // None: the divergence is computed by divergence.h alone.
@@ -78,10 +99,12 @@ template <>
 struct Quick<Jsd> : QuickOfMixture {
   FASTKD_INLINE explicit Quick(double beta) : QuickOfMixture(beta, 1 - beta) {}
 
+  template <QuickUse kUse>
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const QuickMixture x = mixture(a, b);
-    const float log_m = log2_fast(x.m);
-    return {x.q, log_m - a, x.p, log_m - b};
+    const QuickMixture m = mixture(a, b);
+    const float to_large = log2_fast(m.of_large);
+    const QuickPair sides = m.sides<kUse>(a, b);
+    return {sides.q, to_large + at_least(0.0f, -m.d), sides.p, to_large + at_least(0.0f, m.d)};
   }
   FASTKD_INLINE QuickScales<double> scales() const { return {-by_p * kLn2, -by_q * kLn2, -by_q * kLn2, 0, 0, 0}; }
 };
@@ -91,9 +114,11 @@ template <>
 struct Quick<SkewKl> : QuickOfMixture {
   FASTKD_INLINE explicit Quick(double beta) : QuickOfMixture(beta, 1 - beta) {}
 
+  template <QuickUse kUse>
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const QuickMixture x = mixture(a, b);
-    return {x.q, x.p * reciprocal_fast(x.m), x.p, log2_fast(x.m) - b};
+    const QuickMixture m = mixture(a, b);
+    const QuickPair sides = m.sides<kUse>(a, b);
+    return {sides.q, m.p_share(), sides.p, log2_fast(m.of_large) + at_least(0.0f, m.d)};
   }
   FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -double(by_q), 0, 0, 0}; }
 };
@@ -104,10 +129,11 @@ struct Quick<SkewReverseKl> : QuickOfMixture {
   float of_share;
   FASTKD_INLINE explicit Quick(double beta) : QuickOfMixture(1 - beta, beta), of_share(float(beta * kLog2E)) {}
 
+  template <QuickUse kUse>
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const QuickMixture x = mixture(a, b);
-    const float to_q = log2_fast(x.m) - a;
-    return {x.q, fused(x.q * reciprocal_fast(x.m), of_share, to_q), x.q, to_q};
+    const QuickMixture m = mixture(a, b);
+    const float q = exp2_fast(a), to_q = log2_fast(m.of_large) + at_least(0.0f, -m.d);
+    return {q, fused(m.q_share(), of_share, to_q), q, to_q};
   }
   FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -kLn2, by_q, 0, 0}; }
 };
@@ -117,9 +143,10 @@ template <>
 struct Quick<SkewReverseKlDetached> : QuickOfMixture {
   FASTKD_INLINE explicit Quick(double beta) : QuickOfMixture(1 - beta, beta) {}
 
+  template <QuickUse kUse>
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const QuickMixture x = mixture(a, b);
-    return {x.q, log2_fast(x.m) - a, 0, 0};
+    const QuickMixture m = mixture(a, b);
+    return {exp2_fast(a), log2_fast(m.of_large) + at_least(0.0f, -m.d), 0, 0};
   }
   FASTKD_INLINE QuickScales<double> scales() const { return {0, -kLn2, -kLn2, 0, 0, 0}; }
 };
@@ -131,7 +158,10 @@ struct Quick<MixedKl> {
   float by_forward, by_reverse;
   FASTKD_INLINE explicit Quick(double beta) : by_forward(float(beta)), by_reverse(float(1 - beta)) {}
 
-  FASTKD_INLINE QuickTerms<float> terms(float a, float b) const { return {exp2_fast(a), a - b, exp2_fast(b), a - b}; }
+  template <QuickUse kUse>
+  FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
+    return {exp2_fast(a), a - b, exp2_fast(b), a - b};
+  }
   FASTKD_INLINE QuickScales<double> scales() const {
     return {-by_forward * kLn2, by_reverse * kLn2, by_reverse * kLn2, 0, by_forward, by_forward - by_reverse};
   }
@@ -143,6 +173,7 @@ struct Quick<Tvd> {
   static constexpr bool kExists = true, kLogs = false, kFinite = false;
   FASTKD_INLINE explicit Quick(double) {}
 
+  template <QuickUse kUse>
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
     const float q = exp2_fast(a), difference = q - exp2_fast(b);
     return {q, saturated(fused(difference, 3e38f, 0.5f)), magnitude(difference), 1};
