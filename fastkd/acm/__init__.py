@@ -11,20 +11,21 @@ from fastkd.acm._convert import (
     calls,
     convert,
     layers,
-    phase1_loss,
-    phase2_loss,
-    phase3_loss,
     set_budget,
+    settings,
 )
 from fastkd.acm._gate import Regularizers, gate, regularizers
 from fastkd.acm._hard import hard, soft
+from fastkd.acm._phases import phase1_loss, phase2_loss, phase3_loss
 from fastkd.acm._prefix_loss import oracle, prefix_loss
+from fastkd.acm._pretrained import from_pretrained
 
 __all__ = [
     "Call",
     "Regularizers",
     "calls",
     "convert",
+    "from_pretrained",
     "gate",
     "hard",
     "layers",
@@ -35,5 +36,6 @@ __all__ = [
     "prefix_loss",
     "regularizers",
     "set_budget",
+    "settings",
     "soft",
 ]

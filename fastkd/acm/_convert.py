@@ -1,6 +1,6 @@
 """Replace the Linears and MLPs of a model by adaptive computation modules, and train these."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any, NamedTuple
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.acm._arguments import check_count, check_integer
-from fastkd.acm._gate import Regularizers, regularizers
 from fastkd.acm._modules import ACM, ACMGate, SplitMLP, mlp_sizes, projection_sizes
-from fastkd.acm._prefix_loss import oracle, prefix_loss
 
 _KINDS = ("mlp", "linear")
+#: Of a model or its configuration: what it was converted by.
+SETTINGS = "fastkd_acm"
 #: Modules whose children are not replaced.
 _WHOLE = (ACM, ACMGate, nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -37,7 +37,7 @@ def convert(
     *,
     num_learners: int = 4,
     kinds: Sequence[str] = ("mlp",),
-    select: Callable[[str, nn.Module], bool] | None = None,
+    select: Callable[[str, nn.Module], bool] | Collection[str] | None = None,
     min_choice: int | None = None,
     gate_depth: int = 1,
     gate_hidden: int = 16,
@@ -70,8 +70,9 @@ def convert(
     After training, :func:`acm.set_budget` makes the model keep to a budget.
 
     A replaced module's parameters and buffers are in ``state_dict`` under ``<name>.original`` if
-    they are kept. To load such a dictionary, call ``acm.convert`` with the same arguments on a new
-    model.
+    they are kept. Such a dictionary fits a new model that is converted in the same way:
+    :func:`acm.settings` says how. A model of transformers saves that with its configuration, and
+    :func:`acm.from_pretrained` loads it.
 
     Args:
         model: changed in place, unless it is itself replaced.
@@ -79,7 +80,8 @@ def convert(
         kinds: any of ``"mlp"`` and ``"linear"``.
         select: from a candidate's name and module, whether it is replaced. None: all are. With
             ``"linear"`` these include output layers, so select by name, for example:
-            ``lambda name, module: name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))``.
+            ``lambda name, module: name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))``. Or
+            the names of those to replace.
         min_choice: the least number of learners. None: 0 for MLPs, which have a residual
             connection around them, and 1 for Linears.
         gate_depth: of :class:`fastkd.nn.ACMGate`.
@@ -123,9 +125,13 @@ def convert(
         if kind not in _KINDS:
             raise ValueError(f"acm.convert: kinds must be of {', '.join(_KINDS)}; got {kind!r}")
     num_learners = check_count("acm.convert", "num_learners", num_learners)
-    if select is not None and not callable(select):
-        raise TypeError(f"acm.convert: select must be a function, got {type(select).__name__}")
+    names = select if isinstance(select, Collection) and not isinstance(select, str) else None
+    if select is not None and names is None and not callable(select):
+        raise TypeError(
+            f"acm.convert: select must be a function or names, got {type(select).__name__}"
+        )
     made: dict[nn.Module, ACM] = {}
+    places: list[str] = []
 
     def replacement(name: str, module: nn.Module) -> ACM | None:
         """The ACM for a module, the same one for a module that is found twice."""
@@ -135,8 +141,12 @@ def convert(
         if not is_mlp and projection_sizes(module) is None:
             return None
         if module not in made:
-            if select is not None and not select(name, module):
+            if names is not None:
+                if name not in names:
+                    return None
+            elif callable(select) and not select(name, module):
                 return None
+            places.append(name)
             options = {"gate_depth": gate_depth, "gate_hidden": gate_hidden}
             if min_choice is not None:
                 options["min_choice"] = min_choice
@@ -165,15 +175,79 @@ def convert(
                 walk(child, f"{prefix}{name}.")
 
     whole = None if isinstance(model, ACM) else replacement("", model)
-    if whole is not None:
-        return whole
-    walk(model, "")
+    if whole is None:
+        walk(model, "")
+    if made and names is not None and len(places) < len(names):
+        absent = next(name for name in names if name not in places)
+        raise ValueError(f"acm.convert: select must name what can be replaced, got {absent!r}")
     if not made:
         raise ValueError(
             f"acm.convert: nothing of kinds {', '.join(kinds)} to replace in {type(model).__name__}"
             f"{' that select agrees to' if select is not None else ''}"
         )
-    return model
+    record(
+        model if whole is None else whole,
+        {
+            "num_learners": num_learners,
+            "kinds": list(kinds),
+            "select": places,
+            "min_choice": min_choice,
+            "gate_depth": gate_depth,
+            "gate_hidden": gate_hidden,
+            "keep_original": bool(keep_original),
+        },
+    )
+    return model if whole is None else whole
+
+
+def record(model: nn.Module, arguments: dict[str, Any]) -> None:
+    """Add a conversion to those of a model, and to its configuration, which is saved with it."""
+    made = [*getattr(model, SETTINGS, ()), arguments]
+    model.__dict__[SETTINGS] = made
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):  # of transformers
+        setattr(config, SETTINGS, made)
+
+
+def settings(model: nn.Module) -> list[dict[str, Any]]:
+    """How :func:`acm.convert` has converted a model: its arguments, one dictionary a call.
+
+    They are plain data (JSON), with the names of the replaced modules as ``select``. A new model
+    converted by them has the same parameters, so that a saved ``state_dict`` fits::
+
+        torch.save({"acm": fastkd.acm.settings(model), "state": model.state_dict()}, file)
+
+        saved = torch.load(file)
+        for arguments in saved["acm"]:
+            new = fastkd.acm.convert(new, **arguments)
+        new.load_state_dict(saved["state"])
+
+    Where originals have been dropped since, they are not kept.
+
+    Raises:
+        ValueError: the model was not converted.
+
+    >>> import torch, fastkd
+    >>> nn = torch.nn
+    >>> mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    >>> model = fastkd.acm.convert(nn.Sequential(nn.LayerNorm(8), mlp), num_learners=2)
+    >>> fastkd.acm.settings(model)[0]["select"]
+    ['1']
+    """
+    found = getattr(model, SETTINGS, None)
+    if not found:
+        raise ValueError(f"acm.settings: model was not converted, got {type(model).__name__}")
+    modules = layers(model)
+    return [
+        {
+            **arguments,
+            "keep_original": any(
+                name in modules and modules[name].original is not None
+                for name in arguments["select"]
+            ),
+        }
+        for arguments in found
+    ]
 
 
 def _split_mlp(module: nn.Module) -> SplitMLP | None:
@@ -254,128 +328,6 @@ def calls(model: nn.Module, *, originals: bool = False) -> Iterator[list[Call]]:
     finally:
         for module, outer in before.items():
             module._watch = outer
-
-
-def phase1_loss(calls: Sequence[Call], *, detach: bool = False) -> Tensor:
-    """Squared error of learners against the replaced modules, mean over modules and prefixes.
-
-    Modules do not depend on each other; gates get no gradient.
-
-    Args:
-        calls: of :func:`acm.calls` with ``originals=True``.
-        detach: as for :func:`fastkd.acm.prefix_loss`.
-
-    >>> import torch, fastkd
-    >>> nn = torch.nn
-    >>> model = fastkd.acm.convert(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)))
-    >>> with fastkd.acm.calls(model, originals=True) as calls:
-    ...     _ = model(torch.ones(3, 8))
-    >>> fastkd.acm.phase1_loss(calls).backward()
-    >>> model.w1.grad.any().item()
-    True
-    """
-    losses = []
-    for module, operands, target in _imitations("acm.phase1_loss", calls):
-        found = prefix_loss(*operands, target, activation=module.activation, detach=detach)
-        losses.append(found.mean())
-    return torch.stack(losses).mean()
-
-
-def phase2_loss(
-    calls: Sequence[Call], *, threshold: float = 1 / 1.2, rule: str = "paper"
-) -> Tensor:
-    """Cross-entropy of the gates with the numbers of learners that :func:`fastkd.acm.oracle` finds.
-
-    The mean over modules; learners and the layers before them get no gradient. The loss is computed
-    from the gates' logits: the released code takes the logarithm of sampled one-hot gates, which
-    has gradients of 1e20. Labels below a gate's ``min_choice`` are replaced by ``min_choice``.
-
-    Args:
-        calls: of :func:`acm.calls` with ``originals=True``.
-        threshold: as for :func:`fastkd.acm.oracle`.
-        rule: as for :func:`fastkd.acm.oracle`.
-
-    >>> import torch, fastkd
-    >>> nn = torch.nn
-    >>> model = fastkd.acm.convert(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)))
-    >>> with fastkd.acm.calls(model, originals=True) as calls:
-    ...     _ = model(torch.ones(3, 8))
-    >>> fastkd.acm.phase2_loss(calls).backward()
-    >>> model.w1.grad is None, model.gate.layers[0].weight.grad.any().item()
-    (True, True)
-    """
-    losses = []
-    for module, operands, target in _imitations("acm.phase2_loss", calls):
-        if module.gate is None:
-            raise ValueError("acm.phase2_loss: calls hold a module without a gate")
-        least = module.gate.min_choice
-        labels = oracle(
-            *operands, target, activation=module.activation, threshold=threshold, rule=rule
-        )
-        logits = module.gate.logits(operands[0].to(module.w1.dtype))[..., least:]
-        log_probs = logits.float().log_softmax(-1)
-        labels = labels.clamp(min=least).unsqueeze(-1) - least
-        losses.append(-log_probs.gather(-1, labels).sum() / max(labels.numel(), 1))
-    return torch.stack(losses).mean()
-
-
-def _imitations(
-    function: str, calls: Sequence[Call]
-) -> Iterator[tuple[ACM, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]]:
-    """Modules, their operands, and the target of their learners."""
-    if not calls:
-        raise ValueError(f"{function}: calls is empty; no ACM ran inside acm.calls")
-    for call in calls:
-        operands, bias = call.module.operands(call.input)
-        target = call.output.detach()
-        yield call.module, operands, target if bias is None else target - bias
-
-
-def phase3_loss(
-    task_loss: Tensor,
-    calls: Sequence[Call],
-    *,
-    target: float,
-    budget_weight: float = 0.1,
-    entropy_weight: float = 0.05,
-    diversity_weight: float = 0.05,
-) -> Tensor:
-    """The task's loss and :func:`fastkd.acm.regularizers` of the gates, weighted and added.
-
-    Args:
-        task_loss: scalar, of a model in training mode inside :func:`acm.calls`.
-        calls: of that context. The first dimension of their gates is the batch.
-        target: share of the computation of all learners; 0.25 to 0.75 in the paper.
-        budget_weight: of the distance from the target.
-        entropy_weight: of the entropy term.
-        diversity_weight: of the diversity term.
-
-    >>> import torch, fastkd
-    >>> model = fastkd.nn.ACM(8, width=4)
-    >>> with fastkd.acm.calls(model) as made:
-    ...     task_loss = model(torch.ones(3, 8)).square().mean()
-    >>> fastkd.acm.phase3_loss(task_loss, made, target=0.5).backward()
-    >>> model.gate.layers[0].weight.grad.any().item()
-    True
-    """
-    found = _regularizers("acm.phase3_loss", calls, target)
-    return (
-        task_loss
-        + budget_weight * found.budget
-        + entropy_weight * found.entropy
-        + diversity_weight * found.diversity
-    )
-
-
-def _regularizers(function: str, calls: Sequence[Call], target: float) -> Regularizers:
-    gated = [(call.gates, call.module.cost) for call in calls if call.gates is not None]
-    if not gated:
-        raise ValueError(
-            f"{function}: calls hold no gates; run the model inside acm.calls(model), without "
-            "originals or choices"
-        )
-    gates, costs = zip(*gated, strict=True)
-    return regularizers(gates, costs, target)
 
 
 def set_budget(

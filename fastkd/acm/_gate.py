@@ -107,7 +107,11 @@ def gate(
 
 
 def regularizers(
-    gates: Sequence[Tensor] | Tensor, costs: Sequence[float] | Tensor, target: float
+    gates: Sequence[Tensor] | Tensor,
+    costs: Sequence[float] | Tensor,
+    target: float,
+    *,
+    mask: Tensor | None = None,
 ) -> Regularizers:
     r"""Terms that hold gates to a budget and make their choices vary.
 
@@ -132,6 +136,9 @@ def regularizers(
         costs: one number a layer, :math:`c_l`: multiply-adds of a learner for one token. The values
             of a tensor on a GPU are not checked, which would synchronise.
         target: share of the cost of all learners, 0.25 to 0.75 in the paper.
+        mask: bool or integers, one a token (``[B, ...]``, the same number of them in all layers):
+            tokens with False or 0, such as padding, are in no mean and are not read. Nor is a
+            sequence without any other.
 
     Returns:
         :class:`acm.Regularizers`. Without sequences or tokens, means are 0.
@@ -178,27 +185,49 @@ def regularizers(
     if not isinstance(target, Tensor) and not math.isfinite(target):
         raise ValueError(f"acm.regularizers: target must be finite, got {target}")
     double = any(gate.dtype == torch.float64 for gate in gates)
-    used, shares, entropies = [], [], []
-    for gate in gates:
+    used, shares, entropies, counted = [], [], [], None
+    for layer, gate in enumerate(gates):
         tokens = gate.to(torch.float64 if double else torch.float32)
         tokens = tokens.flatten(1, -2) if gate.dim() > 2 else tokens.unsqueeze(1)
         choices = tokens.size(-1)
-        histogram = tokens.sum(1) / max(tokens.size(1), 1)
+        if mask is None:
+            histogram = tokens.sum(1) / max(tokens.size(1), 1)
+        else:
+            kept = rows_mask("acm.regularizers", f"gates[{layer}]", mask, gate.shape[:-1])
+            kept = kept.to(gate.device).view(tokens.shape[:2])
+            count = kept.sum(1, keepdim=True)
+            tokens = torch.where(kept.unsqueeze(-1), tokens, 0)
+            histogram = tokens.sum(1) / count.clamp(min=1)
+            counted = (count.squeeze(1) > 0).to(tokens.dtype)
         steps = torch.arange(choices, device=gate.device, dtype=tokens.dtype)
         learners = (histogram * steps).sum(-1)
-        used.append(_mean(learners))
+        used.append(_mean(learners, counted))
         shares.append(learners / choices)
         total = histogram.sum(-1, keepdim=True)
         histogram = histogram / torch.where(total == 0, 1, total)
         log = torch.where(histogram == 0, 1, histogram).log()
-        entropies.append(_mean(-(histogram * log).sum(-1)) / math.log(choices))
+        entropies.append(_mean(-(histogram * log).sum(-1), counted) / math.log(choices))
     whole: Any = sum(cost * (gate.size(-1) - 1) for cost, gate in zip(costs, gates, strict=True))
     spent = torch.stack([cost * mean for cost, mean in zip(costs, used, strict=True)]).sum() / whole
     share = torch.stack(shares).mean(0)
-    differences = share.unsqueeze(0) - share.unsqueeze(1)
+    differences = (share.unsqueeze(0) - share.unsqueeze(1)).abs()
+    pairs = None if counted is None else counted.unsqueeze(0) * counted.unsqueeze(1)
     return Regularizers(
-        (spent - target).abs(), -torch.stack(entropies).mean(), -2 * _mean(differences.abs())
+        (spent - target).abs(), -torch.stack(entropies).mean(), -2 * _mean(differences, pairs)
     )
+
+
+def rows_mask(function: str, name: str, mask: Any, rows: torch.Size) -> Tensor:
+    """A mask of rows as bool ``rows``, which may have its entries in another shape."""
+    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{function}: mask must be a tensor of bool or integers, got {found}")
+    if mask.numel() != rows.numel():
+        raise ValueError(
+            f"{function}: mask must have one entry a row of {name}, {list(rows)}, got shape "
+            f"{list(mask.shape)}"
+        )
+    return (mask != 0).reshape(rows)
 
 
 def _costs(costs: Any, gates: Sequence[Tensor]) -> list[Any]:
@@ -225,9 +254,11 @@ def _costs(costs: Any, gates: Sequence[Tensor]) -> list[Any]:
     return costs
 
 
-def _mean(values: Tensor) -> Tensor:
-    """The mean, 0 for no values."""
-    return values.sum() / max(values.numel(), 1)
+def _mean(values: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The mean, 0 for no values; with a weight of 0 or 1 each, of those with 1."""
+    if weight is None:
+        return values.sum() / max(values.numel(), 1)
+    return torch.where(weight > 0, values, 0).sum() / weight.sum().clamp(min=1)
 
 
 def _check_gate(function: str, name: str, value: Any) -> None:

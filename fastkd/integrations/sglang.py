@@ -9,7 +9,7 @@ from fastkd.teachers._teacher_topk import TopK
 _NAME = "sglang.teacher_topk"
 
 
-def teacher_topk(meta_info: Mapping[str, Any] | Sequence[Mapping[str, Any]], k: int) -> TopK:
+def teacher_topk(meta_info: Mapping[str, Any] | Sequence[Mapping[str, Any] | None], k: int) -> TopK:
     """A teacher's k likeliest tokens of each position, out of SGLang's ``input_top_logprobs``.
 
     Ask for them by ``return_logprob``, ``logprob_start_len=0`` and ``top_logprobs_num=k``. Entry i
@@ -17,7 +17,7 @@ def teacher_topk(meta_info: Mapping[str, Any] | Sequence[Mapping[str, Any]], k: 
     text; the first is None. Here row t has entry t + 1, and the last row has none.
 
     Args:
-        meta_info: of one answer, or a list of them.
+        meta_info: of one answer, or a list of them, and of None for requests that failed.
         k: tokens of a row, at most what was asked of the server. Fewer are padded.
 
     Returns:
@@ -34,8 +34,11 @@ def teacher_topk(meta_info: Mapping[str, Any] | Sequence[Mapping[str, Any]], k: 
     k = check_k(_NAME, k)
     single = isinstance(meta_info, Mapping)
     answers = [meta_info] if single else check_sequence(_NAME, "meta_info", meta_info)
-    texts = []
+    texts: list[list[Entries]] = []
     for answer in answers:
+        if answer is None and not single:
+            texts.append([])
+            continue
         if not isinstance(answer, Mapping) or "input_top_logprobs" not in answer:
             found = sorted(answer) if isinstance(answer, Mapping) else type(answer).__name__
             raise ValueError(

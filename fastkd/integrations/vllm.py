@@ -20,13 +20,15 @@ def teacher_topk(prompt_logprobs: Sequence[Any], k: int) -> TopK:
     Args:
         prompt_logprobs: of one text (a list of None and dictionaries from token id to vLLM's
             ``Logprob``, or the same as JSON: ids as text, ``{"logprob": ..., "rank": ...}``), or
-            a list of such lists.
+            a list of such lists, and of None for requests that failed.
         k: tokens of a row, at most what was asked of the server. Fewer are padded.
 
     Returns:
         :class:`fastkd.TopK`: log_probs float32 and indices int32, ``[T, k]`` or ``[B, T, k]``,
-        shorter texts padded. Where there is nothing, the index is -1. Rows of nothing must drop
-        out of a loss: ``mask=found.indices[..., 0] >= 0``.
+        shorter texts padded. Where there is nothing, the index is -1: in the last row, for entries
+        that are None, and for a request that failed. Rows of nothing must drop out of a loss:
+        ``mask=found.indices[..., 0] >= 0``. A :class:`fastkd.TeacherStore` keeps them
+        (``append_batch``), and :func:`fastkd.teachers.collate` makes the mask.
 
     Raises:
         ValueError, TypeError: an entry is not of that form.
@@ -39,7 +41,11 @@ def teacher_topk(prompt_logprobs: Sequence[Any], k: int) -> TopK:
     k = check_k(_NAME, k)
     rows = check_sequence(_NAME, "prompt_logprobs", prompt_logprobs)
     batched = any(isinstance(row, Sequence) for row in rows)
-    texts = [check_sequence(_NAME, "prompt_logprobs", x) for x in rows] if batched else [rows]
+    texts = (
+        [() if x is None else check_sequence(_NAME, "prompt_logprobs", x) for x in rows]
+        if batched
+        else [rows]
+    )
     return packed(_NAME, [[_entries(row, k) for row in text] for text in texts], k, batched)
 
 

@@ -168,7 +168,7 @@ MODEL = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Li
         (MODEL, {"num_learners": 1.5}, TypeError, "num_learners must be an int"),
         (MODEL, {"kinds": "mlp"}, TypeError, "kinds must be a sequence"),
         (MODEL, {"kinds": None}, TypeError, "kinds must be a sequence"),
-        (MODEL, {"select": 3}, TypeError, "select must be a function, got int"),
+        (MODEL, {"select": 3}, TypeError, "select must be a function or names, got int"),
     ],
 )
 def test_wrong_arguments_of_convert(model, options, error, message):

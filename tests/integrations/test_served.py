@@ -108,11 +108,66 @@ def test_a_loss_takes_them(teacher):
     assert not student.grad[-1].any()
 
 
+def test_failed_requests(teacher):
+    """None among the answers: rows of nothing, as long as the longest."""
+    rows, meta = vllm_rows(*teacher, K), sglang_rows(teacher[0], K)
+    for found in (
+        vllm.teacher_topk([None, rows, None], K),
+        sglang.teacher_topk([None, meta, None], K),
+    ):
+        assert found.indices.shape == (3, LENGTH, K)
+        check(fastkd.TopK(found.log_probs[1], found.indices[1]), teacher[0], K)
+        for failed in (0, 2):
+            assert (found.indices[failed] == -1).all()
+            assert (found.log_probs[failed] == -math.inf).all()
+    nothing = sglang.teacher_topk([None, None], K)
+    assert nothing.indices.shape == (2, 0, K)
+
+
+def test_missing_rows_through_a_store(teacher, tmp_path):
+    """What a server says of some texts, stored, read in a batch, and a loss of what there is."""
+    pytest.importorskip("safetensors", reason='TeacherStore needs safetensors: "fastkd[store]"')
+    logits, ids = teacher
+    rows = vllm_rows(logits, ids, K)
+    rows[3] = None  # of a token in between
+    served = vllm.teacher_topk([rows, None, rows[:4]], K)
+    mask = torch.tensor([[1] * LENGTH, [1] * LENGTH, [1] * 4 + [0] * (LENGTH - 4)])
+    texts = ids.expand(3, LENGTH)
+    settings = {"vocab_size": VOCAB, "k": K, "keys": True, "input_ids": True}
+    with fastkd.TeacherStore.create(tmp_path, **settings, log_probs="float16") as writer:
+        writer.append_batch(*served, mask=mask, keys=["all", "failed", "short"], input_ids=texts)
+    store = fastkd.TeacherStore(tmp_path)
+    store.verify()
+    for key, text in zip(("all", "failed", "short"), range(3), strict=True):
+        length = int(mask[text].sum())
+        found = store[key]
+        assert torch.equal(found.indices, served.indices[text][:length])
+        expected = served.log_probs[text][:length]
+        torch.testing.assert_close(found.log_probs, expected, atol=2e-3, rtol=2e-3)
+        assert not found.log_probs.isnan().any()
+    batch = fastkd.teachers.collate([{"key": x} for x in store.keys()], store=store, shift=True)  # noqa: SIM118
+    kept = [[t for t in range(LENGTH - 1) if t != 2], [], [0, 1]]
+    assert [row.nonzero()[:, 0].tolist() for row in batch["mask"]] == kept
+    student = torch.randn(3, LENGTH, VOCAB, requires_grad=True)
+    best = batch["teacher_log_probs"], batch["teacher_indices"]
+    loss = fastkd.topk_divergence(student, *best, mask=batch["mask"], reduction="sum")
+    whole = fastkd.teacher_topk(logits, K)
+    right = sum(
+        fastkd.topk_divergence(student[b, t], *(x[t] for x in whole), reduction="sum")
+        for b, some in enumerate(kept)
+        for t in some
+    )
+    torch.testing.assert_close(loss, right, atol=5e-3, rtol=5e-3)
+    loss.backward()
+    assert student.grad.isfinite().all()
+    assert torch.equal(student.grad.abs().sum(-1) > 0, batch["mask"])
+
+
 @pytest.mark.parametrize(
     ("served", "k", "error", "message"),
     [
         ("text", 2, TypeError, "prompt_logprobs must be a list, got str"),
-        ([None, [1]], 2, TypeError, "prompt_logprobs must be a list, got NoneType"),
+        ([None, [1]], 2, TypeError, "an entry must be None or a dictionary .* got int"),
         ([None, {3: "x"}], 2, TypeError, "a token must have a logprob"),
         ([None, {3: math.nan}], 2, ValueError, "a log-probability must be at most 0, got nan"),
         ([None, {3: 1.5}], 2, ValueError, "at most 0, got 1.5"),
