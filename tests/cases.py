@@ -215,6 +215,20 @@ def _softmax_divergence() -> Iterator[Case]:
             },
             teachers=2,
         )
+    for mix in ("contrast", "share"):
+        options = {"divergence": "reverse_kl", "teacher_mix": mix}
+        yield Case(
+            f"teachers-{mix}",
+            {**options, "teacher_weights": [0.8, 0.1], "teacher_temperature": 2.0},
+            lambda leading, vocab: {**_labels(leading, vocab), "mask": torch.rand(leading) < 0.7},
+            teachers=2,
+        )
+        yield Case(
+            f"teachers-{mix}-rows",
+            {**options, "reduction": "none", "logit_softcap": (5.0, 3.0)},
+            lambda leading, vocab: {"teacher_weights": torch.rand(*leading, 2) + 0.1},
+            teachers=2,
+        )
     yield Case("one-teacher-in-a-list", {"divergence": "reverse_kl"}, teachers=1)
     yield Case("vocab-size", {}, lambda leading, vocab: {"vocab_size": max(1, vocab - 3)})
 

@@ -185,6 +185,9 @@ def softmax(f: Fuzz) -> Problem:
         weights = [f.pick.choice((0.0, 0.3, 0.7, 1.0)) for _ in teachers]
         if sum(weights) and f.often(0.7):
             options["teacher_weights"] = weights
+        if len(teachers) == 2 and f.often(0.3):
+            options["teacher_mix"] = f.pick.choice(("contrast", "share"))
+            options["teacher_weights"] = [f.pick.choice((0.1, 0.5, 2.0)), f.pick.choice((0.1, 1.0))]
     else:
         teachers = f.logits(student)
     options |= {"divergence": divergence, "beta": beta}

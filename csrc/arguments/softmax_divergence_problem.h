@@ -7,9 +7,10 @@ namespace fastkd {
 
 inline constexpr const char* kSoftmaxDivergence = "softmax_divergence";
 
-enum class TeacherMix : int64_t { kLogits, kProbs };
+// kContrast and kShare: see adaptive_mix.h; teacher_weights are then its strength and coefficient.
+enum class TeacherMix : int64_t { kLogits, kProbs, kContrast, kShare };
 struct TeacherMixes {  // in the order of TeacherMix
-  static std::array<const char*, 2> names() { return {"logits", "probs"}; }
+  static std::array<const char*, 4> names() { return {"logits", "probs", "contrast", "share"}; }
 };
 
 struct SoftmaxDivergenceArguments {
@@ -46,6 +47,7 @@ struct Problem : RowProblem {
   Rows teacher_weights;
   portable::DivergencePlaces divergence;
   bool mix_probs;
+  bool mix_adapts;        // the weights of the teachers depend on their distance
   bool constant_teacher;  // its gradient is 0
   bool excludes_label;    // it is of all tokens but the label
   bool any_beta;          // beta need not be a share, but alpha + beta not negative
@@ -72,6 +74,13 @@ struct Problem : RowProblem {
     }
     teacher_width = t[0].size(t[0].dim() - 1);
     mix_probs = own.mix() == TeacherMix::kProbs && t.size() > 1;
+    mix_adapts = own.mix() == TeacherMix::kContrast || own.mix() == TeacherMix::kShare;
+    if (mix_adapts) {
+      FASTKD_CHECK_VALUE(t.size() == 2, kSoftmaxDivergence, "teacher_logits must hold two tensors with teacher_mix='",
+                         TeacherMixes::names()[size_t(own.mix())], "', got ", t.size());
+      FASTKD_CHECK_VALUE(!own.teacher_rows, kSoftmaxDivergence, "teacher_rows are not available with teacher_mix='",
+                         TeacherMixes::names()[size_t(own.mix())], "'");
+    }
     set_teacher_temperature(own.teacher_temperature, own.teacher_temperatures);
     check_teacher_weights(own.student_logits, t.size());
   }
@@ -129,6 +138,9 @@ struct Problem : RowProblem {
         const double value = teacher_weights.number(row, k);
         FASTKD_CHECK_VALUE(!probs || value >= 0, kSoftmaxDivergence,
                            "teacher_weights must not be negative with teacher_mix='probs', got ", value);
+        FASTKD_CHECK_VALUE(!mix_adapts || (value > 0 && std::isfinite(value)), kSoftmaxDivergence,
+                           "teacher_weights must be positive and finite with teacher_mix='",
+                           TeacherMixes::names()[size_t(own.mix())], "', got ", value);
         sum += value;
       }
       FASTKD_CHECK_VALUE(!probs || sum > 0, kSoftmaxDivergence,

@@ -11,11 +11,9 @@
 
 namespace fastkd::FASTKD_ISA {
 
-// Returns the row's loss (divergence and label term, before its weight), and writes the requested gradients.
 template <class Real, class Divergence>
-double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner& runner) {
+double solve_row(const Divergence& divergence, const SoftmaxDivergenceRow& row, const SliceRunner& runner) {
   const RowTask& task = row.task;
-  const Divergence divergence{task.beta, task.alpha};
   RowPlan<Real, Divergence> plan;
   plan.set_scales(task);
   const RowPasses<Real> passes(row, runner, plan);
@@ -52,6 +50,16 @@ double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner
     fill_zero(row.student_gradient, row.vocab, row.student_width);
   }
   return plan.loss(task, label_logit);
+}
+
+// Returns the row's loss (divergence and label term, before its weight), and writes the requested gradients.
+template <class Real, class Divergence>
+double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner& runner) {
+  const double beta = row.task.beta, alpha = row.task.alpha;
+  if constexpr (sizeof(Real) == sizeof(float) && Short<Divergence>::kExists) {
+    if (Short<Divergence>::serves(beta, alpha)) return solve_row<Real>(Short<Divergence>{beta, alpha}, row, runner);
+  }
+  return solve_row<Real>(Divergence{beta, alpha}, row, runner);
 }
 
 template <class Real, class... Divergence>

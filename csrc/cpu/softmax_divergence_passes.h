@@ -1,6 +1,7 @@
 // The passes over one row of softmax_divergence (softmax_divergence.h says which run when).
 #pragma once
 #include "../math/row_plan.h"
+#include "../math/short_terms.h"
 #include "common/row_slices.h"
 #include "common/teachers.h"
 
@@ -313,18 +314,24 @@ struct RowPasses : RowSlices {
       f += t.f;
       if constexpr (Divergence::kStudent != Form::kClosed) {
         qg += double(o.q) * double(t.g);
-        if constexpr (Divergence::kStudent == Form::kOpen) qg += double(t.student);
+        if constexpr (Divergence::kStudent == Form::kOpen || Divergence::kStudent == Form::kProduct) {
+          qg += double(t.student);
+        }
         q += double(o.q);
-        keep[i] = Divergence::kStudent == Form::kOpen   ? t.student + t.g
-                  : Divergence::kStudent == Form::kBoth ? t.student + o.q * t.g
-                                                        : t.g;
+        keep[i] = Divergence::kStudent == Form::kOpen      ? t.student + t.g
+                  : Divergence::kStudent == Form::kProduct ? t.student
+                  : Divergence::kStudent == Form::kBoth    ? t.student + o.q * t.g
+                                                           : t.g;
       }
       if constexpr (kTeacher && Divergence::kTeacher != Form::kClosed) {
         ph += double(o.p) * double(t.h);
-        if constexpr (Divergence::kTeacher == Form::kOpen) ph += double(t.teacher);
+        if constexpr (Divergence::kTeacher == Form::kOpen || Divergence::kTeacher == Form::kProduct) {
+          ph += double(t.teacher);
+        }
       }
       if constexpr (kNear || (kTeacher && Divergence::kTeacher != Form::kClosed)) p += double(o.p);
       if constexpr (kNear) difference += o.difference;
+      if constexpr (!kNear && Divergence::kByMass) difference += t.mass;
     }
     return {f, qg, ph, q, p, difference};
   }
@@ -393,7 +400,7 @@ struct RowPasses : RowSlices {
       if constexpr (kForm == Form::kOpen) {
         const Real part = q < Real(kOpenBelow) ? (s - q * mean.high) - q * mean.low : q * ((s - mean.high) - mean.low);
         out[i] = factors.student * part + factors.label_q * q;
-      } else if constexpr (kForm == Form::kBoth) {
+      } else if constexpr (kForm == Form::kBoth || kForm == Form::kProduct) {
         out[i] = factors.student * ((s - q * mean.high) - q * mean.low) + factors.label_q * q;
       } else {
         out[i] = (factors.student * ((s - mean.high) - mean.low) + factors.label_q) * q;

@@ -54,6 +54,12 @@ struct Cuda {
     if (teacher_gradient != nullptr) {
       arguments.teacher_gradient = device_rows(*teacher_gradient, problem.leading, kSoftmaxDivergence);
     }
+    const Tensor distances =
+        torch::stable::new_empty(problem.student_tensor, {problem.mix_adapts ? problem.rows : 0}, ScalarType::Double);
+    if (problem.mix_adapts) {
+      measure_teachers(device, arguments, static_cast<double*>(distances.data_ptr()));
+      arguments.contrast = problem.own.mix() == TeacherMix::kContrast;
+    }
     const portable::DivergencePlaces& places = problem.divergence;
     if (!arguments.betas) {
       launch(places.at(arguments.beta), device, arguments, kAnyBeta);
@@ -69,6 +75,25 @@ struct Cuda {
   }
 
  private:
+  // The total variation distances of the rows' two teachers.
+  static void measure_teachers(const Device& device, RowArguments& arguments, double* distances) {
+    RowArguments pair = arguments;
+    pair.student = pair.teachers[0];
+    pair.teachers[0] = pair.teachers[1];
+    pair.teacher_count = 1;
+    pair.student_map = pair.teacher_map;
+    pair.student_gradient = pair.teacher_gradient = pair.temperatures = pair.teacher_temperatures = DeviceRows();
+    pair.teacher_weights = pair.weight = pair.label_weights = pair.betas = pair.alphas = DeviceRows();
+    pair.temperature = pair.teacher_temperature = 1;
+    pair.label_weight = pair.beta = 0;
+    pair.square_temperature = pair.any_beta = false;
+    pair.gradient_factor = 1;
+    pair.gradient_factors = nullptr;
+    pair.losses = distances;
+    launch(portable::place_in<portable::Tvd>(portable::Divergences{}), device, pair, kAnyBeta);
+    arguments.distances = distances;
+  }
+
   static void launch(int divergence, const Device& device, RowArguments arguments, int beta_kinds) {
     arguments.beta_kinds = beta_kinds;
     const SourceKind kind = source_kind(arguments);

@@ -40,6 +40,7 @@ struct ThreadSums {
     }
     if (kNear || (teacher && Divergence::kTeacher != Form::kClosed)) p.add(o.p);
     if constexpr (kNear) difference += o.difference;
+    if constexpr (!kNear && Divergence::kByMass) difference += t.mass;
   }
 
   __device__ Sums whole() const {

@@ -52,14 +52,15 @@ struct Outcome {
 };
 
 // How a side's gradient is given: centred, q (g - mean of g), from g; closed, as it is; as the sum of both; or open, by
-// g or, where q is so small that g would be too large, by q g in place of the closed part.
-enum class Form { kCentred, kClosed, kBoth, kOpen };
+// g or, where q is so small that g would be too large, by q g in place of the closed part; product, always by q g.
+enum class Form { kCentred, kClosed, kBoth, kOpen, kProduct };
 
 template <class Real>
 struct Terms {
   Real f;
   Real g, h;              // of the centred parts
   Real student, teacher;  // the closed parts; in the open form q g and p h, where g and h are then 0
+  Real mass = 0;          // kByMass only: the sum's size, by which it is judged whether a row is near
 };
 
 // Probabilities below this have the closed part of the open form.
@@ -136,6 +137,7 @@ struct DivergenceDefaults {
   static constexpr bool kAnyBeta = false;          // beta may lie outside [0, 1]
   static constexpr bool kConstantTeacher = false;  // the teacher's gradient is 0, also at the ends of beta
   static constexpr bool kExcludesLabel = false;    // the terms are of all tokens but the label: see target_term.h
+  static constexpr bool kByMass = false;           // kNearBelow is a share of the sum of Terms::mass
   double beta, alpha = 1;
 };
 
@@ -299,7 +301,7 @@ struct AlphaBeta : DivergenceDefaults {
   static constexpr const char* kName = "alpha_beta";
   static constexpr Pass kPass = Pass::kNormalizersOnly;
   static constexpr Form kStudent = Form::kOpen, kTeacher = Form::kOpen;
-  static constexpr bool kUsesRatio = true, kAnyBeta = true;
+  static constexpr bool kUsesRatio = true, kAnyBeta = true, kByMass = true;
   static constexpr double kNearBelow = kNearKl;
 
   // Both sides are exchanged by products with these, which vectorise better than a choice: 1 and 0, or 0 and 1.
@@ -351,9 +353,12 @@ struct AlphaBeta : DivergenceDefaults {
     const Real of_q = limited(select(near, w_x + of_m * (w_x - w_y), (q_power - both) * Real(per_large)));
     const Real of_p = limited(-w_y), student = as_is * of_q + other * of_p, teacher = as_is * of_p + other * of_q;
     const bool open_q = o.q < Real(kOpenBelow), open_p = o.p < Real(kOpenBelow);
-    return {f, select(open_q, Real(0), student / at_least(Real(kOpenBelow), o.q)),
-            select(open_p, Real(0), teacher / at_least(Real(kOpenBelow), o.p)), select(open_q, student, Real(0)),
-            select(open_p, teacher, Real(0))};
+    return {f,
+            select(open_q, Real(0), student / at_least(Real(kOpenBelow), o.q)),
+            select(open_p, Real(0), teacher / at_least(Real(kOpenBelow), o.p)),
+            select(open_q, student, Real(0)),
+            select(open_p, teacher, Real(0)),
+            at_least(p_power, q_power)};
   }
 
  private:
@@ -385,6 +390,13 @@ struct TypeList {};
 template <class... Divergence>
 constexpr int length(TypeList<Divergence...>) {
   return int(sizeof...(Divergence));
+}
+// The place of a divergence in a list.
+template <class Which, class... Divergence>
+constexpr int place_in(TypeList<Divergence...>) {
+  int place = 0, found = -1;
+  ((__is_same(Which, Divergence) ? void(found = place++) : void(place++)), ...);
+  return found;
 }
 using Divergences = TypeList<ForwardKl, ReverseKl, Jsd, SkewKl, SkewReverseKl, Tvd, CrossEntropy, MixedKl,
                              SkewReverseKlDetached, AlphaBeta, DecoupledKl>;

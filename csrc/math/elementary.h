@@ -78,6 +78,28 @@ FASTKD_INLINE float exp2_of(float x) {
 }
 FASTKD_INLINE double exp2_of(double x) { return ::exp2(x); }
 
+// 2^x, x <= 0, as a power of two and the rest, which vanishes with x; 0 of NaN. Differences of such numbers, taken part
+// by part, are relatively accurate also where both are nearly 1.
+template <class Real>
+struct Exp2 {
+  Real power, rest;
+  FASTKD_INLINE Real value() const { return power + rest; }
+  FASTKD_INLINE Real minus(Exp2 other) const { return (power - other.power) + (rest - other.rest); }
+};
+
+FASTKD_INLINE Exp2<float> exp2_parts(float x) {
+  constexpr float kRound = 12582912.0f;
+  const float z = x > -127.0f ? x : -127.0f, shifted = z + kRound, f = z - (shifted - kRound);
+  float p = 1.5403512e-4f;
+  p = p * f + 1.3390736e-3f;
+  p = p * f + 9.6182376e-3f;
+  p = p * f + 5.5503573e-2f;
+  p = p * f + 2.4022649e-1f;
+  p = p * f + 6.9314718e-1f;
+  const float power = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
+  return {power, power * (p * f)};
+}
+
 // The same, on a GPU in a single instruction, with an error of 2 units in the last place and 0 below 2^-126.
 FASTKD_INLINE float exp2_fast(float x) {
 #ifdef FASTKD_GPU_FUNCTIONS

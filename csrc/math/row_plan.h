@@ -12,7 +12,8 @@ inline constexpr double kLargestKept = 1e6;
 // Sums over a slice or row. Products with g and h are exact and summed in double. A mean is then the mean of exactly
 // those rounded values that it is subtracted from, so that their rounding errors cancel.
 struct Sums {
-  double f, qg, ph, q, p, difference;
+  double f, qg, ph, q, p;
+  double difference;  // of the far terms, where the divergence is kByMass: their mass
 
   FASTKD_INLINE void add(const Sums& o) {
     f += o.f;
@@ -70,7 +71,7 @@ struct RowPlan : RowFrame<Real> {
     if (step == Step::kSumFar) {
       if (!kOnePass) {
         value = sums.f;
-        near = value < Divergence::kNearBelow;
+        near = value < Divergence::kNearBelow * (Divergence::kByMass ? sums.difference : 1);
       }
       if (!kOnePass || !kept) student_mean = sums.qg / sums.q;
       step = near ? Step::kSumNear : Step::kWrite;
@@ -209,6 +210,7 @@ struct GradientFactors {
 template <Form kForm, class Real>
 FASTKD_INLINE Real in_form(Real centred, Real closed, Real own, const Mean<Real>& mean) {
   if constexpr (kForm == Form::kClosed) return closed;
+  if constexpr (kForm == Form::kProduct) return (closed - own * mean.high) - own * mean.low;
   const Real part = own * ((centred - mean.high) - mean.low);
   if constexpr (kForm == Form::kBoth || kForm == Form::kOpen) return closed + part;
   return part;

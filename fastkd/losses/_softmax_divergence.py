@@ -148,7 +148,12 @@ def softmax_divergence(
         teacher_mix: ``"logits"``: the teacher is softmax of :math:`\sum_k w_k z_k`, weights of any
             sign; a token with logit -inf for a teacher of nonzero weight has probability 0.
             ``"probs"``: :math:`\sum_k w_k \mathrm{softmax}(z_k / \tau_T)`, weights not negative
-            and divided by their sum. Neither mixture is stored.
+            and divided by their sum. ``"contrast"`` and ``"share"``, of two teachers
+            (AlignDistil): softmax of :math:`z_1 + a (z_1 - z_2)` and of
+            :math:`a z_1 + (1 - a) z_2`, with
+            :math:`a = w_1 \sum_v |\mathrm{softmax}(z_1) - \mathrm{softmax}(z_2)| + 10^{-3}` of
+            each row; the row's divergence is multiplied by :math:`w_2 / a`, and the weights are
+            positive. No mixture is stored.
         teacher_rows: int64 or int32, one a row of the student: which row of the teachers' flattened
             leading dimensions teaches it, for sequences that differ in their tokens or for teachers
             stored once. A row with -1 drops out, also of a mean's denominator. The teachers then
@@ -204,7 +209,7 @@ def softmax_divergence(
     Sources: Hinton et al. 2015 (arXiv 1503.02531); GKD (2306.13649) for ``jsd``; DistiLLM
     (2402.03898) for the skewed divergences; DistiLLM-2 (2503.07067) for the constant mixture;
     DistillSpec (2310.08461) for ``tvd``; ABKD (2505.04560) for ``alpha_beta``;
-    DKD (2203.08679) for ``decoupled_kl``.
+    DKD (2203.08679) for ``decoupled_kl``; AlignDistil (2503.02832) for ``contrast``.
 
     >>> import torch, fastkd
     >>> student = torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]], requires_grad=True)

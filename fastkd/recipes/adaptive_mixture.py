@@ -6,17 +6,17 @@ from torch import Tensor
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_positive
 from fastkd._ops.names import TextReduction
-from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._rows import (
     check_choice,
     check_rows,
+    number_type,
     row_divergence,
     scaled_weight,
 )
 
 _VARIANTS = ("aligndistil", "theorem1", "theorem1_adaptive", "theorem1_contrast")
-#: Added to an adaptive weight, which is then positive where the two models agree.
-_LEAST = 1e-3
+#: `teacher_mix` of the variants whose weights depend on how far the two models are apart.
+_ADAPTIVE = {"aligndistil": "contrast", "theorem1_adaptive": "share"}
 
 
 def align_distil(
@@ -49,7 +49,8 @@ def align_distil(
     ``theorem1``            :math:`w z_T + (1 - w) z_R`             :math:`\beta_2`
     ======================  ======================================  ========================
 
-    The mixture is not stored. The two models are read once for a and once more for the divergence.
+    The mixture is not stored. One op finds a and the divergence of a row: on the CPU each model's
+    logits are read from memory once.
 
     Args:
         student_logits: ``[B, T, vocab]``. Row t scores the token that follows it.
@@ -95,27 +96,25 @@ def align_distil(
     check_choice("align_distil", "variant", variant, _VARIANTS)
     check_positive("align_distil", "beta", beta)
     check_positive("align_distil", "beta2", beta2)
-    share: float | Tensor = beta / beta2
-    coefficient: float | Tensor = beta2
-    if variant in ("aligndistil", "theorem1_adaptive"):
-        distance = token_stats(teacher_logits, reference_logits, vocab_size=vocab_size).tvd
-        assert distance is not None
-        share = 2 * beta2 * distance + _LEAST
-        coefficient = beta / share
-    share = scaled_weight(student_logits, share, None)
-    contrast = variant in ("aligndistil", "theorem1_contrast")
-    of_teacher, of_reference = (1 + share, -share) if contrast else (share, 1 - share)
+    # Products: numbers in a list would be constants of a compiled graph.
+    one = torch.ones((), dtype=number_type(student_logits), device=student_logits.device)
+    share, weight = one * (beta / beta2), None
+    pair = (one * beta2, one * beta)
+    if variant not in _ADAPTIVE:
+        weight = scaled_weight(student_logits, beta2, None)
+        pair = (1 + share, -share) if variant == "theorem1_contrast" else (share, 1 - share)
     return row_divergence(
         "align_distil",
         student_logits,
         [teacher_logits, reference_logits],
         divergence="reverse_kl",
-        teacher_weights=torch.stack([of_teacher, of_reference], -1),
+        teacher_weights=torch.stack(pair),
+        teacher_mix=_ADAPTIVE.get(variant, "logits"),
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         vocab_size=vocab_size,
         mask=mask,
-        weight=scaled_weight(student_logits, coefficient, None),
+        weight=weight,
         reduction=reduction,
         normalizer=normalizer,
     )

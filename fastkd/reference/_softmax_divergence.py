@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.op import declared
-from fastkd.reference._rows import DEAD, Rows, divergence_rows, from_largest, log_softmax
+from fastkd.reference._rows import DEAD, Rows, divergence_rows, exp, from_largest, log_softmax
 
 
 def _teacher_log_probs(
@@ -41,6 +41,19 @@ def _teacher_log_probs(
     return torch.log_softmax(logs.masked_fill(~counts, -math.inf).logsumexp(-1), -1)
 
 
+def _adapted(
+    first: Tensor, second: Tensor, weights: Tensor | None, mix: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The weights of two teachers' logits by their distance, and the divergence's factor."""
+    if weights is None:
+        weights = first.new_full((2,), 0.5, dtype=dtype)
+    strength, coefficient = weights.to(dtype).unbind(-1)
+    p, other = (exp(log_softmax(t.to(dtype), 1.0)) for t in (first, second))
+    a = strength * (p - other).abs().sum(-1) + 1e-3
+    pair = (1 + a, -a) if mix == "contrast" else (a, 1 - a)
+    return torch.stack(pair, -1), coefficient / a
+
+
 def softmax_divergence_op(
     student_logits: Tensor,
     teacher_logits: Sequence[Tensor],
@@ -65,8 +78,12 @@ def softmax_divergence_op(
         teacher_logits = [t[at] if len(t) else t.new_zeros((*at.shape, t.size(-1))) for t in some]
     rows = Rows(student_logits, teacher_logits, **row_options)
     log_q = log_softmax(rows.student, rows.tau)
+    teachers, factor = [rows.teacher(t) for t in teacher_logits], None
+    if teacher_mix in ("contrast", "share"):
+        teacher_weights, factor = _adapted(*teachers, teacher_weights, teacher_mix, rows.dtype)
+        teacher_mix = "logits"
     log_p = _teacher_log_probs(
-        [rows.teacher(t) for t in teacher_logits],
+        teachers,
         teacher_weights,
         teacher_mix,
         rows.per_row(teacher_temperature, teacher_temperatures),
@@ -74,7 +91,8 @@ def softmax_divergence_op(
     )
     shares = rows.share(beta, betas), rows.share(alpha, alphas)
     labels = None if rows.labels is None else rows.columns()
-    return rows.finish(divergence_rows(log_p, log_q, divergence, *shares, labels=labels))
+    value = divergence_rows(log_p, log_q, divergence, *shares, labels=labels)
+    return rows.finish(value if factor is None else factor * value)
 
 
 def softmax_divergence(

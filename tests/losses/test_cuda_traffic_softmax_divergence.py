@@ -138,6 +138,16 @@ def test_masked_rows_are_not_read():
     assert found.written <= 1.02 * tensor
 
 
+@pytest.mark.parametrize("mix", ["contrast", "share"])
+def test_mixtures_by_distance(mix):
+    """Two reads for the distance; then two passes over three rows, and the gradient."""
+    student = logits((2, QWEN)).requires_grad_()
+    teachers = [logits((2, QWEN)), logits((2, QWEN))]
+    options = {"divergence": "reverse_kl", "teacher_mix": mix, "teacher_weights": [0.5, 0.1]}
+    found, tensor = moved(student, teachers, **options)
+    assert found.moved <= 1.02 * (2 + 2 * 3 + 1) * tensor
+
+
 def test_backward_of_one_moves_nothing():
     student = logits((2, QWEN)).requires_grad_()
     loss = fastkd.softmax_divergence(student, logits((2, QWEN)))

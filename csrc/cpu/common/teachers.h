@@ -65,6 +65,9 @@ struct TeacherBlocks {
  private:
   // sum_k w_k (z_k - origin_k), or -inf where z_k is impossible for a teacher with a weight other than 0.
   __attribute__((noinline)) const Real* mix_logits(int64_t begin, int64_t count, Real* mixed, Real* spare) const {
+    if (teachers.count == 2 && teachers.weights[0] != 0 && teachers.weights[1] != 0) {
+      return mix_two(begin, count, mixed, spare);
+    }
     alignas(64) Real dead[kBlock];
     for (int64_t i = 0; i < count; ++i) mixed[i] = dead[i] = Real(0);
     for (int k = 0; k < teachers.count; ++k) {
@@ -81,6 +84,20 @@ struct TeacherBlocks {
     }
     FASTKD_SIMD
     for (int64_t i = 0; i < count; ++i) mixed[i] += dead[i];
+    return mixed;
+  }
+
+  const Real* mix_two(int64_t begin, int64_t count, Real* mixed, Real* spare) const {
+    const Real* const first = load(teachers.rows[0], begin, count, mixed);
+    const Real* const second = load(teachers.rows[1], begin, count, spare);
+    const Real by_first = Real(teachers.weights[0]), by_second = Real(teachers.weights[1]), dead = Real(-kDead);
+    const Real first_origin = Real(normalizers[0].origin), second_origin = Real(normalizers[1].origin);
+    FASTKD_SIMD
+    for (int64_t i = 0; i < count; ++i) {
+      const Real x = first[i] - first_origin, y = second[i] - second_origin;
+      const Real sum = by_first * (x < dead ? Real(0) : x) + by_second * (y < dead ? Real(0) : y);
+      mixed[i] = sum + (at_most(x, y) < dead ? Real(-INFINITY) : Real(0));
+    }
     return mixed;
   }
 

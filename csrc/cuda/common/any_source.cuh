@@ -22,7 +22,7 @@ struct AnySource {
   const RowArguments& arguments;
   const int64_t row;
   char *const student, *const teacher, *const student_gradient, *const teacher_gradient;  // beginnings of the rows
-  OriginSum<double>* const normalizers;  // one per teacher; for mixed logits only the origin; in shared memory
+  OriginSum<double>* const normalizers;  // one per teacher; for mixed logits its origin and weight; in shared memory
   char** const firsts;                   // beginning of each teacher's row; in shared memory
   Real scale;                            // log2(e) / teacher_temperature
 
@@ -60,9 +60,7 @@ struct AnySource {
     const Real z = logit(arguments.teachers[k], first, column);
     return arguments.teacher_map ? mapped_logit(arguments.teacher_map, z) : z;
   }
-  __device__ double teacher_weight(int k) const {
-    return arguments.teacher_weights ? arguments.teacher_weights.number(row, k) : 1.0 / arguments.teacher_count;
-  }
+  __device__ double teacher_weight(int k) const { return arguments.teacher_weight(row, k); }
 
   // Whether the teacher is a mixture or weighted, not one tensor whose logits are used unchanged.
   __device__ __forceinline__ bool mixed() const {
@@ -81,7 +79,7 @@ struct AnySource {
     team.sync();
     for (int k = 0; k < arguments.teacher_count; ++k) {
       if (!arguments.mix_probs) {
-        const OriginSum<double> some{some_logit(k, team), 1};
+        const OriginSum<double> some{some_logit(k, team), teacher_weight(k)};
         if (team.leads()) shared_store(normalizers + k, some);
         continue;
       }
@@ -160,10 +158,11 @@ struct AnySource {
     Real mixed = 0;
     bool gone = false;
     for (int k = 0; k < arguments.teacher_count; ++k) {
-      const Real weight = Real(teacher_weight(k));
+      const OriginSum<double> of = shared_load(normalizers + k);
+      const Real weight = Real(of.sum);
       if (weight == Real(0)) continue;
       const Real z = teacher_logit(k, shared_load(firsts + k), column);
-      const Real x = z - Real(shared_load(normalizers + k).origin);
+      const Real x = z - Real(of.origin);
       const bool dead = x < Real(-kDead);
       gone = gone || dead;
       mixed += weight * (dead ? Real(0) : x);

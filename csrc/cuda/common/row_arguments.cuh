@@ -1,5 +1,6 @@
 // The arguments of a call with a student's and a teacher's rows, as kernels read them.
 #pragma once
+#include "../../math/adaptive_mix.h"
 #include "../../math/row_plan.h"
 #include "row_losses.cuh"
 #include "teams.cuh"
@@ -21,6 +22,8 @@ struct RowArguments : RowNumbers {
   bool mix_probs, constant_teacher = false, any_beta = false;
   double beta, teacher_temperature, alpha = 1;
   DeviceRows betas, alphas, teacher_temperatures, teacher_weights;
+  const double* distances = nullptr;  // one per row: the weights of two teachers depend on it, see adaptive_mix.h
+  bool contrast = false;
   int beta_kinds = kAnyBeta;  // the launch computes rows with such a beta; other launches do the others
 
   // The teacher's row; any where there is none.
@@ -51,6 +54,19 @@ struct RowArguments : RowNumbers {
     return positive(teacher_temperatures ? teacher_temperatures.number(row) : teacher_temperature);
   }
 
+  __device__ double given_teacher_weight(int64_t row, int k) const {
+    return teacher_weights ? teacher_weights.number(row, k) : 1.0 / teacher_count;
+  }
+  __device__ AdaptiveMix adapted(int64_t row) const {
+    return adaptive_mix(contrast, global_load(distances + row), given_teacher_weight(row, 0),
+                        given_teacher_weight(row, 1));
+  }
+  __device__ double teacher_weight(int64_t row, int k) const {
+    if (distances == nullptr) return given_teacher_weight(row, k);
+    const AdaptiveMix mix = adapted(row);
+    return k == 0 ? mix.first : mix.second;
+  }
+
   // Fills in the row's task. Returns whether the row is read at all.
   __device__ bool read_task(int64_t row, RowTask& task, int& label) const {
     task.scale = scale(row);
@@ -62,6 +78,7 @@ struct RowArguments : RowNumbers {
     task.teacher_temperature = row_teacher_temperature(row);
     if (teacher_places && teacher_places.integer(row) >= teacher_row_count) task.temperature = NAN;
     task.divergence_scale = square_temperature ? task.temperature * task.temperature : 1;
+    if (distances != nullptr) task.divergence_scale *= adapted(row).scale;
     label = read_label(row, task);
     task.mix_probs = mix_probs;
     task.teacher_weight = teacher_count == 1 && teacher_weights ? teacher_weights.number(row) : 1;
