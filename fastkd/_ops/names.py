@@ -38,7 +38,7 @@ Tail = Literal["lump", "uniform", "renormalize", "drop"]
 ClippedTail = Literal["drop", "lump"]
 Renormalize = Literal["none", "teacher", "both"]
 #: Of :func:`fastkd.softmax_divergence`.
-TeacherMix = Literal["logits", "probs"]
+TeacherMix = Literal["logits", "probs", "contrast", "share"]
 #: Of all losses.
 Reduction = Literal["none", "mean", "sum", "batchmean", "elementmean"]
 #: Of the recipes over texts.

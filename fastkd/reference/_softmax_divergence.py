@@ -80,7 +80,8 @@ def softmax_divergence_op(
     log_q = log_softmax(rows.student, rows.tau)
     teachers, factor = [rows.teacher(t) for t in teacher_logits], None
     if teacher_mix in ("contrast", "share"):
-        teacher_weights, factor = _adapted(*teachers, teacher_weights, teacher_mix, rows.dtype)
+        teacher, other = teachers
+        teacher_weights, factor = _adapted(teacher, other, teacher_weights, teacher_mix, rows.dtype)
         teacher_mix = "logits"
     log_p = _teacher_log_probs(
         teachers,
