@@ -45,6 +45,7 @@ try:
     from torch import Tensor
 
     import fastkd
+    from fastkd.integrations import labels_of
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"cross_tokenizer: the package {missing.name} is missing; install what the example needs "
@@ -261,9 +262,8 @@ def once(chunks: Tensor, num_chunks: int) -> Tensor:
 def negative_log_likelihood(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Of every text without its first token, each scored by the row before: ``[texts]``."""
     # Tokens go to the rows that score them, not rows to the tokens: a slice's gradient is a copy.
-    ids, chunks = ids.roll(-1, 1), torch.where(mask, 0, -1).roll(-1, 1)
-    chunks[:, -1] = -1
-    found = fastkd.chunk_log_likelihood(logits, ids, chunks, 1)
+    labels = labels_of(ids, mask, ignore_index=-1)
+    found = fastkd.chunk_log_likelihood(logits, labels.clamp(min=0), labels.clamp(max=0), 1)
     return -found.log_likelihood[:, 0]
 
 

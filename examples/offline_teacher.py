@@ -121,9 +121,7 @@ def write_store(path: Path, teacher: Teacher, windows: Windows, same_teacher: st
         path, vocab_size=teacher.model.config.vocab_size, k=K, fingerprint=same_teacher
     ) as writer:
         for ids in track(windows.ids.split(BATCH), description="Teacher to disk"):
-            best = fastkd.teacher_topk(teacher.model(ids).logits, K)
-            for log_probs, indices in zip(*best, strict=True):
-                writer.append(log_probs, indices)
+            writer.append_batch(*fastkd.teacher_topk(teacher.model(ids).logits, K))
 
 
 def batches_in_order(batches: int, steps: int, seed: int) -> list[int]:

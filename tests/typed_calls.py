@@ -20,6 +20,7 @@ def accepted(x: torch.Tensor, rows: torch.Tensor, divergence: Divergence, how: R
     fastkd.nn.SoftmaxDivergence(divergence="tvd", reduction=how, beta=rows)
     fastkd.nn.TopKDivergence(tail="renormalize")
     fastkd.nn.KDLoss(divergence=divergence, temperature=2.0)
+    fastkd.integrations.KDOptions(divergence=divergence, tail="drop", head="logits")
     fastkd.TeacherStore.create("teacher", vocab_size=9, k=2, log_probs="float16")
 
 
@@ -36,4 +37,6 @@ def refused(x: torch.Tensor, rows: torch.Tensor, name: str) -> None:
     fastkd.nn.SoftmaxDivergence(temprature=2.0)  # type: ignore[call-arg]
     fastkd.nn.TopKDivergence(tail="rest")  # type: ignore[arg-type]
     fastkd.nn.KDLoss(reduction="sum")  # type: ignore[call-arg]
+    fastkd.integrations.KDOptions(divergence="kl")  # type: ignore[arg-type]
+    fastkd.integrations.KDOptions(head="plain")  # type: ignore[arg-type]
     fastkd.TeacherStore.create("t", vocab_size=9, k=2, log_probs="4bit")  # type: ignore[arg-type]

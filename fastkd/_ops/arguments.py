@@ -126,7 +126,19 @@ def check_has_value(function: str, name: str, value: Tensor) -> None:
         )
 
 
+def can_be_read(value: Tensor) -> bool:
+    """Whether reading values neither waits for a device nor is part of a graph or a transform."""
+    return (
+        value.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not is_tracing(value)
+        and _has_values(value)
+    )
+
+
 def to_flag(function: str, name: str, value: Any) -> bool:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{function}: {name} must be True or False, got {type(value).__name__}")
     return bool(value)
@@ -437,7 +449,9 @@ def with_defaults(function: Callable[..., Any], options: Mapping[str, Any]) -> d
 
 
 def numbers_tensor(function: str, name: str, values: Any, like: Tensor) -> Tensor:
-    """A sequence of numbers as a float64 tensor on the device of ``like``."""
+    """A sequence or an array of numbers as a float64 tensor on the device of ``like``."""
+    if isinstance(values, np.ndarray) and values.ndim == 1:
+        values = values.tolist()
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         raise TypeError(
             f"{function}: {name} must be a tensor or a sequence of numbers, got "

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import CHOICES, check_device_has_kernels
+from fastkd._ops.arguments import CHOICES, can_be_read, check_device_has_kernels
 from fastkd._ops.names import Reduction
 
 _REDUCTIONS = tuple(CHOICES["softmax_divergence.reduction"])
@@ -47,6 +47,8 @@ def check_normalizer(function: str, normalizer: Any) -> None:
     if isinstance(normalizer, Tensor):
         if normalizer.dim():
             raise ValueError(f"{wanted}, got shape {list(normalizer.shape)}")
+        if can_be_read(normalizer) and normalizer < 0:
+            raise ValueError(f"{function}: normalizer must not be negative, got {normalizer}")
     elif normalizer is not None and not is_number(normalizer):
         raise TypeError(f"{wanted}, got {type(normalizer).__name__}")
 
@@ -91,6 +93,8 @@ def reduced(
     else:
         if not torch.compiler.is_compiling() and not normalizer >= 0:
             raise ValueError(f"{function}: normalizer must not be negative, got {normalizer}")
+        if isinstance(normalizer, np.ndarray):
+            normalizer = normalizer.item()
         # A product: torch.full would make the number a constant of a compiled graph.
         divisor = torch.ones((), dtype=torch.float64, device=losses.device) * normalizer
     empty = divisor == 0

@@ -33,6 +33,9 @@ from fastkd._ops.library import (
 from fastkd._ops.linear import function as linear
 from fastkd._ops.linear.call import OPS, find
 
+#: Fields that index columns.
+_INDICES = ("labels", "token_ids", "teacher_indices")
+
 
 def declared(name: str) -> "Op":
     """The op of that name, for the public definitions, which take the same arguments."""
@@ -113,7 +116,7 @@ class Op:
                     return self.reference(**self.arguments.unpack(packed))
             elif transforms_active():
                 self.check(packed)
-                return self.reference(**self.arguments.unpack(packed))
+                return self._defined(packed)
             elif rows.is_meta and type(rows) is Tensor:
                 self.check(packed)
             if is_tracing(rows):
@@ -128,6 +131,18 @@ class Op:
             return self.compute(packed)
         except RuntimeError as error:
             raise_as_python(error)
+
+    def _defined(self, packed: list[Any]) -> Any:
+        """The definition's result; with the errors of indices, whose values are not checked."""
+        try:
+            return self.reference(**self.arguments.unpack(packed))
+        except (IndexError, RuntimeError) as error:
+            if "out of bounds" not in str(error):
+                raise
+            fields = [x for x in _INDICES if x in self.arguments.fields]
+            raise IndexError(
+                f"{self.name}: {' and '.join(fields)} must lie in the vocabulary: {error}"
+            ) from None
 
     def check(self, packed: list[Any]) -> None:
         """Do the raw op's checks where it is not called for its result."""

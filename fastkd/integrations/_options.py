@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from fastkd._ops.arguments import choices
 from fastkd._ops.names import Divergence, Tail
@@ -38,7 +39,7 @@ class KDOptions:
     label_weight: float = 0.0
     tail: Tail = "lump"
     square_temperature: bool = False
-    head: str = "fused"
+    head: Literal["fused", "logits"] = "fused"
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:

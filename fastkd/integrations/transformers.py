@@ -23,6 +23,7 @@ class DistillationMixin:
     :func:`fastkd.topk_divergence` to a stored one: batches then have the columns
     ``teacher_log_probs`` and ``teacher_indices``, ``[B, T, k]``, whose row t scores token t + 1 as
     :func:`fastkd.teacher_topk` of the teacher's logits gives them (-1 where there is nothing).
+    :func:`fastkd.teachers.collate` reads them from a store.
     Rows count whose next label is not -100. The mean is over the tokens of the whole step: of all
     accumulated batches, and of all processes as ``average_tokens_across_devices`` says.
 

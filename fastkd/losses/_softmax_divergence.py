@@ -1,5 +1,6 @@
 """Divergences between the softmaxes of two sets of logits, and their gradients, in one op."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._ops.arguments import check_tensor, numbers_tensor
+from fastkd._ops.arguments import can_be_read, check_tensor, numbers_tensor
 from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.loss import Loss
@@ -143,8 +144,8 @@ def softmax_divergence(
             gradient flows to it.
         mask: bool, one a row. A row with mask False or weight 0 is not read, adds nothing and
             gets a zero gradient even where its logits are NaN.
-        teacher_weights: one for each of the K teachers (K may be 1): K numbers or a ``[..., K]``
-            tensor. None: 1/K each.
+        teacher_weights: one for each of the K teachers (K may be 1): K finite numbers or a
+            ``[..., K]`` tensor, of which a row that is not finite gives NaN. None: 1/K each.
         teacher_mix: ``"logits"``: the teacher is softmax of :math:`\sum_k w_k z_k`, weights of any
             sign; a token with logit -inf for a teacher of nonzero weight has probability 0.
             ``"probs"``: :math:`\sum_k w_k \mathrm{softmax}(z_k / \tau_T)`, weights not negative
@@ -302,6 +303,13 @@ def _teachers(
 
 def _weights(weights: Sequence[float] | Tensor | None, like: Any) -> Tensor | None:
     if weights is None or isinstance(weights, Tensor):
+        # Of one entry a row each: a row whose weights are not finite is NaN.
+        if weights is not None and weights.dim() == 1 and can_be_read(weights):
+            for number in weights.tolist():
+                if not math.isfinite(number):
+                    raise ValueError(
+                        f"softmax_divergence: teacher_weights must be finite, got {number}"
+                    )
         return weights
     return numbers_tensor("softmax_divergence", "teacher_weights", weights, like)
 

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,30 @@ def test_a_stored_teacher(tmp_path, truth, head):
         mask=kept,
     )
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_store_read_by_the_collator(tmp_path, pack):
+    """A step with keys alone in the data set is that with the store's rows as its columns."""
+    pytest.importorskip("safetensors", reason='TeacherStore needs safetensors: "fastkd[store]"')
+    teacher, columns = tiny.model(2, 24).eval(), tiny.texts()
+    settings = {"vocab_size": tiny.VOCAB, "k": 5, "keys": True, "input_ids": True}
+    ids = torch.stack([text["input_ids"] for text in columns])
+    with torch.no_grad(), fastkd.TeacherStore.create(tmp_path / "store", **settings) as writer:
+        best = fastkd.teacher_topk(teacher(input_ids=ids).logits, 5)
+        writer.append_batch(*best, keys=range(tiny.TEXTS), input_ids=ids)
+    store = fastkd.TeacherStore(tmp_path / "store")
+    for i, text in enumerate(columns):
+        text |= dict(zip(("teacher_log_probs", "teacher_indices"), store[i], strict=True))
+    expected = step(tmp_path, dataset=columns)
+    student = tiny.model(1)
+    keys = [{"key": i, "labels": text["labels"]} for i, text in enumerate(columns)]
+    run = tiny.trainer(tmp_path, student, dataset=keys)
+    run.args.remove_unused_columns = False
+    run.data_collator = partial(fastkd.teachers.collate, store=store, pack=pack)
+    run.train()
+    (loss,) = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    close((loss, tiny.moved(tiny.model(1), student)), expected)
 
 
 def test_evaluation_and_shifted_labels(tmp_path, truth):
