@@ -54,7 +54,7 @@ struct Cpu {
       task.teacher_gradient = bool(row.teacher_gradient);
       row.scratch = scratch;
       if (problem.mix_adapts) {
-        const double distance = teachers_apart(row, divergences, runner);
+        const double distance = divergences.teachers_apart(row, runner);
         const AdaptiveMix mix = adaptive_mix(own.mix() == TeacherMix::kContrast, distance, weights[0], weights[1]);
         weights = {mix.first, mix.second};
         task.divergence_scale *= mix.scale;
@@ -69,21 +69,6 @@ struct Cpu {
     const int64_t scratch =
         softmax_divergence_scratch(problem.vocab, teacher_count, real_size, bool(problem.teacher_gradient));
     return solve_rows(problem, {student_gradient, teacher_gradient}, scratch, solve_row, skip_row);
-  }
-
- private:
-  // The total variation distance of a row's two teachers. The row's divergence then finds them in the cache.
-  static double teachers_apart(const SoftmaxDivergenceRow& row, const SoftmaxDivergenceKernels& divergences,
-                               const SliceRunner& runner) {
-    const double one = 1;
-    SoftmaxDivergenceRow pair{};
-    pair.vocab = row.vocab;
-    pair.student = row.teachers.rows[0];
-    pair.teachers = {row.teachers.rows + 1, &one, 1, false};
-    pair.label = -1;
-    pair.task.temperature = pair.task.teacher_temperature = pair.task.divergence_scale = 1;
-    pair.scratch = row.scratch;
-    return divergences.of[portable::place_in<portable::Tvd>(portable::Divergences{})](pair, runner);
   }
 };
 

@@ -57,14 +57,33 @@ template <class Real, class Divergence>
 double softmax_divergence_row(const SoftmaxDivergenceRow& row, const SliceRunner& runner) {
   const double beta = row.task.beta, alpha = row.task.alpha;
   if constexpr (sizeof(Real) == sizeof(float) && Short<Divergence>::kExists) {
-    if (Short<Divergence>::serves(beta, alpha)) return solve_row<Real>(Short<Divergence>{beta, alpha}, row, runner);
+    if (Short<Divergence>::serves(row.task)) return solve_row<Real>(Short<Divergence>{beta, alpha}, row, runner);
   }
   return solve_row<Real>(Divergence{beta, alpha}, row, runner);
 }
 
+// The total variation distance of the row's two teachers at temperature 1. A divergence from their mixture then finds
+// them in the cache.
+template <class Real>
+double teachers_apart(const SoftmaxDivergenceRow& row, const SliceRunner& runner) {
+  const double one = 1;
+  SoftmaxDivergenceRow pair{};
+  pair.vocab = row.vocab;
+  pair.student = row.teachers.rows[0];
+  pair.teachers = {row.teachers.rows + 1, &one, 1, false};
+  pair.task.temperature = pair.task.teacher_temperature = 1;
+  pair.scratch = row.scratch;
+  RowFrame<Real> frame;
+  frame.set_scales(pair.task);
+  const RowPasses<Real> passes(pair, runner, frame);
+  frame.normalize(pair.task, passes.template accumulate<Pass::kNormalizersOnly, false>());
+  const double far = passes.template total_variation<false>();
+  return far < Tvd::kNearBelow ? passes.template total_variation<true>() : far;
+}
+
 template <class Real, class... Divergence>
 constexpr SoftmaxDivergenceKernels list_kernels(TypeList<Divergence...>) {
-  return {{softmax_divergence_row<Real, Divergence>...}};
+  return {{softmax_divergence_row<Real, Divergence>...}, teachers_apart<Real>};
 }
 
 extern const SoftmaxDivergenceKernels softmax_divergence_float, softmax_divergence_double;

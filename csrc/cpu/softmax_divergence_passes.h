@@ -1,6 +1,5 @@
 // The passes over one row of softmax_divergence (softmax_divergence.h says which run when).
 #pragma once
-#include "../math/row_plan.h"
 #include "../math/short_terms.h"
 #include "common/row_slices.h"
 #include "common/teachers.h"
@@ -22,6 +21,7 @@ struct SoftmaxDivergenceRow {
 using SoftmaxDivergenceKernel = double (*)(const SoftmaxDivergenceRow&, const SliceRunner&);
 struct SoftmaxDivergenceKernels {
   SoftmaxDivergenceKernel of[kDivergences];
+  SoftmaxDivergenceKernel teachers_apart;
 };
 
 // What a pass stores besides a slice's partial sums. For each block: the logits that its 2^x are relative to. For each
@@ -313,7 +313,7 @@ struct RowPasses : RowSlices {
       const Terms<Real> t = divergence.template operator()<kNear>(o);
       f += t.f;
       if constexpr (Divergence::kStudent != Form::kClosed) {
-        qg += double(o.q) * double(t.g);
+        if constexpr (Divergence::kStudent != Form::kProduct) qg += double(o.q) * double(t.g);
         if constexpr (Divergence::kStudent == Form::kOpen || Divergence::kStudent == Form::kProduct) {
           qg += double(t.student);
         }
@@ -324,7 +324,7 @@ struct RowPasses : RowSlices {
                                                            : t.g;
       }
       if constexpr (kTeacher && Divergence::kTeacher != Form::kClosed) {
-        ph += double(o.p) * double(t.h);
+        if constexpr (Divergence::kTeacher != Form::kProduct) ph += double(o.p) * double(t.h);
         if constexpr (Divergence::kTeacher == Form::kOpen || Divergence::kTeacher == Form::kProduct) {
           ph += double(t.teacher);
         }
@@ -334,6 +334,26 @@ struct RowPasses : RowSlices {
       if constexpr (!kNear && Divergence::kByMass) difference += t.mass;
     }
     return {f, qg, ph, q, p, difference};
+  }
+
+  // The total variation distance, from the logits: two more exponentials cost less than storing them.
+  template <bool kNear>
+  double total_variation() const {
+    return reduce_slices<double>(
+        [&](int64_t slice) {
+          double all = 0;
+          for_outcomes<kNear, false, Tvd>(
+              slice, 0, [&](const auto& entries, int64_t, int64_t count) { all += total_variation(entries, count); });
+          return all;
+        },
+        [](double& all, double next) { all += next; });
+  }
+  template <class Entries>
+  static double total_variation(const Entries entries, int64_t count) {
+    Real sum = 0;
+    FASTKD_SIMD_REDUCE(+ : sum)
+    for (int64_t i = 0; i < count; ++i) sum += magnitude(entries.outcome(i).difference);
+    return 0.5 * double(sum);
   }
 
   // What the student's gradient needs of the entries beside the stored slopes: q alone.

@@ -42,13 +42,13 @@ def _teacher_log_probs(
 
 
 def _adapted(
-    first: Tensor, second: Tensor, weights: Tensor | None, mix: str, dtype: torch.dtype
+    teachers: Sequence[Tensor], weights: Tensor | None, mix: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The weights of two teachers' logits by their distance, and the divergence's factor."""
     if weights is None:
-        weights = first.new_full((2,), 0.5, dtype=dtype)
+        weights = teachers[0].new_full((2,), 0.5, dtype=dtype)
     strength, coefficient = weights.to(dtype).unbind(-1)
-    p, other = (exp(log_softmax(t.to(dtype), 1.0)) for t in (first, second))
+    p, other = (exp(log_softmax(t.to(dtype), 1.0)) for t in teachers)
     a = strength * (p - other).abs().sum(-1) + 1e-3
     pair = (1 + a, -a) if mix == "contrast" else (a, 1 - a)
     return torch.stack(pair, -1), coefficient / a
@@ -80,8 +80,7 @@ def softmax_divergence_op(
     log_q = log_softmax(rows.student, rows.tau)
     teachers, factor = [rows.teacher(t) for t in teacher_logits], None
     if teacher_mix in ("contrast", "share"):
-        teacher, other = teachers
-        teacher_weights, factor = _adapted(teacher, other, teacher_weights, teacher_mix, rows.dtype)
+        teacher_weights, factor = _adapted(teachers, teacher_weights, teacher_mix, rows.dtype)
         teacher_mix = "logits"
     log_p = _teacher_log_probs(
         teachers,

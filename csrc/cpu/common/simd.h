@@ -6,7 +6,7 @@
 #include "precisions.h"
 
 #ifdef __SSE2__
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 #define FASTKD_SIMD _Pragma("omp simd")
@@ -103,17 +103,26 @@ Real* destination(const Row& row, int64_t begin, Real* buffer) {
 }
 
 // Copies with stores that bypass the caches. A gradient larger than the caches is evicted before it is read again, and
-// a plain store would first read the cache line that it overwrites. 16-byte stores fill a line in the write-combining
-// buffer on every x86-64.
+// a plain store would first read the cache line that it overwrites. Whole lines are stored at once where the
+// instruction set can; 16-byte stores fill a line in the write-combining buffer on every x86-64.
+#ifdef __SSE2__
+FASTKD_INLINE void stream_16(char* out, const char* in) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(out), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
+}
+#endif
 inline void stream_copy(char* out, const char* in, int64_t bytes) {
 #ifdef __SSE2__
   const int64_t head = (-reinterpret_cast<intptr_t>(out)) & 15;
   if (head < bytes) {
     __builtin_memcpy(out, in, head);
     int64_t i = head;
-    for (; i + 16 <= bytes; i += 16) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+#ifdef __AVX512F__
+    for (; i + 16 <= bytes && (reinterpret_cast<intptr_t>(out + i) & 63) != 0; i += 16) stream_16(out + i, in + i);
+    for (; i + 64 <= bytes; i += 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
     }
+#endif
+    for (; i + 16 <= bytes; i += 16) stream_16(out + i, in + i);
     __builtin_memcpy(out + i, in + i, bytes - i);
     return;
   }
@@ -136,6 +145,11 @@ void store_as(const Row& row, int64_t begin, int64_t count, const Real* in) {
   if (row.stride != 1) {
     for (int64_t i = 0; i < count; ++i) from_float(in[i], out[i * row.stride]);
     return;
+  }
+  if constexpr (sizeof(Element) == sizeof(Real)) {
+    if (row.streamed) {
+      return stream_copy(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(in), count * sizeof(Element));
+    }
   }
   alignas(64) Element converted[kBlock];
   Element* to = row.streamed ? converted : out;
