@@ -58,8 +58,8 @@ def mend(
         ValueError, TypeError: an argument has the wrong value or type, or a text has another number
             of rows on the two sides.
 
-    Not for torch.compile without graph breaks: the number of rows is read. Source: Li et al. 2024
-    (arXiv 2403.06914), whose pre-training uses this term alone.
+    A compiled graph raises RuntimeError (NaN on CUDA) where these numbers differ. Source: Li et
+    al. 2024 (arXiv 2403.06914), whose pre-training uses this term alone.
 
     >>> import torch, fastkd
     >>> student, teacher = torch.zeros(1, 2, 2), torch.tensor([[[5.0, 0.0], [0.0, 0.0]]])
@@ -83,23 +83,36 @@ def mend(
         check_tensors("mend", {name: mask})
         check_mask("mend", name, mask, shapes[name.replace("mask", "logits")][:-1])
     check_no_gradient("mend", teacher_logits=teacher_logits)
-    counts = [mask.sum(1).tolist() for mask in (student_mask, teacher_mask)]
-    if counts[0] != counts[1]:
+    counts = [mask.sum(1) for mask in (student_mask, teacher_mask)]
+    if not torch.compiler.is_compiling() and not torch.equal(*counts):
         raise ValueError(
-            f"mend: teacher_mask must have as many rows in each text as student_mask, {counts[0]}, "
-            f"got {counts[1]}"
+            "mend: teacher_mask must have as many rows in each text as student_mask, "
+            f"{counts[0].tolist()}, got {counts[1].tolist()}"
         )
-    chosen = teacher_mask.flatten().nonzero()[:, 0]
-    teacher_rows = student_mask.new_full(student_mask.shape, -1, dtype=torch.int64)
-    teacher_rows[student_mask] = chosen
     values = softmax_divergence(
         student_logits,
         teacher_logits,
-        teacher_rows=teacher_rows,
+        teacher_rows=_paired(student_mask, teacher_mask, counts[0] == counts[1]),
         temperature=temperature,
         reduction="none",
     )
     return reduced("mend", values, student_mask, reduction, normalizer)
+
+
+def _paired(student_mask: Tensor, teacher_mask: Tensor, paired: Tensor) -> Tensor:
+    """The teacher's row of each of the student's, in order in each text; -1 for rows left out.
+
+    Out of range in the texts that are not `paired`, where a compiled graph cannot raise.
+    """
+    texts, length = teacher_mask.shape
+    first_of_text = length * torch.arange(texts, device=teacher_mask.device).unsqueeze(-1)
+    if length == 0:
+        return student_mask.new_full(student_mask.shape, -1, dtype=torch.int64)
+    chosen_first = teacher_mask.byte().argsort(dim=1, descending=True, stable=True)
+    rank = (student_mask.cumsum(1) - 1).clamp(0, length - 1)
+    rows = first_of_text + chosen_first.gather(1, rank)
+    rows = torch.where(paired.unsqueeze(-1), rows, texts * length)
+    return torch.where(student_mask, rows, -1)
 
 
 def swing(

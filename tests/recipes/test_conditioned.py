@@ -98,7 +98,6 @@ MEND = {
     "reductions": ("none", "sum", "mean", "batchmean", "sequence_mean"),
     "counted": lambda tensors: tensors["student_mask"],
     "read": None,
-    "compiled": False,
 }
 ENTRIES = [
     Entry("mend", plain_mend, published={"temperature": 1.0}, **MEND),
@@ -135,6 +134,15 @@ def test_mend_does_not_read_other_rows():
     loss = recipes.mend(**tensors)
     assert loss == 0
     assert not torch.autograd.grad(loss, tensors["student_logits"])[0].any()
+
+
+def test_compiled_mend_refuses_texts_of_different_numbers_of_rows():
+    tensors = places(torch.float32)
+    run = torch.compile(recipes.mend, fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(**tensors), recipes.mend(**tensors))
+    tensors["teacher_mask"][1] = False
+    with pytest.raises(RuntimeError, match="teacher_rows must lie in"):
+        run(**tensors)
 
 
 def test_mend_of_equal_places_is_kd():
