@@ -234,7 +234,7 @@ class RowPass<kFirst, AnySource> {
  private:
   const AnySource& source_;
   const int step_;
-  AnySource::Raw next_;
+  AnySource::Raw next_{};  // set before it is read, which not every compiler sees
 };
 
 }  // namespace fastkd::cuda
