@@ -72,6 +72,12 @@ FASTKD_OPS_IN(FASTKD_LIBRARY, m) {
       "_kl_div_backward(Tensor grad_output, Tensor? input, Tensor target, bool log_target, int reduction, "
       "bool input_gradient, bool target_gradient) -> (Tensor, Tensor)");
   m.def("_cpu_capability(str? use) -> str");
+  // Products of bfloat16 matrices with sums in float32: csrc/arguments/bfloat16_products_entry.h. On the CPU, where
+  // _bfloat16_capability says which instructions they use: "none", where there are none.
+  m.def("_bfloat16_logits(Tensor(a!) out, Tensor hidden, Tensor weight, Tensor? bias, float scale) -> ()");
+  m.def("_bfloat16_hidden_gradient(Tensor(a!) out, Tensor gradient, Tensor weight, float scale) -> ()");
+  m.def("_bfloat16_weight_gradient(Tensor(a!) total, Tensor gradient, Tensor hidden, float scale, bool add) -> ()");
+  m.def("_bfloat16_capability(str? use) -> str");
   // Frees the memory that CPU kernels keep for their next call.
   m.def("_release_memory() -> ()");
   // The CUDA architectures compiled in, "" if none.

@@ -18,6 +18,7 @@ def main() -> None:
         ("python", platform.python_version()),
         ("CPU kernels usable here", ", ".join(usable_instruction_sets())),
         ("CPU kernels in use", cpu_capability()),
+        ("products of bfloat16", torch.ops.fastkd._bfloat16_capability(None)),
         ("threads", torch.get_num_threads()),
         (
             "CUDA kernels",

@@ -136,6 +136,28 @@ def run_in_place(dtype: torch.dtype, vocab: int, at_end: bool) -> None:
         fastkd.softmax_divergence(student, teacher, divergence=divergence, inplace=True).backward()
 
 
+def run_bfloat16_products(at_end: bool) -> None:
+    """On each instruction set; nothing where the kernels in use have none."""
+    ops = torch.ops.fastkd
+    if (chosen := ops._bfloat16_capability(None)) == "none":
+        return
+    for name, (rows, features, vocab) in itertools.product(
+        {"avx512_bf16", chosen}, ((33, 17, 35), (3, 64, 513), (1, 1, 1))
+    ):
+        ops._bfloat16_capability(name)
+        hidden = guarded(torch.randn(rows, features).bfloat16(), at_end)
+        weight = guarded(torch.randn(vocab, features).bfloat16(), at_end)
+        for dtype in (torch.float32, torch.bfloat16):
+            logits = guarded(torch.randn(rows, vocab).to(dtype), at_end)
+            ops._bfloat16_logits(logits, hidden, weight, guarded(torch.ones(vocab), at_end), 1.0)
+            ops._bfloat16_hidden_gradient(
+                guarded(torch.zeros(rows, features, dtype=dtype), at_end), logits, weight, 1.0
+            )
+            total = guarded(torch.zeros(vocab, features), at_end)
+            ops._bfloat16_weight_gradient(total, logits, hidden, 1.0, True)
+    ops._bfloat16_capability(chosen)
+
+
 def select(backend: str) -> bool:
     """Use that backend, as conftest.py does -> whether it is the emulator."""
     import fastkd
@@ -171,6 +193,9 @@ def main(backend: str) -> None:
         print(f"kl_div, in place: {dtype} {vocab}", flush=True)
         run_kl_div(dtype, vocab, at_end)
         run_in_place(dtype, vocab, at_end)
+    for at_end in () if emulated else (True, False):
+        print("products of bfloat16", flush=True)
+        run_bfloat16_products(at_end)
     for number, (kind, dtype) in enumerate(itertools.product(KINDS, dtypes)):
         vocab = vocabularies[number % len(vocabularies)]
         draw = Draw(number, dtype, 3, vocab)

@@ -37,6 +37,12 @@ class Products(TorchDispatchMode):
             left, right = args[-2:]
             self.operations += 2 * left.size(0) * left.size(1) * right.size(1)
             self.calls += 1
+        elif name.startswith("_bfloat16_") and name != "_bfloat16_capability":
+            left, right = args[1:3]
+            self.operations += (
+                2 * left.size(0) * left.size(1) * right.size(0 if "logits" in name else 1)
+            )
+            self.calls += 1
         return function(*args, **(kwargs or {}))
 
 

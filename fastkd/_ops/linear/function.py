@@ -17,6 +17,7 @@ from fastkd._ops.library import (
 from fastkd._ops.linear import graph
 from fastkd._ops.linear.call import Call, make
 from fastkd._ops.linear.driver import check_empty, run_backward, run_loss, run_rows
+from fastkd._ops.linear.products import converted
 
 
 def run(op: Any, given: dict[str, Any], inplace: bool = False, stats: bool = False) -> Any:
@@ -144,7 +145,7 @@ class _LinearFunction(torch.autograd.Function):
                 for slot, x in zip(call.slots, gradients, strict=True)
             ]
         return None, *[
-            None if x is None or not need else x.to(tensor.dtype)
+            None if x is None or not need else converted(x, tensor.dtype)
             for x, tensor, need in zip(found, inputs, needs, strict=True)
         ]
 

@@ -57,7 +57,8 @@ class LinearLogits:
             to the op, too.
         logits_dtype: of a chunk's logits. None: float32 for 16-bit weights, the weight's dtype
             else. 16-bit logits save memory, and time where the machine multiplies such matrices
-            faster; they spoil the gradient of a student near its teacher by up to 15 %.
+            faster and has no products of them with float32 results (a CPU with AVX512_FP16 and
+            float16 heads); they spoil the gradient of a student near its teacher by up to 15 %.
         chunk_size: rows in a chunk. None: chosen so that the logits take about as much memory as
             the gradient of the weight.
             :func:`fastkd.chunk_log_likelihood` takes whole texts, at least one.

@@ -1,11 +1,24 @@
 """The matrix products of linear heads, and the memory of a chunk.
 
-The logits are float32 by default where hidden states and weight are 16-bit. On CUDA, from sm_80 on,
-such a product is one call. Elsewhere the weight is converted to float32, 8,192 rows at a time. On a
-CPU the products of the gradient are float32, too, unless the processor multiplies 16-bit matrices:
-then the gradient is rounded first, and its products are 16-bit. So it is on CUDA.
+The logits are float32 by default where hidden states and weight are 16-bit.
+
+========================== ===================== ================================================
+16-bit heads on            logits                products of the gradient
+========================== ===================== ================================================
+CUDA                       one call from sm_80   rounded first, 16-bit
+CPU, bfloat16, with AMX    own kernels           own kernels: as a sum of two bfloat16 numbers
+CPU, bfloat16, with        own kernels           own kernels, which round it as they read it
+AVX512_BF16
+CPU that multiplies        converted weight      rounded first, 16-bit
+float16
+other CPUs                 converted weight      converted weight
+========================== ===================== ================================================
+
+A weight is converted to float32 8,192 rows at a time. PyTorch has no product of bfloat16 matrices
+with float32 results on the CPU.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -13,9 +26,25 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.gradient import GradientMemory, kept_memories
+from fastkd._ops.library import is_batched
 
+#: Products run on the CPU where the ops' kernels are emulated.
+_OPS = torch.ops.fastkd
 #: Rows of the weight that are converted at a time.
 SLICE = 8192
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor, of huge pages where the system has them."""
+    one = torch.empty((), dtype=dtype, device=device)
+    return _OPS._gradient_like(one.expand(shape))
+
+
+def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; itself where it has it."""
+    if x.dtype == dtype or not x.is_cpu or is_batched(x):
+        return x.to(dtype)
+    return fresh(x.shape, dtype, x.device).copy_(x)
 
 
 class Workspace:
@@ -34,7 +63,7 @@ class Workspace:
             kept = self._kept.pop(role, None)
             if kept is not None and kept.numel() >= numel * dtype.itemsize:
                 return kept[: numel * dtype.itemsize].view(dtype)
-        return torch.empty(numel, dtype=dtype, device=device)
+        return fresh((numel,), dtype, device)
 
     def give_back(self, role: str, flat: Tensor) -> None:
         """Keep the memory of a tensor that :meth:`take` returned, of all of its storage."""
@@ -78,8 +107,21 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float16 and (_processor("avx512_fp16") or _processor("amx_fp16"))
 
 
+def _own(wide: Tensor, *matrices: Tensor) -> bool:
+    """Whether fastkd's own kernels multiply bfloat16 matrices; ``wide`` may be float32."""
+    if wide.dtype not in (torch.bfloat16, torch.float32) or wide.device.type != "cpu":
+        return False
+    if any(x.dtype != torch.bfloat16 for x in matrices):
+        return False
+    if any(x.stride(-1) != 1 for x in (wide, *matrices)):
+        return False
+    return _OPS._bfloat16_capability(None) != "none"
+
+
 def gradient_dtype(logits: torch.dtype, hidden: Tensor) -> torch.dtype:
-    """The dtype of the logits' gradient in its products."""
+    """The dtype in which the logits' gradient is handed to its products."""
+    if logits == torch.float32 and _own(hidden, hidden):
+        return logits
     if logits == hidden.dtype or not multiplies(hidden.dtype, hidden.device):
         return logits
     return hidden.dtype if hidden.dtype.itemsize < logits.itemsize else logits
@@ -106,6 +148,10 @@ def _slices(weight: Tensor, dtype: torch.dtype) -> Any:
 
 def project(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
     """Out = scale x hidden @ weight.T + bias, in the dtype of out."""
+    if _own(out, hidden, weight):
+        bias = None if bias is None else bias.float()
+        _OPS._bfloat16_logits(out, hidden, weight, bias, scale)
+        return
     if hidden.dtype.itemsize < out.dtype.itemsize == 4 and _sums_in_float32(out.device):
         torch.ops.aten.mm.dtype_out(hidden, weight.mT, out.dtype, out=out)
         if scale != 1:
@@ -125,6 +171,9 @@ def project(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, sc
 
 def add_to_weight(total: Tensor, gradient: Tensor, hidden: Tensor, scale: float, add: bool) -> None:
     """Total = scale x gradient.T @ hidden, added to what it has where ``add``."""
+    if total.dtype == torch.float32 and _own(gradient, hidden):
+        _OPS._bfloat16_weight_gradient(total, gradient, hidden, scale, add)
+        return
     beta = int(add)
     low = hidden.dtype == gradient.dtype != total.dtype
     if low and total.dtype.itemsize == 4 and _sums_in_float32(total.device):
@@ -150,6 +199,9 @@ def add_to_weight(total: Tensor, gradient: Tensor, hidden: Tensor, scale: float,
 
 def to_hidden(out: Tensor, gradient: Tensor, weight: Tensor, scale: float) -> None:
     """Out = scale x gradient @ weight."""
+    if _own(gradient, out, weight):
+        _OPS._bfloat16_hidden_gradient(out, gradient, weight, scale)
+        return
     if gradient.dtype == weight.dtype == out.dtype:
         out.addmm_(gradient, weight, beta=0, alpha=scale)
         return
@@ -166,4 +218,4 @@ def gradient_of_weight(weight: Tensor) -> Tensor:
     dtype = sum_dtype(weight.dtype)
     like = torch.empty((), dtype=dtype, device=weight.device).expand(weight.shape)
     kept = weight_memory.take(like)
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device) if kept is None else kept
+    return fresh(weight.shape, dtype, weight.device) if kept is None else kept
