@@ -471,12 +471,11 @@ struct RowWorker {
   }
 };
 
-// Threads per block where two share a multiprocessor. More registers are needed for two dtypes, and for a label apart
-// in rows that are read element by element.
+// Threads per block where two share a multiprocessor. More registers are needed for two dtypes, and where rows are read
+// element by element.
 template <class Divergence, class Source>
 constexpr int threads_for() {
-  const bool more =
-      std::is_same<Source, PackedSource<Mixed>>::value || (Divergence::kExcludesLabel && !Source::kPacked);
+  const bool more = std::is_same<Source, PackedSource<Mixed>>::value || !Source::kPacked;
   return Divergence::kPass == Pass::kNormalizersOnly || more ? kRowThreads : kManyRowThreads;
 }
 
