@@ -224,7 +224,7 @@ def test_a_line_has_the_launch(log, capability):
     [
         ("short", 128, 2, "yes", "one warp per row, 4 rows per block"),
         ("dtypes differ", 128, 2, "yes", "the rows fit with a quarter"),
-        ("offsets differ", 256, 2, "no", "rows are read element by element"),
+        ("offsets differ", 192, 2, "no", "rows are read element by element"),
         ("one pass", 192, 2, "no", "there is one pass"),
         ("short, one pass", 128, 2, "no", "4 rows per block; there is one pass"),
         ("block per row", 128, 2, "yes", "this op needs a whole block"),
