@@ -230,7 +230,7 @@ class KDLoss(LossModule):
         ignore_index: of labels whose rows drop out.
         temperature: of both sides.
         square_temperature: multiplies the loss by temperature².
-        divergence, ...: as for :func:`fastkd.softmax_divergence`.
+        divergence: as for :func:`fastkd.softmax_divergence`, and so the others.
 
     Raises:
         ValueError, TypeError: an option has the wrong name, value or type.
