@@ -47,7 +47,7 @@ def test_every_op_has_a_problem():
         (
             "--vocab 33000 600000 --rows 1 --dtypes bfloat16 float32",
             8,
-            {"cluster 2", "cluster 4", "cluster 16", "re-read"},
+            {"cluster 4", "cluster 8", "cluster 16", "re-read"},
         ),
     ],
 )

@@ -15,8 +15,9 @@ void launch_rows(const Device& device, TopkArguments arguments, int element_size
   const RowNeeds needs{topk_team_bytes(false, arguments.k), Source::kPacked, /*tensors=*/1};
   launch_teams(
       device, topk_divergence_kernel<Source>, arguments,
-      [&](int most_blocks) {
-        return row_launch(device.capability(), element_size, arguments.vocab, needs, most_blocks);
+      [&](int most_blocks) {  // each block reads the row's k entries: not too many blocks
+        return row_launch(device.capability(), element_size, arguments.vocab, needs,
+                          most_blocks < kPortableBlocks ? most_blocks : kPortableBlocks);
       },
       [&](const RowLaunch& with) { return topk_team_bytes(with.warp_rows > 0, arguments.k) + with.slice_bytes; });
 }

@@ -1,4 +1,4 @@
-// Runs row kernels on problems from standard input, for tests/processors/test_rows.py: an executable without torch and
+// Runs row kernels on problems from standard input, for tests/processors/test_processors.py: an executable without torch and
 // Python, so that kernels compiled for another processor run under its emulator.
 //
 // A problem is a Header, then the student's and the teacher's logits. The answer is the row's loss, then the student's
