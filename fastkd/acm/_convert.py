@@ -65,7 +65,7 @@ def convert(
         # III: all together, with the task's loss, in model.train()
         with fastkd.acm.calls(model) as made:
             task_loss = criterion(model(batch), labels)
-        fastkd.acm.phase3_loss(task_loss, calls, target=0.5).backward()
+        fastkd.acm.phase3_loss(task_loss, made, target=0.5).backward()
 
     After training, :func:`acm.set_budget` makes the model keep to a budget.
 

@@ -91,6 +91,11 @@ def _imitations(
     if not calls:
         raise ValueError(f"{function}: calls is empty; no ACM ran inside acm.calls")
     for call in calls:
+        if call.gates is not None:  # a gate chose: the output is the learners' own
+            raise ValueError(
+                f"{function}: calls must be of acm.calls(model, originals=True), got a call of "
+                f"{call.name!r} in which its learners ran"
+            )
         x, target = call.input, call.output.detach()
         if mask is not None:
             kept = rows_mask(function, f"the input of {call.name!r}", mask, x.shape[:-1])

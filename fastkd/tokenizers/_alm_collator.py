@@ -128,6 +128,9 @@ class AlmCollator:
 
     def __call__(self, items: Iterable[str | Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch of these texts; see the class."""
+        if isinstance(items, str | Mapping) or not isinstance(items, Iterable):
+            kind = type(items).__name__
+            raise TypeError(f"{_NAME}: items must be a sequence of texts, got {kind}")
         texts = [self._text(i, item) for i, item in enumerate(items)]
         if not texts:
             raise ValueError(f"{_NAME}: items must hold a text or more, got none")

@@ -115,3 +115,13 @@ def test_errors():
     with pytest.raises(TypeError, match=r"acm.regularizers: mask must be .* got list"):
         acm.regularizers(gates, [1.0], 0.4, mask=[1])
     assert fastkd.acm is acm
+
+
+@pytest.mark.parametrize("loss", [fastkd.acm.phase1_loss, fastkd.acm.phase2_loss])
+def test_learners_do_not_imitate_themselves(loss):
+    nn = torch.nn
+    model = fastkd.acm.convert(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)))
+    with fastkd.acm.calls(model) as calls:
+        model(torch.ones(3, 8))
+    with pytest.raises(ValueError, match=r"calls must be of acm.calls\(model, originals=True\)"):
+        loss(calls)

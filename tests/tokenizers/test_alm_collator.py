@@ -283,3 +283,12 @@ def test_errors_of_a_call(items, error, message):
         collate.student_tokenizer, items = partial(failing, items), ["a"]
     with pytest.raises(error, match=f"AlmCollator: .*{message}"):
         collate(items)
+
+
+@pytest.mark.parametrize("items", ["cat", {"text": "cat"}, None])
+def test_one_text_is_not_a_batch(items):
+    vocab = fastkd.ByteVocab([b"c", b"a", b"t"])
+    tokenizers = [lambda text: ["cat".index(x) for x in text]] * 2
+    collate = fastkd.tokenizers.AlmCollator(*tokenizers, student_vocab=vocab, teacher_vocab=vocab)
+    with pytest.raises(TypeError, match="items must be a sequence of texts, got"):
+        collate(items)
