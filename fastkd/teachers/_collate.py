@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.arguments import to_flag, to_integer
+from fastkd._ops.padding import padded, padded_length, positive_or_none
 from fastkd._ops.shift import IGNORED, following
 from fastkd.teachers._store import TeacherStore
 from fastkd.teachers._teacher_topk import TopK
@@ -103,8 +104,8 @@ def collate(
         raise ValueError(f"{_NAME}: missing must be error or empty, got {missing!r}")
     pack, shift = to_flag(_NAME, "pack", pack), to_flag(_NAME, "shift", shift)
     pad_id = to_integer(_NAME, "pad_id", pad_id)
-    longest = _positive("max_length", max_length)
-    multiple = _positive("pad_to_multiple_of", pad_to_multiple_of) or 1
+    longest = positive_or_none(_NAME, "max_length", max_length)
+    multiple = positive_or_none(_NAME, "pad_to_multiple_of", pad_to_multiple_of) or 1
     read = [_read(i, item, store, key, missing == "empty") for i, item in enumerate(items)]
     if not read:
         raise ValueError(f"{_NAME}: items must hold a sequence or more, got none")
@@ -124,9 +125,9 @@ def collate(
     if pack:
         columns = {name: [torch.cat(values)] for name, values in columns.items()}
         lengths = [sum(lengths)]
-    length = -(-max(lengths) // multiple) * multiple
+    length = padded_length(lengths, multiple)
     fills: dict[str, float] = {**ids_fill, "attention_mask": 0, COLUMNS[0]: -torch.inf}
-    batch = {name: _padded(values, length, fills.get(name, -1)) for name, values in columns.items()}
+    batch = {name: padded(values, length, fills.get(name, -1)) for name, values in columns.items()}
     if pack:
         del batch["attention_mask"]
         rest = length - lengths[0]
@@ -239,20 +240,3 @@ def _filled(best: TopK, tokens: int, k: int) -> TopK:
     log_probs[:some, :width] = best.log_probs[:some]
     indices[:some, :width] = best.indices[:some]
     return TopK(log_probs, indices)
-
-
-def _padded(rows: list[Tensor], length: int, value: float) -> Tensor:
-    first = rows[0]
-    padded = torch.full((len(rows), length, *first.shape[1:]), value, dtype=first.dtype)
-    for place, row in zip(padded, rows, strict=True):
-        place[: len(row)] = row
-    return padded
-
-
-def _positive(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    number: int = to_integer(_NAME, name, value)
-    if number < 1:
-        raise ValueError(f"{_NAME}: {name} must be 1 or more, got {number}")
-    return number

@@ -6,7 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import to_flag, to_integer
+from fastkd._ops.arguments import to_flag
+from fastkd._ops.padding import padded, padded_length, positive_or_none
 from fastkd.tokenizers._alignment import align_batch
 from fastkd.tokenizers._byte_vocab import ByteVocab, integers
 
@@ -121,10 +122,10 @@ class AlmCollator:
         self.student_tokenizer, self.teacher_tokenizer = student_tokenizer, teacher_tokenizer
         self.student_vocab, self.teacher_vocab = vocabs
         self._column = column
-        self._longest = [_positive("max_length", x) for x in both]
+        self._longest = [positive_or_none(_NAME, "max_length", x) for x in both]
         self._special = to_flag(_NAME, "add_special_tokens", add_special_tokens)
         self._left = padding_side == "left"
-        self._multiple = _positive("pad_to_multiple_of", pad_to_multiple_of) or 1
+        self._multiple = positive_or_none(_NAME, "pad_to_multiple_of", pad_to_multiple_of) or 1
 
     def __call__(self, items: Iterable[str | Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch of these texts; see the class."""
@@ -148,7 +149,7 @@ class AlmCollator:
         batch: dict[str, Any] = {}
         for place, side in enumerate(sides):
             ids, chunks = rows[place], alignment[place]
-            length = -(-max(map(len, ids)) // self._multiple) * self._multiple
+            length = padded_length(map(len, ids), self._multiple)
             pad = _pad_id(tokenizers[place])
             batch[f"{side}_ids"] = self._padded(ids, length, pad)
             batch[f"{side}_mask"] = self._padded([[1] * len(row) for row in ids], length, 0)
@@ -184,21 +185,9 @@ class AlmCollator:
                 )
         return [row[:longest].tolist() for row in found]
 
-    def _padded(self, rows: Sequence[Any], length: int, value: int) -> Tensor:
-        padded = torch.full((len(rows), length), value)
-        for place, row in zip(padded, rows, strict=True):
-            at = slice(length - len(row), length) if self._left else slice(0, len(row))
-            place[at] = torch.as_tensor(row, dtype=padded.dtype)
-        return padded
-
-
-def _positive(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    number: int = to_integer(_NAME, name, value)
-    if number < 1:
-        raise ValueError(f"{_NAME}: {name} must be 1 or more, got {number}")
-    return number
+    def _padded(self, rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
+        tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        return padded(tensors, length, value, left=self._left)
 
 
 def _encoder(tokenizer: Any) -> Callable[[list[str], bool], Iterable[Any]] | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import to_integer
+from fastkd._ops.padding import positive_or_none
 from fastkd.tokenizers._byte_stream import shared
 from fastkd.tokenizers._byte_vocab import integers
 
@@ -103,9 +103,7 @@ class CachedModel:
         if max_length is None:
             max_length = getattr(config, "max_position_embeddings", None)
         else:
-            max_length = to_integer("CachedModel", "max_length", max_length)
-            if max_length < 1:
-                raise ValueError(f"CachedModel: max_length must be 1 or more, got {max_length}")
+            max_length = positive_or_none("CachedModel", "max_length", max_length)
         self.model: Any = model
         self._prefix: list[int] = []
         self._max_length = max_length
