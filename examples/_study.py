@@ -92,17 +92,23 @@ def positive(text: str) -> int:
     return number
 
 
-def prepare(options: argparse.Namespace, console: Console) -> Material:
-    """Load SmolLM2, cut CPython's text into windows, and compute the teacher's logits once."""
+def load(options: argparse.Namespace, console: Console) -> tuple[Any, Teacher, Windows, Windows]:
+    """Load SmolLM2, and cut CPython's text into windows: to train on, and held out."""
     with console.status("Loading SmolLM2-135M-Instruct"):
         tokenizer, teacher = load_teacher()
-    train, held = build_windows(
+    windows = build_windows(
         tokenizer,
         train=options.windows,
         held_out=BATCH if options.quick else 4 * BATCH,
         length=LENGTH,
         seed=options.seed,
     )
+    return tokenizer, teacher, *windows
+
+
+def prepare(options: argparse.Namespace, console: Console) -> Material:
+    """What :func:`load` does, and the teacher's logits, computed once."""
+    tokenizer, teacher, train, held = load(options, console)
     logits = []
     for windows, what in ((train, "to teach"), (held, "to be compared")):
         pieces = windows.ids.split(BATCH)

@@ -36,10 +36,19 @@ os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
 
 try:
     import torch
-    from _corpus import Windows, build_windows
-    from _models import Teacher, load_teacher
+    from _corpus import Windows
+    from _models import Teacher
     from _report import ACCENT, DARK, NEUTRAL, plt, save, save_numbers, show, style
-    from _study import BATCH, LENGTH, Agreement, Material, agreement, as_dict, parse_options
+    from _study import (
+        BATCH,
+        LENGTH,
+        Agreement,
+        Material,
+        agreement,
+        as_dict,
+        load,
+        parse_options,
+    )
     from rich.console import Console
     from rich.progress import track
     from torch import Tensor
@@ -86,15 +95,7 @@ def main() -> None:
         "trainer", "A Trainer with a teacher, live and stored.", steps=72, windows=96, quick=(3, 8)
     )
     console = Console()
-    with console.status("Loading SmolLM2-135M-Instruct"):
-        tokenizer, teacher = load_teacher()
-    train, held = build_windows(
-        tokenizer,
-        train=options.windows,
-        held_out=BATCH if options.quick else 4 * BATCH,
-        length=LENGTH,
-        seed=options.seed,
-    )
+    tokenizer, teacher, train, held = load(options, console)
     ids = train.ids[train.mask.all(1)]  # whole windows need no padding
     if len(ids) < BATCH:
         raise SystemExit(f"trainer: --windows must give {BATCH} whole windows or more")
