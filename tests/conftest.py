@@ -28,6 +28,7 @@ CUDA = ["cuda"] if torch.cuda.is_available() else []
 BACKENDS = CPU + SIMT + CUDA
 # Every test runs on these, and on one of the others, in turn; on all of them with --backends all.
 ALWAYS = CPU[:1] + SIMT[:1] + CUDA
+IN_TURN = [x for x in BACKENDS if x not in ALWAYS]
 
 
 def pytest_addoption(parser):
@@ -66,18 +67,17 @@ def pytest_generate_tests(metafunc):
 def _is_its_turn(item):
     """Whether the test runs on its backend where it does not run on all of them."""
     backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
-    others = [x for x in BACKENDS if x not in ALWAYS]
-    if backend not in others:
+    if backend not in IN_TURN:
         return True
     number = zlib.crc32(item.nodeid.replace(backend, "").encode())
-    return backend == others[number % len(others)]
+    return backend == IN_TURN[number % len(IN_TURN)]
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--backends") is None and not any("::" in x for x in config.args):
-        left_out = [item for item in items if not _is_its_turn(item)]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if _is_its_turn(item)]
+        kept = {item: _is_its_turn(item) for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if not kept[item]])
+        items[:] = [item for item in items if kept[item]]
     # Files run side by side: first the one that waits for nvcc, then the longest.
     tests = Counter(item.path for item in items)
     items.sort(key=lambda x: (x.path.name != "test_cuda_build.py", -tests[x.path], x.path))
