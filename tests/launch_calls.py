@@ -96,9 +96,22 @@ def every_op() -> None:
     ops._acm_rows_backward(out, *tensors, *routes, kept, 0, *[True] * 4)
 
 
+def asked() -> None:
+    """How often the driver is asked: a line a call."""
+    for vocab, clusters in (
+        *((50_257, True), (50_257, True), (32_000, True)),
+        *((50_257, False), (50_257, False), (50_257, True)),
+    ):
+        emulator.configure(90, clusters=clusters)
+        student, teacher = pair(vocab)
+        found = emulator.traffic_of(lambda: fastkd.softmax_divergence(student, teacher))  # noqa: B023
+        assert (found.largest_cluster > 1) == clusters
+        print(found.attributes_set, found.occupancy_queries, file=sys.stderr)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     emulator.library()
     torch.ops.fastkd = torch.ops.fastkd_simt
     for name in sys.argv[1:]:
-        {"devices": devices, "rows": rows, "every_op": every_op}[name]()
+        {"devices": devices, "rows": rows, "every_op": every_op, "asked": asked}[name]()
