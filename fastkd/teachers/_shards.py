@@ -103,6 +103,14 @@ class Settings(NamedTuple):
         return Packing(self.vocab_size, self.k, self.log_probs)
 
 
+def directory(where: str, name: str, path: Any) -> Path:
+    """An absolute path."""
+    try:
+        return Path(path).absolute()
+    except TypeError:
+        raise TypeError(f"{where}: {name} must be a path, got {type(path).__name__}") from None
+
+
 def integer(
     where: str, name: str, value: Any, low: int, high: int, error: type = ValueError
 ) -> int:

@@ -84,6 +84,11 @@ def test_paths_that_do_not_fit(tmp_path):
     ):
         with pytest.raises(FileNotFoundError, match=rf"^{name}: .*nowhere is no teacher store"):
             opened(tmp_path / "nowhere")
+        for path in (None, 3, ["a"]):
+            with pytest.raises(TypeError, match=rf"^{name}: path must be a path, got "):
+                opened(path)
+    with pytest.raises(TypeError, match=r"^TeacherStore.create: path must be a path, got int"):
+        TeacherStore.create(3, vocab_size=50, k=3)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(FileExistsError, match=r"must be empty, got notes.txt in it"):
         TeacherStore.create(tmp_path, vocab_size=50, k=3, exist_ok=True)
