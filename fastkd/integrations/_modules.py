@@ -131,7 +131,7 @@ class LinearHead(NamedTuple):
 
 
 def lm_head(model: nn.Module) -> LinearHead:
-    """The output layer of a causal language model of transformers, with its scale and soft-cap.
+    """The output layer of a causal language model of transformers, with its scale and softcap.
 
     Models differ in what follows the layer: Cohere and HyperCLOVA X multiply the logits, Falcon-H1
     too (``lm_head_multiplier``), Granite divides them, MiniCPM divides the hidden states, Gemma
@@ -141,7 +141,7 @@ def lm_head(model: nn.Module) -> LinearHead:
         model: wrapped or not; a PEFT model too.
 
     Raises:
-        TypeError: the model has no ``get_output_embeddings``, or that returns None.
+        TypeError: the model is no module, has no ``get_output_embeddings``, or that returns None.
         ValueError: the configuration has a ``logits_scaling`` of unknown meaning.
 
     >>> import torch
@@ -155,6 +155,8 @@ def lm_head(model: nn.Module) -> LinearHead:
     >>> lm_head(Model()).logit_scale
     1.0
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"lm_head: model must be a torch.nn.Module, got {type(model).__name__}")
     inner = base_of(model)
     found = getattr(inner, "get_output_embeddings", None)
     module = found() if callable(found) else None

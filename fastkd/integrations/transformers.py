@@ -23,9 +23,11 @@ class DistillationMixin:
     :func:`fastkd.topk_divergence` to a stored one: batches then have the columns
     ``teacher_log_probs`` and ``teacher_indices``, ``[B, T, k]``, whose row t scores token t + 1 as
     :func:`fastkd.teacher_topk` of the teacher's logits gives them (-1 where there is nothing).
-    :func:`fastkd.teachers.collate` reads them from a store.
+    :func:`fastkd.teachers.collate` reads them from a store. A batch with these columns is taught by
+    them, also where there is a live teacher.
     Rows count whose next label is not -100. The mean is over the tokens of the whole step: of all
-    accumulated batches, and of all processes as ``average_tokens_across_devices`` says.
+    accumulated batches, and of all processes as ``average_tokens_across_devices`` says. A row of
+    which a stored teacher says nothing adds nothing, nor does its label, but is counted in it.
 
     With ``head="fused"`` the logits of neither side are stored: the backbone runs, and then the
     loss on its hidden states, both through the forward of the wrapped model and of its output
@@ -207,7 +209,8 @@ class DistillationMixin:
                 log_probs,
                 indices,
                 tail=kd.tail,
-                mask=indices[..., 0] >= 0,
+                stored_temperature=kd.stored_temperature,
+                mask=(indices >= 0).any(-1),
                 **options,
             )
         assert teacher is not None

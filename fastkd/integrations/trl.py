@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._ops.arguments import to_flag, to_number
 from fastkd.losses._linear_softmax_divergence import linear_softmax_divergence
 from fastkd.losses._softmax_divergence import softmax_divergence
 
@@ -55,11 +56,27 @@ def generalized_jsd_loss(
     >>> round(generalized_jsd_loss(student, teacher).item(), 4)
     0.1109
     """
+    _check("generalized_jsd_loss", student_logits=student_logits, teacher_logits=teacher_logits)
+    if labels is not None:
+        _check("generalized_jsd_loss", labels=labels)
+        if labels.shape != student_logits.shape[:-1]:
+            raise ValueError(
+                "generalized_jsd_loss: labels must be one a row, "
+                f"{list(student_logits.shape[:-1])}, got {list(labels.shape)}"
+            )
     if reduction not in ("batchmean", "sum", "mean"):
         raise ValueError(
             f"generalized_jsd_loss: reduction must be batchmean, sum or mean, got {reduction!r}"
         )
-    if logits_are_probs:
+    if to_flag("generalized_jsd_loss", "logits_are_probs", logits_are_probs):
+        if teacher_logits.shape != student_logits.shape:
+            raise ValueError(
+                "generalized_jsd_loss: teacher_logits must have student_logits' shape "
+                f"{list(student_logits.shape)}, got {list(teacher_logits.shape)}"
+            )
+        beta = to_number("generalized_jsd_loss", "beta", beta)
+        if not 0 <= beta <= 1:
+            raise ValueError(f"generalized_jsd_loss: beta must lie in [0, 1], got {beta}")
         rows = _of_probs(student_logits, teacher_logits, beta)
         kept = torch.ones_like(rows, dtype=torch.bool) if labels is None else labels != -100
         total = torch.where(kept, rows, 0).sum()
@@ -79,6 +96,14 @@ def generalized_jsd_loss(
         normalizer=count,
         **chosen,
     )
+
+
+def _check(function: str, **tensors: Any) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+        if not value.dim():
+            raise ValueError(f"{function}: {name} must have a dimension or more, got a 0-d tensor")
 
 
 def _denominator(
@@ -139,8 +164,9 @@ def chunked_divergence_loss(
         num_items_in_batch: replaces the denominator, the number of rows kept.
         student_lm_head_bias, teacher_lm_head_bias: ``[V]``.
         student_logit_scale, teacher_logit_scale: multiply the logits, with the bias in them.
-        student_final_logit_softcapping, teacher_final_logit_softcapping: cap them afterwards.
-        temperature: of both sides, after all that.
+        student_final_logit_softcapping, teacher_final_logit_softcapping: c of the softcap
+            c tanh(z / c) of the scaled logits; None: no softcap.
+        temperature: divides the logits of both sides, after scale and softcap.
 
     Returns:
         the loss; the sum of the student's entropies at that temperature, without a gradient; the
@@ -157,6 +183,14 @@ def chunked_divergence_loss(
     >>> loss.item(), round(entropy.item(), 4), count.item()
     (0.0, 2.0347, 2)
     """
+    _check(
+        "chunked_divergence_loss",
+        student_hidden_states=student_hidden_states,
+        teacher_hidden_states=teacher_hidden_states,
+        student_lm_head_weight=student_lm_head_weight,
+        teacher_lm_head_weight=teacher_lm_head_weight,
+        completion_mask=completion_mask,
+    )
     kept = completion_mask != 0
     student_bias, teacher_bias = (
         None if bias is None else scale * _gathered(bias, hidden.dtype)

@@ -93,6 +93,11 @@ def test_a_stored_teacher(tmp_path, truth, head):
     teacher = tiny.model(2, 24).eval()
     whole = tiny.texts(stored=(teacher, tiny.VOCAB))
     close(step(tmp_path, dataset=whole, label_weight=0.5, head=head), truth)
+    warm = formula(divergence="forward_kl", label_weight=0.5, temperature=2.0)
+    options = {"label_weight": 0.5, "temperature": 2.0, "head": head}
+    close(step(tmp_path, dataset=whole, **options), warm)
+    at_two = tiny.texts(stored=(teacher, tiny.VOCAB), temperature=2.0)
+    close(step(tmp_path, dataset=at_two, stored_temperature=2.0, **options), warm)
     student = tiny.model(1)
     few = tiny.texts(stored=(teacher, 5))
     few[0]["teacher_indices"] = torch.full_like(few[0]["teacher_indices"], -1)  # nothing known

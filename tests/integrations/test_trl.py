@@ -64,6 +64,57 @@ def test_unequal_widths_and_empty_batches():
         trl.generalized_jsd_loss(student, teacher, reduction="none")
 
 
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"student_logits": [1.0]}, TypeError, "student_logits must be a tensor, got list"),
+        ({"teacher_logits": None}, TypeError, "teacher_logits must be a tensor, got NoneType"),
+        ({"student_logits": torch.tensor(1.0)}, ValueError, "student_logits must have a dimension"),
+        ({"labels": [1, 2]}, TypeError, "labels must be a tensor, got list"),
+        ({"labels": torch.ones(3).long()}, ValueError, r"labels must be one a row, \[2, 3\], got"),
+    ],
+)
+def test_errors_of_generalized_jsd_loss(given, error, message, probs):
+    given = {"student_logits": torch.rand(2, 3, 5), "teacher_logits": torch.rand(2, 3, 5), **given}
+    with pytest.raises(error, match=f"^generalized_jsd_loss: {message}"):
+        trl.generalized_jsd_loss(**given, logits_are_probs=probs)
+
+
+def test_errors_of_probabilities():
+    student = torch.rand(2, 3, 5)
+    for given, error, message in (
+        (
+            {"teacher_logits": torch.rand(3, 5)},
+            ValueError,
+            r"student_logits' shape \[2, 3, 5\], got",
+        ),
+        ({"beta": 1.5}, ValueError, r"beta must lie in \[0, 1\], got 1.5"),
+        ({"beta": "1"}, TypeError, "beta must be a number, got str"),
+        ({"logits_are_probs": 1}, TypeError, "logits_are_probs must be True or False, got int"),
+    ):
+        given = {"teacher_logits": student, "logits_are_probs": True, **given}
+        with pytest.raises(error, match=f"^generalized_jsd_loss: .*{message}"):
+            trl.generalized_jsd_loss(student, **given)
+
+
+def test_errors_of_chunked_divergence_loss():
+    good = [torch.rand(1, 2, 3)] * 2 + [torch.rand(4, 3)] * 2 + [torch.ones(1, 2)]
+    for place, name in enumerate(
+        (
+            "student_hidden_states",
+            "teacher_hidden_states",
+            "student_lm_head_weight",
+            "teacher_lm_head_weight",
+            "completion_mask",
+        )
+    ):
+        given = [None if i == place else x for i, x in enumerate(good)]
+        message = f"^chunked_divergence_loss: {name} must be a tensor, got NoneType"
+        with pytest.raises(TypeError, match=message):
+            trl.chunked_divergence_loss(*given, 0.5)
+
+
 @pytest.mark.parametrize("case", NUMBERS["chunked"]["cases"], ids=lambda c: str(c["options"]))
 def test_chunked_divergence_loss(case):
     given = {
