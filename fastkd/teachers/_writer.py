@@ -260,7 +260,7 @@ class TeacherStoreWriter:
         if mask is not None and not re.match(r"(torch\.)?(bool|u?int)", str(mask.dtype)):
             raise TypeError(f"{where}: mask must be bool or integers, got {mask.dtype}")
         some = isinstance(keys, (Sequence, np.ndarray, torch.Tensor, type(None)))
-        if not some or isinstance(keys, (str, bytes)):
+        if not some or isinstance(keys, (str, bytes)) or getattr(keys, "ndim", 1) != 1:
             raise TypeError(f"{where}: keys must be a sequence of keys, got {type(keys).__name__}")
         if keys is not None and len(keys) != len(log_probs):
             raise ValueError(f"{where}: keys must be {len(log_probs)} of them, got {len(keys)}")

@@ -119,7 +119,11 @@ def chunk_log_likelihood(
     if shards is not None:
         assert isinstance(logits, Tensor)
         return _sharded(logits, given, shards)
-    if vocab_size is not None and vocab_size < logits.size(-1):
+    width = logits.size(-1) if logits.dim() else 0
+    vocab_size = width if vocab_size is None else to_integer(function, "vocab_size", vocab_size)
+    if not 0 <= vocab_size <= width:
+        raise ValueError(f"{function}: vocab_size is {vocab_size}, logits has {width} columns")
+    if vocab_size < width:
         if isinstance(logits, LinearLogits):
             bias = None if logits.bias is None else logits.bias[:vocab_size]
             logits = logits.replaced(logits.hidden, logits.weight[:vocab_size], bias)

@@ -198,6 +198,12 @@ def test_errors_of_batches(tmp_path):
                 "keys must be a sequence of keys, got str",
             ),
             (best, {"keys": b"abcd"}, TypeError, "keys must be a sequence of keys, got bytes"),
+            (
+                best,
+                {"keys": torch.tensor(4)},
+                TypeError,
+                "keys must be a sequence of keys, got Tens",
+            ),
             (best, {"keys": 4}, TypeError, "keys must be a sequence of keys, got int"),
             (
                 best,

@@ -306,6 +306,7 @@ def test_models_that_are_no_causal_language_models(make, message, dtype):
     "make", [llama, mistral, gpt2, mamba, uncached, of_bert("BertLMHeadModel", is_decoder=True)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.filterwarnings("ignore:CachedModel. OpenAIGPTLMHeadModel returns no key-value cache")
 def test_causal_models_are_taken(make, dtype):
     cached = CachedModel(made(make).to(dtype), prefix=(), max_length=None)
     assert cached.computed == 0
