@@ -18,7 +18,7 @@ from fastkd.losses._linear_softmax_divergence import linear_softmax_divergence
 from fastkd.losses._softmax_divergence import softmax_divergence
 
 VERSION = "1.16"
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 #: Arguments of linear_softmax_divergence that have another name in TRL.
 _NAMES = {
@@ -119,8 +119,8 @@ def generalized_jsd_loss(
 
 
 def _called(
-    function: str, names: dict[str, str], loss: Callable[..., Result], *args: Any, **options: Any
-) -> Result:
+    function: str, names: dict[str, str], loss: Callable[..., _Result], *args: Any, **options: Any
+) -> _Result:
     """The loss; in its errors the names are those of this function and its arguments."""
     if torch.compiler.is_compiling():
         return loss(*args, **options)
