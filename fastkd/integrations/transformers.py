@@ -1,5 +1,6 @@
 """Distillation in transformers' Trainer (checked with transformers 5.24 and accelerate 1.15)."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -69,6 +70,10 @@ class DistillationMixin:
         if teacher is not None:
             teacher.requires_grad_(False)
             accelerator = self.accelerator  # type: ignore[attr-defined]
+            # With a cache, models do not find the texts of a packed row by their position ids.
+            known = inspect.signature(base_of(teacher).forward).parameters.values()
+            takes = any(x.name == "use_cache" or x.kind == x.VAR_KEYWORD for x in known)
+            self._teacher_options = {"use_cache": False} if takes else {}
             self.teacher = accelerator.prepare_model(teacher, evaluation_mode=True).eval()
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -139,7 +144,7 @@ class DistillationMixin:
     @torch.no_grad()
     def _teacher_logits(self, inputs: dict[str, Any]) -> Tensor:
         assert self.teacher is not None
-        outputs = self.teacher(**inputs)
+        outputs = self.teacher(**{**inputs, **self._teacher_options})
         return outputs["logits"] if isinstance(outputs, dict) else outputs[0]
 
     def _whole(
@@ -165,8 +170,9 @@ class DistillationMixin:
                 )
             assert self.teacher is not None
             teacher_head = lm_head(self.teacher)
+            options = {**inputs, **self._teacher_options}
             with torch.no_grad():
-                theirs = call_through(self.teacher, lambda: _backbone(self.teacher)(**inputs)[0])
+                theirs = call_through(self.teacher, lambda: _backbone(self.teacher)(**options)[0])
 
             def loss(x: Tensor) -> Tensor:
                 return call_through(

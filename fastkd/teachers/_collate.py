@@ -68,9 +68,10 @@ def collate(
         max_length: the most tokens of a text; a longer one is cut off at its end.
         pad_to_multiple_of: the length of the batch is rounded up to a multiple of this.
         pack: True: all texts one behind the other in one row, without padding between them.
-            ``position_ids`` begin at 0 in each text; models of transformers find the texts by that
-            (checked with 5.24, ``use_cache=False``). False: each text in a row of its own, padded
-            at its end.
+            ``position_ids`` begin at 0 in each text. Models of transformers find the texts by that
+            if they are called with ``use_cache=False`` and without ``attention_mask`` (checked with
+            5.24); with a cache, tokens attend to earlier texts. False: each text in a row of its
+            own, padded at its end.
         shift: False: row t has label t, as trainers and losses with ``shift=1`` take labels. True:
             row t has label t + 1, for losses without ``shift``, and the batch has ``mask``.
 

@@ -139,6 +139,24 @@ def test_a_store_read_by_the_collator(tmp_path, pack):
     close((loss, tiny.moved(tiny.model(1), student)), expected)
 
 
+@pytest.mark.parametrize("head", ["fused", "logits"])
+def test_a_live_teacher_of_packed_texts(tmp_path, head):
+    """The teacher reads each text alone, too: position ids say where they begin."""
+    columns = tiny.texts()
+    student, teacher = tiny.model(1), tiny.model(2, 24)
+    assert teacher.config.use_cache
+    run = tiny.trainer(tmp_path, student, teacher=teacher, dataset=columns, head=head)
+    ids, labels = (torch.stack([text[k] for text in columns]) for k in ("input_ids", "labels"))
+    labels[:, 0] = -100
+    positions = torch.arange(tiny.LENGTH).repeat(tiny.TEXTS)
+    packed = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    packed = {name: x.reshape(1, -1) for name, x in packed.items()}
+    loss = run.compute_loss(student, packed)
+    torch.testing.assert_close(
+        loss, run.compute_loss(student, {"input_ids": ids, "labels": labels})
+    )
+
+
 def test_evaluation_and_shifted_labels(tmp_path, truth):
     run = tiny.trainer(tmp_path, tiny.model(1), teacher=tiny.model(2, 24), label_weight=0.5)
     assert run.evaluate()["eval_loss"] == pytest.approx(truth[0], rel=1e-5)
