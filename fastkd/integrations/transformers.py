@@ -33,8 +33,8 @@ class DistillationMixin:
     With ``head="fused"`` the logits of neither side are stored: the backbone runs, and then the
     loss on its hidden states, both through the forward of the wrapped model and of its output
     layer, so that DDP, FSDP and DeepSpeed see an ordinary forward. Where the output layer is not a
-    plain linear layer (an adapter on it, a quantised one), or metrics need logits, it is
-    ``head="logits"``.
+    plain linear layer (an adapter on it, a quantised one), or ``compute_metrics`` needs logits, it
+    is ``head="logits"``. ``predict`` returns logits only with ``head="logits"``.
 
     Args:
         args: of the Trainer.
@@ -45,7 +45,9 @@ class DistillationMixin:
 
     Raises:
         TypeError: ``teacher`` is no module, or ``kd`` no KDOptions.
-        ValueError: a batch has neither labels nor a teacher.
+        ValueError: a batch has no labels, or there is neither a teacher nor a batch's columns of
+            one; the Trainer was given a ``compute_loss_func`` or ``label_smoothing_factor``, which
+            the loss would not heed.
         NotImplementedError: several GPUs in one process (DataParallel): start one process each.
     """
 
@@ -65,6 +67,16 @@ class DistillationMixin:
         if kd is not None and not isinstance(kd, KDOptions):
             raise TypeError(f"DistillationMixin: kd must be KDOptions, got {type(kd).__name__}")
         super().__init__(*args, **kwargs)
+        unheeded = {
+            "compute_loss_func": self.compute_loss_func,  # type: ignore[attr-defined]
+            "label_smoothing_factor": self.args.label_smoothing_factor,  # type: ignore[attr-defined]
+        }
+        for name, value in unheeded.items():
+            if value:
+                raise ValueError(
+                    f"DistillationMixin: {name} must not be given, as the loss is that of kd, got "
+                    f"{value}"
+                )
         self.kd = KDOptions() if kd is None else kd
         self.teacher = None
         if teacher is not None:

@@ -164,7 +164,8 @@ def _read(
             if store is None or key not in item:
                 raise KeyError(
                     f"{where} must have {' and '.join(COLUMNS)}, or a store and the column {key!r}"
-                    f", got {', '.join(map(repr, item))}"
+                    f" (a Trainer drops it unless remove_unused_columns=False), got "
+                    f"{', '.join(map(repr, item))}"
                 )
             sequence = item[key]
             if sequence not in store:

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -222,6 +223,11 @@ def test_errors(tmp_path):
     with pytest.raises(TypeError, match=r"kd must be KDOptions, got dict"):
         DistillationMixin(kd={})
     run = tiny.trainer(tmp_path, student)
+    with pytest.raises(ValueError, match=r"DistillationMixin: compute_loss_func must not be given"):
+        type(run)(student, run.args, compute_loss_func=print)
+    smooth = replace(run.args, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor must not be given, .* got 0.1"):
+        type(run)(student, smooth)
     batch = {"input_ids": torch.zeros(1, 3, dtype=torch.int64)}
     with pytest.raises(ValueError, match=r"a batch must have labels"):
         run.compute_loss(student, batch)
