@@ -28,7 +28,7 @@ def teacher_topk(prompt_logprobs: Sequence[Any], k: int) -> TopK:
         :class:`fastkd.TopK`: log_probs float32 and indices int32, ``[T, k]`` or ``[B, T, k]``,
         shorter texts padded at their end; T is the most entries of a text, 0 where all requests
         failed. Where there is nothing, the index is -1: in the last row, for entries that are
-        None, and for a request that failed. Rows of nothing must drop out of a loss:
+        None, and for a request that failed. Rows without tokens must be masked in a loss:
         ``mask=found.indices[..., 0] >= 0``. A :class:`fastkd.TeacherStore` keeps them
         (``append_batch``), and :func:`fastkd.teachers.collate` makes the mask.
 

@@ -227,8 +227,8 @@ class TeacherStoreWriter:
             the sequences' numbers.
 
         Raises:
-            the same as :meth:`append`, for the first sequence that is wrong: those before it are
-            stored.
+            the same as :meth:`append`, for the first sequence that is wrong, whose place in the
+            batch the message has: those before it are stored.
 
         >>> import tempfile, torch, fastkd
         >>> settings = {"vocab_size": 9, "k": 2, "keys": True, "input_ids": True}
@@ -271,7 +271,11 @@ class TeacherStoreWriter:
                 kept = as_array(mask[i]) != 0
                 rows = [x if x is None else x[kept] for x in rows]
             key = None if keys is None else keys[i]
-            self.append(rows[0], rows[1], key=key, input_ids=rows[2])
+            try:
+                self.append(rows[0], rows[1], key=key, input_ids=rows[2])
+            except (IndexError, TypeError, ValueError) as error:
+                message = str(error).removeprefix("TeacherStore.append: ")
+                raise type(error)(f"{where}: sequence {i}: {message}") from None
         return range(begin, len(self))
 
     def _checked_key(self, key: Any) -> str:

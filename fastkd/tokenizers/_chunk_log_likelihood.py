@@ -48,7 +48,8 @@ def chunk_log_likelihood(
               b_c = \log \sum_{v \in \text{boundary}} q_{t_c + 1}(v)
 
     with :math:`t_c` the chunk's last token. Row t of the logits scores token t: for a causal model
-    pass ``logits[:, :-1]`` with the ids ``[:, 1:]`` and the chunks ``[:, 1:]``.
+    pass ``logits[:, :-1]`` with the ids ``[:, 1:]`` and the chunks ``[:, 1:]``. A chunk with the
+    text's first token, which no row scores, then lacks it.
 
     Each row of logits that is needed is read once (the backward pass reads it again and writes its
     gradient). Rows of tokens in no chunk are not read, add nothing, and get a zero gradient even

@@ -232,7 +232,8 @@ def test_errors_of_batches(tmp_path):
             with pytest.raises(error, match=f"TeacherStore.append_batch: {message}"):
                 writer.append_batch(*arguments, **more)
         assert len(writer) == 0
-        with pytest.raises(ValueError, match="key must be new, got 'a'"):
+        message = r"^TeacherStore.append_batch: sequence 2: key must be new, got 'a'"
+        with pytest.raises(ValueError, match=message):
             writer.append_batch(*best, keys=list("abac"), input_ids=ids)
         assert len(writer) == 2  # those before it
 
