@@ -121,6 +121,8 @@ class DistillationMixin:
         if head is None:
             outputs = model(**inputs)
             logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+            if _learns_prompts(model):  # rows of virtual tokens, before the text
+                logits = logits[:, -targets.size(-1) :]
             teacher = None if found else self._teacher_logits(inputs)
             loss = self._loss(logits, teacher, found, targets, normalizer)
         else:
@@ -146,9 +148,7 @@ class DistillationMixin:
         return items / (accelerator.num_processes // self.get_tp_size())  # type: ignore[attr-defined]
 
     def _fused_head(self, model: nn.Module) -> LinearHead | None:
-        if self.kd.head != "fused":
-            return None
-        if getattr(getattr(unwrapped(model), "active_peft_config", None), "is_prompt_learning", 0):
+        if self.kd.head != "fused" or _learns_prompts(model):
             return None
         heads = [lm_head(m) for m in (model, self.teacher) if m is not None]
         return heads[0] if all(head.is_plain for head in heads) else None
@@ -248,6 +248,11 @@ def _linear(hidden: Tensor, head: LinearHead, kd: KDOptions) -> LinearLogits:
         softcap=head.logit_softcap,
         chunk_size=kd.chunk_size,
     )
+
+
+def _learns_prompts(model: nn.Module) -> bool:
+    config = getattr(unwrapped(model), "active_peft_config", None)
+    return bool(getattr(config, "is_prompt_learning", False))
 
 
 def _vocabulary(logits: Tensor | LinearLogits) -> int:

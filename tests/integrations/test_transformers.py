@@ -194,6 +194,23 @@ def test_an_adapted_head_has_logits(tmp_path, truth):
     close_gradients(tiny.moved(tiny.model(1), student), truth[1])
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_learned_prompts(tmp_path, kind):
+    """Virtual tokens stand before the text: their rows score none of its labels."""
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    student, teacher = peft.get_peft_model(tiny.model(1), config), tiny.model(2, 24)
+    run = tiny.trainer(tmp_path, student, teacher=teacher)
+    batch = {k: torch.stack([text[k] for text in tiny.texts()]) for k in ("input_ids", "labels")}
+    ids, kept = batch["input_ids"], batch["labels"][:, 1:] != -100
+    loss = run.compute_loss(student, batch)
+    logits = student(input_ids=ids).logits[:, -tiny.LENGTH : -1]
+    expected = fastkd.softmax_divergence(logits[kept], teacher(input_ids=ids).logits[:, :-1][kept])
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert any(x.grad is not None and x.grad.any() for x in student.parameters())
+
+
 def test_two_processes_are_one_with_all_texts(tmp_path, truth):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
