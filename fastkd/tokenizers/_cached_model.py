@@ -24,6 +24,14 @@ def _can_be_cut(cache: Any) -> bool:
     return bool(getattr(cache, "is_croppable", hasattr(cache, "crop")))
 
 
+def _length(cache: Any, unknown: int) -> int:
+    """Number of tokens in a cache, where it says so: those of a learned prompt come again."""
+    try:
+        return int(cache.get_seq_length())
+    except _CANNOT:
+        return unknown
+
+
 class CachedModel:
     """A causal language model that computes only the tokens that its last call did not have.
 
@@ -35,8 +43,9 @@ class CachedModel:
         model = fastkd.tokenizers.CachedModel(AutoModelForCausalLM.from_pretrained(...))
         stream = fastkd.ByteStream(model, vocab, b"The capital of Fran", encode=encode)
 
-    Where the cache cannot be cut (states of a recurrent model; a sliding window that has moved on),
-    the text is computed from its beginning, and a warning says so once. The logits are the same,
+    Where the cache cannot be cut (states of a recurrent model; a sliding window that has moved on)
+    or has more tokens than the text (PEFT's learned prompts), the text is computed from its
+    beginning, and a warning says so once. The logits are the same,
     but for roundings of another order of sums. They have no gradient, as nothing that the model
     computes here is recorded.
 
@@ -173,6 +182,9 @@ class CachedModel:
         except BaseException:
             self.clear()  # layers may differ in what they have
             raise
+        if self._cache is not None and _length(self._cache, len(text)) != len(text):
+            self._say(f"the cache of {type(self.model).__name__} has other tokens than the text")
+            self.clear()
         self._seen = text if self._cache is not None else []
         return logits
 
@@ -239,7 +251,7 @@ class CachedModel:
             if not _can_be_cut(cache):
                 raise NotImplementedError
             cache.crop(-remove)
-            if cache.get_seq_length() == length:
+            if _length(cache, -1) == length:
                 return True
         except _CANNOT:
             pass

@@ -261,6 +261,24 @@ def test_errors():
     cached([1] * 63)
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "LoraConfig"])
+def test_peft(kind):
+    """With learned prompts, which PEFT puts before whatever tokens are new."""
+    peft = pytest.importorskip("peft")
+    more = (
+        {"r": 2, "init_lora_weights": False} if kind == "LoraConfig" else {"num_virtual_tokens": 3}
+    )
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **more)
+    model = peft.get_peft_model(made(llama), config).double().eval()
+    cached, some = CachedModel(model), [*texts(3, 30)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore" if kind != "LoraConfig" else "error", message="CachedModel"
+        )
+        for ids in some:
+            torch.testing.assert_close(cached(ids), plain(model, ids))
+
+
 ENCODER = {
     "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "intermediate_size": 32,
