@@ -27,7 +27,8 @@ class KDOptions:
         square_temperature: multiplies the divergence by temperature².
         head: ``"fused"``: from hidden states, logits are never stored
             (:func:`fastkd.linear_softmax_divergence`); ``"logits"``: the models' logits as they
-            are. Where the output layer is no plain linear layer, ``"fused"`` becomes ``"logits"``.
+            are. Where the output layer is no plain linear layer on the backbone's output,
+            ``"fused"`` becomes ``"logits"``.
         chunk_size: rows of logits that the fused head computes at a time; None: by size.
 
     Raises:

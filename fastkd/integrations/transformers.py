@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from fastkd._ops.linear.logits import LinearLogits
 from fastkd._ops.shift import IGNORED, following
-from fastkd.integrations._modules import LinearHead, base_of, call_through, lm_head, unwrapped
+from fastkd.integrations._modules import (
+    LinearHead,
+    base_of,
+    call_through,
+    lm_head,
+    reads_backbone,
+    unwrapped,
+)
 from fastkd.integrations._options import KDOptions
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._topk_divergence import topk_divergence
@@ -33,8 +40,9 @@ class DistillationMixin:
     With ``head="fused"`` the logits of neither side are stored: the backbone runs, and then the
     loss on its hidden states, both through the forward of the wrapped model and of its output
     layer, so that DDP, FSDP and DeepSpeed see an ordinary forward. Where the output layer is not a
-    plain linear layer (an adapter on it, a quantised one), or ``compute_metrics`` needs logits, it
-    is ``head="logits"``. ``predict`` returns logits only with ``head="logits"``.
+    plain linear layer on the backbone's output (an adapter on it, a quantised one, BERT's kind), or
+    ``compute_metrics`` needs logits, it is ``head="logits"``. ``predict`` returns logits only with
+    ``head="logits"``.
 
     Args:
         args: of the Trainer.
@@ -78,6 +86,9 @@ class DistillationMixin:
                     f"{value}"
                 )
         self.kd = KDOptions() if kd is None else kd
+        # Before they are wrapped: FSDP may replace parameters by parts of one.
+        models = [x for x in (self.model, teacher) if x is not None]  # type: ignore[attr-defined]
+        self._fuses = self.kd.head == "fused" and all(map(reads_backbone, models))
         self.teacher = None
         if teacher is not None:
             teacher.requires_grad_(False)
@@ -148,7 +159,7 @@ class DistillationMixin:
         return items / (accelerator.num_processes // self.get_tp_size())  # type: ignore[attr-defined]
 
     def _fused_head(self, model: nn.Module) -> LinearHead | None:
-        if self.kd.head != "fused" or _learns_prompts(model):
+        if not self._fuses or _learns_prompts(model):
             return None
         heads = [lm_head(m) for m in (model, self.teacher) if m is not None]
         return heads[0] if all(head.is_plain for head in heads) else None

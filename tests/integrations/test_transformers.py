@@ -23,6 +23,7 @@ if lacking:
     )
 
 import tiny_trainer as tiny  # noqa: E402
+import transformers  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
 from fastkd.integrations import KDOptions  # noqa: E402
@@ -192,6 +193,26 @@ def test_an_adapted_head_has_logits(tmp_path, truth):
     assert run._fused_head(student) is None
     run.train()
     close_gradients(tiny.moved(tiny.model(1), student), truth[1])
+
+
+@pytest.mark.parametrize("kind", ["Bert", "RecurrentGemma"])
+def test_what_comes_between_the_backbone_and_the_logits(tmp_path, kind):
+    """BERT's kind has a layer there, RecurrentGemma's configuration another name for the cap."""
+    sizes = {"vocab_size": tiny.VOCAB, "hidden_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 32}
+    if kind == "Bert":
+        config = transformers.BertConfig(**sizes, is_decoder=True)
+        teacher = transformers.BertLMHeadModel(config)
+    else:
+        config = transformers.RecurrentGemmaConfig(**sizes, lru_width=16, logits_soft_cap=0.01)
+        teacher = transformers.RecurrentGemmaForCausalLM(config)
+    student = tiny.model(1)
+    batch = {k: torch.stack([text[k] for text in tiny.texts()]) for k in ("input_ids", "labels")}
+    losses = [
+        tiny.trainer(tmp_path, student, teacher=teacher, head=head).compute_loss(student, batch)
+        for head in ("fused", "logits")
+    ]
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
