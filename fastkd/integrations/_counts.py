@@ -1,13 +1,13 @@
 """The denominator of a mean over all tokens of a step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd._ops.arguments import to_integer
+from fastkd._ops.arguments import to_flag, to_integer
 
 
 def normalizer(
@@ -44,6 +44,11 @@ def normalizer(
     >>> normalizer(torch.tensor([[-100, 5, 6], [7, 8, -100]])).item()
     3.0
     """
+    if not isinstance(labels, Iterable):
+        kind = type(labels).__name__
+        raise TypeError(f"normalizer: labels must be a tensor or a sequence of them, got {kind}")
+    shift = to_flag("normalizer", "shift", shift)
+    ignore_index = to_integer("normalizer", "ignore_index", ignore_index)
     tensors = [labels] if isinstance(labels, Tensor) else list(labels)
     if not tensors:
         raise ValueError("normalizer: labels must be one tensor or more, got none")
@@ -51,8 +56,10 @@ def normalizer(
     if accumulate < 1:
         raise ValueError(f"normalizer: accumulate must be 1 or more, got {accumulate}")
     for some in tensors:
-        if not isinstance(some, Tensor) or some.is_floating_point() or not some.dim():
-            found = f"{some.dtype} {list(some.shape)}" if isinstance(some, Tensor) else type(some)
+        integers = isinstance(some, Tensor) and some.dtype not in (torch.bool, torch.complex64)
+        if not integers or some.is_floating_point() or not some.dim():
+            tensor = isinstance(some, Tensor)
+            found = f"{some.dtype} {list(some.shape)}" if tensor else type(some).__name__
             raise TypeError(f"normalizer: labels must be integers [..., T], got {found}")
     counts = [(x[..., 1:] if shift else x).ne(ignore_index).sum() for x in tensors]
     kept = torch.stack([count.to(counts[0].device) for count in counts]).sum()

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import to_integer
+from fastkd._ops.arguments import can_be_read, to_flag, to_integer
 from fastkd._ops.shift import IGNORED, following
 
 _NAME = "labels_of"
@@ -25,8 +25,8 @@ def labels_of(
     Args:
         input_ids: int64 or int32 ``[..., T]``.
         attention_mask: bool or integers, the same shape: 0 for padding, which is no label.
-        prompt_length: number of a text's first tokens, without padding, that are no labels: one
-            for all texts, or integers ``[...]``.
+        prompt_length: number of a text's first tokens, not counting padding before them, that are
+            no labels: one for all texts, or integers ``[...]``, one a text. Not negative.
         position_ids: the same shape, of several texts in one row (packing): where they do not
             ascend by 1 a text begins, and its first token is no label of the text before.
         shift: True: row t has token t + 1, and the last row nothing, for losses without ``shift``.
@@ -48,6 +48,7 @@ def labels_of(
     [[-100, 6, 7, -100]]
     """
     _check(input_ids, "input_ids", None)
+    shift = to_flag(_NAME, "shift", shift)
     ignore_index = to_integer(_NAME, "ignore_index", ignore_index)
     kept = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
@@ -64,9 +65,13 @@ def labels_of(
     if prompt_length is not None:
         if isinstance(prompt_length, Tensor):
             _check(prompt_length, "prompt_length", input_ids.shape[:-1])
+            readable = can_be_read(prompt_length) and prompt_length.numel() > 0
+            least = int(prompt_length.amin()) if readable else 0
             prompt_length = prompt_length.unsqueeze(-1)
         else:
-            prompt_length = to_integer(_NAME, "prompt_length", prompt_length)
+            least = prompt_length = to_integer(_NAME, "prompt_length", prompt_length)
+        if least < 0:
+            raise ValueError(f"{_NAME}: prompt_length must not be negative, got {least}")
         first = first | (number <= prompt_length)
     labels = torch.where(kept & ~first, input_ids.long(), ignore_index)
     return following(labels, ignore_index) if shift else labels

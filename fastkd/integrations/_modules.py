@@ -99,6 +99,10 @@ def _innermost(module: nn.Module) -> nn.Module:
     return _eager(module)
 
 
+#: Of configurations, by model.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 class LinearHead(NamedTuple):
     """A model's output layer: logits = softcap(logit_scale x (hidden @ weight.T + bias))."""
 
@@ -131,17 +135,19 @@ class LinearHead(NamedTuple):
 
 
 def lm_head(model: nn.Module) -> LinearHead:
-    """The output layer of a causal language model of transformers, with its scale and soft-cap.
+    """The output layer of a causal language model of transformers, with its scale and softcap.
 
     Models differ in what follows the layer: Cohere and HyperCLOVA X multiply the logits, Falcon-H1
-    too (``lm_head_multiplier``), Granite divides them, MiniCPM divides the hidden states, Gemma
-    caps the logits. All of it is read off the configuration (transformers 5.24).
+    too (``lm_head_multiplier``), Granite divides them, MiniCPM and Inkling divide the hidden
+    states, Gemma, RecurrentGemma and xLSTM cap the logits. All of it is read off the configuration
+    (transformers 5.24). What comes before the layer is the model's: BERT's kind has another layer
+    between ``base_model`` and this one.
 
     Args:
         model: wrapped or not; a PEFT model too.
 
     Raises:
-        TypeError: the model has no ``get_output_embeddings``, or that returns None.
+        TypeError: the model is no module, has no ``get_output_embeddings``, or that returns None.
         ValueError: the configuration has a ``logits_scaling`` of unknown meaning.
 
     >>> import torch
@@ -155,6 +161,8 @@ def lm_head(model: nn.Module) -> LinearHead:
     >>> lm_head(Model()).logit_scale
     1.0
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"lm_head: model must be a torch.nn.Module, got {type(model).__name__}")
     inner = base_of(model)
     found = getattr(inner, "get_output_embeddings", None)
     module = found() if callable(found) else None
@@ -166,7 +174,9 @@ def lm_head(model: nn.Module) -> LinearHead:
     config: Any = getattr(inner, "config", None)
     text = getattr(config, "get_text_config", None)
     config = text() if callable(text) else config
-    scale, softcap = 1.0, getattr(config, "final_logit_softcapping", None)
+    scale = 1.0
+    softcaps = [getattr(config, name, None) for name in _SOFTCAPS]
+    softcap = next((x for x in softcaps if x is not None), None)
     kind = getattr(config, "model_type", "")
     if divisor := getattr(config, "logits_scaling", None):
         if kind.startswith(("granite", "minicpm")):
@@ -182,7 +192,24 @@ def lm_head(model: nn.Module) -> LinearHead:
         scale *= config.logit_scale
     if getattr(config, "lm_head_multiplier", None):
         scale *= config.lm_head_multiplier
+    if getattr(config, "logits_mup_width_multiplier", None):
+        scale /= config.logits_mup_width_multiplier
     return LinearHead(module, float(scale), None if softcap is None else float(softcap))
+
+
+def reads_backbone(model: nn.Module) -> bool:
+    """Whether a model's logits are all columns of its output layer on its ``base_model``'s output.
+
+    BERT and its kind have a layer between the two: parameters that are in neither.
+    """
+    inner: Any = base_of(model)
+    backbone = getattr(inner, "base_model", inner)
+    if backbone is inner:
+        return False
+    parts = backbone, lm_head(model).module
+    known = {id(x) for part in parts for x in part.parameters()}
+    columns = getattr(getattr(inner, "config", None), "unpadded_vocab_size", None)
+    return not columns and all(id(x) in known for x in inner.parameters())
 
 
 def base_of(model: nn.Module) -> nn.Module:

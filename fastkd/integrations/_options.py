@@ -1,11 +1,12 @@
-"""What a trainer is told about distillation."""
+"""How a trainer distils."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastkd._ops.arguments import choices
+from fastkd._ops.arguments import choices, to_flag, to_number
 from fastkd._ops.names import Divergence, Tail
+from fastkd._ops.padding import positive_or_none
 
 
 @dataclass(frozen=True)
@@ -15,18 +16,23 @@ class KDOptions:
     Args:
         divergence: see :func:`fastkd.softmax_divergence`; with a stored teacher one of those of
             :func:`fastkd.topk_divergence`.
-        beta: of divergences that have one.
-        temperature: of both sides.
-        label_weight: of the labels' cross-entropy, added to the divergence.
-        tail: what a stored teacher says of the other tokens: see :func:`fastkd.topk_divergence`.
+        beta: number of a divergence that has one (``"jsd"``, for example).
+        temperature: of the softmax of both sides.
+        stored_temperature: at which a stored teacher's rows were computed: the store's
+            ``temperature``. See :func:`fastkd.topk_divergence`.
+        label_weight: weight of the labels' cross-entropy, which is added to the divergence; 0: it
+            is not computed.
+        tail: how tokens that a stored teacher does not have count: see
+            :func:`fastkd.topk_divergence`.
         square_temperature: multiplies the divergence by temperature².
         head: ``"fused"``: from hidden states, logits are never stored
             (:func:`fastkd.linear_softmax_divergence`); ``"logits"``: the models' logits as they
-            are. Where the output layer is no plain linear layer, ``"fused"`` becomes ``"logits"``.
-        chunk_size: rows of a chunk of the fused head; None: by size.
+            are. Where the output layer is no plain linear layer on the backbone's output,
+            ``"fused"`` becomes ``"logits"``.
+        chunk_size: rows of logits that the fused head computes at a time; None: by size.
 
     Raises:
-        ValueError: an option has the wrong value.
+        ValueError, TypeError: an option has the wrong value or type.
 
     >>> from fastkd.integrations import KDOptions
     >>> KDOptions(divergence="jsd", head="logits").beta
@@ -41,6 +47,7 @@ class KDOptions:
     square_temperature: bool = False
     head: Literal["fused", "logits"] = "fused"
     chunk_size: int | None = None
+    stored_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         allowed = {
@@ -54,11 +61,14 @@ class KDOptions:
                     f"KDOptions: {name} must be one of {', '.join(values)}, "
                     f"got {getattr(self, name)!r}"
                 )
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"KDOptions: temperature must be positive, got {self.temperature}")
+        for name in ("beta", "temperature", "label_weight", "stored_temperature"):
+            to_number("KDOptions", name, getattr(self, name))
+        to_flag("KDOptions", "square_temperature", self.square_temperature)
+        for name in ("temperature", "stored_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"KDOptions: {name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.label_weight < math.inf:
             raise ValueError(
                 f"KDOptions: label_weight must not be negative, got {self.label_weight}"
             )
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"KDOptions: chunk_size must be 1 or more, got {self.chunk_size}")
+        positive_or_none("KDOptions", "chunk_size", self.chunk_size)

@@ -1,6 +1,7 @@
 """Log-probabilities that servers return, as tensors in fastkd's layout."""
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ Entries = list[tuple[float, int]] | None
 def entry(function: str, log_prob: Any, token: Any) -> tuple[float, int]:
     """One token, checked."""
     try:
-        value, number = float(log_prob), int(token)
+        value = float(log_prob)
+        number = int(token) if isinstance(token, str) else operator.index(token)
     except (TypeError, ValueError):
         raise TypeError(
             f"{function}: an entry must be a log-probability and a token id, got {log_prob!r} and "
@@ -38,11 +40,19 @@ def check_k(function: str, k: Any) -> int:
 
 
 def packed(function: str, texts: Sequence[Sequence[Entries]], k: int, batched: bool) -> TopK:
-    """Rows of texts: row t has what the server says of position t + 1; the last has nothing."""
+    """Rows of texts: row t has what the server says of position t + 1; the last has nothing.
+
+    An entry 0 with tokens is none of a whole prompt: all rows would be off by one or more.
+    """
     length = max((len(text) for text in texts), default=0)
     log_probs = torch.full((len(texts), length, k), -math.inf)
     indices = torch.full((len(texts), length, k), -1, dtype=torch.int32)
     for b, text in enumerate(texts):
+        if text and text[0]:
+            raise ValueError(
+                f"{function}: the first entry of a text must be None, as nothing stands before its "
+                f"first token, got {len(text[0])} tokens in text {b}: pass a whole prompt's entries"
+            )
         for t, entries in enumerate(text[1:]):
             if not entries:
                 continue

@@ -17,14 +17,17 @@ def teacher_topk(meta_info: Mapping[str, Any] | Sequence[Mapping[str, Any] | Non
     text; the first is None. Here row t has entry t + 1, and the last row has none.
 
     Args:
-        meta_info: of one answer, or a list of them, and of None for requests that failed.
+        meta_info: of one answer, or a list of them, and of None for requests that failed. Where it
+            has ``prompt_tokens``, there must be as many entries: a larger ``logprob_start_len``
+            leaves entries out.
         k: tokens of a row, at most what was asked of the server. Fewer are padded.
 
     Returns:
         :class:`fastkd.TopK`, as :func:`fastkd.integrations.vllm.teacher_topk`.
 
     Raises:
-        ValueError, TypeError: an entry is not of that form.
+        ValueError, TypeError: an entry is not of that form; the entries are not those of a whole
+            prompt.
 
     >>> from fastkd.integrations.sglang import teacher_topk
     >>> meta = {"input_top_logprobs": [None, [[-0.1, 7, None], [-2.5, 3, None]]]}
@@ -46,6 +49,13 @@ def teacher_topk(meta_info: Mapping[str, Any] | Sequence[Mapping[str, Any] | Non
                 f"top_logprobs_num), got {found}"
             )
         rows = check_sequence(_NAME, "input_top_logprobs", answer["input_top_logprobs"])
+        tokens = answer.get("prompt_tokens", len(rows))
+        if len(rows) != tokens:
+            raise ValueError(
+                f"{_NAME}: input_top_logprobs must have an entry for each of the {tokens} "
+                f"prompt_tokens (logprob_start_len=0), got {len(rows)}; pass None for a request "
+                "that failed"
+            )
         texts.append([_entries(row) for row in rows])
     return packed(_NAME, texts, k, not single)
 

@@ -1,5 +1,6 @@
 """Distillation in transformers' Trainer (checked with transformers 5.24 and accelerate 1.15)."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -7,7 +8,14 @@ from torch import Tensor, nn
 
 from fastkd._ops.linear.logits import LinearLogits
 from fastkd._ops.shift import IGNORED, following
-from fastkd.integrations._modules import LinearHead, base_of, call_through, lm_head, unwrapped
+from fastkd.integrations._modules import (
+    LinearHead,
+    base_of,
+    call_through,
+    lm_head,
+    reads_backbone,
+    unwrapped,
+)
 from fastkd.integrations._options import KDOptions
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._topk_divergence import topk_divergence
@@ -23,14 +31,17 @@ class DistillationMixin:
     :func:`fastkd.topk_divergence` to a stored one: batches then have the columns
     ``teacher_log_probs`` and ``teacher_indices``, ``[B, T, k]``, whose row t scores token t + 1 as
     :func:`fastkd.teacher_topk` of the teacher's logits gives them (-1 where there is nothing).
-    :func:`fastkd.teachers.collate` reads them from a store.
+    :func:`fastkd.teachers.collate` reads them from a store. A batch with these columns is taught by
+    them, also where there is a live teacher.
     Rows count whose next label is not -100. The mean is over the tokens of the whole step: of all
-    accumulated batches, and of all processes as ``average_tokens_across_devices`` says.
+    accumulated batches, and of all processes as ``average_tokens_across_devices`` says. A row of
+    which a stored teacher says nothing adds nothing, nor does its label, but is counted in it.
 
     With ``head="fused"`` the logits of neither side are stored: the backbone runs, and then the
     loss on its hidden states, both through the forward of the wrapped model and of its output
     layer, so that DDP, FSDP and DeepSpeed see an ordinary forward. Where the output layer is not a
-    plain linear layer (an adapter on it, a quantised one), or metrics need logits, it is
+    plain linear layer on the backbone's output (an adapter on it, a quantised one, BERT's kind), or
+    ``compute_metrics`` needs logits, it is ``head="logits"``. ``predict`` returns logits only with
     ``head="logits"``.
 
     Args:
@@ -42,7 +53,9 @@ class DistillationMixin:
 
     Raises:
         TypeError: ``teacher`` is no module, or ``kd`` no KDOptions.
-        ValueError: a batch has neither labels nor a teacher.
+        ValueError: a batch has no labels, or there is neither a teacher nor a batch's columns of
+            one; the Trainer was given a ``compute_loss_func`` or ``label_smoothing_factor``, which
+            the loss would not heed.
         NotImplementedError: several GPUs in one process (DataParallel): start one process each.
     """
 
@@ -62,11 +75,28 @@ class DistillationMixin:
         if kd is not None and not isinstance(kd, KDOptions):
             raise TypeError(f"DistillationMixin: kd must be KDOptions, got {type(kd).__name__}")
         super().__init__(*args, **kwargs)
+        unheeded = {
+            "compute_loss_func": self.compute_loss_func,  # type: ignore[attr-defined]
+            "label_smoothing_factor": self.args.label_smoothing_factor,  # type: ignore[attr-defined]
+        }
+        for name, value in unheeded.items():
+            if value:
+                raise ValueError(
+                    f"DistillationMixin: {name} must not be given, as the loss is that of kd, got "
+                    f"{value}"
+                )
         self.kd = KDOptions() if kd is None else kd
+        # Before they are wrapped: FSDP may replace parameters by parts of one.
+        models = [x for x in (self.model, teacher) if x is not None]  # type: ignore[attr-defined]
+        self._fuses = self.kd.head == "fused" and all(map(reads_backbone, models))
         self.teacher = None
         if teacher is not None:
             teacher.requires_grad_(False)
             accelerator = self.accelerator  # type: ignore[attr-defined]
+            # With a cache, models do not find the texts of a packed row by their position ids.
+            known = inspect.signature(base_of(teacher).forward).parameters.values()
+            takes = any(x.name == "use_cache" or x.kind == x.VAR_KEYWORD for x in known)
+            self._teacher_options = {"use_cache": False} if takes else {}
             self.teacher = accelerator.prepare_model(teacher, evaluation_mode=True).eval()
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -102,6 +132,8 @@ class DistillationMixin:
         if head is None:
             outputs = model(**inputs)
             logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+            if _learns_prompts(model):  # rows of virtual tokens, before the text
+                logits = logits[:, -targets.size(-1) :]
             teacher = None if found else self._teacher_logits(inputs)
             loss = self._loss(logits, teacher, found, targets, normalizer)
         else:
@@ -127,9 +159,7 @@ class DistillationMixin:
         return items / (accelerator.num_processes // self.get_tp_size())  # type: ignore[attr-defined]
 
     def _fused_head(self, model: nn.Module) -> LinearHead | None:
-        if self.kd.head != "fused":
-            return None
-        if getattr(getattr(unwrapped(model), "active_peft_config", None), "is_prompt_learning", 0):
+        if not self._fuses or _learns_prompts(model):
             return None
         heads = [lm_head(m) for m in (model, self.teacher) if m is not None]
         return heads[0] if all(head.is_plain for head in heads) else None
@@ -137,7 +167,7 @@ class DistillationMixin:
     @torch.no_grad()
     def _teacher_logits(self, inputs: dict[str, Any]) -> Tensor:
         assert self.teacher is not None
-        outputs = self.teacher(**inputs)
+        outputs = self.teacher(**{**inputs, **self._teacher_options})
         return outputs["logits"] if isinstance(outputs, dict) else outputs[0]
 
     def _whole(
@@ -163,8 +193,9 @@ class DistillationMixin:
                 )
             assert self.teacher is not None
             teacher_head = lm_head(self.teacher)
+            options = {**inputs, **self._teacher_options}
             with torch.no_grad():
-                theirs = call_through(self.teacher, lambda: _backbone(self.teacher)(**inputs)[0])
+                theirs = call_through(self.teacher, lambda: _backbone(self.teacher)(**options)[0])
 
             def loss(x: Tensor) -> Tensor:
                 return call_through(
@@ -207,7 +238,8 @@ class DistillationMixin:
                 log_probs,
                 indices,
                 tail=kd.tail,
-                mask=indices[..., 0] >= 0,
+                stored_temperature=kd.stored_temperature,
+                mask=(indices >= 0).any(-1),
                 **options,
             )
         assert teacher is not None
@@ -227,6 +259,11 @@ def _linear(hidden: Tensor, head: LinearHead, kd: KDOptions) -> LinearLogits:
         softcap=head.logit_softcap,
         chunk_size=kd.chunk_size,
     )
+
+
+def _learns_prompts(model: nn.Module) -> bool:
+    config = getattr(unwrapped(model), "active_peft_config", None)
+    return bool(getattr(config, "is_prompt_learning", False))
 
 
 def _vocabulary(logits: Tensor | LinearLogits) -> int:

@@ -5,17 +5,36 @@ Checked with TRL 1.16: GKDTrainer, GOLDTrainer and DistillationTrainer.
 
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastkd._ops.arguments import to_flag, to_number
 from fastkd.losses._linear_softmax_divergence import linear_softmax_divergence
 from fastkd.losses._softmax_divergence import softmax_divergence
 
 VERSION = "1.16"
+_Result = TypeVar("_Result")
+
+#: Arguments of linear_softmax_divergence that have another name in TRL.
+_NAMES = {
+    **{
+        f"{side}_{theirs}": f"{side}_{ours}"
+        for side in ("student", "teacher")
+        for theirs, ours in (
+            ("hidden", "hidden_states"),
+            ("weight", "lm_head_weight"),
+            ("bias", "lm_head_bias"),
+        )
+    },
+    "mask": "completion_mask",
+    "normalizer": "num_items_in_batch",
+    "logit_softcap": "final_logit_softcapping",
+}
 
 
 def generalized_jsd_loss(
@@ -55,11 +74,27 @@ def generalized_jsd_loss(
     >>> round(generalized_jsd_loss(student, teacher).item(), 4)
     0.1109
     """
+    _check("generalized_jsd_loss", student_logits=student_logits, teacher_logits=teacher_logits)
+    if labels is not None:
+        _check("generalized_jsd_loss", labels=labels)
+        if labels.shape != student_logits.shape[:-1]:
+            raise ValueError(
+                "generalized_jsd_loss: labels must be one a row, "
+                f"{list(student_logits.shape[:-1])}, got {list(labels.shape)}"
+            )
     if reduction not in ("batchmean", "sum", "mean"):
         raise ValueError(
             f"generalized_jsd_loss: reduction must be batchmean, sum or mean, got {reduction!r}"
         )
-    if logits_are_probs:
+    if to_flag("generalized_jsd_loss", "logits_are_probs", logits_are_probs):
+        if teacher_logits.shape != student_logits.shape:
+            raise ValueError(
+                "generalized_jsd_loss: teacher_logits must have student_logits' shape "
+                f"{list(student_logits.shape)}, got {list(teacher_logits.shape)}"
+            )
+        beta = to_number("generalized_jsd_loss", "beta", beta)
+        if not 0 <= beta <= 1:
+            raise ValueError(f"generalized_jsd_loss: beta must lie in [0, 1], got {beta}")
         rows = _of_probs(student_logits, teacher_logits, beta)
         kept = torch.ones_like(rows, dtype=torch.bool) if labels is None else labels != -100
         total = torch.where(kept, rows, 0).sum()
@@ -67,8 +102,10 @@ def generalized_jsd_loss(
         return total if count is None else total / count
     widths = student_logits.size(-1), teacher_logits.size(-1)
     count = _denominator(student_logits, labels, reduction, num_items_in_batch)
-    chosen: dict[str, Any] = {} if labels is None else {"labels": labels, "label_weight": 0.0}
-    return softmax_divergence(
+    return _called(
+        "generalized_jsd_loss",
+        {"normalizer": "num_items_in_batch"},
+        softmax_divergence,
         student_logits,
         teacher_logits,
         divergence="jsd",
@@ -77,15 +114,47 @@ def generalized_jsd_loss(
         vocab_size=min(widths) if widths[0] != widths[1] else None,
         reduction="sum",
         normalizer=count,
-        **chosen,
+        mask=None if labels is None else labels != -100,
     )
+
+
+def _called(
+    function: str, names: dict[str, str], loss: Callable[..., _Result], *args: Any, **options: Any
+) -> _Result:
+    """The loss; in its errors the names are those of this function and its arguments."""
+    if torch.compiler.is_compiling():
+        return loss(*args, **options)
+    try:
+        return loss(*args, **options)
+    except (IndexError, NotImplementedError, TypeError, ValueError) as error:
+        inner, _, message = str(error).partition(": ")
+        if inner != loss.__name__:
+            raise
+        pattern = rf"\b({'|'.join(names)})\b"
+        message = re.sub(pattern, lambda found: names[found[0]], message)
+        raise type(error)(f"{function}: {message}") from None
+
+
+def _check(function: str, **tensors: Any) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+        if not value.dim():
+            raise ValueError(f"{function}: {name} must have a dimension or more, got a 0-d tensor")
 
 
 def _denominator(
     logits: Tensor, labels: Tensor | None, reduction: str, items: int | Tensor | None
 ) -> float | Tensor | None:
+    if isinstance(items, Tensor) and items.numel() == 1:
+        return items.reshape(()).to(logits.device)
     if items is not None:
-        return items.to(logits.device) if isinstance(items, Tensor) else items
+        count = to_number("generalized_jsd_loss", "num_items_in_batch", items)
+        if not count >= 0:
+            raise ValueError(
+                f"generalized_jsd_loss: num_items_in_batch must not be negative, got {count}"
+            )
+        return count
     if reduction == "sum":
         return None
     if reduction == "mean":
@@ -139,8 +208,9 @@ def chunked_divergence_loss(
         num_items_in_batch: replaces the denominator, the number of rows kept.
         student_lm_head_bias, teacher_lm_head_bias: ``[V]``.
         student_logit_scale, teacher_logit_scale: multiply the logits, with the bias in them.
-        student_final_logit_softcapping, teacher_final_logit_softcapping: cap them afterwards.
-        temperature: of both sides, after all that.
+        student_final_logit_softcapping, teacher_final_logit_softcapping: c of the softcap
+            c tanh(z / c) of the scaled logits; None: no softcap.
+        temperature: divides the logits of both sides, after scale and softcap.
 
     Returns:
         the loss; the sum of the student's entropies at that temperature, without a gradient; the
@@ -157,23 +227,40 @@ def chunked_divergence_loss(
     >>> loss.item(), round(entropy.item(), 4), count.item()
     (0.0, 2.0347, 2)
     """
-    kept = completion_mask != 0
-    student_bias, teacher_bias = (
-        None if bias is None else scale * _gathered(bias, hidden.dtype)
-        for bias, scale, hidden in (
-            (student_lm_head_bias, student_logit_scale, student_hidden_states),
-            (teacher_lm_head_bias, teacher_logit_scale, teacher_hidden_states),
-        )
+    _check(
+        "chunked_divergence_loss",
+        student_hidden_states=student_hidden_states,
+        teacher_hidden_states=teacher_hidden_states,
+        student_lm_head_weight=student_lm_head_weight,
+        teacher_lm_head_weight=teacher_lm_head_weight,
+        completion_mask=completion_mask,
     )
-    loss, stats = linear_softmax_divergence(
+    kept = completion_mask != 0
+    biases, scales = [], []
+    softcaps = student_final_logit_softcapping, teacher_final_logit_softcapping
+    for side, bias, scale, hidden, softcap in (
+        ("student", student_lm_head_bias, student_logit_scale, student_hidden_states, softcaps[0]),
+        ("teacher", teacher_lm_head_bias, teacher_logit_scale, teacher_hidden_states, softcaps[1]),
+    ):
+        if softcap is not None:
+            to_number("chunked_divergence_loss", f"{side}_final_logit_softcapping", softcap)
+        if bias is not None:
+            _check("chunked_divergence_loss", **{f"{side}_lm_head_bias": bias})
+        number = to_number("chunked_divergence_loss", f"{side}_logit_scale", scale)
+        biases.append(None if bias is None else number * _gathered(bias, hidden.dtype))
+        scales.append(number)
+    loss, stats = _called(
+        "chunked_divergence_loss",
+        _NAMES,
+        linear_softmax_divergence,
         student_hidden_states,
         _gathered(student_lm_head_weight, student_hidden_states.dtype),
         teacher_hidden_states,
         _gathered(teacher_lm_head_weight, teacher_hidden_states.dtype),
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        logit_scale=(student_logit_scale, teacher_logit_scale),
-        logit_softcap=(student_final_logit_softcapping, teacher_final_logit_softcapping),
+        student_bias=biases[0],
+        teacher_bias=biases[1],
+        logit_scale=tuple(scales),
+        logit_softcap=softcaps,
         return_stats=True,
         divergence="jsd",
         beta=beta,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import choices
+from fastkd._ops.arguments import check_tensor, choices, to_number
 from fastkd._ops.names import Tail, TopKDivergence
 from fastkd.losses._topk_divergence import topk_divergence
 from fastkd.losses._topk_stats import topk_stats
@@ -60,6 +60,9 @@ def register(
             raise ValueError(
                 f"register: {option} must be one of {', '.join(allowed)}, got {value!r}"
             )
+    to_number("register", "beta", beta)
+    if not isinstance(name, str):
+        raise TypeError(f"register: name must be a string, got {type(name).__name__}")
     from verl.trainer.distillation import losses
     from verl.trainer.distillation.fsdp import losses as strategy
     from verl.utils import ulysses
@@ -148,6 +151,12 @@ def token_losses(
     >>> found["teacher_mass"].tolist()
     [[0.75, 0.0]]
     """
+    for name, value in (
+        ("student_logits", student_logits),
+        ("teacher_log_probs", teacher_log_probs),
+        ("teacher_ids", teacher_ids),
+    ):
+        check_tensor("token_losses", name, value)
     shape = teacher_ids.shape
     if teacher_log_probs.shape != shape or shape[:-1] != student_logits.shape[:-1]:
         raise ValueError(

@@ -20,18 +20,21 @@ def teacher_topk(prompt_logprobs: Sequence[Any], k: int) -> TopK:
     Args:
         prompt_logprobs: of one text (a list of None and dictionaries from token id to vLLM's
             ``Logprob``, or the same as JSON: ids as text, ``{"logprob": ..., "rank": ...}``), or
-            a list of such lists, and of None for requests that failed.
+            a list of such lists, and of None (or ``[]``) for requests that failed. ``[None]`` is a
+            text of one token; two or more None and nothing else are failed requests.
         k: tokens of a row, at most what was asked of the server. Fewer are padded.
 
     Returns:
         :class:`fastkd.TopK`: log_probs float32 and indices int32, ``[T, k]`` or ``[B, T, k]``,
-        shorter texts padded. Where there is nothing, the index is -1: in the last row, for entries
-        that are None, and for a request that failed. Rows of nothing must drop out of a loss:
+        shorter texts padded at their end; T is the most entries of a text, 0 where all requests
+        failed. Where there is nothing, the index is -1: in the last row, for entries that are
+        None, and for a request that failed. Rows without tokens must be masked in a loss:
         ``mask=found.indices[..., 0] >= 0``. A :class:`fastkd.TeacherStore` keeps them
         (``append_batch``), and :func:`fastkd.teachers.collate` makes the mask.
 
     Raises:
-        ValueError, TypeError: an entry is not of that form.
+        ValueError, TypeError: an entry is not of that form; the first entry of a text has tokens,
+            so that the entries are not those of a whole prompt.
 
     >>> from fastkd.integrations.vllm import teacher_topk
     >>> served = [None, {"7": {"logprob": -0.1, "rank": 1}, "3": {"logprob": -2.5, "rank": 2}}]
@@ -40,7 +43,8 @@ def teacher_topk(prompt_logprobs: Sequence[Any], k: int) -> TopK:
     """
     k = check_k(_NAME, k)
     rows = check_sequence(_NAME, "prompt_logprobs", prompt_logprobs)
-    batched = any(isinstance(row, Sequence) for row in rows)
+    failed = len(rows) > 1 and all(row is None for row in rows)
+    batched = failed or any(isinstance(row, Sequence) for row in rows)
     texts = (
         [() if x is None else check_sequence(_NAME, "prompt_logprobs", x) for x in rows]
         if batched
@@ -60,10 +64,12 @@ def _entries(row: Any, k: int) -> Entries:
     for token, value in row.items():
         log_prob = value if isinstance(value, int | float) else _field(value, "logprob")
         rank = None if isinstance(value, int | float) else _field(value, "rank", None)
-        if rank is None or int(rank) <= k:
+        if not isinstance(rank, int | None):
+            raise TypeError(f"{_NAME}: a rank must be an integer or None, got {rank!r}")
+        if rank is None or rank <= k:
             found.append((rank, *entry(_NAME, log_prob, token)))
     # By rank where there is one: a server rounds log-probabilities.
-    found.sort(key=lambda x: (-x[1], 0 if x[0] is None else int(x[0]), x[2]))
+    found.sort(key=lambda x: (-x[1], x[0] or 0, x[2]))
     return [(value, token) for _, value, token in found]
 
 

@@ -14,6 +14,7 @@ from fastkd.teachers._store import TeacherStore
 from fastkd.teachers._teacher_topk import TopK
 
 _NAME = "teachers.collate"
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 #: Of an item, or of a batch: the teacher's rows.
 COLUMNS = ("teacher_log_probs", "teacher_indices")
 
@@ -32,9 +33,9 @@ def collate(
 ) -> dict[str, Tensor]:
     """A batch of texts with a stored teacher's rows: a DataLoader's or a Trainer's collator.
 
-    Row t of a sequence has what the teacher says of token t + 1, as :func:`fastkd.teacher_topk` of
-    its logits gives it. Give the options by :func:`functools.partial`, which a DataLoader's workers
-    can unpickle; each opens the store's files itself::
+    Row t of a text has the teacher's k likeliest tokens at t + 1, as :func:`fastkd.teacher_topk`
+    gives them for row t of the teacher's logits. Give the options by :func:`functools.partial`,
+    which can be pickled for a DataLoader's workers; each worker opens the store's files itself::
 
         rows = functools.partial(fastkd.teachers.collate, store=store, shift=True)
         for batch in DataLoader(range(len(store)), 8, shuffle=True, collate_fn=rows, num_workers=2):
@@ -42,30 +43,37 @@ def collate(
             teacher = batch["teacher_log_probs"], batch["teacher_indices"]
             loss = fastkd.topk_divergence(logits, *teacher, mask=batch["mask"])
 
-    It is a Trainer's ``data_collator``, too, without ``shift``; where items have a key's column,
-    with ``remove_unused_columns=False``.
+    The same partial, without ``shift``, is a Trainer's ``data_collator``. Where items have a column
+    with keys, the Trainer needs ``remove_unused_columns=False``.
 
     Args:
-        items: sequences, each one of
+        items: a text each, in one of two forms:
 
-            * an integer: the number of a sequence in ``store``, which has input ids;
-            * a dictionary with ``input_ids`` (integers ``[T]``) and, if there are any, ``labels``
-              (the same, -100 where none). The teacher's rows are its columns
-              ``teacher_log_probs`` and ``teacher_indices`` ``[T, k]``, or those of the sequence
-              whose key is its column ``key``. Without ``input_ids`` they are the store's.
+            * an integer: the number of a sequence in ``store``. The store must have input ids.
+            * a dictionary with ``input_ids`` (integers ``[T]``) and optionally ``labels`` (integers
+              ``[T]``, -100 for a token that is no label). The teacher's rows are the item's columns
+              ``teacher_log_probs`` and ``teacher_indices`` ``[T, k]`` (fewer than T rows: the last
+              tokens have none; ``[]``: no row at all). An item without these columns has its key
+              in the column ``key``, and the rows are those of the store's sequence with that key.
+              If such an item has no ``input_ids`` either, the store's input ids are taken.
 
-            Where the item and the store have input ids, they must agree.
-        store: where the teacher's rows are.
-        key: the column with the key in the store.
-        missing: of an item whose key is not in the store: an error, or rows of nothing.
+            Where both the item and the store have input ids, the shorter ones must be the beginning
+            of the others.
+        store: has the rows of integers, and of items without columns of their own.
+        key: the item's column with its key in the store. Its entry is a key, also if it is an
+            integer (see :class:`fastkd.TeacherStore`).
+        missing: what an item whose key is not in the store gives: ``"error"``: KeyError;
+            ``"empty"``: a text of whose tokens the teacher says nothing.
         pad_id: input id of padding.
-        max_length: the most tokens of a text; the others are cut off its end.
-        pad_to_multiple_of: of the length of a batch.
-        pack: put all texts one behind the other into one row, without padding between them, with
-            ``position_ids`` that begin anew at each. Models of transformers keep the texts apart by
-            them (checked with 5.24, ``use_cache=False``). Without it a row a text.
-        shift: False: ``labels`` as trainers and losses with ``shift=1`` take them. True: for losses
-            without ``shift``: row t has the label of t + 1; and there is ``mask``.
+        max_length: the most tokens of a text; a longer one is cut off at its end.
+        pad_to_multiple_of: the length of the batch is rounded up to a multiple of this.
+        pack: True: all texts one behind the other in one row, without padding between them.
+            ``position_ids`` begin at 0 in each text. Models of transformers find the texts by that
+            if they are called with ``use_cache=False`` and without ``attention_mask`` (checked with
+            5.24); with a cache, tokens attend to earlier texts. False: each text in a row of its
+            own, padded at its end.
+        shift: False: row t has label t, as trainers and losses with ``shift=1`` take labels. True:
+            row t has label t + 1, for losses without ``shift``, and the batch has ``mask``.
 
     Returns:
         a dictionary of tensors, ``[B, T]`` (packed ``[1, total]``):
@@ -76,15 +84,17 @@ def collate(
         ``position_ids``        int64; only packed
         ``labels``              int64: the item's, or its input ids; -100 for padding and for a
                                 text's first token, which no row scores
-        ``teacher_log_probs``   float32 ``[B, T, k]``, -inf where there is nothing
-        ``teacher_indices``     int32 ``[B, T, k]``, -1 where there is nothing
-        ``mask``                bool, with ``shift``: rows that have a label and of which the
-                                teacher says something
+        ``teacher_log_probs``   float32 ``[B, T, k]``, -inf where the teacher says nothing
+        ``teacher_indices``     int32 ``[B, T, k]``, -1 where the teacher says nothing
+        ``mask``                bool, with ``shift``: rows that have a label and a teacher's token
         ======================  ===================================================================
 
+        k is the largest of the texts'; 1 if no text has a row.
+
     Raises:
-        TypeError, ValueError, IndexError, KeyError: an item or option is not as above. The message
-            names it, what was expected and what came.
+        TypeError, ValueError, IndexError, KeyError: an item or option is not as above, an index is
+            not in [-1, 2^31), or a log-probability is NaN or positive. The message names the item,
+            what was expected and what came.
 
     >>> import torch, fastkd
     >>> best = fastkd.teacher_topk(torch.eye(3, 9), 1)
@@ -106,6 +116,8 @@ def collate(
     pad_id = to_integer(_NAME, "pad_id", pad_id)
     longest = positive_or_none(_NAME, "max_length", max_length)
     multiple = positive_or_none(_NAME, "pad_to_multiple_of", pad_to_multiple_of) or 1
+    if not isinstance(items, Iterable):
+        raise TypeError(f"{_NAME}: items must be a sequence, got {type(items).__name__}")
     read = [_read(i, item, store, key, missing == "empty") for i, item in enumerate(items)]
     if not read:
         raise ValueError(f"{_NAME}: items must hold a sequence or more, got none")
@@ -119,7 +131,7 @@ def collate(
     ids_fill = {"input_ids": pad_id, "labels": IGNORED, "position_ids": 0}
     lengths = [len(x) for x in columns["input_ids"]]
     columns["attention_mask"] = [torch.ones(n, dtype=torch.int64) for n in lengths]
-    k = max((best.indices.size(-1) for _, _, best in read), default=1)
+    k = max(1, *(best.indices.size(-1) for _, _, best in read))
     wide = [_filled(best, n, k) for (_, _, best), n in zip(read, lengths, strict=True)]
     columns |= {name: [best[i] for best in wide] for i, name in enumerate(COLUMNS)}
     if pack:
@@ -152,11 +164,10 @@ def _read(
             if store is None or key not in item:
                 raise KeyError(
                     f"{where} must have {' and '.join(COLUMNS)}, or a store and the column {key!r}"
-                    f", got {', '.join(map(repr, item))}"
+                    f" (a Trainer drops it unless remove_unused_columns=False), got "
+                    f"{', '.join(map(repr, item))}"
                 )
             sequence = item[key]
-            if isinstance(sequence, Tensor):
-                sequence = sequence.item()
             if sequence not in store:
                 if not empty:
                     raise KeyError(f"{where}: no sequence has the key {sequence!r} in {store.path}")
@@ -205,27 +216,49 @@ def _columns(where: str, item: Mapping[str, Any]) -> TopK | None:
     values = [item.get(name) for name in COLUMNS]
     if any(x is None for x in values):
         return None
-    log_probs, indices = (torch.as_tensor(x) for x in values)
+    log_probs, indices = (_tensor(where, *x) for x in zip(COLUMNS, values, strict=True))
+    if log_probs.numel() == indices.numel() == 0:  # of a request that failed, as lists have it
+        return TopK(torch.empty(0, 0), torch.empty(0, 0, dtype=torch.int32))
     if log_probs.dim() != 2 or log_probs.shape != indices.shape:
         raise ValueError(
             f"{where}: {COLUMNS[0]} and {COLUMNS[1]} must both be [T, k], got "
             f"{list(log_probs.shape)} and {list(indices.shape)}"
         )
-    if not log_probs.is_floating_point() or indices.is_floating_point():
+    if not log_probs.is_floating_point() or indices.dtype not in _INTEGERS:
         raise TypeError(
             f"{where}: {COLUMNS[0]} must be float and {COLUMNS[1]} integers, got "
             f"{log_probs.dtype} and {indices.dtype}"
         )
-    return TopK(log_probs.float(), indices.int())
+    indices = indices.long()
+    log_probs = log_probs.float().masked_fill(indices == -1, -torch.inf)
+    for rule, bad, found in (
+        (f"{COLUMNS[1]} must lie in [-1, 2^31)", (indices < -1) | (indices > 2**31 - 1), indices),
+        (f"{COLUMNS[0]} must not be NaN or positive", ~(log_probs <= 1e-3), log_probs),
+    ):
+        if bad.any():
+            token, j = bad.nonzero()[0].tolist()
+            error = IndexError if found is indices else ValueError
+            raise error(f"{where}: {rule}, got {found[token, j].item()} at token {token}")
+    return TopK(log_probs, indices.int())
+
+
+def _tensor(where: str, name: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{where}: {name} must be a tensor, an array or lists of numbers, got "
+            f"{type(values).__name__}: {error}"
+        ) from None
 
 
 def _integers(where: str, name: str, values: Any) -> Tensor | None:
     if values is None:
         return None
-    found = torch.as_tensor(values)
+    found = _tensor(where, name, values)
     if found.numel() == 0:
         found = found.long()
-    if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
+    if found.dim() != 1 or found.dtype not in _INTEGERS:
         raise ValueError(
             f"{where}: {name} must be integers [T], got {found.dtype} {list(found.shape)}"
         )

@@ -22,7 +22,7 @@ def fingerprint(tokenizer: Any = None, model: Any = None) -> str:
 
     Raises:
         TypeError: an argument has another type. ValueError: both are None, or a tensor has no
-            values.
+            values, or the model has no tensors.
 
     >>> from fastkd.teachers import fingerprint
     >>> fingerprint([b"a", b"b", None])
@@ -68,6 +68,8 @@ def _hash_model(update: Callable[[bytes], Any], model: Any) -> None:
         raise TypeError(
             "fingerprint: model must be a module or a state dict, got " + type(model).__name__
         )
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError("fingerprint: model must have tensors, got none")
     update(b"model\0")
     for name in sorted(state):
         value = state[name]

@@ -83,6 +83,10 @@ class Settings(NamedTuple):
     def check_match(self, where: str, path: Path, **wanted: Any) -> None:
         """Raise for the first of the wanted settings that is not None and differs from this."""
         for name, value in wanted.items():
+            if name == "vocab_size" and value is not None:
+                value = integer(where, name, value, 1, 2**31 - 1)
+            if name == "fingerprint" and not isinstance(value, (str, type(None))):
+                raise TypeError(f"{where}: {name} must be a string, got {type(value).__name__}")
             if value is not None and value != getattr(self, name):
                 raise ValueError(
                     f"{where}: {name} is {value!r}, but {path} was written with "
@@ -101,6 +105,14 @@ class Settings(NamedTuple):
     def packing(self) -> Packing:
         """The packing of the records."""
         return Packing(self.vocab_size, self.k, self.log_probs)
+
+
+def directory(where: str, name: str, path: Any) -> Path:
+    """An absolute path."""
+    try:
+        return Path(path).absolute()
+    except TypeError:
+        raise TypeError(f"{where}: {name} must be a path, got {type(path).__name__}") from None
 
 
 def integer(

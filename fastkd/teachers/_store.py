@@ -3,12 +3,14 @@
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from fastkd._ops.arguments import to_flag
 from fastkd._ops.names import StoredLogProbs
 from fastkd.teachers._fingerprint import fingerprint
 from fastkd.teachers._shards import (
@@ -16,11 +18,12 @@ from fastkd.teachers._shards import (
     Settings,
     Shard,
     damaged,
+    directory,
     integer,
     read_index,
 )
 from fastkd.teachers._teacher_topk import TopK
-from fastkd.teachers._writer import TeacherStoreWriter, as_key, check_new
+from fastkd.teachers._writer import TeacherStoreWriter, as_key, check_new, without_writer
 
 __all__ = ["TeacherStore", "TeacherStoreWriter", "fingerprint"]
 
@@ -37,11 +40,22 @@ class TeacherStore:
     from the original by less than 1e-4 nats of KL up to k = 128 and 2e-4 up to k = 1024.
 
     Reading a part of a shard checks the checksums (CRC-32, one for 64 tokens) of that part, and
-    reads otherwise only the header and sequence offsets. With keys, ``store[key]`` is the sequence
-    of a key, and ``key in store`` says whether there is one; all keys are read when the first is
-    needed. A store is a ``torch`` map-style dataset;
+    reads otherwise only the header and sequence offsets. A store is a ``torch`` map-style dataset;
     pickled, or in a DataLoader's worker, it opens its files again. Sequences that are written after
     it was opened are not seen.
+
+    Keys are texts; an integer that was given as a key is stored as its decimal text. All keys are
+    read when the first is needed. With ``store`` of a directory that has keys:
+
+    ==================  ========================================================================
+    ``store["7"]``      the sequence with the key ``"7"``
+    ``store[7]``        sequence number 7, whatever its key
+    ``store.find(7)``   the number of the sequence with the key ``"7"``, as ``find("7")``
+    ``"7" in store``    whether a sequence has the key ``"7"``; ``7 in store`` asks the same, and
+                        not whether there is a sequence number 7: that is ``7 < len(store)``
+    ==================  ========================================================================
+
+    Without keys, ``in`` raises ValueError.
 
     Args:
         path: the directory.
@@ -77,7 +91,7 @@ class TeacherStore:
         vocab_size: int | None = None,
         fingerprint: str | None = None,
     ) -> None:
-        self.path = Path(path).absolute()
+        self.path = directory("TeacherStore", "path", path)
         self._settings, self._counts, self._beyond = read_index(self.path, "TeacherStore")
         self._settings.check_match(
             "TeacherStore", self.path, vocab_size=vocab_size, fingerprint=fingerprint
@@ -154,14 +168,19 @@ class TeacherStore:
         Where a sequence is asked for, a text is a key, and an integer a number: pass the integers
         that are keys to this function.
         """
-        number = self._by_key("TeacherStore.find").get(str(key))
+        text = as_key(key)
+        if not isinstance(text, str):
+            kind = type(key).__name__
+            raise TypeError(f"TeacherStore.find: key must be a text or an integer, got {kind}")
+        number = self._by_key("TeacherStore.find").get(text)
         if number is None:
             raise KeyError(f"TeacherStore.find: no sequence has the key {key!r} in {self.path}")
         return number
 
     def __contains__(self, key: object) -> bool:
-        """Whether a sequence has this key."""
-        return as_key(key) in self._by_key("TeacherStore")
+        """Whether a sequence has this key: a text, or an integer, which is its decimal text."""
+        text = as_key(key)
+        return isinstance(text, str) and text in self._by_key("TeacherStore")
 
     def _by_key(self, where: str) -> dict[str, int]:
         if not self.has_keys:
@@ -221,7 +240,7 @@ class TeacherStore:
             ValueError: a line for each shard that is damaged or missing.
         """
         shards: Iterable[int] = range(len(self._counts))
-        if progress:
+        if to_flag("TeacherStore.verify", "progress", progress):
             try:
                 from rich.progress import track
             except ImportError:
@@ -312,7 +331,8 @@ class TeacherStore:
             where,
             *(vocab_size, k, temperature, fingerprint, log_probs, shard_tokens, keys, input_ids),
         )
-        path = Path(path).absolute()
+        exist_ok = to_flag(where, "exist_ok", exist_ok)
+        path = directory(where, "path", path)
         path.mkdir(parents=True, exist_ok=True)
         check_new(path, where, exist_ok)
         return TeacherStoreWriter(path, where, settings, exist_ok)
@@ -337,7 +357,8 @@ class TeacherStore:
                 RuntimeError: the store has another writer. ImportError: the safetensors package is
                 missing.
         """
-        where, path = "TeacherStore.append_to", Path(path).absolute()
+        where = "TeacherStore.append_to"
+        path = directory(where, "path", path)
         settings = read_index(path, where)[0]
         settings.check_match(where, path, vocab_size=vocab_size, fingerprint=fingerprint)
         return TeacherStoreWriter(path, where, settings, True)
@@ -353,14 +374,17 @@ class TeacherStore:
     ) -> "TeacherStore":
         """Join stores, such as those of several ranks, into a new one; records are copied as is.
 
+        No source may have a writer, also in this process: it is closed first.
+
         Args:
             path: a new or empty directory.
             sources: directories of stores with the same settings but for ``shard_tokens``.
             interleave: take a sequence of each source in turn, as ``DistributedSampler`` without
                 shuffling has dealt them out; False: all of the first, then all of the second, ...
-            duplicates: what to do with a key of an earlier sequence, in stores with keys:
-                ``"error"``, or ``"first"``: leave out the later one, as where a sampler has filled
-                up its last batch.
+            duplicates: what to do with a key that two sequences have, of two sources:
+                ``"error"``: raise ValueError; ``"first"``: copy the sequence that comes first in
+                the order of ``interleave``, and leave the others out, whatever they hold. A sampler
+                that fills up its last batch makes such keys. Sequences without keys are all copied.
             shard_tokens: see :meth:`create`; None: that of the first source.
 
         Returns:
@@ -370,6 +394,7 @@ class TeacherStore:
             FileExistsError: the directory is not empty. FileNotFoundError: a source is no store.
                 ValueError: there is no source, their settings differ, a key is there twice, or a
                 source is damaged; ``path`` then holds a part, which may be deleted.
+                RuntimeError: a source has a writer.
 
         >>> import tempfile, torch, fastkd
         >>> best = fastkd.teacher_topk(torch.zeros(1, 5, 9), 2)
@@ -388,36 +413,53 @@ class TeacherStore:
             raise TypeError(f"{where}: sources must be a sequence of paths, got {kind}")
         if duplicates not in ("error", "first"):
             raise ValueError(f"{where}: duplicates must be error or first, got {duplicates!r}")
-        stores = [TeacherStore(source) for source in sources]
-        if not stores:
+        interleave = to_flag(where, "interleave", interleave)
+        folders = [directory(where, "sources", source) for source in sources]
+        if not folders:
             raise ValueError(f"{where}: sources must be one store or more, got none")
-        for store in stores:
-            if store._beyond:
-                raise ValueError(f"{where}: {store._beyond}")
-            wanted = {**stores[0]._settings._asdict(), "shard_tokens": None}
-            # None is no wish: a source without a fingerprint is not one with it.
-            if store.fingerprint != stores[0].fingerprint:
-                wanted["fingerprint"] = str(stores[0].fingerprint)
-            store._settings.check_match(where, store.path, **wanted)
-        settings = stores[0]._settings
-        if shard_tokens is not None:
-            number = integer(where, "shard_tokens", shard_tokens, 1, 1 << 40)
-            settings = settings._replace(shard_tokens=number)
-        path = Path(path).absolute()
-        path.mkdir(parents=True, exist_ok=True)
-        check_new(path, where, False)
-        order = [(i, store) for store in stores for i in range(len(store))]
-        if interleave:
-            order.sort(key=lambda x: x[0])  # stable: of equal numbers the earlier store's first
-        names = [store.keys() if settings.keys else [] for store in stores]
-        keys = {id(store): found for store, found in zip(stores, names, strict=True)}
-        with TeacherStoreWriter(path, where, settings, False) as writer:
-            for i, store in order:
-                key = keys[id(store)][i] if settings.keys else ""
-                if settings.keys and key in writer:
-                    if duplicates == "first":
-                        continue
-                    raise ValueError(f"{where}: key {key!r} of {store.path} is in another, too")
-                shard, start, stop = store._locate(where, i)
-                writer._add(shard.read(start, stop), key)
-        return TeacherStore(path)
+        path = directory(where, "path", path)
+        with ExitStack() as held:
+            for folder in folders:
+                held.enter_context(without_writer(folder, where))
+            stores = [TeacherStore(folder) for folder in folders]
+            return _merged(where, path, stores, interleave, duplicates, shard_tokens)
+
+
+def _merged(
+    where: str,
+    path: Path,
+    stores: list[TeacherStore],
+    interleave: bool,
+    duplicates: str,
+    shard_tokens: int | None,
+) -> TeacherStore:
+    """The stores joined; see :meth:`TeacherStore.merge`."""
+    for store in stores:
+        if store._beyond:
+            raise ValueError(f"{where}: {store._beyond}")
+        wanted = {**stores[0]._settings._asdict(), "shard_tokens": None}
+        # None is no wish: a source without a fingerprint is not one with it.
+        if store.fingerprint != stores[0].fingerprint:
+            wanted["fingerprint"] = str(stores[0].fingerprint)
+        store._settings.check_match(where, store.path, **wanted)
+    settings = stores[0]._settings
+    if shard_tokens is not None:
+        number = integer(where, "shard_tokens", shard_tokens, 1, 1 << 40)
+        settings = settings._replace(shard_tokens=number)
+    path.mkdir(parents=True, exist_ok=True)
+    check_new(path, where, False)
+    order = [(i, store) for store in stores for i in range(len(store))]
+    if interleave:
+        order.sort(key=lambda x: x[0])  # stable: of equal numbers the earlier store's first
+    names = [store.keys() if settings.keys else [] for store in stores]
+    keys = {id(store): found for store, found in zip(stores, names, strict=True)}
+    with TeacherStoreWriter(path, where, settings, False) as writer:
+        for i, store in order:
+            key = keys[id(store)][i] if settings.keys else ""
+            if settings.keys and key in writer:
+                if duplicates == "first":
+                    continue
+                raise ValueError(f"{where}: key {key!r} of {store.path} is in another, too")
+            shard, start, stop = store._locate(where, i)
+            writer._add(shard.read(start, stop), key)
+    return TeacherStore(path)

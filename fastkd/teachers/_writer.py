@@ -2,12 +2,13 @@
 
 import errno
 import fcntl
+import operator
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -39,6 +40,30 @@ def check_new(path: Path, where: str, exist_ok: bool) -> None:
     others = [name for name in names if name != _LOCK and not _LEFTOVER.fullmatch(name)]
     if others:
         raise FileExistsError(f"{where}: {path} must be empty, got {min(others)} in it")
+
+
+def _lock(lock: IO[str], kind: int, error: str) -> None:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(error) from None
+
+
+@contextmanager
+def without_writer(path: Path, where: str) -> Iterator[None]:
+    """Keep writers away from a store that is read as a whole; RuntimeError where one is at work."""
+    try:
+        lock = open(path / _LOCK)  # noqa: SIM115 (closed below)
+    except (FileNotFoundError, NotADirectoryError):  # a copy of a store, or none
+        yield
+        return
+    with lock:
+        error = f"{where}: {path} has a writer, whose last sequences are not stored: close it first"
+        _lock(lock, fcntl.LOCK_SH, error)
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # explicitly: forked processes hold it too
 
 
 class TeacherStoreWriter:
@@ -87,12 +112,11 @@ class TeacherStoreWriter:
             raise
 
     def _begin(self, where: str, exist_ok: bool) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"{where}: another writer is at work in {self.path}; one at a time"
-            ) from None
+        error = (
+            f"{where}: another writer, or TeacherStore.merge, is at work in {self.path}; one at a "
+            "time"
+        )
+        _lock(self._lock, fcntl.LOCK_EX, error)
         check_new(self.path, where, exist_ok)
         for file in self.path.iterdir():
             if _LEFTOVER.fullmatch(file.name):
@@ -139,7 +163,8 @@ class TeacherStoreWriter:
 
     def __contains__(self, key: object) -> bool:
         """Whether a sequence with this key is stored, in memory included."""
-        return as_key(key) in self._keys
+        found = as_key(key)
+        return isinstance(found, str) and found in self._keys
 
     def append(
         self,
@@ -202,8 +227,8 @@ class TeacherStoreWriter:
             the sequences' numbers.
 
         Raises:
-            the same as :meth:`append`, for the first sequence that is wrong: those before it are
-            stored.
+            the same as :meth:`append`, for the first sequence that is wrong, whose place in the
+            batch the message has: those before it are stored.
 
         >>> import tempfile, torch, fastkd
         >>> settings = {"vocab_size": 9, "k": 2, "keys": True, "input_ids": True}
@@ -232,9 +257,13 @@ class TeacherStoreWriter:
             if value.ndim != ndim or shape[:2] != wanted:
                 expected = "[B, T, k]" if ndim == 3 else str(wanted)
                 raise ValueError(f"{where}: {name} must be {expected}, got {shape}")
-        if keys is not None and (isinstance(keys, str) or len(keys) != len(log_probs)):
-            found = repr(keys) if isinstance(keys, str) else len(keys)
-            raise ValueError(f"{where}: keys must be {len(log_probs)} of them, got {found}")
+        if mask is not None and not re.match(r"(torch\.)?(bool|u?int)", str(mask.dtype)):
+            raise TypeError(f"{where}: mask must be bool or integers, got {mask.dtype}")
+        some = isinstance(keys, (Sequence, np.ndarray, torch.Tensor, type(None)))
+        if not some or isinstance(keys, (str, bytes)) or getattr(keys, "ndim", 1) != 1:
+            raise TypeError(f"{where}: keys must be a sequence of keys, got {type(keys).__name__}")
+        if keys is not None and len(keys) != len(log_probs):
+            raise ValueError(f"{where}: keys must be {len(log_probs)} of them, got {len(keys)}")
         begin = len(self)
         for i in range(len(log_probs)):
             rows = [x if x is None else as_array(x[i]) for x in (log_probs, indices, input_ids)]
@@ -242,7 +271,11 @@ class TeacherStoreWriter:
                 kept = as_array(mask[i]) != 0
                 rows = [x if x is None else x[kept] for x in rows]
             key = None if keys is None else keys[i]
-            self.append(rows[0], rows[1], key=key, input_ids=rows[2])
+            try:
+                self.append(rows[0], rows[1], key=key, input_ids=rows[2])
+            except (IndexError, TypeError, ValueError) as error:
+                message = str(error).removeprefix("TeacherStore.append: ")
+                raise type(error)(f"{where}: sequence {i}: {message}") from None
         return range(begin, len(self))
 
     def _checked_key(self, key: Any) -> str:
@@ -358,9 +391,12 @@ def as_array(value: Any) -> np.ndarray:
 
 def as_key(key: Any) -> Any:
     """The text of a key that is an integer; anything else as it is."""
-    if isinstance(key, int | np.integer) and not isinstance(key, bool):
-        return str(key)
-    return key
+    if isinstance(key, str | bool):
+        return key
+    try:
+        return str(operator.index(key))
+    except TypeError:
+        return key
 
 
 def _save_file(where: str) -> Callable[..., None]:

@@ -80,7 +80,10 @@ def alm_loss(
 
     Args:
         student_logits: ``[B, T_S, vocab_S]``; row t scores ``student_ids[:, t]``: pass
-            ``logits[:, :-1]`` with ``ids[:, 1:]`` and ``chunks[:, 1:]``.
+            ``logits[:, :-1]`` with ``ids[:, 1:]`` and ``chunks[:, 1:]``. No row scores the first
+            token of a text. Where that is in a chunk on either side (no token of the beginning
+            stands before the text), set this chunk to -1 on both sides, or the rest of it, which
+            has other bytes on each side, is compared. :func:`fastkd.recipes.alm` does so.
         student_ids: ``[B, T_S]``, the student's tokens.
         student_chunks: ``[B, T_S]``, from :func:`fastkd.align_batch`; -1 for none.
         teacher_logits: ``[B, T_T, vocab_T]``.

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,8 +127,10 @@ def _segments_of_rows(
     vocab: ByteVocab, prefixes: Any, leading: tuple[int, ...], device: str, mode: Any
 ) -> tuple[Tensor, ...]:
     """The segments of distinct prefixes, the empty one first, and each row's index into them."""
-    flat = list(prefixes)
-    for size in leading[:-1]:
+    flat = [prefixes]
+    for size in leading:
+        if size and not all(isinstance(outer, (Sequence, np.ndarray)) for outer in flat):
+            break
         flat = [inner for outer in flat for inner in outer] if size else []
     rows = math.prod(leading)
     if len(flat) != rows or any(not isinstance(x, bytes) for x in flat):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd._ops.padding import positive_or_none
 from fastkd.tokenizers._byte_log_probs import byte_log_probs
 from fastkd.tokenizers._byte_vocab import ByteVocab, integers
 
@@ -266,13 +267,11 @@ class ByteStream:
             ("vocab", vocab, isinstance(vocab, ByteVocab), "a fastkd.ByteVocab"),
             ("prompt", prompt, isinstance(prompt, bytes), "bytes"),
             ("encode", encode, encode is None or callable(encode), "callable or None"),
-            ("max_covers", max_covers, hasattr(max_covers or 0, "__index__"), "an integer or None"),
             ("tolerance", tolerance, isinstance(tolerance, int | float | np.number), "a number"),
         ):
             if not fits:
                 raise TypeError(f"ByteStream: {name} must be {wanted}, got {type(value).__name__}")
-        if max_covers is not None and max_covers < 1:
-            raise ValueError(f"ByteStream: max_covers must be at least 1, got {max_covers}")
+        max_covers = positive_or_none("ByteStream", "max_covers", max_covers)
         if not 0 <= tolerance < 1:
             raise ValueError(f"ByteStream: tolerance must lie in [0, 1), got {tolerance}")
         self._model = _Model(next_token_logits, vocab, encode)

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastkd._ops.arguments import to_integer
+from fastkd._ops.arguments import to_flag, to_integer
 from fastkd._ops.constants import Constants
 from fastkd.tokenizers._token_bytes import token_bytes
 
@@ -29,6 +29,8 @@ __all__ = ["ByteVocab"]
 def integers(where: str, values: Any) -> np.ndarray:
     """A contiguous int64 array of the integers in a list, an array or a tensor on any device."""
     if isinstance(values, Tensor):
+        if values.is_meta:
+            raise ValueError(f"{where} must be on a device that holds values, got meta")
         values = values.detach().cpu().numpy()
     array = np.asarray(values)
     if array.size == 0 and not isinstance(values, np.ndarray):
@@ -306,7 +308,7 @@ class ByteVocab:
         """
         of_column = np.zeros(self.num_columns, dtype=bool)
         of_column[list(_bytes("ByteVocab.boundary: first_bytes", first_bytes))] = True
-        of_column[257:] = special
+        of_column[257:] = to_flag("ByteVocab.boundary", "special", special)
         return of_column[self.columns]
 
 

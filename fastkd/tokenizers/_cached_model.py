@@ -14,12 +14,22 @@ from fastkd.tokenizers._byte_vocab import integers
 
 #: Of a model's argument and result with the cache, the newer first.
 _NAMES = ("cache", "past_key_values")
+#: Tokens of the two texts that tell whether a model is causal.
+_PROBE = 8
 #: What caches raise that cannot go back, or not so far.
 _CANNOT = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def _can_be_cut(cache: Any) -> bool:
     return bool(getattr(cache, "is_croppable", hasattr(cache, "crop")))
+
+
+def _length(cache: Any, unknown: int) -> int:
+    """Number of tokens in a cache, where it says so: those of a learned prompt come again."""
+    try:
+        return int(cache.get_seq_length())
+    except _CANNOT:
+        return unknown
 
 
 class CachedModel:
@@ -33,14 +43,18 @@ class CachedModel:
         model = fastkd.tokenizers.CachedModel(AutoModelForCausalLM.from_pretrained(...))
         stream = fastkd.ByteStream(model, vocab, b"The capital of Fran", encode=encode)
 
-    Where the cache cannot be cut (states of a recurrent model; a sliding window that has moved on),
-    the text is computed from its beginning, and a warning says so once. The logits are the same,
-    but for roundings of another order of sums.
+    Where the cache cannot be cut (states of a recurrent model; a sliding window that has moved on)
+    or has more tokens than the text (PEFT's learned prompts), the text is computed from its
+    beginning, and a warning says so once. The logits are the same,
+    but for roundings of another order of sums. They have no gradient, as nothing that the model
+    computes here is recorded.
 
     Args:
         model: a causal language model of transformers (also wrapped by PEFT), in ``eval`` mode,
             in any dtype, on any device: ids go to the device of its token embedding. It is not
-            changed. Call :meth:`clear` after changing its weights.
+            changed. Call :meth:`clear` after changing its weights. The model runs twice at once, on
+            two texts of 8 tokens: it must return logits over the vocabulary, and those of a token
+            must not depend on later tokens.
         prefix: ids before every text, for example that of a beginning-of-text token. None: the
             ``bos_token_id`` of the model's configuration. ``()``: nothing; an empty text then has
             no logits.
@@ -48,8 +62,9 @@ class CachedModel:
             ``max_position_embeddings``, if it has that.
 
     Raises:
-        TypeError: the model is no causal language model. ValueError: it is in training mode, or
-            has no ``bos_token_id`` and no prefix is given.
+        TypeError: the model is no causal language model, as a model without its output layer
+            (``AutoModel``), a classifier, an encoder (BERT) or an encoder-decoder (T5) is none.
+            ValueError: it is in training mode, or has no ``bos_token_id`` and no prefix is given.
         A call raises IndexError for an id that the model does not have, and ValueError for a text
         that is too long, or empty without a prefix.
 
@@ -118,6 +133,7 @@ class CachedModel:
         self.clear()
         one = isinstance(prefix, int)
         self._prefix = self._checked("prefix", [prefix] if one else prefix)
+        self._check_model()
 
     def __getstate__(self) -> dict[str, Any]:
         """The state with an empty cache."""
@@ -166,8 +182,46 @@ class CachedModel:
         except BaseException:
             self.clear()  # layers may differ in what they have
             raise
+        if self._cache is not None and _length(self._cache, len(text)) != len(text):
+            self._say(f"the cache of {type(self.model).__name__} has other tokens than the text")
+            self.clear()
         self._seen = text if self._cache is not None else []
         return logits
+
+    @torch.no_grad()
+    def _check_model(self) -> None:
+        """Raise unless the model returns logits of tokens that no later token changes."""
+        embedding = self.model.get_input_embeddings().weight
+        kind, size = type(self.model).__name__, embedding.size(0)
+        length = min(_PROBE, self._max_length or _PROBE)
+        # From the middle of the vocabulary: placeholders of images are near its ends.
+        ids = (size // 2 + torch.arange(2 * length, device=embedding.device)) % size
+        options = {} if self._name is None else {"use_cache": False}
+        rows = []
+        # Two texts of one length that share their first token.
+        for text in (ids[:length], torch.cat([ids[:1], ids[length + 1 :]])):
+            found = getattr(self.model(input_ids=text[None], **options), "logits", None)
+            if found is None:
+                raise TypeError(
+                    "CachedModel: model must return logits, as a model of AutoModelForCausalLM "
+                    f"does, got {kind}, which returns none"
+                )
+            head = getattr(self.model, "get_output_embeddings", lambda: None)()
+            width = min(size, getattr(head, "weight", embedding).size(0))
+            if found.dim() != 3 or found.size(1) < length or found.size(2) < width:
+                raise TypeError(
+                    "CachedModel: model must return logits over the vocabulary, [1, "
+                    f"{length}, {width}] for {length} tokens, got {list(found.shape)} of {kind}"
+                )
+            rows.append(found[0, -length])  # PEFT may put tokens before the text
+        first, second = rows
+        scale = torch.where(first.isfinite(), first, 0).abs().max().item()
+        tolerance = scale * torch.finfo(first.dtype).eps ** 0.5
+        if not first.isclose(second, rtol=0, atol=tolerance, equal_nan=True).all():
+            raise TypeError(
+                f"CachedModel: model must be causal, got {kind}, whose logits of a token change "
+                "with later tokens"
+            )
 
     @torch.no_grad()
     def _run(self, new: list[int]) -> Tensor:
@@ -197,7 +251,7 @@ class CachedModel:
             if not _can_be_cut(cache):
                 raise NotImplementedError
             cache.crop(-remove)
-            if cache.get_seq_length() == length:
+            if _length(cache, -1) == length:
                 return True
         except _CANNOT:
             pass

@@ -48,7 +48,8 @@ def chunk_log_likelihood(
               b_c = \log \sum_{v \in \text{boundary}} q_{t_c + 1}(v)
 
     with :math:`t_c` the chunk's last token. Row t of the logits scores token t: for a causal model
-    pass ``logits[:, :-1]`` with the ids ``[:, 1:]`` and the chunks ``[:, 1:]``.
+    pass ``logits[:, :-1]`` with the ids ``[:, 1:]`` and the chunks ``[:, 1:]``. A chunk with the
+    text's first token, which no row scores, then lacks it.
 
     Each row of logits that is needed is read once (the backward pass reads it again and writes its
     gradient). Rows of tokens in no chunk are not read, add nothing, and get a zero gradient even
@@ -119,7 +120,11 @@ def chunk_log_likelihood(
     if shards is not None:
         assert isinstance(logits, Tensor)
         return _sharded(logits, given, shards)
-    if vocab_size is not None and vocab_size < logits.size(-1):
+    width = logits.size(-1) if logits.dim() else 0
+    vocab_size = width if vocab_size is None else to_integer(function, "vocab_size", vocab_size)
+    if not 0 <= vocab_size <= width:
+        raise ValueError(f"{function}: vocab_size is {vocab_size}, logits has {width} columns")
+    if vocab_size < width:
         if isinstance(logits, LinearLogits):
             bias = None if logits.bias is None else logits.bias[:vocab_size]
             logits = logits.replaced(logits.hidden, logits.weight[:vocab_size], bias)

@@ -126,6 +126,8 @@ def test_lm_head_has_scale_and_softcap(config, scale, softcap):
 def test_lm_head_of_odd_models():
     with pytest.raises(TypeError, match=r"lm_head: model must have an output layer"):
         lm_head(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"lm_head: model must be a torch.nn.Module, got int"):
+        lm_head(3)
     with pytest.raises(ValueError, match=r"lm_head: logits_scaling .* got 'novel'"):
         lm_head(Model(Config("novel", logits_scaling=2.0), nn.Linear(1, 1)))
 
@@ -144,8 +146,15 @@ def test_normalizer():
     assert normalizer([labels, labels[:1]], accumulate=2).item() == 2
     assert normalizer(torch.full((1, 3), -100)).item() == 1  # an empty step is 0, not NaN
     assert normalizer(labels, ignore_index=6).item() == 3
-    with pytest.raises(TypeError, match=r"normalizer: labels must be integers"):
-        normalizer(torch.ones(1, 2))
+    for bad in (torch.ones(1, 2), torch.ones(1, 2).bool(), torch.tensor(3), [[1, 2]]):
+        with pytest.raises(TypeError, match=r"normalizer: labels must be integers"):
+            normalizer(bad)
+    with pytest.raises(TypeError, match=r"normalizer: labels must be a tensor or a seq.*got int"):
+        normalizer(3)
+    with pytest.raises(TypeError, match=r"normalizer: shift must be True or False, got str"):
+        normalizer(labels, shift="no")
+    with pytest.raises(TypeError, match=r"normalizer: ignore_index must be an integer, got None"):
+        normalizer(labels, ignore_index=None)
     with pytest.raises(ValueError, match=r"normalizer: accumulate must be 1 or more, got 0"):
         normalizer(labels, accumulate=0)
     with pytest.raises(ValueError, match=r"normalizer: labels must be one tensor or more"):
@@ -160,9 +169,15 @@ def test_normalizer():
         ({"head": "linear"}, "head must be one of fused, logits"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"label_weight": -1.0}, "label_weight must not be negative"),
+        ({"stored_temperature": 0}, "stored_temperature must be positive"),
         ({"chunk_size": 0}, "chunk_size must be 1 or more"),
+        ({"chunk_size": 2.5}, "chunk_size must be an integer, got float"),
+        ({"temperature": "2"}, "temperature must be a number, got str"),
+        ({"beta": None}, "beta must be a number, got NoneType"),
+        ({"label_weight": "0"}, "label_weight must be a number, got str"),
+        ({"square_temperature": "no"}, "square_temperature must be True or False, got str"),
     ],
 )
 def test_options_are_checked(option, message):
-    with pytest.raises(ValueError, match=rf"KDOptions: {message}"):
+    with pytest.raises((ValueError, TypeError), match=rf"^KDOptions: {message}"):
         KDOptions(**option)

@@ -120,8 +120,37 @@ def test_failed_requests(teacher):
         for failed in (0, 2):
             assert (found.indices[failed] == -1).all()
             assert (found.log_probs[failed] == -math.inf).all()
-    nothing = sglang.teacher_topk([None, None], K)
-    assert nothing.indices.shape == (2, 0, K)
+    for adapter in (vllm, sglang):
+        nothing = adapter.teacher_topk([None, None], K)
+        assert nothing.indices.shape == nothing.log_probs.shape == (2, 0, K)
+    assert vllm.teacher_topk([[]], K).indices.shape == (1, 0, K)
+    assert vllm.teacher_topk([], K).indices.shape == (0, K)
+    one_token = vllm.teacher_topk([None], K)
+    assert one_token.indices.tolist() == [[-1] * K]
+
+
+def test_flat_entries(teacher):
+    """vLLM's FlatLogprobs has an empty dictionary where a list has None."""
+    rows = vllm_rows(*teacher, K)
+    check(vllm.teacher_topk([{}, *rows[1:]], K), teacher[0], K)
+
+
+def test_entries_that_are_not_of_a_whole_prompt(teacher):
+    """Without the None of the first token all rows would be one too early."""
+    rows, meta = vllm_rows(*teacher, K), sglang_rows(teacher[0], K)["input_top_logprobs"]
+    message = "the first entry of a text must be None, .* got [34] tokens in text"
+    for answer in (rows[1:], [rows, rows[1:]]):
+        with pytest.raises(ValueError, match=rf"^vllm\.teacher_topk: {message}"):
+            vllm.teacher_topk(answer, K)
+    with pytest.raises(ValueError, match=rf"^sglang\.teacher_topk: {message} 0"):
+        sglang.teacher_topk({"input_top_logprobs": meta[1:]}, K)
+    whole = {"input_top_logprobs": meta, "prompt_tokens": LENGTH}
+    check(sglang.teacher_topk(whole, K), teacher[0], K)
+    for some in ([None, *meta[3:]], [None], []):  # as with a larger logprob_start_len
+        with pytest.raises(
+            ValueError, match=rf"each of the {LENGTH} prompt_tokens .* {len(some)};"
+        ):
+            sglang.teacher_topk({**whole, "input_top_logprobs": some}, K)
 
 
 def test_missing_rows_through_a_store(teacher, tmp_path):
@@ -173,6 +202,8 @@ def test_missing_rows_through_a_store(teacher, tmp_path):
         ([None, {3: 1.5}], 2, ValueError, "at most 0, got 1.5"),
         ([None, {-3: -1.0}], 2, ValueError, "a token id must be in"),
         ([None, {"3": -1.0, 3: -2.0}], 2, ValueError, "position 1 has a token twice"),
+        ([None, {3: {"logprob": -1.0, "rank": "x"}}], 2, TypeError, "a rank must be an integer"),
+        ([None, {2.5: -1.0}], 2, TypeError, "an entry must be a log-probability and a token id"),
         ([None, {"a": -1.0}], 2, TypeError, "an entry must be a log-probability and a token id"),
         ([None], 0, ValueError, "k must be 1 or more, got 0"),
     ],

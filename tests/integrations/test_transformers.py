@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ if lacking:
     )
 
 import tiny_trainer as tiny  # noqa: E402
+import transformers  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
 from fastkd.integrations import KDOptions  # noqa: E402
@@ -93,6 +95,11 @@ def test_a_stored_teacher(tmp_path, truth, head):
     teacher = tiny.model(2, 24).eval()
     whole = tiny.texts(stored=(teacher, tiny.VOCAB))
     close(step(tmp_path, dataset=whole, label_weight=0.5, head=head), truth)
+    warm = formula(divergence="forward_kl", label_weight=0.5, temperature=2.0)
+    options = {"label_weight": 0.5, "temperature": 2.0, "head": head}
+    close(step(tmp_path, dataset=whole, **options), warm)
+    at_two = tiny.texts(stored=(teacher, tiny.VOCAB), temperature=2.0)
+    close(step(tmp_path, dataset=at_two, stored_temperature=2.0, **options), warm)
     student = tiny.model(1)
     few = tiny.texts(stored=(teacher, 5))
     few[0]["teacher_indices"] = torch.full_like(few[0]["teacher_indices"], -1)  # nothing known
@@ -134,6 +141,24 @@ def test_a_store_read_by_the_collator(tmp_path, pack):
     close((loss, tiny.moved(tiny.model(1), student)), expected)
 
 
+@pytest.mark.parametrize("head", ["fused", "logits"])
+def test_a_live_teacher_of_packed_texts(tmp_path, head):
+    """The teacher reads each text alone, too: position ids say where they begin."""
+    columns = tiny.texts()
+    student, teacher = tiny.model(1), tiny.model(2, 24)
+    assert teacher.config.use_cache
+    run = tiny.trainer(tmp_path, student, teacher=teacher, dataset=columns, head=head)
+    ids, labels = (torch.stack([text[k] for text in columns]) for k in ("input_ids", "labels"))
+    labels[:, 0] = -100
+    positions = torch.arange(tiny.LENGTH).repeat(tiny.TEXTS)
+    packed = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    packed = {name: x.reshape(1, -1) for name, x in packed.items()}
+    loss = run.compute_loss(student, packed)
+    torch.testing.assert_close(
+        loss, run.compute_loss(student, {"input_ids": ids, "labels": labels})
+    )
+
+
 def test_evaluation_and_shifted_labels(tmp_path, truth):
     run = tiny.trainer(tmp_path, tiny.model(1), teacher=tiny.model(2, 24), label_weight=0.5)
     assert run.evaluate()["eval_loss"] == pytest.approx(truth[0], rel=1e-5)
@@ -170,6 +195,43 @@ def test_an_adapted_head_has_logits(tmp_path, truth):
     close_gradients(tiny.moved(tiny.model(1), student), truth[1])
 
 
+@pytest.mark.parametrize("kind", ["Bert", "RecurrentGemma"])
+def test_what_comes_between_the_backbone_and_the_logits(tmp_path, kind):
+    """BERT's kind has a layer there, RecurrentGemma's configuration another name for the cap."""
+    sizes = {"vocab_size": tiny.VOCAB, "hidden_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 32}
+    if kind == "Bert":
+        config = transformers.BertConfig(**sizes, is_decoder=True)
+        teacher = transformers.BertLMHeadModel(config)
+    else:
+        config = transformers.RecurrentGemmaConfig(**sizes, lru_width=16, logits_soft_cap=0.01)
+        teacher = transformers.RecurrentGemmaForCausalLM(config)
+    student = tiny.model(1)
+    batch = {k: torch.stack([text[k] for text in tiny.texts()]) for k in ("input_ids", "labels")}
+    losses = [
+        tiny.trainer(tmp_path, student, teacher=teacher, head=head).compute_loss(student, batch)
+        for head in ("fused", "logits")
+    ]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_learned_prompts(tmp_path, kind):
+    """Virtual tokens stand before the text: their rows score none of its labels."""
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    student, teacher = peft.get_peft_model(tiny.model(1), config), tiny.model(2, 24)
+    run = tiny.trainer(tmp_path, student, teacher=teacher)
+    batch = {k: torch.stack([text[k] for text in tiny.texts()]) for k in ("input_ids", "labels")}
+    ids, kept = batch["input_ids"], batch["labels"][:, 1:] != -100
+    loss = run.compute_loss(student, batch)
+    logits = student(input_ids=ids).logits[:, -tiny.LENGTH : -1]
+    expected = fastkd.softmax_divergence(logits[kept], teacher(input_ids=ids).logits[:, :-1][kept])
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert any(x.grad is not None and x.grad.any() for x in student.parameters())
+
+
 def test_two_processes_are_one_with_all_texts(tmp_path, truth):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -199,6 +261,11 @@ def test_errors(tmp_path):
     with pytest.raises(TypeError, match=r"kd must be KDOptions, got dict"):
         DistillationMixin(kd={})
     run = tiny.trainer(tmp_path, student)
+    with pytest.raises(ValueError, match=r"DistillationMixin: compute_loss_func must not be given"):
+        type(run)(student, run.args, compute_loss_func=print)
+    smooth = replace(run.args, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor must not be given, .* got 0.1"):
+        type(run)(student, smooth)
     batch = {"input_ids": torch.zeros(1, 3, dtype=torch.int64)}
     with pytest.raises(ValueError, match=r"a batch must have labels"):
         run.compute_loss(student, batch)

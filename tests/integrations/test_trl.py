@@ -64,6 +64,102 @@ def test_unequal_widths_and_empty_batches():
         trl.generalized_jsd_loss(student, teacher, reduction="none")
 
 
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"student_logits": [1.0]}, TypeError, "student_logits must be a tensor, got list"),
+        ({"teacher_logits": None}, TypeError, "teacher_logits must be a tensor, got NoneType"),
+        ({"student_logits": torch.tensor(1.0)}, ValueError, "student_logits must have a dimension"),
+        ({"labels": [1, 2]}, TypeError, "labels must be a tensor, got list"),
+        ({"labels": torch.ones(3).long()}, ValueError, r"labels must be one a row, \[2, 3\], got"),
+    ],
+)
+def test_errors_of_generalized_jsd_loss(given, error, message, probs):
+    given = {"student_logits": torch.rand(2, 3, 5), "teacher_logits": torch.rand(2, 3, 5), **given}
+    with pytest.raises(error, match=f"^generalized_jsd_loss: {message}"):
+        trl.generalized_jsd_loss(**given, logits_are_probs=probs)
+
+
+def test_errors_of_probabilities():
+    student = torch.rand(2, 3, 5)
+    for given, error, message in (
+        (
+            {"teacher_logits": torch.rand(3, 5)},
+            ValueError,
+            r"student_logits' shape \[2, 3, 5\], got",
+        ),
+        ({"beta": 1.5}, ValueError, r"beta must lie in \[0, 1\], got 1.5"),
+        ({"beta": "1"}, TypeError, "beta must be a number, got str"),
+        ({"logits_are_probs": 1}, TypeError, "logits_are_probs must be True or False, got int"),
+    ):
+        given = {"teacher_logits": student, "logits_are_probs": True, **given}
+        with pytest.raises(error, match=f"^generalized_jsd_loss: .*{message}"):
+            trl.generalized_jsd_loss(student, **given)
+
+
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.parametrize(
+    ("items", "error", "message"),
+    [
+        ("3", TypeError, "must be a number, got str"),
+        (-7, ValueError, "must not be negative, got -7"),
+        (torch.ones(2, 3), ValueError, "must be a number, got a tensor of shape"),
+    ],
+)
+def test_errors_of_the_denominator(items, error, message, probs):
+    student = torch.rand(2, 3, 5).softmax(-1)
+    with pytest.raises(error, match=f"^generalized_jsd_loss: num_items_in_batch {message}"):
+        trl.generalized_jsd_loss(student, student, num_items_in_batch=items, logits_are_probs=probs)
+
+
+def test_errors_have_the_name_of_trl():
+    student = torch.rand(2, 3, 5)
+    with pytest.raises(ValueError, match=r"^generalized_jsd_loss: beta must lie in .* got 2"):
+        trl.generalized_jsd_loss(student, student, beta=2.0)
+
+
+def test_labels_that_the_teacher_does_not_have():
+    """A student with more tokens than the teacher: labels only say which rows count, as in TRL."""
+    student, teacher = torch.randn(2, 3, 9), torch.randn(2, 3, 7)
+    labels = torch.tensor([[8, -100, 7], [1, 2, -100]])
+    kept = labels != -100
+    torch.testing.assert_close(
+        trl.generalized_jsd_loss(student, teacher, labels),
+        trl.generalized_jsd_loss(student[kept], teacher[kept]),
+    )
+
+
+def test_errors_of_chunked_divergence_loss():
+    good = [torch.rand(1, 2, 3)] * 2 + [torch.rand(4, 3)] * 2 + [torch.ones(1, 2)]
+    for place, name in enumerate(
+        (
+            "student_hidden_states",
+            "teacher_hidden_states",
+            "student_lm_head_weight",
+            "teacher_lm_head_weight",
+            "completion_mask",
+        )
+    ):
+        given = [None if i == place else x for i, x in enumerate(good)]
+        message = f"^chunked_divergence_loss: {name} must be a tensor, got NoneType"
+        with pytest.raises(TypeError, match=message):
+            trl.chunked_divergence_loss(*given, 0.5)
+    for given, error, message in (
+        ({"num_items_in_batch": -1}, ValueError, "num_items_in_batch must not be negative"),
+        ({"student_lm_head_bias": [1.0]}, TypeError, "student_lm_head_bias must be a tensor, got"),
+        ({"teacher_lm_head_bias": torch.ones(3)}, ValueError, "teacher_lm_head_bias must have"),
+        ({"teacher_logit_scale": "2"}, TypeError, "teacher_logit_scale must be a number, got str"),
+        ({"student_final_logit_softcapping": "2"}, TypeError, "student_final_logit_softcapping mu"),
+        ({"teacher_lm_head_weight": torch.ones(4, 2)}, ValueError, "teacher_hidden_states must"),
+    ):
+        names = ("student_hidden_states", "teacher_hidden_states", "student_lm_head_weight")
+        names = (*names, "teacher_lm_head_weight", "completion_mask")
+        given = {**dict(zip(names, good, strict=True)), **given}
+        with pytest.raises(error, match=f"^chunked_divergence_loss: {message}"):
+            trl.chunked_divergence_loss(**given, beta=0.5)
+
+
 @pytest.mark.parametrize("case", NUMBERS["chunked"]["cases"], ids=lambda c: str(c["options"]))
 def test_chunked_divergence_loss(case):
     given = {

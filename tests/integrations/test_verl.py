@@ -71,6 +71,8 @@ def test_shapes_are_checked(batch):
     student, log_probs, ids = batch
     with pytest.raises(ValueError, match=r"token_losses: teacher_log_probs and teacher_ids"):
         verl.token_losses(student[:, 1:], log_probs, ids)
+    with pytest.raises(TypeError, match=r"token_losses: teacher_ids must be a tensor, got list"):
+        verl.token_losses(student, log_probs, ids.tolist())
 
 
 @dataclass
@@ -170,3 +172,7 @@ def test_another_verl_is_refused(like_verl):
     assert list(losses.DISTILLATION_LOSS_REGISTRY) == ["forward_kl_topk"]
     with pytest.raises(ValueError, match=r"register: tail must be one of .* got 'none'"):
         verl.register(tail="none")
+    with pytest.raises(TypeError, match=r"register: beta must be a number, got str"):
+        verl.register(beta="x")
+    with pytest.raises(TypeError, match=r"register: name must be a string, got int"):
+        verl.register(3)

@@ -31,7 +31,7 @@ def model(seed, width=16, layers=1):
     )
 
 
-def texts(stored=None):
+def texts(stored=None, temperature=1.0):
     """Texts of one length; some labels are ignored, in each text another number."""
     random = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCAB, (TEXTS, LENGTH), generator=random)
@@ -41,7 +41,7 @@ def texts(stored=None):
     if stored is not None:
         teacher, k = stored
         with torch.no_grad():
-            best = fastkd.teacher_topk(teacher(input_ids=ids).logits, k)
+            best = fastkd.teacher_topk(teacher(input_ids=ids).logits, k, temperature=temperature)
         for text, log_probs, indices in zip(found, *best, strict=True):
             text |= {"teacher_log_probs": log_probs, "teacher_indices": indices}
     return found

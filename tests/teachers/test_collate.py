@@ -204,6 +204,49 @@ def test_epochs_and_workers(store, workers):
     assert orders[0] != orders[1] or orders[1] != orders[2]
 
 
+@pytest.mark.parametrize("nothing", [[], [[]] * 5, torch.empty(5, 0), np.empty((0, 3))])
+def test_a_batch_of_which_the_teacher_says_nothing(nothing):
+    """Requests that failed, as data sets of lists have them: k is known of no text, or of some."""
+    failed = item(0, teacher_log_probs=nothing, teacher_indices=nothing)
+    batch = collate([failed, failed], shift=True)
+    assert batch["teacher_indices"].tolist() == [[[-1]] * 5] * 2
+    assert (batch["teacher_log_probs"] == -torch.inf).all()
+    assert not batch["mask"].any()
+    student = torch.randn(2, 5, VOCAB, requires_grad=True)
+    teacher = batch["teacher_log_probs"], batch["teacher_indices"]
+    loss = fastkd.topk_divergence(student, *teacher, mask=batch["mask"])
+    loss.backward()
+    assert loss.item() == 0
+    assert not student.grad.any()
+    some = collate([failed, item(1)])
+    assert some["teacher_indices"].shape == (2, 5, K)
+    assert (some["teacher_indices"][0] == -1).all()
+
+
+def test_columns_of_other_kinds(store):
+    """float64, lists, and log-probabilities of padding that are anything."""
+    best, expected = text(0)[1], collate([item(0)])
+    log_probs, indices = best.log_probs.double(), best.indices.long()
+    for kind in (torch.Tensor.numpy, torch.Tensor.tolist, torch.clone):
+        columns = {"teacher_log_probs": kind(log_probs), "teacher_indices": kind(indices)}
+        found = collate([item(0, **columns)])
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name])
+            assert tensor.dtype == expected[name].dtype
+    log_probs[1, 2], indices[1, 2] = torch.nan, -1
+    found = collate([item(0, teacher_log_probs=log_probs, teacher_indices=indices)])
+    assert found["teacher_log_probs"][0, 1, 2] == -torch.inf
+    keys = [{"key": key} for key in store.keys()]  # noqa: SIM118
+    check_padded(collate(keys, store=store), range(len(store)))
+
+
+def column(name, value):
+    """A column with another value in row 1."""
+    values = item(0)[name].double() if name == "teacher_log_probs" else item(0)[name].long()
+    values[1, 2] = value
+    return item(0, **{name: values})
+
+
 def without(name, number=0):
     return {x: value for x, value in item(number).items() if x != name}
 
@@ -228,6 +271,26 @@ def without(name, number=0):
         ([item(0, labels=[1])], {}, ValueError, "labels must be one a token, 5, got 1"),
         ([item(0, teacher_indices=[[1, 2]])], {}, ValueError, r"must both be \[T, k\], got \[5, 3"),
         ([item(0, teacher_log_probs=torch.ones(5, 3).int())], {}, TypeError, "must be float and"),
+        (5, {}, TypeError, "items must be a sequence, got int"),
+        (
+            [column("teacher_indices", 2**32 + 7)],
+            {},
+            IndexError,
+            r"teacher_indices must lie in \[-1, 2\^31\), got 4294967303 at token 1",
+        ),
+        ([column("teacher_indices", 2**31)], {}, IndexError, "got 2147483648 at token 1"),
+        ([column("teacher_indices", -2)], {}, IndexError, "got -2 at token 1"),
+        (
+            [column("teacher_log_probs", torch.nan)],
+            {},
+            ValueError,
+            "teacher_log_probs must not be NaN or positive, got nan at token 1",
+        ),
+        ([column("teacher_log_probs", 0.5)], {}, ValueError, "positive, got 0.5 at token 1"),
+        ([item(0, teacher_log_probs="a")], {}, TypeError, "teacher_log_probs must be a tensor, an"),
+        ([item(0, input_ids=[[1], [2, 3]])], {}, TypeError, "input_ids must be a tensor, an array"),
+        ([item(0, input_ids=torch.ones(5).bool())], {}, ValueError, "integers .*, got torch.bool"),
+        ([item(0, labels=[1j] * 5)], {}, ValueError, "labels must be integers .*complex"),
         ([item(0)], {"store": "path"}, TypeError, "store must be a fastkd.TeacherStore or None"),
         ([item(0)], {"missing": "skip"}, ValueError, "missing must be error or empty, got 'skip'"),
         ([item(0)], {"max_length": 0}, ValueError, "max_length must be 1 or more, got 0"),
@@ -287,6 +350,11 @@ def test_labels_of():
         ({"attention_mask": torch.ones(2)}, TypeError, "attention_mask must be a tensor of int"),
         ({"attention_mask": torch.ones(2).bool()}, ValueError, r"must be \[1, 3\], got \[2\]"),
         ({"prompt_length": 1.5}, TypeError, "prompt_length must be an integer, got float"),
+        ({"prompt_length": -1}, ValueError, "prompt_length must not be negative, got -1"),
+        ({"prompt_length": torch.tensor([-2])}, ValueError, "must not be negative, got -2"),
+        ({"prompt_length": True}, TypeError, "prompt_length must be an integer, got bool"),
+        ({"shift": "no"}, TypeError, "shift must be True or False, got str"),
+        ({"shift": 2}, TypeError, "shift must be True or False, got int"),
         ({"prompt_length": torch.ones(2).int()}, ValueError, r"must be \[1\], got \[2\]"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an integer"),
         (

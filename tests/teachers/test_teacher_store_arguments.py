@@ -77,13 +77,24 @@ def test_create_errors(tmp_path, options, error, message):
     assert not (tmp_path / "new").exists()
 
 
-def test_paths_that_do_not_fit(tmp_path):
+def test_paths_that_do_not_fit(tmp_path, tmp_path_factory):
+    stored = tmp_path_factory.mktemp("stored")
+    TeacherStore.create(stored, vocab_size=50, k=3).close()
     for opened, name in (
         (TeacherStore, "TeacherStore"),
         (TeacherStore.append_to, "TeacherStore.append_to"),
     ):
         with pytest.raises(FileNotFoundError, match=rf"^{name}: .*nowhere is no teacher store"):
             opened(tmp_path / "nowhere")
+        with pytest.raises(TypeError, match=rf"^{name}: vocab_size must be an int, got list"):
+            opened(stored, vocab_size=[50])
+        with pytest.raises(TypeError, match=rf"^{name}: fingerprint must be a string, got int"):
+            opened(stored, fingerprint=7)
+        for path in (None, 3, ["a"]):
+            with pytest.raises(TypeError, match=rf"^{name}: path must be a path, got "):
+                opened(path)
+    with pytest.raises(TypeError, match=r"^TeacherStore.create: path must be a path, got int"):
+        TeacherStore.create(3, vocab_size=50, k=3)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(FileExistsError, match=r"must be empty, got notes.txt in it"):
         TeacherStore.create(tmp_path, vocab_size=50, k=3, exist_ok=True)
@@ -313,6 +324,11 @@ def test_fingerprint_of_a_model():
             {"model": torch.nn.Linear(1, 1, bias=False, device="meta")},
             ValueError,
             "model must have values, weight is on the meta device",
+        ),
+        (
+            {"model": {"model": {"weight": torch.ones(1)}}},
+            ValueError,
+            "model must have tensors, got none",
         ),
     ],
 )

@@ -165,7 +165,7 @@ def test_shards_hold_whole_sequences_up_to_their_limit(tmp_path):
 
 def test_one_writer_at_a_time(tmp_path):
     writer = TeacherStore.create(tmp_path, vocab_size=1000, k=4)
-    busy = f"another writer is at work in {re.escape(str(tmp_path))}"
+    busy = f"another writer, or TeacherStore.merge, is at work in {re.escape(str(tmp_path))}"
     with pytest.raises(RuntimeError, match="TeacherStore.append_to: " + busy):
         TeacherStore.append_to(tmp_path)
     with pytest.raises(RuntimeError, match="TeacherStore.create: " + busy):

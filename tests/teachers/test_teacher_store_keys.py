@@ -12,6 +12,7 @@ from stores import change, numbered, same, write
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 import fastkd
+from fastkd.teachers._shards import Shard
 from fastkd.teachers._store import TeacherStore
 
 pytest.importorskip("safetensors", reason='TeacherStore needs safetensors: "fastkd[store]"')
@@ -86,7 +87,25 @@ def test_integers_are_keys(tmp_path):
     assert store.find(17) == store.find("17") == 0
     assert store.find(3) == 1  # the key, and no number
     assert 17 in store
+    assert 0 not in store  # a number of a sequence, and no key
+    assert 3.0 not in store
+    assert [17] not in store
     assert same(store[""], store[2])
+    for key in (None, 17.0, [17], True):
+        with pytest.raises(TypeError, match=r"TeacherStore.find: key must be a text or an integer"):
+            store.find(key)
+    assert store.find(torch.tensor(17)) == 0
+
+
+def test_keys_of_a_loader(tmp_path):
+    """Indices of a data set as the loader collates them: a tensor."""
+    best, _, _ = batch()
+    with TeacherStore.create(tmp_path, **SETTINGS, keys=True) as writer:
+        writer.append_batch(*best, keys=torch.tensor([4, 2, 7, 5]))
+        assert torch.tensor(7) in writer
+        assert [7] not in writer
+        writer.append_batch(*best, keys=np.arange(10, 14))
+    assert TeacherStore(tmp_path).keys() == ["4", "2", "7", "5", "10", "11", "12", "13"]
 
 
 def test_files_without_them_are_of_version_1(tmp_path):
@@ -175,8 +194,28 @@ def test_errors_of_batches(tmp_path):
             (
                 best,
                 {"keys": "abcd", "input_ids": ids},
-                ValueError,
-                "keys must be 4 of them, got 'ab",
+                TypeError,
+                "keys must be a sequence of keys, got str",
+            ),
+            (best, {"keys": b"abcd"}, TypeError, "keys must be a sequence of keys, got bytes"),
+            (
+                best,
+                {"keys": torch.tensor(4)},
+                TypeError,
+                "keys must be a sequence of keys, got Tens",
+            ),
+            (best, {"keys": 4}, TypeError, "keys must be a sequence of keys, got int"),
+            (
+                best,
+                {"mask": mask.float()},
+                TypeError,
+                "mask must be bool or integers, got torch.fl",
+            ),
+            (
+                best,
+                {"mask": mask.numpy() * 1.0},
+                TypeError,
+                "mask must be bool or integers, got fl",
             ),
             (best, {"keys": ["a"], "input_ids": ids}, ValueError, "keys must be 4 of them, got 1"),
             (
@@ -193,7 +232,8 @@ def test_errors_of_batches(tmp_path):
             with pytest.raises(error, match=f"TeacherStore.append_batch: {message}"):
                 writer.append_batch(*arguments, **more)
         assert len(writer) == 0
-        with pytest.raises(ValueError, match="key must be new, got 'a'"):
+        message = r"^TeacherStore.append_batch: sequence 2: key must be new, got 'a'"
+        with pytest.raises(ValueError, match=message):
             writer.append_batch(*best, keys=list("abac"), input_ids=ids)
         assert len(writer) == 2  # those before it
 
@@ -222,7 +262,11 @@ def test_errors_of_append(tmp_path, settings, more, error, message):
         assert len(writer) == 0
 
 
-def test_flags():
+def test_flags(tmp_path):
+    with pytest.raises(TypeError, match=r"TeacherStore.create: exist_ok must be True or False"):
+        TeacherStore.create(tmp_path, **SETTINGS, exist_ok="no")
+    with pytest.raises(TypeError, match=r"TeacherStore.verify: progress must be True or False"):
+        fill(tmp_path, [0]).verify(progress="no")
     for name in ("keys", "input_ids"):
         with pytest.raises(TypeError, match=f"TeacherStore.create: {name} must be True or False"):
             TeacherStore.create("/nowhere", **SETTINGS, **{name: 1})
@@ -320,7 +364,65 @@ def test_errors_of_merge(tmp_path):
             TeacherStore.merge(tmp_path / "3", some)
     with pytest.raises(ValueError, match="duplicates must be error or first, got 'last'"):
         TeacherStore.merge(tmp_path / "3", paths, duplicates="last")
+    with pytest.raises(TypeError, match=r"TeacherStore.merge: interleave must be True or False"):
+        TeacherStore.merge(tmp_path / "3", paths, interleave="no")
+    with pytest.raises(TypeError, match=r"TeacherStore.merge: sources must be a path, got int"):
+        TeacherStore.merge(tmp_path / "3", [paths[0], 3])
+    with pytest.raises(TypeError, match=r"TeacherStore.merge: path must be a path, got NoneType"):
+        TeacherStore.merge(None, paths)
     assert not (tmp_path / "3").exists()
+
+
+def write_slowly(path, started, end):
+    with TeacherStore.create(path, **SETTINGS, keys=True) as writer:
+        for number in range(5):
+            writer.append(*numbered(number), key=number)
+        started.set()
+        end.wait(60)
+
+
+def test_a_store_that_is_still_written_is_not_merged(tmp_path):
+    """By this process or another: it has sequences that are not stored yet."""
+    context = multiprocessing.get_context("fork")
+    started, end = context.Event(), context.Event()
+    process = context.Process(target=write_slowly, args=(tmp_path / "a", started, end))
+    process.start()
+    assert started.wait(60)
+    fill(tmp_path / "b", [8, 9], input_ids=False)
+    paths = [tmp_path / "b", tmp_path / "a"]
+    message = r"TeacherStore.merge: .*[ab] has a writer, whose last sequences are not stored"
+    with pytest.raises(RuntimeError, match=message):
+        TeacherStore.merge(tmp_path / "all", paths)
+    assert not (tmp_path / "all").exists()
+    end.set()
+    process.join(60)
+    assert process.exitcode == 0
+    writer = TeacherStore.append_to(tmp_path / "b")
+    writer.append(*numbered(7), key="late")
+    with pytest.raises(RuntimeError, match=message):
+        TeacherStore.merge(tmp_path / "all", paths)
+    writer.close()
+    merged = TeacherStore.merge(tmp_path / "all", paths)
+    assert merged.keys() == ["text 8", "text 9", "late", *map(str, range(5))]
+    TeacherStore.append_to(tmp_path / "a").close()  # the lock is released
+
+
+def test_no_writer_begins_while_a_store_is_merged(tmp_path, monkeypatch):
+    fill(tmp_path / "a", [0, 1])
+    read = Shard.read
+
+    def and_append(shard, *where):
+        with pytest.raises(
+            RuntimeError, match=r"another writer, or TeacherStore.merge, is at work"
+        ):
+            TeacherStore.append_to(tmp_path / "a")
+        return read(shard, *where)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Shard, "read", and_append)
+        TeacherStore.merge(tmp_path / "all", [tmp_path / "a"])
+    (tmp_path / "a" / "writer.lock").unlink()  # as in a copy that leaves it out
+    assert len(TeacherStore.merge(tmp_path / "again", [tmp_path / "a"])) == 2
 
 
 class Texts(Dataset):

@@ -179,6 +179,9 @@ def test_threads_change_no_bit(backend):
         ({"logits": [0.0] * 40}, TypeError, "logits must be a tensor"),
         ({"vocab": [b"a"]}, TypeError, "vocab must be a fastkd.ByteVocab, got list"),
         ({"prefix": "a"}, ValueError, "prefix must be bytes"),
+        ({"prefix": None}, ValueError, r"prefix must be bytes, .* got 1 of NoneType"),
+        ({"prefix": 7}, ValueError, r"prefix must be bytes, .* got 1 of int"),
+        ({"prefix": torch.zeros(2)}, ValueError, r"prefix must be bytes, .* got 1 of Tensor"),
         ({"prefix": [b"a"]}, ValueError, r"shape \[2\], got 1 of bytes"),
         ({"prefix": [b"a", "b"]}, ValueError, r"shape \[2\], got 2 of bytes, str"),
         (

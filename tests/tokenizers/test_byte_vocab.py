@@ -242,6 +242,12 @@ VOCAB = ByteVocab([b"a", b"b", None])
         (lambda: VOCAB.segments(None), TypeError, "segments: prefix must be bytes, got NoneType"),
         (lambda: VOCAB.segments_of(b"ab"), TypeError, "sequence of bytes, got bytes"),
         (lambda: VOCAB.segments_of([b"", "a"]), TypeError, r"prefixes\[1\] must be bytes, got str"),
+        (lambda: VOCAB.boundary(special="no"), TypeError, "special must be True or False, got str"),
+        (
+            lambda: VOCAB.decode(torch.zeros(2, dtype=torch.int64, device="meta")),
+            ValueError,
+            "decode: ids must be on a device that holds values, got meta",
+        ),
         (lambda: VOCAB.boundary(" "), TypeError, "boundary: first_bytes must be bytes, got str"),
         (lambda: ByteVocab.from_tokenizer(3), TypeError, "from transformers, .*got builtins.int"),
     ],

@@ -261,6 +261,84 @@ def test_errors():
     cached([1] * 63)
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "LoraConfig"])
+def test_peft(kind):
+    """With learned prompts, which PEFT puts before whatever tokens are new."""
+    peft = pytest.importorskip("peft")
+    more = (
+        {"r": 2, "init_lora_weights": False} if kind == "LoraConfig" else {"num_virtual_tokens": 3}
+    )
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **more)
+    model = peft.get_peft_model(made(llama), config).double().eval()
+    cached, some = CachedModel(model), [*texts(3, 30)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore" if kind != "LoraConfig" else "error", message="CachedModel"
+        )
+        for ids in some:
+            torch.testing.assert_close(cached(ids), plain(model, ids))
+
+
+ENCODER = {
+    "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 32,
+}  # fmt: skip
+
+
+def t5_encoder():
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    return transformers.T5EncoderModel(transformers.T5Config(vocab_size=VOCAB, **sizes))
+
+
+def of_bert(name, **options):
+    return lambda: getattr(transformers, name)(transformers.BertConfig(**ENCODER, **options))
+
+
+def of_llama(name):
+    config = transformers.LlamaConfig(**SMALL, **HEADS, **POSITIONS, pad_token_id=0, num_labels=3)
+    return lambda: getattr(transformers, name)(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (of_llama("LlamaModel"), "return logits, .* got LlamaModel, which returns none"),
+        (t5_encoder, "return logits, .* got T5EncoderModel, which returns none"),
+        (of_bert("BertModel"), "return logits, .* got BertModel, which returns none"),
+        (
+            of_llama("LlamaForSequenceClassification"),
+            r"over the vocabulary, \[1, 8, 257\] for 8 tokens, got \[1, 3\] of LlamaForSequenceC",
+        ),
+        (of_llama("LlamaForTokenClassification"), r"got \[1, 8, 3\] of LlamaForTokenClassif"),
+        (of_bert("BertForMaskedLM"), "be causal, got BertForMaskedLM, whose logits of a"),
+        (of_bert("BertLMHeadModel"), "be causal, got BertLMHeadModel"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_models_that_are_no_causal_language_models(make, message, dtype):
+    with pytest.raises(TypeError, match=f"^CachedModel: model must .*{message}"):
+        CachedModel(made(make).to(dtype), prefix=())
+
+
+@pytest.mark.parametrize(
+    "make", [llama, mistral, gpt2, mamba, uncached, of_bert("BertLMHeadModel", is_decoder=True)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.filterwarnings("ignore:CachedModel. OpenAIGPTLMHeadModel returns no key-value cache")
+def test_causal_models_are_taken(make, dtype):
+    cached = CachedModel(made(make).to(dtype), prefix=(), max_length=None)
+    assert cached.computed == 0
+    assert not cached([1, 2, 3]).requires_grad
+
+
+def test_a_short_context():
+    """The texts that tell whether the model is causal fit."""
+    model = made(gpt2)
+    for longest in (1, 2):
+        cached = CachedModel(model, prefix=(), max_length=longest)
+        torch.testing.assert_close(cached([5]), plain(model, [5], ()))
+
+
 def llama_without_bos():
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**{**SMALL, "bos_token_id": None}, **HEADS)

@@ -167,6 +167,9 @@ def test_threads_change_no_bit(backend):
         ({"temperature": 0.0}, ValueError, "temperature must be positive"),
         ({"logits": torch.zeros(1, 3, 20).long()}, TypeError, "logits must be float32"),
         ({"logits": torch.zeros(20)}, ValueError, "at least two dimensions"),
+        ({"vocab_size": -1}, ValueError, "vocab_size is -1, logits has 20 columns"),
+        ({"vocab_size": 21}, ValueError, "vocab_size is 21, logits has 20 columns"),
+        ({"vocab_size": 2.5}, TypeError, "vocab_size must be an integer, got float"),
     ],
 )
 def test_errors(backend, change, error, message):
