@@ -20,6 +20,8 @@ _TENSORS = (_TENSOR, _OPTIONAL)
 _USUAL = {_NUMBER: float, _OPTIONAL: type(None), _FLAG: bool}
 _MOST = 2**63 - 1
 _NUMBERS = (Real, torch.SymFloat, torch.SymInt)
+#: Tensors of numbers that are checked although no row is read, and must be positive.
+_POSITIVE = frozenset({"teacher_weights"})
 
 
 def _parse_choices() -> dict[str, dict[str, int]]:
@@ -201,7 +203,8 @@ class Arguments:
             for field, kind in kinds.items()
             if kind == _NUMBER and field.startswith("student_")
         )
-        self._one_a_row = [self.fields.index(each) for each in self._each.values()]
+        ones = [*self._each.values(), *_POSITIVE.intersection(self.fields)]
+        self._ones = [self.fields.index(field) for field in ones]
         #: The public argument of a field that has its tensor with one entry a row.
         self.called = {each: field for field, each in self._each.items()}
 
@@ -326,7 +329,8 @@ class Arguments:
         given["reduction"] = "sum"
         if isinstance(normalizer, Tensor):
             check_no_gradient(self.function, normalizer=normalizer)
-            check_has_value(self.function, "normalizer", normalizer)
+            if not (normalizer.is_meta and rows.is_meta):
+                check_has_value(self.function, "normalizer", normalizer)
             if normalizer.numel() != 1:
                 raise ValueError(
                     f"{self.function}: normalizer must be a number or a 0-d tensor, got a tensor "
@@ -385,10 +389,10 @@ class Arguments:
             return torch.zeros(shape, dtype=value.dtype, device=device).expand(value.shape)
 
         values = [empty(value) for value in packed]
-        for place in self._one_a_row:
+        for place in self._ones:
             value = values[place]
             if value is not None and not _has_values(packed[place]):
-                # 1 is a valid temperature and beta, also in ops without a mask.
+                # 1 is a valid temperature, beta and weight, also where no row is masked.
                 one = torch.ones((), dtype=value.dtype, device=value.device)
                 values[place] = one.expand(value.shape)
         if "mask" in self.fields:
@@ -458,9 +462,10 @@ def numbers_tensor(function: str, name: str, values: Any, like: Tensor) -> Tenso
             f"{type(values).__name__}"
         )
     numbers = [to_number(function, name, value) for value in values]
+    if torch.compiler.is_compiling():  # numbers have no values that a check could read
+        return torch.cat([traced_number(value) for value in numbers]).to(like.device)
     for number in numbers:
         if isinstance(number, float) and not math.isfinite(number):
             raise ValueError(f"{function}: {name} must be finite, got {number}")
-    if torch.compiler.is_compiling():
-        return torch.cat([traced_number(value) for value in numbers]).to(like.device)
-    return torch.tensor(numbers, dtype=torch.float64, device=like.device)
+    with torch._C._DisableFuncTorch():  # a transform's tensor would have no values to check
+        return torch.tensor(numbers, dtype=torch.float64, device=like.device)
