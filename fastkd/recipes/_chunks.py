@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +17,8 @@ from fastkd._ops.constants import fake_mode_of
 from fastkd._ops.library import transforms_active
 from fastkd._ops.names import TextReduction
 from fastkd.tokenizers._byte_vocab import ByteVocab
+
+_INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int8, torch.int16)
 
 
 def wide(values: Tensor) -> Tensor:
@@ -63,6 +66,17 @@ def check_mask(function: str, name: str, mask: Tensor | None, shape: Sequence[in
         raise ValueError(
             f"{function}: {name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}"
         )
+
+
+def attention_mask(function: str, name: str, mask: Any) -> Any:
+    """A mask as bool where it is one of integers, as a model's ``attention_mask``."""
+    if not isinstance(mask, Tensor) or mask.dtype not in _INTEGERS:
+        return mask
+    if readable(mask) and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"{function}: {name} must be bool, or 0 and 1, got {int(mask.max())} as its largest"
+        )
+    return mask != 0
 
 
 def check_batch(function: str, name: str, values: Tensor, like: Tensor) -> None:
@@ -131,15 +145,16 @@ def single_token_rows(
     return matched, taught_by
 
 
-def first_token_chunks(mask: Tensor | None, places: Tensor, num_chunks: int) -> Tensor:
+def unscored_chunks(mask: Tensor | None, places: Tensor, num_chunks: int) -> Tensor:
     """Chunks with a token that no row scores, bool ``[B, num_chunks + 1]``.
 
-    These are the first tokens of a row, and with a mask the first tokens after padding.
+    These are the first tokens of a row; with a mask also tokens that it leaves out, and the first
+    ones after these.
     """
-    first = torch.arange(places.size(1), device=places.device).expand_as(places) == 0
-    if mask is not None:
-        first = first | mask & ~F.pad(mask, (1, 0))[:, :-1]
-    hits = places.new_zeros((places.size(0), num_chunks + 1)).scatter_add(1, places, first.long())
+    read = torch.ones_like(places, dtype=torch.bool) if mask is None else mask
+    unscored = ~(read & F.pad(read, (1, 0))[:, :-1])
+    hits = places.new_zeros((places.size(0), num_chunks + 1))
+    hits = hits.scatter_add(1, places, unscored.long())
     return F.pad(hits[:, :-1] > 0, (0, 1))
 
 
@@ -160,7 +175,12 @@ def boundaries(
     return found[0], found[1]
 
 
-def _boundary_of(vocab: ByteVocab) -> tuple[Any, ...]:
+def boundary_of(vocab: ByteVocab) -> np.ndarray:
+    """The boundary set of a vocabulary, computed once."""
+    return vocab._constants.arrays("boundary", functools.partial(_boundary_of, vocab))[0]
+
+
+def _boundary_of(vocab: ByteVocab) -> tuple[np.ndarray, ...]:
     return (vocab.boundary(),)
 
 

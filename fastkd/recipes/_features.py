@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import choices
 from fastkd._ops.checks import check_normalizer, check_tensors, is_number
+from fastkd._ops.linear.logits import without_autocast
 from fastkd._ops.names import Reduction
 from fastkd.recipes._chunks import check_integers, check_mask, check_range, reduced, wide
 from fastkd.recipes._rows import check_choice
@@ -95,7 +96,7 @@ def unit(values: Tensor, dim: int = -1) -> Tensor:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product in the wider precision of its arguments, also where autocast is on."""
     dtype = torch.promote_types(a.dtype, b.dtype)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device):
         return a.to(dtype) @ b.to(dtype)
 
 

@@ -10,7 +10,7 @@ from fastkd._ops.checks import check_tensors
 from fastkd._ops.names import Reduction, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
-from fastkd.recipes._chunks import check_mask, reduced, wide
+from fastkd.recipes._chunks import attention_mask, check_mask, readable, reduced, wide
 from fastkd.recipes._rows import (
     IGNORED,
     check_choice,
@@ -44,8 +44,8 @@ def mend(
     Args:
         student_logits: ``[B, T_S, vocab]``. Row t scores the token that follows it.
         teacher_logits: ``[B, T_T, vocab]``; gets no gradient.
-        student_mask: bool ``[B, T_S]``, the rows that learn.
-        teacher_mask: bool ``[B, T_T]``, as many in each text.
+        student_mask: bool, or integers 0 and 1, ``[B, T_S]``: the rows that learn.
+        teacher_mask: the same, ``[B, T_T]``: as many in each text.
         temperature: of both sides.
         reduction: over the student's rows: ``"none"`` (``[B, T_S]``), ``"sum"``, ``"mean"``,
             ``"batchmean"`` or ``"sequence_mean"`` (over a text's rows, then over texts).
@@ -58,8 +58,9 @@ def mend(
         ValueError, TypeError: an argument has the wrong value or type, or a text has another number
             of rows on the two sides.
 
-    A compiled graph raises RuntimeError (NaN on CUDA) where these numbers differ. Source: Li et
-    al. 2024 (arXiv 2403.06914), whose pre-training uses this term alone.
+    Where these numbers differ, a compiled graph raises RuntimeError, and on CUDA, where no values
+    are checked, the loss is NaN. Source: Li et al. 2024 (arXiv 2403.06914), whose pre-training uses
+    this term alone.
 
     >>> import torch, fastkd
     >>> student, teacher = torch.zeros(1, 2, 2), torch.tensor([[[5.0, 0.0], [0.0, 0.0]]])
@@ -79,12 +80,14 @@ def mend(
             f"mend: teacher_logits must have student_logits' vocabulary, {student_logits.size(-1)} "
             f"columns, got {teacher_logits.size(-1)}"
         )
+    student_mask = attention_mask("mend", "student_mask", student_mask)
+    teacher_mask = attention_mask("mend", "teacher_mask", teacher_mask)
     for name, mask in (("student_mask", student_mask), ("teacher_mask", teacher_mask)):
         check_tensors("mend", {name: mask})
         check_mask("mend", name, mask, shapes[name.replace("mask", "logits")][:-1])
     check_no_gradient("mend", teacher_logits=teacher_logits)
     counts = [mask.sum(1) for mask in (student_mask, teacher_mask)]
-    if not torch.compiler.is_compiling() and not torch.equal(*counts):
+    if readable(counts[0]) and not torch.equal(*counts):
         raise ValueError(
             "mend: teacher_mask must have as many rows in each text as student_mask, "
             f"{counts[0].tolist()}, got {counts[1].tolist()}"

@@ -7,12 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient
+from fastkd._ops import hints
+from fastkd._ops.arguments import check_no_gradient, to_flag
 from fastkd._ops.checks import check_positive, check_tensors
 from fastkd._ops.names import AlmDivergence, Reduction, TextReduction
 from fastkd._ops.shift import following
 from fastkd.recipes._chunks import (
+    attention_mask,
     boundaries,
+    boundary_of,
     check_batch,
     check_integers,
     check_mask,
@@ -20,9 +23,9 @@ from fastkd.recipes._chunks import (
     check_range,
     chunk_ends,
     chunk_slots,
-    first_token_chunks,
     readable,
     reduced,
+    unscored_chunks,
     wide,
 )
 from fastkd.recipes._rowwise import at_rows, by_blocks, chosen, placed
@@ -30,7 +33,6 @@ from fastkd.tokenizers._alignment import Alignment
 from fastkd.tokenizers._alm_loss import alm_loss
 from fastkd.tokenizers._byte_vocab import ByteVocab
 
-_INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int8, torch.int16)
 _NORMS = ("l2_channelwise", "l2", "l1_channelwise", "l1")
 
 
@@ -83,11 +85,18 @@ def alm(
         student_vocab: for its boundary set.
         teacher_vocab: for its boundary set, which is also used for merging.
         student_mask: ``[B, T_S]``, bool or integers as a model's ``attention_mask`` has them, False
-            or 0 for padding. Needed to find the first tokens where texts are padded on the left, or
-            several texts are in a row with padding between them.
+            or 0 for padding. A chunk with such a token on either side is left out on both, and so
+            is one with the first token after it, which no row scores. Needed where texts are padded
+            on the left, or several texts are in a row with padding between them.
         teacher_mask: ``[B, T_T]``.
-        divergence, temperature, epsilon, merge_threshold, debias, reduction, normalizer: see
-            :func:`fastkd.alm_loss`.
+        divergence: see :func:`fastkd.alm_loss`, as for the others.
+        temperature: divides the log-likelihoods of chunks, not the logits.
+        epsilon: keeps likelihoods below 1.
+        merge_threshold: joins chunks that the teacher continues.
+        debias: adds the probability that a word begins after the chunk. Where no token of a
+            vocabulary begins one, no chunk has a gradient, and a warning says so.
+        reduction: over the chunks that are left.
+        normalizer: replaces the denominator.
 
     Returns:
         float32 (float64 if a side is).
@@ -117,8 +126,8 @@ def alm(
     alignment = _aligned(student_chunks, teacher_chunks, num_chunks)
     vocabs: tuple[Any, Any] = (student_vocab, teacher_vocab)
     num_chunks = check_number("alm", alignment[2])
-    student_mask = _attention_mask("student_mask", student_mask)
-    teacher_mask = _attention_mask("teacher_mask", teacher_mask)
+    student_mask = attention_mask("alm", "student_mask", student_mask)
+    teacher_mask = attention_mask("alm", "teacher_mask", teacher_mask)
     found, places = [], []
     for name, logits, ids, chunks, mask, vocab in (
         ("student", student_logits, student_ids, alignment[0], student_mask, vocabs[0]),
@@ -142,8 +151,8 @@ def alm(
             check_range("alm", f"{name}_ids in chunks", ids[chunks >= 0], 0, vocab._size)
         found.append(chunks)
         places.append(chunk_slots(chunks, num_chunks))
-    lost = first_token_chunks(student_mask, places[0], num_chunks)
-    lost |= first_token_chunks(teacher_mask, places[1], num_chunks)
+    lost = unscored_chunks(student_mask, places[0], num_chunks)
+    lost |= unscored_chunks(teacher_mask, places[1], num_chunks)
     student, teacher = (
         (logits, following(ids, 0), following(torch.where(lost.gather(1, at), -1, chunks), -1))
         for logits, ids, chunks, at in (
@@ -151,6 +160,10 @@ def alm(
             (teacher_logits, teacher_ids, found[1], places[1]),
         )
     )
+    debias = to_flag("alm", "debias", debias)
+    if debias and not torch.compiler.is_compiling():
+        sets = {"student_vocab": vocabs[0], "teacher_vocab": vocabs[1]}
+        hints.check_boundaries("alm", {name: boundary_of(x) for name, x in sets.items()})
     student_boundary, teacher_boundary = boundaries(
         vocabs[0], student_logits, vocabs[1], teacher_logits
     )
@@ -179,17 +192,6 @@ def _aligned(student_chunks: Any, teacher_chunks: Any, num_chunks: Any) -> tuple
             "alm: teacher_chunks and num_chunks must be None besides an Alignment, which has them"
         )
     return student_chunks.student_chunks, student_chunks.teacher_chunks, student_chunks.num_chunks
-
-
-def _attention_mask(name: str, mask: Any) -> Any:
-    """A mask as bool where it is one of integers."""
-    if not isinstance(mask, Tensor) or mask.dtype not in _INTEGERS:
-        return mask
-    if readable(mask) and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(
-            f"alm: {name} must be bool, or 0 and 1, got {int(mask.max())} as its largest"
-        )
-    return mask != 0
 
 
 def alm_latents(

@@ -300,6 +300,15 @@ def check_autocast(entry: Entry) -> None:
         assert torch.equal(one, other)
 
 
+def check_meta_tensors(entry: Entry) -> None:
+    """Shapes alone, as where a model is built without memory."""
+    tensors = with_leaves(entry, entry.problem(torch.float32))
+    right = entry.call(tensors)
+    found = entry.call(mapped(lambda x: x.detach().to("meta"), tensors))
+    assert found.is_meta
+    assert (found.shape, found.dtype) == (right.shape, right.dtype)
+
+
 def check_published_numbers(entry: Entry) -> None:
     parameters = inspect.signature(getattr(recipes, entry.name)).parameters
     found = {name: parameters[name].default for name in entry.published}
@@ -318,6 +327,7 @@ CHECKS = (
     check_no_rows,
     check_no_texts,
     check_autocast,
+    check_meta_tensors,
     check_published_numbers,
 )
 

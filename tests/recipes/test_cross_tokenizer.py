@@ -1,6 +1,7 @@
 """Recipes across tokenizers against definitions in plain loops, in float64."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from chunks import chunks_of
 
 import fastkd
 from fastkd import recipes
+from fastkd._ops import hints
 from fastkd.recipes import _rowwise
 
 CHUNKS = 6
@@ -147,6 +149,47 @@ def test_alm_padding_on_the_left():
         ]
         masks[f"{side}_mask"] = F.pad(torch.ones_like(ids, dtype=torch.bool), (2, 0))
     torch.testing.assert_close(recipes.alm(*padded, CHUNKS, *vocabs, **masks), plain)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_alm_leaves_out_chunks_with_masked_tokens(side):
+    """The token's chunk, and that of the next token, which no row scores."""
+    vocabs, given = (vocab_of(40), vocab_of(60)), sides()
+    options = {"merge_threshold": None, "reduction": "none"}
+    every = recipes.alm(*given, CHUNKS, *vocabs, **options)
+    chunks = given[2 if side == "student" else 5]
+    mask = torch.ones_like(chunks)
+    text, token = (every.gather(1, chunks.clamp(min=0)) * (chunks >= 0))[:, 2:].nonzero()[0]
+    token += 2
+    mask[text, token] = 0
+    found = recipes.alm(*given, CHUNKS, *vocabs, **{f"{side}_mask": mask}, **options)
+    right = every.clone()
+    for chunk in chunks[text, token : token + 2]:
+        right[text, chunk] *= chunk < 0
+    assert torch.equal(found, right)
+    nothing = {f"{side}_mask": torch.zeros_like(mask)}
+    assert recipes.alm(*given, CHUNKS, *vocabs, **nothing) == 0
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_alm_hints_at_vocabularies_without_boundaries(side):
+    """No chunk has a gradient: its probability with the boundary after it is 0."""
+    vocabs = [vocab_of(7), vocab_of(7)]
+    vocabs[side] = fastkd.ByteVocab([b"a", b"b"])
+    ids, chunks = torch.tensor([[0, 1, 0]]), torch.tensor([[-1, 0, 1]])
+    student, teacher = (logits((1, 3, len(vocab))) for vocab in vocabs)
+    given = (student.requires_grad_(), ids, chunks, teacher, ids, chunks, 2, *vocabs)
+    hints.forget()
+    name = ("student_vocab", "teacher_vocab")[side]
+    with pytest.warns(UserWarning, match=f"alm: no token of {name} begins a word") as caught:
+        loss = recipes.alm(*given, divergence="k2")
+    assert [x.filename for x in caught] == [__file__]
+    assert not torch.autograd.grad(loss, student)[0].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hints.forget()
+        loss = recipes.alm(*given, debias=False)
+        assert torch.autograd.grad(loss, student)[0].any()
 
 
 def test_alm_last_chunk_is_debiased():
