@@ -31,6 +31,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) or (isinstance(value, np.ndarray) and value.ndim == 0)
 
 
+def check_finite(function: str, name: str, value: Any) -> None:
+    """Raise unless the value is a finite number; while compiling a tensor's is not read."""
+    if not is_number(value):
+        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    if not torch.compiler.is_compiling() and not -math.inf < value < math.inf:
+        raise ValueError(f"{function}: {name} must be finite, got {value}")
+
+
 def check_positive(function: str, name: str, value: Any) -> None:
     """Raise unless the value is a positive, finite number."""
     if not is_number(value):

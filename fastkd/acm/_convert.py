@@ -201,16 +201,19 @@ def convert(
 
 
 def record(model: nn.Module, arguments: dict[str, Any]) -> None:
-    """Add a conversion to those of a model, and to its configuration, which is saved with it."""
-    made = [*getattr(model, SETTINGS, ()), arguments]
-    model.__dict__[SETTINGS] = made
+    """Add a conversion to those of a model, and to its configuration, which is saved with it.
+
+    Several modules may have one configuration: a model and the model inside it.
+    """
+    model.__dict__[SETTINGS] = [*getattr(model, SETTINGS, ()), arguments]
     config = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):  # of transformers
-        setattr(config, SETTINGS, made)
+        before = [x for x in getattr(config, SETTINGS, None) or () if x != arguments]
+        setattr(config, SETTINGS, [*before, arguments])
 
 
 def settings(model: nn.Module) -> list[dict[str, Any]]:
-    """How :func:`acm.convert` has converted a model: its arguments, one dictionary a call.
+    """How :func:`acm.convert` has converted a model, or modules in it: its arguments.
 
     They are plain data (JSON), with the names of the replaced modules as ``select``. A new model
     converted by them has the same parameters, so that a saved ``state_dict`` fits::
@@ -222,7 +225,8 @@ def settings(model: nn.Module) -> list[dict[str, Any]]:
             new = fastkd.acm.convert(new, **arguments)
         new.load_state_dict(saved["state"])
 
-    Where originals have been dropped since, they are not kept.
+    There is a dictionary for each call, and two where originals of some modules have been dropped
+    since: these are not kept.
 
     Raises:
         ValueError: the model was not converted.
@@ -234,19 +238,29 @@ def settings(model: nn.Module) -> list[dict[str, Any]]:
     >>> fastkd.acm.settings(model)[0]["select"]
     ['1']
     """
-    found = getattr(model, SETTINGS, None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"acm.settings: model must be an nn.Module, got {type(model).__name__}")
+    modules = layers(model)
+    kept = {name: module.original is not None for name, module in modules.items()}
+    found = []
+    for place, part in model.named_modules():
+        for arguments in getattr(part, SETTINGS, ()):
+            names = [f"{place}.{name}".strip(".") for name in arguments["select"]]
+            found += split(arguments, [name for name in names if name in modules], kept)
     if not found:
         raise ValueError(f"acm.settings: model was not converted, got {type(model).__name__}")
-    modules = layers(model)
+    return found
+
+
+def split(
+    arguments: dict[str, Any], names: Sequence[str], kept: Mapping[str, bool]
+) -> list[dict[str, Any]]:
+    """A conversion of these modules as two: of those whose originals are kept, and the others."""
+    chosen = {keep: [name for name in names if kept[name] == keep] for keep in (True, False)}
     return [
-        {
-            **arguments,
-            "keep_original": any(
-                name in modules and modules[name].original is not None
-                for name in arguments["select"]
-            ),
-        }
-        for arguments in found
+        {**arguments, "select": some, "keep_original": keep}
+        for keep, some in chosen.items()
+        if some
     ]
 
 

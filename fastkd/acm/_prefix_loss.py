@@ -140,9 +140,7 @@ def oracle(
     """
     dtype = check_learners("acm.oracle", x, w1, b1, w2, activation)
     dtype = _kernels.product_dtype(x, check_target("acm.oracle", x, w2, target, dtype))
-    if rule not in _RULES:
-        raise ValueError(f"acm.oracle: rule must be one of {', '.join(_RULES)}; got {rule!r}")
-    check_positive("acm.oracle", "threshold", threshold)
+    check_rule("acm.oracle", threshold, rule)
     if transforms_active():
         options = {"activation": activation, "threshold": threshold, "rule": rule}
         return reference.acm.oracle(x, w1, b1, w2, target, **options)
@@ -157,6 +155,13 @@ def oracle(
         first = (stops.long().cumsum(0) == 0).sum(0) + 1
         label = torch.where((first == 1) | (first > learners), learners, first)
     return label.view(x.shape[:-1])
+
+
+def check_rule(function: str, threshold: Any, rule: Any) -> None:
+    """Raise unless these are options of :func:`oracle`."""
+    if rule not in _RULES:
+        raise ValueError(f"{function}: rule must be one of {', '.join(_RULES)}; got {rule!r}")
+    check_positive(function, "threshold", threshold)
 
 
 @exportable("acm.prefix_loss")
