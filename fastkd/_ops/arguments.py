@@ -49,8 +49,7 @@ def check_tensor(function: str, name: str, value: Any) -> None:
         and not (value.is_quantized or value.is_nested)
     ):
         return
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    check_dense(function, name, value)
     if type(value) not in _PLAIN and torch.utils._python_dispatch.is_traceable_wrapper_subclass(
         value
     ):
@@ -58,6 +57,12 @@ def check_tensor(function: str, name: str, value: Any) -> None:
             f"{function}: {name} must be a plain tensor, got {type(value).__name__}; pass its "
             "local or dense tensor"
         )
+
+
+def check_dense(function: str, name: str, value: Any) -> None:
+    """Raise unless the value is a dense, strided tensor; it may be a wrapper."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
     if value.layout is not torch.strided or value.is_nested:
         found = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{function}: {name} must be a dense tensor, got {found}")

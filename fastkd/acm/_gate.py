@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd._ops.arguments import check_dense, to_flag
 from fastkd._ops.checks import check_positive, is_number
 from fastkd.acm._arguments import check_integer
 from fastkd.acm._kernels import traced
@@ -83,6 +84,7 @@ def gate(
             f"acm.gate: generator must be of {logits.device} as logits is, got {generator.device}"
         )
     check_positive("acm.gate", "temperature", temperature)
+    hard = to_flag("acm.gate", "hard", hard)
     choices = logits.size(-1)
     min_choice = check_integer("acm.gate", "min_choice", min_choice)
     if not 0 <= min_choice < choices:
@@ -162,6 +164,7 @@ def regularized(
 ) -> Regularizers:
     """:func:`regularizers`, in whose errors the function has this name."""
     if isinstance(gates, Tensor) and gates.dim() > 3:
+        check_dense(function, "gates", gates)
         gates = gates.unbind()
     if not isinstance(gates, Sequence) or not gates:
         raise TypeError(
@@ -199,8 +202,8 @@ def regularized(
         if mask is None:
             histogram = tokens.sum(1) / max(tokens.size(1), 1)
         else:
-            kept = rows_mask(function, f"gates[{layer}]", mask, gate.shape[:-1])
-            kept = kept.to(gate.device).view(tokens.shape[:2])
+            kept = rows_mask(function, f"gates[{layer}]", mask, gate.shape[:-1], gate.device)
+            kept = kept.view(tokens.shape[:2])
             count = kept.sum(1, keepdim=True)
             tokens = torch.where(kept.unsqueeze(-1), tokens, 0)
             histogram = tokens.sum(1) / count.clamp(min=1)
@@ -223,14 +226,19 @@ def regularized(
     )
 
 
-def rows_mask(function: str, name: str, mask: Any, rows: torch.Size) -> Tensor:
-    """A mask of rows as bool ``rows``.
+def rows_mask(
+    function: str, name: str, mask: Any, rows: torch.Size, device: torch.device
+) -> Tensor:
+    """A mask of rows as bool ``rows``, on a device.
 
     It may be flat where the rows are not, and the reverse: as a whole, or within each text.
     """
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{function}: mask must be a tensor of bool or integers, got {found}")
+    check_dense(function, "mask", mask)
+    if mask.is_meta and device.type != "meta":
+        raise ValueError(f"{function}: mask must be on a device that holds values, got meta")
     in_order = mask.shape == rows or any(
         flat in (mask.dim(), len(rows)) and mask.shape[: flat - 1] == rows[: flat - 1]
         for flat in (1, 2)
@@ -240,12 +248,13 @@ def rows_mask(function: str, name: str, mask: Any, rows: torch.Size) -> Tensor:
             f"{function}: mask must have one entry a row of {name}, {list(rows)}, in their order, "
             f"got shape {list(mask.shape)}"
         )
-    return (mask != 0).reshape(rows)
+    return (mask != 0).reshape(rows).to(device)
 
 
 def _costs(function: str, costs: Any, gates: Sequence[Tensor]) -> list[Any]:
     """The costs of the layers, as numbers where they can be read without a synchronisation."""
     if isinstance(costs, Tensor):
+        check_dense(function, "costs", costs)
         if costs.is_meta and not gates[0].is_meta:
             raise ValueError(
                 f"{function}: costs must be on {gates[0].device} as gates[0] is, or on the "
@@ -274,8 +283,7 @@ def _mean(values: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def _check_gate(function: str, name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    check_dense(function, name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(
             f"{function}: {name} must have a floating-point dtype, got "

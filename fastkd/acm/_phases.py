@@ -122,8 +122,7 @@ def _imitations(
             )
         x, target = call.input, call.output.detach()
         if mask is not None:
-            kept = rows_mask(function, f"the input of {call.name!r}", mask, x.shape[:-1])
-            kept = kept.to(x.device)
+            kept = rows_mask(function, f"the input of {call.name!r}", mask, x.shape[:-1], x.device)
             x, target = x[kept], target[kept]
         operands, bias = call.module.operands(x)
         yield call.module, operands, target if bias is None else target - bias

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
+from fastkd._ops.arguments import to_flag
 from fastkd._ops.checks import check_positive
 from fastkd._ops.library import transforms_active
 from fastkd.acm import _kernels, _products
@@ -71,6 +72,7 @@ def prefix_loss(
     >>> fastkd.acm.prefix_loss(target / 3, w1, b1, w2, target, activation="identity").tolist()
     [9.0, 4.0, 0.0]
     """
+    detach = to_flag("acm.prefix_loss", "detach", detach)
     dtype = check_learners("acm.prefix_loss", x, w1, b1, w2, activation)
     dtype = _kernels.product_dtype(x, check_target("acm.prefix_loss", x, w2, target, dtype))
     if transforms_active():

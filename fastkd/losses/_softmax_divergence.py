@@ -306,9 +306,12 @@ def _teachers(
 
 
 def _weights(weights: Sequence[float] | Tensor | None, like: Any) -> Tensor | None:
-    if weights is None or isinstance(weights, Tensor):
+    if weights is None:
+        return None
+    if isinstance(weights, Tensor):
+        check_tensor("softmax_divergence", "teacher_weights", weights)
         # Of one entry a row each: a row whose weights are not finite is NaN.
-        if weights is not None and weights.dim() == 1 and can_be_read(weights):
+        if weights.dim() == 1 and weights.is_floating_point() and can_be_read(weights):
             for number in weights.tolist():
                 if not math.isfinite(number):
                     raise ValueError(

@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastkd._ops import checks
 from fastkd._ops.arguments import to_integer
-from fastkd._ops.checks import check_normalizer, check_tensors
+from fastkd._ops.checks import check_device, check_normalizer, check_tensors
 from fastkd._ops.constants import fake_mode_of
 from fastkd._ops.library import transforms_active
+from fastkd._ops.linear.logits import FLOATS
 from fastkd._ops.names import TextReduction
 from fastkd.tokenizers._byte_vocab import ByteVocab
 
@@ -26,9 +27,17 @@ def wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def check_integers(function: str, name: str, values: Tensor, shape: Sequence[int]) -> None:
-    """Raise unless the values are int64 or int32 of this shape."""
+def check_integers(
+    function: str,
+    name: str,
+    values: Tensor,
+    shape: Sequence[int],
+    device: torch.device | None = None,
+) -> None:
+    """Raise unless the values are int64 or int32 of this shape, on the device of other tensors."""
     check_tensors(function, {name: values})
+    if device is not None:
+        check_device(function, name, values, device)
     if values.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{function}: {name} must be int64 or int32, got {values.dtype}")
     if values.shape != torch.Size(shape):
@@ -57,11 +66,19 @@ def check_range(function: str, name: str, values: Tensor, lowest: int, end: int)
             raise IndexError(f"{function}: {name} must lie in [{lowest}, {end}), got {found}")
 
 
-def check_mask(function: str, name: str, mask: Tensor | None, shape: Sequence[int]) -> None:
-    """Raise unless the mask is None or bool of this shape."""
+def check_mask(
+    function: str,
+    name: str,
+    mask: Tensor | None,
+    shape: Sequence[int],
+    device: torch.device | None = None,
+) -> None:
+    """Raise unless the mask is None or bool of this shape, on the device of other tensors."""
     if mask is None:
         return
     check_tensors(function, {name: mask})
+    if device is not None:
+        check_device(function, name, mask, device)
     if mask.dtype != torch.bool or mask.shape != torch.Size(shape):
         raise ValueError(
             f"{function}: {name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}"
@@ -80,11 +97,34 @@ def attention_mask(function: str, name: str, mask: Any) -> Any:
 
 
 def check_batch(function: str, name: str, values: Tensor, like: Tensor) -> None:
-    """Raise unless the values are ``[B, T, width]`` with the same B as the student's."""
-    if values.dim() != 3 or values.size(0) != like.size(0):
+    """Raise unless the values are floats ``[B, T, width]`` with the same B as the student's."""
+    check_dtype(function, name, values)
+    if values.dim() != 3 or values.shape[:1] != like.shape[:1]:
+        batch = like.size(0) if like.dim() else "B"
         raise ValueError(
-            f"{function}: {name} must be [{like.size(0)}, length, width], got {list(values.shape)}"
+            f"{function}: {name} must be [{batch}, length, width], got {list(values.shape)}"
         )
+
+
+def check_dtype(function: str, name: str, values: Tensor) -> None:
+    """Raise unless the values are floats of a dtype that the ops take."""
+    if values.dtype not in FLOATS:
+        raise TypeError(
+            f"{function}: {name} must be float32, float64, bfloat16 or float16, got {values.dtype}"
+        )
+
+
+def check_callable(function: str, name: str, value: Any) -> None:
+    """Raise unless the value is None or a function, such as a module."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{function}: {name} must be a function, got {type(value).__name__}")
+
+
+def check_tuple(function: str, name: str, value: Any, count: int) -> None:
+    """Raise unless the value is a tuple or list of so many entries."""
+    if not isinstance(value, (tuple, list)) or len(value) != count:
+        found = len(value) if isinstance(value, (tuple, list)) else type(value).__name__
+        raise TypeError(f"{function}: {name} must be a tuple of {count}, got {found}")
 
 
 def check_number(function: str, num_chunks: int) -> int:
@@ -107,7 +147,7 @@ def chunk_ends(
 
     ``rows`` is the ``[B, T, width]`` that the chunks ``[B, T]`` belong to.
     """
-    check_integers(function, name, chunks, rows.shape[:-1])
+    check_integers(function, name, chunks, rows.shape[:-1], rows.device)
     num_chunks = check_number(function, num_chunks)
     check_range(function, name, chunks, -1, num_chunks)
     places = chunk_slots(chunks, num_chunks)

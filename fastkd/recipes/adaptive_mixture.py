@@ -94,9 +94,8 @@ def align_distil(
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     tensors["reference_logits"] = reference_logits
     check_rows("align_distil", tensors, mask=mask)
-    check_no_gradient(
-        "align_distil", teacher_logits=teacher_logits, reference_logits=reference_logits
-    )
+    fixed = {"teacher_logits": teacher_logits, "reference_logits": reference_logits}
+    check_no_gradient("align_distil", **fixed, beta=beta, beta2=beta2)
     check_choice("align_distil", "variant", variant, _VARIANTS)
     check_positive("align_distil", "beta", beta)
     check_positive("align_distil", "beta2", beta2)

@@ -10,13 +10,22 @@ from fastkd._ops.checks import check_tensors
 from fastkd._ops.names import Reduction, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
-from fastkd.recipes._chunks import attention_mask, check_mask, readable, reduced, wide
+from fastkd.recipes._chunks import (
+    attention_mask,
+    check_batch,
+    check_callable,
+    check_mask,
+    readable,
+    reduced,
+    wide,
+)
 from fastkd.recipes._rows import (
     IGNORED,
     check_choice,
     check_row_values,
     check_rows,
     check_share,
+    check_width,
     kept_rows,
     label_log_probs,
     number_type,
@@ -68,23 +77,19 @@ def mend(
     >>> fastkd.recipes.mend(student, teacher, *masks).item()
     0.0
     """
-    check_tensors("mend", {"student_logits": student_logits, "teacher_logits": teacher_logits})
-    shapes = {"student_logits": student_logits.shape, "teacher_logits": teacher_logits.shape}
-    for name, shape in shapes.items():
-        if len(shape) != 3 or shape[0] != student_logits.size(0):
-            raise ValueError(
-                f"mend: {name} must be [{student_logits.size(0)}, length, vocab], got {list(shape)}"
-            )
-    if student_logits.size(-1) != teacher_logits.size(-1):
-        raise ValueError(
-            f"mend: teacher_logits must have student_logits' vocabulary, {student_logits.size(-1)} "
-            f"columns, got {teacher_logits.size(-1)}"
-        )
+    tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_tensors("mend", tensors)
+    for name, logits in tensors.items():
+        check_batch("mend", name, logits, student_logits)
+    check_width("mend", "teacher_logits", teacher_logits, "student_logits", student_logits)
     student_mask = attention_mask("mend", "student_mask", student_mask)
     teacher_mask = attention_mask("mend", "teacher_mask", teacher_mask)
-    for name, mask in (("student_mask", student_mask), ("teacher_mask", teacher_mask)):
-        check_tensors("mend", {name: mask})
-        check_mask("mend", name, mask, shapes[name.replace("mask", "logits")][:-1])
+    for side, mask, logits in (
+        ("student", student_mask, student_logits),
+        ("teacher", teacher_mask, teacher_logits),
+    ):
+        check_tensors("mend", {f"{side}_mask": mask})
+        check_mask("mend", f"{side}_mask", mask, logits.shape[:-1], student_logits.device)
     check_no_gradient("mend", teacher_logits=teacher_logits)
     counts = [mask.sum(1) for mask in (student_mask, teacher_mask)]
     if readable(counts[0]) and not torch.equal(*counts):
@@ -168,7 +173,8 @@ def swing(
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("swing", tensors, mask=mask)
-    check_row_values("swing", "privacy", privacy, student_logits.shape[:-1])
+    check_row_values("swing", "privacy", privacy, student_logits.shape[:-1], student_logits.device)
+    check_callable("swing", "temperature", temperature)
     check_no_gradient("swing", privacy=privacy)
     privacy = wide(privacy)
     tau = 1 + privacy if temperature is None else temperature(privacy)
@@ -236,8 +242,9 @@ def mft(
     0.0201
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_tensors("mft", {**tensors, "labels": labels})
     check_rows("mft", tensors, mask=mask, labels=labels)
-    check_no_gradient("mft", teacher_logits=teacher_logits)
+    check_no_gradient("mft", teacher_logits=teacher_logits, threshold=threshold)
     check_share("mft", "threshold", threshold)
     kept = kept_rows(student_logits, mask, labels)
     stats = token_stats(

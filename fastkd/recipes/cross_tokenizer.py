@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastkd._ops import hints
 from fastkd._ops.arguments import check_no_gradient, to_flag
-from fastkd._ops.checks import check_positive, check_tensors
+from fastkd._ops.checks import check_finite, check_positive, check_tensors
 from fastkd._ops.names import AlmDivergence, Reduction, TextReduction
 from fastkd._ops.shift import following
 from fastkd.recipes._chunks import (
@@ -17,6 +17,7 @@ from fastkd.recipes._chunks import (
     boundaries,
     boundary_of,
     check_batch,
+    check_callable,
     check_integers,
     check_mask,
     check_number,
@@ -135,9 +136,9 @@ def alm(
     ):
         if isinstance(chunks, np.ndarray):
             chunks = torch.as_tensor(chunks, device=logits.device)
-        check_integers("alm", f"{name}_ids", ids, logits.shape[:-1])
-        check_integers("alm", f"{name}_chunks", chunks, logits.shape[:-1])
-        check_mask("alm", f"{name}_mask", mask, logits.shape[:-1])
+        check_integers("alm", f"{name}_ids", ids, logits.shape[:-1], logits.device)
+        check_integers("alm", f"{name}_chunks", chunks, logits.shape[:-1], logits.device)
+        check_mask("alm", f"{name}_mask", mask, logits.shape[:-1], logits.device)
         if not isinstance(vocab, ByteVocab):
             raise TypeError(
                 f"alm: {name}_vocab must be a fastkd.ByteVocab, got {type(vocab).__name__}"
@@ -254,6 +255,8 @@ def alm_latents(
     """
     if norm not in _NORMS:
         raise ValueError(f"alm_latents: norm must be one of {', '.join(_NORMS)}; got {norm!r}")
+    check_callable("alm_latents", "projection", projection)
+    check_finite("alm_latents", "epsilon", epsilon)
     check_no_gradient("alm_latents", normalizer=normalizer)
     check_tensors(
         "alm_latents", {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
@@ -355,6 +358,9 @@ def uld(
     check_positive("uld", "temperature", tau)
     check_positive("uld", "teacher_temperature", tau_teacher)
     given = [x is not None for x in (student_chunks, teacher_chunks, num_chunks)]
+    for name, logits in tensors.items():
+        if not logits.dim():
+            raise ValueError(f"uld: {name} must be [..., vocab], got a 0-d tensor")
     student, teacher = (x.reshape(-1, x.size(-1)) for x in (student_logits, teacher_logits))
     if student_chunks is not None and teacher_chunks is not None and num_chunks is not None:
         for name, logits in tensors.items():
@@ -362,7 +368,7 @@ def uld(
         last, _ = chunk_ends("uld", "student_chunks", student_logits, student_chunks, num_chunks)
         other, _ = chunk_ends("uld", "teacher_chunks", teacher_logits, teacher_chunks, num_chunks)
         kept = (last >= 0) & (other >= 0)
-        check_mask("uld", "mask", mask, kept.shape)
+        check_mask("uld", "mask", mask, kept.shape, kept.device)
         kept = kept if mask is None else kept & mask
         rows, teacher_rows = (
             chosen(x + logits.size(1) * torch.arange(len(x), device=x.device).unsqueeze(-1), kept)
@@ -380,7 +386,7 @@ def uld(
                 f"{list(student_logits.shape[:-1])}, got {list(teacher_logits.shape[:-1])}; pass "
                 "chunks to pair rows by them"
             )
-        check_mask("uld", "mask", mask, student_logits.shape[:-1])
+        check_mask("uld", "mask", mask, student_logits.shape[:-1], student_logits.device)
         kept = student_logits.new_ones(student_logits.shape[:-1], dtype=torch.bool)
         kept = kept if mask is None else mask
         places = torch.arange(kept.numel(), device=kept.device).view(kept.shape)

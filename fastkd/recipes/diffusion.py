@@ -140,7 +140,7 @@ def stream_dit_inputs(
     """
     name = "stream_dit_inputs"
     check_like(name, "noise", noise, "clean", clean)
-    check_floats(name, t=t)
+    check_floats(name, clean=clean, t=t)
     check_share(name, "sigma_min", sigma_min)
     if not 1 <= t.dim() <= clean.dim() or t.shape != clean.shape[: t.dim()]:
         raise ValueError(

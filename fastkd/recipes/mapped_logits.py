@@ -108,8 +108,10 @@ def mined(
     for name, logits in tensors.items():
         check_batch("mined", name, logits, student_logits)
     check_no_gradient("mined", teacher_logits=teacher_logits, normalizer=normalizer)
-    check_integers("mined", "student_ids", student_ids, student_logits.shape[:-1])
-    check_mask("mined", "mask", mask, student_logits.shape[:-1])
+    check_integers(
+        "mined", "student_ids", student_ids, student_logits.shape[:-1], student_logits.device
+    )
+    check_mask("mined", "mask", mask, student_logits.shape[:-1], student_logits.device)
     width = student_logits.size(-1)
     check_tensors("mined", {"vocab_map": vocab_map})
     if vocab_map.dim() != 1 or vocab_map.size(0) > width:

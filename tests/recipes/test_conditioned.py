@@ -231,7 +231,7 @@ def test_errors():
     tensors["teacher_mask"][1, 1] = True
     with pytest.raises(ValueError, match=r"mend: teacher_mask must .* \[4, 3, 1\]"):
         recipes.mend(**tensors)
-    with pytest.raises(ValueError, match="mend: teacher_logits must have student_logits' vocab"):
+    with pytest.raises(ValueError, match="mend: teacher_logits must have the 11 columns of stud"):
         recipes.mend(**{**tensors, "teacher_logits": torch.zeros(3, 8, 12)})
     with pytest.raises(ValueError, match=r"mend: student_mask must be bool \[3, 5\]"):
         recipes.mend(**{**tensors, "student_mask": tensors["teacher_mask"]})
