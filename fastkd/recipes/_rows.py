@@ -71,8 +71,9 @@ def check_row_values(
 
 def check_share(function: str, name: str, value: Any) -> None:
     """Raise unless the number lies in [0, 1], if it can be read."""
-    if not is_number(value):
-        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    if not is_number(value) or (isinstance(value, Tensor) and value.is_complex()):
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{function}: {name} must be a number, got {kind}")
     if isinstance(value, Tensor) and not readable(value):
         return
     if not 0 <= value <= 1:
@@ -240,7 +241,7 @@ def other_label_log_probs(
     check_tensors(function, {name: other})
     check_no_gradient(function, **{name: other})
     if other.dim() == labels.dim():
-        check_row_values(function, name, other, labels.shape)
+        check_row_values(function, name, other, labels.shape, labels.device)
         return torch.where(kept, other.to(number_type(student_logits)), 0)
     check_rows(function, {"student_logits": student_logits, name: other})
     found = token_stats(

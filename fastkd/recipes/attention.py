@@ -111,9 +111,9 @@ def ernie_tiny(
         total = total + weights[1] * _relation_loss(name, "kl", student, teacher, mask)
     if student_logits is None:
         return total
+    check_floats(name, student_hidden=student_hidden, student_logits=student_logits)
     kept = kept_rows(student_logits, None)
     if labels is not None:
-        check_floats(name, student_logits=student_logits)
         check_classes(name, labels, student_logits)
         kept = labels != -100
         if weights[3]:

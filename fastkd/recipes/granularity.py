@@ -77,6 +77,7 @@ def mgsr(
     1.3863
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_tensors("mgsr", {**tensors, "labels": labels})
     check_rows("mgsr", tensors, mask=mask, labels=labels)
     check_no_gradient("mgsr", teacher_logits=teacher_logits)
     check_choice("mgsr", "reduction", reduction, ("mean", "sum", "batchmean", "sequence_mean"))

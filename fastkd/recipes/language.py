@@ -194,6 +194,7 @@ def distilbert(
     }
     hidden = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
     given = {"student_logits": student_logits, **named, **hidden}
+    check_tensors("distilbert", {"student_logits": student_logits, "labels": labels})
     check_rows("distilbert", given, mask=mask, labels=labels)
     check_width("distilbert", "student_hidden", student_hidden, "teacher_hidden", teacher_hidden)
     check_factors("distilbert", "weights", weights, 3)
@@ -261,6 +262,7 @@ def ddk(
     1.3863
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_tensors("ddk", {**tensors, "labels": labels})
     check_rows("ddk", tensors, mask=mask, labels=labels, weight=weight)
     check_finite("ddk", "gamma", gamma)
     check_no_gradient("ddk", gamma=gamma)

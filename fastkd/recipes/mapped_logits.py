@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient
+from fastkd._ops.arguments import check_has_value, check_no_gradient
 from fastkd._ops.checks import check_tensors
 from fastkd._ops.names import Divergence, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
@@ -119,6 +119,8 @@ def mined(
             f"mined: vocab_map must be [at most {width}], got shape {list(vocab_map.shape)}"
         )
     check_integers("mined", "vocab_map", vocab_map, vocab_map.shape)
+    if not student_logits.is_meta:
+        check_has_value("mined", "vocab_map", vocab_map)
     check_range("mined", "vocab_map", vocab_map, -1, teacher_logits.size(-1))
     check_range("mined", "student_ids", student_ids, 0, width)
     if unmatched not in ("label", "drop"):

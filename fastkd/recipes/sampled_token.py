@@ -217,7 +217,8 @@ def minillm(
     centred = torch.where(kept, returns - torch.where(kept, returns, 0).sum() / count, 0)
     advantage = centred * torch.rsqrt(centred.square().sum() / count + 1e-8)
     if sampling_weight is not None:
-        check_row_values("minillm", "sampling_weight", sampling_weight, labels.shape)
+        place = labels.shape, labels.device
+        check_row_values("minillm", "sampling_weight", sampling_weight, *place)
         ratio = ratio * torch.where(kept, sampling_weight, 0)
     losses = torch.where(kept, _policy_gradient(ratio, advantage, clip), 0)
     found = reduced("minillm", losses, kept, reduction, normalizer)
@@ -253,7 +254,7 @@ def _importance(function: str, log_q: Tensor, old: Tensor | None, kept: Tensor) 
     """The ratio of the probabilities of the student and of the one that sampled."""
     if old is None:
         return torch.exp(log_q - log_q.detach())
-    check_row_values(function, "old_log_probs", old, kept.shape)
+    check_row_values(function, "old_log_probs", old, kept.shape, kept.device)
     return torch.exp(torch.where(kept, log_q - old.to(number_type(log_q)), 0))
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient, to_integer
+from fastkd._ops.arguments import check_has_value, check_no_gradient, to_integer
 from fastkd._ops.checks import check_positive, check_tensors
 from fastkd._ops.names import Divergence, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
@@ -301,6 +301,8 @@ def _checked(
             f"{function}: shared must be [at most {width}], got shape {list(shared.shape)}"
         )
     check_integers(function, "shared", shared, shared.shape)
+    if not student_logits.is_meta:
+        check_has_value(function, "shared", shared)
     check_range(function, "shared", shared, -1, teacher_logits.size(-1))
     columns = F.pad(shared.to(student_logits.device), (0, width - shared.numel()), value=-1)
     known = columns >= 0

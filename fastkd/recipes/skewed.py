@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient, to_integer
+from fastkd._ops.arguments import check_no_gradient, to_integer, to_number
 from fastkd._ops.checks import check_finite, check_positive, check_tensors
 from fastkd._ops.names import Reduction, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
@@ -217,7 +217,7 @@ def distillm2_alphas(
                 f"got {list(values.shape)}"
             )
     check_mask("distillm2_alphas", "mask", mask, mask.shape)
-    check_finite("distillm2_alphas", "base", base)
+    base = to_number("distillm2_alphas", "base", base)
     check_finite("distillm2_alphas", "anchor", anchor)
     count = mask.sum(1).clamp(min=1)
     q, p = ((torch.where(mask, wide(x.detach()), 0).sum(1) / count).exp() for x in given.values())

@@ -88,7 +88,7 @@ def distill_weighted(
             )
         check_no_gradient(name, teacher_logits=teacher)
     first = student_logits[0]
-    check_no_gradient(name, scores=scores, weight=weight)
+    check_no_gradient(name, scores=scores, weight=weight, power=power)
     found = as_numbers(name, "scores", scores, first).double()
     if found.shape != (len(student_logits),):
         raise ValueError(
