@@ -126,7 +126,7 @@ def check_has_value(function: str, name: str, value: Tensor) -> None:
         return
     if value.is_meta:
         raise ValueError(f"{function}: {name} must be on a device that holds values, got meta")
-    if not _has_values(value):
+    if not has_values(value):
         raise ValueError(
             f"{function}: {name} takes no gradient, tangent or batch dimension; detach it and pass "
             "it as it is"
@@ -139,7 +139,7 @@ def can_be_read(value: Tensor) -> bool:
         value.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not is_tracing(value)
-        and _has_values(value)
+        and has_values(value)
     )
 
 
@@ -386,7 +386,7 @@ class Arguments:
         def empty(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
                 return [empty(x) for x in value]
-            if not isinstance(value, Tensor) or _has_values(value):
+            if not isinstance(value, Tensor) or has_values(value):
                 return value
             device = "cpu" if value.is_meta else value.device
             # Tables must be contiguous; logits need no memory.
@@ -396,7 +396,7 @@ class Arguments:
         values = [empty(value) for value in packed]
         for place in self._ones:
             value = values[place]
-            if value is not None and not _has_values(packed[place]):
+            if value is not None and not has_values(packed[place]):
                 # 1 is a valid temperature, beta and weight, also where no row is masked.
                 one = torch.ones((), dtype=value.dtype, device=value.device)
                 values[place] = one.expand(value.shape)
@@ -416,7 +416,7 @@ class Arguments:
         return values
 
 
-def _has_values(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether a tensor is neither a transform's nor on the meta device."""
     return not (
         tensor.is_meta

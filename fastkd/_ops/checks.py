@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import CHOICES, can_be_read, check_dense, check_device_has_kernels
+from fastkd._ops.arguments import (
+    CHOICES,
+    can_be_read,
+    check_dense,
+    check_device_has_kernels,
+    has_values,
+)
+from fastkd._ops.library import is_tracing
 from fastkd._ops.names import Reduction
 
 _REDUCTIONS = tuple(CHOICES["softmax_divergence.reduction"])
@@ -43,21 +50,24 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) or (isinstance(value, np.ndarray) and value.ndim == 0)
 
 
+def _is_unknown(number: Any) -> bool:
+    """Whether a number is a tensor that is traced, on the meta device or of a transform."""
+    return isinstance(number, Tensor) and (is_tracing(number) or not has_values(number))
+
+
 def check_finite(function: str, name: str, value: Any) -> None:
-    """Raise unless the value is a finite number; while compiling a tensor's is not read."""
+    """Raise unless the value is a finite number, if it can be read."""
     if not is_number(value):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
-    if not torch.compiler.is_compiling() and not -math.inf < value < math.inf:
+    if not _is_unknown(value) and not -math.inf < value < math.inf:
         raise ValueError(f"{function}: {name} must be finite, got {value}")
 
 
 def check_positive(function: str, name: str, value: Any) -> None:
-    """Raise unless the value is a positive, finite number."""
+    """Raise unless the value is a positive, finite number, if it can be read."""
     if not is_number(value):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
-    if torch.compiler.is_compiling() and isinstance(value, Tensor):
-        return
-    if not 0 < value < math.inf:
+    if not _is_unknown(value) and not 0 < value < math.inf:
         raise ValueError(f"{function}: {name} must be positive and finite, got {value}")
 
 

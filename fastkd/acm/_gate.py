@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._ops.arguments import check_dense, to_flag
-from fastkd._ops.checks import check_positive, is_number
+from fastkd._ops.checks import check_finite, check_positive
 from fastkd.acm._arguments import check_integer
 from fastkd.acm._kernels import traced
 
@@ -184,15 +184,18 @@ def regularized(
                 f"{function}: {name} must be on {gates[0].device} as gates[0] is, got {gate.device}"
             )
     costs = _costs(function, costs, gates)
-    if not is_number(target):
-        raise TypeError(f"{function}: target must be a number, got {type(target).__name__}")
-    if isinstance(target, Tensor) and target.device.type not in ("cpu", gates[0].device.type):
-        raise ValueError(
-            f"{function}: target must be on {gates[0].device} as gates[0] is, or on the CPU, "
-            f"got {target.device}"
-        )
-    if not isinstance(target, Tensor) and not math.isfinite(target):
-        raise ValueError(f"{function}: target must be finite, got {target}")
+    if isinstance(target, Tensor):
+        check_dense(function, "target", target)
+        if target.device.type not in ("cpu", gates[0].device.type):
+            raise ValueError(
+                f"{function}: target must be on {gates[0].device} as gates[0] is, or on the CPU, "
+                f"got {target.device}"
+            )
+        if target.numel() != 1:
+            shape = list(target.shape)
+            raise ValueError(f"{function}: target must be a number, got shape {shape}")
+    else:
+        check_finite(function, "target", target)
     double = any(gate.dtype == torch.float64 for gate in gates)
     used, shares, entropies, counted = [], [], [], None
     for layer, gate in enumerate(gates):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import fastkd
 from fastkd import acm
@@ -119,6 +120,21 @@ def test_a_mask_keeps_the_order_of_the_rows():
     for loss in (acm.phase1_loss, acm.phase2_loss):
         with pytest.raises(ValueError, match=rf"acm.{loss.__name__}: mask must have one entry"):
             loss(calls, mask=MASK.T)
+
+
+def test_one_graph_for_all_numbers():
+    calls = seen(model().train(), torch.randn(4, 5, 8, dtype=torch.float64), originals=False)
+
+    def loss(x):
+        weights = {"budget_weight": x, "entropy_weight": 2 * x, "diversity_weight": 3 * x}
+        return acm.phase3_loss(torch.zeros(()), calls, target=x, **weights)
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for number in (0.15, 0.25, 0.35, 0.45):
+        torch.testing.assert_close(compiled(number), loss(number))
+    assert counter.frame_count <= 2
 
 
 BAD = {"target": ("0.5", None, math.nan), "mask": ([1],), "task_loss": (None, 0.0, torch.ones(2))}
