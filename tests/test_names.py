@@ -233,6 +233,21 @@ def test_a_label_weight_without_labels_is_hinted_at():
         loss(student, teacher, torch.tensor([0, 1]))
 
 
+@pytest.mark.parametrize("name", [x for x in FUNCTIONS if x != "AlmLoss"])
+def test_the_check_of_options_gives_no_hint(name):
+    """And takes none away from later calls."""
+    hints.forget()
+    options = {"temperature": 2.0} if name == "KDLoss" else {"normalizer": 0.0}
+    if name != "CrossEntropy":
+        options["label_weight"] = 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(fastkd.nn, name)(**options)
+    p = torch.full((1, 4), 0.25)
+    with pytest.warns(UserWarning, match="logits are expected, not probabilities"):
+        fastkd.softmax_divergence(p, p)
+
+
 def test_a_compiled_module_makes_no_call_of_its_own():
     @torch.compile(fullgraph=True, backend="eager")
     def step(x, y):

@@ -1,7 +1,9 @@
 """Warnings, once a process, about arguments that are allowed but probably wrong. Eager only."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,17 @@ from torch import Tensor
 from fastkd._ops.library import transforms_active
 
 _seen: set[str] = set()
+_silent: ContextVar[bool] = ContextVar("_silent", default=False)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Give no warning inside, and take none for given: for calls that only check arguments."""
+    before = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(before)
 
 
 def hint(key: str, message: str, stacklevel: int = 5) -> None:
@@ -50,6 +63,8 @@ def check_boundaries(function: str, boundaries: Mapping[str, np.ndarray]) -> Non
 
 def check_loss(function: str, logits: Tensor, given: dict[str, Any]) -> None:
     """Cheap hints about the arguments of a loss over rows, which are checked already."""
+    if _silent.get():
+        return
     label_weight = given["label_weight"]
     of_rows = given.get("label_weights") is not None
     if given["labels"] is None and (of_rows or (type(label_weight) is float and label_weight != 1)):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._ops import hints
 from fastkd._ops.arguments import check_no_gradient
 
 #: Options that may be a tensor with one entry a row, and what such a tensor has besides.
@@ -66,7 +67,7 @@ class LossModule(torch.nn.Module):
             more = _ONE_A_ROW.get(name)
             if more is not None and value.dim() > more:
                 rows = tuple(value.shape[: value.dim() - more])
-        with torch.no_grad():
+        with torch.no_grad(), hints.silent():
             self._call(torch.zeros((*rows, 1), device=device), options)
 
     def _call(self, one: Tensor, options: dict[str, Any]) -> None:
