@@ -55,6 +55,8 @@ class LossModule(torch.nn.Module):
         options = dict(self.options)
         if options.get("group") is not None and "vocab_start" in options:
             options["group"] = options["vocab_start"] = None  # processes need not be here yet
+            if any(options[name] is not None for name in self.learned):
+                options["vocab_size"] = None  # of all processes, a bias of this one
         rows: tuple[int, ...] = (0,)
         device = "cpu"
         for name, value in options.items():
