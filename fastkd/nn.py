@@ -1,9 +1,10 @@
 """Modules for each loss and for gated routing.
 
 A loss module has its function's keyword arguments that stay the same from batch to batch, checked
-when it is made: a wrong name or value raises the function's error at once. Those that change with
-the batch (``weight``, ``mask``, ``labels``, ``teacher_rows``) go to the call, which may replace
-others, too. Its ``repr`` shows the options that are not the defaults.
+when it is made: a wrong name or value raises the function's error at once. Tensors among them move
+with the module and keep their dtype. Those that change with the batch (``weight``, ``mask``,
+``labels``, ``teacher_rows``) go to the call, which may replace others, too. Its ``repr`` shows the
+options that are not the defaults.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd._ops import hints
 from fastkd._ops.loss_module import LossModule, columns
 from fastkd._ops.names import (
     AlmDivergence,
@@ -124,7 +126,8 @@ class SoftmaxDivergence(LossModule):
 class LinearSoftmaxDivergence(LossModule):
     """:func:`fastkd.linear_softmax_divergence` with its options fixed at construction.
 
-    Call it with student_hidden, student_weight, teacher_hidden and teacher_weight.
+    Call it with student_hidden, student_weight, teacher_hidden and teacher_weight. A bias that is a
+    Parameter is one of the module's parameters.
 
     >>> import torch, fastkd
     >>> loss = fastkd.nn.LinearSoftmaxDivergence(divergence="jsd", chunk_size=1024)
@@ -134,6 +137,7 @@ class LinearSoftmaxDivergence(LossModule):
     """
 
     function = staticmethod(linear_softmax_divergence)
+    learned = ("student_bias", "teacher_bias")
 
     def __init__(
         self,
@@ -165,10 +169,13 @@ class LinearSoftmaxDivergence(LossModule):
         super().__init__(locals())
 
     def _call(self, one: Tensor, options: dict[str, Any]) -> None:
-        head = columns(one.new_zeros(1), options).unsqueeze(-1)
+        biases = (options["student_bias"], options["teacher_bias"])
+        sizes = [x.numel() for x in biases if isinstance(x, Tensor)] or [1]
+        student, teacher = (
+            columns(one.new_zeros(1), options, least=size).unsqueeze(-1) for size in (sizes * 2)[:2]
+        )
         labels = one.new_zeros(one.shape[:-1], dtype=torch.int64)
-        options |= {"student_bias": None, "teacher_bias": None}
-        linear_softmax_divergence(one, head, one, head, labels=labels, **options)
+        linear_softmax_divergence(one, student, one, teacher, labels=labels, **options)
 
 
 class TopKDivergence(LossModule):
@@ -221,7 +228,7 @@ class KDLoss(LossModule):
     :func:`fastkd.softmax_divergence` over the rows whose label is not ``ignore_index``; with
     ``num_batch_labels`` the sum over them, divided by it. Labels are shifted already: row t is
     scored by ``labels[t]``. They choose the rows; their cross-entropy counts only with a
-    ``label_weight`` (0 here).
+    ``label_weight`` (0 here). A call without labels warns once if there is one.
 
     Logits may be DTensors whose vocabulary is sharded, as tensor parallelism leaves them; the
     result is then the whole loss, the same on each rank.
@@ -299,7 +306,7 @@ class KDLoss(LossModule):
         """See the class."""
         options = dict(self.options)
         if labels is None:
-            del options["label_weight"]
+            hints.check_label_weight("KDLoss", options.pop("label_weight"))
         loss = softmax_divergence(
             student_logits, teacher_logits, labels=labels, normalizer=num_batch_labels, **options
         )

@@ -4,12 +4,13 @@ import copy
 import inspect
 import pickle
 import typing
+import warnings
 
 import pytest
 import torch
 
 import fastkd
-from fastkd._ops import names
+from fastkd._ops import hints, names
 from fastkd._ops.arguments import CHOICES
 from fastkd.recipes import RECIPES
 from fastkd.teachers import _shards
@@ -116,6 +117,26 @@ def test_modules_survive_copies_and_modes(name):
         ("CrossEntropy", {"label_smoothing": 2.0}, "label_smoothing must lie in"),
         ("CrossEntropy", {"entropy_mask": "all"}, "entropy_mask must be a bool tensor, 'correct'"),
         ("LinearSoftmaxDivergence", {"chunk_size": 0}, "chunk_size must be positive"),
+        (
+            "LinearSoftmaxDivergence",
+            {"student_bias": torch.zeros(4, 2)},
+            "linear_softmax_divergence: student_bias must have 1 dimension, got shape",
+        ),
+        (
+            "LinearSoftmaxDivergence",
+            {"teacher_bias": [0.0, 1.0]},
+            "linear_softmax_divergence: teacher_bias must be a tensor, got list",
+        ),
+        (
+            "LinearSoftmaxDivergence",
+            {"student_bias": torch.zeros(4), "teacher_bias": torch.zeros(5)},
+            "linear_softmax_divergence: teacher_logits has 5 columns, student_logits has 4",
+        ),
+        (
+            "LinearSoftmaxDivergence",
+            {"student_bias": torch.zeros(4).long()},
+            "student_bias must be",
+        ),
         ("LinearSoftmaxDivergence", {"divergence": "kl"}, "linear_softmax_divergence: divergence"),
         ("AlmLoss", {"divergence": "kl"}, "alm_loss: divergence must be one of binary_ce"),
         ("AlmLoss", {"merge_threshold": 0.1}, "merge_threshold needs teacher_boundary"),
@@ -149,6 +170,82 @@ def test_options_of_rows_and_teachers():
     tail = fastkd.nn.TopKDivergence(tail="uniform", beta=rows, divergence="jsd")
     best = fastkd.teacher_topk(teacher, 2)
     assert tail(student, *best).isfinite()
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_bias_is_a_parameter_of_the_module(side):
+    bias = torch.nn.Parameter(torch.randn(4))
+    module = fastkd.nn.LinearSoftmaxDivergence(**{f"{side}_bias": bias}, reduction="sum")
+    assert [(name, x is bias) for name, x in module.named_parameters()] == [(f"{side}_bias", True)]
+    assert repr(module) == (f"LinearSoftmaxDivergence(reduction='sum', {side}_bias=<tensor [4]>)")
+    given = [torch.randn(3, 2), torch.randn(4, 2), torch.randn(3, 2), torch.randn(4, 2)]
+    expected = fastkd.linear_softmax_divergence(*given, reduction="sum", **{f"{side}_bias": bias})
+    (right,) = torch.autograd.grad(expected, bias)
+    for run in (module, torch.compile(module, fullgraph=True, backend="eager"), copy.copy(module)):
+        loss = run(*given)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, bias)[0], right)
+    other = {f"{side}_bias": torch.zeros(4)}
+    found = torch.func.functional_call(module, other, tuple(given))
+    torch.testing.assert_close(found, module(*given, **other))
+    assert copy.deepcopy(module)(*given) == module(*given)
+    assert module.double().get_parameter(f"{side}_bias").dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", [x for x in FUNCTIONS if x != "AlmLoss"])
+def test_a_parameter_that_gets_no_gradient_is_refused(name):
+    with pytest.raises(ValueError, match=r"\w+_\w+: temperature takes no gradient"):
+        getattr(fastkd.nn, name)(temperature=torch.nn.Parameter(torch.ones(())))
+    frozen = torch.nn.Parameter(torch.ones(()), requires_grad=False)
+    assert not list(getattr(fastkd.nn, name)(temperature=frozen).parameters())
+
+
+def test_tensor_options_move_with_the_module():
+    module = fastkd.nn.SoftmaxDivergence(
+        beta=torch.full((3,), 0.5),
+        temperature=torch.tensor(2.0),
+        teacher_weights=torch.tensor([0.5, 0.5]),
+        normalizer=torch.tensor(1e5),
+    )
+    assert all(
+        x.dtype == torch.float32 for x in module.half().options.values() if torch.is_tensor(x)
+    )
+    moved = module.to("meta")
+    assert moved is module
+    assert all(x.is_meta for x in module.options.values() if torch.is_tensor(x))
+    boundary = torch.tensor([True, False])
+    loss = fastkd.nn.AlmLoss(student_boundary=boundary, teacher_boundary=boundary)
+    assert loss.to("meta").options["student_boundary"].is_meta
+
+
+def test_a_label_weight_without_labels_is_hinted_at():
+    student, teacher = torch.randn(2, 3), torch.randn(2, 3)
+    for weight in (0.5, 1.0, torch.ones(2)):
+        hints.forget()
+        loss = fastkd.nn.KDLoss(label_weight=weight)
+        with pytest.warns(UserWarning, match="KDLoss: label_weight is .* labels is None") as caught:
+            loss(student, teacher)
+        assert [x.filename for x in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hints.forget()
+        fastkd.nn.KDLoss()(student, teacher)
+        loss(student, teacher, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("name", [x for x in FUNCTIONS if x != "AlmLoss"])
+def test_the_check_of_options_gives_no_hint(name):
+    """And takes none away from later calls."""
+    hints.forget()
+    options = {"temperature": 2.0} if name == "KDLoss" else {"normalizer": 0.0}
+    if name != "CrossEntropy":
+        options["label_weight"] = 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(fastkd.nn, name)(**options)
+    p = torch.full((1, 4), 0.25)
+    with pytest.warns(UserWarning, match="logits are expected, not probabilities"):
+        fastkd.softmax_divergence(p, p)
 
 
 def test_a_compiled_module_makes_no_call_of_its_own():

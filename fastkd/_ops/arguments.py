@@ -20,6 +20,8 @@ _TENSORS = (_TENSOR, _OPTIONAL)
 _USUAL = {_NUMBER: float, _OPTIONAL: type(None), _FLAG: bool}
 _MOST = 2**63 - 1
 _NUMBERS = (Real, torch.SymFloat, torch.SymInt)
+#: Tensors of numbers that are checked although no row is read, and must be positive.
+_POSITIVE = frozenset({"teacher_weights"})
 
 
 def _parse_choices() -> dict[str, dict[str, int]]:
@@ -47,8 +49,7 @@ def check_tensor(function: str, name: str, value: Any) -> None:
         and not (value.is_quantized or value.is_nested)
     ):
         return
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    check_dense(function, name, value)
     if type(value) not in _PLAIN and torch.utils._python_dispatch.is_traceable_wrapper_subclass(
         value
     ):
@@ -56,6 +57,12 @@ def check_tensor(function: str, name: str, value: Any) -> None:
             f"{function}: {name} must be a plain tensor, got {type(value).__name__}; pass its "
             "local or dense tensor"
         )
+
+
+def check_dense(function: str, name: str, value: Any) -> None:
+    """Raise unless the value is a dense, strided tensor; it may be a wrapper."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
     if value.layout is not torch.strided or value.is_nested:
         found = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{function}: {name} must be a dense tensor, got {found}")
@@ -119,7 +126,7 @@ def check_has_value(function: str, name: str, value: Tensor) -> None:
         return
     if value.is_meta:
         raise ValueError(f"{function}: {name} must be on a device that holds values, got meta")
-    if not _has_values(value):
+    if not has_values(value):
         raise ValueError(
             f"{function}: {name} takes no gradient, tangent or batch dimension; detach it and pass "
             "it as it is"
@@ -132,7 +139,7 @@ def can_be_read(value: Tensor) -> bool:
         value.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not is_tracing(value)
-        and _has_values(value)
+        and has_values(value)
     )
 
 
@@ -201,7 +208,8 @@ class Arguments:
             for field, kind in kinds.items()
             if kind == _NUMBER and field.startswith("student_")
         )
-        self._one_a_row = [self.fields.index(each) for each in self._each.values()]
+        ones = [*self._each.values(), *_POSITIVE.intersection(self.fields)]
+        self._ones = [self.fields.index(field) for field in ones]
         #: The public argument of a field that has its tensor with one entry a row.
         self.called = {each: field for field, each in self._each.items()}
 
@@ -326,7 +334,8 @@ class Arguments:
         given["reduction"] = "sum"
         if isinstance(normalizer, Tensor):
             check_no_gradient(self.function, normalizer=normalizer)
-            check_has_value(self.function, "normalizer", normalizer)
+            if not (normalizer.is_meta and rows.is_meta):
+                check_has_value(self.function, "normalizer", normalizer)
             if normalizer.numel() != 1:
                 raise ValueError(
                     f"{self.function}: normalizer must be a number or a 0-d tensor, got a tensor "
@@ -377,7 +386,7 @@ class Arguments:
         def empty(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
                 return [empty(x) for x in value]
-            if not isinstance(value, Tensor) or _has_values(value):
+            if not isinstance(value, Tensor) or has_values(value):
                 return value
             device = "cpu" if value.is_meta else value.device
             # Tables must be contiguous; logits need no memory.
@@ -385,10 +394,10 @@ class Arguments:
             return torch.zeros(shape, dtype=value.dtype, device=device).expand(value.shape)
 
         values = [empty(value) for value in packed]
-        for place in self._one_a_row:
+        for place in self._ones:
             value = values[place]
-            if value is not None and not _has_values(packed[place]):
-                # 1 is a valid temperature and beta, also in ops without a mask.
+            if value is not None and not has_values(packed[place]):
+                # 1 is a valid temperature, beta and weight, also where no row is masked.
                 one = torch.ones((), dtype=value.dtype, device=value.device)
                 values[place] = one.expand(value.shape)
         if "mask" in self.fields:
@@ -407,7 +416,7 @@ class Arguments:
         return values
 
 
-def _has_values(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether a tensor is neither a transform's nor on the meta device."""
     return not (
         tensor.is_meta
@@ -458,9 +467,10 @@ def numbers_tensor(function: str, name: str, values: Any, like: Tensor) -> Tenso
             f"{type(values).__name__}"
         )
     numbers = [to_number(function, name, value) for value in values]
+    if torch.compiler.is_compiling():  # numbers have no values that a check could read
+        return torch.cat([traced_number(value) for value in numbers]).to(like.device)
     for number in numbers:
         if isinstance(number, float) and not math.isfinite(number):
             raise ValueError(f"{function}: {name} must be finite, got {number}")
-    if torch.compiler.is_compiling():
-        return torch.cat([traced_number(value) for value in numbers]).to(like.device)
-    return torch.tensor(numbers, dtype=torch.float64, device=like.device)
+    with torch._C._DisableFuncTorch():  # a transform's tensor would have no values to check
+        return torch.tensor(numbers, dtype=torch.float64, device=like.device)

@@ -9,19 +9,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import CHOICES, can_be_read, check_device_has_kernels
+from fastkd._ops.arguments import (
+    CHOICES,
+    can_be_read,
+    check_dense,
+    check_device_has_kernels,
+    has_values,
+)
+from fastkd._ops.library import is_tracing
 from fastkd._ops.names import Reduction
 
 _REDUCTIONS = tuple(CHOICES["softmax_divergence.reduction"])
 
 
 def check_tensors(function: str, tensors: Mapping[str, Any]) -> None:
-    """Raise unless all are tensors and the device of the first one has kernels."""
+    """Raise unless all are dense tensors on one device, which has kernels."""
     for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+        check_dense(function, name, value)
     name, first = next(iter(tensors.items()))
     check_device_has_kernels(function, name, first)
+    for other, value in tensors.items():
+        check_device(function, other, value, first.device, name)
+
+
+def check_device(
+    function: str, name: str, value: Tensor, device: torch.device, of: str = ""
+) -> None:
+    """Raise unless the tensor is on this device, which may be that `of` another argument."""
+    if value.device != device:
+        words = (
+            f"on the device of {of}, {device}" if of else f"on the other tensors' device, {device}"
+        )
+        raise ValueError(f"{function}: {name} must be {words}, got {value.device}")
 
 
 def is_number(value: Any) -> bool:
@@ -31,13 +50,24 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) or (isinstance(value, np.ndarray) and value.ndim == 0)
 
 
-def check_positive(function: str, name: str, value: Any) -> None:
-    """Raise unless the value is a positive, finite number."""
+def _is_unknown(number: Any) -> bool:
+    """Whether a number is a tensor that is traced, on the meta device or of a transform."""
+    return isinstance(number, Tensor) and (is_tracing(number) or not has_values(number))
+
+
+def check_finite(function: str, name: str, value: Any) -> None:
+    """Raise unless the value is a finite number, if it can be read."""
     if not is_number(value):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
-    if torch.compiler.is_compiling() and isinstance(value, Tensor):
-        return
-    if not 0 < value < math.inf:
+    if not _is_unknown(value) and not -math.inf < value < math.inf:
+        raise ValueError(f"{function}: {name} must be finite, got {value}")
+
+
+def check_positive(function: str, name: str, value: Any) -> None:
+    """Raise unless the value is a positive, finite number, if it can be read."""
+    if not is_number(value):
+        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    if not _is_unknown(value) and not 0 < value < math.inf:
         raise ValueError(f"{function}: {name} must be positive and finite, got {value}")
 
 
@@ -112,9 +142,5 @@ def check_devices(
     for field in tensors:
         value = values[field]
         for tensor in value if isinstance(value, (list, tuple)) else [value]:
-            if tensor is not None and tensor.device != device:
-                name = called.get(field, field)
-                raise ValueError(
-                    f"{function}: {name} must be on the device of {tensors[0]}, {device}, got "
-                    f"{tensor.device}"
-                )
+            if tensor is not None:
+                check_device(function, called.get(field, field), tensor, device, tensors[0])

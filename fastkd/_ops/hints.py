@@ -1,25 +1,70 @@
 """Warnings, once a process, about arguments that are allowed but probably wrong. Eager only."""
 
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fastkd._ops.library import transforms_active
 
 _seen: set[str] = set()
+_silent: ContextVar[bool] = ContextVar("_silent", default=False)
 
 
-def hint(key: str, message: str) -> None:
-    """Warn once for each key. Called by the functions of this file that an op calls."""
+@contextmanager
+def silent() -> Iterator[None]:
+    """Give no warning inside, and take none for given: for calls that only check arguments."""
+    before = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(before)
+
+
+def hint(key: str, message: str, stacklevel: int = 5) -> None:
+    """Warn once for each key. ``stacklevel``: how many calls above this one the user's is."""
     if key not in _seen:
         _seen.add(key)
         # hint, check_loss, Op.__call__, the public function, and its caller
-        warnings.warn(message, stacklevel=5)
+        warnings.warn(message, stacklevel=stacklevel)
+
+
+def check_label_weight(function: str, label_weight: Any) -> None:
+    """Hint at a weight, not 0, of labels that a module's call does not have."""
+    if torch.compiler.is_compiling():
+        return
+    of_rows = isinstance(label_weight, Tensor)
+    if of_rows or label_weight != 0:
+        # hint, this, forward, two of nn.Module, and their caller
+        hint(
+            f"{function}.label_weight",
+            f"{function}: label_weight is {'given' if of_rows else label_weight}, but labels is "
+            "None: there is no label term",
+            stacklevel=6,
+        )
+
+
+def check_boundaries(function: str, boundaries: Mapping[str, np.ndarray]) -> None:
+    """Hint at a vocabulary without a boundary; called by the public function itself."""
+    for name, boundary in boundaries.items():
+        if not boundary.any():
+            hint(
+                f"{function}.{name}",
+                f"{function}: no token of {name} begins a word (see ByteVocab.boundary): with "
+                "debias=True no chunk has a gradient",
+                stacklevel=4,
+            )
 
 
 def check_loss(function: str, logits: Tensor, given: dict[str, Any]) -> None:
     """Cheap hints about the arguments of a loss over rows, which are checked already."""
+    if _silent.get():
+        return
     label_weight = given["label_weight"]
     of_rows = given.get("label_weights") is not None
     if given["labels"] is None and (of_rows or (type(label_weight) is float and label_weight != 1)):

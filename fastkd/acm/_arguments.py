@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastkd._ops.arguments import check_dense
 from fastkd._ops.arguments import to_integer as check_integer
 from fastkd._ops.gradient import differentiable_gradients
 from fastkd._ops.library import transforms_active
@@ -17,11 +18,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_float(function: str, name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        kind = str(value.layout).removeprefix("torch.")
-        raise TypeError(f"{function}: {name} must be a dense (strided) tensor, got layout {kind}")
+    check_dense(function, name, value)
     if value.dtype not in _DTYPES:
         raise TypeError(
             f"{function}: {name} must be float32, bfloat16, float16 or float64, got "
@@ -86,14 +83,19 @@ def check_target(
 
 
 def check_choices(choices: Any, x: Tensor) -> None:
-    if not isinstance(choices, Tensor):
-        raise TypeError(f"acm.hard: choices must be a tensor, got {type(choices).__name__}")
+    check_dense("acm.hard", "choices", choices)
     dtype = choices.dtype
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         raise TypeError(
             f"acm.hard: choices must have an integer dtype, got {str(dtype).removeprefix('torch.')}"
         )
     check_shape("acm.hard", "choices", choices, x.shape[:-1], x)
+
+
+def check_module(function: str, name: str, value: Any) -> None:
+    """Raise unless the value is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{function}: {name} must be an nn.Module, got {type(value).__name__}")
 
 
 def check_count(function: str, name: str, value: Any) -> int:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkd.acm._arguments import check_count, check_integer
+from fastkd._ops.arguments import to_flag
+from fastkd.acm._arguments import check_count, check_integer, check_module
 from fastkd.acm._modules import ACM, ACMGate, SplitMLP, mlp_sizes, projection_sizes
 
 _KINDS = ("mlp", "linear")
@@ -116,8 +117,7 @@ def convert(
       )
     )
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"acm.convert: model must be an nn.Module, got {type(model).__name__}")
+    check_module("acm.convert", "model", model)
     if isinstance(kinds, str) or not isinstance(kinds, Iterable):
         raise TypeError(f"acm.convert: kinds must be a sequence of names, got {kinds!r}")
     kinds = tuple(kinds)
@@ -125,7 +125,18 @@ def convert(
         if kind not in _KINDS:
             raise ValueError(f"acm.convert: kinds must be of {', '.join(_KINDS)}; got {kind!r}")
     num_learners = check_count("acm.convert", "num_learners", num_learners)
-    names = select if isinstance(select, Collection) and not isinstance(select, str) else None
+    gate_depth = check_count("acm.convert", "gate_depth", gate_depth)
+    gate_hidden = check_count("acm.convert", "gate_hidden", gate_hidden)
+    keep_original = to_flag("acm.convert", "keep_original", keep_original)
+    if min_choice is not None:
+        min_choice = check_integer("acm.convert", "min_choice", min_choice)
+        if not 0 <= min_choice <= num_learners:
+            raise ValueError(
+                f"acm.convert: min_choice must lie in [0, num_learners = {num_learners}], got "
+                f"{min_choice}"
+            )
+    named = isinstance(select, Collection) and not isinstance(select, (str, Tensor))
+    names: Any = select if named else None
     if select is not None and names is None and not callable(select):
         raise TypeError(
             f"acm.convert: select must be a function or names, got {type(select).__name__}"
@@ -201,16 +212,19 @@ def convert(
 
 
 def record(model: nn.Module, arguments: dict[str, Any]) -> None:
-    """Add a conversion to those of a model, and to its configuration, which is saved with it."""
-    made = [*getattr(model, SETTINGS, ()), arguments]
-    model.__dict__[SETTINGS] = made
+    """Add a conversion to those of a model, and to its configuration, which is saved with it.
+
+    Several modules may have one configuration: a model and the model inside it.
+    """
+    model.__dict__[SETTINGS] = [*getattr(model, SETTINGS, ()), arguments]
     config = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):  # of transformers
-        setattr(config, SETTINGS, made)
+        before = [x for x in getattr(config, SETTINGS, None) or () if x != arguments]
+        setattr(config, SETTINGS, [*before, arguments])
 
 
 def settings(model: nn.Module) -> list[dict[str, Any]]:
-    """How :func:`acm.convert` has converted a model: its arguments, one dictionary a call.
+    """How :func:`acm.convert` has converted a model, or modules in it: its arguments.
 
     They are plain data (JSON), with the names of the replaced modules as ``select``. A new model
     converted by them has the same parameters, so that a saved ``state_dict`` fits::
@@ -222,7 +236,8 @@ def settings(model: nn.Module) -> list[dict[str, Any]]:
             new = fastkd.acm.convert(new, **arguments)
         new.load_state_dict(saved["state"])
 
-    Where originals have been dropped since, they are not kept.
+    There is a dictionary for each call, and two where originals of some modules have been dropped
+    since: these are not kept.
 
     Raises:
         ValueError: the model was not converted.
@@ -234,19 +249,28 @@ def settings(model: nn.Module) -> list[dict[str, Any]]:
     >>> fastkd.acm.settings(model)[0]["select"]
     ['1']
     """
-    found = getattr(model, SETTINGS, None)
+    check_module("acm.settings", "model", model)
+    modules = layers(model)
+    kept = {name: module.original is not None for name, module in modules.items()}
+    found = []
+    for place, part in model.named_modules():
+        for arguments in getattr(part, SETTINGS, ()):
+            names = [f"{place}.{name}".strip(".") for name in arguments["select"]]
+            found += split(arguments, [name for name in names if name in modules], kept)
     if not found:
         raise ValueError(f"acm.settings: model was not converted, got {type(model).__name__}")
-    modules = layers(model)
+    return found
+
+
+def split(
+    arguments: dict[str, Any], names: Sequence[str], kept: Mapping[str, bool]
+) -> list[dict[str, Any]]:
+    """A conversion of these modules as two: of those whose originals are kept, and the others."""
+    chosen = {keep: [name for name in names if kept[name] == keep] for keep in (True, False)}
     return [
-        {
-            **arguments,
-            "keep_original": any(
-                name in modules and modules[name].original is not None
-                for name in arguments["select"]
-            ),
-        }
-        for arguments in found
+        {**arguments, "select": some, "keep_original": keep}
+        for keep, some in chosen.items()
+        if some
     ]
 
 
@@ -270,6 +294,7 @@ def layers(model: nn.Module) -> dict[str, ACM]:
     >>> list(fastkd.acm.layers(torch.nn.Sequential(fastkd.nn.ACM(8, width=4))))
     ['0']
     """
+    check_module("acm.layers", "model", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, ACM)}
 
 
@@ -299,6 +324,8 @@ def calls(model: nn.Module, *, originals: bool = False) -> Iterator[list[Call]]:
     >>> calls[0].output.shape
     torch.Size([3, 8])
     """
+    check_module("acm.calls", "model", model)
+    originals = to_flag("acm.calls", "originals", originals)
     found = layers(model)
     if not found:
         raise ValueError(f"acm.calls: model has no ACM, got {type(model).__name__}")
@@ -360,6 +387,11 @@ def set_budget(
     >>> fastkd.acm.set_budget(model, 0.3, [x]) <= 0.3
     True
     """
+    check_module("acm.set_budget", "model", model)
+    if not isinstance(batches, Iterable) or isinstance(batches, str):
+        raise TypeError(
+            f"acm.set_budget: batches must be a list of inputs, got {type(batches).__name__}"
+        )
     if not isinstance(budget, Real):
         raise TypeError(f"acm.set_budget: budget must be a number, got {type(budget).__name__}")
     steps = check_integer("acm.set_budget", "steps", steps)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.checks import check_positive, is_number
+from fastkd._ops.arguments import check_dense, to_flag
+from fastkd._ops.checks import check_finite, check_positive
 from fastkd.acm._arguments import check_integer
 from fastkd.acm._kernels import traced
 
@@ -83,6 +84,7 @@ def gate(
             f"acm.gate: generator must be of {logits.device} as logits is, got {generator.device}"
         )
     check_positive("acm.gate", "temperature", temperature)
+    hard = to_flag("acm.gate", "hard", hard)
     choices = logits.size(-1)
     min_choice = check_integer("acm.gate", "min_choice", min_choice)
     if not 0 <= min_choice < choices:
@@ -154,36 +156,46 @@ def regularizers(
     >>> [round(x.item(), 4) for x in found]  # 5 of 8 learners ran
     [0.125, -0.3155, -0.5]
     """
+    return regularized("acm.regularizers", gates, costs, target, mask)
+
+
+def regularized(
+    function: str, gates: Any, costs: Any, target: Any, mask: Tensor | None
+) -> Regularizers:
+    """:func:`regularizers`, in whose errors the function has this name."""
     if isinstance(gates, Tensor) and gates.dim() > 3:
+        check_dense(function, "gates", gates)
         gates = gates.unbind()
     if not isinstance(gates, Sequence) or not gates:
         raise TypeError(
-            "acm.regularizers: gates must be a sequence of tensors, one a layer, got "
+            f"{function}: gates must be a sequence of tensors, one a layer, got "
             f"{'none' if isinstance(gates, Sequence) else type(gates).__name__}"
         )
     for layer, gate in enumerate(gates):
         name = f"gates[{layer}]"
-        _check_gate("acm.regularizers", name, gate)
+        _check_gate(function, name, gate)
         if gate.dim() < 2 or gate.size(-1) < 2 or gate.size(0) != gates[0].size(0):
             raise ValueError(
-                f"acm.regularizers: {name} must have shape [{gates[0].size(0)}, ..., N + 1] with "
+                f"{function}: {name} must have shape [{gates[0].size(0)}, ..., N + 1] with "
                 f"N at least 1, got {list(gate.shape)}"
             )
         if gate.device != gates[0].device:
             raise ValueError(
-                f"acm.regularizers: {name} must be on {gates[0].device} as gates[0] is, got "
-                f"{gate.device}"
+                f"{function}: {name} must be on {gates[0].device} as gates[0] is, got {gate.device}"
             )
-    costs = _costs(costs, gates)
-    if not is_number(target):
-        raise TypeError(f"acm.regularizers: target must be a number, got {type(target).__name__}")
-    if isinstance(target, Tensor) and target.device.type not in ("cpu", gates[0].device.type):
-        raise ValueError(
-            f"acm.regularizers: target must be on {gates[0].device} as gates[0] is, or on the CPU, "
-            f"got {target.device}"
-        )
-    if not isinstance(target, Tensor) and not math.isfinite(target):
-        raise ValueError(f"acm.regularizers: target must be finite, got {target}")
+    costs = _costs(function, costs, gates)
+    if isinstance(target, Tensor):
+        check_dense(function, "target", target)
+        if target.device.type not in ("cpu", gates[0].device.type):
+            raise ValueError(
+                f"{function}: target must be on {gates[0].device} as gates[0] is, or on the CPU, "
+                f"got {target.device}"
+            )
+        if target.numel() != 1:
+            shape = list(target.shape)
+            raise ValueError(f"{function}: target must be a number, got shape {shape}")
+    else:
+        check_finite(function, "target", target)
     double = any(gate.dtype == torch.float64 for gate in gates)
     used, shares, entropies, counted = [], [], [], None
     for layer, gate in enumerate(gates):
@@ -193,8 +205,8 @@ def regularizers(
         if mask is None:
             histogram = tokens.sum(1) / max(tokens.size(1), 1)
         else:
-            kept = rows_mask("acm.regularizers", f"gates[{layer}]", mask, gate.shape[:-1])
-            kept = kept.to(gate.device).view(tokens.shape[:2])
+            kept = rows_mask(function, f"gates[{layer}]", mask, gate.shape[:-1], gate.device)
+            kept = kept.view(tokens.shape[:2])
             count = kept.sum(1, keepdim=True)
             tokens = torch.where(kept.unsqueeze(-1), tokens, 0)
             histogram = tokens.sum(1) / count.clamp(min=1)
@@ -217,25 +229,38 @@ def regularizers(
     )
 
 
-def rows_mask(function: str, name: str, mask: Any, rows: torch.Size) -> Tensor:
-    """A mask of rows as bool ``rows``, which may have its entries in another shape."""
+def rows_mask(
+    function: str, name: str, mask: Any, rows: torch.Size, device: torch.device
+) -> Tensor:
+    """A mask of rows as bool ``rows``, on a device.
+
+    It may be flat where the rows are not, and the reverse: as a whole, or within each text.
+    """
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{function}: mask must be a tensor of bool or integers, got {found}")
-    if mask.numel() != rows.numel():
+    check_dense(function, "mask", mask)
+    if mask.is_meta and device.type != "meta":
+        raise ValueError(f"{function}: mask must be on a device that holds values, got meta")
+    in_order = mask.shape == rows or any(
+        flat in (mask.dim(), len(rows)) and mask.shape[: flat - 1] == rows[: flat - 1]
+        for flat in (1, 2)
+    )
+    if mask.numel() != rows.numel() or not in_order:
         raise ValueError(
-            f"{function}: mask must have one entry a row of {name}, {list(rows)}, got shape "
-            f"{list(mask.shape)}"
+            f"{function}: mask must have one entry a row of {name}, {list(rows)}, in their order, "
+            f"got shape {list(mask.shape)}"
         )
-    return (mask != 0).reshape(rows)
+    return (mask != 0).reshape(rows).to(device)
 
 
-def _costs(costs: Any, gates: Sequence[Tensor]) -> list[Any]:
+def _costs(function: str, costs: Any, gates: Sequence[Tensor]) -> list[Any]:
     """The costs of the layers, as numbers where they can be read without a synchronisation."""
     if isinstance(costs, Tensor):
+        check_dense(function, "costs", costs)
         if costs.is_meta and not gates[0].is_meta:
             raise ValueError(
-                f"acm.regularizers: costs must be on {gates[0].device} as gates[0] is, or on the "
+                f"{function}: costs must be on {gates[0].device} as gates[0] is, or on the "
                 "CPU, got meta"
             )
         if costs.shape == (len(gates),) and (traced(costs) or costs.device.type != "cpu"):
@@ -243,13 +268,12 @@ def _costs(costs: Any, gates: Sequence[Tensor]) -> list[Any]:
             return list(costs.detach().to(gates[0].device, wide).unbind())
         costs = costs.tolist()
     if not isinstance(costs, Iterable):
-        raise TypeError(f"acm.regularizers: costs must be a sequence, got {type(costs).__name__}")
+        raise TypeError(f"{function}: costs must be a sequence, got {type(costs).__name__}")
     costs = list(costs)
     right = all(isinstance(cost, Real) and 0 < float(cost) < math.inf for cost in costs)
     if len(costs) != len(gates) or not right:
         raise ValueError(
-            f"acm.regularizers: costs must be {len(gates)} positive numbers, one a layer, got "
-            f"{costs}"
+            f"{function}: costs must be {len(gates)} positive numbers, one a layer, got {costs}"
         )
     return costs
 
@@ -262,8 +286,7 @@ def _mean(values: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def _check_gate(function: str, name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    check_dense(function, name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(
             f"{function}: {name} must have a floating-point dtype, got "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
+from fastkd._ops.arguments import to_flag
 from fastkd._ops.library import transforms_active
 from fastkd.acm import _kernels, _products
 from fastkd.acm._arguments import (
@@ -172,6 +173,7 @@ def soft(
     """
     dtype = check_learners("acm.soft", x, w1, b1, w2, activation)
     check_float("acm.soft", "gates", gates)
+    straight_through = to_flag("acm.soft", "straight_through", straight_through)
     check_shape("acm.soft", "gates", gates, (*x.shape[:-1], w1.size(0) + 1), x)
     if transforms_active():
         return reference.acm.soft(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd._ops.arguments import to_flag
 from fastkd._ops.checks import check_positive
 from fastkd.acm._arguments import check_count, check_integer
 from fastkd.acm._gate import gate
@@ -227,6 +228,11 @@ class ACM(nn.Module):
         out_features = check_count("ACM", "out_features", out_features)
         num_learners = check_count("ACM", "num_learners", num_learners)
         width = check_count("ACM", "width", width)
+        gate_depth = check_count("ACM", "gate_depth", gate_depth)
+        gate_hidden = check_count("ACM", "gate_hidden", gate_hidden)
+        bias = to_flag("ACM", "bias", bias)
+        if not isinstance(gate, nn.Module):
+            gate = to_flag("ACM", "gate", gate)
         if not isinstance(activation, str):
             raise TypeError(f"ACM: activation must be a string, got {type(activation).__name__}")
         if activation not in ACTIVATIONS:
@@ -291,7 +297,7 @@ class ACM(nn.Module):
         >>> fastkd.nn.ACM.from_mlp(mlp).w1.shape
         torch.Size([4, 768, 768])
         """
-        sizes = mlp_sizes(mlp)
+        sizes = mlp_sizes(mlp) if isinstance(mlp, nn.Module) else None
         if sizes is None:
             raise TypeError(
                 "ACM.from_mlp: mlp must be a Sequential(Linear, activation, Linear) or hold two "

@@ -1,14 +1,18 @@
 """The losses of the three phases that train a converted model."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkd._ops.arguments import to_flag
+from fastkd._ops.checks import check_finite
+from fastkd.acm._arguments import check_float
 from fastkd.acm._convert import Call
-from fastkd.acm._gate import Regularizers, regularizers, rows_mask
+from fastkd.acm._gate import Regularizers, regularized, rows_mask
 from fastkd.acm._modules import ACM
-from fastkd.acm._prefix_loss import oracle, prefix_loss
+from fastkd.acm._prefix_loss import check_rule, oracle, prefix_loss
 
 
 def phase1_loss(
@@ -24,6 +28,9 @@ def phase1_loss(
         mask: bool or integers, one a row, such as a batch's ``attention_mask``: rows with False or
             0 do not count and are not read. None: all count.
 
+    Raises:
+        ValueError, TypeError: an argument has the wrong value, shape or type.
+
     >>> import torch, fastkd
     >>> nn = torch.nn
     >>> model = fastkd.acm.convert(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)))
@@ -33,6 +40,7 @@ def phase1_loss(
     >>> model.w1.grad.any().item()
     True
     """
+    detach = to_flag("acm.phase1_loss", "detach", detach)
     losses = []
     for module, operands, target in _imitations("acm.phase1_loss", calls, mask):
         found = prefix_loss(*operands, target, activation=module.activation, detach=detach)
@@ -60,6 +68,9 @@ def phase2_loss(
         mask: bool or integers, one a row, such as a batch's ``attention_mask``: rows with False or
             0 do not count and are not read. None: all count.
 
+    Raises:
+        ValueError, TypeError: an argument has the wrong value, shape or type.
+
     >>> import torch, fastkd
     >>> nn = torch.nn
     >>> model = fastkd.acm.convert(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)))
@@ -69,6 +80,7 @@ def phase2_loss(
     >>> model.w1.grad is None, model.gate.layers[0].weight.grad.any().item()
     (True, True)
     """
+    check_rule("acm.phase2_loss", threshold, rule)
     losses = []
     for module, operands, target in _imitations("acm.phase2_loss", calls, mask):
         if module.gate is None:
@@ -84,10 +96,22 @@ def phase2_loss(
     return torch.stack(losses).mean()
 
 
+def _check_calls(function: str, calls: Any) -> None:
+    """Raise unless the value is a list of calls."""
+    if not isinstance(calls, (list, tuple)):
+        raise TypeError(
+            f"{function}: calls must be the list of acm.calls, got {type(calls).__name__}"
+        )
+    for call in calls:
+        if not isinstance(call, Call):
+            raise TypeError(f"{function}: calls must hold only acm.Call, got {type(call).__name__}")
+
+
 def _imitations(
     function: str, calls: Sequence[Call], mask: Tensor | None
 ) -> Iterator[tuple[ACM, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]]:
     """Modules, their operands, and the target of their learners."""
+    _check_calls(function, calls)
     if not calls:
         raise ValueError(f"{function}: calls is empty; no ACM ran inside acm.calls")
     for call in calls:
@@ -98,8 +122,7 @@ def _imitations(
             )
         x, target = call.input, call.output.detach()
         if mask is not None:
-            kept = rows_mask(function, f"the input of {call.name!r}", mask, x.shape[:-1])
-            kept = kept.to(x.device)
+            kept = rows_mask(function, f"the input of {call.name!r}", mask, x.shape[:-1], x.device)
             x, target = x[kept], target[kept]
         operands, bias = call.module.operands(x)
         yield call.module, operands, target if bias is None else target - bias
@@ -126,6 +149,9 @@ def phase3_loss(
         diversity_weight: of the diversity term.
         mask: as for :func:`fastkd.acm.regularizers`, one a row of each call's gates.
 
+    Raises:
+        ValueError, TypeError: an argument has the wrong value, shape or type.
+
     >>> import torch, fastkd
     >>> model = fastkd.nn.ACM(8, width=4)
     >>> with fastkd.acm.calls(model) as made:
@@ -134,7 +160,17 @@ def phase3_loss(
     >>> model.gate.layers[0].weight.grad.any().item()
     True
     """
-    found = _regularizers("acm.phase3_loss", calls, target, mask)
+    name = "acm.phase3_loss"
+    check_float(name, "task_loss", task_loss)
+    if task_loss.numel() != 1:
+        raise ValueError(f"{name}: task_loss must be a scalar, got shape {list(task_loss.shape)}")
+    for weight, value in (
+        ("budget_weight", budget_weight),
+        ("entropy_weight", entropy_weight),
+        ("diversity_weight", diversity_weight),
+    ):
+        check_finite(name, weight, value)
+    found = _regularizers(name, calls, target, mask)
     return (
         task_loss
         + budget_weight * found.budget
@@ -146,6 +182,7 @@ def phase3_loss(
 def _regularizers(
     function: str, calls: Sequence[Call], target: float, mask: Tensor | None
 ) -> Regularizers:
+    _check_calls(function, calls)
     gated = [(call.gates, call.module.cost) for call in calls if call.gates is not None]
     if not gated:
         raise ValueError(
@@ -153,4 +190,4 @@ def _regularizers(
             "originals or choices"
         )
     gates, costs = zip(*gated, strict=True)
-    return regularizers(gates, costs, target, mask=mask)
+    return regularized(function, gates, costs, target, mask)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
+from fastkd._ops.arguments import to_flag
 from fastkd._ops.checks import check_positive
 from fastkd._ops.library import transforms_active
 from fastkd.acm import _kernels, _products
@@ -71,6 +72,7 @@ def prefix_loss(
     >>> fastkd.acm.prefix_loss(target / 3, w1, b1, w2, target, activation="identity").tolist()
     [9.0, 4.0, 0.0]
     """
+    detach = to_flag("acm.prefix_loss", "detach", detach)
     dtype = check_learners("acm.prefix_loss", x, w1, b1, w2, activation)
     dtype = _kernels.product_dtype(x, check_target("acm.prefix_loss", x, w2, target, dtype))
     if transforms_active():
@@ -140,9 +142,7 @@ def oracle(
     """
     dtype = check_learners("acm.oracle", x, w1, b1, w2, activation)
     dtype = _kernels.product_dtype(x, check_target("acm.oracle", x, w2, target, dtype))
-    if rule not in _RULES:
-        raise ValueError(f"acm.oracle: rule must be one of {', '.join(_RULES)}; got {rule!r}")
-    check_positive("acm.oracle", "threshold", threshold)
+    check_rule("acm.oracle", threshold, rule)
     if transforms_active():
         options = {"activation": activation, "threshold": threshold, "rule": rule}
         return reference.acm.oracle(x, w1, b1, w2, target, **options)
@@ -157,6 +157,13 @@ def oracle(
         first = (stops.long().cumsum(0) == 0).sum(0) + 1
         label = torch.where((first == 1) | (first > learners), learners, first)
     return label.view(x.shape[:-1])
+
+
+def check_rule(function: str, threshold: Any, rule: Any) -> None:
+    """Raise unless these are options of :func:`oracle`."""
+    if rule not in _RULES:
+        raise ValueError(f"{function}: rule must be one of {', '.join(_RULES)}; got {rule!r}")
+    check_positive(function, "threshold", threshold)
 
 
 @exportable("acm.prefix_loss")

@@ -1,14 +1,15 @@
 """Loading a converted model of transformers with its learners."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastkd.acm._convert import SETTINGS, convert
+from fastkd.acm._convert import SETTINGS, convert, layers, split
+from fastkd.acm._modules import ACM
 
 #: Options of ``from_pretrained`` that say where the files are.
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
@@ -19,8 +20,10 @@ def from_pretrained(model_class: Any, path: Any, **options: Any) -> Any:
 
     ``model_class.from_pretrained`` alone makes the model as it was before, and drops the learners.
     This converts the new model in the same way before its weights are loaded, and otherwise does
-    the same: dtypes, device maps and files in parts included. Originals are kept where the files
-    have them.
+    the same: dtypes, device maps and files in parts included. An original is kept where the files
+    have it. The class may be another one than that of the saved model, with or without a head, and
+    the module that was converted may be a part of it that has its configuration or one of those in
+    it.
 
     Args:
         model_class: the model's class, or an Auto class such as ``AutoModelForCausalLM``.
@@ -28,11 +31,12 @@ def from_pretrained(model_class: Any, path: Any, **options: Any) -> Any:
         options: the same.
 
     Returns:
-        the model, in ``eval`` mode.
+        the model, in ``eval`` mode; with ``output_loading_info=True`` a pair of it and that.
 
     Raises:
-        TypeError: the class has no ``from_pretrained``. ValueError: the configuration says nothing
-        of a conversion: it was saved without one.
+        TypeError: the class has no ``from_pretrained``.
+        ValueError: the configuration says nothing of a conversion, as it was saved without one or a
+            part without a configuration was converted; or the class has none of the modules.
 
     >>> import tempfile, transformers, fastkd
     >>> sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -55,37 +59,96 @@ def from_pretrained(model_class: Any, path: Any, **options: Any) -> Any:
     if config is None:
         where = {name: options[name] for name in _WHERE if name in options}
         config = transformers.AutoConfig.from_pretrained(path, **where)
-    conversions: list[dict[str, Any]] | None = getattr(config, SETTINGS, None)
+    plain = type(config).from_dict(config.to_dict())
+    conversions = _taken(plain)
     if not conversions:
         raise ValueError(
             f"acm.from_pretrained: the configuration of {path} must say how the model was "
-            f"converted ({SETTINGS}), got none: use {model_class.__name__}.from_pretrained"
+            f"converted ({SETTINGS}), got none: use {model_class.__name__}.from_pretrained, or "
+            "convert the model itself, with select, before it is saved"
         )
-    names = _saved_names(Path(path) / str(options.get("subfolder", "")))
-    if names is not None:
-        kept = any(".original." in name for name in names)
-        conversions = [{**x, "keep_original": x["keep_original"] and kept} for x in conversions]
-    found = conversions
+    saved = _saved_names(Path(path) / str(options.get("subfolder", "")))
     if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
         with torch.device("meta"):  # which class an Auto class chooses
-            model_class = type(model_class.from_config(config))
-    plain = type(config).from_dict(config.to_dict())
-    delattr(plain, SETTINGS)
+            model_class = type(model_class.from_config(plain))
 
     class Converted(model_class):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, *args: Any, **more: Any) -> None:
             super().__init__(config, *args, **more)
-            for arguments in found:
+            for arguments in _here(self, conversions, saved):
                 convert(self, **arguments)
+            for module in self.modules():
+                # Its initialisation, before files are read, may take an ACM for a Linear.
+                if any(isinstance(child, ACM) for child in module.children()):
+                    module._is_hf_initialized = True  # type: ignore[assignment]
 
     Converted.__name__, Converted.__qualname__ = model_class.__name__, model_class.__qualname__
     Converted.__module__ = model_class.__module__
-    model = Converted.from_pretrained(path, config=plain, **options)
+    wanted = options.pop("output_loading_info", False)
+    model, info = Converted.from_pretrained(path, config=plain, output_loading_info=True, **options)
     model.__class__ = model_class
-    return model
+    absent = info["missing_keys"]
+    for name, module in layers(model).items():
+        own = {key for key in absent if key.startswith(f"{name}.original.")}
+        if own:  # files whose names were not known before
+            module.original = None
+            absent = info["missing_keys"] = type(absent)(key for key in absent if key not in own)
+    return (model, info) if wanted else model
 
 
-def _saved_names(folder: Path) -> Iterable[str] | None:
+def _taken(config: Any) -> list[dict[str, Any]]:
+    """The conversions in a configuration and in those in it, which then have none."""
+    found = list(getattr(config, SETTINGS, None) or ())
+    if hasattr(config, SETTINGS):
+        delattr(config, SETTINGS)
+    for part in list(vars(config).values()):
+        if hasattr(part, "to_json_string"):
+            found += _taken(part)
+    return found
+
+
+def _here(
+    model: Any, conversions: list[dict[str, Any]], saved: Collection[str] | None
+) -> list[dict[str, Any]]:
+    """The conversions of a new model, with the names that the modules have in it.
+
+    Names are of the module that was converted: of this class, of one with a head around it or
+    inside it, or of a part of that. A later conversion replaces an earlier one.
+    """
+    base = f"{model.base_model_prefix}."
+    names = {name.removeprefix(base): name for name, _ in model.named_modules()}
+    kept: dict[str, bool] = {}
+    if saved is not None:
+        files = [name.removeprefix(base) for name in saved]
+        learners = {name.removesuffix(".w1") for name in files if name.endswith(".w1")}
+        originals = {name.partition(".original.")[0] for name in files if ".original." in name}
+        names = {short: name for short, name in names.items() if short in learners}
+        kept = {name: short in originals for short, name in names.items()}
+    found: list[dict[str, Any]] = []
+    done: set[str] = set()
+    for arguments in reversed(conversions):
+        places = []
+        for name in arguments["select"]:
+            short = name.removeprefix(base)
+            fits = [short] if short in names else [x for x in names if x.endswith(f".{short}")]
+            if len(fits) > 1:
+                raise ValueError(
+                    f"acm.from_pretrained: a part of the model was converted, and {name!r} in it "
+                    f"may be {' or '.join(map(repr, fits))}; convert the model itself, with select"
+                )
+            places += [names[x] for x in fits if names[x] not in done]
+        done.update(places)
+        keep = {name: kept.get(name, arguments["keep_original"]) for name in places}
+        found = split(arguments, places, keep) + found
+    if not found:
+        raise ValueError(
+            f"acm.from_pretrained: model_class must have the modules that were converted, such as "
+            f"{conversions[0]['select'][0]!r}, got {type(model).__name__}"
+        )
+    return found
+
+
+def _saved_names(folder: Path) -> Collection[str] | None:
     """The names of the tensors in a folder of safetensors; None where this is not known."""
     index, single = (
         folder / name for name in ("model.safetensors.index.json", "model.safetensors")

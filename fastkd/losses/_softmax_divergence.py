@@ -150,11 +150,14 @@ def softmax_divergence(
             sign; a token with logit -inf for a teacher of nonzero weight has probability 0.
             ``"probs"``: :math:`\sum_k w_k \mathrm{softmax}(z_k / \tau_T)`, weights not negative
             and divided by their sum. ``"contrast"`` and ``"share"``, of two teachers
-            (AlignDistil): softmax of :math:`z_1 + a (z_1 - z_2)` and of
-            :math:`a z_1 + (1 - a) z_2`, with
+            (AlignDistil): softmax of :math:`(z_1 + a (z_1 - z_2)) / \tau_T` and of
+            :math:`(a z_1 + (1 - a) z_2) / \tau_T`, with
             :math:`a = w_1 \sum_v |\mathrm{softmax}(z_1) - \mathrm{softmax}(z_2)| + 10^{-3}` of
-            each row; the row's divergence is multiplied by :math:`w_2 / a`, and the weights are
-            positive. No mixture is stored.
+            each row, at temperature 1 and without the 1/2 of ``tvd``. The row's divergence, not its
+            label term, is multiplied by :math:`w_2 / a`. Here the weights are no shares but these
+            two positive numbers; None gives 1/2 for both, so that a is tvd + 10^-3 and the factor
+            1 / (2 a). :func:`fastkd.recipes.align_distil` has
+            :math:`w_1 = \beta_2, w_2 = \beta`: 10 and 0.1. No mixture is stored.
         teacher_rows: int64 or int32, one a row of the student: which row of the teachers' flattened
             leading dimensions teaches it, for sequences that differ in their tokens or for teachers
             stored once. A row with -1 drops out, also of a mean's denominator. The teachers then
@@ -205,7 +208,8 @@ def softmax_divergence(
     Raises:
         ValueError, TypeError, IndexError: an argument has the wrong value or type, or a label is
             out of range; the message names it, the expected and the actual value.
-        NotImplementedError: ``group`` with several teachers, or its second derivatives.
+        NotImplementedError: ``group`` with several teachers, with ``teacher_rows`` or with
+            ``decoupled_kl``, or its second derivatives; ``teacher_rows`` with ``LinearLogits``.
 
     Sources: Hinton et al. 2015 (arXiv 1503.02531); GKD (2306.13649) for ``jsd``; DistiLLM
     (2402.03898) for the skewed divergences; DistiLLM-2 (2503.07067) for the constant mixture;
@@ -302,9 +306,12 @@ def _teachers(
 
 
 def _weights(weights: Sequence[float] | Tensor | None, like: Any) -> Tensor | None:
-    if weights is None or isinstance(weights, Tensor):
+    if weights is None:
+        return None
+    if isinstance(weights, Tensor):
+        check_tensor("softmax_divergence", "teacher_weights", weights)
         # Of one entry a row each: a row whose weights are not finite is NaN.
-        if weights is not None and weights.dim() == 1 and can_be_read(weights):
+        if weights.dim() == 1 and weights.is_floating_point() and can_be_read(weights):
             for number in weights.tolist():
                 if not math.isfinite(number):
                     raise ValueError(

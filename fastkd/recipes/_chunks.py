@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,11 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastkd._ops import checks
 from fastkd._ops.arguments import to_integer
-from fastkd._ops.checks import check_normalizer, check_tensors
+from fastkd._ops.checks import check_device, check_normalizer, check_tensors
 from fastkd._ops.constants import fake_mode_of
 from fastkd._ops.library import transforms_active
+from fastkd._ops.linear.logits import FLOATS
 from fastkd._ops.names import TextReduction
 from fastkd.tokenizers._byte_vocab import ByteVocab
+
+_INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int8, torch.int16)
 
 
 def wide(values: Tensor) -> Tensor:
@@ -23,9 +27,17 @@ def wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def check_integers(function: str, name: str, values: Tensor, shape: Sequence[int]) -> None:
-    """Raise unless the values are int64 or int32 of this shape."""
+def check_integers(
+    function: str,
+    name: str,
+    values: Tensor,
+    shape: Sequence[int],
+    device: torch.device | None = None,
+) -> None:
+    """Raise unless the values are int64 or int32 of this shape, on the device of other tensors."""
     check_tensors(function, {name: values})
+    if device is not None:
+        check_device(function, name, values, device)
     if values.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{function}: {name} must be int64 or int32, got {values.dtype}")
     if values.shape != torch.Size(shape):
@@ -54,23 +66,65 @@ def check_range(function: str, name: str, values: Tensor, lowest: int, end: int)
             raise IndexError(f"{function}: {name} must lie in [{lowest}, {end}), got {found}")
 
 
-def check_mask(function: str, name: str, mask: Tensor | None, shape: Sequence[int]) -> None:
-    """Raise unless the mask is None or bool of this shape."""
+def check_mask(
+    function: str,
+    name: str,
+    mask: Tensor | None,
+    shape: Sequence[int],
+    device: torch.device | None = None,
+) -> None:
+    """Raise unless the mask is None or bool of this shape, on the device of other tensors."""
     if mask is None:
         return
     check_tensors(function, {name: mask})
+    if device is not None:
+        check_device(function, name, mask, device)
     if mask.dtype != torch.bool or mask.shape != torch.Size(shape):
         raise ValueError(
             f"{function}: {name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}"
         )
 
 
-def check_batch(function: str, name: str, values: Tensor, like: Tensor) -> None:
-    """Raise unless the values are ``[B, T, width]`` with the same B as the student's."""
-    if values.dim() != 3 or values.size(0) != like.size(0):
+def attention_mask(function: str, name: str, mask: Any) -> Any:
+    """A mask as bool where it is one of integers, as a model's ``attention_mask``."""
+    if not isinstance(mask, Tensor) or mask.dtype not in _INTEGERS:
+        return mask
+    if readable(mask) and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(
-            f"{function}: {name} must be [{like.size(0)}, length, width], got {list(values.shape)}"
+            f"{function}: {name} must be bool, or 0 and 1, got {int(mask.max())} as its largest"
         )
+    return mask != 0
+
+
+def check_batch(function: str, name: str, values: Tensor, like: Tensor) -> None:
+    """Raise unless the values are floats ``[B, T, width]`` with the same B as the student's."""
+    check_dtype(function, name, values)
+    if values.dim() != 3 or values.shape[:1] != like.shape[:1]:
+        batch = like.size(0) if like.dim() else "B"
+        raise ValueError(
+            f"{function}: {name} must be [{batch}, length, width], got {list(values.shape)}"
+        )
+
+
+def check_dtype(function: str, name: str, values: Tensor) -> None:
+    """Raise unless the values are floats of a dtype that the ops take."""
+    if values.dtype not in FLOATS:
+        raise TypeError(
+            f"{function}: {name} must be float32, float64, bfloat16 or float16, got {values.dtype}"
+        )
+
+
+def check_callable(function: str, name: str, value: Any) -> None:
+    """Raise unless the value is None or a function, such as a module."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{function}: {name} must be a function, got {type(value).__name__}")
+
+
+def check_tuple(function: str, name: str, value: Any, count: int) -> None:
+    """Raise unless the value is a tuple or list of so many entries."""
+    if not isinstance(value, (tuple, list)) or len(value) != count:
+        found = len(value) if isinstance(value, (tuple, list)) else type(value).__name__
+        raise TypeError(f"{function}: {name} must be a tuple of {count}, got {found}")
 
 
 def check_number(function: str, num_chunks: int) -> int:
@@ -93,7 +147,7 @@ def chunk_ends(
 
     ``rows`` is the ``[B, T, width]`` that the chunks ``[B, T]`` belong to.
     """
-    check_integers(function, name, chunks, rows.shape[:-1])
+    check_integers(function, name, chunks, rows.shape[:-1], rows.device)
     num_chunks = check_number(function, num_chunks)
     check_range(function, name, chunks, -1, num_chunks)
     places = chunk_slots(chunks, num_chunks)
@@ -131,15 +185,16 @@ def single_token_rows(
     return matched, taught_by
 
 
-def first_token_chunks(mask: Tensor | None, places: Tensor, num_chunks: int) -> Tensor:
+def unscored_chunks(mask: Tensor | None, places: Tensor, num_chunks: int) -> Tensor:
     """Chunks with a token that no row scores, bool ``[B, num_chunks + 1]``.
 
-    These are the first tokens of a row, and with a mask the first tokens after padding.
+    These are the first tokens of a row; with a mask also tokens that it leaves out, and the first
+    ones after these.
     """
-    first = torch.arange(places.size(1), device=places.device).expand_as(places) == 0
-    if mask is not None:
-        first = first | mask & ~F.pad(mask, (1, 0))[:, :-1]
-    hits = places.new_zeros((places.size(0), num_chunks + 1)).scatter_add(1, places, first.long())
+    read = torch.ones_like(places, dtype=torch.bool) if mask is None else mask
+    unscored = ~(read & F.pad(read, (1, 0))[:, :-1])
+    hits = places.new_zeros((places.size(0), num_chunks + 1))
+    hits = hits.scatter_add(1, places, unscored.long())
     return F.pad(hits[:, :-1] > 0, (0, 1))
 
 
@@ -160,7 +215,12 @@ def boundaries(
     return found[0], found[1]
 
 
-def _boundary_of(vocab: ByteVocab) -> tuple[Any, ...]:
+def boundary_of(vocab: ByteVocab) -> np.ndarray:
+    """The boundary set of a vocabulary, computed once."""
+    return vocab._constants.arrays("boundary", functools.partial(_boundary_of, vocab))[0]
+
+
+def _boundary_of(vocab: ByteVocab) -> tuple[np.ndarray, ...]:
     return (vocab.boundary(),)
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.arguments import choices
+from fastkd._ops.arguments import choices, numbers_tensor
 from fastkd._ops.checks import check_normalizer, check_tensors, is_number
+from fastkd._ops.linear.logits import without_autocast
 from fastkd._ops.names import Reduction
 from fastkd.recipes._chunks import check_integers, check_mask, check_range, reduced, wide
 from fastkd.recipes._rows import check_choice
@@ -20,15 +21,9 @@ KINDS = ("mse", "l1", "smooth_l1", "cosine", "log_sigmoid_cosine", "pkd")
 def check_floats(function: str, **tensors: Any) -> None:
     """Raise unless all are floating-point tensors on one device."""
     check_tensors(function, tensors)
-    first_name, first = next(iter(tensors.items()))
     for name, value in tensors.items():
         if not value.is_floating_point():
             raise TypeError(f"{function}: {name} must be floating-point, got {value.dtype}")
-        if value.device != first.device:
-            raise ValueError(
-                f"{function}: {name} must be on {first_name}'s device {first.device}, got "
-                f"{value.device}"
-            )
 
 
 def check_like(function: str, name: str, values: Tensor, other: str, like: Tensor) -> None:
@@ -65,9 +60,17 @@ def check_factors(function: str, name: str, values: Any, count: int) -> None:
             )
 
 
+def as_numbers(function: str, name: str, values: Any, like: Tensor) -> Tensor:
+    """A tensor, or a sequence of numbers as float64, on the device of ``like``."""
+    if not isinstance(values, Tensor):
+        return numbers_tensor(function, name, values, like)
+    check_tensors(function, {name: values})
+    return values.to(like.device)
+
+
 def check_classes(function: str, labels: Tensor, logits: Tensor) -> None:
     """Raise unless the labels are one for each row of logits, -100 or in range."""
-    check_integers(function, "labels", labels, logits.shape[:-1])
+    check_integers(function, "labels", labels, logits.shape[:-1], logits.device)
     check_range(
         function, "labels", torch.where(labels == -100, 0, labels), 0, max(logits.size(-1), 1)
     )
@@ -95,7 +98,7 @@ def unit(values: Tensor, dim: int = -1) -> Tensor:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product in the wider precision of its arguments, also where autocast is on."""
     dtype = torch.promote_types(a.dtype, b.dtype)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device):
         return a.to(dtype) @ b.to(dtype)
 
 
@@ -108,7 +111,7 @@ def masked_pair(function: str, mask: Tensor | None, **pair: Tensor) -> tuple[Ten
     """Student's and teacher's features of one shape, checked; rows that do not count are 0."""
     (student_name, student), (teacher_name, teacher) = pair.items()
     check_like(function, teacher_name, teacher, student_name, student)
-    check_mask(function, "mask", mask, student.shape[:-1])
+    check_mask(function, "mask", mask, student.shape[:-1], student.device)
     return wide(only(student, mask)), wide(only(teacher, mask))
 
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
-from fastkd._ops.checks import check_normalizer, check_tensors
+from fastkd._ops.checks import check_device, check_normalizer, check_tensors, is_number
 from fastkd._ops.names import TextReduction
 from fastkd._ops.shift import IGNORED
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_log_probs import TokenLogProbs, token_log_probs
 from fastkd.losses._token_stats import token_stats
-from fastkd.recipes._chunks import check_integers, check_mask, readable
+from fastkd.recipes._chunks import check_dtype, check_integers, check_mask, readable
 from fastkd.teachers._teacher_topk import TopK, teacher_topk
 
 
@@ -31,22 +31,37 @@ def check_rows(
     if not first.dim():
         raise ValueError(f"{function}: {name} must be [..., width], got a 0-d tensor")
     rows = first.shape[:-1]
+    for other, values in tensors.items():
+        check_dtype(function, other, values)
     for other, values in others:
         if values.shape[:-1] != rows or not values.dim():
             raise ValueError(
                 f"{function}: {other} must have the leading dimensions {list(rows)} of {name}, "
                 f"got shape {list(values.shape)}"
             )
-    check_mask(function, "mask", mask, rows)
+    check_mask(function, "mask", mask, rows, first.device)
     if labels is not None:
-        check_integers(function, "labels", labels, rows)
+        check_integers(function, "labels", labels, rows, first.device)
     if weight is not None:
-        check_row_values(function, "weight", weight, rows)
+        check_row_values(function, "weight", weight, rows, first.device)
 
 
-def check_row_values(function: str, name: str, values: Any, rows: torch.Size) -> None:
+def check_width(function: str, name: str, values: Tensor, other: str, like: Tensor) -> None:
+    """Raise unless the rows of one tensor are as wide as those of another."""
+    if values.size(-1) != like.size(-1):
+        raise ValueError(
+            f"{function}: {name} must have the {like.size(-1)} columns of {other}, got "
+            f"{values.size(-1)}"
+        )
+
+
+def check_row_values(
+    function: str, name: str, values: Any, rows: torch.Size, device: torch.device | None = None
+) -> None:
     """Raise unless the values are a float tensor with one entry a row."""
     check_tensors(function, {name: values})
+    if device is not None:
+        check_device(function, name, values, device)
     if not values.is_floating_point() or values.shape != rows:
         raise ValueError(
             f"{function}: {name} must be float {list(rows)}, got {values.dtype} "
@@ -56,6 +71,9 @@ def check_row_values(function: str, name: str, values: Any, rows: torch.Size) ->
 
 def check_share(function: str, name: str, value: Any) -> None:
     """Raise unless the number lies in [0, 1], if it can be read."""
+    if not is_number(value) or (isinstance(value, Tensor) and value.is_complex()):
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{function}: {name} must be a number, got {kind}")
     if isinstance(value, Tensor) and not readable(value):
         return
     if not 0 <= value <= 1:
@@ -223,7 +241,7 @@ def other_label_log_probs(
     check_tensors(function, {name: other})
     check_no_gradient(function, **{name: other})
     if other.dim() == labels.dim():
-        check_row_values(function, name, other, labels.shape)
+        check_row_values(function, name, other, labels.shape, labels.device)
         return torch.where(kept, other.to(number_type(student_logits)), 0)
     check_rows(function, {"student_logits": student_logits, name: other})
     found = token_stats(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.gradient import differentiable_gradients, scaled
+from fastkd._ops.library import is_tracing
 
 #: Entries of the widest tensor of a block: 16 MB of float32.
 _ENTRIES = 1 << 22
@@ -18,17 +19,17 @@ RowLoss = Callable[..., Tensor]
 def chosen(values: Tensor, kept: Tensor) -> Tensor:
     """Values of the rows that are kept, ``[M]``.
 
-    In a compiled graph, whose shapes must not depend on data, M is the number of all rows, and
-    those that are not kept have the value 0.
+    Where no shape can depend on data, in a compiled graph and on the meta device, M is the number
+    of all rows, and those that are not kept have the value 0.
     """
-    if torch.compiler.is_compiling():
+    if is_tracing(kept):
         return values.masked_fill(~kept, 0).flatten()
     return values[kept]
 
 
 def placed(values: Tensor, kept: Tensor) -> Tensor:
     """Values ``[M]`` of the chosen rows at their positions, 0 elsewhere."""
-    if torch.compiler.is_compiling():
+    if is_tracing(kept):
         return torch.where(kept, values.view(kept.shape), 0)
     (rows,) = kept.flatten().nonzero(as_tuple=True)
     return values.new_zeros(kept.numel()).index_copy(0, rows, values).view(kept.shape)
@@ -37,7 +38,7 @@ def placed(values: Tensor, kept: Tensor) -> Tensor:
 def at_rows(values: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
     """Some of a tensor's rows; in a compiled graph 0 for those not kept, which may hold NaN."""
     found = values[rows]
-    if torch.compiler.is_compiling():
+    if is_tracing(kept):
         return torch.where(kept.reshape(-1, *[1] * (found.dim() - 1)), found, 0)
     return found
 
@@ -52,7 +53,7 @@ def by_blocks(
     value, block by block, and backward only scales it. ``width`` is that of the widest tensor in
     `loss`. In a compiled graph there is one block of all rows, and the compiler differentiates it.
     """
-    if torch.compiler.is_compiling():
+    if is_tracing(kept):
         parts = [at_rows(x, places, kept) for x, places in zip(inputs, rows, strict=True)]
         return loss(slice(None), *parts)
     size = max(1, _ENTRIES // max(1, width))

@@ -36,8 +36,10 @@ def align_distil(
 ) -> Tensor:
     r"""Reverse KL to a contrast of two models, as strong as they differ (AlignDistil). A term.
 
-    With :math:`a = \beta_2 \sum_v |p_T - p_R| + 10^{-3}` of each row, at temperature 1 and without
-    the usual 1/2, and :math:`w = \beta / \beta_2`, a row's loss is a coefficient times
+    With the logits :math:`z_S`, :math:`z_T` and :math:`z_R` of student, teacher and reference, p
+    the softmaxes at temperature 1, :math:`a = \beta_2 \sum_v |p_T - p_R| + 10^{-3}` of each row
+    (twice :math:`\beta_2` times the total variation distance) and :math:`w = \beta / \beta_2`, a
+    row's loss is a coefficient times
     :math:`KL(\mathrm{softmax}(z_S / \tau) \| \mathrm{softmax}(z^* / \tau_T))`:
 
     ======================  ======================================  ========================
@@ -50,7 +52,9 @@ def align_distil(
     ======================  ======================================  ========================
 
     The mixture is not stored. One op finds a and the divergence of a row: on the CPU each model's
-    logits are read from memory once.
+    logits are read from memory once. It is :func:`fastkd.softmax_divergence` with the divergence
+    ``"reverse_kl"`` and the ``teacher_weights`` :math:`(\beta_2, \beta)`; ``teacher_mix`` is
+    ``"contrast"`` for ``aligndistil`` and ``"share"`` for ``theorem1_adaptive``.
 
     Args:
         student_logits: ``[B, T, vocab]``. Row t scores the token that follows it.
@@ -90,9 +94,8 @@ def align_distil(
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     tensors["reference_logits"] = reference_logits
     check_rows("align_distil", tensors, mask=mask)
-    check_no_gradient(
-        "align_distil", teacher_logits=teacher_logits, reference_logits=reference_logits
-    )
+    fixed = {"teacher_logits": teacher_logits, "reference_logits": reference_logits}
+    check_no_gradient("align_distil", **fixed, beta=beta, beta2=beta2)
     check_choice("align_distil", "variant", variant, _VARIANTS)
     check_positive("align_distil", "beta", beta)
     check_positive("align_distil", "beta2", beta2)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastkd._ops.checks import check_positive
 from fastkd.losses._softmax_divergence import softmax_divergence
-from fastkd.recipes._chunks import check_mask, wide
+from fastkd.recipes._chunks import check_callable, check_mask, wide
 from fastkd.recipes._features import (
     KINDS,
     check_classes,
@@ -78,6 +78,7 @@ def ernie_tiny(
     name = "ernie_tiny"
     check_factors(name, "weights", weights, 4)
     check_positive(name, "temperature", temperature)
+    check_callable(name, "projection", projection)
     check_rank(name, "student_hidden", student_hidden, "B", "T", "D")
     check_rank(name, "student_attention", student_attention, "B", "H", "T", "T")
     check_like(name, "teacher_attention", teacher_attention, "student_attention", student_attention)
@@ -91,7 +92,7 @@ def ernie_tiny(
         raise ValueError(
             f"{name}: student_logits must be given with teacher_logits or labels, and only then"
         )
-    check_mask(name, "mask", mask, student_hidden.shape[:-1])
+    check_mask(name, "mask", mask, student_hidden.shape[:-1], student_hidden.device)
     total = wide(student_hidden).new_zeros(())
     if weights[0]:
         student_hidden = only(student_hidden, mask)
@@ -110,9 +111,9 @@ def ernie_tiny(
         total = total + weights[1] * _relation_loss(name, "kl", student, teacher, mask)
     if student_logits is None:
         return total
+    check_floats(name, student_hidden=student_hidden, student_logits=student_logits)
     kept = kept_rows(student_logits, None)
     if labels is not None:
-        check_floats(name, student_logits=student_logits)
         check_classes(name, labels, student_logits)
         kept = labels != -100
         if weights[3]:

@@ -101,7 +101,16 @@ def byte_kd(
 
 
 def _bytes_of(side: str, logits: Tensor, vocab: ByteVocab | None, prefix: Any) -> Tensor:
+    if not isinstance(prefix, (bytes, list, tuple)):
+        raise TypeError(
+            f"byte_kd: {side}_prefix must be bytes, or bytes for each row, got "
+            f"{type(prefix).__name__}"
+        )
     if vocab is not None:
+        if not isinstance(vocab, ByteVocab):
+            raise TypeError(
+                f"byte_kd: {side}_vocab must be a fastkd.ByteVocab, got {type(vocab).__name__}"
+            )
         return byte_log_probs(logits, vocab, prefix=prefix)[..., :_COLUMNS]
     if logits.size(-1) < _COLUMNS:
         raise ValueError(
@@ -193,7 +202,7 @@ def bpm(
     check_choice("bpm", "residual", residual, ("drop", "lump"))
     check_no_gradient("bpm", teacher_logits=teacher_logits)
     check_tensors("bpm", {"mapping": mapping})
-    check_integers("bpm", "mapping", mapping, teacher_logits.shape[-1:])
+    check_integers("bpm", "mapping", mapping, teacher_logits.shape[-1:], teacher_logits.device)
     width = student_logits.size(-1)
     check_range("bpm", "mapping", mapping, -1, width)
     kept = kept_rows(student_logits, mask)

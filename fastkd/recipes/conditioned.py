@@ -10,13 +10,22 @@ from fastkd._ops.checks import check_tensors
 from fastkd._ops.names import Reduction, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
-from fastkd.recipes._chunks import check_mask, reduced, wide
+from fastkd.recipes._chunks import (
+    attention_mask,
+    check_batch,
+    check_callable,
+    check_mask,
+    readable,
+    reduced,
+    wide,
+)
 from fastkd.recipes._rows import (
     IGNORED,
     check_choice,
     check_row_values,
     check_rows,
     check_share,
+    check_width,
     kept_rows,
     label_log_probs,
     number_type,
@@ -44,8 +53,8 @@ def mend(
     Args:
         student_logits: ``[B, T_S, vocab]``. Row t scores the token that follows it.
         teacher_logits: ``[B, T_T, vocab]``; gets no gradient.
-        student_mask: bool ``[B, T_S]``, the rows that learn.
-        teacher_mask: bool ``[B, T_T]``, as many in each text.
+        student_mask: bool, or integers 0 and 1, ``[B, T_S]``: the rows that learn.
+        teacher_mask: the same, ``[B, T_T]``: as many in each text.
         temperature: of both sides.
         reduction: over the student's rows: ``"none"`` (``[B, T_S]``), ``"sum"``, ``"mean"``,
             ``"batchmean"`` or ``"sequence_mean"`` (over a text's rows, then over texts).
@@ -58,8 +67,9 @@ def mend(
         ValueError, TypeError: an argument has the wrong value or type, or a text has another number
             of rows on the two sides.
 
-    A compiled graph raises RuntimeError (NaN on CUDA) where these numbers differ. Source: Li et
-    al. 2024 (arXiv 2403.06914), whose pre-training uses this term alone.
+    Where these numbers differ, a compiled graph raises RuntimeError, and on CUDA, where no values
+    are checked, the loss is NaN. Source: Li et al. 2024 (arXiv 2403.06914), whose pre-training uses
+    this term alone.
 
     >>> import torch, fastkd
     >>> student, teacher = torch.zeros(1, 2, 2), torch.tensor([[[5.0, 0.0], [0.0, 0.0]]])
@@ -67,24 +77,22 @@ def mend(
     >>> fastkd.recipes.mend(student, teacher, *masks).item()
     0.0
     """
-    check_tensors("mend", {"student_logits": student_logits, "teacher_logits": teacher_logits})
-    shapes = {"student_logits": student_logits.shape, "teacher_logits": teacher_logits.shape}
-    for name, shape in shapes.items():
-        if len(shape) != 3 or shape[0] != student_logits.size(0):
-            raise ValueError(
-                f"mend: {name} must be [{student_logits.size(0)}, length, vocab], got {list(shape)}"
-            )
-    if student_logits.size(-1) != teacher_logits.size(-1):
-        raise ValueError(
-            f"mend: teacher_logits must have student_logits' vocabulary, {student_logits.size(-1)} "
-            f"columns, got {teacher_logits.size(-1)}"
-        )
-    for name, mask in (("student_mask", student_mask), ("teacher_mask", teacher_mask)):
-        check_tensors("mend", {name: mask})
-        check_mask("mend", name, mask, shapes[name.replace("mask", "logits")][:-1])
+    tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_tensors("mend", tensors)
+    for name, logits in tensors.items():
+        check_batch("mend", name, logits, student_logits)
+    check_width("mend", "teacher_logits", teacher_logits, "student_logits", student_logits)
+    student_mask = attention_mask("mend", "student_mask", student_mask)
+    teacher_mask = attention_mask("mend", "teacher_mask", teacher_mask)
+    for side, mask, logits in (
+        ("student", student_mask, student_logits),
+        ("teacher", teacher_mask, teacher_logits),
+    ):
+        check_tensors("mend", {f"{side}_mask": mask})
+        check_mask("mend", f"{side}_mask", mask, logits.shape[:-1], student_logits.device)
     check_no_gradient("mend", teacher_logits=teacher_logits)
     counts = [mask.sum(1) for mask in (student_mask, teacher_mask)]
-    if not torch.compiler.is_compiling() and not torch.equal(*counts):
+    if readable(counts[0]) and not torch.equal(*counts):
         raise ValueError(
             "mend: teacher_mask must have as many rows in each text as student_mask, "
             f"{counts[0].tolist()}, got {counts[1].tolist()}"
@@ -165,7 +173,8 @@ def swing(
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("swing", tensors, mask=mask)
-    check_row_values("swing", "privacy", privacy, student_logits.shape[:-1])
+    check_row_values("swing", "privacy", privacy, student_logits.shape[:-1], student_logits.device)
+    check_callable("swing", "temperature", temperature)
     check_no_gradient("swing", privacy=privacy)
     privacy = wide(privacy)
     tau = 1 + privacy if temperature is None else temperature(privacy)
@@ -233,8 +242,9 @@ def mft(
     0.0201
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_tensors("mft", {**tensors, "labels": labels})
     check_rows("mft", tensors, mask=mask, labels=labels)
-    check_no_gradient("mft", teacher_logits=teacher_logits)
+    check_no_gradient("mft", teacher_logits=teacher_logits, threshold=threshold)
     check_share("mft", "threshold", threshold)
     kept = kept_rows(student_logits, mask, labels)
     stats = token_stats(

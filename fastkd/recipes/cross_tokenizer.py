@@ -7,22 +7,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient
-from fastkd._ops.checks import check_positive, check_tensors
+from fastkd._ops import hints
+from fastkd._ops.arguments import check_no_gradient, to_flag
+from fastkd._ops.checks import check_finite, check_positive, check_tensors
 from fastkd._ops.names import AlmDivergence, Reduction, TextReduction
 from fastkd._ops.shift import following
 from fastkd.recipes._chunks import (
+    attention_mask,
     boundaries,
+    boundary_of,
     check_batch,
+    check_callable,
     check_integers,
     check_mask,
     check_number,
     check_range,
     chunk_ends,
     chunk_slots,
-    first_token_chunks,
     readable,
     reduced,
+    unscored_chunks,
     wide,
 )
 from fastkd.recipes._rowwise import at_rows, by_blocks, chosen, placed
@@ -30,7 +34,6 @@ from fastkd.tokenizers._alignment import Alignment
 from fastkd.tokenizers._alm_loss import alm_loss
 from fastkd.tokenizers._byte_vocab import ByteVocab
 
-_INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int8, torch.int16)
 _NORMS = ("l2_channelwise", "l2", "l1_channelwise", "l1")
 
 
@@ -83,11 +86,18 @@ def alm(
         student_vocab: for its boundary set.
         teacher_vocab: for its boundary set, which is also used for merging.
         student_mask: ``[B, T_S]``, bool or integers as a model's ``attention_mask`` has them, False
-            or 0 for padding. Needed to find the first tokens where texts are padded on the left, or
-            several texts are in a row with padding between them.
+            or 0 for padding. A chunk with such a token on either side is left out on both, and so
+            is one with the first token after it, which no row scores. Needed where texts are padded
+            on the left, or several texts are in a row with padding between them.
         teacher_mask: ``[B, T_T]``.
-        divergence, temperature, epsilon, merge_threshold, debias, reduction, normalizer: see
-            :func:`fastkd.alm_loss`.
+        divergence: see :func:`fastkd.alm_loss`, as for the others.
+        temperature: divides the log-likelihoods of chunks, not the logits.
+        epsilon: keeps likelihoods below 1.
+        merge_threshold: joins chunks that the teacher continues.
+        debias: adds the probability that a word begins after the chunk. Where no token of a
+            vocabulary begins one, no chunk has a gradient, and a warning says so.
+        reduction: over the chunks that are left.
+        normalizer: replaces the denominator.
 
     Returns:
         float32 (float64 if a side is).
@@ -117,8 +127,8 @@ def alm(
     alignment = _aligned(student_chunks, teacher_chunks, num_chunks)
     vocabs: tuple[Any, Any] = (student_vocab, teacher_vocab)
     num_chunks = check_number("alm", alignment[2])
-    student_mask = _attention_mask("student_mask", student_mask)
-    teacher_mask = _attention_mask("teacher_mask", teacher_mask)
+    student_mask = attention_mask("alm", "student_mask", student_mask)
+    teacher_mask = attention_mask("alm", "teacher_mask", teacher_mask)
     found, places = [], []
     for name, logits, ids, chunks, mask, vocab in (
         ("student", student_logits, student_ids, alignment[0], student_mask, vocabs[0]),
@@ -126,9 +136,9 @@ def alm(
     ):
         if isinstance(chunks, np.ndarray):
             chunks = torch.as_tensor(chunks, device=logits.device)
-        check_integers("alm", f"{name}_ids", ids, logits.shape[:-1])
-        check_integers("alm", f"{name}_chunks", chunks, logits.shape[:-1])
-        check_mask("alm", f"{name}_mask", mask, logits.shape[:-1])
+        check_integers("alm", f"{name}_ids", ids, logits.shape[:-1], logits.device)
+        check_integers("alm", f"{name}_chunks", chunks, logits.shape[:-1], logits.device)
+        check_mask("alm", f"{name}_mask", mask, logits.shape[:-1], logits.device)
         if not isinstance(vocab, ByteVocab):
             raise TypeError(
                 f"alm: {name}_vocab must be a fastkd.ByteVocab, got {type(vocab).__name__}"
@@ -142,8 +152,8 @@ def alm(
             check_range("alm", f"{name}_ids in chunks", ids[chunks >= 0], 0, vocab._size)
         found.append(chunks)
         places.append(chunk_slots(chunks, num_chunks))
-    lost = first_token_chunks(student_mask, places[0], num_chunks)
-    lost |= first_token_chunks(teacher_mask, places[1], num_chunks)
+    lost = unscored_chunks(student_mask, places[0], num_chunks)
+    lost |= unscored_chunks(teacher_mask, places[1], num_chunks)
     student, teacher = (
         (logits, following(ids, 0), following(torch.where(lost.gather(1, at), -1, chunks), -1))
         for logits, ids, chunks, at in (
@@ -151,6 +161,10 @@ def alm(
             (teacher_logits, teacher_ids, found[1], places[1]),
         )
     )
+    debias = to_flag("alm", "debias", debias)
+    if debias and not torch.compiler.is_compiling():
+        sets = {"student_vocab": vocabs[0], "teacher_vocab": vocabs[1]}
+        hints.check_boundaries("alm", {name: boundary_of(x) for name, x in sets.items()})
     student_boundary, teacher_boundary = boundaries(
         vocabs[0], student_logits, vocabs[1], teacher_logits
     )
@@ -179,17 +193,6 @@ def _aligned(student_chunks: Any, teacher_chunks: Any, num_chunks: Any) -> tuple
             "alm: teacher_chunks and num_chunks must be None besides an Alignment, which has them"
         )
     return student_chunks.student_chunks, student_chunks.teacher_chunks, student_chunks.num_chunks
-
-
-def _attention_mask(name: str, mask: Any) -> Any:
-    """A mask as bool where it is one of integers."""
-    if not isinstance(mask, Tensor) or mask.dtype not in _INTEGERS:
-        return mask
-    if readable(mask) and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(
-            f"alm: {name} must be bool, or 0 and 1, got {int(mask.max())} as its largest"
-        )
-    return mask != 0
 
 
 def alm_latents(
@@ -252,6 +255,8 @@ def alm_latents(
     """
     if norm not in _NORMS:
         raise ValueError(f"alm_latents: norm must be one of {', '.join(_NORMS)}; got {norm!r}")
+    check_callable("alm_latents", "projection", projection)
+    check_finite("alm_latents", "epsilon", epsilon)
     check_no_gradient("alm_latents", normalizer=normalizer)
     check_tensors(
         "alm_latents", {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
@@ -353,6 +358,9 @@ def uld(
     check_positive("uld", "temperature", tau)
     check_positive("uld", "teacher_temperature", tau_teacher)
     given = [x is not None for x in (student_chunks, teacher_chunks, num_chunks)]
+    for name, logits in tensors.items():
+        if not logits.dim():
+            raise ValueError(f"uld: {name} must be [..., vocab], got a 0-d tensor")
     student, teacher = (x.reshape(-1, x.size(-1)) for x in (student_logits, teacher_logits))
     if student_chunks is not None and teacher_chunks is not None and num_chunks is not None:
         for name, logits in tensors.items():
@@ -360,7 +368,7 @@ def uld(
         last, _ = chunk_ends("uld", "student_chunks", student_logits, student_chunks, num_chunks)
         other, _ = chunk_ends("uld", "teacher_chunks", teacher_logits, teacher_chunks, num_chunks)
         kept = (last >= 0) & (other >= 0)
-        check_mask("uld", "mask", mask, kept.shape)
+        check_mask("uld", "mask", mask, kept.shape, kept.device)
         kept = kept if mask is None else kept & mask
         rows, teacher_rows = (
             chosen(x + logits.size(1) * torch.arange(len(x), device=x.device).unsqueeze(-1), kept)
@@ -378,7 +386,7 @@ def uld(
                 f"{list(student_logits.shape[:-1])}, got {list(teacher_logits.shape[:-1])}; pass "
                 "chunks to pair rows by them"
             )
-        check_mask("uld", "mask", mask, student_logits.shape[:-1])
+        check_mask("uld", "mask", mask, student_logits.shape[:-1], student_logits.device)
         kept = student_logits.new_ones(student_logits.shape[:-1], dtype=torch.bool)
         kept = kept if mask is None else mask
         places = torch.arange(kept.numel(), device=kept.device).view(kept.shape)

@@ -95,7 +95,7 @@ def sid_score(prediction: Tensor, target: Tensor, *, snr: Tensor | None = None) 
     whole, (found, right) = _samples("sid_score", prediction=prediction, target=target)
     losses = (found - right).square().reshape(len(found), -1).sum(1)
     if snr is not None:
-        check_row_values("sid_score", "snr", snr, whole.shape)
+        check_row_values("sid_score", "snr", snr, whole.shape, whole.device)
         ratio = only(snr, whole).to(losses.dtype)
         losses = losses * (ratio / (ratio + 1))
     return losses.sum() / max(len(losses), 1)
@@ -140,7 +140,7 @@ def stream_dit_inputs(
     """
     name = "stream_dit_inputs"
     check_like(name, "noise", noise, "clean", clean)
-    check_floats(name, t=t)
+    check_floats(name, clean=clean, t=t)
     check_share(name, "sigma_min", sigma_min)
     if not 1 <= t.dim() <= clean.dim() or t.shape != clean.shape[: t.dim()]:
         raise ValueError(
@@ -190,9 +190,9 @@ def stream_dit(
     dims = max([1, *(x.dim() for x in (mask, weight) if isinstance(x, Tensor))])
     rows = prediction.shape[: min(dims, prediction.dim())]
     if mask is not None:
-        check_mask("stream_dit", "mask", mask, rows)
+        check_mask("stream_dit", "mask", mask, rows, prediction.device)
     if weight is not None:
-        check_row_values("stream_dit", "weight", weight, rows)
+        check_row_values("stream_dit", "weight", weight, rows, prediction.device)
         check_no_gradient("stream_dit", weight=weight)
     student, teacher = wide(only(prediction, mask)), wide(only(velocity, mask))
     squares = (student - teacher).square()

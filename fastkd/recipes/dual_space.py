@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient
+from fastkd._ops.arguments import check_no_gradient, to_flag
 from fastkd._ops.checks import check_normalizer, check_tensors
 from fastkd._ops.names import Divergence, Reduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import (
     check_batch,
+    check_callable,
     check_integers,
     check_mask,
     check_range,
@@ -123,6 +124,10 @@ def dskd(
             raise TypeError(f"dskd: {name} must be a DskdSide, got {type(side).__name__}")
     _check_side("student", student, student.logits)
     _check_side("teacher", teacher, student.logits)
+    for what, value in (("query", query), ("to_student", to_student), ("to_teacher", to_teacher)):
+        check_callable("dskd", what, value)
+    if only_correct is not None:
+        only_correct = to_flag("dskd", "only_correct", only_correct)
     if to_student is None and to_teacher is None:
         raise ValueError("dskd: to_student or to_teacher must be given, got neither")
     if reduction not in ("mean", "sum"):
@@ -133,7 +138,9 @@ def dskd(
         check_normalizer("dskd", divisor)
         check_no_gradient("dskd", normalizer=divisor)
     check_no_gradient("dskd", **{"teacher.logits": teacher.logits})
-    check_integers("dskd", "student_ids", student_ids, student.logits.shape[:-1])
+    check_integers(
+        "dskd", "student_ids", student_ids, student.logits.shape[:-1], student.logits.device
+    )
     check_range("dskd", "student_ids", student_ids, 0, student.logits.size(-1))
     kept, carried = _carried(student, teacher, query, to_student, to_teacher)
     heads = student.head.detach(), teacher.head.detach()
@@ -199,7 +206,7 @@ def _check_side(name: str, side: DskdSide, like: Tensor) -> None:
     expected = [side.logits.size(-1), side.hidden.size(-1)]
     if list(side.head.shape) != expected:
         raise ValueError(f"dskd: {name}.head must be {expected}, got {list(side.head.shape)}")
-    check_mask("dskd", f"{name}.mask", side.mask, side.logits.shape[:-1])
+    check_mask("dskd", f"{name}.mask", side.mask, side.logits.shape[:-1], side.logits.device)
 
 
 def _carried(

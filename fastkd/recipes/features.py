@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.checks import check_positive
+from fastkd._ops.checks import check_positive, check_tensors
 from fastkd._ops.names import TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
-from fastkd.recipes._chunks import check_mask, reduced, wide
+from fastkd.recipes._chunks import check_callable, check_mask, reduced, wide
 from fastkd.recipes._features import (
     KINDS,
     check_classes,
@@ -86,8 +86,9 @@ def feature_distance(
     """
     check_choice("feature_distance", "kind", kind, KINDS)
     check_positive("feature_distance", "beta", beta)
+    check_callable("feature_distance", "projection", projection)
     check_floats("feature_distance", student_hidden=student_hidden, teacher_hidden=teacher_hidden)
-    check_mask("feature_distance", "mask", mask, student_hidden.shape[:-1])
+    check_mask("feature_distance", "mask", mask, student_hidden.shape[:-1], student_hidden.device)
     student_hidden = only(student_hidden, mask)
     if projection is not None:
         student_hidden = projection(student_hidden)
@@ -334,8 +335,9 @@ def had(
     check_floats("had", student_logits=student_logits)
     check_classes("had", labels, student_logits)
     check_like("had", "teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
-    check_mask("had", "visible", visible, student_hidden.shape[:-1])
-    check_mask("had", "visible", visible, student_logits.shape[:-1])
+    check_tensors("had", {"student_hidden": student_hidden, "visible": visible})
+    check_mask("had", "visible", visible, student_hidden.shape[:-1], student_hidden.device)
+    check_mask("had", "visible", visible, student_logits.shape[:-1], student_logits.device)
     masked = ~visible & (labels != -100)
     label_loss = masked_mean(-label_log_probs(student_logits, labels, mask=masked), masked)
     student, teacher = wide(only(student_hidden, visible)), wide(only(teacher_hidden, visible))

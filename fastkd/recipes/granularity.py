@@ -12,6 +12,7 @@ from fastkd.losses._clipped_divergence import clipped_divergence
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import check_integers, check_mask, reduced, wide
+from fastkd.recipes._features import check_factors
 from fastkd.recipes._rows import (
     check_choice,
     check_rows,
@@ -76,9 +77,11 @@ def mgsr(
     1.3863
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_tensors("mgsr", {**tensors, "labels": labels})
     check_rows("mgsr", tensors, mask=mask, labels=labels)
     check_no_gradient("mgsr", teacher_logits=teacher_logits)
     check_choice("mgsr", "reduction", reduction, ("mean", "sum", "batchmean", "sequence_mean"))
+    check_factors("mgsr", "weights", weights, 3)
     label_weight, clipped_weight, span_weight = weights
     if not clipped_weight > 0:
         raise ValueError(f"mgsr: weights must have a positive second number, got {weights}")
@@ -146,7 +149,7 @@ def mgsr_span(
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("mgsr_span", tensors, mask=mask)
-    check_integers("mgsr_span", "spans", spans, student_logits.shape[:-1])
+    check_integers("mgsr_span", "spans", spans, student_logits.shape[:-1], student_logits.device)
     check_choice("mgsr_span", "distance", distance, ("l2", "kl"))
     check_no_gradient("mgsr_span", teacher_logits=teacher_logits)
     if student_logits.dim() != 3 or student_logits.shape != teacher_logits.shape:
@@ -209,7 +212,7 @@ def mgsr_position(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) 
     [-1]
     """
     check_tensors("mgsr_position", {"student_logits": student_logits, "mask": mask})
-    check_mask("mgsr_position", "mask", mask, student_logits.shape[:-1])
+    check_mask("mgsr_position", "mask", mask, student_logits.shape[:-1], student_logits.device)
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("mgsr_position", tensors)
     if mask.dim() != 2:

@@ -6,15 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.checks import check_tensors
+from fastkd._ops.arguments import check_no_gradient, to_integer
+from fastkd._ops.checks import check_finite, check_tensors
 from fastkd._ops.names import Divergence, Reduction, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
-from fastkd.recipes._chunks import reduced, wide
+from fastkd.recipes._chunks import check_dtype, reduced, wide
+from fastkd.recipes._features import check_factors
 from fastkd.recipes._rows import (
     check_choice,
     check_rows,
     check_share,
+    check_width,
     kept_rows,
     label_log_probs,
     masked_mean,
@@ -70,6 +73,7 @@ def kd(
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("kd", tensors, mask=mask, labels=labels, weight=weight)
     check_share("kd", "alpha", alpha)
+    check_no_gradient("kd", alpha=alpha)
     if not alpha:
         raise ValueError("kd: alpha must be positive, got 0; use sequence_kd for labels alone")
     return row_divergence(
@@ -126,9 +130,9 @@ def sequence_kd(
     >>> round(loss.item(), 4)
     1.3863
     """
-    check_rows(
-        "sequence_kd", {"student_logits": student_logits}, mask=mask, labels=labels, weight=weight
-    )
+    tensors = {"student_logits": student_logits}
+    check_tensors("sequence_kd", {**tensors, "labels": labels})
+    check_rows("sequence_kd", tensors, mask=mask, labels=labels, weight=weight)
     kept = kept_rows(student_logits, mask, labels)
     losses = -label_log_probs(student_logits, labels, mask=mask, temperature=temperature)
     if weight is not None:
@@ -178,6 +182,11 @@ def distilbert(
     >>> round(fastkd.recipes.distilbert(z, [z, z], labels, h, h).item(), 4)  # 2 log 4
     2.7726
     """
+    if not isinstance(teacher_logits, (Tensor, list, tuple)):
+        raise TypeError(
+            "distilbert: teacher_logits must be a tensor or a list of tensors, got "
+            f"{type(teacher_logits).__name__}"
+        )
     several = not isinstance(teacher_logits, Tensor)
     teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else list(teacher_logits)
     named = {
@@ -185,7 +194,10 @@ def distilbert(
     }
     hidden = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
     given = {"student_logits": student_logits, **named, **hidden}
+    check_tensors("distilbert", {"student_logits": student_logits, "labels": labels})
     check_rows("distilbert", given, mask=mask, labels=labels)
+    check_width("distilbert", "student_hidden", student_hidden, "teacher_hidden", teacher_hidden)
+    check_factors("distilbert", "weights", weights, 3)
     divergence_weight, label_weight, hidden_weight = weights
     if not divergence_weight > 0:
         raise ValueError(f"distilbert: weights must begin with a positive number, got {weights}")
@@ -250,7 +262,10 @@ def ddk(
     1.3863
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_tensors("ddk", {**tensors, "labels": labels})
     check_rows("ddk", tensors, mask=mask, labels=labels, weight=weight)
+    check_finite("ddk", "gamma", gamma)
+    check_no_gradient("ddk", gamma=gamma)
     if not gamma > 0:
         raise ValueError(f"ddk: gamma must be positive, got {gamma}; sequence_kd has labels alone")
     return row_divergence(
@@ -287,6 +302,7 @@ def ddk_factors(
     given["teacher_perplexity"] = teacher_perplexity
     check_tensors("ddk_factors", given)
     for name, values in given.items():
+        check_dtype("ddk_factors", name, values)
         if values.dim() != 1 or values.shape != factors.shape:
             raise ValueError(
                 f"ddk_factors: {name} must be [domains], as factors are, got {list(values.shape)}"
@@ -335,6 +351,7 @@ def llava_mod(
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("llava_mod", tensors, mask=mask, weight=weight)
+    vocab_size = to_integer("llava_mod", "vocab_size", vocab_size)
     return row_divergence(
         "llava_mod",
         student_logits,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient
+from fastkd._ops.arguments import check_has_value, check_no_gradient
 from fastkd._ops.checks import check_tensors
 from fastkd._ops.names import Divergence, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
@@ -108,8 +108,10 @@ def mined(
     for name, logits in tensors.items():
         check_batch("mined", name, logits, student_logits)
     check_no_gradient("mined", teacher_logits=teacher_logits, normalizer=normalizer)
-    check_integers("mined", "student_ids", student_ids, student_logits.shape[:-1])
-    check_mask("mined", "mask", mask, student_logits.shape[:-1])
+    check_integers(
+        "mined", "student_ids", student_ids, student_logits.shape[:-1], student_logits.device
+    )
+    check_mask("mined", "mask", mask, student_logits.shape[:-1], student_logits.device)
     width = student_logits.size(-1)
     check_tensors("mined", {"vocab_map": vocab_map})
     if vocab_map.dim() != 1 or vocab_map.size(0) > width:
@@ -117,6 +119,8 @@ def mined(
             f"mined: vocab_map must be [at most {width}], got shape {list(vocab_map.shape)}"
         )
     check_integers("mined", "vocab_map", vocab_map, vocab_map.shape)
+    if not student_logits.is_meta:
+        check_has_value("mined", "vocab_map", vocab_map)
     check_range("mined", "vocab_map", vocab_map, -1, teacher_logits.size(-1))
     check_range("mined", "student_ids", student_ids, 0, width)
     if unmatched not in ("label", "drop"):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastkd._ops.checks import check_tensors
+from fastkd._ops.checks import check_finite, check_tensors
 from fastkd._ops.names import Reduction
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._rows import (
@@ -57,7 +57,9 @@ def dparallel(
     >>> round(fastkd.recipes.dparallel(logits, labels, mask).item(), 4)
     1.5439
     """
-    check_tensors("dparallel", {"student_logits": student_logits, "mask": mask})
+    tensors = {"student_logits": student_logits, "labels": labels, "mask": mask}
+    check_tensors("dparallel", tensors)
+    check_finite("dparallel", "beta", beta)
     check_rows("dparallel", {"student_logits": student_logits}, mask=mask, labels=labels)
     check_choice("dparallel", "reduction", reduction, ("mean", "sum", "none"))
     kept = kept_rows(student_logits, mask, labels)

@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient
+from fastkd._ops.arguments import check_no_gradient, to_flag
 from fastkd._ops.checks import check_positive
 from fastkd._ops.names import Tail, TextReduction, TopKDivergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.losses._topk_divergence import topk_divergence
-from fastkd.recipes._chunks import reduced, wide
+from fastkd.recipes._chunks import check_tuple, reduced, wide
 from fastkd.recipes._rows import (
     best_log_probs,
     check_choice,
     check_rows,
+    check_width,
     kept_rows,
     log_probs_at,
     row_divergence,
@@ -136,6 +137,7 @@ def opd_topk(
     check_no_gradient("opd_topk", teacher_logits=teacher_logits)
     check_choice("opd_topk", "support", support, ("student", "teacher", "both"))
     check_positive("opd_topk", "temperature", temperature)
+    check_width("opd_topk", "teacher_logits", teacher_logits, "student_logits", student_logits)
     if support == "teacher":
         log_probs, indices = best_log_probs(teacher_logits, k, temperature)
     else:
@@ -221,6 +223,11 @@ def minitron(
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("minitron", tensors, mask=mask)
     check_choice("minitron", "hidden", hidden, ("cosine", "mse"))
+    balance = to_flag("minitron", "balance", balance)
+    if not isinstance(pairs, (list, tuple)):
+        raise TypeError(f"minitron: pairs must be a list of pairs, got {type(pairs).__name__}")
+    for number, pair in enumerate(pairs):
+        check_tuple("minitron", f"pairs[{number}]", pair, 2)
     check_choice("minitron", "reduction", reduction, ("sum", "mean", "batchmean", "sequence_mean"))
     loss = row_divergence(
         "minitron",

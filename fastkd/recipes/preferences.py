@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.checks import check_positive
+from fastkd._ops.checks import check_finite, check_positive, check_tensors
 from fastkd._ops.names import Reduction
 from fastkd.recipes._rows import (
     check_choice,
@@ -70,6 +70,7 @@ def preference(
     >>> round(fastkd.recipes.preference(z, z, labels).item(), 4)  # equal models: log 2
     0.6931
     """
+    check_tensors("preference", {"student_logits": student_logits, "labels": labels})
     check_rows("preference", {"student_logits": student_logits}, mask=mask, labels=labels)
     check_choice("preference", "loss", loss, _LOSSES)
     check_choice("preference", "reduction", reduction, ("mean", "sum", "none"))
@@ -79,6 +80,7 @@ def preference(
             "preference: student_logits must be [2 B, T, vocab], chosen and then rejected texts, "
             f"got shape {list(student_logits.shape)}"
         )
+    check_finite("preference", "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss != "sigmoid"):
         raise ValueError(
             "preference: label_smoothing must lie in [0, 1/2), and be 0 for losses other than "

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.arguments import to_integer
+from fastkd._ops.arguments import check_no_gradient, to_flag, to_integer
 from fastkd._ops.checks import check_positive, is_number
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
@@ -68,6 +68,7 @@ def quantized_distillation(
     check_like(name, "teacher_logits", teacher_logits, "student_logits", student_logits)
     check_classes(name, labels, student_logits)
     check_share(name, "alpha", alpha)
+    check_no_gradient(name, alpha=alpha)
     check_positive(name, "temperature", temperature)
     check_choice(name, "ask", ask, ("always", "entropy", "random_entropy", "wrong"))
     if (ask == "entropy") != is_number(cutoff):
@@ -142,6 +143,7 @@ def bucket_quantize(
     [0.0, 0.5, 0.5, 1.0]
     """
     check_floats("bucket_quantize", x=x)
+    straight_through = to_flag("bucket_quantize", "straight_through", straight_through)
     levels = to_integer("bucket_quantize", "levels", levels)
     if levels < 2:
         raise ValueError(f"bucket_quantize: levels must be at least 2, got {levels}")

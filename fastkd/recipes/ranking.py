@@ -194,6 +194,7 @@ def dear(
     """
     check_choice("dear", "main", main, _MAIN)
     check_share("dear", "alpha", alpha)
+    check_no_gradient("dear", alpha=alpha)
     check_positive("dear", "temperature", temperature)
     _lists("dear", student_scores=student_scores, teacher_scores=teacher_scores)
     if relevance is None:

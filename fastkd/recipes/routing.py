@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._ops.arguments import to_integer
-from fastkd._ops.checks import check_positive
+from fastkd._ops.checks import check_positive, check_tensors
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import check_mask, wide
 from fastkd.recipes._features import check_floats, mean_of_rows, only
@@ -99,18 +99,18 @@ def r2r(
     1.3863
     """
     check_floats("r2r", router_logits=router_logits)
-    if not isinstance(divergent, Tensor) or divergent.shape != router_logits.shape:
-        found = list(divergent.shape) if isinstance(divergent, Tensor) else type(divergent).__name__
+    check_tensors("r2r", {"router_logits": router_logits, "divergent": divergent})
+    if divergent.shape != router_logits.shape:
         raise ValueError(
             f"r2r: divergent must have router_logits' shape {list(router_logits.shape)}, got "
-            f"{found}"
+            f"{list(divergent.shape)}"
         )
     if divergent.dtype != torch.bool and not divergent.is_floating_point():
         raise TypeError(f"r2r: divergent must be bool or floating-point, got {divergent.dtype}")
     check_positive("r2r", "recall_factor", recall_factor)
     if pos_weight is not None:
         check_positive("r2r", "pos_weight", pos_weight)
-    check_mask("r2r", "mask", mask, router_logits.shape)
+    check_mask("r2r", "mask", mask, router_logits.shape, router_logits.device)
     z = wide(only(router_logits, mask))
     y = only(divergent.to(z.dtype), mask)
     weight = recall_factor * (1.0 if pos_weight is None else pos_weight)

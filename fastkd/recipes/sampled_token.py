@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient
+from fastkd._ops.arguments import check_no_gradient, to_flag
+from fastkd._ops.checks import check_finite, check_positive, check_tensors
 from fastkd._ops.names import TextReduction
 from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import reduced
@@ -95,7 +96,10 @@ def opd(
     >>> [round(x, 4) for x in student.grad[0].tolist()]
     [0.2966, -0.2966]
     """
+    check_tensors("opd", {"student_logits": student_logits, "labels": labels})
     check_rows("opd", {"student_logits": student_logits}, mask=mask, labels=labels)
+    check_finite("opd", "coefficient", coefficient)
+    _check_clip("opd", "clip", clip)
     check_choice("opd", "estimator", estimator, ("k1", "k2", "k3"))
     check_share("opd", "discount", discount)
     check_no_gradient("opd", old_log_probs=old_log_probs)
@@ -189,7 +193,12 @@ def minillm(
     0.0
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    check_tensors("minillm", {**tensors, "labels": labels})
     check_rows("minillm", tensors, mask=mask, labels=labels)
+    _check_clip("minillm", "clip", clip)
+    check_positive("minillm", "reward_clip", reward_clip)
+    length_norm = to_flag("minillm", "length_norm", length_norm)
+    single_step = to_flag("minillm", "single_step", single_step)
     check_no_gradient("minillm", old_log_probs=old_log_probs)
     check_share("minillm", "gamma", gamma)
     kept = kept_rows(student_logits, mask, labels)
@@ -208,7 +217,8 @@ def minillm(
     centred = torch.where(kept, returns - torch.where(kept, returns, 0).sum() / count, 0)
     advantage = centred * torch.rsqrt(centred.square().sum() / count + 1e-8)
     if sampling_weight is not None:
-        check_row_values("minillm", "sampling_weight", sampling_weight, labels.shape)
+        place = labels.shape, labels.device
+        check_row_values("minillm", "sampling_weight", sampling_weight, *place)
         ratio = ratio * torch.where(kept, sampling_weight, 0)
     losses = torch.where(kept, _policy_gradient(ratio, advantage, clip), 0)
     found = reduced("minillm", losses, kept, reduction, normalizer)
@@ -226,6 +236,11 @@ def minillm(
     )
 
 
+def _check_clip(function: str, name: str, value: float | None) -> None:
+    if value is not None:
+        check_positive(function, name, value)
+
+
 def _discounted(rewards: Tensor, discount: float) -> Tensor:
     """Sums of each row's and all later rewards of its text, each a step later counting less."""
     step, factor = 1, discount
@@ -239,7 +254,7 @@ def _importance(function: str, log_q: Tensor, old: Tensor | None, kept: Tensor) 
     """The ratio of the probabilities of the student and of the one that sampled."""
     if old is None:
         return torch.exp(log_q - log_q.detach())
-    check_row_values(function, "old_log_probs", old, kept.shape)
+    check_row_values(function, "old_log_probs", old, kept.shape, kept.device)
     return torch.exp(torch.where(kept, log_q - old.to(number_type(log_q)), 0))
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastkd._ops.checks import check_positive
+from fastkd._ops.arguments import check_no_gradient, to_integer
+from fastkd._ops.checks import check_positive, check_tensors
 from fastkd._ops.names import Reduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import check_integers, wide
@@ -95,6 +96,7 @@ def lad_consistency(
     0.0
     """
     check_positive("lad_consistency", "weight", weight)
+    check_no_gradient("lad_consistency", weight=weight)
     check_positive("lad_consistency", "temperature", temperature)
     first, second = _maps("lad_consistency", first_maps=first_maps, second_maps=second_maps)
     rows = first.size(0) * first.size(1)
@@ -147,7 +149,9 @@ def lad_label_map(
     >>> fastkd.recipes.lad_label_map(labels, 2, noise=0.0, values=values).tolist()
     [[50.0, -100.0], [-100.0, 0.0]]
     """
+    check_tensors("lad_label_map", {"labels": labels})
     check_integers("lad_label_map", "labels", labels, labels.shape)
+    num_classes = to_integer("lad_label_map", "num_classes", num_classes)
     check_factors("lad_label_map", "noise", (noise,), 1)
     check_positive("lad_label_map", "scale", scale)
     if num_classes < 1:

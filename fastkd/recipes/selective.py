@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
-from fastkd._ops.checks import check_tensors
+from fastkd._ops.checks import check_finite, check_tensors
 from fastkd._ops.names import Divergence, Reduction, Tail, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
@@ -49,7 +49,7 @@ def token_budget(scores: Tensor, *, keep: float, mask: Tensor | None = None) -> 
     """
     check_tensors("token_budget", {"scores": scores})
     check_row_values("token_budget", "scores", scores, scores.shape)
-    check_mask("token_budget", "mask", mask, scores.shape)
+    check_mask("token_budget", "mask", mask, scores.shape, scores.device)
     check_share("token_budget", "keep", keep)
     scores = scores.detach()
     scores = scores if scores.dtype == torch.float64 else scores.float()
@@ -262,6 +262,8 @@ def select_tkd(
     """
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("select_tkd", tensors, mask=mask)
+    check_finite("select_tkd", "rejected_weight", rejected_weight)
+    check_no_gradient("select_tkd", rejected_weight=rejected_weight)
     if not rejected_weight >= 0:
         raise ValueError(f"select_tkd: rejected_weight must not be negative, got {rejected_weight}")
     choice = token_stats(student_logits).student_argmax.unsqueeze(-1)
@@ -328,6 +330,7 @@ def eopd(
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
     check_rows("eopd", tensors, mask=mask)
     check_no_gradient("eopd", teacher_logits=teacher_logits)
+    check_finite("eopd", "entropy", entropy)
     kept = kept_rows(student_logits, mask)
     spread = token_stats(teacher_logits, temperature=temperature).student_entropy
     best = best_log_probs(teacher_logits, k, temperature)

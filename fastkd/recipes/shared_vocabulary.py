@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient
+from fastkd._ops.arguments import check_has_value, check_no_gradient, to_integer
 from fastkd._ops.checks import check_positive, check_tensors
 from fastkd._ops.names import Divergence, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
@@ -109,7 +109,8 @@ def strict_topk(
     0.4338
     """
     known, columns = _checked("strict_topk", student_logits, teacher_logits, shared)
-    check_mask("strict_topk", "mask", mask, student_logits.shape[:-1])
+    check_mask("strict_topk", "mask", mask, student_logits.shape[:-1], student_logits.device)
+    k = to_integer("strict_topk", "k", k)
     if k < 1:
         raise ValueError(f"strict_topk: k must be positive, got {k}")
     sides = (student_logits, student_chunks, teacher_logits, teacher_chunks)
@@ -223,7 +224,7 @@ def gold(
         ("student", student_logits, student_ids, student_chunks),
         ("teacher", teacher_logits, teacher_ids, teacher_chunks),
     ):
-        check_integers("gold", f"{side}_ids", ids, logits.shape[:-1])
+        check_integers("gold", f"{side}_ids", ids, logits.shape[:-1], logits.device)
         last, count = chunk_ends("gold", f"{side}_chunks", logits, chunks, num_chunks)
         scored = label_log_probs(
             logits[:, :-1], ids[:, 1:], mask=chunks[:, 1:] >= 0, temperature=temperature
@@ -237,7 +238,7 @@ def gold(
         firsts.append(token - 1)
         later.append((total - scored.gather(1, token)).reshape(-1, 1))
     kept = usable[0] & usable[1]
-    check_mask("gold", "mask", mask, kept.shape)
+    check_mask("gold", "mask", mask, kept.shape, kept.device)
     kept = kept if mask is None else kept & mask
     texts = torch.arange(kept.size(0), device=kept.device).unsqueeze(-1)
     rows, teacher_rows = (
@@ -289,7 +290,8 @@ def _checked(
 ) -> tuple[Tensor, Tensor]:
     """Which student columns are shared, and the teacher's column of each, 0 for the others."""
     tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
-    check_tensors(function, {**tensors, "shared": shared})
+    check_tensors(function, tensors)
+    check_tensors(function, {"shared": shared})
     for name, logits in tensors.items():
         check_batch(function, name, logits, student_logits)
     check_no_gradient(function, teacher_logits=teacher_logits)
@@ -299,6 +301,8 @@ def _checked(
             f"{function}: shared must be [at most {width}], got shape {list(shared.shape)}"
         )
     check_integers(function, "shared", shared, shared.shape)
+    if not student_logits.is_meta:
+        check_has_value(function, "shared", shared)
     check_range(function, "shared", shared, -1, teacher_logits.size(-1))
     columns = F.pad(shared.to(student_logits.device), (0, width - shared.numel()), value=-1)
     known = columns >= 0

@@ -7,16 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient
-from fastkd._ops.checks import check_positive, check_tensors
+from fastkd._ops.arguments import check_no_gradient, to_integer, to_number
+from fastkd._ops.checks import check_finite, check_positive, check_tensors
 from fastkd._ops.names import Reduction, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
-from fastkd.recipes._chunks import reduced, wide
+from fastkd.recipes._chunks import check_mask, check_tuple, reduced, wide
 from fastkd.recipes._rows import (
     check_choice,
     check_rows,
     check_share,
+    check_width,
     kept_rows,
     log_probs_at,
     number_type,
@@ -134,9 +135,14 @@ def distillm2(
     >>> round(fastkd.recipes.distillm2(texts, texts).item(), 4)
     0.6725
     """
+    check_finite("distillm2", "beta", beta)
     if not 0 <= beta <= 2:
         raise ValueError(f"distillm2: beta must lie in [0, 2], got {beta}")
     check_choice("distillm2", "reduction", reduction, ("sequence_mean", "mean", "sum"))
+    check_no_gradient("distillm2", beta=beta)
+    check_tuple("distillm2", "chosen", chosen, 3)
+    check_tuple("distillm2", "rejected", rejected, 3)
+    check_tuple("distillm2", "alphas", alphas, 2)
     total: Any = 0
     parts = (("chosen", chosen, 2 - beta), ("rejected", rejected, beta))
     for (name, pair, factor), alpha in zip(parts, alphas, strict=True):
@@ -162,6 +168,8 @@ def distillm2(
 def _share_of_rows(name: str, alpha: float | Tensor, student: Tensor) -> Tensor:
     """A number or one a text as a tensor with one entry a row."""
     rows = student.shape[:-1]
+    if not isinstance(alpha, Tensor):
+        check_finite("distillm2", "alphas", alpha)
     if isinstance(alpha, Tensor) and alpha.dim():
         if alpha.dim() != 1 or alpha.shape[:1] != rows[:1]:
             raise ValueError(
@@ -208,6 +216,9 @@ def distillm2_alphas(
                 f"distillm2_alphas: {name} must be [texts, rows] as mask is, {list(mask.shape)}, "
                 f"got {list(values.shape)}"
             )
+    check_mask("distillm2_alphas", "mask", mask, mask.shape)
+    base = to_number("distillm2_alphas", "base", base)
+    check_finite("distillm2_alphas", "anchor", anchor)
     count = mask.sum(1).clamp(min=1)
     q, p = ((torch.where(mask, wide(x.detach()), 0).sum(1) / count).exp() for x in given.values())
     return (1 - (1 - base) * anchor / (p - q + 1e-5)).clamp(0.01, base)
@@ -353,6 +364,7 @@ def akl(
     check_share("akl", "mu", mu)
     check_no_gradient("akl", teacher_logits=teacher_logits)
     check_positive("akl", "temperature", temperature)
+    k = to_integer("akl", "k", k)
     student = student_logits.detach()
     stats = token_stats(student, teacher_logits, temperature=temperature)
     assert stats.tvd is not None
@@ -468,6 +480,8 @@ def bild(
     check_rows("bild", tensors, mask=mask)
     check_no_gradient("bild", teacher_logits=teacher_logits)
     check_positive("bild", "temperature", temperature)
+    check_width("bild", "teacher_logits", teacher_logits, "student_logits", student_logits)
+    k = to_integer("bild", "k", k)
     if not 2 <= k <= student_logits.size(-1):
         raise ValueError(f"bild: k must lie in [2, {student_logits.size(-1)}], got {k}")
     kept = kept_rows(student_logits, mask)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient, to_integer
+from fastkd._ops.arguments import check_no_gradient, to_flag, to_integer
 from fastkd._ops.checks import check_positive
 from fastkd._ops.names import Reduction
 from fastkd.losses._softmax_divergence import softmax_divergence
@@ -53,16 +53,18 @@ def lelp_subclasses(
     [20, 3, 4]
     """
     name = "lelp_subclasses"
+    check_floats(name, hidden=hidden, head=head)
     check_rank(name, "hidden", hidden, "N", "D")
     check_rank(name, "head", head, "C", "D")
     if head.size(1) != hidden.size(1):
         raise ValueError(
             f"{name}: head must have hidden's {hidden.size(1)} channels, got {head.size(1)}"
         )
-    check_integers(name, "labels", labels, hidden.shape[:1])
+    check_integers(name, "labels", labels, hidden.shape[:1], hidden.device)
     check_range(name, "labels", labels, 0, head.size(0))
     check_positive(name, "temperature", temperature)
     num_sub = to_integer(name, "num_sub", num_sub)
+    null_space = to_flag(name, "null_space", null_space)
     embeddings, width = wide(hidden), hidden.size(1)
     if null_space:
         seen = _row_space(wide(head).to(embeddings.dtype))
@@ -144,7 +146,7 @@ def lelp(
         teacher_logits=teacher_logits,
         subclasses=subclasses,
     )
-    shape = (*student_logits.shape[:-1], teacher_logits.size(-1), subclasses.size(-1))
+    shape = (*student_logits.shape[:-1], *teacher_logits.shape[-1:], *subclasses.shape[-1:])
     if teacher_logits.shape != shape[:-1] or subclasses.shape != shape:
         raise ValueError(
             "lelp: teacher_logits must be [N, C] and subclasses [N, C, S] with student_logits' N, "
@@ -156,7 +158,7 @@ def lelp(
             f"lelp: student_logits must have {shape[-2]} x {shape[-1]} columns, got "
             f"{student_logits.size(-1)}"
         )
-    check_mask("lelp", "mask", mask, shape[:-2])
+    check_mask("lelp", "mask", mask, shape[:-2], student_logits.device)
     check_positive("lelp", "temperature", temperature)
     check_no_gradient("lelp", subclasses=subclasses)
     check_reduction("lelp", reduction, normalizer)

@@ -9,8 +9,8 @@ from torch import Tensor
 from fastkd._ops.arguments import to_integer
 from fastkd._ops.checks import check_positive
 from fastkd.losses._softmax_divergence import softmax_divergence
-from fastkd.recipes._chunks import wide
-from fastkd.recipes._features import check_factors, check_rank, mean, product
+from fastkd.recipes._chunks import check_callable, wide
+from fastkd.recipes._features import check_factors, check_floats, check_rank, mean, product
 from fastkd.recipes.mutual_information import infonce
 
 
@@ -68,6 +68,8 @@ def trg(
     check_factors("trg", "weights", weights, 3)
     check_positive("trg", "sigma", sigma)
     check_positive("trg", "temperature", temperature)
+    check_callable("trg", "projection", projection)
+    check_floats("trg", student_hidden=student_hidden, teacher_hidden=teacher_hidden)
     check_rank("trg", "student_hidden", student_hidden, "B", "P", "D")
     check_rank("trg", "teacher_hidden", teacher_hidden, "B", "P", "D")
     if student_hidden.shape[:2] != teacher_hidden.shape[:2]:

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient
+from fastkd._ops.arguments import check_no_gradient, to_integer
 from fastkd._ops.checks import check_positive
 from fastkd._ops.names import Reduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import check_integers, check_mask, check_range
 from fastkd.recipes._features import (
+    as_numbers,
     check_factors,
     check_like,
     check_rank,
@@ -87,15 +88,15 @@ def distill_weighted(
             )
         check_no_gradient(name, teacher_logits=teacher)
     first = student_logits[0]
-    check_no_gradient(name, scores=scores, weight=weight)
-    found = torch.as_tensor(scores, device=first.device).double()
+    check_no_gradient(name, scores=scores, weight=weight, power=power)
+    found = as_numbers(name, "scores", scores, first).double()
     if found.shape != (len(student_logits),):
         raise ValueError(
             f"{name}: scores must be {len(student_logits)} numbers, got {list(found.shape)}"
         )
     check_factors(name, "power", (power,), 1)
     check_positive(name, "temperature", temperature)
-    check_mask(name, "mask", mask, first.shape[:-1])
+    check_mask(name, "mask", mask, first.shape[:-1], first.device)
     if weight is not None:
         check_row_values(name, "weight", weight, first.shape[:-1])
     check_reduction(name, reduction, normalizer)
@@ -149,7 +150,10 @@ def parc(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     100.0
     """
     check_rank("parc", "features", features, "N", "D")
-    check_integers("parc", "labels", labels, features.shape[:1])
+    num_classes = to_integer("parc", "num_classes", num_classes)
+    if num_classes < 1:
+        raise ValueError(f"parc: num_classes must be positive, got {num_classes}")
+    check_integers("parc", "labels", labels, features.shape[:1], features.device)
     check_range("parc", "labels", labels, 0, num_classes)
     values = features.double()
     spread = values.std(0, correction=0)

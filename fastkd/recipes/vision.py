@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient
+from fastkd._ops.arguments import check_no_gradient, to_flag
 from fastkd._ops.checks import check_positive
 from fastkd._ops.names import Reduction, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.losses._topk_divergence import topk_divergence
-from fastkd.recipes._chunks import wide
+from fastkd.recipes._chunks import check_integers, wide
 from fastkd.recipes._features import (
+    as_numbers,
     check_classes,
     check_factors,
     check_floats,
@@ -143,6 +144,7 @@ def dist(
     check_factors("dist", "gamma", (gamma,), 1)
     check_positive("dist", "temperature", temperature)
     check_like("dist", "teacher_logits", teacher_logits, "student_logits", student_logits)
+    square_temperature = to_flag("dist", "square_temperature", square_temperature)
     q, p = (
         (wide(x).flatten(0, -2) / temperature).softmax(-1) for x in (student_logits, teacher_logits)
     )
@@ -182,7 +184,8 @@ def class_balanced_weights(counts: Tensor | Sequence[int], *, beta: float = 0.99
     [0.7889, 1.2111]
     """
     check_share("class_balanced_weights", "beta", beta)
-    found = torch.as_tensor(counts).double()
+    like = counts if isinstance(counts, Tensor) else torch.empty(0)
+    found = as_numbers("class_balanced_weights", "counts", counts, like).double()
     if found.dim() != 1 or not found.numel() or not bool((found > 0).all()) or beta == 1:
         raise ValueError(
             "class_balanced_weights: counts must be a list of positive numbers and beta below 1, "
@@ -346,6 +349,9 @@ def meal_v2_discrimination(
     0.6931
     """
     name = "meal_v2_discrimination"
+    if not callable(discriminator):
+        kind = type(discriminator).__name__
+        raise TypeError(f"{name}: discriminator must be a function, got {kind}")
     teachers = _teachers(name, student_logits, teacher_logits)
     average = torch.stack([wide(teacher) for teacher in teachers]).mean(0)
     found = discriminator(torch.cat([student_logits, average.to(student_logits.dtype)]))
@@ -410,14 +416,10 @@ def fkd(
     """
     check_choice("fkd", "kind", kind, ("marginal_smoothing", "smoothing", "marginal_renorm"))
     check_reduction("fkd", reduction, normalizer)
-    check_rows(
-        "fkd",
-        {
-            "student_logits": student_logits,
-            "stored_log_probs": stored_log_probs,
-            "stored_indices": stored_indices,
-        },
-        mask=mask,
+    stored = {"student_logits": student_logits, "stored_log_probs": stored_log_probs}
+    check_rows("fkd", stored, mask=mask)
+    check_integers(
+        "fkd", "stored_indices", stored_indices, stored_log_probs.shape, student_logits.device
     )
     if kind == "smoothing" and stored_indices.size(-1) != 1:
         raise ValueError(

@@ -1,7 +1,10 @@
 """Masks in the losses of the phases: padded tokens do not count and are not read."""
 
+import math
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import fastkd
 from fastkd import acm
@@ -98,6 +101,78 @@ def test_phase_three_takes_a_mask():
     torch.testing.assert_close(found, expected)
     found.backward()
     assert made[0].gate.layers[0].weight.grad.isfinite().all()
+
+
+def test_a_mask_keeps_the_order_of_the_rows():
+    gates = [torch.rand(4, 5, 3), torch.rand(4, 5, 4)]
+    right = acm.regularizers(gates, [1.0, 2.0], 0.4, mask=MASK)
+    flat = acm.regularizers(gates, [1.0, 2.0], 0.4, mask=MASK.flatten())
+    torch.testing.assert_close(flat, right)
+    maps = [torch.rand(2, 2, 3, 4)]  # of images: a mask of their patches in one dimension
+    found = acm.regularizers(maps, [1.0], 0.4, mask=torch.ones(2, 6, dtype=torch.bool))
+    torch.testing.assert_close(found, acm.regularizers(maps, [1.0], 0.4))
+    for wrong, size in ((MASK.T, r"\[5, 4\]"), (MASK.view(2, 10), r"\[2, 10\]")):
+        message = rf"mask must have one entry a row of gates\[0\], \[4, 5\], in their .* {size}"
+        with pytest.raises(ValueError, match=message):
+            acm.regularizers(gates, [1.0, 2.0], 0.4, mask=wrong)
+    made, x = model(), torch.randn(4, 5, 8, dtype=torch.float64)
+    calls = seen(made, x)
+    for loss in (acm.phase1_loss, acm.phase2_loss):
+        with pytest.raises(ValueError, match=rf"acm.{loss.__name__}: mask must have one entry"):
+            loss(calls, mask=MASK.T)
+
+
+def test_one_graph_for_all_numbers():
+    calls = seen(model().train(), torch.randn(4, 5, 8, dtype=torch.float64), originals=False)
+
+    def loss(x):
+        weights = {"budget_weight": x, "entropy_weight": 2 * x, "diversity_weight": 3 * x}
+        return acm.phase3_loss(torch.zeros(()), calls, target=x, **weights)
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for number in (0.15, 0.25, 0.35, 0.45):
+        torch.testing.assert_close(compiled(number), loss(number))
+    assert counter.frame_count <= 2
+
+
+BAD = {"target": ("0.5", None, math.nan), "mask": ([1],), "task_loss": (None, 0.0, torch.ones(2))}
+BAD |= dict.fromkeys(
+    ("budget_weight", "entropy_weight", "diversity_weight"), (None, "0.1", math.inf)
+)
+BAD |= {"calls": (None, {}, ["call"], iter([]), [])}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [(name, x) for name, wrong in BAD.items() for x in wrong]
+)
+def test_arguments_of_phase_three(name, wrong):
+    made, x = model(), torch.randn(4, 5, 8, dtype=torch.float64)
+    calls = seen(made.train(), x, originals=False)
+    given = {"task_loss": torch.zeros(()), "calls": calls, "target": 0.5, name: wrong}
+    with pytest.raises((TypeError, ValueError), match=rf"^acm.phase3_loss: {name} "):
+        acm.phase3_loss(**given)
+
+
+@pytest.mark.parametrize(
+    ("loss", "name", "wrong"),
+    [
+        (acm.phase1_loss, "calls", None),
+        (acm.phase1_loss, "calls", "call"),
+        (acm.phase1_loss, "calls", ["call"]),
+        (acm.phase1_loss, "detach", "no"),
+        (acm.phase2_loss, "calls", None),
+        (acm.phase2_loss, "rule", "papers"),
+        (acm.phase2_loss, "rule", ["paper"]),
+        (acm.phase2_loss, "threshold", None),
+        (acm.phase2_loss, "threshold", -1.0),
+    ],
+)
+def test_arguments_of_phases_one_and_two(loss, name, wrong):
+    calls = seen(model(), torch.randn(4, 5, 8, dtype=torch.float64))
+    with pytest.raises((TypeError, ValueError), match=rf"^acm.{loss.__name__}: {name} "):
+        loss(**{"calls": calls, name: wrong})
 
 
 def test_errors():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import logits, relative_error
 from torch._dynamo.testing import CompileCounter
+from wrong_values import unclear
 
 from fastkd import recipes
 
@@ -300,6 +301,21 @@ def check_autocast(entry: Entry) -> None:
         assert torch.equal(one, other)
 
 
+def check_meta_tensors(entry: Entry) -> None:
+    """Shapes alone, as where a model is built without memory."""
+    tensors = with_leaves(entry, entry.problem(torch.float32))
+    right = entry.call(tensors)
+    found = entry.call(mapped(lambda x: x.detach().to("meta"), tensors))
+    assert found.is_meta
+    assert (found.shape, found.dtype) == (right.shape, right.dtype)
+
+
+def check_wrong_values(entry: Entry) -> None:
+    given = {**entry.problem(torch.float32), **entry.options}
+    if "student_0" not in given:  # lists that the entry's own call makes
+        assert unclear(getattr(recipes, entry.name), given) == []
+
+
 def check_published_numbers(entry: Entry) -> None:
     parameters = inspect.signature(getattr(recipes, entry.name)).parameters
     found = {name: parameters[name].default for name in entry.published}
@@ -318,6 +334,8 @@ CHECKS = (
     check_no_rows,
     check_no_texts,
     check_autocast,
+    check_meta_tensors,
+    check_wrong_values,
     check_published_numbers,
 )
 

@@ -145,6 +145,17 @@ def test_compiled_mend_refuses_texts_of_different_numbers_of_rows():
         run(**tensors)
 
 
+def test_masks_of_mend_as_integers():
+    tensors = places(torch.float32)
+    right = recipes.mend(**tensors)
+    for side in ("student_mask", "teacher_mask"):
+        tensors[side] = tensors[side].long()
+    assert recipes.mend(**tensors) == right
+    tensors["student_mask"] *= 2
+    with pytest.raises(ValueError, match="mend: student_mask must be bool, or 0 and 1, got 2 as"):
+        recipes.mend(**tensors)
+
+
 def test_mend_of_equal_places_is_kd():
     tensors = problem(torch.float64)
     mask = tensors.pop("mask")
@@ -220,7 +231,7 @@ def test_errors():
     tensors["teacher_mask"][1, 1] = True
     with pytest.raises(ValueError, match=r"mend: teacher_mask must .* \[4, 3, 1\]"):
         recipes.mend(**tensors)
-    with pytest.raises(ValueError, match="mend: teacher_logits must have student_logits' vocab"):
+    with pytest.raises(ValueError, match="mend: teacher_logits must have the 11 columns of stud"):
         recipes.mend(**{**tensors, "teacher_logits": torch.zeros(3, 8, 12)})
     with pytest.raises(ValueError, match=r"mend: student_mask must be bool \[3, 5\]"):
         recipes.mend(**{**tensors, "student_mask": tensors["teacher_mask"]})

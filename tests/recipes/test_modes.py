@@ -280,3 +280,17 @@ def test_what_takes_no_gradient():
     for name in ("temperature", "teacher_temperature", "normalizer"):
         with pytest.raises(ValueError, match=f"uld: {name} takes no gradient"):
             recipes.uld(s, t, **{name: number})
+
+
+def test_numbers_on_the_meta_device():
+    """Their values cannot be read, and are not compared."""
+    s, number = torch.empty(2, 5, 7, device="meta"), torch.empty((), device="meta")
+    labels = torch.empty(2, 5, dtype=torch.int64, device="meta")
+    for loss in (
+        recipes.uld(s, s, temperature=number),
+        recipes.akl(s, s, temperature=number),
+        recipes.opd(s, s, labels, coefficient=number, clip=number),
+        fastkd.acm.gate(s, temperature=number).sum(),
+    ):
+        assert loss.is_meta
+        assert loss.shape == ()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import logits
-from recipe_checks import Entry, mixed_dtypes, one_graph, problem, promises
+from recipe_checks import Entry, mixed_dtypes, one_graph, one_graph_for_all, problem, promises
 from test_attention import plain_kl
 from test_vision import without_elementmean
 
@@ -74,6 +74,10 @@ ENTRIES = [entry(), entry(power=2.0, temperature=3.0)]
 test_promises = promises(ENTRIES)
 test_one_graph = one_graph(ENTRIES)
 test_mixed_dtypes = mixed_dtypes(ENTRIES)
+LOGITS = [logits((2, 5)) for _ in range(2)]
+test_one_graph_for_all_numbers = one_graph_for_all(
+    {"scores": lambda x: recipes.distill_weighted(LOGITS, LOGITS[::-1], [x, 1.0], power=x)}
+)
 
 
 def test_the_nearest_source_alone_is_distillation():
