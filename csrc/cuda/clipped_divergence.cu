@@ -366,14 +366,9 @@ __global__ void __launch_bounds__(kSmallThreads, 1) clipped_divergence_small_ker
 template <class Source>
 void launch_source(const Device& device, const ClippedArguments& arguments, int element_size) {
   const RowNeeds needs{clip_team_bytes(false, arguments.quantile), Source::kPacked};
-  launch_teams(
-      device, clipped_divergence_kernel<Source>, arguments,
-      [&](int most_blocks) {
-        return row_launch(device.capability(), element_size, arguments.vocab, needs, most_blocks);
-      },
-      [&](const RowLaunch& launch) {
-        return clip_team_bytes(launch.warp_rows > 0, arguments.quantile) + 2 * launch.slice_bytes;
-      });
+  launch_teams(device, clipped_divergence_kernel<Source>, arguments, element_size, needs, [&](const RowLaunch& launch) {
+    return clip_team_bytes(launch.warp_rows > 0, arguments.quantile) + 2 * launch.slice_bytes;
+  });
 }
 
 struct Cuda {

@@ -12,12 +12,9 @@ template <EntropySums kEntropy>
 void launch(const Device& device, const CrossEntropyArgumentsOnDevice& a) {
   with_source<false>(source_kind(a), [&](auto source, int element_size) {
     using Source = typename decltype(source)::Type;
-    const RowNeeds needs{cross_entropy_overhead(false), Source::kPacked, /*tensors=*/1};
-    const auto rows = [&](int most_blocks) {
-      const RowLaunch launch = row_launch(device.capability(), element_size, a.vocab, needs, most_blocks);
-      return a.student_gradient ? launch : one_pass(launch);
-    };
-    launch_teams(device, cross_entropy_kernel<kEntropy, Source>, a, rows, cross_entropy_team_bytes);
+    RowNeeds needs{cross_entropy_overhead(false), Source::kPacked, /*tensors=*/1};
+    if (!a.student_gradient) needs.adapt = one_pass;
+    launch_teams(device, cross_entropy_kernel<kEntropy, Source>, a, element_size, needs, cross_entropy_team_bytes);
   });
 }
 

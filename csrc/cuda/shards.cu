@@ -123,10 +123,7 @@ struct Cuda {
   static void launch(const char* role, const ShardProblem& problem, const char* name, Kernel kernel,
                      const Arguments& arguments) {
     const Device device(problem.student_tensor, name);
-    const auto rows = [&](int most_blocks) {
-      return row_launch(device.capability(), 4, arguments.vocab, {kShardTeamBytes, /*packed=*/false}, most_blocks);
-    };
-    launch_teams(device, kernel, arguments, rows, shard_team_bytes, role);
+    launch_teams(device, kernel, arguments, 4, {kShardTeamBytes, /*packed=*/false}, shard_team_bytes, role);
   }
 };
 

@@ -57,10 +57,12 @@ struct Cuda {
     const Tensor distances =
         torch::stable::new_empty(problem.student_tensor, {problem.mix_adapts ? problem.rows : 0}, ScalarType::Double);
     if (problem.mix_adapts) {
-      measure_teachers(device, arguments, static_cast<double*>(distances.data_ptr()));
+      arguments.distances = static_cast<double*>(distances.data_ptr());
       arguments.contrast = problem.own.mix() == TeacherMix::kContrast;
     }
     const portable::DivergencePlaces& places = problem.divergence;
+    if (!arguments.betas && launch_blended(places.at(arguments.beta), device, arguments)) return losses.finish();
+    if (problem.mix_adapts) measure_teachers(device, arguments);
     if (!arguments.betas) {
       launch(places.at(arguments.beta), device, arguments, kAnyBeta);
     } else {
@@ -76,8 +78,9 @@ struct Cuda {
 
  private:
   // The total variation distances of the rows' two teachers.
-  static void measure_teachers(const Device& device, RowArguments& arguments, double* distances) {
+  static void measure_teachers(const Device& device, const RowArguments& arguments) {
     RowArguments pair = arguments;
+    pair.distances = nullptr;
     pair.student = pair.teachers[0];
     pair.teachers[0] = pair.teachers[1];
     pair.teacher_count = 1;
@@ -89,9 +92,8 @@ struct Cuda {
     pair.square_temperature = pair.any_beta = false;
     pair.gradient_factor = 1;
     pair.gradient_factors = nullptr;
-    pair.losses = distances;
+    pair.losses = arguments.distances;
     launch(portable::place_in<portable::Tvd>(portable::Divergences{}), device, pair, kAnyBeta);
-    arguments.distances = distances;
   }
 
   static void launch(int divergence, const Device& device, RowArguments arguments, int beta_kinds) {

@@ -121,46 +121,16 @@ struct RowWorker {
         leader(*reinterpret_cast<RowLeader<Real, Divergence>*>(shared + kParametersBytes)) {}
 
   __device__ void run(int64_t row, Source& source) const {
-    RowParameters<Real> parameters = opening(row, source);
-    if (!parameters.read) {
-      source.write_zeros(team);
-      return;
-    }
+    const RowParameters<Real> parameters = open(row, source);
+    if (!parameters.read) return;
     source.start(team);
     source.normalize_teachers(team, parameters.teacher_temperature);
-    const RowState<double> state = first_pass<Divergence::kPass, kExcludes>(source, team, parameters);
-    if (team.leads()) {
-      leader.state = state;
-      if constexpr (kExcludes) leader.label.teacher = source.teacher_logit(parameters.label);
-      leader.begin();
-    }
-    bool backwards = true;
-    for (parameters = after_leader(); parameters.step != Step::kWrite; parameters = after_leader()) {
-      const Sums sums = parameters.step == Step::kSumNear ? sum_terms<true>(source, parameters, backwards)
-                                                          : sum_terms<false>(source, parameters, backwards);
-      backwards = !backwards;
-      if (team.leads()) {
-        leader.sums = sums;
-        leader.add();
-      }
-    }
-    if (team.leads() && team.rank == 0) {
-      const double loss = leader.plan.loss(leader.task, leader.label.student);
-      global_store(arguments.losses + row, arguments.row_weight(row) * loss);
-    }
-    if (parameters.student_gradient || parameters.teacher_gradient) {
-      if (parameters.near) {
-        write<true>(source, parameters, backwards);
-      } else {
-        write<false>(source, parameters, backwards);
-      }
-      zero_beyond_vocab(arguments, row, team);
-    }
+    finish(row, source, parameters);
   }
 
- private:
-  // Reads the row's task, before its logits are read.
-  __device__ RowParameters<Real> opening(int64_t row, const Source& source) const {
+  // Reads the row's task, before its logits are read. Where the row counts for nothing, its results are zeros, and the
+  // parameters say that it is not read.
+  __device__ RowParameters<Real> open(int64_t row, const Source& source) const {
     if (team.leads()) {
       int label = -1;
       const bool read = arguments.read_task(row, leader.task, label);
@@ -177,7 +147,62 @@ struct RowWorker {
       }
     }
     team.sync();
-    return shared_load(shared_parameters);
+    const RowParameters<Real> parameters = shared_load(shared_parameters);
+    if (!parameters.read) source.write_zeros(team);
+    return parameters;
+  }
+
+  // The value and the gradients, once the source's copies have been started.
+  __device__ void finish(int64_t row, const Source& source, const RowParameters<Real>& opened) const {
+    bool backwards = true;
+    const RowParameters<Real> parameters = sum(source, opened, backwards);
+    if (team.leads() && team.rank == 0) {
+      const double loss = leader.plan.loss(leader.task, leader.label.student);
+      global_store(arguments.losses + row, arguments.row_weight(row) * loss);
+    }
+    if (parameters.student_gradient || parameters.teacher_gradient) {
+      if (parameters.near) {
+        write<true>(source, parameters, backwards);
+      } else {
+        write<false>(source, parameters, backwards);
+      }
+      zero_beyond_vocab(arguments, row, team);
+    }
+  }
+
+  // The divergence of the source's two rows at temperature 1, without label and gradient; valid in leading threads.
+  // The parameters have the rows' origins.
+  __device__ double measure(const Source& source, RowParameters<Real>& parameters) const {
+    if (team.leads()) {
+      leader.task = RowTask{};
+      leader.task.temperature = leader.task.teacher_temperature = leader.task.divergence_scale = 1;
+      leader.open(/*read=*/true, /*label=*/-1, shared_parameters);
+    }
+    team.sync();
+    bool backwards = true;
+    parameters = sum(source, shared_load(shared_parameters), backwards);
+    return team.leads() ? leader.plan.loss(leader.task, 0) : 0;
+  }
+
+ private:
+  // All passes that sum.
+  __device__ RowParameters<Real> sum(const Source& source, RowParameters<Real> parameters, bool& backwards) const {
+    const RowState<double> state = first_pass<Divergence::kPass, kExcludes>(source, team, parameters);
+    if (team.leads()) {
+      leader.state = state;
+      if constexpr (kExcludes) leader.label.teacher = source.teacher_logit(parameters.label);
+      leader.begin();
+    }
+    for (parameters = after_leader(); parameters.step != Step::kWrite; parameters = after_leader()) {
+      const Sums sums = parameters.step == Step::kSumNear ? sum_terms<true>(source, parameters, backwards)
+                                                          : sum_terms<false>(source, parameters, backwards);
+      backwards = !backwards;
+      if (team.leads()) {
+        leader.sums = sums;
+        leader.add();
+      }
+    }
+    return parameters;
   }
 
   // Publishes the present state of the plan to all threads and returns it.

@@ -11,4 +11,8 @@ inline constexpr int kShards = 4;
 template <int kShard>
 bool launch_shard(int divergence, const Device& device, const RowArguments& arguments, SourceKind kind);
 
+// The same for reverse KL from a mixture of two teachers' logits, if all three rows fit into shared memory. Where their
+// weights adapt, arguments.distances is written.
+bool launch_blended(int divergence, const Device& device, const RowArguments& arguments);
+
 }  // namespace fastkd::cuda

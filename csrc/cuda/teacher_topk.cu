@@ -193,8 +193,7 @@ struct SelectWorker {
   __device__ void collect(const Source& source, uint64_t from, bool backwards) const {
     unsigned* const collected = team.blocks > 1 ? in_peer(&shared.collected, 0) : &shared.collected;
     for_keys(source, from, backwards, [&](uint64_t key) {
-      const unsigned place = shared_add(collected, 1u);
-      if (place < kMaxKeys) shared_store(collected_key(place), key);
+      put<kMaxKeys>([&](unsigned place) { return collected_key(place); }, collected, key);
     });
     if (team.blocks > 1) {
       cluster_sync();
@@ -210,6 +209,11 @@ struct SelectWorker {
   }
 
   // The capacity is checked: if the logits are modified during the call, there may be more keys than were counted.
+  template <int kCapacity, class Slot>
+  static __device__ __forceinline__ void put(const Slot& slot, unsigned* count, uint64_t key) {
+    const unsigned place = shared_add(count, 1u);
+    if (place < kCapacity) shared_store(slot(place), key);
+  }
   template <int kCapacity>
   static __device__ __forceinline__ int count_of(const unsigned* count) {
     const unsigned n = shared_load(count);
@@ -227,9 +231,7 @@ struct SelectWorker {
     bin = here.select(bin, unsigned(k), unsigned(2 * k < kMaxK ? 2 * k : kMaxK), for_collected);
     uint64_t* const best = reinterpret_cast<uint64_t*>(shared.selection);
     for_collected(bin, [&](uint64_t key) {
-      if (key < bin.least) return;
-      const unsigned place = shared_add(&shared.best, 1u);
-      if (place < kMaxK) shared_store(best + place, key);
+      if (key >= bin.least) put<kMaxK>([&](unsigned place) { return best + place; }, &shared.best, key);
     });
     team.sync();
     int size = 1;
@@ -270,13 +272,10 @@ __global__ void __launch_bounds__(2 * kRowThreads, 1)
 
 template <class Source>
 void launch_rows(const Device& device, const SelectArguments& arguments, int element_size) {
-  const RowNeeds needs{sizeof(SelectShared), Source::kPacked, /*tensors=*/1, kRowThreads, kKeysBytes};
-  launch_teams(
-      device, teacher_topk_kernel<Source>, arguments,
-      [&](int most_blocks) {  // a row needs a histogram
-        return block_per_row(row_launch(device.capability(), element_size, arguments.vocab, needs, most_blocks));
-      },
-      [](const RowLaunch& with) { return select_bytes(with.cluster) + with.slice_bytes; });
+  RowNeeds needs{sizeof(SelectShared), Source::kPacked, /*tensors=*/1, kRowThreads, kKeysBytes};
+  needs.adapt = block_per_row;  // a row needs a histogram
+  launch_teams(device, teacher_topk_kernel<Source>, arguments, element_size, needs,
+               [](const RowLaunch& with) { return select_bytes(with.cluster) + with.slice_bytes; });
 }
 
 struct Cuda {

@@ -60,14 +60,12 @@ struct Cuda {
                      const KernelOf& kernel_of) {
     const Device device(problem.student_tensor, kTokenLogProbs);
     with_source<false>(source_kind(a), [&](auto source, int element_size) {
-      const RowNeeds needs{token_overhead(false), decltype(source)::Type::kPacked, /*tensors=*/1};
-      const auto rows = [&](int most_blocks) {
-        return one_pass(row_launch(device.capability(), element_size, a.vocab, needs, most_blocks));
-      };
+      RowNeeds needs{token_overhead(false), decltype(source)::Type::kPacked, /*tensors=*/1};
+      needs.adapt = one_pass;
       if (problem.entropy) {
-        launch_teams(device, kernel_of(std::true_type(), source), a, rows, token_team_bytes, role);
+        launch_teams(device, kernel_of(std::true_type(), source), a, element_size, needs, token_team_bytes, role);
       } else {
-        launch_teams(device, kernel_of(std::false_type(), source), a, rows, token_team_bytes, role);
+        launch_teams(device, kernel_of(std::false_type(), source), a, element_size, needs, token_team_bytes, role);
       }
     });
   }

@@ -10,12 +10,9 @@ namespace {
 
 template <bool kPair, class Source>
 void launch_rows(const Device& device, const StatsArguments& arguments, int element_size) {
-  const RowNeeds needs{stats_overhead(false), Source::kPacked, kPair ? 2 : 1};
-  const auto rows = [&](int most_blocks) {
-    const RowLaunch launch = row_launch(device.capability(), element_size, arguments.vocab, needs, most_blocks);
-    return kPair ? launch : one_pass(launch);
-  };
-  launch_teams(device, token_stats_kernel<kPair, Source>, arguments, rows, stats_team_bytes<kPair>);
+  RowNeeds needs{stats_overhead(false), Source::kPacked, kPair ? 2 : 1};
+  if (!kPair) needs.adapt = one_pass;
+  launch_teams(device, token_stats_kernel<kPair, Source>, arguments, element_size, needs, stats_team_bytes<kPair>);
 }
 
 struct Cuda {

@@ -12,14 +12,11 @@ template <class Source>
 void launch_rows(const Device& device, TopkArguments arguments, int element_size) {
   const int packs = arguments.vocab / Source::kSize + 2;  // a row may begin within its first pack
   while ((packs >> arguments.group_shift) >= kTopkBits) ++arguments.group_shift;
-  const RowNeeds needs{topk_team_bytes(false, arguments.k), Source::kPacked, /*tensors=*/1};
-  launch_teams(
-      device, topk_divergence_kernel<Source>, arguments,
-      [&](int most_blocks) {  // each block reads the row's k entries: not too many blocks
-        return row_launch(device.capability(), element_size, arguments.vocab, needs,
-                          most_blocks < kPortableBlocks ? most_blocks : kPortableBlocks);
-      },
-      [&](const RowLaunch& with) { return topk_team_bytes(with.warp_rows > 0, arguments.k) + with.slice_bytes; });
+  RowNeeds needs{topk_team_bytes(false, arguments.k), Source::kPacked, /*tensors=*/1};
+  needs.most_blocks = kPortableBlocks;  // each block reads the row's k entries
+  launch_teams(device, topk_divergence_kernel<Source>, arguments, element_size, needs, [&](const RowLaunch& with) {
+    return topk_team_bytes(with.warp_rows > 0, arguments.k) + with.slice_bytes;
+  });
 }
 
 struct Cuda {

@@ -57,6 +57,17 @@ FASTKD_INLINE Real select(bool condition, Real yes, Real no) {
   return condition ? yes : no;
 }
 
+// (2^f - 1) / f for |f| <= 1/2.
+FASTKD_INLINE float exp2_curve(float f) {
+  float p = 1.5403512e-4f;
+  p = p * f + 1.3390736e-3f;
+  p = p * f + 9.6182376e-3f;
+  p = p * f + 5.5503573e-2f;
+  p = p * f + 2.4022649e-1f;
+  p = p * f + 6.9314718e-1f;
+  return p;
+}
+
 // 2^x for x <= 127; 0 for x = -inf. Below -126 the error is at most 2^-126.
 FASTKD_INLINE float exp2_of(float x) {
 #ifdef FASTKD_GPU_FUNCTIONS
@@ -66,13 +77,7 @@ FASTKD_INLINE float exp2_of(float x) {
   const float z = at_least(-127.0f, x);
   const float shifted = z + kRound;
   const float f = z - (shifted - kRound);
-  float p = 1.5403512e-4f;
-  p = p * f + 1.3390736e-3f;
-  p = p * f + 9.6182376e-3f;
-  p = p * f + 5.5503573e-2f;
-  p = p * f + 2.4022649e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
+  const float p = exp2_curve(f) * f + 1.0f;
   return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
 #endif
 }
@@ -90,14 +95,8 @@ struct Exp2 {
 FASTKD_INLINE Exp2<float> exp2_parts(float x) {
   constexpr float kRound = 12582912.0f;
   const float z = x > -127.0f ? x : -127.0f, shifted = z + kRound, f = z - (shifted - kRound);
-  float p = 1.5403512e-4f;
-  p = p * f + 1.3390736e-3f;
-  p = p * f + 9.6182376e-3f;
-  p = p * f + 5.5503573e-2f;
-  p = p * f + 2.4022649e-1f;
-  p = p * f + 6.9314718e-1f;
   const float power = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
-  return {power, power * (p * f)};
+  return {power, power * (exp2_curve(f) * f)};
 }
 
 // The same, on a GPU in a single instruction, with an error of 2 units in the last place and 0 below 2^-126.

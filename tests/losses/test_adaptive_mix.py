@@ -74,6 +74,62 @@ def test_special_values(backend, mix):
     assert not gradient[1, 30:].any()
 
 
+TRIPLES = [
+    (torch.float32, torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16, torch.float16),
+    (torch.float16, torch.float32, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("dtypes", TRIPLES)
+@pytest.mark.parametrize(("width", "begin"), [(300, 0), (9001, 1), (9004, 3), (41_000, 2)])
+def test_rows_of_every_length_and_dtype(backend, mix, dtypes, width, begin):
+    """Rows for a warp, a block and a cluster; some begin or end within 16 bytes."""
+    student, *teachers = (logits((3, width), dtype)[:, begin:] for dtype in dtypes)
+    mask = torch.tensor([True, False, True])
+    labels = torch.tensor([1, 2, 3])
+    options = {"divergence": "reverse_kl", "temperature": 2.0, "labels": labels, "mask": mask}
+    options |= {"label_weight": 0.3}
+    student.requires_grad_()
+    found = value_of(student, teachers, mix, 0.5, 0.1, **options)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    exact = student.detach().double().requires_grad_()
+    for row in (0, 2):
+        own = exact[row], [x[row].double() for x in teachers]
+        term = by_distance(*own, mix, 0.5, 0.1, divergence="reverse_kl", temperature=2.0)
+        label = torch.nn.functional.cross_entropy(own[0][None], labels[row : row + 1])
+        torch.testing.assert_close(found[row].double(), term + 0.3 * label, rtol=1e-4, atol=1e-5)
+        (right,) = torch.autograd.grad(term + 0.3 * label, exact)
+        wide = dtypes[0] == torch.float32
+        torch.testing.assert_close(
+            gradient[row].double(),
+            right[row],
+            rtol=1e-4 if wide else 1e-2,
+            atol=2e-6 * right.abs().max().item() if wide else 1e-7,
+        )
+    assert found[1] == 0
+    assert not gradient[1].any()
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [2.0, -1.0], [1.0, 0.0]])
+def test_fixed_weights(backend, mix, weights):
+    """Given weights of logits take the same way; a teacher without weight is not looked at."""
+    student, teachers = logits((3, 5000)), [logits((3, 5000)) for _ in range(2)]
+    if weights[1] == 0:
+        teachers[1][:, 5] = -math.inf
+    options = {"divergence": "reverse_kl", "teacher_weights": weights, "reduction": "none"}
+    student.requires_grad_()
+    found = fastkd.softmax_divergence(student, teachers, **options)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    exact = student.detach().double().requires_grad_()
+    right = fastkd.reference.softmax_divergence(exact, [x.double() for x in teachers], **options)
+    torch.testing.assert_close(found.double(), right.detach(), rtol=1e-4, atol=0)
+    (right_gradient,) = torch.autograd.grad(right.sum(), exact)
+    largest = right_gradient.abs().max().item()
+    torch.testing.assert_close(gradient.double(), right_gradient, rtol=1e-4, atol=2e-6 * largest)
+
+
 def test_the_label_term_is_not_multiplied(backend, mix):
     student, teachers = logits((3, 50)), [logits((3, 50)) for _ in range(2)]
     labels = torch.tensor([3, 0, 49])

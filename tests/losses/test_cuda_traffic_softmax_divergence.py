@@ -11,6 +11,11 @@ pytestmark = pytest.mark.skipif(not emulator.is_built(), reason="run through `ma
 
 QWEN = 151_936
 WIDE = [torch.bfloat16, torch.float32]
+TRIPLES = [
+    (torch.float32, torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16, torch.float16),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -138,12 +143,24 @@ def test_masked_rows_are_not_read():
     assert found.written <= 1.02 * tensor
 
 
-@pytest.mark.parametrize("mix", ["contrast", "share"])
-def test_mixtures_by_distance(mix):
+@pytest.mark.parametrize("dtypes", TRIPLES)
+@pytest.mark.parametrize("mix", ["contrast", "share", "logits"])
+def test_mixtures_of_two_teachers(mix, dtypes):
+    """Reverse KL: each of three rows is read once, the gradient is written once."""
+    student, *teachers = (logits((2, QWEN), dtype) for dtype in dtypes)
+    options = {"divergence": "reverse_kl", "teacher_mix": mix, "teacher_weights": [0.5, 0.1]}
+    found, _ = moved(student.requires_grad_(), teachers, **options)
+    each = [x.numel() * x.element_size() for x in (student, *teachers)]
+    assert found.read <= 1.02 * sum(each)
+    assert found.written <= 1.02 * each[0]
+    assert found.largest_cluster > 1
+
+
+def test_mixtures_by_distance_of_another_divergence():
     """Two reads for the distance; then two passes over three rows, and the gradient."""
     student = logits((2, QWEN)).requires_grad_()
     teachers = [logits((2, QWEN)), logits((2, QWEN))]
-    options = {"divergence": "reverse_kl", "teacher_mix": mix, "teacher_weights": [0.5, 0.1]}
+    options = {"divergence": "forward_kl", "teacher_mix": "contrast", "teacher_weights": [0.5, 0.1]}
     found, tensor = moved(student, teachers, **options)
     assert found.moved <= 1.02 * (2 + 2 * 3 + 1) * tensor
 

@@ -26,9 +26,9 @@ struct PackedSource {
   const RowArguments& arguments;
   const int64_t row;
   const Packs student, teacher;
-  const int lead;              // how many elements of pack 0 lie before the row
-  uint4* const student_slots;  // in shared memory
-  const int all_slots;         // of a tensor; the teacher's follow the student's
+  const int lead;                                    // how many elements of pack 0 lie before the row
+  uint4 *const student_slots, *const teacher_slots;  // in shared memory
+  const int all_slots;                               // of a tensor
   const bool resident;
   int begin, end;  // this block's packs
   // Those of them that lie in the row as a whole: all but at most the row's first and last.
@@ -43,6 +43,7 @@ struct PackedSource {
         teacher(kPair ? Packs(a.teachers[0], a.teacher_row(r)) : Packs()),
         lead(Packs::lead(a.student, r)),
         student_slots(reinterpret_cast<uint4*>(shared)),
+        teacher_slots(student_slots + launch.slice_bytes / 16),
         all_slots(int(launch.slice_bytes / 16)),
         resident(launch.resident) {
     const PackedRow<Item> whole_row(nullptr, a.vocab, lead);
@@ -73,7 +74,6 @@ struct PackedSource {
   __device__ __forceinline__ bool is_whole(int pack) const {
     return unsigned(pack - first_whole) < unsigned(whole_count);
   }
-  __device__ __forceinline__ uint4* teacher_slot(int slot) const { return student_slots + all_slots + slot; }
   // The slots besides the edges'.
   __device__ __forceinline__ int slots() const { return all_slots - (resident ? 0 : kEdges); }
   // Where a pack is read from. Packs that extend beyond the row have slots of their own, unless the row stays.
@@ -85,7 +85,7 @@ struct PackedSource {
   __device__ __forceinline__ void copy(int pack, int slot) const {
     if (!is_whole(pack)) return;
     student.copy(student_slots + slot, begin + pack);
-    if constexpr (kPair) teacher.copy(teacher_slot(slot), begin + pack);
+    if constexpr (kPair) teacher.copy(teacher_slots + slot, begin + pack);
   }
   // Loads the packs that extend beyond the row, with -inf in the columns outside, if this thread will read them.
   __device__ __forceinline__ void load_edges(const Team& team) const {
@@ -95,12 +95,12 @@ struct PackedSource {
       const bool cut = edge == 0 ? first_whole > 0 : first_whole + whole_count < packs();
       if (!cut || pack % team.threads != team.thread) continue;
       student.load_cut(student_slots + slot_of(pack, 0), begin + pack, lead, arguments.vocab);
-      if constexpr (kPair) teacher.load_cut(teacher_slot(slot_of(pack, 0)), begin + pack, lead, arguments.vocab);
+      if constexpr (kPair) teacher.load_cut(teacher_slots + slot_of(pack, 0), begin + pack, lead, arguments.vocab);
     }
   }
   __device__ __forceinline__ Raw read(int slot) const {
     if constexpr (kPair) {
-      return {student.read(student_slots + slot), teacher.read(teacher_slot(slot))};
+      return {student.read(student_slots + slot), teacher.read(teacher_slots + slot)};
     } else {
       return {student.read(student_slots + slot)};
     }
@@ -149,20 +149,24 @@ struct PackedSource {
                    element<Item>(float(-INFINITY)));
   }
 
-  // The two rows as sources of their own, which share the slots.
-  __device__ __forceinline__ PackedSource<T, false> teacher_alone() const { return {*this, teacher, teacher_slot(0)}; }
-  __device__ PackedSource(const PackedSource<T, true>& both, const Packs& one, uint4* its_slots)
-      : arguments(both.arguments),
-        row(both.row),
-        student(one),
-        lead(both.lead),
-        student_slots(its_slots),
-        all_slots(both.all_slots),
-        resident(both.resident),
-        begin(both.begin),
-        end(both.end),
-        first_whole(both.first_whole),
-        whole_count(both.whole_count) {}
+  // Other rows that begin at the same place of a pack, with slots of their own or with this source's.
+  __device__ PackedSource(const PackedSource<T, true>& like, const Packs& first, uint4* first_slots,
+                          const Packs& second = Packs(), uint4* second_slots = nullptr)
+      : arguments(like.arguments),
+        row(like.row),
+        student(first),
+        teacher(second),
+        lead(like.lead),
+        student_slots(first_slots),
+        teacher_slots(second_slots),
+        all_slots(like.all_slots),
+        resident(like.resident),
+        begin(like.begin),
+        end(like.end),
+        first_whole(like.first_whole),
+        whole_count(like.whole_count) {}
+  __device__ __forceinline__ PackedSource<T, false> student_alone() const { return {*this, student, student_slots}; }
+  __device__ __forceinline__ PackedSource<T, false> teacher_alone() const { return {*this, teacher, teacher_slots}; }
 
   // How many logits are in 4 bytes. next_word moves the next word's logits to the place of the first.
   static constexpr int kWord = 4 / int(sizeof(Item));

@@ -125,9 +125,11 @@ struct RowNeeds {
   int tensors = 2;            // how many tensors' rows stay in shared memory
   int threads = kRowThreads;  // per block where two share a multiprocessor; more for a kernel that needs few registers
   int64_t divided = 0;        // shared memory that the blocks of a row divide among them
+  int most_blocks = kMostBlocks;            // of a row
+  RowLaunch (*adapt)(RowLaunch) = nullptr;  // one_pass or block_per_row, where the op is such a one
 };
 
-// most_blocks: in a cluster, at most; 0: the device has refused clusters.
+// most_blocks: that the device runs in a cluster; 0: it has refused clusters.
 //
 // Of the launches that keep the rows in shared memory, that with the most rows at a time is taken, and of several such
 // that with the most blocks per multiprocessor: while the blocks of one row wait for each other, or for their leading
@@ -143,7 +145,8 @@ constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, 
   if (bytes <= kWarpRowBytes) return {kWarpRows * 32, kWarpRows, 1, true, LaunchReason::kWarp, bytes};
   if (most_blocks == 0) return reread_launch(LaunchReason::kRefused, needs.threads);
   const bool sixteen = capability == 90 || capability == 100;
-  const int most = capability < 90 ? 1 : sixteen ? kMostBlocks : kPortableBlocks;
+  int most = capability < 90 ? 1 : sixteen ? kMostBlocks : kPortableBlocks;
+  for (int limit : {most_blocks, needs.most_blocks}) most = limit < most ? limit : most;
   RowLaunch best = reread_launch(capability < 90 ? LaunchReason::kExceedsBlock
                                  : sixteen       ? LaunchReason::kExceedsSixteenBlocks
                                                  : LaunchReason::kExceedsEightBlocks,
@@ -152,7 +155,7 @@ constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, 
   for (int share : {4, 2, 1}) {  // blocks on a multiprocessor
     const int threads = share == 4 ? kQuarterThreads : share == 2 ? needs.threads : 2 * needs.threads;
     const int64_t room = share_limit(capability, share) - needs.overhead;
-    for (int cluster = 1; cluster <= (most < most_blocks ? most : most_blocks); cluster *= 2) {
+    for (int cluster = 1; cluster <= most; cluster *= 2) {
       const int64_t slice = ((bytes / 16 + cluster - 1) / cluster) * 16;
       if (needs.tensors * slice + needs.divided / cluster > room) continue;
       if (cluster > 1 && slice < kLeastPacks * 16 * threads) break;

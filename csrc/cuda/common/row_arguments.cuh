@@ -22,7 +22,7 @@ struct RowArguments : RowNumbers {
   bool mix_probs, constant_teacher = false, any_beta = false;
   double beta, teacher_temperature, alpha = 1;
   DeviceRows betas, alphas, teacher_temperatures, teacher_weights;
-  const double* distances = nullptr;  // one per row: the weights of two teachers depend on it, see adaptive_mix.h
+  double* distances = nullptr;  // one per row: the weights of two teachers depend on it, see adaptive_mix.h
   bool contrast = false;
   int beta_kinds = kAnyBeta;  // the launch computes rows with such a beta; other launches do the others
 

@@ -59,6 +59,12 @@ struct RowPacks<Mixed> {
   int size = 0;  // of an element
 
   __device__ __forceinline__ RowPacks() {}
+  // Rows that are only in shared memory, in float32.
+  static __device__ __forceinline__ RowPacks in_shared_memory() {
+    RowPacks out;
+    out.size = sizeof(float);
+    return out;
+  }
   __device__ __forceinline__ RowPacks(const DeviceRows& r, int64_t row) : rows(&r), size(r.element_size) {
     if (r) first = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(r.at(row)) & ~uintptr_t(bytes() - 1));
   }
@@ -87,10 +93,10 @@ struct RowPacks<Mixed> {
     const float outside = -INFINITY;
     switch (rows->type) {
       case ScalarType::BFloat16:
-        return shared_store(slot,
+        return store_narrow(slot,
                             cuda::load_cut<kSize>(row<BFloat16>(lead), columns, begin, element<BFloat16>(outside)));
       case ScalarType::Half:
-        return shared_store(slot, cuda::load_cut<kSize>(row<Float16>(lead), columns, begin, element<Float16>(outside)));
+        return store_narrow(slot, cuda::load_cut<kSize>(row<Float16>(lead), columns, begin, element<Float16>(outside)));
       default:
         return shared_store(slot, cuda::load_cut<kSize>(row<float>(lead), columns, begin, outside));
     }
@@ -125,6 +131,9 @@ struct RowPacks<Mixed> {
     return reinterpret_cast<T*>(first) + lead;
   }
 
+  static __device__ __forceinline__ void store_narrow(uint4* slot, const uint4& words) {
+    shared_store(reinterpret_cast<uint2*>(slot), uint2{words.x, words.y});
+  }
   template <class T>
   static __device__ __forceinline__ uint4 widened(const uint4& words) {
     return {bit_cast<unsigned>(item_of<T>(words, 0)), bit_cast<unsigned>(item_of<T>(words, 1)),

@@ -9,14 +9,17 @@ namespace fastkd::cuda {
 // The size of a grid is limited: a team that finishes its row takes another one.
 inline int64_t teams_of(int64_t rows, int cluster) { return rows < INT32_MAX / cluster ? rows : INT32_MAX / cluster; }
 
-// Launches kernel(arguments, launch) for arguments.rows rows. launch_of(most_blocks) is the launch with clusters of at
-// most so many blocks; 0: without clusters. team_bytes(launch) is the shared memory per team. If warps would need too
-// much of it, a row gets the whole block instead. If the device cannot run a cluster, a smaller one is tried, and then
-// each pass reads the rows again. role: of the kernel, in the launch log.
-template <class Kernel, class Arguments, class LaunchOf, class TeamBytes>
-void launch_teams(const Device& device, Kernel kernel, const Arguments& arguments, const LaunchOf& launch_of,
-                  const TeamBytes& team_bytes, const char* role = "rows") {
+// How the kernel is launched for rows of `vocab` logits of element_size bytes. team_bytes(launch) is the shared memory
+// per team. If warps would need too much of it, a row gets the whole block instead. If the device cannot run a cluster,
+// a smaller one is tried, and then each pass reads the rows again. role: of the kernel, in the launch log.
+template <class Kernel, class TeamBytes>
+RowLaunch teams_launch(const Device& device, Kernel kernel, int64_t vocab, int element_size, const RowNeeds& needs,
+                       const TeamBytes& team_bytes, const char* role) {
   const int capability = device.capability();
+  const auto launch_of = [&](int most_blocks) {
+    const RowLaunch launch = row_launch(capability, element_size, vocab, needs, most_blocks);
+    return needs.adapt != nullptr ? needs.adapt(launch) : launch;
+  };
   RowLaunch launch = launch_of(kMostBlocks);
   // Where a multiprocessor has no more memory than one block may use (sm_75), limiting a block to half of it gains
   // nothing.
@@ -32,11 +35,24 @@ void launch_teams(const Device& device, Kernel kernel, const Arguments& argument
                                      : "one block per row, without a cluster; each pass reads the rows again");
     launch = next;
   }
+  return launch;
+}
+
+// Launches kernel(arguments, launch) for arguments.rows rows. bytes: of a team.
+template <class Kernel, class Arguments>
+void launch_teams(const Device& device, Kernel kernel, const Arguments& arguments, RowLaunch launch, int64_t bytes,
+                  const char* role) {
   const int64_t block_rows = launch.warp_rows > 0 ? launch.warp_rows : 1;
   const int64_t blocks = teams_of((arguments.rows + block_rows - 1) / block_rows, launch.cluster);
   launch.teams = blocks * block_rows;
-  device.launch({role, launch}, kernel, blocks * launch.cluster, launch.threads, block_rows * team_bytes(launch),
-                launch.cluster, arguments, launch);
+  device.launch({role, launch}, kernel, blocks * launch.cluster, launch.threads, block_rows * bytes, launch.cluster,
+                arguments, launch);
+}
+template <class Kernel, class Arguments, class TeamBytes>
+void launch_teams(const Device& device, Kernel kernel, const Arguments& arguments, int element_size,
+                  const RowNeeds& needs, const TeamBytes& team_bytes, const char* role = "rows") {
+  const RowLaunch launch = teams_launch(device, kernel, arguments.vocab, element_size, needs, team_bytes, role);
+  launch_teams(device, kernel, arguments, launch, team_bytes(launch), role);
 }
 
 // The part of the block's shared memory that belongs to the thread's team; each team has `bytes`.
