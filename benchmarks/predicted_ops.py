@@ -276,7 +276,8 @@ OPS = {
                     "byte_log_probs_kernel",
                     "rows|slices",
                     (Over(1, again=False, mufu=0), Over(1, item=2, rows=False)),
-                    Serial(leader=1500, cluster_barriers=2),
+                    # The largest logit, a piece's ends, the slices' sums, two logarithms in double.
+                    Serial(leader=950, cluster_barriers=1),
                     kept=True,
                 ),
             ),

@@ -78,14 +78,12 @@ __global__ void __launch_bounds__(kRowThreads, 2) byte_log_probs_kernel(const By
 // Completes rows whose slices' sums were passed through global memory.
 __global__ void __launch_bounds__(kRowThreads, 2) byte_merge_kernel(const ByteArguments a) {
   const Team team(shared_memory(), 1);
-  double* const found = reinterpret_cast<double*>(shared_memory() + Team::kSharedBytes);
-  float* const factors = reinterpret_cast<float*>(found + a.columns);
+  float* const factors = reinterpret_cast<float*>(shared_memory() + Team::kSharedBytes);
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     if (a.prefix_of(row) != a.whole) continue;
-    const float* const from = a.partials + row * a.slices * (a.columns + 1);
-    finish_whole(
-        a, row, team, found, factors,
-        [&](int s, int c) { return global_load(from + int64_t(s) * (a.columns + 1) + c); }, 0, a.columns);
+    const int64_t sums = slice_sums(a.columns);
+    const float* const from = a.partials + row * a.slices * sums;
+    finish_whole(a, row, team, factors, [&](int s, int i) { return global_load(from + s * sums + i); }, 0, a.columns);
     team.sync();
   }
 }
@@ -344,8 +342,8 @@ void launch_sums(const Device& device, ByteArguments a, const Tensor& like) {
   cut(a, device.capability(), overhead, item + 2);
   FASTKD_CHECK_VALUE(a.slices <= kMostSlices, kByteLogProbs, "vocab on this device may have at most ",
                      int64_t(kMostSlices) * a.slice, " ids, got ", a.ids);
-  const int64_t merge_bytes = Team::kSharedBytes + a.columns * 8 + a.slices * 4;
-  const Tensor partials = torch::stable::new_empty(like, {a.rows, a.slices, a.columns + 1}, ScalarType::Float);
+  const int64_t merge_bytes = Team::kSharedBytes + a.slices * 4;
+  const Tensor partials = torch::stable::new_empty(like, {a.rows, a.slices, slice_sums(a.columns)}, ScalarType::Float);
   a.partials = static_cast<float*>(partials.data_ptr());
   blocks = device.blocks_at_a_time(kernel, kRowThreads, bytes(), 1);
   device.launch({"slices", "no block or cluster holds a row: one block per slice"}, kernel,

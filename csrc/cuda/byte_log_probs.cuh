@@ -14,11 +14,11 @@
 
 namespace fastkd::cuda {
 
-// A possible id's exponent is never taken to be below this, so that only impossible ids add exactly 0.
-inline constexpr float kLeastPower = -125;
+// Only what is impossible counts as exactly 0: the sum of a column whose possible ids all underflow is kLeastSum, and a
+// slice's factor is at least 2^kLeastPower.
+inline constexpr float kLeastSum = 0x1p-125f, kLeastPower = -125;
 
-// The exponent of 2 that corresponds to e^below. `below` is a logit minus its slice's largest one, or a slice's largest
-// logit minus the row's.
+// The exponent of 2 that corresponds to e^below. `below` is a slice's largest logit minus the row's.
 __device__ __forceinline__ float power_of(float below) {
   return below < float(-kImpossible) ? -INFINITY : at_least(kLeastPower, below * float(kLog2E));
 }
@@ -45,12 +45,11 @@ struct ByteSlice<PackedSource<T, false>> {
   __device__ __forceinline__ Raw fetch(int pack) const {
     return logits.template load<true>(pack, element<T>(float(-INFINITY)));
   }
-  // The same in two steps, with other loads in between: nothing waits for the first step's load before the second.
-  __device__ __forceinline__ void begin_fetch(int pack, uint4& words) const {
-    if (logits.whole(pack)) words = global_load16<true>(logits.place(pack));
-  }
-  __device__ __forceinline__ Raw end_fetch(int pack, const uint4& words) const {
-    return bit_cast<Raw>(logits.whole(pack) ? words : logits.load_cut(pack, element<T>(float(-INFINITY))));
+  // Packs [whole_begin, whole_end) are not cut.
+  __device__ __forceinline__ int whole_begin() const { return lead > 0; }
+  __device__ __forceinline__ int whole_end() const { return (lead + logits.columns) / kSize; }
+  __device__ __forceinline__ Raw fetch_whole(int pack) const {
+    return bit_cast<Raw>(global_load16<true>(logits.place(pack)));
   }
   __device__ __forceinline__ void store(int pack, const Raw& raw) const { gradient.store(pack, raw); }
 };
@@ -76,8 +75,9 @@ struct ByteSlice<AnySource> {
   __device__ __forceinline__ int packs() const { return count; }
   __device__ __forceinline__ int place(int pack) const { return pack; }
   __device__ __forceinline__ Raw fetch(int pack) const { return {{AnySource::logit(logits, logits_first, pack)}}; }
-  __device__ __forceinline__ void begin_fetch(int, uint4&) const {}
-  __device__ __forceinline__ Raw end_fetch(int pack, const uint4&) const { return fetch(pack); }
+  __device__ __forceinline__ int whole_begin() const { return 0; }
+  __device__ __forceinline__ int whole_end() const { return count; }
+  __device__ __forceinline__ Raw fetch_whole(int pack) const { return fetch(pack); }
   __device__ __forceinline__ void store(int pack, const Raw& raw) const {
     gradient.put(AnySource::place(gradient, gradient_first, pack), raw.item[0]);
   }
@@ -96,42 +96,51 @@ __device__ __forceinline__ void drop_invalid(const ByteArguments& a, const Slice
   }
 }
 
-// Computes a row of the empty prefix from its slices' sums. load(slice, column) returns the sum of
-// 2^((logit - top) log2(e)), and for column = `columns` the slice's top. This block writes columns [begin, end). Shared
-// memory: found has one number per column, factors one per slice.
+// What a slice tells of a row: per column the sum of 2^((logit - top) log2(e)), the slice's top, and from each warp a
+// part of the sum of all columns.
+inline constexpr int kParts = kRowThreads / kWarp;
+__host__ __device__ constexpr int64_t slice_sums(int64_t columns) { return columns + 1 + kParts; }
+
+// Computes a row of the empty prefix from its slices' sums. load(slice, i) returns the i-th of slice_sums. This block
+// writes columns [begin, end). Shared memory: factors has one number per slice.
 template <class Load>
-__device__ void finish_whole(const ByteArguments& a, int64_t row, const Team& team, double* found, float* factors,
-                             const Load& load, int begin, int end) {
+__device__ void finish_whole(const ByteArguments& a, int64_t row, const Team& team, float* factors, const Load& load,
+                             int begin, int end) {
   // Columns with a smaller share of the row are summed separately, unless the sum is 0, that is, no id is possible.
-  // Compared with this share, all terms that were raised to kLeastPower are negligible.
+  // Compared with this share, all terms that underflowed or were raised are negligible.
   constexpr double kSmall = 0x1p-85;
-  const int columns = a.columns;
+  constexpr int kLanes = 4;  // that add the slices of a column
+  const int columns = a.columns, lane = team.thread % kWarp;
+  const auto add = [](double& all, double next) { all += next; };
+  // Each warp for itself: that takes no barrier.
   float top = -INFINITY;
-  for (int s = team.thread; s < a.slices; s += team.threads) top = at_least(top, load(s, columns));
-  top = team.block_sum(top, [](float& x, float next) { x = at_least(x, next); }, /*everywhere=*/true);
+#pragma unroll 1
+  for (int s = lane; s < a.slices; s += kWarp) top = at_least(top, load(s, columns));
+  top = warp_reduce(top, [](float& all, float next) { all = at_least(all, next); });
   for (int s = team.thread; s < a.slices; s += team.threads)
     shared_store(factors + s, exp2_of(power_of(load(s, columns) - top)));
   team.sync();
   double total = 0;
-  for (int c = team.thread; c < columns; c += team.threads) {
-    double sum = 0;
 #pragma unroll 4
-    for (int s = 0; s < a.slices; ++s) sum += double(load(s, c)) * shared_load(factors + s);
-    shared_store(found + c, sum);
-    total += sum;
-  }
-  total = team.block_sum(total, [](double& x, double next) { x += next; }, /*everywhere=*/true);
-  const double all = ::log(total) + (top - top);
-  const auto small = [&](double sum) { return sum > 0 && sum < kSmall; };
-  for (int c = begin + team.thread; c < end; c += team.threads) {
-    const double sum = shared_load(found + c);
-    if (!small(sum)) write_column(a, row, c, ::log(sum), all);
-  }
+  for (int i = lane; i < kParts * a.slices; i += kWarp)
+    total += double(load(i / kParts, columns + 1 + i % kParts)) * shared_load(factors + i / kParts);
+  const double all = ::log(warp_reduce(total, add)) + (top - top);
 #pragma unroll 1
-  for (int c = begin + team.thread / kWarp; c < end; c += team.threads / kWarp) {
-    if (!small(shared_load(found + c))) continue;
-    const SegmentSum own = gathered_sum(a, row, segment_of(a, a.whole, c));
-    if (team.thread % kWarp == 0) write_column(a, row, c, own.relative_to(top), all);
+  for (int base = begin + team.thread / kLanes - lane / kLanes; base < end; base += team.threads / kLanes) {
+    const int c = base + lane / kLanes;
+    double sum = 0;
+    if (c < end) {
+#pragma unroll 4
+      for (int s = lane % kLanes; s < a.slices; s += kLanes) sum += double(load(s, c)) * shared_load(factors + s);
+    }
+    sum = lanes_reduce(sum, add, kLanes);
+    const bool writes = c < end && lane % kLanes == 0, apart = sum > 0 && sum < kSmall;
+    if (writes && !apart) write_column(a, row, c, ::log(sum), all);
+    for (unsigned left = __ballot_sync(~0u, writes && apart); left != 0; left &= left - 1) {
+      const int column = base + (FASTKD_TWIN(__ffs(left), __builtin_ffs(left)) - 1) / kLanes;
+      const SegmentSum own = gathered_sum(a, row, segment_of(a, a.whole, column));
+      if (lane == 0) write_column(a, row, column, own.relative_to(top), all);
+    }
   }
   if (begin == 0 && team.leads()) a.keep(row, all, top);
 }
@@ -144,11 +153,39 @@ struct ByteLayout {
   __host__ __device__ ByteLayout(int64_t columns, int64_t slice, int item)
       : found(Team::kSharedBytes),
         sums(found + (columns * 8 + 15) / 16 * 16),
-        runs(sums + (columns * 8 + 8 + 15) / 16 * 16),
+        runs(sums + (slice_sums(columns) * 8 + 15) / 16 * 16),
         heads(runs + (columns * 4 + 12 + 15) / 16 * 16),
         list(heads + kRowThreads * 4),
         logits(list + slice * 2),
         bytes(logits + (slice == 0 ? 0 : at_least(slice * item + 32, columns * 8))) {}
+};
+
+// The largest of logits, by place in a pack.
+template <class Raw, class Item>
+struct LargestOf {
+  static constexpr int kWords = sizeof(Raw) / sizeof(unsigned);
+  struct alignas(Raw) Words {
+    unsigned word[kWords];
+  } words;
+
+  __device__ __forceinline__ LargestOf() {
+    Raw raw;
+#pragma unroll
+    for (Item& item : raw.item) item = element<Item>(float(-INFINITY));
+    words = bit_cast<Words>(raw);
+  }
+  __device__ __forceinline__ void take(const Raw& raw) {
+    const Words next = bit_cast<Words>(raw);
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) words.word[j] = larger<Item>(words.word[j], next.word[j]);
+  }
+  __device__ __forceinline__ float found() const {
+    const Raw raw = bit_cast<Raw>(words);
+    float all = -INFINITY;
+#pragma unroll
+    for (const Item& item : raw.item) all = at_least(all, to_float(item));
+    return all;
+  }
 };
 
 // A block that processes one slice.
@@ -158,12 +195,14 @@ struct ByteWorker {
   using Item = typename Slice::Item;
   using Raw = typename Slice::Raw;
   using Places = Packed<uint16_t>;
+  using Largest = LargestOf<Raw, Item>;
   static constexpr int kBatch = 8, kAhead = 4;
   static constexpr unsigned kNoRun = ~0u;
 
   const ByteArguments& a;
   const Team& team;
   const int slice, first, count;  // the slice's number, its first id and how many ids it has
+  int begin, end;                 // the columns that this block writes
   double* found;
   float *sums, *heads;
   unsigned* runs;  // one per column with ids: end in the list << 16 | column; two kNoRun follow
@@ -186,6 +225,9 @@ struct ByteWorker {
     list = reinterpret_cast<uint16_t*>(shared + layout.list);
     stored = reinterpret_cast<Raw*>(shared + layout.logits);
     sort_room = int(layout.bytes - layout.logits);
+    const int share = (a.columns + a.slices - 1) / a.slices;
+    begin = share * slice;
+    end = begin + share < a.columns ? begin + share : a.columns;
     // An odd number of batches, to avoid bank conflicts.
     piece = (((count + team.threads - 1) / team.threads + kBatch - 1) / kBatch | 1) * kBatch;
   }
@@ -196,16 +238,19 @@ struct ByteWorker {
     sorted = true;
     const Slice logits(a, row, first, count);
     // Two buffers alternate, since other blocks of the cluster may still read the previous row's sums.
-    float* const into = sums + (second ? a.columns + 1 : 0);
+    float* const into = sums + (second ? slice_sums(a.columns) : 0);
     second = !second;
     const float top = team.block_sum(
         fill(row, logits), [](float& all, float next) { all = at_least(all, next); }, /*everywhere=*/true);
-    sum(reinterpret_cast<const Item*>(stored) + logits.lead, top, into);
+    const double mine = sum(reinterpret_cast<const char*>(stored) + logits.lead * int(sizeof(Item)), top, into);
+    const double part = warp_reduce(mine, [](double& all, double next) { all += next; });
+    if (team.thread % kWarp == 0) shared_store(into + a.columns + 1 + team.thread / kWarp, float(part));
     if (team.leads()) shared_store(into + a.columns, top);
     if (a.partials != nullptr) {
       team.sync();
-      float* const to = a.partials + (row * a.slices + slice) * (a.columns + 1);
-      for (int c = team.thread; c <= a.columns; c += team.threads) global_store(to + c, shared_load(into + c));
+      const int sums_here = int(slice_sums(a.columns));
+      float* const to = a.partials + (row * a.slices + slice) * sums_here;
+      for (int i = team.thread; i < sums_here; i += team.threads) global_store(to + i, shared_load(into + i));
       return;
     }
     if (a.slices > 1) {
@@ -213,11 +258,10 @@ struct ByteWorker {
     } else {
       team.sync();
     }
-    const int share = (a.columns + a.slices - 1) / a.slices, begin = share * slice;
     finish_whole(
-        a, row, team, found, heads,
-        [&](int s, int c) { return shared_load(a.slices > 1 ? in_peer(into + c, unsigned(s)) : into + c); }, begin,
-        begin + share < a.columns ? begin + share : a.columns);
+        a, row, team, heads,
+        [&](int s, int i) { return shared_load(a.slices > 1 ? in_peer(into + i, unsigned(s)) : into + i); }, begin,
+        end);
   }
 
  private:
@@ -247,7 +291,7 @@ struct ByteWorker {
     const int share = (count + warps - 1) / warps;
     const int begin = warp < warps ? warp * share : count, end = begin + share < count ? begin + share : count;
     for (int i = team.thread; i < 2 * warps * columns; i += threads) shared_store(counts + i, 0u);
-    for (int i = team.thread; i < 2 * (columns + 1); i += threads) shared_store(sums + i, 0.0f);
+    for (int i = team.thread; i < 2 * slice_sums(columns); i += threads) shared_store(sums + i, 0.0f);
     if (count + team.thread < listed()) shared_store(list + count + team.thread, uint16_t(0));
     team.sync();
     for_columns(begin, end, [&](int, int c) {
@@ -324,40 +368,56 @@ struct ByteWorker {
     return unsigned(FASTKD_TWIN(__popc(x), __builtin_popcount(x)));
   }
 
-  // Loads the slice's logits into shared memory. Returns the largest of those that this thread loaded.
+  // Loads the slice's logits into shared memory. Returns the largest of those that this thread loaded. Its packs are
+  // thread, thread + threads, ...
   __device__ float fill(int64_t row, const Slice& logits) const {
     const int packs = logits.packs(), threads = team.threads;
-    const char* const valid = a.valid ? a.valid.at(row) : nullptr;
-    float top = -INFINITY;
-#pragma unroll 1
-    for (int pack = team.thread; pack < packs; pack += kAhead * threads) {
-      uint4 words[kAhead]{};
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        if (pack + k * threads < packs) logits.begin_fetch(pack + k * threads, words[k]);
-      }
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        if (pack + k * threads >= packs) break;
-        Raw raw = logits.end_fetch(pack + k * threads, words[k]);
-        drop_invalid(a, logits, valid, first, count, pack + k * threads, raw);
-        shared_store(stored + pack + k * threads, raw);
-#pragma unroll
-        for (int j = 0; j < Slice::kSize; ++j) {
-          const float x = to_float(raw.item[j]);
-          top = x > top ? x : top;
-        }
-      }
+    Largest largest;
+    const auto take = [&](int pack, const Raw& raw) {
+      shared_store(stored + pack, raw);
+      largest.take(raw);
+    };
+    int pack = team.thread;
+    if (pack < logits.whole_begin()) {
+      take(pack, logits.fetch(pack));
+      pack += threads;
     }
-    return top;
+    Raw raw[kAhead]{};
+#pragma unroll 1
+    for (; pack + (kAhead - 1) * threads < logits.whole_end(); pack += kAhead * threads) {
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) raw[k] = logits.fetch_whole(pack + k * threads);
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) take(pack + k * threads, raw[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (pack + k * threads < packs) raw[k] = logits.fetch(pack + k * threads);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (pack + k * threads < packs) take(pack + k * threads, raw[k]);
+    }
+    if (!a.valid) return largest.found();
+    largest = Largest();
+    const char* const valid = a.valid.at(row);
+#pragma unroll 1
+    for (int mine = team.thread; mine < packs; mine += threads) {
+      Raw raw = shared_load(stored + mine);
+      drop_invalid(a, logits, valid, first, count, mine, raw);
+      take(mine, raw);
+    }
+    return largest.found();
   }
 
   // Sums by column into `into`, where columns without ids stay 0. A run belongs to the thread in whose piece it begins.
-  // A thread writes its piece's part of a run that began earlier to `heads`; the run's thread adds it.
-  __device__ void sum(const Item* logits, float top, float* into) const {
+  // A thread writes its piece's part of a run that began earlier to `heads`; the run's thread adds it. Returns the sum
+  // of the thread's piece.
+  __device__ double sum(const char* logits, float top, float* into) const {
     const float zero = top == -INFINITY ? 0 : top;
     const int begin = team.thread * piece, end = begin + piece, stop = end < listed() ? end : listed();
-    float all = 0, part = 0;
+    double whole = 0;
+    float all = 0, part = 0, most = -INFINITY;  // of the run; most: its largest logit, relative to the slice's
     bool goes_on = false;
     unsigned run = kNoRun;
     if (begin < stop) {
@@ -365,25 +425,35 @@ struct ByteWorker {
       bool mine = first_run == 0 ? begin == 0 : end_of(shared_load(ahead - 1)) >= begin;
       run = shared_load(ahead++);
       unsigned next = shared_load(ahead++);
-      const auto put = [&] { shared_store(mine ? into + column_of(run) : heads + team.thread, all + part); };
+      const auto put = [&] {
+        const float sum = sum_of(all + part, most);
+        shared_store(mine ? into + column_of(run) : heads + team.thread, sum);
+        whole += sum;
+      };
 #pragma unroll 1
       for (int i = begin; i < stop; i += kBatch) {
-        float e[kBatch];
+        float below[kBatch], e[kBatch];
         const Places places = shared_load(reinterpret_cast<const Places*>(list + i));
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j) e[j] = term(shared_load(logits + places.item[j]), zero);
+        for (int j = 0; j < kBatch; ++j) {
+          below[j] =
+              to_float(shared_load(reinterpret_cast<const Item*>(logits + places.item[j] * sizeof(Item)))) - zero;
+          e[j] = exp2_fast(below[j] * float(kLog2E));
+        }
         int left = end_of(run) - i;
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
           if (left == j) {
             put();
             all = part = 0;
+            most = -INFINITY;
             mine = true;
             run = next;
             next = shared_load(ahead++);
             left = end_of(run) - i;
           }
           part += e[j];
+          most = ::fmaxf(most, below[j]);
         }
         if ((i - begin) % (4 * kBatch) == 3 * kBatch) {
           all += part;
@@ -394,21 +464,23 @@ struct ByteWorker {
       if (run != kNoRun && !goes_on) put();
     }
     team.sync();
-    if (!goes_on) return;
-    const int last = (end_of(run) - 1) / piece;
-    double sum = double(all) + part;
+    if (!goes_on) return whole;
+    double sum = sum_of(all + part, most);
+    whole += sum;
 #pragma unroll 1
-    for (int t = team.thread + 1; t <= last; t += kBatch) {
+    for (int t = team.thread + 1; t * piece < end_of(run); t += kBatch) {
       float pieces = 0;
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) pieces += t + j <= last ? shared_load(heads + t + j) : 0;
+      for (int j = 0; j < kBatch; ++j) pieces += (t + j) * piece < end_of(run) ? shared_load(heads + t + j) : 0;
       sum += pieces;
     }
     shared_store(into + column_of(run), float(sum));
+    return whole;
   }
 
-  static __device__ __forceinline__ float term(Item item, float zero) {
-    return exp2_fast(power_of(to_float(item) - zero));
+  // A piece's sum, which is 0 only if no id is possible.
+  static __device__ __forceinline__ float sum_of(float sum, float most) {
+    return sum == 0 && most >= float(-kImpossible) ? kLeastSum : sum;
   }
 };
 

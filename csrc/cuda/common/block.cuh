@@ -45,7 +45,8 @@ __device__ __forceinline__ T chosen(bool first, const T& a, const T& b) {
 // its arguments in either order.
 template <class T, class Merge>
 __device__ __forceinline__ T lanes_reduce(T value, const Merge& merge, int lanes) {
-#pragma unroll 1
+  // The steps of a large state would be much code.
+#pragma unroll(sizeof(T) <= 8 ? 5 : 1)
   for (int step = lanes / 2; step > 0; step /= 2) {
     const T other = shuffle_xor(value, step);
     // Both lanes merge in the same order, the lower lane's value first, so that both get the same result.
@@ -104,6 +105,7 @@ struct Team {
     __syncthreads();
     if (everywhere || leads()) {
       value = shared_load(slot(0));
+#pragma unroll 1
       for (int w = 1; w < threads / kWarp; ++w) merge(value, shared_load(slot(w)));
     }
     return value;

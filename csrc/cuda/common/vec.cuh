@@ -57,6 +57,28 @@ __device__ __forceinline__ void set_word(uint4& pack, int k, unsigned word) {
   (k == 0 ? pack.x : k == 1 ? pack.y : k == 2 ? pack.z : pack.w) = word;
 }
 
+// The larger element of each place of two words; a NaN where both are NaN.
+template <class T>
+__device__ __forceinline__ unsigned larger(unsigned first, unsigned second) {
+  const auto one_by_one = [&] {
+    float x[4 / sizeof(T)];
+#pragma unroll
+    for (int j = 0; j < int(4 / sizeof(T)); ++j)
+      x[j] = ::fmaxf(item_of<T>({first, 0, 0, 0}, j), item_of<T>({second, 0, 0, 0}, j));
+    return word_from<T>(x);
+  };
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(T) == 2) {
+    using Pair = typename std::conditional<std::is_same<T, BFloat16>::value, __nv_bfloat162, __half2>::type;
+    return bit_cast<unsigned>(__hmax2(bit_cast<Pair>(first), bit_cast<Pair>(second)));
+  } else {
+    return one_by_one();
+  }
+#else
+  return one_by_one();
+#endif
+}
+
 // Bounds of a pack's elements.
 template <class T>
 class PackRange {
@@ -101,16 +123,7 @@ class PackRange {
   }
 
  private:
-  __device__ __forceinline__ unsigned raised(unsigned word) const {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    if constexpr (sizeof(T) == 2) return bit_cast<unsigned>(__hmax2(pair(word), pair(least_)));
-#endif
-    const uint4 mine{word, 0, 0, 0}, bound{least_, 0, 0, 0};
-    float x[4 / sizeof(T)];
-#pragma unroll
-    for (int j = 0; j < int(4 / sizeof(T)); ++j) x[j] = at_least(item_of<T>(bound, 0), item_of<T>(mine, j));
-    return word_from<T>(x);
-  }
+  __device__ __forceinline__ unsigned raised(unsigned word) const { return larger<T>(word, least_); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   using Pair = typename std::conditional<std::is_same<T, BFloat16>::value, __nv_bfloat162, __half2>::type;
