@@ -195,7 +195,16 @@ def test_an_adapted_head_has_logits(tmp_path, truth):
     close_gradients(tiny.moved(tiny.model(1), student), truth[1])
 
 
-@pytest.mark.parametrize("kind", ["Bert", "RecurrentGemma"])
+class Scaled(transformers.LlamaForCausalLM):
+    """As in a repository of its own: nothing in the configuration says so."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = found.logits / 8
+        return found
+
+
+@pytest.mark.parametrize("kind", ["Bert", "RecurrentGemma", "Scaled"])
 def test_what_comes_between_the_backbone_and_the_logits(tmp_path, kind):
     """BERT's kind has a layer there, RecurrentGemma's configuration another name for the cap."""
     sizes = {"vocab_size": tiny.VOCAB, "hidden_size": 16, "num_hidden_layers": 1}
@@ -203,6 +212,8 @@ def test_what_comes_between_the_backbone_and_the_logits(tmp_path, kind):
     if kind == "Bert":
         config = transformers.BertConfig(**sizes, is_decoder=True)
         teacher = transformers.BertLMHeadModel(config)
+    elif kind == "Scaled":
+        teacher = Scaled(tiny.model(2).config)
     else:
         config = transformers.RecurrentGemmaConfig(**sizes, lru_width=16, logits_soft_cap=0.01)
         teacher = transformers.RecurrentGemmaForCausalLM(config)
