@@ -195,6 +195,23 @@ def test_an_adapted_head_has_logits(tmp_path, truth):
     close_gradients(tiny.moved(tiny.model(1), student), truth[1])
 
 
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "T5ForConditionalGeneration"])
+def test_models_that_are_not_causal(tmp_path, kind):
+    sizes = {"vocab_size": tiny.VOCAB, "num_attention_heads": 2, "num_hidden_layers": 1}
+    if kind == "BertForMaskedLM":
+        config = transformers.BertConfig(**sizes, hidden_size=8, intermediate_size=8)
+        message = "BertForMaskedLM, a masked language model"
+    else:
+        config = transformers.T5Config(vocab_size=tiny.VOCAB, d_model=8, d_ff=8, num_layers=1)
+        message = "T5ForConditionalGeneration, an encoder-decoder"
+    wrong = getattr(transformers, kind)(config)
+    for name, models in (("model", (wrong, None)), ("teacher", (tiny.model(1), wrong))):
+        with pytest.raises(
+            TypeError, match=f"{name} must be a causal language model, got {message}"
+        ):
+            tiny.trainer(tmp_path, models[0], teacher=models[1])
+
+
 class Scaled(transformers.LlamaForCausalLM):
     """As in a repository of its own: nothing in the configuration says so."""
 
