@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Result = TypeVar("Result")
@@ -138,10 +140,10 @@ def lm_head(model: nn.Module) -> LinearHead:
     """The output layer of a causal language model of transformers, with its scale and softcap.
 
     Models differ in what follows the layer: Cohere and HyperCLOVA X multiply the logits, Falcon-H1
-    too (``lm_head_multiplier``), Granite divides them, MiniCPM and Inkling divide the hidden
-    states, Gemma, RecurrentGemma and xLSTM cap the logits. All of it is read off the configuration
-    (transformers 5.24). What comes before the layer is the model's: BERT's kind has another layer
-    between ``base_model`` and this one.
+    (``lm_head_multiplier``) and Muse Glimmer (``output_multiplier``) too, Granite divides them,
+    MiniCPM and Inkling divide the hidden states, Gemma, RecurrentGemma and xLSTM cap the logits.
+    All of it is read off the configuration (transformers 5.24). What comes before the layer is the
+    model's: BERT's kind has another layer between ``base_model`` and this one.
 
     Args:
         model: wrapped or not; a PEFT model too.
@@ -171,9 +173,7 @@ def lm_head(model: nn.Module) -> LinearHead:
             f"lm_head: model must have an output layer (get_output_embeddings), got "
             f"{type(inner).__name__}"
         )
-    config: Any = getattr(inner, "config", None)
-    text = getattr(config, "get_text_config", None)
-    config = text() if callable(text) else config
+    config = _text_config(inner)
     scale = 1.0
     softcaps = [getattr(config, name, None) for name in _SOFTCAPS]
     softcap = next((x for x in softcaps if x is not None), None)
@@ -188,28 +188,65 @@ def lm_head(model: nn.Module) -> LinearHead:
                 f"lm_head: logits_scaling of a model whose type is granite, minicpm or hyperclovax "
                 f"is known, got {kind!r}: whether it multiplies or divides is not"
             )
-    if kind.startswith("cohere") and getattr(config, "logit_scale", None):
+    outer = getattr(getattr(inner, "config", None), "model_type", "")
+    unscaled = outer in ("aya_vision", "cohere2_vision")  # around a text model of Cohere's
+    if kind.startswith("cohere") and getattr(config, "logit_scale", None) and not unscaled:
         scale *= config.logit_scale
-    if getattr(config, "lm_head_multiplier", None):
-        scale *= config.lm_head_multiplier
+    for name in ("lm_head_multiplier", "output_multiplier"):
+        if getattr(config, name, None):
+            scale *= getattr(config, name)
     if getattr(config, "logits_mup_width_multiplier", None):
         scale /= config.logits_mup_width_multiplier
     return LinearHead(module, float(scale), None if softcap is None else float(softcap))
 
 
 def reads_backbone(model: nn.Module) -> bool:
-    """Whether a model's logits are all columns of its output layer on its ``base_model``'s output.
+    """Whether a model's logits are those of :func:`lm_head` on its ``base_model``'s output.
 
-    BERT and its kind have a layer between the two: parameters that are in neither.
+    BERT and its kind have a layer between the two: parameters that are in neither. What has no
+    parameters is found by comparing the logits of a short text, if the model runs on token ids
+    alone and its parameters have values (not so under ZeRO-3, for example).
     """
     inner: Any = base_of(model)
     backbone = getattr(inner, "base_model", inner)
     if backbone is inner:
         return False
-    parts = backbone, lm_head(model).module
-    known = {id(x) for part in parts for x in part.parameters()}
-    columns = getattr(getattr(inner, "config", None), "unpadded_vocab_size", None)
-    return not columns and all(id(x) in known for x in inner.parameters())
+    head = lm_head(model)
+    known = {id(x) for part in (backbone, head.module) for x in part.parameters()}
+    if not all(id(x) in known for x in inner.parameters()):
+        return False
+    if not head.is_plain or any(x.is_meta or not x.numel() for x in inner.parameters()):
+        return True
+    return _agree(inner, backbone, head)
+
+
+@torch.no_grad()
+def _agree(model: Any, backbone: nn.Module, head: LinearHead) -> bool:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        embedding = model.get_input_embeddings().weight
+        ids = (embedding.size(0) // 2 + torch.arange(4, device=embedding.device)).unsqueeze(0)
+        expected = model(input_ids=ids % embedding.size(0)).logits
+        hidden = backbone(input_ids=ids % embedding.size(0))[0]
+        found = head.logit_scale * F.linear(hidden, head.weight, head.bias)
+        if head.logit_softcap is not None:
+            found = head.logit_softcap * torch.tanh(found / head.logit_softcap)
+        tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max().item()
+        return found.shape == expected.shape and bool(
+            found.to(expected.dtype).isclose(expected, rtol=0, atol=tolerance, equal_nan=True).all()
+        )
+    except Exception:  # it needs more than ids, or other processes
+        return True
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    return text() if callable(text) else config
 
 
 def base_of(model: nn.Module) -> nn.Module:

@@ -52,7 +52,8 @@ class DistillationMixin:
         kwargs: of the Trainer.
 
     Raises:
-        TypeError: ``teacher`` is no module, or ``kd`` no KDOptions.
+        TypeError: ``teacher`` is no module, ``kd`` no KDOptions, or a model is a masked language
+            model or an encoder-decoder.
         ValueError: a batch has no labels, or there is neither a teacher nor a batch's columns of
             one; the Trainer was given a ``compute_loss_func`` or ``label_smoothing_factor``, which
             the loss would not heed.
@@ -86,6 +87,7 @@ class DistillationMixin:
                     f"{value}"
                 )
         self.kd = KDOptions() if kd is None else kd
+        _check_causal(model=self.model, teacher=teacher)  # type: ignore[attr-defined]
         # Before they are wrapped: FSDP may replace parameters by parts of one.
         models = [x for x in (self.model, teacher) if x is not None]  # type: ignore[attr-defined]
         self._fuses = self.kd.head == "fused" and all(map(reads_backbone, models))
@@ -259,6 +261,23 @@ def _linear(hidden: Tensor, head: LinearHead, kd: KDOptions) -> LinearLogits:
         softcap=head.logit_softcap,
         chunk_size=kd.chunk_size,
     )
+
+
+def _check_causal(**models: nn.Module | None) -> None:
+    """Raise for models whose row t does not score token t + 1."""
+    from transformers.models.auto import modeling_auto as auto
+
+    causal = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    masked = set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) - causal
+    for name, model in models.items():
+        inner: Any = None if model is None else base_of(model)
+        kind = type(inner).__name__
+        both = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+        if kind in masked or both:
+            raise TypeError(
+                f"DistillationMixin: {name} must be a causal language model, got {kind}, "
+                f"{'an encoder-decoder' if both else 'a masked language model'}"
+            )
 
 
 def _learns_prompts(model: nn.Module) -> bool:

@@ -52,9 +52,9 @@ class CachedModel:
     Args:
         model: a causal language model of transformers (also wrapped by PEFT), in ``eval`` mode,
             in any dtype, on any device: ids go to the device of its token embedding. It is not
-            changed. Call :meth:`clear` after changing its weights. The model runs twice at once, on
-            two texts of 8 tokens: it must return logits over the vocabulary, and those of a token
-            must not depend on later tokens.
+            changed. Call :meth:`clear` after changing its weights. When this object is made, the
+            model runs on two texts of 8 tokens: it must return logits over the vocabulary, and
+            those of a token must not depend on later tokens.
         prefix: ids before every text, for example that of a beginning-of-text token. None: the
             ``bos_token_id`` of the model's configuration. ``()``: nothing; an empty text then has
             no logits.

@@ -90,6 +90,17 @@ class Config:
         self.__dict__.update(numbers)
 
 
+class Outer(Config):
+    """Of a model of images and text."""
+
+    def __init__(self, model_type, text):
+        super().__init__(model_type)
+        self.text = text
+
+    def get_text_config(self):
+        return self.text
+
+
 class Model(nn.Module):
     def __init__(self, config, head):
         super().__init__()
@@ -110,6 +121,12 @@ class Model(nn.Module):
         (Config("minicpm3", logits_scaling=10.0), 0.1, None),
         (Config("falcon_h1", lm_head_multiplier=0.5), 0.5, None),
         (Config("gemma2", final_logit_softcapping=30.0), 1.0, 30.0),
+        (Config("recurrent_gemma", logits_soft_cap=20.0), 1.0, 20.0),
+        (Config("xlstm", output_logit_soft_cap=30.0), 1.0, 30.0),
+        (Config("inkling_text", logits_mup_width_multiplier=4.0), 0.25, None),
+        (Config("muse_glimmer", output_multiplier=0.5, final_logit_softcapping=2.0), 0.5, 2.0),
+        (Outer("aya_vision", Config("cohere", logit_scale=0.0625)), 1.0, None),
+        (Outer("granite4_vision", Config("granite", logits_scaling=8.0)), 0.125, None),
     ],
 )
 def test_lm_head_has_scale_and_softcap(config, scale, softcap):

@@ -195,7 +195,33 @@ def test_an_adapted_head_has_logits(tmp_path, truth):
     close_gradients(tiny.moved(tiny.model(1), student), truth[1])
 
 
-@pytest.mark.parametrize("kind", ["Bert", "RecurrentGemma"])
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "T5ForConditionalGeneration"])
+def test_models_that_are_not_causal(tmp_path, kind):
+    sizes = {"vocab_size": tiny.VOCAB, "num_attention_heads": 2, "num_hidden_layers": 1}
+    if kind == "BertForMaskedLM":
+        config = transformers.BertConfig(**sizes, hidden_size=8, intermediate_size=8)
+        message = "BertForMaskedLM, a masked language model"
+    else:
+        config = transformers.T5Config(vocab_size=tiny.VOCAB, d_model=8, d_ff=8, num_layers=1)
+        message = "T5ForConditionalGeneration, an encoder-decoder"
+    wrong = getattr(transformers, kind)(config)
+    for name, models in (("model", (wrong, None)), ("teacher", (tiny.model(1), wrong))):
+        with pytest.raises(
+            TypeError, match=f"{name} must be a causal language model, got {message}"
+        ):
+            tiny.trainer(tmp_path, models[0], teacher=models[1])
+
+
+class Scaled(transformers.LlamaForCausalLM):
+    """As in a repository of its own: nothing in the configuration says so."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = found.logits / 8
+        return found
+
+
+@pytest.mark.parametrize("kind", ["Bert", "RecurrentGemma", "Scaled"])
 def test_what_comes_between_the_backbone_and_the_logits(tmp_path, kind):
     """BERT's kind has a layer there, RecurrentGemma's configuration another name for the cap."""
     sizes = {"vocab_size": tiny.VOCAB, "hidden_size": 16, "num_hidden_layers": 1}
@@ -203,6 +229,8 @@ def test_what_comes_between_the_backbone_and_the_logits(tmp_path, kind):
     if kind == "Bert":
         config = transformers.BertConfig(**sizes, is_decoder=True)
         teacher = transformers.BertLMHeadModel(config)
+    elif kind == "Scaled":
+        teacher = Scaled(tiny.model(2).config)
     else:
         config = transformers.RecurrentGemmaConfig(**sizes, lru_width=16, logits_soft_cap=0.01)
         teacher = transformers.RecurrentGemmaForCausalLM(config)
