@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import shard_heads as heads
 import shard_modes as modes
 import shard_rows as rows
 import shard_values as values
@@ -62,9 +63,19 @@ def cases(size: int) -> dict[str, Case]:
     ):
         for dtype in TOLERANCE:
             add(case, dtype)
+    for dtype in TOLERANCE:
+        for name in ("forward_kl", "jsd") if dtype == torch.float32 else DIVERGENCES:
+            add(heads.head_divergence_case, name, "plain", dtype)
+        for options in OPTIONS:
+            add(heads.head_divergence_case, "reverse_kl", options, dtype)
+        add(heads.head_ops_case, dtype)
+    for dtype in (torch.bfloat16, torch.float16):
+        add(heads.head_dtype_case, dtype)
     for vocab in (5, 7, 203):
+        add(heads.head_width_case, vocab)
         add(rows.width_case, vocab)
     for vocab in (WIDTH - 3, WIDTH * size - 2):
+        add(heads.head_padding_case, vocab)
         add(rows.padding_case, vocab)
     for kind in ("vocab", "rows", "neither") if size == 2 else ("vocab", "both"):
         add(modes.dtensor_case, kind)
@@ -82,8 +93,10 @@ def cases(size: int) -> dict[str, Case]:
             rows.label_error_case,
             modes.repeat_case,
             modes.alone_case,
+            modes.inference_case,
             modes.inplace_case,
         ),
+        heads.head_rows_case,
     ):
         add(case)
     if size == 2:
@@ -94,6 +107,9 @@ def cases(size: int) -> dict[str, Case]:
                 modes.compile_case,
                 modes.dtensor_error_case,
             ),
+            heads.head_modes_case,
+            heads.head_payload_case,
+            heads.head_error_case,
             modes.torch_is_wrong_case,
         ):
             add(case)

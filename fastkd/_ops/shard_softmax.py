@@ -67,6 +67,7 @@ class SoftmaxCall:
         ``base``: float64 [4, rows]: whether the row is read, temperature, second temperature, cap.
         ``token_ids``: [rows] and ``holes``: [rows, holes], columns of this process or -1.
         """
+        holes = None if holes is None else holes.contiguous()
         arguments = (logits, base, token_ids, columns, holes)
         if torch.is_grad_enabled() and logits.requires_grad:
             found = dict(zip(self.names(holes), _Softmax.apply(self, *arguments), strict=True))

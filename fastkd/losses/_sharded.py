@@ -13,7 +13,7 @@ from torch import Tensor
 from fastkd._ops import shards as ops
 from fastkd._ops.arguments import CHOICES
 from fastkd._ops.op import Op
-from fastkd._ops.shards import Merged, Shards, packed_values, table
+from fastkd._ops.shards import Merged, Shards, table
 
 _LN2 = 0.6931471805599453
 REDUCTIONS = tuple(CHOICES["softmax_divergence.reduction"])
@@ -129,27 +129,20 @@ class LossRows:
         return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, divisor)).to(self.dtype)
 
 
-def softmax_divergence(
-    op: Op,
-    student: Tensor,
-    given: dict[str, Any],
-    inplace: bool,
-    shards: Shards,
-) -> Tensor:
+def softmax_divergence(op: Op, values: dict[str, Any], shards: Shards, inplace: bool) -> Tensor:
     """`fastkd.softmax_divergence` of columns split across processes."""
     function = shards.function
-    if len(given["teacher_logits"]) != 1 or given["teacher_weights"] is not None:
+    if len(values["teacher_logits"]) != 1 or values["teacher_weights"] is not None:
         raise NotImplementedError(
             f"{function}: group takes one teacher without teacher_weights, got a list"
         )
-    if given["teacher_rows"] is not None:
+    if values["teacher_rows"] is not None:
         raise NotImplementedError(f"{function}: group takes no teacher_rows")
-    if given["divergence"] == "decoupled_kl":
+    if values["divergence"] == op.arguments.names["divergence"]["decoupled_kl"]:
         raise NotImplementedError(
             f"{function}: divergence 'decoupled_kl' is not available with group"
         )
-    (teacher,) = given["teacher_logits"]
-    values = packed_values(op, student, given, shards)
+    student, (teacher,) = values["student_logits"], values["teacher_logits"]
     rows = LossRows(shards, student, values, teacher)
     value, label_loss = pair_numbers(rows, student, teacher, values["divergence"], inplace)
     losses = value
@@ -297,21 +290,25 @@ class _Pair(torch.autograd.Function):
             base, token_ids, student, teacher, student_gradient, teacher_gradient
         )
         ctx.call, ctx.needs = call, (student_gradient, teacher_gradient)
+        # Autograd cannot save some tensors, such as those made under torch.inference_mode.
+        ctx.teacher = None if teacher_gradient else teacher
+        saved = [stored, token_ids, teacher if teacher_gradient else None]
         if call.inplace and student_gradient:
             # Its gradient is written to its own memory, in the backward pass.
             ctx.student = student.detach()
             torch.autograd.graph.increment_version(student)
-            ctx.save_for_backward(stored, token_ids, teacher)
+            ctx.save_for_backward(*saved)
         else:
-            ctx.student = None
-            ctx.save_for_backward(stored, token_ids, teacher, student)
+            ctx.student = None if student_gradient else student
+            ctx.save_for_backward(*saved, student if student_gradient else None)
         return found
 
     @staticmethod
     def backward(ctx, into_value, into_label):
         ops.check_first_order(ctx.call.shards)
-        stored, token_ids, teacher, *others = ctx.saved_tensors
-        student = ctx.student if ctx.student is not None else others[0]
+        stored, token_ids, *others = ctx.saved_tensors
+        teacher = others[0] if ctx.teacher is None else ctx.teacher
+        student = others[1] if ctx.student is None else ctx.student
         factors = [into_value, into_label]
         found: list[Tensor | None] = [None, None]
         # The teacher's first: the student's may overwrite the student's logits.

@@ -249,10 +249,7 @@ def softmax_divergence(
         return loss_of_dtensors(softmax_divergence, student_logits, others, {**options, **place})
     shards = shards_of("softmax_divergence", student_logits, group, vocab_start, vocab_size)
     arguments = given(student_logits, teacher_logits, options)
-    if shards is not None:
-        assert isinstance(student_logits, Tensor)
-        return _sharded.softmax_divergence(OP, student_logits, arguments, inplace, shards)
-    return OP(student_logits, arguments, inplace)
+    return OP(student_logits, arguments, inplace=inplace, shards=shards)
 
 
 def given(
@@ -323,3 +320,4 @@ OP = Loss(
     overwrites=True,
 )
 OP.serves(softmax_divergence, given)
+OP.sharded = _sharded.softmax_divergence

@@ -41,9 +41,17 @@ class LinearLogits:
     gradient of the weight in float32. On the CPU the memory of a chunk is kept for the next call;
     :func:`fastkd.release_memory` frees it.
 
+    With ``group=`` in the op, the weight and bias are this process's rows of a head that is split
+    across the processes of the group (``[vocab / processes, features]``), of each side; the hidden
+    states are the same on all processes. The op's collectives are done for each chunk of rows. The
+    gradients of weights and biases are those of this process's rows; those of hidden states are
+    summed over the group by one all-reduce in float32, 4 bytes a feature, and are the same on all
+    processes. What decides about chunks must be the same on all processes: ``chunk_size``,
+    ``compact``, dtypes, which tensors require gradients, masks and labels.
+
     Inside :class:`torch.autocast`, hidden states, weight and bias are cast as
     :func:`torch.nn.functional.linear` casts them. Under ``torch.func`` transforms and for second
-    derivatives the logits are stored whole, see :meth:`logits`.
+    derivatives the logits are stored whole, see :meth:`logits`; with ``group`` there are none.
 
     Args:
         hidden: ``[..., features]`` float32, bfloat16, float16 or float64. The leading dimensions
