@@ -79,6 +79,7 @@ def cases(size: int) -> dict[str, Case]:
         add(rows.padding_case, vocab)
     for kind in ("vocab", "rows", "neither") if size == 2 else ("vocab", "both"):
         add(modes.dtensor_case, kind)
+        add(heads.head_dtensor_case, kind)
     for case in (
         *(
             values.topk_gradient_case,
@@ -99,6 +100,8 @@ def cases(size: int) -> dict[str, Case]:
         heads.head_rows_case,
     ):
         add(case)
+    if size == 4:
+        add(heads.head_fsdp_case)
     if size == 2:
         for case in (
             *(
@@ -110,6 +113,7 @@ def cases(size: int) -> dict[str, Case]:
             heads.head_modes_case,
             heads.head_payload_case,
             heads.head_error_case,
+            heads.head_dtensor_error_case,
             modes.torch_is_wrong_case,
         ):
             add(case)

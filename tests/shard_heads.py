@@ -365,3 +365,156 @@ def head_error_case(ranks: Ranks) -> None:
         torch.func.grad(lambda x: fastkd.cross_entropy(LinearLogits(x, w), labels * 0, **place))(
             h.detach()
         )
+
+
+def head_dtensor_case(kind: str, ranks: Ranks) -> None:
+    """Heads that are DTensors: values, gradients and placements."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, ranks.size // 2) if kind == "both" else (ranks.size,))
+    whole, rows, vocab = Replicate(), Shard(0), Shard(0)
+    of_hidden, of_weight = {
+        "vocab": ([whole], [vocab]),
+        "rows": ([rows], [whole]),
+        "neither": ([whole], [whole]),
+        "both": ([rows, whole], [whole, vocab]),
+    }[kind]
+    columns = 11  # uneven parts
+    labels = torch.arange(ROWS) % columns
+    labels[:2] = -100
+    sides = [head(columns, i) for i in range(2)]
+    best = fastkd.teacher_topk(logits(ROWS, columns, seed=9), 3)
+    functions: dict[str, Callable[[Any, Any], Any]] = {
+        "mean": lambda s, t: fastkd.softmax_divergence(s, t, labels=labels),
+        "none": lambda s, t: fastkd.softmax_divergence(s, t, reduction="none"),
+        "elementmean": lambda s, t: fastkd.softmax_divergence(
+            s, t, divergence="jsd", reduction="elementmean", vocab_size=9
+        ),
+        "topk": lambda s, t: fastkd.topk_divergence(s, *best),
+        "clipped": lambda s, t: fastkd.clipped_divergence(s, t, 0.01, 0.5, softness=0.1),
+        "cross_entropy": lambda s, t: fastkd.cross_entropy(s, labels, label_smoothing=0.1),
+        "token_log_probs": lambda s, t: fastkd.token_log_probs(s, labels),
+        "stats": lambda s, t: fastkd.token_stats(s, t).tvd,
+        "teacher_topk": lambda s, t: fastkd.teacher_topk(t, 3).log_probs,
+        "linear": lambda s, t: fastkd.linear_softmax_divergence(
+            s.hidden, s.weight, t.hidden, t.weight, labels=labels
+        ),
+        "with_stats": lambda s, t: (
+            fastkd.linear_softmax_divergence(
+                s.hidden, s.weight, t.hidden, t.weight, return_stats=True
+            )[1].student_entropy
+        ),
+    }
+    for name, function in functions.items():
+        plain = [[x.clone().requires_grad_() for x in side] for side in sides]
+        spread = [
+            [
+                distribute_tensor(x.clone(), mesh, of_weight if i else of_hidden).requires_grad_()
+                for i, x in enumerate(side)
+            ]
+            for side in sides
+        ]
+        expected, found = (
+            function(*(LinearLogits(*x, chunk_size=4) for x in parts)) for parts in (plain, spread)
+        )
+        close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-12, msg=name)
+        close(found.full_tensor(), expected)
+        if not expected.requires_grad:
+            continue
+        found.full_tensor().sum().backward()
+        expected.sum().backward()
+        for mine, true in zip(spread, plain, strict=True):
+            for x, y in zip(mine, true, strict=True):
+                assert (x.grad is None) == (y.grad is None), name
+                if y.grad is not None:
+                    assert x.grad.placements == x.placements, name
+                    torch.testing.assert_close(
+                        x.grad.full_tensor(), y.grad, rtol=0, atol=1e-12, msg=name
+                    )
+
+
+def head_dtensor_error_case(ranks: Ranks) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    (h, w, b), (t, v, _) = (head(8, i) for i in range(2))
+
+    def spread(x: Tensor, placement: Any) -> Any:
+        return distribute_tensor(x, mesh, [placement])
+
+    hidden, weight = spread(h, Replicate()), spread(w, Shard(0))
+    student, alone = LinearLogits(hidden, weight), LinearLogits(h, w)
+    other = LinearLogits(spread(t, Replicate()), spread(v, Replicate()))
+    cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+        (TypeError, "weight must be a plain tensor.*call_through", lambda: LinearLogits(h, weight)),
+        (TypeError, "hidden must be a plain tensor", lambda: LinearLogits(hidden, w)),
+        (TypeError, "bias must be a DTensor", lambda: LinearLogits(hidden, weight, b)),
+        (
+            ValueError,
+            "shards both weight and the rows of hidden.*call_through",
+            lambda: LinearLogits(spread(h, Shard(0)), weight),
+        ),
+        (ValueError, "each dimension", lambda: LinearLogits(hidden, spread(w, Shard(1)))),
+        (ValueError, "each dimension", lambda: LinearLogits(spread(h, Shard(1)), weight)),
+        (
+            ValueError,
+            "bias must have the placements",
+            lambda: LinearLogits(hidden, weight, spread(b, Replicate())),
+        ),
+        (
+            ValueError,
+            "group and vocab_start must be None",
+            lambda: fastkd.softmax_divergence(student, student, group=ranks.group),
+        ),
+        (
+            ValueError,
+            "teacher_logits must be placed as student_logits",
+            lambda: fastkd.softmax_divergence(student, other),
+        ),
+        (ValueError, "got plain tensors", lambda: fastkd.softmax_divergence(student, alone)),
+        (TypeError, "must be, too", lambda: fastkd.softmax_divergence(alone, student)),
+        (TypeError, "must be, too", lambda: fastkd.softmax_divergence(alone.logits(), student)),
+        (
+            TypeError,
+            "teacher_logits",
+            lambda: fastkd.softmax_divergence(alone, spread(alone.logits(), Shard(1))),
+        ),
+    ]
+    for kind, message, call in cases:
+        with pytest.raises(kind, match=message):
+            call()
+
+
+def head_fsdp_case(ranks: Ranks) -> None:
+    """Tensor parallelism inside FSDP2: the loss in the forward of the module that owns the head."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, ranks.size // 2), mesh_dim_names=("data", "tensor"))
+    split = mesh["tensor"]
+    (hidden, weight, _), (t, v, _) = (head(10, i, bias=False) for i in range(2))
+
+    class Head(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(distribute_tensor(weight, split, [Shard(0)]))
+
+        def forward(self, h: Tensor, t: Tensor) -> Any:
+            h, t = (DTensor.from_local(x, split, [Replicate()], run_check=False) for x in (h, t))
+            teacher = LinearLogits(t, distribute_tensor(v, split, [Shard(0)]))
+            loss = fastkd.softmax_divergence(LinearLogits(h, self.weight), teacher)
+            return loss.full_tensor().clone()
+
+    module = fully_shard(Head(), mesh=mesh["data"])
+    part = slice(3 * mesh.get_local_rank("data"), 3 * mesh.get_local_rank("data") + 3)
+    mine = hidden[part].clone().requires_grad_()
+    module(mine, t[part]).backward()
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    fastkd.linear_softmax_divergence(h, w, t, v).backward()
+    torch.testing.assert_close(mine.grad, 2 * h.grad[part], rtol=0, atol=1e-12)
+    torch.testing.assert_close(module.weight.grad.full_tensor(), w.grad, rtol=0, atol=1e-12)
+    with pytest.raises(TypeError, match="call_through"):
+        LinearLogits(hidden, module.weight)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.arguments import to_flag
+from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.linear import function as linear
-from fastkd._ops.linear.logits import checked_options, linear_side
+from fastkd._ops.linear.logits import LinearLogits, checked_options, linear_side
 from fastkd._ops.names import Divergence, Reduction, TeacherMix
 from fastkd._ops.shards import shards_of
 from fastkd.losses._softmax_divergence import OP, given
@@ -120,7 +121,7 @@ def linear_softmax_divergence(
     teacher = linear_side(
         _NAME, "teacher_", teacher_hidden, teacher_weight, teacher_bias, scales[1], options
     )
-    row_options = {
+    row_options: dict[str, Any] = {
         "divergence": divergence,
         "beta": beta,
         "alpha": alpha,
@@ -141,9 +142,26 @@ def linear_softmax_divergence(
         "reduction": reduction,
         "normalizer": normalizer,
     }
-    shards = shards_of(_NAME, student, group, vocab_start, vocab_size)
+    row_options.update(group=group, vocab_start=vocab_start, return_stats=return_stats)
+    if is_dtensor(student):
+        others = {"teacher_logits": teacher}
+        return loss_of_dtensors(_of_heads, student, others, row_options)
+    return _of_heads(student, teacher, **row_options)
+
+
+def _of_heads(
+    student: LinearLogits,
+    teacher: LinearLogits,
+    *,
+    group: Any = None,
+    vocab_start: int | None = None,
+    return_stats: bool,
+    **options: Any,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    shards = shards_of(_NAME, student, group, vocab_start, options["vocab_size"])
+    labels = options["labels"] is not None
     try:
-        arguments = given(student, teacher, row_options)
+        arguments = given(student, teacher, options)
         found = linear.run(OP, arguments, stats=return_stats, shards=shards)
     except (ValueError, TypeError, IndexError) as error:
         message = str(error)
@@ -153,4 +171,7 @@ def linear_softmax_divergence(
     if not return_stats:
         return found
     loss, numbers, argmax = found
-    return loss, token_stats_of(numbers, argmax, True, labels is not None)
+    return loss, token_stats_of(numbers, argmax, True, labels)
+
+
+_of_heads.__name__ = _NAME

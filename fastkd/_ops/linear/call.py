@@ -188,6 +188,11 @@ def make(op: Any, given: dict[str, Any], stats: bool = False, shards: Shards | N
                 (field, i, x.prepared()) for i, x in enumerate(value) if isinstance(x, LinearLogits)
             ]
     caps = _caps(op, given, found)
+    for field, _, linear in found:
+        if linear.placed:
+            raise TypeError(
+                f"{op.name}: {field} is of DTensors, {arguments.fields[0]} must be, too"
+            )
     for field, item, linear in found:
         if item is None:
             given[field] = stand_in(linear)
