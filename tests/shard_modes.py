@@ -109,6 +109,9 @@ def compile_case(ranks: Ranks) -> None:
     for function in (
         lambda s, t: fastkd.softmax_divergence(s, t, labels=labels, group=ranks.group),
         lambda s, t: fastkd.cross_entropy(s, labels, label_smoothing=0.1, group=ranks.group),
+        lambda s, t: fastkd.softmax_divergence(
+            s, [t, s.detach() + 1], teacher_mix="contrast", group=ranks.group
+        ),
     ):
         found = []
         for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):

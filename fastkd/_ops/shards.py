@@ -26,7 +26,7 @@ ORIGIN, SUM, WEIGHTED, SECOND_SUM, SECOND_WEIGHTED = range(5)
 TOKEN_LOGIT, BEST_LOGIT, BEST_COLUMN, TOTAL, COLUMNS = range(5, 10)
 #: Arguments that are logits.
 LOGITS = ("logits", "student_logits", "teacher_logits")
-_LN2 = 0.6931471805599453
+LN2 = 0.6931471805599453
 #: Bits of `_shard_statistics`' argument `wanted`.
 ENTROPY, SECOND, BEST, TOTAL_BIT = 1, 2, 4, 8
 _EMPTY = (-torch.inf, 0.0, 0.0, 0.0, 0.0, -torch.inf, -torch.inf, 0.0, 0.0, 0.0)
@@ -239,7 +239,7 @@ class Merged:
         moved = (self._origins - self._top) / temperature
         moved = torch.where((self._origins == self._top) | (sums == 0), 0.0, moved)
         total = (sums * factors).sum(0)
-        found = total.log() - ((weighted * _LN2 + sums * moved) * factors).sum(0) / total
+        found = total.log() - ((weighted * LN2 + sums * moved) * factors).sum(0) / total
         return found.clamp(min=0) + (self.origin - self.origin)
 
     def total(self, totals: Tensor, columns: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from fastkd.losses._sharded import LossRows, side_table
 from fastkd.reference._rows import DEAD
 
 _DIVERGENCES = CHOICES["softmax_divergence.divergence"]
-_LN2 = 0.6931471805599453
 
 
 def token_log_probs(
@@ -119,7 +118,7 @@ def token_stats(
         top_prob = ((top.amax(0) - merged.origin) / tau - log_sum).exp()
         entropy = merged.entropy(sums, weighted, tau)
         numbers += [merged.origin / tau + log_sum, entropy, top_prob, label]
-        frames += [merged.origin, log_sum / _LN2]
+        frames += [merged.origin, log_sum / ops.LN2]
     if teacher is not None:
         pair = torch.stack([one, tau, tau, one, one, *(one * cap for cap in caps), *frames])
         found = []
