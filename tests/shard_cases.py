@@ -96,6 +96,7 @@ def cases(size: int) -> dict[str, Case]:
         *(
             rows.edge_label_case,
             rows.label_error_case,
+            rows.width_error_case,
             modes.repeat_case,
             modes.alone_case,
             modes.inference_case,

@@ -32,7 +32,7 @@ from fastkd._ops.library import (
 )
 from fastkd._ops.linear import function as linear
 from fastkd._ops.linear.call import OPS, find
-from fastkd._ops.shards import Shards, with_columns
+from fastkd._ops.shards import Shards, check_widths, with_columns
 
 #: Fields that index columns.
 _INDICES = ("labels", "token_ids", "teacher_indices")
@@ -127,6 +127,7 @@ class Op:
             given["vocab_size"] = max(shards.columns, 1)
         packed = self.arguments.pack(rows, given)
         if shards is not None:
+            check_widths(shards, self.arguments.fields, packed)
             # An op that does not know the vocabulary's size has its own checks there.
             if "vocab_size" in self.arguments.fields and not torch.compiler.is_compiling():
                 self.checked(with_columns(self.arguments.fields, packed))
@@ -251,6 +252,7 @@ class Plain:
             given["vocab_size"] = max(shards.columns, 1)
         packed = self.arguments.pack(rows, given)
         if shards is not None:
+            check_widths(shards, self.arguments.fields, packed)
             values = dict(zip(self.arguments.fields, packed, strict=True))
             return self.sharded(self, values, shards, False)
         pack = self.arguments.graph if is_tracing(rows) else self.arguments.eager

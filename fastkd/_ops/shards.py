@@ -155,6 +155,23 @@ def shards_of(
     return Shards(function, group, size, start, columns, vocab_size)
 
 
+def check_widths(shards: Shards, fields: Sequence[str], packed: Sequence[Any]) -> None:
+    """Raise unless all logits have as many columns: they are the same part of the vocabulary."""
+    first, width = fields[0], None
+    for field, value in zip(fields, packed, strict=True):
+        if field not in LOGITS:
+            continue
+        for x in value if isinstance(value, (list, tuple)) else (value,):
+            if x is None or x.dim() < 1:
+                continue
+            width = x.size(-1) if width is None else width
+            if x.size(-1) != width:
+                raise ValueError(
+                    f"{shards.function}: with group, {field} must be the same columns as {first}, "
+                    f"{width}, got {x.size(-1)}"
+                )
+
+
 def with_columns(fields: Sequence[str], packed: Sequence[Any]) -> list[Any]:
     """Packed arguments, where logits without a column get one, for the raw op's checks."""
 

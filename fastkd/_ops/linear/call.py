@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.linear.logits import LinearLogits, logits_dtype_of, softcapped
-from fastkd._ops.shards import LOGITS, Shards
+from fastkd._ops.shards import LOGITS, Shards, check_widths
 
 #: Every op by its name.
 OPS: dict[str, Any] = {}
@@ -203,6 +203,8 @@ def make(op: Any, given: dict[str, Any], stats: bool = False, shards: Shards | N
         given["vocab_size"] = max(shards.columns, 1)
     first = given[arguments.fields[0]]
     packed = arguments.pack(first, given)
+    if shards is not None:
+        check_widths(shards, arguments.fields, packed)
     sides = [
         Side(arguments.fields.index(field), item, linear, cap)
         for (field, item, linear), cap in zip(found, caps, strict=True)
