@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from shard_heads import FEATURES, compare, head, sent
 from shard_ranks import LABELS, ROWS, WIDTH, Ranks, logits
 from torch import Tensor
@@ -74,7 +75,7 @@ def head_dtype_case(dtype: torch.dtype, ranks: Ranks) -> None:
 
 
 def head_modes_case(ranks: Ranks) -> None:
-    """One graph without a break; teachers of inference mode; tied heads; a teacher's own logits."""
+    """One graph without a break; teachers of inference mode; checkpointing; tied heads."""
     vocab, labels, columns = WIDTH * ranks.size, LABELS[ranks.size], ranks.even(WIDTH)
     sides = [head(vocab, i) for i in range(2)]
     parts = [[x if i == 0 else x[columns] for i, x in enumerate(side)] for side in sides]
@@ -122,6 +123,21 @@ def head_modes_case(ranks: Ranks) -> None:
         loss = fastkd.softmax_divergence(LinearLogits(h, *parts[0][1:]), other, group=ranks.group)
         loss.backward()
         torch.testing.assert_close(loss.detach(), expected, rtol=0, atol=1e-12)
+    checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    up = ["add_up"] * 2
+    for function, calls in (
+        (
+            lambda s, t, **place: checkpointed(
+                lambda: fastkd.softmax_divergence(s, t, divergence="jsd", **place)
+            ),
+            [*["gather"] * 2, *up] * 2,  # all again in the backward pass
+        ),
+        (
+            lambda s, t, **place: checkpointed(lambda: fastkd.token_log_probs(s, labels, **place)),
+            [*["gather"] * 3, "add_up"],
+        ),
+    ):
+        compare(ranks, function, sides, tolerance=1e-12, collectives=calls)
     compare(
         ranks,
         lambda z, **place: fastkd.softmax_divergence(

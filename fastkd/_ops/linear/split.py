@@ -20,7 +20,9 @@ def _recording() -> Iterator[None]:
     for name in (*_AUTOGRAD, "ADInplaceOrView"):
         excluded = excluded.remove(getattr(keys, name))
     included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+    # What is saved is used at once: hooks, such as those of checkpoints, are for what is kept.
+    own = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad(), own:
         yield
 
 
