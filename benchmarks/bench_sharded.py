@@ -1,13 +1,15 @@
 """softmax_divergence where the vocabulary is split over processes, beside one process.
 
-    python -m benchmarks.bench_sharded --processes 2 --rows 256 --vocab 32000
+    python -m benchmarks.bench_sharded --processes 2 --rows 256 --vocab 32000 [--features 512]
 
+With ``--features`` the logits are those of linear heads, split likewise, and a step also computes
+the gradients of hidden states and weight.
 Each process has one thread. A step is the loss and its gradient. In each round all processes take a
 step on their columns, then the first alone takes one on the whole vocabulary. The table has medians
 of CPU time of the first process, which other programs disturb little, and of wall time: the
 collectives are in both. "work" is the CPU time of a step on the columns times the processes,
 divided by that of a step on the whole: 1 if splitting cost nothing. Bytes are those that a process
-sends for each row; eager PyTorch on DTensors gathers all logits, 8 bytes a column.
+sends for each row and collective; eager PyTorch on DTensors gathers all logits, 8 bytes a column.
 """
 
 import argparse
@@ -33,9 +35,11 @@ def timed(step: Callable[[], None]) -> tuple[float, float]:
     return (time.process_time() - cpu) * 1e3, (time.perf_counter() - wall) * 1e3
 
 
-def step(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, **options) -> None:
-    """A loss and its gradient."""
-    student.grad = None
+def step(sides: list[list[torch.Tensor]], labels: torch.Tensor, **options) -> None:
+    """A loss and its gradient. A side: logits, or hidden states and weight."""
+    for x in sides[0]:
+        x.grad = None
+    student, teacher = (x[0] if len(x) == 1 else fastkd.LinearLogits(*x) for x in sides)
     fastkd.softmax_divergence(student, teacher, labels=labels, **options).backward()
 
 
@@ -46,30 +50,47 @@ def run(rank: int, options: argparse.Namespace, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     dtype, width = getattr(torch, options.dtype), options.vocab // size
     torch.manual_seed(0)
-    whole = [torch.randn(options.rows, width * size).to(dtype) for _ in range(2)]
     columns = slice(rank * width, (rank + 1) * width)
-    parts = [x[:, columns].clone() for x in whole]
+    whole, parts = [], []
+    for _ in range(2):
+        if options.features:
+            hidden = torch.randn(options.rows, options.features).to(dtype)
+            weight = torch.randn(width * size, options.features) / options.features**0.5
+            weight = weight.to(dtype)
+            whole.append([hidden, weight])
+            parts.append([hidden.clone(), weight[columns].clone()])
+        else:
+            logits = torch.randn(options.rows, width * size).to(dtype)
+            whole.append([logits])
+            parts.append([logits[:, columns].clone()])
     labels = torch.randint(0, width * size, (options.rows,))
-    whole[0].requires_grad_()
-    parts[0].requires_grad_()
+    for x in (*whole[0], *parts[0]):
+        x.requires_grad_()
     sent: list[int] = []
-    gather = Shards.gather
+    gather, add_up = Shards.gather, Shards.add_up
 
-    def recorded(self, numbers, dtype):
-        sent.append(numbers.size(0) * dtype.itemsize)
+    def gathered(self, numbers, dtype):
+        sent.append(numbers.numel() * dtype.itemsize // options.rows)
         return gather(self, numbers, dtype)
 
-    Shards.gather = recorded  # type: ignore[method-assign]
+    def added(self, x):
+        sent.append(x.numel() * x.element_size() // options.rows)
+        add_up(self, x)
+
+    Shards.gather, Shards.add_up = gathered, added  # type: ignore[method-assign]
     if rank == 0:
         print(
-            f"{options.rows} rows x {width * size} {options.dtype}, {size} processes, one thread "
-            "each; milliseconds, CPU (wall)"
+            f"{options.rows} rows x {width * size} {options.dtype}"
+            + (f" of {options.features} features" if options.features else "")
+            + f", {size} processes, one thread each; milliseconds, CPU (wall)"
         )
         heads = ("split", "whole", "work", "bytes a row")
         print(f"{'divergence':26}" + "".join(f"{x:>18}" for x in heads))
     for divergence in DIVERGENCES:
-        split = partial(step, *parts, labels, divergence=divergence, group=dist.group.WORLD)
-        alone = partial(step, *whole, labels, divergence=divergence)
+        if divergence == "decoupled_kl":
+            continue
+        split = partial(step, parts, labels, divergence=divergence, group=dist.group.WORLD)
+        alone = partial(step, whole, labels, divergence=divergence)
         times: list[list[tuple[float, float]]] = [[], []]
         for repeat in range(options.rounds + 1):
             dist.barrier()
@@ -98,6 +119,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--features", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()

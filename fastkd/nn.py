@@ -165,6 +165,7 @@ class LinearSoftmaxDivergence(LossModule):
         normalizer: float | Tensor | None = None,
         square_temperature: bool = False,
         group: Any = None,
+        vocab_start: int | None = None,
     ) -> None:
         super().__init__(locals())
 

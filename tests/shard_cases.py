@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import shard_head_modes as head_modes
+import shard_heads as heads
 import shard_modes as modes
 import shard_rows as rows
 import shard_values as values
@@ -53,6 +55,9 @@ def cases(size: int) -> dict[str, Case]:
     for renormalize in choices("clipped_divergence", "renormalize"):
         if size == 2 or renormalize == "both":
             add(values.clipped_case, renormalize, (torch.float64, torch.float32)[size // 4])
+    for mix in choices("softmax_divergence", "teacher_mix"):
+        add(values.teachers_case, mix, (torch.float64, torch.float32)[size // 4])
+    add(values.teacher_rows_case)
     for case in (
         values.cross_entropy_case,
         values.token_log_probs_case,
@@ -62,12 +67,23 @@ def cases(size: int) -> dict[str, Case]:
     ):
         for dtype in TOLERANCE:
             add(case, dtype)
+    for dtype in TOLERANCE:
+        for name in ("forward_kl", "jsd") if dtype == torch.float32 else DIVERGENCES:
+            add(heads.head_divergence_case, name, "plain", dtype)
+        for options in OPTIONS:
+            add(heads.head_divergence_case, "reverse_kl", options, dtype)
+        add(heads.head_ops_case, dtype)
+    for dtype in (torch.bfloat16, torch.float16):
+        add(head_modes.head_dtype_case, dtype)
     for vocab in (5, 7, 203):
+        add(heads.head_width_case, vocab)
         add(rows.width_case, vocab)
     for vocab in (WIDTH - 3, WIDTH * size - 2):
+        add(heads.head_padding_case, vocab)
         add(rows.padding_case, vocab)
     for kind in ("vocab", "rows", "neither") if size == 2 else ("vocab", "both"):
         add(modes.dtensor_case, kind)
+        add(head_modes.head_dtensor_case, kind)
     for case in (
         *(
             values.topk_gradient_case,
@@ -80,12 +96,17 @@ def cases(size: int) -> dict[str, Case]:
         *(
             rows.edge_label_case,
             rows.label_error_case,
+            rows.width_error_case,
             modes.repeat_case,
             modes.alone_case,
+            modes.inference_case,
             modes.inplace_case,
         ),
+        heads.head_rows_case,
     ):
         add(case)
+    if size == 4:
+        add(head_modes.head_fsdp_case)
     if size == 2:
         for case in (
             *(
@@ -94,6 +115,10 @@ def cases(size: int) -> dict[str, Case]:
                 modes.compile_case,
                 modes.dtensor_error_case,
             ),
+            head_modes.head_modes_case,
+            head_modes.head_payload_case,
+            head_modes.head_error_case,
+            head_modes.head_dtensor_error_case,
             modes.torch_is_wrong_case,
         ):
             add(case)

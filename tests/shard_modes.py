@@ -109,6 +109,9 @@ def compile_case(ranks: Ranks) -> None:
     for function in (
         lambda s, t: fastkd.softmax_divergence(s, t, labels=labels, group=ranks.group),
         lambda s, t: fastkd.cross_entropy(s, labels, label_smoothing=0.1, group=ranks.group),
+        lambda s, t: fastkd.softmax_divergence(
+            s, [t, s.detach() + 1], teacher_mix="contrast", group=ranks.group
+        ),
     ):
         found = []
         for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
@@ -244,3 +247,26 @@ def torch_is_wrong_case(ranks: Ranks) -> None:
     torch.testing.assert_close(loss.full_tensor(), expected)
     apart = (spread.grad.full_tensor() - whole.grad).norm() / whole.grad.norm()
     assert apart > 0.1, "PyTorch's gradient is right now: remove what the documentation says of it"
+
+
+def inference_case(ranks: Ranks) -> None:
+    """Teachers, options and bounds made under torch.inference_mode."""
+    vocab, columns = WIDTH * ranks.size, ranks.even(WIDTH)
+    sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
+    with torch.inference_mode():
+        teacher = sides[1][:, columns].clone()
+        temperature, lower = torch.full((ROWS,), 1.5), torch.full((ROWS,), 0.01)
+        best = fastkd.teacher_topk(teacher, 2, group=ranks.group)
+        ids = best.indices[:, 0].clone()
+    for call in (
+        lambda z: fastkd.softmax_divergence(
+            z, teacher, temperature=temperature, labels=ids, group=ranks.group
+        ),
+        lambda z: fastkd.clipped_divergence(z, teacher, lower, 0.9, group=ranks.group),
+        lambda z: fastkd.topk_divergence(z, *best, group=ranks.group),
+        lambda z: fastkd.cross_entropy(z, ids, temperature=temperature, group=ranks.group),
+    ):
+        z = sides[0][:, columns].clone().requires_grad_()
+        call(z).backward()
+        assert z.grad is not None
+        assert z.grad.isfinite().all()

@@ -163,6 +163,26 @@ def edge_label_case(ranks: Ranks) -> None:
         )
 
 
+def width_error_case(ranks: Ranks) -> None:
+    """A teacher of the whole vocabulary, whose first columns would be taken on every process."""
+    z, whole = logits(ROWS, WIDTH), logits(ROWS, WIDTH * ranks.size, seed=1)
+    h, w = logits(ROWS, 3), logits(WIDTH * ranks.size, 3)
+    for call in (
+        lambda: fastkd.softmax_divergence(z, whole, group=ranks.group),
+        lambda: fastkd.softmax_divergence(z, [z, whole], group=ranks.group),
+        lambda: fastkd.softmax_divergence(
+            z, whole, vocab_start=ranks.rank * WIDTH, vocab_size=WIDTH * ranks.size,
+            group=ranks.group,
+        ),
+        lambda: fastkd.clipped_divergence(z, whole, 0.0, 1.0, group=ranks.group),
+        lambda: fastkd.token_stats(z, whole, group=ranks.group),
+        lambda: fastkd.softmax_divergence(z, fastkd.LinearLogits(h, w), group=ranks.group),
+        lambda: fastkd.linear_softmax_divergence(h, w[:WIDTH], h, w, group=ranks.group),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="teacher_logits must be the same columns"):
+            call()
+
+
 def label_error_case(ranks: Ranks) -> None:
     z = logits(ROWS, WIDTH)
     for call in (

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import pytest
 import torch
 from shard_ranks import LABELS, ROWS, TOLERANCE, WIDTH, Ranks, counted, logits, row_options
 from torch import Tensor
@@ -212,3 +213,65 @@ def chunk_case(dtype: torch.dtype, ranks: Ranks) -> None:
         return found.log_likelihood + 0.5 * found.boundary_log_prob
 
     ranks.compare(both, [z], tolerance=TOLERANCE[dtype], collectives=1)
+
+
+def teachers_case(mix: str, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Several teachers: columns that are impossible, rows that are not finite, weights of 0."""
+    vocab = WIDTH * ranks.size
+    sides = [logits(ROWS, vocab, seed=i, dtype=dtype) for i in range(3)]
+    sides[1][0, 3], sides[1][1] = -torch.inf, torch.finfo(dtype).min
+    sides[1][1, vocab - 2 :] = 1.0
+    sides[2][0, 1], sides[2][2, 4] = -torch.inf, torch.nan
+    each = torch.linspace(0.3, 1.2, 2 * ROWS, dtype=torch.float64).view(ROWS, 2)
+    if mix in ("logits", "probs"):
+        each[2, 1] = each[3, 0] = 0  # the NaN is not read
+    adapts = mix in ("contrast", "share")
+    for weights, options in (
+        (None, {}),
+        ([0.3, 0.9], {"temperature": 1.4, "square_temperature": True, "labels": True}),
+        (each, {"mask": torch.arange(ROWS) != 4, "logit_softcap": 5.0, "reduction": "none"}),
+    ):
+        given = {**options, "labels": LABELS[ranks.size]} if "labels" in options else options
+        for name in ("forward_kl", "jsd"):
+            function = functools.partial(
+                fastkd.softmax_divergence,
+                divergence=name,
+                teacher_mix=mix,
+                teacher_weights=weights,
+                **given,
+            )
+            if not isinstance(weights, Tensor):
+                function = functools.partial(function, mask=torch.arange(ROWS) != 2)
+                if "mask" in options:
+                    continue
+            ranks.compare(
+                lambda s, t, u, f=function, **place: f(s, [t.detach(), u.detach()], **place),
+                sides,
+                tolerance=TOLERANCE[dtype] * 2,
+                collectives=4 if adapts else 3,
+            )
+
+
+def teacher_rows_case(ranks: Ranks) -> None:
+    """Rows of a teacher with other leading dimensions; rows without one."""
+    vocab = WIDTH * ranks.size
+    student, teacher = logits(ROWS, vocab), logits(2, 4, vocab, seed=1)
+    places = torch.tensor([7, -1, 0, 0, 3, 2])
+    for reduction in ("mean", "none", "elementmean"):
+        for mix in ([teacher], [teacher, teacher.flip(0)]):
+            options = {"teacher_rows": places, "reduction": reduction, "labels": LABELS[ranks.size]}
+            expected, found = None, None
+            grads = []
+            for place in ({}, {"group": ranks.group}):
+                cut = ranks.even(WIDTH) if place else slice(None)
+                z = student[:, cut].clone().requires_grad_()
+                loss = fastkd.softmax_divergence(z, [t[..., cut] for t in mix], **options, **place)
+                loss.sum().backward()
+                expected, found = found, loss.detach()
+                grads.append(z.grad)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+            torch.testing.assert_close(grads[1], grads[0][:, ranks.even(WIDTH)], rtol=0, atol=1e-12)
+    with pytest.raises(IndexError, match="teacher_rows must lie in"):
+        fastkd.softmax_divergence(
+            student[:, :WIDTH], teacher[..., :WIDTH], teacher_rows=places + 1, group=ranks.group
+        )

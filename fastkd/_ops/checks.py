@@ -83,14 +83,6 @@ def check_normalizer(function: str, normalizer: Any) -> None:
         raise TypeError(f"{wanted}, got {type(normalizer).__name__}")
 
 
-def check_no_group(function: str, group: Any) -> None:
-    """Raise if a group is given to a function without split vocabularies."""
-    if group is not None:
-        raise NotImplementedError(
-            f"{function}: group (a vocabulary split across processes) is not available here"
-        )
-
-
 def reduced(
     function: str,
     losses: Tensor,

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.arguments import to_integer
+from fastkd._ops.linear.logits import LinearLogits
 
 
 def is_dtensor(x: Any) -> bool:
-    """Whether it is a DTensor, without importing them for plain tensors."""
+    """Whether it is a DTensor or logits of such, without importing them for plain tensors."""
+    if isinstance(x, LinearLogits):
+        return x.placed
     if type(x) in (Tensor, torch.nn.Parameter) or not isinstance(x, Tensor):
         return False
     if not torch.distributed.is_available():
@@ -100,13 +103,22 @@ class _Layout:
         """The same of other logits."""
         if isinstance(x, (list, tuple)):
             return [self.of_columns(name, one) for one in x]
-        if not isinstance(x, Tensor):
+        if not isinstance(x, (Tensor, LinearLogits)):
             return x
         if x.shape != self.logits.shape:
             raise ValueError(
                 f"{self.function}: {name} must have the shape of {self.name}, "
                 f"{list(self.logits.shape)}, got {list(x.shape)}"
             )
+        if isinstance(x, LinearLogits):
+            here = x.placed and x.device_mesh == self.mesh and x.placements == self.placements
+            if not here:
+                where = x.placements if x.placed else "plain tensors"
+                raise ValueError(
+                    f"{self.function}: {name} must be placed as {self.name}, on the same mesh, "
+                    f"{self.placements}, got {where}"
+                )
+            return x.to_local()
         return self.local(name, x, self.placements)
 
     def options(self, vocab_size: Any) -> dict[str, Any]:
@@ -134,6 +146,13 @@ class _Layout:
         return DTensor.from_local(
             x, self.mesh, self.rows, run_check=False, shape=torch.Size(shape), stride=stride
         )
+
+    def results(self, found: Any, dimensions: int) -> Any:
+        """The same of a tensor, None or a tuple of them."""
+        if isinstance(found, tuple):
+            each = [self.results(x, dimensions) for x in found]
+            return type(found)(*each) if hasattr(found, "_fields") else tuple(each)
+        return None if found is None else self.result(found, dimensions)
 
     def reduced(self, x: Tensor) -> Any:
         """A local part of a sum over rows as a DTensor."""
@@ -209,10 +228,7 @@ def rows_of_dtensors(
                 f"chunk_log_likelihood: the mesh must not shard the tokens of a text, got "
                 f"placements {layout.placements}"
             )
-    found = function(*tensors, **options, **whole)
-    if isinstance(found, Tensor):
-        return layout.result(found, leading)
-    return type(found)(*(None if x is None else layout.result(x, leading) for x in found))
+    return layout.results(function(*tensors, **options, **whole), leading)
 
 
 def loss_of_dtensors(
@@ -221,11 +237,14 @@ def loss_of_dtensors(
     """A loss over rows. Its denominator is that of all rows, also of those of other processes."""
     layout, tensors, options = _local_arguments(function, logits, others, options)
     if options["reduction"] == "none":
-        return layout.result(function(*tensors, **options), logits.dim() - 1)
+        return layout.results(function(*tensors, **options), logits.dim() - 1)
     if layout.sharded and options["normalizer"] is None and options["reduction"] != "sum":
         options["normalizer"] = _denominator(layout, tensors, options)
         options["reduction"] = "sum"
-    return layout.reduced(function(*tensors, **options))
+    found = function(*tensors, **options)
+    if isinstance(found, Tensor):
+        return layout.reduced(found)
+    return layout.reduced(found[0]), layout.results(found[1], logits.dim() - 1)
 
 
 def _denominator(layout: _Layout, tensors: list[Any], options: dict[str, Any]) -> Any:

@@ -32,6 +32,7 @@ from fastkd._ops.library import (
 )
 from fastkd._ops.linear import function as linear
 from fastkd._ops.linear.call import OPS, find
+from fastkd._ops.shards import Shards, check_widths, with_columns
 
 #: Fields that index columns.
 _INDICES = ("labels", "token_ids", "teacher_indices")
@@ -51,6 +52,10 @@ class Op:
 
     #: "loss", or "differentiable" with a backward pass of its own; see fastkd/_ops/linear.
     kind: str
+
+    #: The results of this process's columns and those of the others (fastkd/losses/_sharded.py), as
+    #: the raw op returns them: of the op, its packed arguments by name, the columns, inplace.
+    sharded: Callable[["Any", dict[str, Any], Shards, bool], Any]
 
     #: Warns about arguments of an eager call that are probably wrong.
     hints: Callable[[str, Tensor, dict[str, Any]], None] | None = None
@@ -102,13 +107,32 @@ class Op:
             return linear.define(self, given)
         return self.reference(**self.arguments.unpack(self.arguments.pack(rows, given)))
 
-    def __call__(self, rows: Any, given: dict[str, Any], inplace: bool = False) -> Any:
-        """The op's result. ``rows``: the logits; ``given``: the public arguments by name."""
+    def __call__(
+        self,
+        rows: Any,
+        given: dict[str, Any],
+        inplace: bool = False,
+        shards: Shards | None = None,
+    ) -> Any:
+        """The op's result.
+
+        ``rows``: the logits; ``given``: the public arguments by name; ``shards``: this process's
+        columns, of a vocabulary that is split.
+        """
         if inplace is not False:
             inplace = to_flag(self.name, "inplace", inplace)
         if find(given):
-            return linear.run(self, given, inplace)
+            return linear.run(self, given, inplace, shards=shards)
+        if shards is not None:
+            given["vocab_size"] = max(shards.columns, 1)
         packed = self.arguments.pack(rows, given)
+        if shards is not None:
+            check_widths(shards, self.arguments.fields, packed)
+            # An op that does not know the vocabulary's size has its own checks there.
+            if "vocab_size" in self.arguments.fields and not torch.compiler.is_compiling():
+                self.checked(with_columns(self.arguments.fields, packed))
+            values = dict(zip(self.arguments.fields, packed, strict=True))
+            return self.sharded(self, values, shards, inplace)
         try:
             # The op for graphs has no rules for transforms inside the traced function.
             if torch.compiler.is_compiling():
@@ -203,6 +227,8 @@ class Plain:
     """
 
     kind, results = "plain", None
+    #: As :attr:`Op.sharded`.
+    sharded: Callable[["Any", dict[str, Any], Shards, bool], Any]
 
     def __init__(
         self, name: str, fake: Callable[..., tuple[Tensor, ...]], axes: Sequence[int] = (0, 0)
@@ -216,11 +242,19 @@ class Plain:
         """See :meth:`Loss.register`."""
         torch.library.register_fake(f"{library}::{self._name}", self._fake)
 
-    def __call__(self, rows: Any, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    def __call__(
+        self, rows: Any, given: dict[str, Any], shards: Shards | None = None
+    ) -> tuple[Tensor, ...]:
         """See :meth:`Op.__call__`."""
         if find(given):
-            return linear.run(self, given)
+            return linear.run(self, given, shards=shards)
+        if shards is not None:
+            given["vocab_size"] = max(shards.columns, 1)
         packed = self.arguments.pack(rows, given)
+        if shards is not None:
+            check_widths(shards, self.arguments.fields, packed)
+            values = dict(zip(self.arguments.fields, packed, strict=True))
+            return self.sharded(self, values, shards, False)
         pack = self.arguments.graph if is_tracing(rows) else self.arguments.eager
         try:
             if rows.is_meta and type(rows) is Tensor:

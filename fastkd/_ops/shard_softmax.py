@@ -15,8 +15,6 @@ from torch import Tensor
 from fastkd._ops import shards as ops
 from fastkd._ops.shards import Merged, Shards
 
-_LN2 = 0.6931471805599453
-
 
 class SoftmaxNumbers(NamedTuple):
     """One number a row, the same on every process. Logits are relative to ``origin``.
@@ -67,6 +65,7 @@ class SoftmaxCall:
         ``base``: float64 [4, rows]: whether the row is read, temperature, second temperature, cap.
         ``token_ids``: [rows] and ``holes``: [rows, holes], columns of this process or -1.
         """
+        holes = None if holes is None else holes.contiguous()
         arguments = (logits, base, token_ids, columns, holes)
         if torch.is_grad_enabled() and logits.requires_grad:
             found = dict(zip(self.names(holes), _Softmax.apply(self, *arguments), strict=True))
@@ -182,12 +181,12 @@ class SoftmaxCall:
             """Of q (constant + slope log2 q)."""
             into = grads.get(f"{name}entropy", zero)
             rest = torch.where(into == 0, 0.0, into * found.get(f"{name}entropy", zero))
-            return [(grads.get(f"{name}log_sum", zero) - rest) / tau, -into * _LN2 / tau]
+            return [(grads.get(f"{name}log_sum", zero) - rest) / tau, -into * ops.LN2 / tau]
 
         def log2_sum(name: str) -> Tensor:
             # Of a softmax without a possible column any normaliser gives 0.
             log_sum = found.get(name, zero)
-            return torch.where(log_sum == -torch.inf, 0.0, log_sum) / _LN2
+            return torch.where(log_sum == -torch.inf, 0.0, log_sum) / ops.LN2
 
         into_token = grads.get("token_logit", zero)
         numbers = [found["origin"], log2_sum("log_sum"), log2_sum("second_log_sum")]

@@ -8,6 +8,7 @@ numbers of a row are a logit near the largest, the origin, and sums relative to 
 The raw ops take a table, float64 [numbers, rows] (csrc/arguments/shards_entry.h has its rows).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,16 @@ from torch import Tensor
 
 from fastkd._ops.arguments import to_integer
 from fastkd._ops.gradient import gradient_for, memory
-from fastkd._ops.op import Op, Plain
+from fastkd._ops.linear.logits import LinearLogits
 
 #: The largest whole number below which float32 holds all of them.
 _WHOLE = 1 << 24
 #: The rows of `_shard_statistics`' result.
 ORIGIN, SUM, WEIGHTED, SECOND_SUM, SECOND_WEIGHTED = range(5)
 TOKEN_LOGIT, BEST_LOGIT, BEST_COLUMN, TOTAL, COLUMNS = range(5, 10)
-_LN2 = 0.6931471805599453
+#: Arguments that are logits.
+LOGITS = ("logits", "student_logits", "teacher_logits")
+LN2 = 0.6931471805599453
 #: Bits of `_shard_statistics`' argument `wanted`.
 ENTROPY, SECOND, BEST, TOTAL_BIT = 1, 2, 4, 8
 _EMPTY = (-torch.inf, 0.0, 0.0, 0.0, 0.0, -torch.inf, -torch.inf, 0.0, 0.0, 0.0)
@@ -34,7 +37,8 @@ class Shards:
     """The columns of this process.
 
     ``columns``: how many of them the vocabulary has; those after them are padding. ``start``: the
-    vocabulary's number of the first one. ``vocab``: the vocabulary's size.
+    vocabulary's number of the first one. ``vocab``: the vocabulary's size. ``group``: the process
+    group, in a graph its name.
     """
 
     function: str
@@ -60,10 +64,23 @@ class Shards:
         found = collectives.all_reduce(numbers.to(dtype).contiguous(), "sum", self.group)
         return _waited(found).to(torch.float64)
 
+    def add_up(self, x: Tensor) -> None:
+        """Replace a tensor by the sum over all processes."""
+        from torch.distributed import distributed_c10d
+
+        resolve: Any = distributed_c10d._resolve_process_group
+        named = isinstance(self.group, str)
+        torch.distributed.all_reduce(x, group=resolve(self.group) if named else self.group)
+
     def local(self, token_ids: Tensor) -> Tensor:
         """Token ids as columns of this process; -1 for those of other processes."""
         column = token_ids.to(torch.int64) - self.start
         return torch.where((column >= 0) & (column < self.columns), column, -1)
+
+
+def group_name(group: Any) -> str:
+    """The name of a group in graphs."""
+    return group if isinstance(group, str) else group.group_name
 
 
 def _waited(tensor: Tensor) -> Tensor:
@@ -104,9 +121,10 @@ def shards_of(
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError(f"{function}: this process is not in group")
-    if not isinstance(logits, Tensor):
+    if not isinstance(logits, (Tensor, LinearLogits)):
         raise TypeError(
-            f"{function}: with group, logits must be a tensor, got {type(logits).__name__}"
+            f"{function}: with group, logits must be a tensor or LinearLogits, got "
+            f"{type(logits).__name__}"
         )
     if logits.dim() < 1:
         raise ValueError(f"{function}: logits must have at least one dimension, got a scalar")
@@ -137,15 +155,35 @@ def shards_of(
     return Shards(function, group, size, start, columns, vocab_size)
 
 
-def packed_values(
-    op: Op | Plain, logits: Tensor, given: dict[str, Any], shards: Shards
-) -> dict[str, Any]:
-    """The arguments by the raw op's fields, checked as those of a single process are."""
-    given["vocab_size"] = max(shards.columns, 1)
-    packed = op.arguments.pack(logits, given)
-    if isinstance(op, Op) and not torch.compiler.is_compiling() and logits.size(-1) > 0:
-        op.checked(packed)
-    return dict(zip(op.arguments.fields, packed, strict=True))
+def check_widths(shards: Shards, fields: Sequence[str], packed: Sequence[Any]) -> None:
+    """Raise unless all logits have as many columns: they are the same part of the vocabulary."""
+    first, width = fields[0], None
+    for field, value in zip(fields, packed, strict=True):
+        if field not in LOGITS:
+            continue
+        for x in value if isinstance(value, (list, tuple)) else (value,):
+            if x is None or x.dim() < 1:
+                continue
+            width = x.size(-1) if width is None else width
+            if x.size(-1) != width:
+                raise ValueError(
+                    f"{shards.function}: with group, {field} must be the same columns as {first}, "
+                    f"{width}, got {x.size(-1)}"
+                )
+
+
+def with_columns(fields: Sequence[str], packed: Sequence[Any]) -> list[Any]:
+    """Packed arguments, where logits without a column get one, for the raw op's checks."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [one(x) for x in value]
+        if isinstance(value, Tensor) and value.dim() > 0 and value.size(-1) == 0:
+            return value.new_zeros(()).expand(*value.shape[:-1], 1)
+        return value
+
+    pairs = zip(fields, packed, strict=True)
+    return [one(value) if field in LOGITS else value for field, value in pairs]
 
 
 def table(rows: int, like: Tensor, *numbers: Any) -> Tensor:
@@ -218,7 +256,7 @@ class Merged:
         moved = (self._origins - self._top) / temperature
         moved = torch.where((self._origins == self._top) | (sums == 0), 0.0, moved)
         total = (sums * factors).sum(0)
-        found = total.log() - ((weighted * _LN2 + sums * moved) * factors).sum(0) / total
+        found = total.log() - ((weighted * LN2 + sums * moved) * factors).sum(0) / total
         return found.clamp(min=0) + (self.origin - self.origin)
 
     def total(self, totals: Tensor, columns: Tensor) -> Tensor:

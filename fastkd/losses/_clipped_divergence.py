@@ -151,9 +151,7 @@ def clipped_divergence(
         return loss_of_dtensors(clipped_divergence, student_logits, others, {**options, **place})
     shards = shards_of("clipped_divergence", student_logits, group, vocab_start, vocab_size)
     arguments = given(student_logits, teacher_logits, lower, upper, options)
-    if shards is not None:
-        return _sharded_clipped.clipped_divergence(OP, student_logits, arguments, shards)
-    return OP(student_logits, arguments)
+    return OP(student_logits, arguments, shards=shards)
 
 
 def given(
@@ -208,3 +206,4 @@ OP = Loss(
     absent={"teacher_temperature": "temperature", "softness": 0.0},
 )
 OP.serves(clipped_divergence, given)
+OP.sharded = _sharded_clipped.clipped_divergence

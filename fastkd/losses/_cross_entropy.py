@@ -123,10 +123,7 @@ def cross_entropy(
         return loss_of_dtensors(cross_entropy, logits, others, {**options, **place})
     shards = shards_of("cross_entropy", logits, group, vocab_start, vocab_size)
     arguments = given(logits, labels, options)
-    if shards is not None:
-        assert isinstance(logits, Tensor)
-        return _sharded_softmax.cross_entropy(OP, logits, arguments, inplace, shards)
-    return OP(logits, arguments, inplace=inplace)
+    return OP(logits, arguments, inplace=inplace, shards=shards)
 
 
 def given(logits: Tensor | LinearLogits, labels: Tensor, options: dict[str, Any]) -> dict[str, Any]:
@@ -155,3 +152,4 @@ OP = Loss(
     overwrites=True,
 )
 OP.serves(cross_entropy, given)
+OP.sharded = _sharded_softmax.cross_entropy

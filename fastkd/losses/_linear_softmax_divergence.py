@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.arguments import to_flag
-from fastkd._ops.checks import check_no_group
+from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.linear import function as linear
-from fastkd._ops.linear.logits import checked_options, linear_side
+from fastkd._ops.linear.logits import LinearLogits, checked_options, linear_side
 from fastkd._ops.names import Divergence, Reduction, TeacherMix
+from fastkd._ops.shards import shards_of
 from fastkd.losses._softmax_divergence import OP, given
 from fastkd.losses._token_stats import TokenStats, token_stats_of
 
@@ -49,6 +50,7 @@ def linear_softmax_divergence(
     normalizer: float | Tensor | None = None,
     square_temperature: bool = False,
     group: Any = None,
+    vocab_start: int | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     r"""Divergence between the distributions of two linear heads, whose logits are never stored.
 
@@ -76,7 +78,11 @@ def linear_softmax_divergence(
         return_stats: whether to return statistics of the rows, too, from the same logits.
         divergence, beta, alpha, temperature, teacher_temperature, weight, mask, teacher_weights,
             teacher_mix, labels, label_weight, ignore_index, shift, vocab_size, reduction,
-            normalizer, square_temperature, group: see :func:`fastkd.softmax_divergence`.
+            normalizer, square_temperature: see :func:`fastkd.softmax_divergence`.
+        group: the vocabulary is split across this process group: the weights and biases are rows of
+            the heads, the hidden states the same on all processes. See
+            :class:`fastkd.LinearLogits`.
+        vocab_start: with ``group``, the vocabulary's number of this process's first row.
 
     Returns:
         float32 (float64 where an input is): a scalar, or with ``reduction="none"`` the leading
@@ -87,7 +93,7 @@ def linear_softmax_divergence(
     Raises:
         IndexError: a label out of range (on CUDA its row is NaN instead).
         ValueError, TypeError: another argument has the wrong value or type.
-        NotImplementedError: ``group`` is given.
+        NotImplementedError: second derivatives with ``group``.
 
     Source: products by chunks of tokens with the gradient in the forward pass as Liger's chunked
     losses (Hsu et al. 2024, arXiv 2410.10989).
@@ -102,7 +108,6 @@ def linear_softmax_divergence(
     >>> [[round(x, 4) for x in row] for row in head.grad.tolist()]
     [[-0.0, -0.4621], [0.0, 0.4621]]
     """
-    check_no_group(_NAME, group)
     return_stats = to_flag(_NAME, "return_stats", return_stats)
     options = checked_options(_NAME, logits_dtype, chunk_size, compact)
     scales = logit_scale if isinstance(logit_scale, (tuple, list)) else (logit_scale, logit_scale)
@@ -116,7 +121,7 @@ def linear_softmax_divergence(
     teacher = linear_side(
         _NAME, "teacher_", teacher_hidden, teacher_weight, teacher_bias, scales[1], options
     )
-    row_options = {
+    row_options: dict[str, Any] = {
         "divergence": divergence,
         "beta": beta,
         "alpha": alpha,
@@ -137,8 +142,27 @@ def linear_softmax_divergence(
         "reduction": reduction,
         "normalizer": normalizer,
     }
+    row_options.update(group=group, vocab_start=vocab_start, return_stats=return_stats)
+    if is_dtensor(student):
+        others = {"teacher_logits": teacher}
+        return loss_of_dtensors(_of_heads, student, others, row_options)
+    return _of_heads(student, teacher, **row_options)
+
+
+def _of_heads(
+    student: LinearLogits,
+    teacher: LinearLogits,
+    *,
+    group: Any = None,
+    vocab_start: int | None = None,
+    return_stats: bool,
+    **options: Any,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    shards = shards_of(_NAME, student, group, vocab_start, options["vocab_size"])
+    labels = options["labels"] is not None
     try:
-        found = linear.run(OP, given(student, teacher, row_options), stats=return_stats)
+        arguments = given(student, teacher, options)
+        found = linear.run(OP, arguments, stats=return_stats, shards=shards)
     except (ValueError, TypeError, IndexError) as error:
         message = str(error)
         if message.startswith("softmax_divergence:"):
@@ -147,4 +171,7 @@ def linear_softmax_divergence(
     if not return_stats:
         return found
     loss, numbers, argmax = found
-    return loss, token_stats_of(numbers, argmax, True, labels is not None)
+    return loss, token_stats_of(numbers, argmax, True, labels)
+
+
+_of_heads.__name__ = _NAME

@@ -15,8 +15,8 @@ from torch import Tensor
 from fastkd._ops import shards as ops
 from fastkd._ops.op import Op
 from fastkd._ops.shard_softmax import softcapped
-from fastkd._ops.shards import Merged, Shards, packed_values
-from fastkd.losses._sharded import REDUCTIONS, LossRows, at_one, has_labels, label_term
+from fastkd._ops.shards import Merged, Shards
+from fastkd.losses._sharded import LossRows, at_one, has_labels, label_term
 from fastkd.reference import _clipped_divergence as reference
 from fastkd.reference._rows import NO_WEIGHT, exp, finite
 
@@ -28,12 +28,12 @@ _DIVERGENCE, _MASS, _STUDENT_MASS, _REST, _STUDENT_REST, _ALIVE, _LOST = range(7
 
 
 @torch.compiler.disable  # the backward pass forms terms by autograd
-def clipped_divergence(op: Op, student: Tensor, given: dict[str, Any], shards: Shards) -> Tensor:
+def clipped_divergence(op: Op, values: dict[str, Any], shards: Shards, inplace: bool) -> Tensor:
     """`fastkd.clipped_divergence` of columns split across processes."""
-    if given["quantile"]:
+    if values["quantile"]:
         raise NotImplementedError("clipped_divergence: group takes no quantile=True")
-    values = op.arguments.unpack(list(packed_values(op, student, given, shards).values()))
-    values["reduction"] = REDUCTIONS.index(values["reduction"])
+    values = {**op.arguments.unpack(list(values.values())), "reduction": values["reduction"]}
+    student = values["student_logits"]
     rows = LossRows(shards, student, values, values["teacher_logits"])
     call = _Clipped(rows, values)
     bounds = [values[name].reshape(-1).to(torch.float64) for name in ("lower", "upper")]
@@ -280,12 +280,16 @@ class _Sums(torch.autograd.Function):
     def forward(ctx, call, needs, student, teacher, lower, upper):
         found, frame = call.forward(student, teacher, lower, upper)
         ctx.call, ctx.needs = call, needs
-        ctx.save_for_backward(frame, found[0], student, teacher, lower, upper)
+        # Autograd cannot save some tensors, such as those made under torch.inference_mode.
+        pairs = list(zip(needs, (student, teacher, lower, upper), strict=True))
+        ctx.inputs = [None if need else x for need, x in pairs]
+        ctx.save_for_backward(frame, found[0], *(x if need else None for need, x in pairs))
         ctx.mark_non_differentiable(found[2])
         return found
 
     @staticmethod
     def backward(ctx, into, into_label, _):
         ops.check_first_order(ctx.call.shards)
-        frame, sums, *inputs = ctx.saved_tensors
+        frame, sums, *saved = ctx.saved_tensors
+        inputs = [y if x is None else x for x, y in zip(saved, ctx.inputs, strict=True)]
         return None, None, *ctx.call.gradients(frame, sums, inputs, ctx.needs, into, into_label)

@@ -9,19 +9,18 @@ from fastkd._ops import shards as ops
 from fastkd._ops.arguments import CHOICES
 from fastkd._ops.op import Op, Plain
 from fastkd._ops.shard_softmax import SoftmaxCall
-from fastkd._ops.shards import Merged, Shards, packed_values
+from fastkd._ops.shards import Merged, Shards
 from fastkd.losses._sharded import LossRows, side_table
 from fastkd.reference._rows import DEAD
 
 _DIVERGENCES = CHOICES["softmax_divergence.divergence"]
-_LN2 = 0.6931471805599453
 
 
 def token_log_probs(
-    op: Op, logits: Tensor, given: dict[str, Any], shards: Shards
+    op: Op, values: dict[str, Any], shards: Shards, inplace: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`fastkd.token_log_probs` of columns split across processes."""
-    values = packed_values(op, logits, given, shards)
+    logits = values["logits"]
     rows = LossRows(shards, logits, values, labels="token_ids")
     call = SoftmaxCall(shards, entropy=values["entropy"], token=True)
     found = call.numbers(logits, side_table(rows, 1.0, "logit_softcap"), rows.token_ids())
@@ -40,11 +39,9 @@ def possible(logit: Tensor) -> Tensor:
     return logit + torch.where(logit < -DEAD, -torch.inf, 0.0)
 
 
-def cross_entropy(
-    op: Op, logits: Tensor, given: dict[str, Any], inplace: bool, shards: Shards
-) -> Tensor:
+def cross_entropy(op: Op, values: dict[str, Any], shards: Shards, inplace: bool) -> Tensor:
     """`fastkd.cross_entropy` of columns split across processes."""
-    values = packed_values(op, logits, given, shards)
+    logits = values["logits"]
     rows = LossRows(shards, logits, values)
     tau = rows.column("temperature")
     smoothing, of_entropy = values["label_smoothing"], values["entropy_weight"]
@@ -85,46 +82,51 @@ def _is(number: Any, value: float) -> bool:
     return isinstance(number, (int, float)) and number == value
 
 
-def token_stats(op: Plain, student: Tensor, given: dict[str, Any], shards: Shards) -> list[Any]:
-    """`fastkd.token_stats` of columns split across processes: its fields in order, [rows]."""
-    teacher = given["teacher_logits"]
-    values = packed_values(op, student, given, shards)
+def token_stats(
+    op: Plain, values: dict[str, Any], shards: Shards, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    """The numbers and likeliest tokens of `fastkd.token_stats`, of columns split across processes.
+
+    The logits of each side may have a soft cap, which the op of one process does not take.
+    """
+    student, teacher = values["student_logits"], values["teacher_logits"]
+    caps = [values.get(f"{side}_logit_softcap", torch.inf) for side in ("student", "teacher")]
     rows = LossRows(shards, student, {**values, "ignore_index": -100})
     # Rows without a label have the other statistics.
     rows.kept = rows.read = torch.ones_like(rows.read)
     tau, token_ids = rows.column("temperature"), rows.token_ids()
     one = torch.ones_like(tau)
-    base = torch.stack([one, tau, one, one * torch.inf])
     sides = [student] if teacher is None else [student, teacher]
     wanted = (ops.ORIGIN, ops.SUM, ops.WEIGHTED, ops.TOKEN_LOGIT, ops.BEST_LOGIT, ops.BEST_COLUMN)
     sent = []
-    for logits in sides:
+    for logits, cap in zip(sides, caps, strict=False):
+        base = torch.stack([one, tau, one, one * cap])
         own = ops.statistics(shards, logits, base, token_ids, ops.ENTROPY + ops.BEST).clone()
         own[ops.BEST_COLUMN] += shards.start
         sent += [own[i] for i in wanted]
     every = shards.gather(torch.stack(sent), ops.sent_dtype(shards, *sides))
-    fields, frames = [], []
-    for numbers in every.split(len(wanted), 1):
-        origins, sums, weighted, token, top, column = numbers.unbind(1)
+    numbers, likeliest, frames = [], [], []
+    for side in every.split(len(wanted), 1):
+        origins, sums, weighted, token, top, column = side.unbind(1)
         merged = Merged(origins)
         log_sum = merged.log_sum(sums, tau)
         best = torch.where(top == top.amax(0), column, torch.inf).amin(0)
-        best = torch.where(log_sum.isnan(), -1, best).to(torch.int64)
-        label = None
+        likeliest.append(torch.where(log_sum.isnan(), -1, best).to(torch.int64))
+        label = torch.zeros_like(log_sum)
         if rows.labels is not None:
             label = (rows.owned(token.amax(0)) - merged.origin) / tau - log_sum
         top_prob = ((top.amax(0) - merged.origin) / tau - log_sum).exp()
         entropy = merged.entropy(sums, weighted, tau)
-        fields += [merged.origin / tau + log_sum, entropy, best, top_prob, label]
-        frames += [merged.origin, log_sum / _LN2]
-    if teacher is None:
-        return fields
-    infinite = one * torch.inf
-    pair = torch.stack([one, tau, tau, one, one, infinite, infinite, *frames])
-    found = []
-    for divergence in ("forward_kl", "reverse_kl", "tvd"):
-        place = _DIVERGENCES[divergence]
-        found.append(ops.pair_sums(shards, student, teacher, pair, place)[0])
-    poison = frames[1] - frames[1] + (frames[3] - frames[3])
-    both = shards.gather(torch.stack(found), ops.dtype_of(*sides)).sum(0) + poison
-    return [*fields, *both.unbind(0)]
+        numbers += [merged.origin / tau + log_sum, entropy, top_prob, label]
+        frames += [merged.origin, log_sum / ops.LN2]
+    if teacher is not None:
+        pair = torch.stack([one, tau, tau, one, one, *(one * cap for cap in caps), *frames])
+        found = []
+        for divergence in ("forward_kl", "reverse_kl", "tvd"):
+            place = _DIVERGENCES[divergence]
+            found.append(ops.pair_sums(shards, student, teacher, pair, place)[0])
+        poison = frames[1] - frames[1] + (frames[3] - frames[3])
+        both = shards.gather(torch.stack(found), ops.dtype_of(*sides)).sum(0) + poison
+        numbers += both.unbind(0)
+    stacked = [torch.stack(x).reshape(-1, *rows.leading) for x in (numbers, likeliest)]
+    return stacked[0].to(ops.dtype_of(*sides)), stacked[1]

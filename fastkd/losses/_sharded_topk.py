@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastkd._ops.op import Op
 from fastkd._ops.shard_softmax import SoftmaxCall, SoftmaxNumbers
-from fastkd._ops.shards import Shards, packed_values
-from fastkd.losses._sharded import REDUCTIONS, LossRows, at_one, has_labels, label_term, side_table
+from fastkd._ops.shards import Shards
+from fastkd.losses._sharded import LossRows, at_one, has_labels, label_term, side_table
 from fastkd.reference import _topk_divergence as reference
 from fastkd.reference._rows import (
     LARGEST_LOG_RATIO,
@@ -21,15 +21,14 @@ from fastkd.reference._rows import (
 from fastkd.reference._topk_divergence import PADDING_LOG_PROB
 
 
-def topk_divergence(op: Op, student: Tensor, given: dict[str, Any], shards: Shards) -> Tensor:
+def topk_divergence(op: Op, values: dict[str, Any], shards: Shards, inplace: bool) -> Tensor:
     """`fastkd.topk_divergence` of columns split across processes.
 
     The entries' logits are sent to all processes, which evaluate the divergence alike. The other
     columns matter only through sums over them.
     """
-    values = op.arguments.unpack(list(packed_values(op, student, given, shards).values()))
-    reduction = values["reduction"]
-    values["reduction"] = REDUCTIONS.index(reduction)
+    values = {**op.arguments.unpack(list(values.values())), "reduction": values["reduction"]}
+    student = values["student_logits"]
     rows = LossRows(shards, student, values, values["teacher_log_probs"])
     tail, divergence = values["tail"], values["divergence"]
     k = values["teacher_log_probs"].size(-1)
@@ -56,6 +55,7 @@ def topk_divergence(op: Op, student: Tensor, given: dict[str, Any], shards: Shar
         second=apart,
         token=labelled,
         total=spread and not reverse,
+        inplace=inplace,
     )
     holes = torch.where(stored, shards.local(indices), -1)
     base = side_table(rows, 1.0, "student_logit_softcap")

@@ -14,7 +14,7 @@ from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.loss import Loss
 from fastkd._ops.names import Divergence, Reduction, TeacherMix
 from fastkd._ops.shards import shards_of
-from fastkd.losses import _sharded
+from fastkd.losses import _sharded_divergence
 
 
 def softmax_divergence(
@@ -116,7 +116,8 @@ def softmax_divergence(
     Split vocabularies: with ``group`` each process reads its columns and sends 16 bytes a row (20
     with labels, 24 also at another temperature), and then 4 bytes for the value and 4 for each
     gradient: two all-gathers a call, whatever the divergence, and none in the backward pass, which
-    reads the columns again and writes the gradient of this process's columns. Logits that are
+    reads the columns again and writes the gradient of this process's columns. Several teachers
+    are first mixed, and their mixture is stored: one or two more all-gathers. Logits that are
     DTensors mean the same without ``group``: at most one dimension of the mesh shards the
     vocabulary, the others shard leading dimensions or replicate. Then ``teacher_logits`` and
     tensors with one entry a row are DTensors, or plain tensors of whole size. The result is a
@@ -208,8 +209,8 @@ def softmax_divergence(
     Raises:
         ValueError, TypeError, IndexError: an argument has the wrong value or type, or a label is
             out of range; the message names it, the expected and the actual value.
-        NotImplementedError: ``group`` with several teachers, with ``teacher_rows`` or with
-            ``decoupled_kl``, or its second derivatives; ``teacher_rows`` with ``LinearLogits``.
+        NotImplementedError: with ``group``: second derivatives, ``decoupled_kl``, a gradient of a
+            single teacher with weights. ``teacher_rows`` with ``LinearLogits``.
 
     Sources: Hinton et al. 2015 (arXiv 1503.02531); GKD (2306.13649) for ``jsd``; DistiLLM
     (2402.03898) for the skewed divergences; DistiLLM-2 (2503.07067) for the constant mixture;
@@ -253,10 +254,7 @@ def softmax_divergence(
         return loss_of_dtensors(softmax_divergence, student_logits, others, {**options, **place})
     shards = shards_of("softmax_divergence", student_logits, group, vocab_start, vocab_size)
     arguments = given(student_logits, teacher_logits, options)
-    if shards is not None:
-        assert isinstance(student_logits, Tensor)
-        return _sharded.softmax_divergence(OP, student_logits, arguments, inplace, shards)
-    return OP(student_logits, arguments, inplace)
+    return OP(student_logits, arguments, inplace=inplace, shards=shards)
 
 
 def given(
@@ -330,3 +328,4 @@ OP = Loss(
     overwrites=True,
 )
 OP.serves(softmax_divergence, given)
+OP.sharded = _sharded_divergence.softmax_divergence

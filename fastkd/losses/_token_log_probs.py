@@ -113,12 +113,7 @@ def token_log_probs(
         "entropy": entropy,
     }
     shards = shards_of("token_log_probs", logits, group, vocab_start, vocab_size)
-    entropies: Any
-    if shards is not None:
-        assert isinstance(logits, Tensor)
-        log_probs, entropies = _sharded_softmax.token_log_probs(OP, logits, given, shards)
-    else:
-        log_probs, entropies = OP(logits, given)
+    log_probs, entropies = OP(logits, given, shards=shards)
     return TokenLogProbs(log_probs, entropies) if entropy else log_probs
 
 
@@ -139,3 +134,4 @@ OP = Differentiable(
     fake=_fake,
     absent={"logit_softcap": math.inf},
 )
+OP.sharded = _sharded_softmax.token_log_probs

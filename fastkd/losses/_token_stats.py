@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.op import Plain
-from fastkd._ops.shards import dtype_of, shards_of
+from fastkd._ops.shards import shards_of
 from fastkd.losses import _sharded_softmax
 
 
@@ -129,16 +129,7 @@ def token_stats(
         "vocab_size": vocab_size,
     }
     shards = shards_of("token_stats", student_logits, group, vocab_start, vocab_size)
-    if shards is not None:
-        assert isinstance(student_logits, Tensor)
-        found = _sharded_softmax.token_stats(OP, student_logits, given, shards)
-        dtype = dtype_of(*(x for x in (student_logits, teacher_logits) if isinstance(x, Tensor)))
-        for i, x in enumerate(found):
-            if x is not None:
-                x = x.reshape(student_logits.shape[:-1])
-                found[i] = x.to(dtype) if x.is_floating_point() else x
-        return TokenStats(*found, *[None] * (13 - len(found)))
-    numbers, argmax = OP(student_logits, given)
+    numbers, argmax = OP(student_logits, given, shards=shards)
     return token_stats_of(numbers, argmax, teacher_logits is not None, labels is not None)
 
 
@@ -184,3 +175,4 @@ def _fake(student_logits: Tensor, teacher_logits: Tensor | None, **_: Any) -> tu
 
 
 OP = Plain("token_stats", _fake, axes=(1, 1))
+OP.sharded = _sharded_softmax.token_stats

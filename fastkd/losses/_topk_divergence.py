@@ -167,10 +167,7 @@ def topk_divergence(
         return loss_of_dtensors(topk_divergence, student_logits, others, {**options, **place})
     shards = shards_of("topk_divergence", student_logits, group, vocab_start, vocab_size)
     arguments = given(student_logits, teacher_log_probs, teacher_indices, options)
-    if shards is not None:
-        assert isinstance(student_logits, Tensor)
-        return _sharded_topk.topk_divergence(OP, student_logits, arguments, shards)
-    return OP(student_logits, arguments)
+    return OP(student_logits, arguments, shards=shards)
 
 
 def given(
@@ -199,3 +196,4 @@ OP = Loss(
     },
 )
 OP.serves(topk_divergence, given)
+OP.sharded = _sharded_topk.topk_divergence

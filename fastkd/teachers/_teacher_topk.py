@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fastkd._ops import shards as ops
-from fastkd._ops.arguments import to_integer
 from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.op import Plain
@@ -82,19 +81,17 @@ def teacher_topk(
         "vocab_size": vocab_size,
     }
     shards = shards_of("teacher_topk", teacher_logits, group, vocab_start, vocab_size)
-    if shards is not None:
-        assert isinstance(teacher_logits, Tensor)
-        return _sharded_topk(teacher_logits, given, shards)
-    return TopK(*OP(teacher_logits, given))
+    return TopK(*OP(teacher_logits, given, shards=shards))
 
 
-def _sharded_topk(teacher: Tensor, given: dict[str, Any], shards: Shards) -> TopK:
+def _sharded(
+    op: Plain, values: dict[str, Any], shards: Shards, inplace: bool
+) -> tuple[Tensor, Tensor]:
     """The k likeliest of columns split across processes: those of each process, merged."""
-    k = to_integer("teacher_topk", "k", given["k"])
+    teacher, k = values["teacher_logits"], values["k"]
     if not 1 <= k <= shards.vocab:
         raise ValueError(f"teacher_topk: k must lie in [1, {shards.vocab}], got {k}")
     own = min(k, max(shards.columns, 1))
-    values = ops.packed_values(OP, teacher, {**given, "k": own}, shards)
     rows = math.prod(teacher.shape[:-1])
     each = values["temperatures"]
     tau = values["temperature"] if each is None else each.reshape(-1).to(torch.float64)
@@ -107,7 +104,10 @@ def _sharded_topk(teacher: Tensor, given: dict[str, Any], shards: Shards) -> Top
     columns = torch.full_like(logits, shards.vocab)
     if shards.columns:
         # Of a row that is NaN here the raw op returns the first columns.
-        local = OP(teacher, {**given, "k": own, "vocab_size": shards.columns})[1].long()
+        given = {**values, "k": own, "vocab_size": shards.columns}
+        if each is not None:
+            given["temperature"] = each
+        local = op(teacher, given)[1].long()
         logits[:own] = teacher.gather(-1, local).reshape(rows, own).T
         columns[:own] = local.reshape(rows, own).T + shards.start
     dtype = ops.sent_dtype(shards, teacher)
@@ -125,7 +125,8 @@ def _sharded_topk(teacher: Tensor, given: dict[str, Any], shards: Shards) -> Top
     log_probs = torch.where(lost, math.nan, log_probs)
     indices = torch.where(lost, torch.arange(k, device=teacher.device), indices)
     shape = (*teacher.shape[:-1], k)
-    return TopK(log_probs.float().reshape(shape), indices.int().reshape(shape))
+    found = log_probs.float().reshape(shape), indices.int().reshape(shape)
+    return found[0].contiguous(), found[1].contiguous()
 
 
 def _fake(teacher_logits: Tensor, k: int, **_: Any) -> tuple[Tensor, ...]:
@@ -137,3 +138,4 @@ def _fake(teacher_logits: Tensor, k: int, **_: Any) -> tuple[Tensor, ...]:
 
 
 OP = Plain("teacher_topk", _fake)
+OP.sharded = _sharded

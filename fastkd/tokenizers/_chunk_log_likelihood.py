@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._ops.arguments import check_tensor, to_integer, to_number
+from fastkd._ops.arguments import check_tensor
 from fastkd._ops.differentiable import Differentiable
 from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
@@ -117,29 +117,32 @@ def chunk_log_likelihood(
         "temperature": temperature,
     }
     shards = shards_of(function, logits, group, vocab_start, vocab_size)
-    if shards is not None:
-        assert isinstance(logits, Tensor)
-        return _sharded(logits, given, shards)
-    width = logits.size(-1) if logits.dim() else 0
-    vocab_size = width if vocab_size is None else to_integer(function, "vocab_size", vocab_size)
-    if not 0 <= vocab_size <= width:
-        raise ValueError(f"{function}: vocab_size is {vocab_size}, logits has {width} columns")
-    if vocab_size < width:
-        if isinstance(logits, LinearLogits):
-            bias = None if logits.bias is None else logits.bias[:vocab_size]
-            logits = logits.replaced(logits.hidden, logits.weight[:vocab_size], bias)
-        else:
-            logits = logits[..., :vocab_size]
-        given["logits"] = logits
-    likelihood, boundary_log_prob, count = OP(logits, given)
+    if shards is None:
+        width = logits.size(-1) if logits.dim() else 0
+        size = width if vocab_size is None else to_integer(function, "vocab_size", vocab_size)
+        if not 0 <= size <= width:
+            raise ValueError(f"{function}: vocab_size is {size}, logits has {width} columns")
+        if size < width:
+            given["logits"] = logits = _narrowed(logits, size)
+    likelihood, boundary_log_prob, count = OP(logits, given, shards=shards)
     return ChunkLogLikelihood(likelihood, None if boundary is None else boundary_log_prob, count)
 
 
-def _sharded(logits: Tensor, given: dict[str, Any], shards: Shards) -> ChunkLogLikelihood:
+def _narrowed(logits: Tensor | LinearLogits, size: int) -> Tensor | LinearLogits:
+    """The logits of the first tokens."""
+    if not isinstance(logits, LinearLogits):
+        return logits[..., :size]
+    bias = None if logits.bias is None else logits.bias[:size]
+    return logits.replaced(logits.hidden, logits.weight[:size], bias)
+
+
+def _sharded(
+    op: Differentiable, values: dict[str, Any], shards: Shards, inplace: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """The likelihoods of columns split across processes."""
-    function, boundary = shards.function, given["boundary"]
+    function, logits, boundary = shards.function, values["logits"], values["boundary"]
     for name in ("token_ids", "chunk_ids"):
-        ids = given[name]
+        ids = values[name]
         check_tensor(function, name, ids)
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{function}: {name} must be int64 or int32, got {ids.dtype}")
@@ -153,11 +156,10 @@ def _sharded(logits: Tensor, given: dict[str, Any], shards: Shards) -> ChunkLogL
             f"{function}: boundary must be bool of shape [{shards.vocab}], that of the vocabulary, "
             f"got {boundary.dtype} of shape {list(boundary.shape)}"
         )
-    chunks_in_all = to_integer(function, "num_chunks", given["num_chunks"])
-    temperature = to_number(function, "temperature", given["temperature"])
+    chunks_in_all, temperature = values["num_chunks"], values["temperature"]
     if not torch.compiler.is_compiling() and not 0 < temperature < math.inf:
         raise ValueError(f"{function}: temperature must be positive and finite, got {temperature}")
-    tokens, chunks = given["token_ids"].long(), given["chunk_ids"].long()
+    tokens, chunks = values["token_ids"].long(), values["chunk_ids"].long()
     before = torch.cat([torch.full_like(chunks[..., :1], -1), chunks[..., :-1]], -1)
     scored = chunks >= 0
     _check_chunks(shards, tokens, chunks, before, chunks_in_all)
@@ -189,12 +191,12 @@ def _sharded(logits: Tensor, given: dict[str, Any], shards: Shards) -> ChunkLogL
     likelihood = summed(of_tokens, scored, chunks).to(dtype)
     count = summed(scored.reshape(-1).long(), scored, chunks)
     if found.second_log_sum is None:
-        return ChunkLogLikelihood(likelihood, None, count)
+        return likelihood, None, count
     mass = found.second_log_sum
     none = mass == -math.inf
     log_prob = torch.where(none, -math.inf, mass.masked_fill(none, 0) - found.log_sum)
     log_prob = torch.where(ended.reshape(-1), log_prob, 0.0)
-    return ChunkLogLikelihood(likelihood, summed(log_prob, ended, before).to(dtype), count)
+    return likelihood, summed(log_prob, ended, before).to(dtype), count
 
 
 def _check_chunks(
@@ -256,3 +258,4 @@ OP = Differentiable(
     count=3,
     unit=1,
 )
+OP.sharded = _sharded

@@ -302,7 +302,7 @@ def errors():
     yield "return_stats must be", TypeError, lambda: f(h, w, t, v, return_stats=1)
     yield "weight must have one entry a row", ValueError, lambda: f(h, w, t, v, weight=t)
     yield "linear_softmax_divergence: temp", ValueError, lambda: f(h, w, t, v, temperature=0.0)
-    yield "group", NotImplementedError, lambda: f(h, w, t, v, group=object())
+    yield "group", TypeError, lambda: f(h, w, t, v, group=object())
     yield "softcap must be positive", ValueError, lambda: LinearLogits(h, w, softcap=0.0)
     yield "inplace", ValueError, lambda: fastkd.cross_entropy(linear, labels, inplace=True)
     yield (

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.linear.logits import LinearLogits, logits_dtype_of, softcapped
+from fastkd._ops.shards import LOGITS, Shards, check_widths
 
 #: Every op by its name.
 OPS: dict[str, Any] = {}
-_FIELDS = ("logits", "student_logits", "teacher_logits")
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ class Call:
         sides: Sequence[Side],
         options: tuple[int | None, bool | None],
         stats: bool,
+        shards: Shards | None,
     ) -> None:
         self.op, self.packed, self.sides = op, packed, tuple(sides)
         self.chunk_size, self.compact = options
-        self.stats = stats
+        self.stats, self.shards = stats, shards
         self.slots = self._slots()
 
     def _slots(self) -> list[Slot]:
@@ -119,10 +120,16 @@ class Call:
             if slot.side is None:
                 listed = isinstance(packed[slot.place], (list, tuple))
                 packed[slot.place] = [x] if listed else x
-        return Call(self.op, packed, sides, (self.chunk_size, self.compact), self.stats)
+        options = (self.chunk_size, self.compact)
+        return Call(self.op, packed, sides, options, self.stats, self.shards)
 
     def dense(self) -> list[Any]:
         """The op's arguments with all logits stored whole."""
+        if self.shards is not None:
+            raise NotImplementedError(
+                f"{self.shards.function}: group has no second derivatives (create_graph=True), "
+                "batches of gradients or torch.func transforms"
+            )
         packed = list(self.packed)
         for side in self.sides:
             if side.item is None:
@@ -141,10 +148,23 @@ class Call:
         fields = self.op.arguments.fields
         return self.packed[fields.index(field)] if field in fields else None
 
+    @property
+    def columns(self) -> int:
+        """How many columns of the logits count: of this process, where they are split."""
+        if self.shards is not None:
+            return self.shards.columns
+        vocab = self.value("vocab_size")
+        return self.rows.size(-1) if vocab is None or vocab < 0 else vocab
+
+    @property
+    def vocab(self) -> int:
+        """The same of all processes."""
+        return self.columns if self.shards is None else self.shards.vocab
+
 
 def find(given: dict[str, Any]) -> bool:
     """Whether logits among the arguments are those of a head."""
-    for field in _FIELDS:
+    for field in LOGITS:
         value = given.get(field)
         if isinstance(value, LinearLogits):
             return True
@@ -155,7 +175,7 @@ def find(given: dict[str, Any]) -> bool:
     return False
 
 
-def make(op: Any, given: dict[str, Any], stats: bool = False) -> Call:
+def make(op: Any, given: dict[str, Any], stats: bool = False, shards: Shards | None = None) -> Call:
     """The call, from the public arguments by name, of which some logits are those of heads."""
     arguments = op.arguments
     found: list[tuple[str, int | None, LinearLogits]] = []
@@ -163,24 +183,33 @@ def make(op: Any, given: dict[str, Any], stats: bool = False) -> Call:
         value = given.get(field)
         if isinstance(value, LinearLogits):
             found.append((field, None, value.prepared()))
-        elif isinstance(value, (list, tuple)) and field in _FIELDS:
+        elif isinstance(value, (list, tuple)) and field in LOGITS:
             found += [
                 (field, i, x.prepared()) for i, x in enumerate(value) if isinstance(x, LinearLogits)
             ]
     caps = _caps(op, given, found)
+    for field, _, linear in found:
+        if linear.placed:
+            raise TypeError(
+                f"{op.name}: {field} is of DTensors, {arguments.fields[0]} must be, too"
+            )
     for field, item, linear in found:
         if item is None:
             given[field] = stand_in(linear)
         else:
             given[field] = list(given[field])
             given[field][item] = stand_in(linear)
+    if shards is not None:
+        given["vocab_size"] = max(shards.columns, 1)
     first = given[arguments.fields[0]]
     packed = arguments.pack(first, given)
+    if shards is not None:
+        check_widths(shards, arguments.fields, packed)
     sides = [
         Side(arguments.fields.index(field), item, linear, cap)
         for (field, item, linear), cap in zip(found, caps, strict=True)
     ]
-    return Call(op, packed, sides, _options(op.name, found), stats)
+    return Call(op, packed, sides, _options(op.name, found), stats, shards)
 
 
 def stand_in(linear: LinearLogits) -> Tensor:

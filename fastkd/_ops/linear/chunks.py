@@ -50,8 +50,7 @@ class Chunks:
         compact = rows.device.type == "cpu" if call.compact is None else call.compact
         drops = "mask" in fields
         self.rows = ChunkedRows(fields, call.packed, leading, drops, drops and compact, places)
-        vocab = call.value("vocab_size")
-        self.vocab = rows.size(-1) if vocab is None or vocab < 0 else vocab
+        self.vocab = call.columns
         trained = any(w and s.part == "weight" for w, s in zip(wanted, call.slots, strict=True))
         size = max(1, chunk_rows(call, trained) // max(1, self.length))
         count = self.rows.count

@@ -18,7 +18,9 @@ from fastkd._ops.linear.chunks import Chunks
 from fastkd._ops.linear.gradients import Gradients
 from fastkd._ops.linear.logits import without_autocast
 from fastkd._ops.linear.rows import RowResult, RowTensor
+from fastkd._ops.linear.split import loss_of_split, results_of_split, split_gradient
 from fastkd._ops.linear.stats import RowStats
+from fastkd._ops.shards import with_columns
 
 
 @dataclass
@@ -41,8 +43,8 @@ def _plain(device: torch.device) -> Iterator[None]:
 
 def check(call: Call) -> None:
     """Do the raw op's checks of the whole call, without reading a row."""
-    op, packed = call.op, list(call.packed)
-    fields = op.arguments.fields
+    op, fields = call.op, call.op.arguments.fields
+    packed = list(call.packed) if call.shards is None else with_columns(fields, call.packed)
 
     def replace(name: str, value: Any) -> None:
         packed[fields.index(name)] = value
@@ -52,7 +54,9 @@ def check(call: Call) -> None:
         replace("reduction", op.arguments.names["reduction"]["sum"])
         replace("denominator", 0.0)
         replace("normalizer", None)
-    if "mask" in fields and (call.kind != "loss" or device.type != "cpu"):
+    # Labels are checked here where they are columns of these logits.
+    alone = call.kind == "loss" and device.type == "cpu" and call.shards is None
+    if "mask" in fields and not alone:
         mask = call.value("mask")
         if mask is None or mask.dtype == torch.bool:
             none = torch.zeros((), dtype=torch.bool, device=device)
@@ -104,7 +108,7 @@ def _loss(call: Call, wanted: Sequence[bool], row_factor: Tensor | None = None) 
         weight = rows.get("weight")
         rows.set("weight", row_factor if weight is None else weight * row_factor)
     elif not none:
-        divisor = rows.divisor(names, chunks.vocab, call.rows.size(0))
+        divisor = rows.divisor(names, call.vocab, call.rows.size(0))
     wait = not none and any(wanted) and half(call, wanted)
     if not none:
         rows.set("reduction", names.index("sum"))
@@ -121,7 +125,9 @@ def _loss(call: Call, wanted: Sequence[bool], row_factor: Tensor | None = None) 
             if stats is not None:
                 stats.add(values, first, last)
             raw = (*op.arguments.eager(values), bits)
-            if needs[0] and first_side:
+            if call.shards is not None:
+                loss, *found = chunks.raw(loss_of_split, first, last, call, values, needs)
+            elif needs[0] and first_side:
                 gradient = values[op.places[0]]
                 if not op.overwrites:
                     gradient = chunks.like("gradient of logits", gradient)
@@ -138,7 +144,7 @@ def _loss(call: Call, wanted: Sequence[bool], row_factor: Tensor | None = None) 
                     gradients.add(bit, found[bit], hidden, first, last)
     finally:
         chunks.release()
-    gradients.keep()
+    gradients.finish()
     pending = None
     if wait:
         factor = divisor if isinstance(divisor, Tensor) else total.new_full((), divisor)
@@ -188,7 +194,10 @@ def run_rows(call: Call) -> tuple[Tensor, ...]:
         try:
             for first, last in chunks:
                 values, _ = chunks.logits_of(first, last)
-                found = chunks.raw(op.raw(), first, last, *op.arguments.eager(values))
+                if call.shards is not None:
+                    found = chunks.raw(results_of_split, first, last, call, values)
+                else:
+                    found = chunks.raw(op.raw(), first, last, *op.arguments.eager(values))
                 for result, part, empty in zip(results, found, absent, strict=False):
                     if result is not None and not empty:
                         result.put(first, last, part)
@@ -231,18 +240,21 @@ def _rows_backward(
         for first, last in chunks:
             values, hidden = chunks.logits_of(first, last)
             raw = op.arguments.eager(values)
-            numbers = chunks.raw(op.raw(), first, last, *raw)[-1]
             parts = [
                 g if r is None else r.take(first, last, chunks.rows.index).contiguous()
                 for g, r in zip(given, rows, strict=True)
             ]
             logits = values[side.place]
-            gradient = logits if side.cap is None else torch.empty_like(logits)
-            op.raw("_backward_into")(gradient, numbers, *parts, *raw)
+            if call.shards is not None:
+                gradient = chunks.raw(split_gradient, first, last, call, values, parts)
+            else:
+                numbers = chunks.raw(op.raw(), first, last, *raw)[-1]
+                gradient = logits if side.cap is None else torch.empty_like(logits)
+                op.raw("_backward_into")(gradient, numbers, *parts, *raw)
             if side.cap is not None:  # of c tanh(z / c), from its value
                 gradient *= 1 - (logits / side.cap).square()
             gradients.add(0, gradient, hidden, first, last)
     finally:
         chunks.release()
-    gradients.keep()
+    gradients.finish()
     return gradients.found

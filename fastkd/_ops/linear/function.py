@@ -18,12 +18,19 @@ from fastkd._ops.linear import graph
 from fastkd._ops.linear.call import Call, make
 from fastkd._ops.linear.driver import check_empty, run_backward, run_loss, run_rows
 from fastkd._ops.linear.products import converted
+from fastkd._ops.shards import Shards
 
 
-def run(op: Any, given: dict[str, Any], inplace: bool = False, stats: bool = False) -> Any:
+def run(
+    op: Any,
+    given: dict[str, Any],
+    inplace: bool = False,
+    stats: bool = False,
+    shards: Shards | None = None,
+) -> Any:
     """The op's result; for a loss with ``stats`` a tuple, with the results of token_stats."""
     try:
-        call = make(op, given, stats)
+        call = make(op, given, stats, shards)
         if inplace:
             raise ValueError(
                 f"{op.name}: inplace needs logits that are stored; those of LinearLogits are not"

@@ -37,7 +37,10 @@ class Gradients:
         if slot.part in ("hidden", "rows"):
             whole = some and self.chunks.rows.index is None
             make = torch.empty if whole else torch.zeros
-            return make(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            dtype = tensor.dtype
+            if slot.part == "hidden" and self.chunks.call.shards is not None:
+                dtype = products.sum_dtype(dtype)  # a part of the sum over processes
+            return make(tensor.shape, dtype=dtype, device=tensor.device)
         dtype = products.sum_dtype(tensor.dtype)
         if slot.part == "bias":
             return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
@@ -57,23 +60,24 @@ class Gradients:
         for i, slot in enumerate(call.slots):
             if slot.bit != bit or self.found[i] is None:
                 continue
-            out, rows = self.found[i], self.rows[i]
+            out, result = self.found[i], self.rows[i]
             assert out is not None
             if slot.side is None:
-                assert rows is not None
-                rows.put(first, last, gradient)
+                assert result is not None
+                result.put(first, last, gradient)
                 continue
             which = call.sides.index(slot.side)
             linear, weight = slot.side.linear, chunks.weights[which]
             if narrow is None:
-                narrow = self._narrow(gradient.reshape(-1, chunks.vocab), hidden[which])
+                rows = gradient.reshape(hidden[which].size(0), chunks.vocab)
+                narrow = self._narrow(rows, hidden[which])
             if slot.part == "hidden":
-                assert rows is not None
-                part = rows.part(first, last)
+                assert result is not None
+                part = result.part(first, last)
                 if part is None:
-                    part = torch.empty_like(hidden[which])
+                    part = torch.empty_like(hidden[which], dtype=out.dtype)
                     products.to_hidden(part, narrow, weight, linear.scale)
-                    rows.put(first, last, part)
+                    result.put(first, last, part)
                 else:
                     part = part.view(hidden[which].shape)
                     products.to_hidden(part, narrow, weight, linear.scale)
@@ -91,8 +95,16 @@ class Gradients:
         flat = self.chunks.memory("gradient", self.chunks.vocab, dtype)
         return flat[: gradient.numel()].view(gradient.shape).copy_(gradient)
 
-    def keep(self) -> None:
-        """Keep the memory of the weight's gradient for the next call."""
-        for slot, out in zip(self.chunks.call.slots, self.found, strict=True):
-            if slot.part == "weight" and out is not None:
+    def finish(self) -> None:
+        """Keep the memory of the weight's gradient; sum that of hidden states over processes."""
+        call = self.chunks.call
+        inputs = call.inputs()
+        for i, (slot, out) in enumerate(zip(call.slots, self.found, strict=True)):
+            if out is None:
+                continue
+            if slot.part == "weight":
                 products.weight_memory.keep(out)
+            tensor = inputs[i]
+            if slot.part == "hidden" and call.shards is not None and tensor is not None:
+                call.shards.add_up(out)
+                self.found[i] = products.converted(out, tensor.dtype)

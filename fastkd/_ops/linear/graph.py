@@ -26,6 +26,7 @@ from fastkd._ops.linear.driver import (
 )
 from fastkd._ops.linear.logits import LinearLogits
 from fastkd._ops.linear.stats import shapes
+from fastkd._ops.shards import Shards, group_name
 
 _DTYPES = {
     "d": torch.float64,
@@ -95,7 +96,11 @@ def encode(call: Call) -> Encoded:
     if call.chunk_size is not None:
         writer.integers.append(call.chunk_size)
     options = f"{chunk}{_COMPACT[call.compact]}{'y' if call.stats else 'n'}"
-    layout = "|".join([call.op.name, options, *words])
+    shards, split = call.shards, "-"
+    if shards is not None:
+        split = f"{shards.function}/{shards.size}/{group_name(shards.group)}"
+        writer.integers += [shards.start, shards.columns, shards.vocab]
+    layout = "|".join([call.op.name, options, split, *words])
     numbers = [traced_number(x) for x in writer.numbers]
     numbers.append(torch.ones(1, dtype=torch.float64, device="cpu"))
     return layout, writer.tensors, writer.integers, torch.cat(numbers)
@@ -103,7 +108,7 @@ def encode(call: Call) -> Encoded:
 
 def decode(layout: str, tensors: Sequence[Any], integers: Sequence[Any], numbers: Any) -> Call:
     """The call of :func:`encode`. ``numbers``: a list, or None where their values are unknown."""
-    name, options, *words = layout.split("|")
+    name, options, split, *words = layout.split("|")
     op, sides = OPS[name], []
     tensor, integer = iter(tensors), iter(integers)
     number = iter([1.0] * 64 if numbers is None else numbers)
@@ -141,7 +146,11 @@ def decode(layout: str, tensors: Sequence[Any], integers: Sequence[Any], numbers
             packed.append(value(word, place))
     chunk = next(integer) if options[0] == "y" else None
     compact = {"-": None, "n": False, "y": True}[options[1]]
-    return Call(op, packed, sides, (chunk, compact), options[2] == "y")
+    shards = None
+    if split != "-":
+        function, size, group = split.split("/", 2)
+        shards = Shards(function, group, int(size), next(integer), next(integer), next(integer))
+    return Call(op, packed, sides, (chunk, compact), options[2] == "y", shards)
 
 
 def wanted_text(wanted: Sequence[bool]) -> str:

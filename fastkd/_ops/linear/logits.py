@@ -41,17 +41,28 @@ class LinearLogits:
     gradient of the weight in float32. On the CPU the memory of a chunk is kept for the next call;
     :func:`fastkd.release_memory` frees it.
 
+    With ``group=`` in the op, the weight and bias are this process's rows of a head that is split
+    across the processes of the group (``[vocab / processes, features]``), of each side; the hidden
+    states are the same on all processes. The op's collectives are done for each chunk of rows. The
+    gradients of weights and biases are those of this process's rows; those of hidden states are
+    summed over the group by one all-reduce in float32, 4 bytes a feature, and are the same on all
+    processes. What decides about chunks must be the same on all processes: ``chunk_size``,
+    ``compact``, dtypes, which tensors require gradients, masks and labels.
+
     Inside :class:`torch.autocast`, hidden states, weight and bias are cast as
     :func:`torch.nn.functional.linear` casts them. Under ``torch.func`` transforms and for second
-    derivatives the logits are stored whole, see :meth:`logits`.
+    derivatives the logits are stored whole, see :meth:`logits`; with ``group`` there are none.
 
     Args:
         hidden: ``[..., features]`` float32, bfloat16, float16 or float64. The leading dimensions
             are rows (tokens).
-        weight: ``[vocab, features]``, of the dtype of ``hidden``. A weight that is sharded
-            (DTensor) is an error: run the loss inside the forward of the module that owns it, with
+        weight: ``[vocab, features]``, of the dtype of ``hidden``. A DTensor where tensor
+            parallelism splits the vocabulary: Shard(0) over at most one dimension of the mesh, over
+            which ``hidden``, a DTensor on that mesh, is replicated; where the mesh shards the rows
+            of ``hidden``, the weight is replicated. A weight that data parallelism shards (FSDP2)
+            is an error: run the loss inside the forward of the module that owns it, with
             :func:`fastkd.integrations.call_through`.
-        bias: ``[vocab]``, or None.
+        bias: ``[vocab]``, or None. A DTensor placed as the weight where that is one.
         scale: s, a number.
         softcap: c, a positive number, or None for none. It is an error to give ``logit_softcap``
             to the op, too.
@@ -108,15 +119,16 @@ class LinearLogits:
         """Check and set. ``called``: the function, and what its arguments' names begin with."""
         function, side = called
         self.hidden, self.weight, self.bias, self.called = hidden, weight, bias, called
-        _check(function, f"{side}hidden", hidden, None)
-        _check(function, f"{side}weight", weight, 2)
+        placed = _is_placed(hidden) and _is_placed(weight)
+        _check(function, f"{side}hidden", hidden, None, placed)
+        _check(function, f"{side}weight", weight, 2, placed)
         if hidden.dim() < 1 or hidden.size(-1) != weight.size(1):
             raise ValueError(
                 f"{function}: {side}hidden must have shape [..., {weight.size(1)}], as "
                 f"{side}weight has shape {list(weight.shape)}; got shape {list(hidden.shape)}"
             )
         if bias is not None:
-            _check(function, f"{side}bias", bias, 1)
+            _check(function, f"{side}bias", bias, 1, placed)
             if bias.size(0) != weight.size(0):
                 raise ValueError(
                     f"{function}: {side}bias must have shape [{weight.size(0)}], got shape "
@@ -128,6 +140,8 @@ class LinearLogits:
                     f"{function}: {side}{name} must be on the device of {side}hidden, "
                     f"{hidden.device}, got {tensor.device}"
                 )
+        if placed:
+            _check_placements(function, side, hidden, weight, bias)
         self.scale = to_number(function, f"{side}scale" if side == "" else "logit_scale", scale)
         if not torch.compiler.is_compiling() and not math.isfinite(self.scale):
             raise ValueError(f"{function}: scale must be finite, got {scale}")
@@ -136,6 +150,42 @@ class LinearLogits:
             self.softcap = to_number(function, "softcap", softcap)
             if not torch.compiler.is_compiling() and not 0 < self.softcap < math.inf:
                 raise ValueError(f"{function}: softcap must be positive and finite, got {softcap}")
+
+    @property
+    def placed(self) -> bool:
+        """Whether it is of DTensors."""
+        return _is_placed(self.weight)
+
+    @property
+    def device_mesh(self) -> Any:
+        """That of its DTensors."""
+        return self.weight.device_mesh  # type: ignore[attr-defined]
+
+    @property
+    def placements(self) -> tuple[Any, ...]:
+        """Those of the logits, of DTensors."""
+        from torch.distributed.tensor import Shard
+
+        of_hidden: Any = self.hidden.placements  # type: ignore[attr-defined]
+        of_weight: Any = self.weight.placements  # type: ignore[attr-defined]
+        pairs = zip(of_hidden, of_weight, strict=True)
+        return tuple(Shard(self.dim() - 1) if x == Shard(0) else rows for rows, x in pairs)
+
+    def to_local(self) -> "LinearLogits":
+        """The same of this process's parts; their gradients become those of the DTensors."""
+        hidden: Any = self.hidden
+
+        def local(x: Any) -> Any:
+            from torch.distributed.tensor import Partial
+
+            # Processes with other rows have other parts of the gradient.
+            pairs = zip(hidden.placements, x.placements, strict=True)
+            parts = [Partial("sum") if rows.is_shard() else own for rows, own in pairs]
+            # The backward pass of this one sums them.
+            return x.redistribute(placements=x.placements).to_local(grad_placements=parts)
+
+        bias = None if self.bias is None else local(self.bias)
+        return self.replaced(hidden.to_local(), local(self.weight), bias)
 
     @property
     def shape(self) -> torch.Size:
@@ -254,14 +304,63 @@ def checked_options(
     return logits_dtype, chunk_size, compact
 
 
-def _check(function: str, name: str, tensor: Any, dimensions: int | None) -> None:
-    if isinstance(tensor, torch.Tensor) and type(tensor).__name__ == "DTensor":
-        raise TypeError(
-            f"{function}: {name} must be a plain tensor, got DTensor; run the loss inside the "
-            "forward of the module that owns it, where it is gathered: "
-            "fastkd.integrations.call_through(module, loss)"
+def _is_placed(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and type(tensor).__name__ == "DTensor"
+
+
+_GATHER = (
+    "run the loss inside the forward of the module that owns it, where it is gathered: "
+    "fastkd.integrations.call_through(module, loss)"
+)
+
+
+_BOTH = (
+    "Where tensor parallelism splits the vocabulary, hidden states and weight must both be "
+    "DTensors (or pass the local tensors with group)"
+)
+
+
+def _check_placements(function: str, side: str, hidden: Any, weight: Any, bias: Any) -> None:
+    """Raise unless each dimension of the mesh shards the vocabulary, rows, or nothing."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.device_mesh != hidden.device_mesh:
+            raise ValueError(
+                f"{function}: {side}{name} must be on the mesh of {side}hidden, "
+                f"{hidden.device_mesh}, got {x.device_mesh}"
+            )
+    if bias is not None and bias.placements != weight.placements:
+        raise ValueError(
+            f"{function}: {side}bias must have the placements of {side}weight, "
+            f"{weight.placements}, got {bias.placements}"
         )
-    check_tensor(function, name, tensor)
+    last = hidden.dim() - 1
+    for rows, own in zip(hidden.placements, weight.placements, strict=True):
+        of_rows = type(rows) is Shard and rows.dim % hidden.dim() < last
+        of_vocab = type(own) is Shard and own.dim % 2 == 0
+        if of_vocab and of_rows:
+            raise ValueError(
+                f"{function}: a dimension of the mesh shards both {side}weight and the rows of "
+                f"{side}hidden, placements {weight.placements} and {hidden.placements}, as data "
+                f"parallelism does; {_GATHER}"
+            )
+        whole = type(rows) is Replicate
+        if not ((of_vocab and whole) or (type(own) is Replicate and (whole or of_rows))):
+            raise ValueError(
+                f"{function}: each dimension of the mesh must shard the first dimension of "
+                f"{side}weight, or leading dimensions of {side}hidden, or neither; got placements "
+                f"{weight.placements} and {hidden.placements}"
+            )
+
+
+def _check(function: str, name: str, tensor: Any, dimensions: int | None, placed: bool) -> None:
+    if _is_placed(tensor) != placed and isinstance(tensor, torch.Tensor):
+        kind = "a DTensor, as the others are" if placed else "a plain tensor"
+        advice = "" if placed else f"; {_GATHER}. {_BOTH}"
+        raise TypeError(f"{function}: {name} must be {kind}, got {type(tensor).__name__}{advice}")
+    if not (placed and _is_placed(tensor)):
+        check_tensor(function, name, tensor)
     if tensor.dtype not in FLOATS:
         raise TypeError(
             f"{function}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}"

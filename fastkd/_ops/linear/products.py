@@ -109,6 +109,8 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 
 def _own(wide: Tensor, *matrices: Tensor) -> bool:
     """Whether fastkd's own kernels multiply bfloat16 matrices; ``wide`` may be float32."""
+    if wide.numel() == 0:
+        return False
     if wide.dtype not in (torch.bfloat16, torch.float32) or wide.device.type != "cpu":
         return False
     if any(x.dtype != torch.bfloat16 for x in matrices):
@@ -199,11 +201,24 @@ def add_to_weight(total: Tensor, gradient: Tensor, hidden: Tensor, scale: float,
 
 def to_hidden(out: Tensor, gradient: Tensor, weight: Tensor, scale: float) -> None:
     """Out = scale x gradient @ weight."""
+    if weight.size(0) == 0:  # a process without a part of the vocabulary
+        out.zero_()
+        return
     if _own(gradient, out, weight):
         _OPS._bfloat16_hidden_gradient(out, gradient, weight, scale)
         return
     if gradient.dtype == weight.dtype == out.dtype:
         out.addmm_(gradient, weight, beta=0, alpha=scale)
+        return
+    low = gradient.dtype == weight.dtype != out.dtype
+    if low and out.dtype.itemsize == 4 and _sums_in_float32(out.device):
+        torch.ops.aten.mm.dtype_out(gradient, weight, out.dtype, out=out)
+        out.mul_(scale)
+        return
+    if out.dtype == torch.float32 and _own(gradient, weight):
+        narrow = torch.empty(out.shape, dtype=weight.dtype, device=out.device)
+        to_hidden(narrow, gradient, weight, scale)
+        out.copy_(narrow)
         return
     flat = workspace.take("hidden", out.numel(), gradient.dtype, out.device)
     total = flat.view(out.shape)

@@ -44,14 +44,11 @@ class RowStats:
             if unread is not None:
                 labels = labels.masked_fill(unread.squeeze(-1), -100)
         temperatures = named.get("temperatures")
-        step = _SLICE if self.capped else last - first
+        step = _SLICE if self.capped and self.call.shards is None else last - first
         parts = []
         for begin in range(0, last - first, max(1, step)):
             at = slice(begin, begin + step)
             sides = {"student": student[at], "teacher": None if teacher is None else teacher[at]}
-            for side, cap in self.capped:
-                if sides[side] is not None:
-                    sides[side] = softcapped(sides[side], cap)
             given = {
                 "student_logits": sides["student"],
                 "teacher_logits": sides["teacher"],
@@ -60,9 +57,7 @@ class RowStats:
                 "temperatures": None if temperatures is None else temperatures[at],
                 "vocab_size": named["vocab_size"],
             }
-            arguments = self.op.arguments
-            packed = [given[name] for name in arguments.fields]
-            parts.append(self.op.raw()(*arguments.eager(packed)))
+            parts.append(self._numbers_of(given))
         numbers = torch.cat([x for x, _ in parts], 1)
         argmax = torch.cat([x for _, x in parts], 1)
         if unread is not None:
@@ -70,6 +65,17 @@ class RowStats:
             argmax = argmax.masked_fill(unread.mT, -1)
         self._numbers.put(first, last, numbers)
         self._argmax.put(first, last, argmax)
+
+    def _numbers_of(self, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The results of token_stats of some rows."""
+        shards, arguments = self.call.shards, self.op.arguments
+        if shards is not None:
+            caps = {f"{side}_logit_softcap": cap for side, cap in self.capped}
+            return self.op.sharded(self.op, {**given, **caps}, shards, False)
+        for side, cap in self.capped:
+            if given[f"{side}_logits"] is not None:
+                given[f"{side}_logits"] = softcapped(given[f"{side}_logits"], cap)
+        return self.op.raw()(*arguments.eager([given[name] for name in arguments.fields]))
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The results of token_stats."""
