@@ -73,6 +73,15 @@ def check_batch(function: str, name: str, values: Tensor, like: Tensor) -> None:
         )
 
 
+def check_vocabs(function: str, student_vocab: Any, teacher_vocab: Any) -> None:
+    """Raise unless both are vocabularies."""
+    for name, vocab in (("student_vocab", student_vocab), ("teacher_vocab", teacher_vocab)):
+        if not isinstance(vocab, ByteVocab):
+            raise TypeError(
+                f"{function}: {name} must be a fastkd.ByteVocab, got {type(vocab).__name__}"
+            )
+
+
 def check_number(function: str, num_chunks: int) -> int:
     """The number of chunks as an integer; raise if it is negative."""
     num_chunks = to_integer(function, "num_chunks", num_chunks)

@@ -84,6 +84,7 @@ RECIPES = (
     Recipe(None, "2506.15702", "Minifinetuning", ("mft",), "C", "the corrected label is ahead by the threshold"),
     Recipe(None, "2610.08448", "Strict top-k", ("strict_topk", "shared_tokens"), "S", "one vocabulary, k of all tokens: reverse KL"),
     Recipe(None, "2402.12030", "GOLD", ("gold",), "C", "one vocabulary: JSD; nothing shared: uld"),
+    Recipe(None, "2605.21699", "X-Token", ("x_token", "token_projection", "balanced"), "C", "one vocabulary: forward and reverse KL; nothing common: uld"),
     Recipe(None, "2607.22334", "BPM", ("bpm", "prefix_map"), "S+M", "mass is conserved; an identity map is KL; the map by bytes"),
     Recipe(None, "2203.08679", "DKD", ("dkd",), "C", "alpha 1 and beta 1 - p_t: the KL divergence; a label nearly certain"),
     Recipe(None, "2205.10536", "DIST", ("dist",), "C", "rows without variance"),

@@ -10,7 +10,7 @@ from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_tensors
 from fastkd._ops.names import Divergence, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
-from fastkd.recipes._chunks import check_integers, check_range, reduced, wide
+from fastkd.recipes._chunks import check_integers, check_range, check_vocabs, reduced, wide
 from fastkd.recipes._rows import (
     check_choice,
     check_rows,
@@ -125,11 +125,7 @@ def prefix_map(student_vocab: ByteVocab, teacher_vocab: ByteVocab) -> Tensor:
     >>> fastkd.recipes.prefix_map(student, teacher).tolist()
     [1, 0, 0, -1, -1]
     """
-    for name, vocab in (("student_vocab", student_vocab), ("teacher_vocab", teacher_vocab)):
-        if not isinstance(vocab, ByteVocab):
-            raise TypeError(
-                f"prefix_map: {name} must be a fastkd.ByteVocab, got {type(vocab).__name__}"
-            )
+    check_vocabs("prefix_map", student_vocab, teacher_vocab)
     ids: dict[bytes, int] = {}
     for i, token in enumerate(student_vocab.tokens):
         if token:

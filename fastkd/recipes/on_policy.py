@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
-from fastkd._ops.checks import check_positive
+from fastkd._ops.checks import check_positive, check_tensors
 from fastkd._ops.names import Tail, TextReduction, TopKDivergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.losses._topk_divergence import topk_divergence
@@ -258,7 +258,40 @@ def minitron(
         distance = torch.where(kept, distance, 0)
         total = total + reduced("minitron", distance, kept, reduction, normalizer)
     total = total / len(pairs)
-    if balance:
-        size = total.detach()
-        total = total * torch.where(size > 0, loss.detach() / torch.where(size > 0, size, 1), 0)
-    return loss + total
+    return loss + (balanced(total, loss) if balance else total)
+
+
+def balanced(loss: Tensor, other: Tensor) -> Tensor:
+    r"""A loss times a constant that makes it as large as another one.
+
+    The constant is :math:`|\text{other}| / |\text{loss}|`, or 1 where the loss is 0. No gradient
+    flows through it, nor to the other loss.
+
+    Args:
+        loss: any shape.
+        other: the same shape.
+
+    Returns:
+        The shape and dtype of the loss.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong value or type.
+
+    Sources: NVIDIA's Model-Optimizer (:func:`minitron`) and NeMo-RL (:func:`x_token`).
+
+    >>> import torch, fastkd
+    >>> loss = torch.tensor(4.0, requires_grad=True)
+    >>> found = fastkd.recipes.balanced(loss, torch.tensor(2.0))
+    >>> found.item(), torch.autograd.grad(found, loss)[0].item()
+    (2.0, 0.5)
+    """
+    check_tensors("balanced", {"loss": loss, "other": other})
+    if loss.shape != other.shape:
+        raise ValueError(
+            f"balanced: other must have the shape {list(loss.shape)} of loss, got "
+            f"{list(other.shape)}"
+        )
+    size = loss.detach().abs()
+    known = size > 0
+    factor = torch.where(known, other.detach().abs() / torch.where(known, size, 1), 1)
+    return loss * factor.to(loss.dtype)
