@@ -81,6 +81,7 @@ RECIPES = (
     Recipe(None, "2602.01395", "SE-KD; TA-OPD", ("token_budget",), "S", "torch.quantile of the rows that count"),
     Recipe(None, "2406.13555", "BiLD", ("bild",), "C", "constants added to a row change nothing; equal models 0"),
     Recipe(None, "2407.14679", "Minitron", ("minitron",), "C", "balanced: twice the KL"),
+    Recipe(None, "2406.19774", "DPKD; DPO, IPO, KTO", ("preference",), "C+M", "equal models: log 2, kto_pair 1/2"),
     Recipe(None, "2506.15702", "Minifinetuning", ("mft",), "C", "the corrected label is ahead by the threshold"),
     Recipe(None, "2610.08448", "Strict top-k", ("strict_topk", "shared_tokens"), "S", "one vocabulary, k of all tokens: reverse KL"),
     Recipe(None, "2402.12030", "GOLD", ("gold",), "C", "one vocabulary: JSD; nothing shared: uld"),

@@ -122,7 +122,8 @@ def opd_topk(
         ValueError, TypeError: an argument has the wrong value or type.
 
     Sources: SDFT (arXiv 2601.19897) and SDPO (2601.20802), whose support is the student's best 100;
-    TRL's option of a tail; verl's RFC 7856 asks for it where the support is the teacher's.
+    TRL's option of a tail; verl's RFC 7856 asks for it where the support is the teacher's. TRL
+    weighs rows by the sampled token's :math:`q / q_{old}`, at most 2: pass it, detached, as weight.
 
     >>> import torch, fastkd
     >>> student, teacher = torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([[3.0, 1.0, -1.0]])
@@ -208,7 +209,9 @@ def minitron(
         ValueError, TypeError: an argument has the wrong value or type.
 
     Source: Muralidharan et al. 2024 (arXiv 2407.14679) and NVIDIA's Model-Optimizer, which leaves
-    out the cross-entropy on the text by default.
+    out the cross-entropy on the text by default. Its variant of the teacher's top k is
+    :func:`opd_topk` with ``support="teacher", k=1024, divergence="forward_kl"`` and
+    ``tail="renormalize"``.
 
     >>> import torch, fastkd
     >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
