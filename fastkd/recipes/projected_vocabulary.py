@@ -15,6 +15,7 @@ from fastkd._ops.names import TextReduction
 from fastkd._ops.shift import following
 from fastkd.recipes import _rowwise
 from fastkd.recipes._chunks import (
+    added,
     check_batch,
     check_integers,
     check_mask,
@@ -23,8 +24,10 @@ from fastkd.recipes._chunks import (
     check_vocabs,
     chunk_ends,
     chunk_slots,
+    log_softmax,
     readable,
     reduced,
+    softmax,
     wide,
 )
 from fastkd.recipes._rows import check_choice, check_share, number_type
@@ -305,11 +308,10 @@ def _projected(
     sources, places, factors = entries
 
     def loss(chunks: slice, z: Tensor, y: Tensor) -> Tensor:
-        moved = z.softmax(-1)[:, sources] * factors.to(z.dtype)
-        moved = moved.new_zeros(z.size(0), best.numel()).index_add(1, places, moved)
-        q = mine.means(chunks, moved)
+        moved = softmax(z)[:, sources] * factors.to(z.dtype)
+        q = mine.means(chunks, added(moved, places, best.numel()))
         log_q = (q / (q.sum(-1, keepdim=True) + epsilon) + epsilon).log()
-        log_p = other.means(chunks, y[:, best].log_softmax(-1)).clamp(min=LEAST_LOG)
+        log_p = other.means(chunks, log_softmax(y[:, best])).clamp(min=LEAST_LOG)
         return terms(log_p, log_q, beta).sum(-1)
 
     return loss
@@ -328,7 +330,7 @@ def _hybrid(
 
     def loss(chunks: slice, z: Tensor, y: Tensor) -> Tensor:
         log_q, log_p = (
-            rows.means(chunks, x.log_softmax(-1)).clamp(min=LEAST_LOG)
+            rows.means(chunks, log_softmax(x)).clamp(min=LEAST_LOG)
             for rows, x in ((mine, z), (other, y))
         )
         matched = torch.where(known, terms(log_p[:, columns], log_q, beta), 0).sum(-1)

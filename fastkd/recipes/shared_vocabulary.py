@@ -19,6 +19,7 @@ from fastkd.recipes._chunks import (
     check_vocabs,
     chunk_ends,
     chunk_slots,
+    log_softmax,
     reduced,
     single_token_rows,
     wide,
@@ -250,7 +251,7 @@ def gold(
         other = at_rows(teacher, teacher_rows[block], kept)
         scale = at_rows(later[1], places[block], kept)
         log_q, log_p = (
-            ((wide(z) / temperature).log_softmax(-1) + s).clamp(min=LEAST_LOG)
+            (log_softmax(wide(z) / temperature) + s).clamp(min=LEAST_LOG)
             for z, s in ((logits, of_later), (other, scale))
         )
         matched = torch.where(known, terms(log_p[:, columns], log_q, beta), 0).sum(-1)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import logits
+from cases import logits, relative_error
 from recipe_checks import Entry, mixed_dtypes, one_graph, one_graph_for_all, promises, with_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -204,6 +204,22 @@ def test_other_rows_are_not_read(entry):
     nothing = entry.call(tensors)
     assert nothing == 0
     assert not torch.autograd.grad(nothing, tensors["student_logits"])[0].any()
+
+
+def test_thousands_of_tokens_for_one():
+    """Each has a probability below the last digit of the sum."""
+    z = torch.full((1, 2, 30_002), -20.0)
+    z[..., :2] = 0
+    y = torch.tensor([[[0.0, 1e-2]] * 2])
+    chunks = torch.tensor([[0, 1]])
+    ids = torch.cat([torch.tensor([0, 1]), torch.zeros(30_000).long()])
+
+    def step(z, y):
+        z = z.clone().requires_grad_()
+        places = (z, chunks, y, chunks, 2, (ids.unsqueeze(-1), torch.ones(len(ids), 1)))
+        return torch.autograd.grad(recipes.x_token(*places), z)[0]
+
+    assert relative_error(step(z, y), step(z.double(), y.double())) < 2e-5
 
 
 @pytest.mark.parametrize("kind", ["p_kl", "h_kl"])
