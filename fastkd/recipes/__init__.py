@@ -50,8 +50,9 @@ from fastkd.recipes.language import (
 from fastkd.recipes.mapped_logits import mined
 from fastkd.recipes.masked_diffusion import dparallel
 from fastkd.recipes.mutual_information import MiCritic, infonce, mi_alpha
-from fastkd.recipes.on_policy import gkd, minitron, opd_topk
+from fastkd.recipes.on_policy import balanced, gkd, minitron, opd_topk
 from fastkd.recipes.preferences import preference
+from fastkd.recipes.projected_vocabulary import token_projection, x_token
 from fastkd.recipes.quantization import bucket_quantize, quantized_distillation
 from fastkd.recipes.ranking import dear, lambda_rank, list_net, rank_net
 from fastkd.recipes.relations import (
@@ -114,6 +115,7 @@ __all__ = [
     "align_distil",
     "alm",
     "alm_latents",
+    "balanced",
     "bild",
     "bpm",
     "bucket_quantize",
@@ -199,7 +201,9 @@ __all__ = [
     "taid",
     "tip",
     "token_budget",
+    "token_projection",
     "token_relations",
     "trg",
     "uld",
+    "x_token",
 ]

@@ -27,6 +27,33 @@ def wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+def log_softmax(values: Tensor) -> Tensor:
+    """Over the last dimension, in float32 at least.
+
+    Torch's own on CPUs adds up wide rows one after the other: over the 49,152 logits of a language
+    model its probabilities sum to 1 within 2e-5 only, these within 3e-7.
+    """
+    values = wide(values)
+    values = values - values.detach().amax(-1, keepdim=True)
+    return values - values.exp().sum(-1, keepdim=True).log()
+
+
+def softmax(values: Tensor) -> Tensor:
+    """See :func:`log_softmax`."""
+    values = wide(values)
+    masses = (values - values.detach().amax(-1, keepdim=True)).exp()
+    return masses / masses.sum(-1, keepdim=True)
+
+
+def added(values: Tensor, columns: Tensor, width: int) -> Tensor:
+    """``[rows, width]``: to each column the sum of the values that belong there, in their dtype.
+
+    In float64: probabilities of thousands of tokens are each below the last digit of a float32 sum.
+    """
+    total = values.new_zeros(values.size(0), width, dtype=torch.float64)
+    return total.index_add(1, columns, values.double()).to(values.dtype)
+
+
 def check_integers(
     function: str,
     name: str,
@@ -125,6 +152,15 @@ def check_tuple(function: str, name: str, value: Any, count: int) -> None:
     if not isinstance(value, (tuple, list)) or len(value) != count:
         found = len(value) if isinstance(value, (tuple, list)) else type(value).__name__
         raise TypeError(f"{function}: {name} must be a tuple of {count}, got {found}")
+
+
+def check_vocabs(function: str, student_vocab: Any, teacher_vocab: Any) -> None:
+    """Raise unless both are vocabularies."""
+    for name, vocab in (("student_vocab", student_vocab), ("teacher_vocab", teacher_vocab)):
+        if not isinstance(vocab, ByteVocab):
+            raise TypeError(
+                f"{function}: {name} must be a fastkd.ByteVocab, got {type(vocab).__name__}"
+            )
 
 
 def check_number(function: str, num_chunks: int) -> int:

@@ -1,5 +1,6 @@
 """Losses of rows, a block of rows at a time: of all rows only the gradient is stored."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +45,12 @@ def at_rows(values: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
 
 
 def by_blocks(
-    loss: RowLoss, inputs: Sequence[Tensor], rows: Sequence[Tensor], kept: Tensor, width: int
+    loss: RowLoss,
+    inputs: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    kept: Tensor,
+    width: int,
+    ends: Sequence[int] | None = None,
 ) -> Tensor:
     """Loss of each of the M chosen rows, as a differentiable function of the inputs.
 
@@ -52,20 +58,30 @@ def by_blocks(
     distinct indices of its rows, from :func:`chosen` by ``kept``. The gradient is computed with the
     value, block by block, and backward only scales it. ``width`` is that of the widest tensor in
     `loss`. In a compiled graph there is one block of all rows, and the compiler differentiates it.
+
+    With ``ends``, ascending from 0 to M, blocks begin and end there: the rows between two ends may
+    depend on each other, if whoever takes the losses takes their sum.
     """
     if is_tracing(kept):
         parts = [at_rows(x, places, kept) for x, places in zip(inputs, rows, strict=True)]
         return loss(slice(None), *parts)
     size = max(1, _ENTRIES // max(1, width))
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        return _ByBlocks.apply(loss, rows, size, *inputs)
-    blocks = _blocks(rows[0].numel(), size)
+        return _ByBlocks.apply(loss, rows, (size, ends), *inputs)
+    blocks = _blocks(rows[0].numel(), size, ends)
     values = [loss(block, *_at(inputs, rows, block)) for block in blocks]
     return torch.cat(values) if values else _no_values(inputs)
 
 
-def _blocks(count: int, size: int) -> list[slice]:
-    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+def _blocks(count: int, size: int, ends: Sequence[int] | None) -> list[slice]:
+    if ends is None:
+        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+    found, first = [], 0
+    while first < count:
+        last = ends[max(bisect_right(ends, first), bisect_right(ends, first + size) - 1)]
+        found.append(slice(first, last))
+        first = last
+    return found
 
 
 def _at(inputs: Sequence[Tensor], rows: Sequence[Tensor], block: slice) -> list[Tensor]:
@@ -80,12 +96,16 @@ def _no_values(inputs: Sequence[Tensor]) -> Tensor:
 class _ByBlocks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, loss: RowLoss, rows: Sequence[Tensor], size: int, *inputs: Tensor
+        ctx: Any,
+        loss: RowLoss,
+        rows: Sequence[Tensor],
+        cut: tuple[int, Sequence[int] | None],
+        *inputs: Tensor,
     ) -> Tensor:
         needs = ctx.needs_input_grad[3:]
         gradients = [torch.zeros_like(x) for x, need in zip(inputs, needs, strict=True) if need]
         values = []
-        for block in _blocks(rows[0].numel(), size):
+        for block in _blocks(rows[0].numel(), *cut):
             parts = [
                 part.detach().requires_grad_(need)
                 for part, need in zip(_at(inputs, rows, block), needs, strict=True)

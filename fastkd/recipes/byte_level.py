@@ -10,7 +10,15 @@ from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_tensors
 from fastkd._ops.names import Divergence, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
-from fastkd.recipes._chunks import check_integers, check_range, reduced, wide
+from fastkd.recipes._chunks import (
+    added,
+    check_integers,
+    check_range,
+    check_vocabs,
+    reduced,
+    softmax,
+    wide,
+)
 from fastkd.recipes._rows import (
     check_choice,
     check_rows,
@@ -134,11 +142,7 @@ def prefix_map(student_vocab: ByteVocab, teacher_vocab: ByteVocab) -> Tensor:
     >>> fastkd.recipes.prefix_map(student, teacher).tolist()
     [1, 0, 0, -1, -1]
     """
-    for name, vocab in (("student_vocab", student_vocab), ("teacher_vocab", teacher_vocab)):
-        if not isinstance(vocab, ByteVocab):
-            raise TypeError(
-                f"prefix_map: {name} must be a fastkd.ByteVocab, got {type(vocab).__name__}"
-            )
+    check_vocabs("prefix_map", student_vocab, teacher_vocab)
     ids: dict[bytes, int] = {}
     for i, token in enumerate(student_vocab.tokens):
         if token:
@@ -214,8 +218,8 @@ def bpm(
     reached = reached.index_fill(0, columns, True)[:-1]
 
     def loss(block: slice, logits: Tensor) -> Tensor:
-        p = wide(at_rows(teacher, rows[block], kept)).softmax(-1)
-        mass = p.new_zeros(p.size(0), width + 1).index_add(1, columns, p)
+        p = softmax(at_rows(teacher, rows[block], kept))
+        mass = added(p, columns, width + 1)
         target = mass[:, :-1].log()
         if residual == "drop":
             return softmax_divergence(logits, target, reduction="none")

@@ -26,6 +26,7 @@ from fastkd.recipes._chunks import (
     chunk_slots,
     readable,
     reduced,
+    softmax,
     unscored_chunks,
     wide,
 )
@@ -395,7 +396,7 @@ def uld(
     def loss(block: slice, logits: Tensor) -> Tensor:
         other = at_rows(teacher, teacher_rows[block], kept)
         q, p = (
-            (wide(x) / t).softmax(-1).sort(-1, descending=True).values
+            softmax(wide(x) / t).sort(-1, descending=True).values
             for x, t in ((logits, tau), (other, tau_teacher))
         )
         both = min(q.size(-1), p.size(-1))

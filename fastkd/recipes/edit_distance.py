@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd.recipes._chunks import check_vocabs
 from fastkd.tokenizers._byte_vocab import ByteVocab
 
 #: Pairs whose distance is computed at once: some megabytes of working memory.
@@ -48,11 +49,7 @@ def edit_distance_map(student_vocab: ByteVocab, teacher_vocab: ByteVocab) -> Ten
     >>> fastkd.recipes.edit_distance_map(student, teacher).tolist()
     [2, 2, 3, 0]
     """
-    for name, vocab in (("student_vocab", student_vocab), ("teacher_vocab", teacher_vocab)):
-        if not isinstance(vocab, ByteVocab):
-            raise TypeError(
-                f"edit_distance_map: {name} must be a fastkd.ByteVocab, got {type(vocab).__name__}"
-            )
+    check_vocabs("edit_distance_map", student_vocab, teacher_vocab)
     ids: dict[bytes, int] = {}
     for number, token in enumerate(teacher_vocab.tokens):
         if token is not None:

@@ -11,7 +11,7 @@ from fastkd._ops.names import ClippedTail, Renormalize, TextReduction
 from fastkd.losses._clipped_divergence import clipped_divergence
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
-from fastkd.recipes._chunks import check_integers, check_mask, reduced, wide
+from fastkd.recipes._chunks import check_integers, check_mask, reduced, softmax, wide
 from fastkd.recipes._features import check_factors
 from fastkd.recipes._rows import (
     check_choice,
@@ -180,9 +180,9 @@ def _squared_differences(student_logits: Tensor, teacher_logits: Tensor, pairs: 
     student, teacher = (x.flatten(0, 1) for x in (student_logits, teacher_logits))
 
     def loss(block: slice, first: Tensor, second: Tensor) -> Tensor:
-        q = wide(first).softmax(-1) * wide(second).softmax(-1)
+        q = softmax(first) * softmax(second)
         others = (at_rows(teacher, rows[block] + later, pairs) for later in (0, 1))
-        p, following = (wide(x).softmax(-1) for x in others)
+        p, following = (softmax(x) for x in others)
         return (p * following - q).square().sum(-1)
 
     # Two tensors: a gradient for each, also for second derivatives.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient, to_flag
-from fastkd._ops.checks import check_positive
+from fastkd._ops.checks import check_positive, check_tensors
 from fastkd._ops.names import Tail, TextReduction, TopKDivergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.losses._topk_divergence import topk_divergence
@@ -123,7 +123,8 @@ def opd_topk(
         ValueError, TypeError: an argument has the wrong value or type.
 
     Sources: SDFT (arXiv 2601.19897) and SDPO (2601.20802), whose support is the student's best 100;
-    TRL's option of a tail; verl's RFC 7856 asks for it where the support is the teacher's.
+    TRL's option of a tail; verl's RFC 7856 asks for it where the support is the teacher's. TRL
+    weighs rows by the sampled token's :math:`q / q_{old}`, at most 2: pass it, detached, as weight.
 
     >>> import torch, fastkd
     >>> student, teacher = torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([[3.0, 1.0, -1.0]])
@@ -210,7 +211,9 @@ def minitron(
         ValueError, TypeError: an argument has the wrong value or type.
 
     Source: Muralidharan et al. 2024 (arXiv 2407.14679) and NVIDIA's Model-Optimizer, which leaves
-    out the cross-entropy on the text by default.
+    out the cross-entropy on the text by default. Its variant of the teacher's top k is
+    :func:`opd_topk` with ``support="teacher", k=1024, divergence="forward_kl"`` and
+    ``tail="renormalize"``.
 
     >>> import torch, fastkd
     >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
@@ -265,7 +268,40 @@ def minitron(
         distance = torch.where(kept, distance, 0)
         total = total + reduced("minitron", distance, kept, reduction, normalizer)
     total = total / len(pairs)
-    if balance:
-        size = total.detach()
-        total = total * torch.where(size > 0, loss.detach() / torch.where(size > 0, size, 1), 0)
-    return loss + total
+    return loss + (balanced(total, loss) if balance else total)
+
+
+def balanced(loss: Tensor, other: Tensor) -> Tensor:
+    r"""A loss times a constant that makes it as large as another one.
+
+    The constant is :math:`|\text{other}| / |\text{loss}|`, or 1 where the loss is 0. No gradient
+    flows through it, nor to the other loss.
+
+    Args:
+        loss: any shape.
+        other: the same shape.
+
+    Returns:
+        The shape and dtype of the loss.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong value or type.
+
+    Sources: NVIDIA's Model-Optimizer (:func:`minitron`) and NeMo-RL (:func:`x_token`).
+
+    >>> import torch, fastkd
+    >>> loss = torch.tensor(4.0, requires_grad=True)
+    >>> found = fastkd.recipes.balanced(loss, torch.tensor(2.0))
+    >>> found.item(), torch.autograd.grad(found, loss)[0].item()
+    (2.0, 0.5)
+    """
+    check_tensors("balanced", {"loss": loss, "other": other})
+    if loss.shape != other.shape:
+        raise ValueError(
+            f"balanced: other must have the shape {list(loss.shape)} of loss, got "
+            f"{list(other.shape)}"
+        )
+    size = loss.detach().abs()
+    known = size > 0
+    factor = torch.where(known, other.detach().abs() / torch.where(known, size, 1), 1)
+    return loss * factor.to(loss.dtype)

@@ -16,8 +16,10 @@ from fastkd.recipes._chunks import (
     check_integers,
     check_mask,
     check_range,
+    check_vocabs,
     chunk_ends,
     chunk_slots,
+    log_softmax,
     reduced,
     single_token_rows,
     wide,
@@ -27,7 +29,7 @@ from fastkd.recipes._rowwise import at_rows, by_blocks, chosen, placed
 from fastkd.tokenizers._byte_vocab import ByteVocab
 
 #: Log-probabilities are not taken below this: 0 log 0 is then 0, and its gradient finite.
-_LEAST_LOG = -80.0
+LEAST_LOG = -80.0
 
 
 def shared_tokens(student_vocab: ByteVocab, teacher_vocab: ByteVocab) -> Tensor:
@@ -41,11 +43,7 @@ def shared_tokens(student_vocab: ByteVocab, teacher_vocab: ByteVocab) -> Tensor:
     >>> fastkd.recipes.shared_tokens(student, fastkd.ByteVocab([b"b", b"ab", b"a"])).tolist()
     [2, 1, -1, -1]
     """
-    for name, vocab in (("student_vocab", student_vocab), ("teacher_vocab", teacher_vocab)):
-        if not isinstance(vocab, ByteVocab):
-            raise TypeError(
-                f"shared_tokens: {name} must be a fastkd.ByteVocab, got {type(vocab).__name__}"
-            )
+    check_vocabs("shared_tokens", student_vocab, teacher_vocab)
     ids: dict[bytes, int] = {}
     for i, token in enumerate(teacher_vocab.tokens):
         if token:
@@ -254,10 +252,10 @@ def gold(
         other = at_rows(teacher, teacher_rows[block], kept)
         scale = at_rows(later[1], places[block], kept)
         log_q, log_p = (
-            ((wide(z) / temperature).log_softmax(-1) + s).clamp(min=_LEAST_LOG)
+            (log_softmax(wide(z) / temperature) + s).clamp(min=LEAST_LOG)
             for z, s in ((logits, of_later), (other, scale))
         )
-        matched = torch.where(known, _terms(log_p[:, columns], log_q, beta), 0).sum(-1)
+        matched = torch.where(known, terms(log_p[:, columns], log_q, beta), 0).sum(-1)
         q, p = (
             x.exp().masked_fill(done, 0).sort(-1, descending=True).values
             for x, done in ((log_q, known), (log_p, taken))
@@ -273,7 +271,7 @@ def gold(
     return reduced("gold", placed(values, kept).to(dtype), kept, reduction, normalizer)
 
 
-def _terms(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+def terms(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """The terms of the divergence, whose sums need not be 1."""
     if beta == 0:
         return log_p.exp() * (log_p - log_q)

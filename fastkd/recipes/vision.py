@@ -12,7 +12,7 @@ from fastkd._ops.names import Reduction, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.losses._topk_divergence import topk_divergence
-from fastkd.recipes._chunks import check_integers, wide
+from fastkd.recipes._chunks import check_integers, softmax, wide
 from fastkd.recipes._features import (
     as_numbers,
     check_classes,
@@ -145,9 +145,7 @@ def dist(
     check_positive("dist", "temperature", temperature)
     check_like("dist", "teacher_logits", teacher_logits, "student_logits", student_logits)
     square_temperature = to_flag("dist", "square_temperature", square_temperature)
-    q, p = (
-        (wide(x).flatten(0, -2) / temperature).softmax(-1) for x in (student_logits, teacher_logits)
-    )
+    q, p = (softmax(wide(x).flatten(0, -2) / temperature) for x in (student_logits, teacher_logits))
     factor = temperature**2 if square_temperature else 1
     rows, columns = (mean(1 - _correlation(q, p, dim)) for dim in (1, 0))
     return factor * (beta * rows + gamma * columns)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import logits
+from cases import logits, relative_error
 from recipe_checks import Entry, kept_of, mixed_dtypes, one_graph, one_graph_for_all, promises
 
 import fastkd
@@ -188,6 +188,20 @@ def test_bpm_of_an_identity_map(residual):
     torch.testing.assert_close(*gradients)
     nothing = torch.full((9,), -1)
     assert recipes.bpm(z, y, nothing, residual="lump").abs() < 1e-12
+
+
+def test_thousands_of_tokens_for_one():
+    """Each has a probability below the last digit of the sum."""
+    y = torch.full((1, 30_002), -18.0)
+    y[:, :2] = 0
+    z = torch.tensor([[0.0, 1e-2]])
+    mapping = torch.cat([torch.tensor([0, 1]), torch.zeros(30_000).long()])
+
+    def step(z, y):
+        z = z.clone().requires_grad_()
+        return torch.autograd.grad(recipes.bpm(z, y, mapping), z)[0]
+
+    assert relative_error(step(z, y), step(z.double(), y.double())) < 2e-5
 
 
 def test_mass_is_conserved():

