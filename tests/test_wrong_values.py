@@ -139,6 +139,15 @@ def test_recipes_without_an_entry(name):
     assert unclear(getattr(recipes, name), RECIPES[name]) == []
 
 
+def test_objects_of_recipes():
+    assert unclear(recipes.MiCritic, {"student_width": 3, "teacher_width": 4}) == []
+    schedule = recipes.TaidSchedule()
+    assert unclear(schedule.step, {"loss": 1.0, "progress": 0.5}) == []
+    loss = torch.ones((), requires_grad=True)
+    assert [type(schedule.step(loss, torch.tensor(x))) for x in (0.0, 0.5)] == [float, float]
+    assert isinstance(schedule.momentum, float)  # nothing of the loss's graph
+
+
 @pytest.mark.parametrize("name", ACM)
 def test_gated_routing(name):
     assert unclear(getattr(acm, name), ACM[name]) == []
