@@ -189,6 +189,9 @@ def test_a_bias_is_a_parameter_of_the_module(side):
     found = torch.func.functional_call(module, other, tuple(given))
     torch.testing.assert_close(found, module(*given, **other))
     assert copy.deepcopy(module)(*given) == module(*given)
+    replica = module._replicate_for_data_parallel()  # has its parameters as plain attributes
+    setattr(replica, f"{side}_bias", bias.detach() + 1)
+    assert torch.equal(replica(*given), module(*given, **{f"{side}_bias": bias.detach() + 1}))
     assert module.double().get_parameter(f"{side}_bias").dtype == torch.float64
 
 

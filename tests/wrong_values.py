@@ -39,6 +39,8 @@ def wrong(value: Any) -> Iterator[tuple[str, Any]]:
             yield from (("longer", [*value, *value]), ("texts", ["x"] * len(value)))
 
 
+#: What no argument takes.
+_NEVER = ("text", "object", "sparse", "torch.complex64", "texts")
 #: Where another argument may be the one that does not fit.
 _OF_SHAPES = ("scalar", "extra", "fewer", "narrow", "longer")
 
@@ -61,7 +63,8 @@ def unclear(function: Callable[..., Any], given: dict[str, Any]) -> list[str]:
                 if not (isinstance(error, ERRORS) and _function(text) and named):
                     found.append(f"{name}={kind}: {type(error).__name__}: {text[:120]}")
             else:
-                if value is None and right is not None and name not in defaults:
+                needed = value is None and right is not None and name not in defaults
+                if needed or kind in _NEVER:
                     found.append(f"{name}={kind}: no error")
     return found
 

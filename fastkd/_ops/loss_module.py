@@ -78,14 +78,19 @@ class LossModule(torch.nn.Module):
 
     def forward(self, *inputs: Any, **batch: Any) -> Tensor:
         """Call the function; ``batch`` adds or replaces options."""
-        return self.function(*inputs, **{**self.options, **self._parameters, **batch})
+        return self.function(*inputs, **{**self._given(), **batch})
+
+    def _given(self) -> dict[str, Any]:
+        """The options, of which those that are parameters are attributes."""
+        learned = {name: getattr(self, name) for name in self.learned if name not in self.options}
+        return {**self.options, **learned}
 
     def extra_repr(self) -> str:
         """The options that are not the function's defaults."""
         defaults = inspect.signature(type(self)).parameters
         return ", ".join(
             f"{name}={_shown(value)}"
-            for name, value in {**self.options, **self._parameters}.items()
+            for name, value in self._given().items()
             if not _same(value, defaults[name].default)
         )
 

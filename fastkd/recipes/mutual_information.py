@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._ops.checks import check_positive
+from fastkd.acm._arguments import check_count
 from fastkd.recipes._chunks import wide
 from fastkd.recipes._features import check_floats, check_like, check_rank, mean, product, unit
 from fastkd.recipes._rows import check_share
@@ -136,6 +137,9 @@ class MiCritic(nn.Module):
 
     def __init__(self, student_width: int, teacher_width: int, *, hidden: int = 512, dim: int = 32):
         super().__init__()
+        student_width = check_count("MiCritic", "student_width", student_width)
+        teacher_width = check_count("MiCritic", "teacher_width", teacher_width)
+        hidden, dim = check_count("MiCritic", "hidden", hidden), check_count("MiCritic", "dim", dim)
         self.student = _mlp(student_width, hidden, dim)
         self.teacher = _mlp(teacher_width, hidden, dim)
         self.baseline = _mlp(teacher_width, hidden, 1)

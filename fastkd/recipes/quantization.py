@@ -71,7 +71,7 @@ def quantized_distillation(
     check_no_gradient(name, alpha=alpha)
     check_positive(name, "temperature", temperature)
     check_choice(name, "ask", ask, ("always", "entropy", "random_entropy", "wrong"))
-    if (ask == "entropy") != is_number(cutoff):
+    if (ask == "entropy") != is_number(cutoff) or (ask != "entropy" and cutoff is not None):
         raise ValueError(
             f"{name}: cutoff must be a number for ask='entropy' and None else, got {cutoff!r} for "
             f"{ask!r}"

@@ -15,6 +15,7 @@ from fastkd.losses._token_stats import token_stats
 from fastkd.recipes._chunks import check_mask, check_tuple, reduced, wide
 from fastkd.recipes._rows import (
     check_choice,
+    check_row_values,
     check_rows,
     check_share,
     check_width,
@@ -140,12 +141,11 @@ def distillm2(
         raise ValueError(f"distillm2: beta must lie in [0, 2], got {beta}")
     check_choice("distillm2", "reduction", reduction, ("sequence_mean", "mean", "sum"))
     check_no_gradient("distillm2", beta=beta)
-    check_tuple("distillm2", "chosen", chosen, 3)
-    check_tuple("distillm2", "rejected", rejected, 3)
     check_tuple("distillm2", "alphas", alphas, 2)
     total: Any = 0
     parts = (("chosen", chosen, 2 - beta), ("rejected", rejected, beta))
     for (name, pair, factor), alpha in zip(parts, alphas, strict=True):
+        check_tuple("distillm2", name, pair, 3)
         student, teacher, mask = pair
         sides = {f"{name}.student_logits": student, f"{name}.teacher_logits": teacher}
         check_rows("distillm2", sides, mask=mask)
@@ -211,11 +211,9 @@ def distillm2_alphas(
     given = {"student_log_probs": student_log_probs, "teacher_log_probs": teacher_log_probs}
     check_tensors("distillm2_alphas", {**given, "mask": mask})
     for name, values in given.items():
-        if values.dim() != 2 or values.shape != mask.shape:
-            raise ValueError(
-                f"distillm2_alphas: {name} must be [texts, rows] as mask is, {list(mask.shape)}, "
-                f"got {list(values.shape)}"
-            )
+        check_row_values("distillm2_alphas", name, values, mask.shape)
+    if mask.dim() != 2:
+        raise ValueError(f"distillm2_alphas: mask must be [B, T], got {list(mask.shape)}")
     check_mask("distillm2_alphas", "mask", mask, mask.shape)
     base = to_number("distillm2_alphas", "base", base)
     check_finite("distillm2_alphas", "anchor", anchor)
@@ -306,6 +304,9 @@ class TaidSchedule:
 
     def step(self, loss: float, progress: float) -> float:
         """The next t, from the last loss and the share of training done, in [0, 1]."""
+        loss = to_number("TaidSchedule", "loss", loss.detach() if torch.is_tensor(loss) else loss)
+        progress = to_number("TaidSchedule", "progress", progress)
+        check_share("TaidSchedule", "progress", progress)
         if self.t is None:
             self.t = self.start
         if math.isfinite(self.last_loss):
@@ -314,7 +315,7 @@ class TaidSchedule:
             faster = self.t + self.alpha * (1 - self.t) / (1 + math.exp(-self.momentum))
             target = self.start + (self.end - self.start) * progress
             self.t = min(self.end, max(target, faster))
-        self.last_loss = float(loss)
+        self.last_loss = loss
         return self.t
 
 
