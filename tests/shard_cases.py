@@ -92,6 +92,10 @@ def cases(size: int) -> dict[str, Case]:
             rows.infinite_support_case,
             rows.nan_case,
             rows.masked_case,
+            rows.far_case,
+            rows.shape_case,
+            rows.bounds_of_unread_rows_case,
+            rows.nan_boundary_case,
         ),
         *(
             rows.edge_label_case,

@@ -200,3 +200,82 @@ def label_error_case(ranks: Ranks) -> None:
     ):
         with pytest.raises(IndexError, match=r"must lie in \[0, "):
             call()
+
+
+def far_case(ranks: Ranks) -> None:
+    """Rows far below 0, and numbers far below a row's largest one."""
+    vocab = WIDTH * ranks.size
+    student, teacher = (logits(ROWS, vocab, seed=i) for i in range(2))
+    best = fastkd.teacher_topk(teacher, 4)
+    indices = best.indices.clone()
+    indices[:, 3] = -1
+    below = student - 3000
+    above = student.clone()
+    above[:, 0] += 3000  # an entry of the first row or of none
+    indices[0, 0], indices[1:, 0] = 0, torch.arange(1, ROWS) * 2
+    for divergence in ("forward_kl", "reverse_kl", "cross_entropy"):
+        for tail in ("lump", "uniform"):
+            function = functools.partial(
+                fastkd.topk_divergence, divergence=divergence, tail=tail, reduction="none"
+            )
+            for z in (below, above):
+                ranks.compare(
+                    lambda z, f=function, **p: f(z, best.log_probs - 1, indices, **p),
+                    [z],
+                    tolerance=1e-9,
+                    relative=True,
+                )
+    lowest = student.clone()
+    lowest[:, ranks.size :] = torch.finfo(torch.float64).min
+    found = fastkd.token_stats(
+        lowest[:, ranks.even(WIDTH)], temperature=0.5, group=ranks.group
+    ).student_entropy
+    torch.testing.assert_close(found, fastkd.token_stats(lowest, temperature=0.5).student_entropy)
+
+
+def shape_case(ranks: Ranks) -> None:
+    """No rows, other strides, and rows of one number."""
+    vocab = WIDTH * ranks.size
+    for leading in ((0,), (2, 0)):
+        z = logits(*leading, vocab)
+        found = fastkd.token_stats(z[..., ranks.even(WIDTH)], group=ranks.group)
+        assert found.student_lse.shape == leading
+    sides = [logits(vocab, 2, 3, seed=i).transpose(0, 2) for i in range(2)]
+    runs = []
+    for place in ({}, {"group": ranks.group}):
+        columns = ranks.even(WIDTH) if place else slice(None)
+        # Of dense memory, whose strides gradients have, too.
+        mine = [x[..., columns].transpose(0, 2).contiguous().transpose(0, 2) for x in sides]
+        mine = [x.requires_grad_() for x in mine]
+        fastkd.clipped_divergence(*mine, 0.01, 0.5, **place).backward()
+        runs.append([x.grad for x in mine])
+    for whole, part in zip(*runs, strict=True):
+        expected = whole[..., ranks.even(WIDTH)]
+        torch.testing.assert_close(part, expected, rtol=0, atol=1e-12)
+
+
+def bounds_of_unread_rows_case(ranks: Ranks) -> None:
+    """The bounds of rows that are not read get a gradient of 0."""
+    columns, found = ranks.even(WIDTH), []
+    sides = [logits(ROWS, WIDTH * ranks.size, seed=i) for i in range(2)]
+    mask = torch.arange(ROWS) % 2 == 0
+    for place in ({}, {"group": ranks.group}):
+        bounds = [torch.full((ROWS,), x, requires_grad=True) for x in (0.01, 0.5)]
+        mine = [x[:, columns] if place else x for x in sides]
+        loss = fastkd.clipped_divergence(*mine, *bounds, softness=0.1, mask=mask, **place)
+        loss.backward()
+        found.append(torch.stack([x.grad for x in bounds]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def nan_boundary_case(ranks: Ranks) -> None:
+    """A row without a distribution gives NaN also to a boundary of no token."""
+    z = logits(1, 3, WIDTH * ranks.size)
+    z[0, 1, 0] = torch.nan
+    ids, chunks = torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[0, -1, -1]])
+    none = torch.zeros(z.size(-1), dtype=torch.bool)
+    found = fastkd.chunk_log_likelihood(
+        z[..., ranks.even(WIDTH)], ids, chunks, 1, boundary=none, group=ranks.group
+    )
+    assert found.boundary_log_prob is not None
+    assert found.boundary_log_prob.isnan().all()

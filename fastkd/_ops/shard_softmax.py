@@ -15,6 +15,9 @@ from torch import Tensor
 from fastkd._ops import shards as ops
 from fastkd._ops.shards import Merged, Shards
 
+#: In ``holes``, what fills up a row with fewer of them.
+NO_HOLE = -2
+
 
 class SoftmaxNumbers(NamedTuple):
     """One number a row, the same on every process. Logits are relative to ``origin``.
@@ -63,7 +66,8 @@ class SoftmaxCall:
         """The numbers of [..., width] logits.
 
         ``base``: float64 [4, rows]: whether the row is read, temperature, second temperature, cap.
-        ``token_ids``: [rows] and ``holes``: [rows, holes], columns of this process or -1.
+        ``token_ids``: [rows] and ``holes``: [rows, holes], columns of this process or -1;
+        `NO_HOLE` for holes that no process has.
         """
         holes = None if holes is None else holes.contiguous()
         arguments = (logits, base, token_ids, columns, holes)
@@ -124,6 +128,7 @@ class SoftmaxCall:
         origins, hole_values = every[:, 0], base.new_empty(0)
         if holes is not None:
             hole_values = shards.sum(_hole_logits(logits, base, holes), dtype)
+            hole_values = hole_values.masked_fill(holes == NO_HOLE, -torch.inf)
             # The holes count as one more process.
             largest = torch.cat([hole_values, torch.full_like(hole_values[:, :1], -torch.inf)], 1)
             origins = torch.cat([origins, largest.amax(1).unsqueeze(0)])

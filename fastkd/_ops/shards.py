@@ -248,13 +248,17 @@ class Merged:
 
     def log_sum(self, sums: Tensor, temperature: Tensor) -> Tensor:
         """log sum exp((z - origin) / temperature), from the sums of all processes."""
-        return (sums * self.factors(temperature)).sum(0).log() + (self.origin - self.origin)
+        # In logarithms: without its holes, a row may be far below the largest logit.
+        apart = torch.where(
+            self._origins == self._top, 0.0, (self._origins - self._top) / temperature
+        )
+        return (sums.log() + apart).logsumexp(0) + (self.origin - self.origin)
 
     def entropy(self, sums: Tensor, weighted: Tensor, temperature: Tensor) -> Tensor:
         """The entropy, from sums of e and of e log2(e)."""
         factors = self.factors(temperature)
         moved = (self._origins - self._top) / temperature
-        moved = torch.where((self._origins == self._top) | (sums == 0), 0.0, moved)
+        moved = torch.where((self._origins == self._top) | (factors == 0), 0.0, moved)
         total = (sums * factors).sum(0)
         found = total.log() - ((weighted * LN2 + sums * moved) * factors).sum(0) / total
         return found.clamp(min=0) + (self.origin - self.origin)

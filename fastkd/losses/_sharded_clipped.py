@@ -219,7 +219,7 @@ class _Clipped:
         for i in range(2):
             if not needs[i]:
                 continue
-            found[i] = gradient = torch.zeros_like(inputs[i])
+            found[i] = gradient = torch.zeros_like(inputs[i], memory_format=torch.contiguous_format)
             for chunk in self.chunks():
                 if self.shards.columns == 0:
                     continue
@@ -231,7 +231,8 @@ class _Clipped:
                     part = part + self.label_gradient(chunk, inputs[0], frame, into_label)
                 self.write(gradient, chunk, part, inputs[i], i)
         for i in (2, 3):
-            found[i] = whole[i] if needs[i] else None
+            # Rows that are not read have no normalizer.
+            found[i] = torch.where(self.rows.read, whole[i], 0.0) if needs[i] else None
         return found
 
     def slopes(

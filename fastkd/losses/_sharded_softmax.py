@@ -128,5 +128,5 @@ def token_stats(
         poison = frames[1] - frames[1] + (frames[3] - frames[3])
         both = shards.gather(torch.stack(found), ops.dtype_of(*sides)).sum(0) + poison
         numbers += both.unbind(0)
-    stacked = [torch.stack(x).reshape(-1, *rows.leading) for x in (numbers, likeliest)]
+    stacked = [torch.stack(x).reshape(len(x), *rows.leading) for x in (numbers, likeliest)]
     return stacked[0].to(ops.dtype_of(*sides)), stacked[1]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.op import Op
-from fastkd._ops.shard_softmax import SoftmaxCall, SoftmaxNumbers
+from fastkd._ops.shard_softmax import NO_HOLE, SoftmaxCall, SoftmaxNumbers
 from fastkd._ops.shards import Shards
 from fastkd.losses._sharded import LossRows, at_one, has_labels, label_term, side_table
 from fastkd.reference import _topk_divergence as reference
@@ -57,7 +57,7 @@ def topk_divergence(op: Op, values: dict[str, Any], shards: Shards, inplace: boo
         total=spread and not reverse,
         inplace=inplace,
     )
-    holes = torch.where(stored, shards.local(indices), -1)
+    holes = torch.where(stored, shards.local(indices), NO_HOLE)
     base = side_table(rows, 1.0, "student_logit_softcap")
     found = call.numbers(student, base, rows.token_ids(), holes=holes)
     assert found.holes is not None

@@ -194,7 +194,9 @@ def _sharded(
         return likelihood, None, count
     mass = found.second_log_sum
     none = mass == -math.inf
-    log_prob = torch.where(none, -math.inf, mass.masked_fill(none, 0) - found.log_sum)
+    # An infinite number would hide the NaN of a row that is no distribution.
+    log_prob = mass.masked_fill(none, 0) - found.log_sum
+    log_prob = log_prob.masked_fill(none & ~log_prob.isnan(), -math.inf)
     log_prob = torch.where(ended.reshape(-1), log_prob, 0.0)
     return likelihood, summed(log_prob, ended, before).to(dtype), count
 
