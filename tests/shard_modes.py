@@ -140,6 +140,7 @@ def dtensor_case(kind: str, ranks: Ranks) -> None:
     z, t = (logits(3, 5, vocab, seed=i) for i in range(2))
     labels = torch.arange(15).view(3, 5) % vocab
     labels[0, :4] = -100  # the processes keep unequal numbers of rows
+    taught = torch.where(labels < 0, -1, torch.arange(15).view(3, 5).flip(0, 1))
     best = fastkd.teacher_topk(t, 4)
     boundary, chunks = torch.arange(vocab) % 2 == 0, torch.tensor([0, 0, 1, 2, 2]).expand(3, 5)
     weight = torch.linspace(0, 1, 15, dtype=torch.float64).view(3, 5)
@@ -152,6 +153,12 @@ def dtensor_case(kind: str, ranks: Ranks) -> None:
         "none": lambda z, t: fastkd.softmax_divergence(z, t, reduction="none", weight=weight),
         "elementmean": lambda z, t: fastkd.softmax_divergence(
             z, t, reduction="elementmean", vocab_size=9
+        ),
+        "teacher_rows": lambda z, t: fastkd.softmax_divergence(
+            z, t.detach(), teacher_rows=taught, shift=1
+        ),
+        "teacher_rows of others": lambda z, t: fastkd.softmax_divergence(
+            z, t.detach()[0], teacher_rows=taught.clamp(max=4), reduction="none"
         ),
         "topk": lambda z, t: fastkd.topk_divergence(z, best.log_probs, best.indices),
         "clipped": lambda z, t: fastkd.clipped_divergence(z, t, 0.01, 0.5, softness=0.1),
@@ -220,6 +227,8 @@ def dtensor_error_case(ranks: Ranks) -> None:
     ):
         with pytest.raises(ValueError, match=expected):
             call()
+    with pytest.raises(TypeError, match="topk_stats: student_logits must be a plain tensor"):
+        fastkd.topk_stats(vocab, torch.zeros(ROWS, 1), torch.zeros(ROWS, 1, dtype=torch.int64))
 
 
 def torch_is_wrong_case(ranks: Ranks) -> None:

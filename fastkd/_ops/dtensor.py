@@ -99,12 +99,19 @@ class _Layout:
             )
         return self.local(name, x, self.rows)
 
-    def of_columns(self, name: str, x: Any) -> Any:
-        """The same of other logits."""
+    def of_columns(self, name: str, x: Any, chosen: bool = False) -> Any:
+        """The same of other logits. ``chosen``: of all rows, among which others are chosen."""
         if isinstance(x, (list, tuple)):
-            return [self.of_columns(name, one) for one in x]
+            return [self.of_columns(name, one, chosen) for one in x]
         if not isinstance(x, (Tensor, LinearLogits)):
             return x
+        if chosen and isinstance(x, Tensor) and x.dim() and x.size(-1) == self.vocab:
+            from torch.distributed.tensor import Replicate, Shard
+
+            placements: list[Any] = [Replicate()] * self.mesh.ndim
+            if self.vocab_dimension is not None:
+                placements[self.vocab_dimension] = Shard(x.dim() - 1)
+            return self.local(name, x, placements)
         if x.shape != self.logits.shape:
             raise ValueError(
                 f"{self.function}: {name} must have the shape of {self.name}, "
@@ -199,7 +206,8 @@ def _local_arguments(
         )
 
     def local(key: str, x: Any) -> Any:
-        return layout.of_columns(key, x) if key in _WIDE else layout.of_rows(key, x)
+        chosen = options.get("teacher_rows") is not None
+        return layout.of_columns(key, x, chosen) if key in _WIDE else layout.of_rows(key, x)
 
     found = {
         key: local(key, x) for key, x in options.items() if key not in ("group", "vocab_start")
@@ -265,8 +273,8 @@ def _denominator(layout: _Layout, tensors: list[Any], options: dict[str, Any]) -
         return rows * (layout.vocab if vocab_size is None else vocab_size)
     if reduction != "mean":
         return None  # the function names the values that it takes
-    mask = options.get("mask")
-    if labels is None and mask is None:
+    mask, taught = options.get("mask"), options.get("teacher_rows")
+    if labels is None and mask is None and taught is None:
         return rows
     kept = torch.ones(tensors[0].shape[:-1], dtype=torch.bool, device=tensors[0].device)
     if mask is not None:
@@ -275,4 +283,6 @@ def _denominator(layout: _Layout, tensors: list[Any], options: dict[str, Any]) -
         kept = kept & (labels != options["ignore_index"])
     if not (isinstance(shift, int) and shift == 0):
         kept = kept[..., shift:]
+    if taught is not None:
+        kept = kept & (taught >= 0)[..., : kept.size(-1)]
     return layout.sum(kept.sum().to(torch.float64))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd._ops.arguments import check_tensor
 from fastkd._ops.linear import function as linear
 from fastkd._ops.linear.call import OPS
 from fastkd._ops.linear.logits import LinearLogits
@@ -96,8 +97,9 @@ def topk_stats(
     }
     if isinstance(student_logits, LinearLogits):
         return _of_chunks(student_logits, teacher_log_probs, teacher_indices, options)
+    check_tensor("topk_stats", "student_logits", student_logits)
     with torch.no_grad():
-        # It checks all arguments.
+        # It checks all other arguments.
         values = topk_divergence(student_logits, teacher_log_probs, teacher_indices, **options)
         logits, log_probs = student_logits.detach(), teacher_log_probs.detach()
         columns = logits.size(-1) if vocab_size is None else vocab_size
