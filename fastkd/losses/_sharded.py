@@ -14,6 +14,7 @@ from fastkd._ops import shards as ops
 from fastkd._ops.arguments import CHOICES
 from fastkd._ops.shards import Shards, table
 
+_ELEMENTS = 1 << 18  # of the rows of a chunk
 REDUCTIONS = tuple(CHOICES["softmax_divergence.reduction"])
 
 
@@ -79,6 +80,13 @@ class LossRows:
                 f"{self.shards.function}: {name} must lie in [0, {self.shards.vocab}) or be "
                 f"ignore_index {ignored}, got {int(ids[row])} in row {row}"
             )
+
+    def chunks(self) -> list[slice]:
+        """A few rows at a time, for losses that copy logits to float64."""
+        step = max(1, _ELEMENTS // max(self.shards.columns, 1))
+        if torch.compiler.is_compiling():  # the number of chunks would be one of the graph
+            step = max(self.count, 1)
+        return [slice(begin, begin + step) for begin in range(0, self.count, step)]
 
     def number(self, name: str, *, shifted: bool = False) -> Any:
         """A number, or one a row."""
@@ -149,7 +157,10 @@ def at_one(rows: LossRows) -> bool:
 
 
 def side_table(rows: LossRows, second: Any, softcap: str) -> Tensor:
-    """What :class:`SoftmaxCall` takes of each row."""
+    """What :class:`SoftmaxCall` takes of each row.
+
+    ``second``: the second softmax's temperature; ``softcap``: the argument that has the soft cap.
+    """
     return table(
         rows.count,
         rows.logits,

@@ -6,7 +6,7 @@ The gradients of the teacher and of the bounds are sums over all columns, too: o
 and only where they are asked for.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from fastkd.losses._sharded import LossRows, at_one, has_labels, label_term
 from fastkd.reference import _clipped_divergence as reference
 from fastkd.reference._rows import NO_WEIGHT, exp, finite
 
-_ELEMENTS = 1 << 18  # of the rows that are worked on at a time
 #: What each process sums over its part of the support: p (log p - log q); the logarithms of the
 #: masses inside and outside, of the teacher and of the student; p where q is not 0; how many have
 #: mass where q is 0, which makes the value infinite.
@@ -131,7 +130,7 @@ class _Clipped:
             self.sums(
                 *self.chunk(chunk, student, teacher, frame), lower[chunk], upper[chunk], chunk
             )
-            for chunk in self.chunks()
+            for chunk in self.rows.chunks()
         ]
         sums = torch.cat(parts, 1) if parts else frame.new_zeros((7, 0))
         every = shards.gather(sums, dtype)
@@ -139,12 +138,6 @@ class _Clipped:
         poison = (log_sum - log_sum) + (log_sum_t - log_sum_t)
         poison = torch.where(self.rows.read, poison, 0.0)
         return (torch.cat([first, logs, alive]), label_loss, poison), frame
-
-    def chunks(self) -> Iterator[slice]:
-        """A few rows at a time."""
-        step = max(1, _ELEMENTS // max(self.shards.columns, 1))
-        for begin in range(0, self.rows.count, step):
-            yield slice(begin, begin + step)
 
     def chunk(
         self, chunk: slice, student: Tensor, teacher: Tensor, frame: Tensor
@@ -205,7 +198,7 @@ class _Clipped:
         """The gradients by the inputs from those by the sums of all processes."""
         if any(needs[1:]):
             own = []
-            for chunk in self.chunks():
+            for chunk in self.rows.chunks():
                 q, p, low, high = self.slopes(frame, sums, inputs, into, chunk)
                 own.append(torch.stack([q.sum(1), p.sum(1), low, high]))
             whole = torch.cat(own, 1) if own else frame.new_zeros((4, 0))
@@ -220,7 +213,7 @@ class _Clipped:
             if not needs[i]:
                 continue
             found[i] = gradient = torch.zeros_like(inputs[i])
-            for chunk in self.chunks():
+            for chunk in self.rows.chunks():
                 if self.shards.columns == 0:
                     continue
                 slope = self.slopes(frame, sums, inputs, into, chunk)[i]
