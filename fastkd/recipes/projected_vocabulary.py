@@ -141,24 +141,26 @@ def x_token(
     Row t scores token t + 1. A chunk counts if rows score some of its tokens on both sides. Rows
     are read in blocks; of all rows only the student's gradient is stored.
 
-    The authors add the cross-entropy on the text to this, made as large as it is at each step:
-    ``ce + fastkd.recipes.balanced(fastkd.recipes.x_token(...), ce)``.
+    The authors multiply this at each step by a constant that makes it as large as the cross-entropy
+    on the text, and add both: ``ce + fastkd.recipes.balanced(fastkd.recipes.x_token(...), ce)``.
 
     Args:
-        student_logits: ``[B, T_S, vocab_S]``, all rows of whole texts.
-        student_chunks: ``[B, T_S]``, from :func:`fastkd.align_batch`; -1 for none.
-        teacher_logits: ``[B, T_T, vocab_T]``; gets no gradient. Leave out columns that are no
-            tokens: ``teacher_logits[..., :n]``.
-        teacher_chunks: ``[B, T_T]``.
+        student_logits: ``[B, T_S, vocab_S]`` float32, bfloat16, float16 or float64, all rows of
+            whole texts.
+        student_chunks: int64 or int32 ``[B, T_S]``, from :func:`fastkd.align_batch`; -1 for none.
+        teacher_logits: ``[B, T_T, vocab_T]``, its own dtype; gets no gradient. Leave out columns
+            that are no tokens: ``teacher_logits[..., :n]``.
+        teacher_chunks: the same, ``[B, T_T]``.
         num_chunks: the largest number of chunks of a text.
         projection: W, from :func:`token_projection`: teacher ids, int64 or int32, and weights, not
             negative, both ``[at most vocab_S, n]``; -1 for none.
-        kind: see above.
-        k: size of K.
-        threshold, cap: see above.
+        kind: ``"p_kl"`` or ``"h_kl"``.
+        k: of ``"p_kl"``: size of K, at most the teacher's vocabulary.
+        threshold: of ``"h_kl"``, in [0, 1].
+        cap: of ``"h_kl"``: the most probabilities that are compared sorted.
         divergence: ``"forward_kl"``, or ``"reverse_kl"``: :math:`Q \log (Q / P)`.
         temperature: of both sides.
-        epsilon: see above.
+        epsilon: of ``"p_kl"``, positive.
         mask: bool ``[B, num_chunks]``, False for chunks that are not to be learned.
         reduction: over the chunks that count: ``"none"`` (``[B, num_chunks]``), ``"sum"``,
             ``"mean"``, ``"batchmean"`` or ``"sequence_mean"`` (over a text's chunks, then over
@@ -370,7 +372,7 @@ def _entries(
 def _common(
     ids: Tensor, weights: Tensor, threshold: float, width: int, teacher_width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which student columns are common, the teacher's column of each, which of its are common."""
+    """Which student columns are common, the teacher's column of each, which teacher columns are."""
     best, at = torch.where(ids < teacher_width, weights, -1).max(1)
     to = ids.gather(1, at.unsqueeze(-1)).squeeze(-1)
     to = torch.where(best >= threshold, to, teacher_width)
