@@ -37,7 +37,7 @@ from fastkd.tokenizers._byte_vocab import ByteVocab
 
 #: Teacher ids and their weights for each student id, ``[vocab_S, n]``; id -1 for none.
 Projection = tuple[Tensor, Tensor]
-#: Of a slice of the chunks and the logits of their rows, student's and teacher's: a loss for each.
+#: From a slice of the chunks and their rows' logits, student's and teacher's: a loss a chunk.
 _ChunkLoss = Callable[[slice, Tensor, Tensor], Tensor]
 
 
@@ -228,7 +228,7 @@ def x_token(
         chunks = mine.of(block)
         y = wide(at_rows(teacher, other.rows[other.span(chunks)], other.scored)) / temperature
         values = of_chunks(chunks, wide(logits) / temperature, y)
-        return mine.shared(chunks, values * temperature * temperature)
+        return mine.spread(chunks, values * temperature * temperature)
 
     values = by_blocks(loss, [student], [mine.rows], mine.scored, width, mine.ends)
     dtype = torch.promote_types(number_type(student), number_type(teacher))
@@ -286,12 +286,12 @@ class _ChunkRows:
         total = values.new_zeros(sizes.size(0), values.size(-1))
         return total.index_add(0, self._within(chunks), values) / sizes
 
-    def shared(self, chunks: slice, losses: Tensor) -> Tensor:
-        """The chunks' losses in equal parts on their rows."""
+    def spread(self, chunks: slice, losses: Tensor) -> Tensor:
+        """Each chunk's loss in equal parts on its rows."""
         return (losses / self._sizes[chunks].clamp(min=1))[self._within(chunks)]
 
     def losses(self, values: Tensor) -> Tensor:
-        """The chunks' losses, ``[B, num_chunks]``, from the parts on all rows."""
+        """The chunks' losses, ``[B, num_chunks]``, from the parts of :meth:`spread` of all rows."""
         total = values.new_zeros(self._counted + 1).index_add(0, self._slots, values)
         return total[:-1].view(self._shape)
 
