@@ -141,9 +141,9 @@ def check_dtype(function: str, name: str, values: Tensor) -> None:
         )
 
 
-def check_callable(function: str, name: str, value: Any) -> None:
-    """Raise unless the value is None or a function, such as a module."""
-    if value is not None and not callable(value):
+def check_callable(function: str, name: str, value: Any, *, needed: bool = False) -> None:
+    """Raise unless the value is a function, such as a module; or None, where none is needed."""
+    if not callable(value) and (needed or value is not None):
         raise TypeError(f"{function}: {name} must be a function, got {type(value).__name__}")
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient, to_integer
+from fastkd._ops.arguments import check_has_value, check_no_gradient, to_integer
 from fastkd._ops.checks import check_positive, check_tensors
 from fastkd._ops.library import is_tracing
 from fastkd._ops.names import TextReduction
@@ -18,6 +18,7 @@ from fastkd.recipes import _rowwise
 from fastkd.recipes._chunks import (
     added,
     check_batch,
+    check_callable,
     check_integers,
     check_mask,
     check_number,
@@ -84,6 +85,7 @@ def token_projection(
     [[1.0, 0.0], [0.9091, 0.0909], [0.0, 0.0]]
     """
     check_vocabs("token_projection", student_vocab, teacher_vocab)
+    check_callable("token_projection", "encode", encode, needed=True)
     n = to_integer("token_projection", "n", n)
     if n < 1:
         raise ValueError(f"token_projection: n must be positive, got {n}")
@@ -205,13 +207,13 @@ def x_token(
         ("student", student_logits, student_chunks),
         ("teacher", teacher_logits, teacher_chunks),
     ):
-        check_integers("x_token", f"{side}_chunks", chunks, logits.shape[:-1])
+        check_integers("x_token", f"{side}_chunks", chunks, logits.shape[:-1], logits.device)
         check_range("x_token", f"{side}_chunks", chunks, -1, num_chunks)
         chunks = following(chunks, -1)
         _, count = chunk_ends("x_token", f"{side}_chunks", logits, chunks, num_chunks)
         sides.append((chunks, count))
     kept = (sides[0][1] > 0) & (sides[1][1] > 0)
-    check_mask("x_token", "mask", mask, kept.shape)
+    check_mask("x_token", "mask", mask, kept.shape, kept.device)
     kept = kept if mask is None else kept & mask
     mine, other = (_ChunkRows(chunks, kept) for chunks, _ in sides)
     student, teacher = (x.flatten(0, 1) for x in (student_logits, teacher_logits))
@@ -413,6 +415,8 @@ def _checked(
             f"{list(weights.shape)}"
         )
     check_no_gradient("x_token", **{names[1]: weights})
+    if device.type != "meta":
+        check_has_value("x_token", names[0], ids)
     if readable(weights) and not ((weights >= 0) & (weights < math.inf)).all():
         raise ValueError(f"x_token: {names[1]} must be finite and not negative")
     ids, weights = ids.to(device).long(), weights.to(device)

@@ -360,6 +360,12 @@ def test_token_projection():
         ({"projection": (IDS, WEIGHTS / 0)}, ValueError, "weights must be finite"),
         ({"projection": (IDS + 1, WEIGHTS)}, IndexError, r"ids must lie in \[-1, 9\), got 9"),
         ({"projection": (WEIGHTS, WEIGHTS)}, TypeError, "ids must be int64 or int32"),
+        ({"projection": (IDS.to("meta"), WEIGHTS)}, ValueError, "weights must be on the device"),
+        (
+            {"projection": (IDS.to("meta"), WEIGHTS.to("meta"))},
+            ValueError,
+            "ids must be on a device that holds values, got meta",
+        ),
     ],
 )
 def test_errors(changed, error, message):
