@@ -191,8 +191,9 @@ def x_token(
     check_share("x_token", "threshold", threshold)
     for name, value in (("temperature", temperature), ("epsilon", epsilon)):
         check_positive("x_token", name, value)
+    k, cap = to_integer("x_token", "k", k), to_integer("x_token", "cap", cap)
     for name, number in (("k", k), ("cap", cap)):
-        if to_integer("x_token", name, number) < 1:
+        if number < 1:
             raise ValueError(f"x_token: {name} must be positive, got {number}")
     sizes = student_logits.size(-1), teacher_logits.size(-1)
     ids, weights = _checked(projection, *sizes, student_logits.device)
