@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient, to_integer
 from fastkd._ops.checks import check_positive, check_tensors
+from fastkd._ops.library import is_tracing
 from fastkd._ops.names import TextReduction
 from fastkd._ops.shift import following
 from fastkd.recipes import _rowwise
@@ -203,13 +204,13 @@ def x_token(
         ("student", student_logits, student_chunks),
         ("teacher", teacher_logits, teacher_chunks),
     ):
-        check_integers("x_token", f"{side}_chunks", chunks, logits.shape[:-1])
+        check_integers("x_token", f"{side}_chunks", chunks, logits.shape[:-1], logits.device)
         check_range("x_token", f"{side}_chunks", chunks, -1, num_chunks)
         chunks = following(chunks, -1)
         _, count = chunk_ends("x_token", f"{side}_chunks", logits, chunks, num_chunks)
         sides.append((chunks, count))
     kept = (sides[0][1] > 0) & (sides[1][1] > 0)
-    check_mask("x_token", "mask", mask, kept.shape)
+    check_mask("x_token", "mask", mask, kept.shape, kept.device)
     kept = kept if mask is None else kept & mask
     mine, other = (_ChunkRows(chunks, kept) for chunks, _ in sides)
     student, teacher = (x.flatten(0, 1) for x in (student_logits, teacher_logits))
@@ -237,8 +238,8 @@ def x_token(
 class _ChunkRows:
     """Rows of one side that score tokens of the chunks that count, one chunk after the other.
 
-    In a compiled graph, whose shapes must not depend on data, all rows and all chunks, and one more
-    for the rows that do not count.
+    Where shapes must not depend on data, in a compiled graph and on the meta device, all rows and
+    all chunks, and one more for the rows that do not count.
 
     Args:
         chunks: of the token that each row scores, ``[B, T]``.
@@ -253,7 +254,8 @@ class _ChunkRows:
         self.scored = F.pad(kept, (0, 1)).gather(1, slots)
         slots = torch.where(self.scored, first + slots, self._counted).flatten()
         self.ends: list[int] | None = None
-        if torch.compiler.is_compiling():
+        tracing = is_tracing(kept)
+        if tracing:
             self.rows = torch.arange(slots.numel(), device=slots.device)
             self._numbers, self._slots, count = slots, slots, self._counted + 1
         else:
@@ -264,7 +266,7 @@ class _ChunkRows:
             self._numbers, count = numbers[self._slots] - 1, int(numbers[-1:].sum())
         ones = torch.ones_like(self._numbers)
         self._sizes = ones.new_zeros(count).index_add(0, self._numbers, ones)
-        if not torch.compiler.is_compiling():
+        if not tracing:
             self.ends = [0, *self._sizes.cumsum(0).tolist()]
 
     def of(self, rows: slice) -> slice:
