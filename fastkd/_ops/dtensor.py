@@ -174,8 +174,8 @@ class _Layout:
         return x
 
 
-#: Arguments that are logits, too.
-_WIDE = ("teacher_logits",)
+#: Arguments besides the first that are logits.
+_OTHER_LOGITS = ("teacher_logits",)
 
 
 def _local_arguments(
@@ -199,7 +199,7 @@ def _local_arguments(
         )
 
     def local(key: str, x: Any) -> Any:
-        return layout.of_columns(key, x) if key in _WIDE else layout.of_rows(key, x)
+        return layout.of_columns(key, x) if key in _OTHER_LOGITS else layout.of_rows(key, x)
 
     found = {
         key: local(key, x) for key, x in options.items() if key not in ("group", "vocab_start")

@@ -38,7 +38,7 @@ from fastkd.tokenizers._byte_vocab import ByteVocab
 
 #: Teacher ids and their weights for each student id, ``[vocab_S, n]``; id -1 for none.
 Projection = tuple[Tensor, Tensor]
-#: Of a slice of the chunks and the logits of their rows, student's and teacher's: a loss for each.
+#: From a slice of the chunks and their rows' logits, student's and teacher's: a loss a chunk.
 _ChunkLoss = Callable[[slice, Tensor, Tensor], Tensor]
 
 
@@ -142,24 +142,26 @@ def x_token(
     Row t scores token t + 1. A chunk counts if rows score some of its tokens on both sides. Rows
     are read in blocks; of all rows only the student's gradient is stored.
 
-    The authors add the cross-entropy on the text to this, made as large as it is at each step:
-    ``ce + fastkd.recipes.balanced(fastkd.recipes.x_token(...), ce)``.
+    The authors multiply this at each step by a constant that makes it as large as the cross-entropy
+    on the text, and add both: ``ce + fastkd.recipes.balanced(fastkd.recipes.x_token(...), ce)``.
 
     Args:
-        student_logits: ``[B, T_S, vocab_S]``, all rows of whole texts.
-        student_chunks: ``[B, T_S]``, from :func:`fastkd.align_batch`; -1 for none.
-        teacher_logits: ``[B, T_T, vocab_T]``; gets no gradient. Leave out columns that are no
-            tokens: ``teacher_logits[..., :n]``.
-        teacher_chunks: ``[B, T_T]``.
+        student_logits: ``[B, T_S, vocab_S]`` float32, bfloat16, float16 or float64, all rows of
+            whole texts.
+        student_chunks: int64 or int32 ``[B, T_S]``, from :func:`fastkd.align_batch`; -1 for none.
+        teacher_logits: ``[B, T_T, vocab_T]``, its own dtype; gets no gradient. Leave out columns
+            that are no tokens: ``teacher_logits[..., :n]``.
+        teacher_chunks: the same, ``[B, T_T]``.
         num_chunks: the largest number of chunks of a text.
         projection: W, from :func:`token_projection`: teacher ids, int64 or int32, and weights, not
             negative, both ``[at most vocab_S, n]``; -1 for none.
-        kind: see above.
-        k: size of K.
-        threshold, cap: see above.
+        kind: ``"p_kl"`` or ``"h_kl"``.
+        k: of ``"p_kl"``: size of K, at most the teacher's vocabulary.
+        threshold: of ``"h_kl"``, in [0, 1].
+        cap: of ``"h_kl"``: the most probabilities that are compared sorted.
         divergence: ``"forward_kl"``, or ``"reverse_kl"``: :math:`Q \log (Q / P)`.
         temperature: of both sides.
-        epsilon: see above.
+        epsilon: of ``"p_kl"``, positive.
         mask: bool ``[B, num_chunks]``, False for chunks that are not to be learned.
         reduction: over the chunks that count: ``"none"`` (``[B, num_chunks]``), ``"sum"``,
             ``"mean"``, ``"batchmean"`` or ``"sequence_mean"`` (over a text's chunks, then over
@@ -228,7 +230,7 @@ def x_token(
         chunks = mine.of(block)
         y = wide(at_rows(teacher, other.rows[other.span(chunks)], other.scored)) / temperature
         values = of_chunks(chunks, wide(logits) / temperature, y)
-        return mine.shared(chunks, values * temperature * temperature)
+        return mine.spread(chunks, values * temperature * temperature)
 
     values = by_blocks(loss, [student], [mine.rows], mine.scored, width, mine.ends)
     dtype = torch.promote_types(number_type(student), number_type(teacher))
@@ -287,12 +289,12 @@ class _ChunkRows:
         total = values.new_zeros(sizes.size(0), values.size(-1))
         return total.index_add(0, self._within(chunks), values) / sizes
 
-    def shared(self, chunks: slice, losses: Tensor) -> Tensor:
-        """The chunks' losses in equal parts on their rows."""
+    def spread(self, chunks: slice, losses: Tensor) -> Tensor:
+        """Each chunk's loss in equal parts on its rows."""
         return (losses / self._sizes[chunks].clamp(min=1))[self._within(chunks)]
 
     def losses(self, values: Tensor) -> Tensor:
-        """The chunks' losses, ``[B, num_chunks]``, from the parts on all rows."""
+        """The chunks' losses, ``[B, num_chunks]``, from the parts of :meth:`spread` of all rows."""
         total = values.new_zeros(self._counted + 1).index_add(0, self._slots, values)
         return total[:-1].view(self._shape)
 
@@ -373,7 +375,7 @@ def _entries(
 def _common(
     ids: Tensor, weights: Tensor, threshold: float, width: int, teacher_width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which student columns are common, the teacher's column of each, which of its are common."""
+    """Which student columns are common, the teacher's column of each, which teacher columns are."""
     best, at = torch.where(ids < teacher_width, weights, -1).max(1)
     to = ids.gather(1, at.unsqueeze(-1)).squeeze(-1)
     to = torch.where(best >= threshold, to, teacher_width)
