@@ -20,34 +20,6 @@ __host__ __device__ constexpr int64_t team_bytes(bool warp) {
   return kParametersBytes + kPlanBytes + kTeachersBytes + (warp ? 0 : Team::kSharedBytes);
 }
 
-// A thread's share of a pass that sums the terms.
-template <bool kNear, class Divergence, class Real>
-struct ThreadSums {
-  Real f = 0, difference = 0;
-  CompensatedSum qg, ph, q, p;
-
-  __device__ __forceinline__ void add(const Divergence& divergence, const Outcome<Real>& o, bool teacher) {
-    const Terms<Real> t = divergence.template operator()<kNear>(o);
-    f += t.f;
-    if constexpr (Divergence::kStudent != Form::kClosed) {
-      qg.add_product(o.q, t.g);
-      if constexpr (Divergence::kStudent == Form::kOpen) qg.add(t.student);
-      q.add(o.q);
-    }
-    if constexpr (Divergence::kTeacher != Form::kClosed) {
-      if (teacher) ph.add_product(o.p, t.h);
-      if (Divergence::kTeacher == Form::kOpen && teacher) ph.add(t.teacher);
-    }
-    if (kNear || (teacher && Divergence::kTeacher != Form::kClosed)) p.add(o.p);
-    if constexpr (kNear) difference += o.difference;
-    if constexpr (!kNear && Divergence::kByMass) difference += t.mass;
-  }
-
-  __device__ Sums whole() const {
-    return {double(f), qg.value(), ph.value(), q.value(), p.value(), double(difference)};
-  }
-};
-
 // The data and work of the leading thread, in double precision, once per row. The data is in shared memory to save
 // registers. The functions are not inlined: all kernels of a divergence use one copy.
 template <class Real, class Divergence>

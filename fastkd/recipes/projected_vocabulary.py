@@ -196,8 +196,9 @@ def x_token(
     check_share("x_token", "threshold", threshold)
     for name, value in (("temperature", temperature), ("epsilon", epsilon)):
         check_positive("x_token", name, value)
+    k, cap = to_integer("x_token", "k", k), to_integer("x_token", "cap", cap)
     for name, number in (("k", k), ("cap", cap)):
-        if to_integer("x_token", name, number) < 1:
+        if number < 1:
             raise ValueError(f"x_token: {name} must be positive, got {number}")
     sizes = student_logits.size(-1), teacher_logits.size(-1)
     ids, weights = _checked(projection, *sizes, student_logits.device)
@@ -241,8 +242,8 @@ def x_token(
 class _ChunkRows:
     """Rows of one side that score tokens of the chunks that count, one chunk after the other.
 
-    Where no shape can depend on data, in a compiled graph and on the meta device, all rows and all
-    chunks, and one more for the rows that do not count.
+    Where shapes must not depend on data, in a compiled graph and on the meta device, all rows and
+    all chunks, and one more for the rows that do not count.
 
     Args:
         chunks: of the token that each row scores, ``[B, T]``.
@@ -257,7 +258,8 @@ class _ChunkRows:
         self.scored = F.pad(kept, (0, 1)).gather(1, slots)
         slots = torch.where(self.scored, first + slots, self._counted).flatten()
         self.ends: list[int] | None = None
-        if is_tracing(kept):
+        tracing = is_tracing(kept)
+        if tracing:
             self.rows = torch.arange(slots.numel(), device=slots.device)
             self._numbers, self._slots, count = slots, slots, self._counted + 1
         else:
@@ -268,7 +270,7 @@ class _ChunkRows:
             self._numbers, count = numbers[self._slots] - 1, int(numbers[-1:].sum())
         ones = torch.ones_like(self._numbers)
         self._sizes = ones.new_zeros(count).index_add(0, self._numbers, ones)
-        if not is_tracing(kept):
+        if not tracing:
             self.ends = [0, *self._sizes.cumsum(0).tolist()]
 
     def of(self, rows: slice) -> slice:
