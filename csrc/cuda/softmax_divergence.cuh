@@ -100,8 +100,8 @@ struct RowWorker {
     finish(row, source, parameters);
   }
 
-  // Reads the row's task, before its logits are read. Where the row counts for nothing, its results are zeros, and the
-  // parameters say that it is not read.
+  // Reads the row's options before its logits. If the row is not read (mask, weight 0), its results are zeros and
+  // parameters.read is false.
   __device__ RowParameters<Real> open(int64_t row, const Source& source) const {
     if (team.leads()) {
       int label = -1;
@@ -124,7 +124,7 @@ struct RowWorker {
     return parameters;
   }
 
-  // The value and the gradients, once the source's copies have been started.
+  // Computes the value and the gradients. The source's copies to shared memory must have been started.
   __device__ void finish(int64_t row, const Source& source, const RowParameters<Real>& opened) const {
     bool backwards = true;
     const RowParameters<Real> parameters = sum(source, opened, backwards);
@@ -157,7 +157,7 @@ struct RowWorker {
   }
 
  private:
-  // All passes that sum.
+  // All passes before the gradients are written. Returns the parameters for writing them.
   __device__ RowParameters<Real> sum(const Source& source, RowParameters<Real> parameters, bool& backwards) const {
     const RowState<double> state = first_pass<Divergence::kPass, kExcludes>(source, team, parameters);
     if (team.leads()) {
