@@ -62,6 +62,7 @@ RECIPES = {
         "teacher_hidden": T,
         **PLACES,
     },
+    "balanced": {"loss": WEIGHT, "other": WEIGHT},
     "bucket_quantize": {"x": WEIGHT, "levels": 3},
     "class_balanced_weights": {"counts": [3, 4]},
     "ddk_factors": dict.fromkeys(
@@ -105,6 +106,7 @@ RECIPES = {
     "shared_tokens": OF_VOCABS,
     "stream_dit_inputs": {"clean": S, "noise": S, "t": torch.rand(3, 5), "sigma_min": 0.0},
     "token_budget": {"scores": WEIGHT, "keep": 0.5, "mask": MASK},
+    "token_projection": {**OF_VOCABS, "encode": lambda text: [0]},
     "uld": {**ACROSS, **PLACES},
 }
 LEARNERS = {

@@ -96,8 +96,8 @@ __device__ __forceinline__ void drop_invalid(const ByteArguments& a, const Slice
   }
 }
 
-// What a slice tells of a row: per column the sum of 2^((logit - top) log2(e)), the slice's top, and from each warp a
-// part of the sum of all columns.
+// What a slice computes of a row: of each column the sum of 2^((logit - top) log2(e)); the slice's top; and of each
+// warp its part of the sum over all columns.
 inline constexpr int kParts = kRowThreads / kWarp;
 __host__ __device__ constexpr int64_t slice_sums(int64_t columns) { return columns + 1 + kParts; }
 
@@ -109,10 +109,10 @@ __device__ void finish_whole(const ByteArguments& a, int64_t row, const Team& te
   // Columns with a smaller share of the row are summed separately, unless the sum is 0, that is, no id is possible.
   // Compared with this share, all terms that underflowed or were raised are negligible.
   constexpr double kSmall = 0x1p-85;
-  constexpr int kLanes = 4;  // that add the slices of a column
+  constexpr int kLanes = 4;  // lanes that add one column's sums over the slices
   const int columns = a.columns, lane = team.thread % kWarp;
   const auto add = [](double& all, double next) { all += next; };
-  // Each warp for itself: that takes no barrier.
+  // Every warp computes the top itself, which needs no barrier.
   float top = -INFINITY;
 #pragma unroll 1
   for (int s = lane; s < a.slices; s += kWarp) top = at_least(top, load(s, columns));
@@ -160,7 +160,7 @@ struct ByteLayout {
         bytes(logits + (slice == 0 ? 0 : at_least(slice * item + 32, columns * 8))) {}
 };
 
-// The largest of logits, by place in a pack.
+// The largest logits so far, one for each place in a pack.
 template <class Raw, class Item>
 struct LargestOf {
   static constexpr int kWords = sizeof(Raw) / sizeof(unsigned);

@@ -20,34 +20,6 @@ __host__ __device__ constexpr int64_t team_bytes(bool warp) {
   return kParametersBytes + kPlanBytes + kTeachersBytes + (warp ? 0 : Team::kSharedBytes);
 }
 
-// A thread's share of a pass that sums the terms.
-template <bool kNear, class Divergence, class Real>
-struct ThreadSums {
-  Real f = 0, difference = 0;
-  CompensatedSum qg, ph, q, p;
-
-  __device__ __forceinline__ void add(const Divergence& divergence, const Outcome<Real>& o, bool teacher) {
-    const Terms<Real> t = divergence.template operator()<kNear>(o);
-    f += t.f;
-    if constexpr (Divergence::kStudent != Form::kClosed) {
-      qg.add_product(o.q, t.g);
-      if constexpr (Divergence::kStudent == Form::kOpen) qg.add(t.student);
-      q.add(o.q);
-    }
-    if constexpr (Divergence::kTeacher != Form::kClosed) {
-      if (teacher) ph.add_product(o.p, t.h);
-      if (Divergence::kTeacher == Form::kOpen && teacher) ph.add(t.teacher);
-    }
-    if (kNear || (teacher && Divergence::kTeacher != Form::kClosed)) p.add(o.p);
-    if constexpr (kNear) difference += o.difference;
-    if constexpr (!kNear && Divergence::kByMass) difference += t.mass;
-  }
-
-  __device__ Sums whole() const {
-    return {double(f), qg.value(), ph.value(), q.value(), p.value(), double(difference)};
-  }
-};
-
 // The data and work of the leading thread, in double precision, once per row. The data is in shared memory to save
 // registers. The functions are not inlined: all kernels of a divergence use one copy.
 template <class Real, class Divergence>
@@ -128,8 +100,8 @@ struct RowWorker {
     finish(row, source, parameters);
   }
 
-  // Reads the row's task, before its logits are read. Where the row counts for nothing, its results are zeros, and the
-  // parameters say that it is not read.
+  // Reads the row's options before its logits. If the row is not read (mask, weight 0), its results are zeros and
+  // parameters.read is false.
   __device__ RowParameters<Real> open(int64_t row, const Source& source) const {
     if (team.leads()) {
       int label = -1;
@@ -152,7 +124,7 @@ struct RowWorker {
     return parameters;
   }
 
-  // The value and the gradients, once the source's copies have been started.
+  // Computes the value and the gradients. The source's copies to shared memory must have been started.
   __device__ void finish(int64_t row, const Source& source, const RowParameters<Real>& opened) const {
     bool backwards = true;
     const RowParameters<Real> parameters = sum(source, opened, backwards);
@@ -185,7 +157,7 @@ struct RowWorker {
   }
 
  private:
-  // All passes that sum.
+  // All passes before the gradients are written. Returns the parameters for writing them.
   __device__ RowParameters<Real> sum(const Source& source, RowParameters<Real> parameters, bool& backwards) const {
     const RowState<double> state = first_pass<Divergence::kPass, kExcludes>(source, team, parameters);
     if (team.leads()) {

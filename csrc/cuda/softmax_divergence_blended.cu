@@ -1,6 +1,6 @@
-// softmax_divergence from a mixture of two teachers' logits, where all three rows stay in shared memory: three reads
-// and one write. The mixture takes the place of the teachers' logits there, in float32. From then on the row is that of
-// a single teacher.
+// softmax_divergence's reverse KL from a mixture of two teachers' logits (fixed weights, contrast or share), where all
+// three rows stay in shared memory: three reads and one write. The mixture overwrites the teachers' logits there, in
+// float32. From then on the row is that of a single teacher.
 #include "softmax_divergence.cuh"
 #include "softmax_divergence_launch.h"
 
@@ -17,7 +17,7 @@ struct Part {
   static __device__ __forceinline__ Part from(double weight, float origin) {
     return {float(weight), origin == -INFINITY ? 0 : origin};
   }
-  // Sets gone where the logit is impossible.
+  // weight (logit - origin). Sets gone if a logit of nonzero weight is impossible: the token's probability is then 0.
   __device__ __forceinline__ float of(float logit, bool& gone) const {
     const float x = logit - origin;
     const bool dead = x < float(-kDead);
@@ -27,13 +27,13 @@ struct Part {
   }
 };
 
-// What the leading thread tells the others: whether the row counts for anything, and later how to mix.
+// What the leading thread stores for the others: whether the row is read; then the parts that the teachers have.
 struct Mixture {
   int read;
   Part first, second;
 };
 
-// The teachers' logits become the mixture's. Each thread does it in the packs that it reads.
+// Writes the mixture over the first teacher's logits in shared memory. Each thread does so in the packs that it reads.
 __device__ __forceinline__ void blend(const Rows& teachers, const Team& team, const Mixture& mixture) {
   for (int pack = team.thread; pack < teachers.packs(); pack += team.threads) {
     const Rows::Raw raw = teachers.read(pack);
@@ -49,7 +49,8 @@ __device__ __forceinline__ void blend(const Rows& teachers, const Team& team, co
   }
 }
 
-// Teachers of 16-bit dtypes share the mixture's slots; others take as many again.
+// A mixed pack takes a 16-byte slot of the first teacher. Two 16-bit teachers' packs, 8 bytes each, share that slot;
+// otherwise the second teacher has slots of its own.
 __host__ __device__ inline bool share_slots(const RowArguments& a) {
   return a.teachers[0].element_size == 2 && a.teachers[1].element_size == 2;
 }

@@ -1,4 +1,5 @@
-// softmax_divergence's first pass over a row: the sums of both softmaxes, and of the log-ratios by one side's weights.
+// softmax_divergence's sums: of the first pass over a row, those of both softmaxes and of the log-ratios by one side's
+// weights; of later passes, those of the terms.
 #pragma once
 #include "../math/compensated_sum.h"
 #include "../math/row_plan.h"
@@ -300,5 +301,33 @@ __device__ __forceinline__ RowState<double> first_pass(const Source& source, con
     all.label_sum += next.label_sum;
   });
 }
+
+// A thread's share of a pass that sums the terms.
+template <bool kNear, class Divergence, class Real>
+struct ThreadSums {
+  Real f = 0, difference = 0;
+  CompensatedSum qg, ph, q, p;
+
+  __device__ __forceinline__ void add(const Divergence& divergence, const Outcome<Real>& o, bool teacher) {
+    const Terms<Real> t = divergence.template operator()<kNear>(o);
+    f += t.f;
+    if constexpr (Divergence::kStudent != Form::kClosed) {
+      qg.add_product(o.q, t.g);
+      if constexpr (Divergence::kStudent == Form::kOpen) qg.add(t.student);
+      q.add(o.q);
+    }
+    if constexpr (Divergence::kTeacher != Form::kClosed) {
+      if (teacher) ph.add_product(o.p, t.h);
+      if (Divergence::kTeacher == Form::kOpen && teacher) ph.add(t.teacher);
+    }
+    if (kNear || (teacher && Divergence::kTeacher != Form::kClosed)) p.add(o.p);
+    if constexpr (kNear) difference += o.difference;
+    if constexpr (!kNear && Divergence::kByMass) difference += t.mass;
+  }
+
+  __device__ Sums whole() const {
+    return {double(f), qg.value(), ph.value(), q.value(), p.value(), double(difference)};
+  }
+};
 
 }  // namespace fastkd::cuda

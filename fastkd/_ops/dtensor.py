@@ -181,8 +181,8 @@ class _Layout:
         return x
 
 
-#: Arguments that are logits, too.
-_WIDE = ("teacher_logits",)
+#: Arguments besides the first that are logits.
+_OTHER_LOGITS = ("teacher_logits",)
 
 
 def _local_arguments(
@@ -207,7 +207,9 @@ def _local_arguments(
 
     def local(key: str, x: Any) -> Any:
         chosen = options.get("teacher_rows") is not None
-        return layout.of_columns(key, x, chosen) if key in _WIDE else layout.of_rows(key, x)
+        if key in _OTHER_LOGITS:
+            return layout.of_columns(key, x, chosen)
+        return layout.of_rows(key, x)
 
     found = {
         key: local(key, x) for key, x in options.items() if key not in ("group", "vocab_start")

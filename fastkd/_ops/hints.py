@@ -18,7 +18,7 @@ _silent: ContextVar[bool] = ContextVar("_silent", default=False)
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Give no warning inside, and take none for given: for calls that only check arguments."""
+    """Give no warning inside, nor count it as given: for calls that only check arguments."""
     before = _silent.set(True)
     try:
         yield
@@ -35,7 +35,7 @@ def hint(key: str, message: str, stacklevel: int = 5) -> None:
 
 
 def check_label_weight(function: str, label_weight: Any) -> None:
-    """Hint at a weight, not 0, of labels that a module's call does not have."""
+    """Hint at a label weight other than 0 in a module's call without labels."""
     if torch.compiler.is_compiling():
         return
     of_rows = isinstance(label_weight, Tensor)

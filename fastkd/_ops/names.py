@@ -34,8 +34,9 @@ AlmDivergence = Literal[
 ]
 #: Of :func:`fastkd.topk_divergence`.
 Tail = Literal["lump", "uniform", "renormalize", "drop"]
-#: Of :func:`fastkd.clipped_divergence`, as the next one.
+#: Of :func:`fastkd.clipped_divergence`.
 ClippedTail = Literal["drop", "lump"]
+#: Of :func:`fastkd.clipped_divergence`.
 Renormalize = Literal["none", "teacher", "both"]
 #: Of :func:`fastkd.softmax_divergence`.
 TeacherMix = Literal["logits", "probs", "contrast", "share"]

@@ -44,7 +44,7 @@ class SoftmaxNumbers(NamedTuple):
 
 @dataclass(frozen=True)
 class SoftmaxCall:
-    """What is asked for. ``columns``: of the second softmax. ``softcap``: of the logits."""
+    """Which of :class:`SoftmaxNumbers` are asked for, beside ``log_sum`` and ``origin``."""
 
     shards: Shards
     entropy: bool = False
@@ -67,7 +67,8 @@ class SoftmaxCall:
 
         ``base``: float64 [4, rows]: whether the row is read, temperature, second temperature, cap.
         ``token_ids``: [rows] and ``holes``: [rows, holes], columns of this process or -1;
-        `NO_HOLE` for holes that no process has.
+        `NO_HOLE` for holes that no process has. ``columns``: bool, those of the second softmax;
+        None for all.
         """
         holes = None if holes is None else holes.contiguous()
         arguments = (logits, base, token_ids, columns, holes)

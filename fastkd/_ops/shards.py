@@ -24,7 +24,7 @@ _WHOLE = 1 << 24
 #: The rows of `_shard_statistics`' result.
 ORIGIN, SUM, WEIGHTED, SECOND_SUM, SECOND_WEIGHTED = range(5)
 TOKEN_LOGIT, BEST_LOGIT, BEST_COLUMN, TOTAL, COLUMNS = range(5, 10)
-#: Arguments that are logits.
+#: Names of the ops' arguments that are logits.
 LOGITS = ("logits", "student_logits", "teacher_logits")
 LN2 = 0.6931471805599453
 #: Bits of `_shard_statistics`' argument `wanted`.

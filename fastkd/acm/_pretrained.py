@@ -20,10 +20,10 @@ def from_pretrained(model_class: Any, path: Any, **options: Any) -> Any:
 
     ``model_class.from_pretrained`` alone makes the model as it was before, and drops the learners.
     This converts the new model in the same way before its weights are loaded, and otherwise does
-    the same: dtypes, device maps and files in parts included. An original is kept where the files
-    have it. The class may be another one than that of the saved model, with or without a head, and
-    the module that was converted may be a part of it that has its configuration or one of those in
-    it.
+    the same: dtypes, device maps and sharded files included. An original is kept where the files
+    have it. The class may be another one than that of the saved model, with or without a head. What
+    was converted may also be a submodule whose ``config`` is that of the model or is inside it, as
+    a text model's is.
 
     Args:
         model_class: the model's class, or an Auto class such as ``AutoModelForCausalLM``.
@@ -31,12 +31,14 @@ def from_pretrained(model_class: Any, path: Any, **options: Any) -> Any:
         options: the same.
 
     Returns:
-        the model, in ``eval`` mode; with ``output_loading_info=True`` a pair of it and that.
+        the model, in ``eval`` mode; with ``output_loading_info=True`` a pair of the model and that
+        information.
 
     Raises:
         TypeError: the class has no ``from_pretrained``.
-        ValueError: the configuration says nothing of a conversion, as it was saved without one or a
-            part without a configuration was converted; or the class has none of the modules.
+        ValueError: the configuration has no conversion, because the model was saved before it or
+            because a submodule without a configuration was converted; or the class has none of the
+            converted modules; or a name fits several of them.
 
     >>> import tempfile, transformers, fastkd
     >>> sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -60,7 +62,7 @@ def from_pretrained(model_class: Any, path: Any, **options: Any) -> Any:
         where = {name: options[name] for name in _WHERE if name in options}
         config = transformers.AutoConfig.from_pretrained(path, **where)
     plain = type(config).from_dict(config.to_dict())
-    conversions = _taken(plain)
+    conversions = _pop_conversions(plain)
     if not conversions:
         raise ValueError(
             f"acm.from_pretrained: the configuration of {path} must say how the model was "
@@ -75,10 +77,10 @@ def from_pretrained(model_class: Any, path: Any, **options: Any) -> Any:
     class Converted(model_class):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, *args: Any, **more: Any) -> None:
             super().__init__(config, *args, **more)
-            for arguments in _here(self, conversions, saved):
+            for arguments in _renamed(self, conversions, saved):
                 convert(self, **arguments)
             for module in self.modules():
-                # Its initialisation, before files are read, may take an ACM for a Linear.
+                # transformers' initialisation may expect a Linear where there is an ACM now.
                 if any(isinstance(child, ACM) for child in module.children()):
                     module._is_hf_initialized = True  # type: ignore[assignment]
 
@@ -90,24 +92,24 @@ def from_pretrained(model_class: Any, path: Any, **options: Any) -> Any:
     absent = info["missing_keys"]
     for name, module in layers(model).items():
         own = {key for key in absent if key.startswith(f"{name}.original.")}
-        if own:  # files whose names were not known before
+        if own:  # they are in no file, which _saved_names could not tell
             module.original = None
             absent = info["missing_keys"] = type(absent)(key for key in absent if key not in own)
     return (model, info) if wanted else model
 
 
-def _taken(config: Any) -> list[dict[str, Any]]:
-    """The conversions in a configuration and in those in it, which then have none."""
+def _pop_conversions(config: Any) -> list[dict[str, Any]]:
+    """Remove the conversions from a configuration and those inside it, and return them."""
     found = list(getattr(config, SETTINGS, None) or ())
     if hasattr(config, SETTINGS):
         delattr(config, SETTINGS)
     for part in list(vars(config).values()):
         if hasattr(part, "to_json_string"):
-            found += _taken(part)
+            found += _pop_conversions(part)
     return found
 
 
-def _here(
+def _renamed(
     model: Any, conversions: list[dict[str, Any]], saved: Collection[str] | None
 ) -> list[dict[str, Any]]:
     """The conversions of a new model, with the names that the modules have in it.

@@ -101,7 +101,7 @@ def _innermost(module: nn.Module) -> nn.Module:
     return _eager(module)
 
 
-#: Of configurations, by model.
+#: Names of the soft cap in the configurations of models.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
@@ -142,8 +142,8 @@ def lm_head(model: nn.Module) -> LinearHead:
     Models differ in what follows the layer: Cohere and HyperCLOVA X multiply the logits, Falcon-H1
     (``lm_head_multiplier``) and Muse Glimmer (``output_multiplier``) too, Granite divides them,
     MiniCPM and Inkling divide the hidden states, Gemma, RecurrentGemma and xLSTM cap the logits.
-    All of it is read off the configuration (transformers 5.24). What comes before the layer is the
-    model's: BERT's kind has another layer between ``base_model`` and this one.
+    All of it is read off the configuration (transformers 5.24). A model may have
+    other layers between ``base_model`` and this one, as BERT has; they are not part of the result.
 
     Args:
         model: wrapped or not; a PEFT model too.
@@ -203,9 +203,9 @@ def lm_head(model: nn.Module) -> LinearHead:
 def reads_backbone(model: nn.Module) -> bool:
     """Whether a model's logits are those of :func:`lm_head` on its ``base_model``'s output.
 
-    BERT and its kind have a layer between the two: parameters that are in neither. What has no
-    parameters is found by comparing the logits of a short text, if the model runs on token ids
-    alone and its parameters have values (not so under ZeRO-3, for example).
+    Models such as BERT have a layer between the two, whose parameters are in neither. A step
+    without parameters is found by comparing the logits of a short text, if the model runs on token
+    ids alone and its parameters have values (not under ZeRO-3, for example).
     """
     inner: Any = base_of(model)
     backbone = getattr(inner, "base_model", inner)

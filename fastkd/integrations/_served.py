@@ -10,7 +10,7 @@ import torch
 from fastkd._ops.arguments import to_integer
 from fastkd.teachers._teacher_topk import TopK
 
-#: (log-probability, token id) of one position, likeliest first; None: the server says nothing.
+#: (log-probability, token id) of one position, likeliest first; None: the server gave none.
 Entries = list[tuple[float, int]] | None
 
 
@@ -40,9 +40,9 @@ def check_k(function: str, k: Any) -> int:
 
 
 def packed(function: str, texts: Sequence[Sequence[Entries]], k: int, batched: bool) -> TopK:
-    """Rows of texts: row t has what the server says of position t + 1; the last has nothing.
+    """Rows of texts: row t has the server's tokens of position t + 1; the last has none.
 
-    An entry 0 with tokens is none of a whole prompt: all rows would be off by one or more.
+    A whole prompt has no tokens in entry 0. Where there are some, entries are missing before it.
     """
     length = max((len(text) for text in texts), default=0)
     log_probs = torch.full((len(texts), length, k), -math.inf)

@@ -31,18 +31,19 @@ class DistillationMixin:
     :func:`fastkd.topk_divergence` to a stored one: batches then have the columns
     ``teacher_log_probs`` and ``teacher_indices``, ``[B, T, k]``, whose row t scores token t + 1 as
     :func:`fastkd.teacher_topk` of the teacher's logits gives them (-1 where there is nothing).
-    :func:`fastkd.teachers.collate` reads them from a store. A batch with these columns is taught by
-    them, also where there is a live teacher.
+    :func:`fastkd.teachers.collate` reads them from a store. A batch with these columns uses them,
+    also where there is a live teacher.
+
     Rows count whose next label is not -100. The mean is over the tokens of the whole step: of all
-    accumulated batches, and of all processes as ``average_tokens_across_devices`` says. A row of
-    which a stored teacher says nothing adds nothing, nor does its label, but is counted in it.
+    accumulated batches, and of all processes as ``average_tokens_across_devices`` says. A row
+    without a stored token adds nothing, nor does its label, but is counted in the denominator.
 
     With ``head="fused"`` the logits of neither side are stored: the backbone runs, and then the
     loss on its hidden states, both through the forward of the wrapped model and of its output
     layer, so that DDP, FSDP and DeepSpeed see an ordinary forward. Where the output layer is not a
-    plain linear layer on the backbone's output (an adapter on it, a quantised one, BERT's kind), or
-    ``compute_metrics`` needs logits, it is ``head="logits"``. ``predict`` returns logits only with
-    ``head="logits"``.
+    plain linear layer on the backbone's output (it has an adapter, is quantised, or comes after
+    another layer, as in BERT), or ``compute_metrics`` needs logits, it is ``head="logits"``.
+    ``predict`` returns logits only with ``head="logits"``.
 
     Args:
         args: of the Trainer.
@@ -56,11 +57,12 @@ class DistillationMixin:
             model or an encoder-decoder.
         ValueError: a batch has no labels, or there is neither a teacher nor a batch's columns of
             one; the Trainer was given a ``compute_loss_func`` or ``label_smoothing_factor``, which
-            the loss would not heed.
+            the loss would ignore.
         NotImplementedError: several GPUs in one process (DataParallel): start one process each.
     """
 
-    #: Said for each loss: with the tokens of the whole step as denominator, nothing is to be done.
+    #: The Trainer's flag, set with each loss: whether it is divided by the tokens of the whole
+    #: step, so that the Trainer does not divide it by the number of accumulated batches.
     loss_is_scaled_for_ga: bool | None = None
 
     def __init__(
@@ -76,11 +78,11 @@ class DistillationMixin:
         if kd is not None and not isinstance(kd, KDOptions):
             raise TypeError(f"DistillationMixin: kd must be KDOptions, got {type(kd).__name__}")
         super().__init__(*args, **kwargs)
-        unheeded = {
+        ignored = {
             "compute_loss_func": self.compute_loss_func,  # type: ignore[attr-defined]
             "label_smoothing_factor": self.args.label_smoothing_factor,  # type: ignore[attr-defined]
         }
-        for name, value in unheeded.items():
+        for name, value in ignored.items():
             if value:
                 raise ValueError(
                     f"DistillationMixin: {name} must not be given, as the loss is that of kd, got "
@@ -295,7 +297,7 @@ def _backbone(model: Any) -> nn.Module:
 
 
 class _Lazy:
-    """DistillationTrainer is made when it is asked for: transformers is imported then."""
+    """DistillationTrainer is made at its first use: transformers is imported then."""
 
     made: type | None = None
 

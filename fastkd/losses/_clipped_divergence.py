@@ -109,7 +109,7 @@ def clipped_divergence(
             would synchronise, a row with such bounds is NaN instead.
         ValueError, TypeError, IndexError: another argument has the wrong value or type, or a label
             is out of range.
-        NotImplementedError: ``group`` with ``quantile``.
+        NotImplementedError: with ``group``: second derivatives, ``quantile``.
 
     Source: DAC-KL of Multi-Granularity Semantic Revision (arXiv 2407.10068), whose bounds a small
     network learns. The paper does not say whether it renormalises.

@@ -5,6 +5,7 @@ label terms and reductions are plain PyTorch on one number a row, the same on ev
 gradient that a Function returns is that of this process's columns: nothing more is reduced.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from fastkd._ops import shards as ops
 from fastkd._ops.arguments import CHOICES
-from fastkd._ops.shards import Shards, table
+from fastkd._ops.shards import Merged, Shards, table
 
+_ELEMENTS = 1 << 18  # of the rows of a chunk
 REDUCTIONS = tuple(CHOICES["softmax_divergence.reduction"])
 
 
@@ -79,6 +81,13 @@ class LossRows:
                 f"{self.shards.function}: {name} must lie in [0, {self.shards.vocab}) or be "
                 f"ignore_index {ignored}, got {int(ids[row])} in row {row}"
             )
+
+    def chunks(self) -> list[slice]:
+        """A few rows at a time, for losses that copy logits to float64."""
+        step = max(1, _ELEMENTS // max(self.shards.columns, 1))
+        if torch.compiler.is_compiling():  # the number of chunks would be one of the graph
+            step = max(self.count, 1)
+        return [slice(begin, begin + step) for begin in range(0, self.count, step)]
 
     def number(self, name: str, *, shifted: bool = False) -> Any:
         """A number, or one a row."""
@@ -148,8 +157,47 @@ def at_one(rows: LossRows) -> bool:
     return isinstance(temperature, (int, float)) and temperature == 1
 
 
+def normalisers(
+    rows: LossRows,
+    sides: tuple[Tensor, Tensor],
+    bases: Sequence[Tensor],
+    token_ids: Tensor,
+    *,
+    labelled: bool,
+    apart: bool,
+) -> tuple[Tensor, ...]:
+    """What makes logits log-probabilities, one number a row, from one read and one all-gather.
+
+    ``sides``, ``bases``: of student and teacher the logits, and what :func:`side_table` returns.
+    ``apart``: the label's term has another temperature than the divergence. Returns the student's
+    origin and log sum exp((z - origin) / temperature), the same of the teacher, that sum of the
+    student at temperature 1, and the label's cross-entropy (without labels 0).
+    """
+    shards, (_, tau, one, _) = rows.shards, bases[0]
+    own = ops.statistics(shards, sides[0], bases[0], token_ids, ops.SECOND * apart)
+    own_t = ops.statistics(shards, sides[1], bases[1], torch.full_like(token_ids, -1))
+    sent = [own[ops.ORIGIN], own[ops.SUM], own_t[ops.ORIGIN], own_t[ops.SUM]]
+    if labelled:
+        sent.append(own[ops.TOKEN_LOGIT])
+    if apart:
+        sent.append(own[ops.SECOND_SUM])
+    every = shards.gather(torch.stack(sent), ops.dtype_of(*sides))
+    merged, merged_t = Merged(every[:, 0]), Merged(every[:, 2])
+    log_sum = merged.log_sum(every[:, 1], tau)
+    log_sum_t = merged_t.log_sum(every[:, 3], bases[1][1])
+    label_loss, label_log_sum = torch.zeros_like(tau), log_sum
+    if labelled:
+        label_log_sum = merged.log_sum(every[:, 5], one) if apart else log_sum
+        logit = rows.owned(every[:, 4].amax(0))
+        label_loss = label_log_sum - (logit - merged.origin)
+    return merged.origin, log_sum, merged_t.origin, log_sum_t, label_log_sum, label_loss
+
+
 def side_table(rows: LossRows, second: Any, softcap: str) -> Tensor:
-    """What :class:`SoftmaxCall` takes of each row."""
+    """What :class:`SoftmaxCall` takes of each row.
+
+    ``second``: the second softmax's temperature; ``softcap``: the argument that has the soft cap.
+    """
     return table(
         rows.count,
         rows.logits,

@@ -6,7 +6,7 @@ The gradients of the teacher and of the bounds are sums over all columns, too: o
 and only where they are asked for.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,11 @@ from torch import Tensor
 from fastkd._ops import shards as ops
 from fastkd._ops.op import Op
 from fastkd._ops.shard_softmax import softcapped
-from fastkd._ops.shards import Merged, Shards
-from fastkd.losses._sharded import LossRows, at_one, has_labels, label_term
+from fastkd._ops.shards import Shards
+from fastkd.losses._sharded import LossRows, at_one, has_labels, label_term, normalisers
 from fastkd.reference import _clipped_divergence as reference
 from fastkd.reference._rows import NO_WEIGHT, exp, finite
 
-_ELEMENTS = 1 << 18  # of the rows that are worked on at a time
 #: What each process sums over its part of the support: p (log p - log q); the logarithms of the
 #: masses inside and outside, of the teacher and of the student; p where q is not 0; how many have
 #: mass where q is 0, which makes the value infinite.
@@ -104,47 +103,33 @@ class _Clipped:
         self, student: Tensor, teacher: Tensor, lower: Tensor, upper: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """The sums [7, rows], the label's loss, 0 or NaN; and the normalisers."""
-        shards, (tau, tau_t) = self.shards, self.temperatures
-        one, dtype = torch.ones_like(tau), ops.dtype_of(student, teacher)
-        read, no_token = one * self.rows.read, torch.full_like(self.token_ids, -1)
+        one = torch.ones_like(self.temperatures[0])
+        read = one * self.rows.read
         bases = [
             torch.stack([read, t, one, one * cap])
             for t, cap in zip(self.temperatures, self.caps, strict=True)
         ]
-        own = ops.statistics(shards, student, bases[0], self.token_ids, ops.SECOND * self.apart)
-        own_t = ops.statistics(shards, teacher, bases[1], no_token)
-        sent = [own[ops.ORIGIN], own[ops.SUM], own_t[ops.ORIGIN], own_t[ops.SUM]]
-        if self.labelled:
-            sent.append(own[ops.TOKEN_LOGIT])
-        if self.apart:
-            sent.append(own[ops.SECOND_SUM])
-        every = shards.gather(torch.stack(sent), dtype)
-        merged, merged_t = Merged(every[:, 0]), Merged(every[:, 2])
-        log_sum, log_sum_t = merged.log_sum(every[:, 1], tau), merged_t.log_sum(every[:, 3], tau_t)
-        label_loss, at_one_sum = torch.zeros_like(tau), log_sum
-        if self.labelled:
-            at_one_sum = merged.log_sum(every[:, 5], one) if self.apart else log_sum
-            logit = self.rows.owned(every[:, 4].amax(0))
-            label_loss = at_one_sum - (logit - merged.origin)
-        frame = torch.stack([merged.origin, log_sum, merged_t.origin, log_sum_t, at_one_sum])
+        *numbers, label_loss = normalisers(
+            self.rows,
+            (student, teacher),
+            bases,
+            self.token_ids,
+            labelled=self.labelled,
+            apart=self.apart,
+        )
+        frame = torch.stack(numbers)
         parts = [
             self.sums(
                 *self.chunk(chunk, student, teacher, frame), lower[chunk], upper[chunk], chunk
             )
-            for chunk in self.chunks()
+            for chunk in self.rows.chunks()
         ]
         sums = torch.cat(parts, 1) if parts else frame.new_zeros((7, 0))
-        every = shards.gather(sums, dtype)
+        every = self.shards.gather(sums, ops.dtype_of(student, teacher))
         first, logs, alive = every[:, :1].sum(0), every[:, 1:5].logsumexp(0), every[:, 5:].sum(0)
-        poison = (log_sum - log_sum) + (log_sum_t - log_sum_t)
+        poison = (frame[1] - frame[1]) + (frame[3] - frame[3])
         poison = torch.where(self.rows.read, poison, 0.0)
         return (torch.cat([first, logs, alive]), label_loss, poison), frame
-
-    def chunks(self) -> Iterator[slice]:
-        """A few rows at a time."""
-        step = max(1, _ELEMENTS // max(self.shards.columns, 1))
-        for begin in range(0, self.rows.count, step):
-            yield slice(begin, begin + step)
 
     def chunk(
         self, chunk: slice, student: Tensor, teacher: Tensor, frame: Tensor
@@ -205,7 +190,7 @@ class _Clipped:
         """The gradients by the inputs from those by the sums of all processes."""
         if any(needs[1:]):
             own = []
-            for chunk in self.chunks():
+            for chunk in self.rows.chunks():
                 q, p, low, high = self.slopes(frame, sums, inputs, into, chunk)
                 own.append(torch.stack([q.sum(1), p.sum(1), low, high]))
             whole = torch.cat(own, 1) if own else frame.new_zeros((4, 0))
@@ -220,7 +205,7 @@ class _Clipped:
             if not needs[i]:
                 continue
             found[i] = gradient = torch.zeros_like(inputs[i], memory_format=torch.contiguous_format)
-            for chunk in self.chunks():
+            for chunk in self.rows.chunks():
                 if self.shards.columns == 0:
                     continue
                 slope = self.slopes(frame, sums, inputs, into, chunk)[i]

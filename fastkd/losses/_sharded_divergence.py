@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastkd._ops import shards as ops
 from fastkd._ops.op import Op
-from fastkd._ops.shards import Merged, Shards, table
-from fastkd.losses._sharded import LossRows, at_one, has_labels, label_term
+from fastkd._ops.shards import Shards, table
+from fastkd.losses._sharded import LossRows, at_one, has_labels, label_term, normalisers
 from fastkd.losses._sharded_teachers import mixture, taught
 
 
@@ -81,40 +81,20 @@ class _PairCall:
         """The two numbers, and what the gradients need."""
         keep, tau, tau_t, _, _, softcap, softcap_t = base
         one = torch.ones_like(tau)
-        dtype = ops.dtype_of(student, teacher)
-        of_student = ops.statistics(
-            self.shards,
-            student,
-            torch.stack([keep, tau, one, softcap]),
+        origin, log_sum, origin_t, log_sum_t, label_log_sum, label_loss = normalisers(
+            self.rows,
+            (student, teacher),
+            [torch.stack([keep, tau, one, softcap]), torch.stack([keep, tau_t, one, softcap_t])],
             token_ids,
-            ops.SECOND if self.apart else 0,
+            labelled=self.labelled,
+            apart=self.apart,
         )
-        no_token = torch.full_like(token_ids, -1)
-        of_teacher = ops.statistics(
-            self.shards, teacher, torch.stack([keep, tau_t, one, softcap_t]), no_token
-        )
-        sent = [of_student[ops.ORIGIN], of_student[ops.SUM]]
-        sent += [of_teacher[ops.ORIGIN], of_teacher[ops.SUM]]
-        if self.labelled:
-            sent.append(of_student[ops.TOKEN_LOGIT])
-        if self.apart:
-            sent.append(of_student[ops.SECOND_SUM])
-        all_ranks = self.shards.gather(torch.stack(sent), dtype)
-        merged, merged_t = Merged(all_ranks[:, 0]), Merged(all_ranks[:, 2])
-        log_sum = merged.log_sum(all_ranks[:, 1], tau)
-        log_sum_t = merged_t.log_sum(all_ranks[:, 3], tau_t)
-        label_loss, label_log_sum = torch.zeros_like(tau), log_sum
-        if self.labelled:
-            if self.apart:
-                label_log_sum = merged.log_sum(all_ranks[:, 5], one)
-            logit = self.rows.owned(all_ranks[:, 4].amax(0))
-            label_loss = label_log_sum - (logit - merged.origin)
-        frame = [merged.origin, log_sum / ops.LN2, merged_t.origin, log_sum_t / ops.LN2]
+        frame = [origin, log_sum / ops.LN2, origin_t, log_sum_t / ops.LN2]
         numbers = torch.cat([base, torch.stack(frame)])
         sums = ops.pair_sums(self.shards, student, teacher, numbers, self.divergence)
         wanted = [True, student_gradient, teacher_gradient]
         sent = [sums[i] for i in range(3) if wanted[i]]
-        found = self.shards.gather(torch.stack(sent), dtype).sum(0)
+        found = self.shards.gather(torch.stack(sent), ops.dtype_of(student, teacher)).sum(0)
         # A NaN of any process, also of one whose sums did not meet it.
         value = found[0] + (log_sum - log_sum) + (log_sum_t - log_sum_t)
         stored = torch.cat([numbers, value[None], found[1:], label_log_sum[None] / ops.LN2])

@@ -17,7 +17,6 @@ from fastkd._ops.shards import Merged
 from fastkd.losses._sharded import LossRows
 from fastkd.reference._rows import DEAD
 
-_ELEMENTS = 1 << 18  # of the rows that are mixed at a time
 _MIXES = tuple(CHOICES["softmax_divergence.teacher_mix"])
 _TVD = CHOICES["softmax_divergence.divergence"]["tvd"]
 
@@ -34,7 +33,7 @@ def taught(rows: LossRows, teacher: Tensor) -> Tensor:
 
 
 def mixture(rows: LossRows, teachers: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The mixture's logits, and a factor of the rows' divergences.
+    """The mixture's logits, and a factor of the rows' divergences, None for 1.
 
     Replaces the teacher's temperature and soft cap in ``rows.values`` by the mixture's own.
     """
@@ -71,21 +70,16 @@ def mixture(rows: LossRows, teachers: Sequence[Tensor]) -> tuple[Tensor, Tensor 
         each = [1 + a, -a] if mix == "contrast" else [a, 1 - a]
         factor = torch.where(rows.read, coefficient / a, 1.0)
     out = torch.empty((rows.count, shards.columns), dtype=dtype, device=one.device)
-    step = max(1, _ELEMENTS // max(shards.columns, 1))
-    if torch.compiler.is_compiling():  # the number of chunks would be one of the graph
-        step = max(rows.count, 1)
-    for begin in range(0, rows.count, step):
-        chunk = slice(begin, begin + step)
+    for chunk in rows.chunks():
         terms = []
         for teacher, weight, (origin, log_sum) in zip(teachers, each, frames, strict=True):
             flat = teacher.detach().reshape(rows.count, teacher.size(-1))
             z = flat[chunk, : shards.columns].to(torch.float64)
-            x, w, top, total, t = (
-                softcapped(z, cap[chunk].unsqueeze(1)),
-                *(y[chunk].unsqueeze(1) for y in (weight, origin, log_sum, tau)),
+            c, w, top, total, t = (
+                x[chunk].unsqueeze(1) for x in (cap, weight, origin, log_sum, tau)
             )
-            x = (x - top) / t - total + w.log() if mix == "probs" else x - top
-            terms.append((x, w))
+            moved = softcapped(z, c) - top
+            terms.append((moved / t - total + w.log() if mix == "probs" else moved, w))
         mixed = _log_sum(terms) if mix == "probs" else _sum(terms)
         out[chunk] = torch.where(rows.read[chunk].unsqueeze(1), mixed, 0.0).to(dtype)
     rows.values = {**values, "teacher_logit_softcap": math.inf}
@@ -95,12 +89,12 @@ def mixture(rows: LossRows, teachers: Sequence[Tensor]) -> tuple[Tensor, Tensor 
 
 
 def _log_sum(terms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Log of the sum of the exponentials of those with a weight."""
+    """Log of the sum of the exponentials, without those of weight 0. Terms: (logit, weight)."""
     return torch.stack([torch.where(w == 0, -math.inf, x) for x, w in terms]).logsumexp(0)
 
 
 def _sum(terms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The weighted sum; -inf where one with a weight is, NaN where one is not finite."""
+    """The weighted sum; -inf where one of nonzero weight is impossible, NaN of NaN and +inf."""
     total, lost = torch.zeros_like(terms[0][0]), torch.zeros_like(terms[0][0], dtype=torch.bool)
     for x, w in terms:
         dead = (x < -DEAD) & (w != 0)

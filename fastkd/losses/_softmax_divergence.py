@@ -158,11 +158,13 @@ def softmax_divergence(
             label term, is multiplied by :math:`w_2 / a`. Here the weights are no shares but these
             two positive numbers; None gives 1/2 for both, so that a is tvd + 10^-3 and the factor
             1 / (2 a). :func:`fastkd.recipes.align_distil` has
-            :math:`w_1 = \beta_2, w_2 = \beta`: 10 and 0.1. No mixture is stored.
+            :math:`w_1 = \beta_2, w_2 = \beta`: 10 and 0.1. No mixture is stored, except with
+            ``group``.
         teacher_rows: int64 or int32, one a row of the student: which row of the teachers' flattened
             leading dimensions teaches it, for sequences that differ in their tokens or for teachers
             stored once. A row with -1 drops out, also of a mean's denominator. The teachers then
-            have any leading dimensions, and take no gradient; nothing is copied.
+            have any leading dimensions, and take no gradient. Nothing is copied, except with
+            ``group``.
         labels: int64 or int32, one a row: adds ``label_weight`` x the cross-entropy of the
             student at temperature 1. Rows with ``ignore_index`` drop out of both terms.
         label_weight: see ``labels``: a finite number, or a float tensor with one entry a row. No
@@ -182,7 +184,9 @@ def softmax_divergence(
             accurate to 2 or 3 roundings of float32, however large c is; what is said above of a
             student near its teacher holds of the logits so rounded. The gradient of a logit far
             beyond c is relatively accurate to about (1 + 2 |z| / c) roundings. On CUDA the rows
-            are read one element at a time, and again in each pass, as mixtures are.
+            are read one element at a time, and again in each pass, as those of several teachers are
+            (reverse KL from the logits of two teachers is faster where the rows fit into shared
+            memory).
         reduction: ``"none"`` (one loss a row), ``"sum"``, ``"mean"`` (over rows kept by ``mask``
             and ``ignore_index``), ``"batchmean"`` (over ``student_logits.size(0)``) or
             ``"elementmean"`` (over rows x vocabulary, as ``nn.KLDivLoss`` by default). A
@@ -198,7 +202,7 @@ def softmax_divergence(
         group: a torch.distributed process group across which the vocabulary is split: process r
             has the columns from r x width on, of both logits, or from ``vocab_start`` on.
             ``labels`` and ``vocab_size`` count the whole vocabulary; everything else is the same on
-            all processes, and so is the result, bit for bit. See below.
+            all processes, and so is the result, bit for bit. See above.
         vocab_start: with ``group``, the first of this process's columns, where they are not of
             equal widths; ``vocab_size`` must then be given. A process may have none.
 
@@ -210,7 +214,7 @@ def softmax_divergence(
         ValueError, TypeError, IndexError: an argument has the wrong value or type, or a label is
             out of range; the message names it, the expected and the actual value.
         NotImplementedError: with ``group``: second derivatives, ``decoupled_kl``, a gradient of a
-            single teacher with weights. ``teacher_rows`` with ``LinearLogits``.
+            single teacher with ``teacher_weights``. With ``LinearLogits``: ``teacher_rows``.
 
     Sources: Hinton et al. 2015 (arXiv 1503.02531); GKD (2306.13649) for ``jsd``; DistiLLM
     (2402.03898) for the skewed divergences; DistiLLM-2 (2503.07067) for the constant mixture;

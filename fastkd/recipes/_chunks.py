@@ -1,4 +1,4 @@
-"""Code shared by the recipes: chunks as indices, checks of arguments, reductions."""
+"""Code shared by recipes: checks, softmaxes of wide rows, chunks as indices, reductions."""
 
 import functools
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def check_integers(
     shape: Sequence[int],
     device: torch.device | None = None,
 ) -> None:
-    """Raise unless the values are int64 or int32 of this shape, on the device of other tensors."""
+    """Raise unless the values are int64 or int32 of this shape, and on this device."""
     check_tensors(function, {name: values})
     if device is not None:
         check_device(function, name, values, device)
@@ -100,7 +100,7 @@ def check_mask(
     shape: Sequence[int],
     device: torch.device | None = None,
 ) -> None:
-    """Raise unless the mask is None or bool of this shape, on the device of other tensors."""
+    """Raise unless the mask is None or bool of this shape, and on this device."""
     if mask is None:
         return
     check_tensors(function, {name: mask})
@@ -141,9 +141,9 @@ def check_dtype(function: str, name: str, values: Tensor) -> None:
         )
 
 
-def check_callable(function: str, name: str, value: Any) -> None:
-    """Raise unless the value is None or a function, such as a module."""
-    if value is not None and not callable(value):
+def check_callable(function: str, name: str, value: Any, *, needed: bool = False) -> None:
+    """Raise unless the value is a function, such as a module; or None, where none is needed."""
+    if not callable(value) and (needed or value is not None):
         raise TypeError(f"{function}: {name} must be a function, got {type(value).__name__}")
 
 
@@ -225,7 +225,7 @@ def unscored_chunks(mask: Tensor | None, places: Tensor, num_chunks: int) -> Ten
     """Chunks with a token that no row scores, bool ``[B, num_chunks + 1]``.
 
     These are the first tokens of a row; with a mask also tokens that it leaves out, and the first
-    ones after these.
+    ones after these. ``places``: of :func:`chunk_slots`.
     """
     read = torch.ones_like(places, dtype=torch.bool) if mask is None else mask
     unscored = ~(read & F.pad(read, (1, 0))[:, :-1])

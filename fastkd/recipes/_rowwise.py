@@ -59,8 +59,8 @@ def by_blocks(
     value, block by block, and backward only scales it. ``width`` is that of the widest tensor in
     `loss`. In a compiled graph there is one block of all rows, and the compiler differentiates it.
 
-    With ``ends``, ascending from 0 to M, blocks begin and end there: the rows between two ends may
-    depend on each other, if whoever takes the losses takes their sum.
+    With ``ends``, ascending from 0 to M, blocks begin and end there: a row's loss may then depend
+    on the other rows between the same two ends, if only the sum of their losses is used.
     """
     if is_tracing(kept):
         parts = [at_rows(x, places, kept) for x, places in zip(inputs, rows, strict=True)]

@@ -11,7 +11,7 @@ from fastkd._ops.checks import check_positive, check_tensors
 from fastkd._ops.names import Tail, TextReduction, TopKDivergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.losses._topk_divergence import topk_divergence
-from fastkd.recipes._chunks import check_tuple, reduced, wide
+from fastkd.recipes._chunks import check_dtype, check_tuple, reduced, wide
 from fastkd.recipes._rows import (
     best_log_probs,
     check_choice,
@@ -278,8 +278,8 @@ def balanced(loss: Tensor, other: Tensor) -> Tensor:
     flows through it, nor to the other loss.
 
     Args:
-        loss: any shape.
-        other: the same shape.
+        loss: float32, float64, bfloat16 or float16, any shape.
+        other: the same shape, its own dtype.
 
     Returns:
         The shape and dtype of the loss.
@@ -295,7 +295,10 @@ def balanced(loss: Tensor, other: Tensor) -> Tensor:
     >>> found.item(), torch.autograd.grad(found, loss)[0].item()
     (2.0, 0.5)
     """
-    check_tensors("balanced", {"loss": loss, "other": other})
+    tensors = {"loss": loss, "other": other}
+    check_tensors("balanced", tensors)
+    for name, values in tensors.items():
+        check_dtype("balanced", name, values)
     if loss.shape != other.shape:
         raise ValueError(
             f"balanced: other must have the shape {list(loss.shape)} of loss, got "

@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd._ops.arguments import check_no_gradient, to_integer
+from fastkd._ops.arguments import check_has_value, check_no_gradient, to_integer
 from fastkd._ops.checks import check_positive, check_tensors
+from fastkd._ops.library import is_tracing
 from fastkd._ops.names import TextReduction
 from fastkd._ops.shift import following
 from fastkd.recipes import _rowwise
 from fastkd.recipes._chunks import (
     added,
     check_batch,
+    check_callable,
     check_integers,
     check_mask,
     check_number,
@@ -37,7 +39,7 @@ from fastkd.tokenizers._byte_vocab import ByteVocab
 
 #: Teacher ids and their weights for each student id, ``[vocab_S, n]``; id -1 for none.
 Projection = tuple[Tensor, Tensor]
-#: Of a slice of the chunks and the logits of their rows, student's and teacher's: a loss for each.
+#: From a slice of the chunks and their rows' logits, student's and teacher's: a loss a chunk.
 _ChunkLoss = Callable[[slice, Tensor, Tensor], Tensor]
 
 
@@ -83,6 +85,7 @@ def token_projection(
     [[1.0, 0.0], [0.9091, 0.0909], [0.0, 0.0]]
     """
     check_vocabs("token_projection", student_vocab, teacher_vocab)
+    check_callable("token_projection", "encode", encode, needed=True)
     n = to_integer("token_projection", "n", n)
     if n < 1:
         raise ValueError(f"token_projection: n must be positive, got {n}")
@@ -141,24 +144,26 @@ def x_token(
     Row t scores token t + 1. A chunk counts if rows score some of its tokens on both sides. Rows
     are read in blocks; of all rows only the student's gradient is stored.
 
-    The authors add the cross-entropy on the text to this, made as large as it is at each step:
-    ``ce + fastkd.recipes.balanced(fastkd.recipes.x_token(...), ce)``.
+    The authors multiply this at each step by a constant that makes it as large as the cross-entropy
+    on the text, and add both: ``ce + fastkd.recipes.balanced(fastkd.recipes.x_token(...), ce)``.
 
     Args:
-        student_logits: ``[B, T_S, vocab_S]``, all rows of whole texts.
-        student_chunks: ``[B, T_S]``, from :func:`fastkd.align_batch`; -1 for none.
-        teacher_logits: ``[B, T_T, vocab_T]``; gets no gradient. Leave out columns that are no
-            tokens: ``teacher_logits[..., :n]``.
-        teacher_chunks: ``[B, T_T]``.
+        student_logits: ``[B, T_S, vocab_S]`` float32, bfloat16, float16 or float64, all rows of
+            whole texts.
+        student_chunks: int64 or int32 ``[B, T_S]``, from :func:`fastkd.align_batch`; -1 for none.
+        teacher_logits: ``[B, T_T, vocab_T]``, its own dtype; gets no gradient. Leave out columns
+            that are no tokens: ``teacher_logits[..., :n]``.
+        teacher_chunks: the same, ``[B, T_T]``.
         num_chunks: the largest number of chunks of a text.
         projection: W, from :func:`token_projection`: teacher ids, int64 or int32, and weights, not
             negative, both ``[at most vocab_S, n]``; -1 for none.
-        kind: see above.
-        k: size of K.
-        threshold, cap: see above.
+        kind: ``"p_kl"`` or ``"h_kl"``.
+        k: of ``"p_kl"``: size of K, at most the teacher's vocabulary.
+        threshold: of ``"h_kl"``, in [0, 1].
+        cap: of ``"h_kl"``: the most probabilities that are compared sorted.
         divergence: ``"forward_kl"``, or ``"reverse_kl"``: :math:`Q \log (Q / P)`.
         temperature: of both sides.
-        epsilon: see above.
+        epsilon: of ``"p_kl"``, positive.
         mask: bool ``[B, num_chunks]``, False for chunks that are not to be learned.
         reduction: over the chunks that count: ``"none"`` (``[B, num_chunks]``), ``"sum"``,
             ``"mean"``, ``"batchmean"`` or ``"sequence_mean"`` (over a text's chunks, then over
@@ -191,8 +196,9 @@ def x_token(
     check_share("x_token", "threshold", threshold)
     for name, value in (("temperature", temperature), ("epsilon", epsilon)):
         check_positive("x_token", name, value)
+    k, cap = to_integer("x_token", "k", k), to_integer("x_token", "cap", cap)
     for name, number in (("k", k), ("cap", cap)):
-        if to_integer("x_token", name, number) < 1:
+        if number < 1:
             raise ValueError(f"x_token: {name} must be positive, got {number}")
     sizes = student_logits.size(-1), teacher_logits.size(-1)
     ids, weights = _checked(projection, *sizes, student_logits.device)
@@ -202,13 +208,13 @@ def x_token(
         ("student", student_logits, student_chunks),
         ("teacher", teacher_logits, teacher_chunks),
     ):
-        check_integers("x_token", f"{side}_chunks", chunks, logits.shape[:-1])
+        check_integers("x_token", f"{side}_chunks", chunks, logits.shape[:-1], logits.device)
         check_range("x_token", f"{side}_chunks", chunks, -1, num_chunks)
         chunks = following(chunks, -1)
         _, count = chunk_ends("x_token", f"{side}_chunks", logits, chunks, num_chunks)
         sides.append((chunks, count))
     kept = (sides[0][1] > 0) & (sides[1][1] > 0)
-    check_mask("x_token", "mask", mask, kept.shape)
+    check_mask("x_token", "mask", mask, kept.shape, kept.device)
     kept = kept if mask is None else kept & mask
     mine, other = (_ChunkRows(chunks, kept) for chunks, _ in sides)
     student, teacher = (x.flatten(0, 1) for x in (student_logits, teacher_logits))
@@ -226,7 +232,7 @@ def x_token(
         chunks = mine.of(block)
         y = wide(at_rows(teacher, other.rows[other.span(chunks)], other.scored)) / temperature
         values = of_chunks(chunks, wide(logits) / temperature, y)
-        return mine.shared(chunks, values * temperature * temperature)
+        return mine.spread(chunks, values * temperature * temperature)
 
     values = by_blocks(loss, [student], [mine.rows], mine.scored, width, mine.ends)
     dtype = torch.promote_types(number_type(student), number_type(teacher))
@@ -236,8 +242,8 @@ def x_token(
 class _ChunkRows:
     """Rows of one side that score tokens of the chunks that count, one chunk after the other.
 
-    In a compiled graph, whose shapes must not depend on data, all rows and all chunks, and one more
-    for the rows that do not count.
+    Where shapes must not depend on data, in a compiled graph and on the meta device, all rows and
+    all chunks, and one more for the rows that do not count.
 
     Args:
         chunks: of the token that each row scores, ``[B, T]``.
@@ -252,7 +258,8 @@ class _ChunkRows:
         self.scored = F.pad(kept, (0, 1)).gather(1, slots)
         slots = torch.where(self.scored, first + slots, self._counted).flatten()
         self.ends: list[int] | None = None
-        if torch.compiler.is_compiling():
+        tracing = is_tracing(kept)
+        if tracing:
             self.rows = torch.arange(slots.numel(), device=slots.device)
             self._numbers, self._slots, count = slots, slots, self._counted + 1
         else:
@@ -263,7 +270,7 @@ class _ChunkRows:
             self._numbers, count = numbers[self._slots] - 1, int(numbers[-1:].sum())
         ones = torch.ones_like(self._numbers)
         self._sizes = ones.new_zeros(count).index_add(0, self._numbers, ones)
-        if not torch.compiler.is_compiling():
+        if not tracing:
             self.ends = [0, *self._sizes.cumsum(0).tolist()]
 
     def of(self, rows: slice) -> slice:
@@ -284,12 +291,12 @@ class _ChunkRows:
         total = values.new_zeros(sizes.size(0), values.size(-1))
         return total.index_add(0, self._within(chunks), values) / sizes
 
-    def shared(self, chunks: slice, losses: Tensor) -> Tensor:
-        """The chunks' losses in equal parts on their rows."""
+    def spread(self, chunks: slice, losses: Tensor) -> Tensor:
+        """Each chunk's loss in equal parts on its rows."""
         return (losses / self._sizes[chunks].clamp(min=1))[self._within(chunks)]
 
     def losses(self, values: Tensor) -> Tensor:
-        """The chunks' losses, ``[B, num_chunks]``, from the parts on all rows."""
+        """The chunks' losses, ``[B, num_chunks]``, from the parts of :meth:`spread` of all rows."""
         total = values.new_zeros(self._counted + 1).index_add(0, self._slots, values)
         return total[:-1].view(self._shape)
 
@@ -370,7 +377,7 @@ def _entries(
 def _common(
     ids: Tensor, weights: Tensor, threshold: float, width: int, teacher_width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which student columns are common, the teacher's column of each, which of its are common."""
+    """Which student columns are common, the teacher's column of each, which teacher columns are."""
     best, at = torch.where(ids < teacher_width, weights, -1).max(1)
     to = ids.gather(1, at.unsqueeze(-1)).squeeze(-1)
     to = torch.where(best >= threshold, to, teacher_width)
@@ -410,6 +417,8 @@ def _checked(
             f"{list(weights.shape)}"
         )
     check_no_gradient("x_token", **{names[1]: weights})
+    if device.type != "meta":
+        check_has_value("x_token", names[0], ids)
     if readable(weights) and not ((weights >= 0) & (weights < math.inf)).all():
         raise ValueError(f"x_token: {names[1]} must be finite and not negative")
     ids, weights = ids.to(device).long(), weights.to(device)

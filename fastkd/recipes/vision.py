@@ -12,7 +12,7 @@ from fastkd._ops.names import Reduction, TextReduction
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._token_stats import token_stats
 from fastkd.losses._topk_divergence import topk_divergence
-from fastkd.recipes._chunks import check_integers, softmax, wide
+from fastkd.recipes._chunks import check_callable, check_integers, softmax, wide
 from fastkd.recipes._features import (
     as_numbers,
     check_classes,
@@ -347,9 +347,7 @@ def meal_v2_discrimination(
     0.6931
     """
     name = "meal_v2_discrimination"
-    if not callable(discriminator):
-        kind = type(discriminator).__name__
-        raise TypeError(f"{name}: discriminator must be a function, got {kind}")
+    check_callable(name, "discriminator", discriminator, needed=True)
     teachers = _teachers(name, student_logits, teacher_logits)
     average = torch.stack([wide(teacher) for teacher in teachers]).mean(0)
     found = discriminator(torch.cat([student_logits, average.to(student_logits.dtype)]))

@@ -63,7 +63,7 @@ def collate(
         key: the item's column with its key in the store. Its entry is a key, also if it is an
             integer (see :class:`fastkd.TeacherStore`).
         missing: what an item whose key is not in the store gives: ``"error"``: KeyError;
-            ``"empty"``: a text of whose tokens the teacher says nothing.
+            ``"empty"``: a text whose rows have no teacher's tokens.
         pad_id: input id of padding.
         max_length: the most tokens of a text; a longer one is cut off at its end.
         pad_to_multiple_of: the length of the batch is rounded up to a multiple of this.
@@ -84,8 +84,8 @@ def collate(
         ``position_ids``        int64; only packed
         ``labels``              int64: the item's, or its input ids; -100 for padding and for a
                                 text's first token, which no row scores
-        ``teacher_log_probs``   float32 ``[B, T, k]``, -inf where the teacher says nothing
-        ``teacher_indices``     int32 ``[B, T, k]``, -1 where the teacher says nothing
+        ``teacher_log_probs``   float32 ``[B, T, k]``, -inf where there is no teacher's token
+        ``teacher_indices``     int32 ``[B, T, k]``, -1 where there is no teacher's token
         ``mask``                bool, with ``shift``: rows that have a label and a teacher's token
         ======================  ===================================================================
 
@@ -217,7 +217,7 @@ def _columns(where: str, item: Mapping[str, Any]) -> TopK | None:
     if any(x is None for x in values):
         return None
     log_probs, indices = (_tensor(where, *x) for x in zip(COLUMNS, values, strict=True))
-    if log_probs.numel() == indices.numel() == 0:  # of a request that failed, as lists have it
+    if log_probs.numel() == indices.numel() == 0:  # [] of a request that failed: k is not known
         return TopK(torch.empty(0, 0), torch.empty(0, 0, dtype=torch.int32))
     if log_probs.dim() != 2 or log_probs.shape != indices.shape:
         raise ValueError(
@@ -266,7 +266,7 @@ def _integers(where: str, name: str, values: Any) -> Tensor | None:
 
 
 def _filled(best: TopK, tokens: int, k: int) -> TopK:
-    """The rows of the first tokens, k wide; with nothing where there are none."""
+    """The rows of the first tokens, k wide; -inf and -1 where there are none."""
     log_probs = torch.full((tokens, k), -torch.inf)
     indices = torch.full((tokens, k), -1, dtype=torch.int32)
     some, width = min(tokens, len(best.indices)), best.indices.size(-1)

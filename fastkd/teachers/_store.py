@@ -433,12 +433,12 @@ def _merged(
     duplicates: str,
     shard_tokens: int | None,
 ) -> TeacherStore:
-    """The stores joined; see :meth:`TeacherStore.merge`."""
+    """Write the stores' sequences to a new store; see :meth:`TeacherStore.merge`."""
     for store in stores:
         if store._beyond:
             raise ValueError(f"{where}: {store._beyond}")
         wanted = {**stores[0]._settings._asdict(), "shard_tokens": None}
-        # None is no wish: a source without a fingerprint is not one with it.
+        # check_match skips None: without this, a store without a fingerprint would match any.
         if store.fingerprint != stores[0].fingerprint:
             wanted["fingerprint"] = str(stores[0].fingerprint)
         store._settings.check_match(where, store.path, **wanted)

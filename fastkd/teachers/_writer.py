@@ -51,7 +51,7 @@ def _lock(lock: IO[str], kind: int, error: str) -> None:
 
 @contextmanager
 def without_writer(path: Path, where: str) -> Iterator[None]:
-    """Keep writers away from a store that is read as a whole; RuntimeError where one is at work."""
+    """Lock a store against writers while it is read whole; RuntimeError where there is one."""
     try:
         lock = open(path / _LOCK)  # noqa: SIM115 (closed below)
     except (FileNotFoundError, NotADirectoryError):  # a copy of a store, or none
@@ -181,8 +181,7 @@ class TeacherStoreWriter:
                 descending, normalised over the whole vocabulary: a row's exp sums to at most 1.
                 -inf is probability 0.
             indices: int32 or int64, the same shape: the tokens, distinct in a row. -1, with any
-                log_prob, pads a short row at its end; a row of -1 alone is one that the teacher
-                says nothing of.
+                log_prob, pads a short row at its end; a row of -1 alone has no tokens.
             key: of the sequence, in a store with keys: a text, or an integer (its decimal text),
                 that no other sequence has.
             input_ids: int32 or int64 ``[tokens]``, not negative, in a store with input ids: the

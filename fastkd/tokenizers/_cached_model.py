@@ -12,11 +12,11 @@ from fastkd._ops.padding import positive_or_none
 from fastkd.tokenizers._byte_stream import shared
 from fastkd.tokenizers._byte_vocab import integers
 
-#: Of a model's argument and result with the cache, the newer first.
+#: Names of the cache in a model's arguments and results, the newer first.
 _NAMES = ("cache", "past_key_values")
-#: Tokens of the two texts that tell whether a model is causal.
+#: Length of the two texts that show whether a model is causal.
 _PROBE = 8
-#: What caches raise that cannot go back, or not so far.
+#: Errors of caches that cannot be cut, or not to this length.
 _CANNOT = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -25,7 +25,7 @@ def _can_be_cut(cache: Any) -> bool:
 
 
 def _length(cache: Any, unknown: int) -> int:
-    """Number of tokens in a cache, where it says so: those of a learned prompt come again."""
+    """Number of tokens in a cache, with those of a learned prompt; unknown if it does not say."""
     try:
         return int(cache.get_seq_length())
     except _CANNOT:
@@ -45,9 +45,8 @@ class CachedModel:
 
     Where the cache cannot be cut (states of a recurrent model; a sliding window that has moved on)
     or has more tokens than the text (PEFT's learned prompts), the text is computed from its
-    beginning, and a warning says so once. The logits are the same,
-    but for roundings of another order of sums. They have no gradient, as nothing that the model
-    computes here is recorded.
+    beginning, and a warning says so once. The logits are the same but for roundings, as sums are
+    taken in another order. They have no gradient.
 
     Args:
         model: a causal language model of transformers (also wrapped by PEFT), in ``eval`` mode,
@@ -62,8 +61,8 @@ class CachedModel:
             ``max_position_embeddings``, if it has that.
 
     Raises:
-        TypeError: the model is no causal language model, as a model without its output layer
-            (``AutoModel``), a classifier, an encoder (BERT) or an encoder-decoder (T5) is none.
+        TypeError: the model is no causal language model but one without an output layer
+            (``AutoModel``), a classifier, an encoder (BERT) or an encoder-decoder (T5).
             ValueError: it is in training mode, or has no ``bos_token_id`` and no prefix is given.
         A call raises IndexError for an id that the model does not have, and ValueError for a text
         that is too long, or empty without a prefix.

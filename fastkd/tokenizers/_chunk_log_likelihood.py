@@ -80,6 +80,7 @@ def chunk_log_likelihood(
         IndexError: a chunk or token id out of range (on CUDA such a text is NaN instead).
         ValueError, TypeError: chunks whose tokens are not contiguous, or another argument of the
             wrong value or type.
+        NotImplementedError: second derivatives with ``group``.
 
     Source: Minixhofer et al. 2025 (arXiv 2503.20083).
 

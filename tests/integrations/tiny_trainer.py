@@ -88,6 +88,8 @@ def main(folder):
     run.train()
     if int(os.environ["RANK"]) == 0:
         torch.save(moved(model(1), student), Path(folder) / "gradient.pt")
+    # A process that ends with the group's threads at work is aborted now and then.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -15,6 +16,7 @@ from fastkd import recipes
 from fastkd.recipes import _rowwise
 
 CHUNKS, OURS, THEIRS = 5, 11, 9
+SIDES = ("student", "teacher")
 STUDENT_CHUNKS = torch.tensor(
     [[0, 1, 1, 2, 3, 4, -1], [-1, 0, 1, 2, 2, 3, 4], [0, 0, 0, 1, 2, 3, -1]]
 )
@@ -61,7 +63,7 @@ def chunks_that_count(tensors):
     found = torch.zeros(3, CHUNKS, dtype=torch.bool)
     for b in range(3):
         for c in range(CHUNKS):
-            found[b, c] = all(rows_of(tensors, s, b, c) for s in ("student", "teacher"))
+            found[b, c] = all(rows_of(tensors, s, b, c) for s in SIDES)
     return found & tensors["mask"] if "mask" in tensors else found
 
 
@@ -88,8 +90,7 @@ def by_chunks(of_chunk):
                     found.append(torch.zeros(()).double())
                     continue
                 z, y = (
-                    [row / temperature for row in rows_of(tensors, side, b, c)]
-                    for side in ("student", "teacher")
+                    [row / temperature for row in rows_of(tensors, side, b, c)] for side in SIDES
                 )
                 reverse = divergence == "reverse_kl"
                 found.append(temperature**2 * of_chunk(tensors, z, y, reverse, **options))
@@ -199,7 +200,7 @@ def test_other_rows_are_not_read(entry):
         torch.testing.assert_close(found, right)
         (again,) = torch.autograd.grad(found, tensors["student_logits"])
         torch.testing.assert_close(again, gradient)
-    for side in ("student", "teacher"):
+    for side in SIDES:
         tensors[f"{side}_chunks"][:] = -1
     nothing = entry.call(tensors)
     assert nothing == 0
@@ -298,6 +299,20 @@ def test_tokens_of_probability_zero():
         assert gradient.any()
 
 
+def test_a_chunk_in_two_places():
+    """Its rows are averaged as if they followed each other; numbers may be of numpy or torch."""
+    tensors = texts(torch.float64)
+    tensors["student_chunks"][:] = torch.tensor([0, 3, 1, 3, 1, 3, 1])
+    z = tensors["student_logits"].requires_grad_()
+    right = plain_p_kl(tensors, k=4).sum()
+    for number in (np.int64(4), torch.tensor(4)):
+        found = recipes.x_token(**tensors, k=number, reduction="sum")
+        torch.testing.assert_close(found, right)
+    torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (found, right)))
+    none = {f"{side}_chunks": torch.full_like(tensors[f"{side}_chunks"], -1) for side in SIDES}
+    assert recipes.x_token(**{**tensors, **none, "num_chunks": 0}) == 0
+
+
 def test_no_texts():
     for batch, length in ((0, 4), (2, 0)):
         z, y = (torch.zeros(batch, length, n, requires_grad=n == 3) for n in (3, 2))
@@ -360,6 +375,12 @@ def test_token_projection():
         ({"projection": (IDS, WEIGHTS / 0)}, ValueError, "weights must be finite"),
         ({"projection": (IDS + 1, WEIGHTS)}, IndexError, r"ids must lie in \[-1, 9\), got 9"),
         ({"projection": (WEIGHTS, WEIGHTS)}, TypeError, "ids must be int64 or int32"),
+        ({"projection": (IDS.to("meta"), WEIGHTS)}, ValueError, "weights must be on the device"),
+        (
+            {"projection": (IDS.to("meta"), WEIGHTS.to("meta"))},
+            ValueError,
+            "ids must be on a device that holds values, got meta",
+        ),
     ],
 )
 def test_errors(changed, error, message):

@@ -45,7 +45,7 @@ __device__ __forceinline__ T chosen(bool first, const T& a, const T& b) {
 // its arguments in either order.
 template <class T, class Merge>
 __device__ __forceinline__ T lanes_reduce(T value, const Merge& merge, int lanes) {
-  // The steps of a large state would be much code.
+  // Unrolled only for small states, since a step of a large one is much code.
 #pragma unroll(sizeof(T) <= 8 ? 5 : 1)
   for (int step = lanes / 2; step > 0; step /= 2) {
     const T other = shuffle_xor(value, step);

@@ -149,7 +149,7 @@ struct PackedSource {
                    element<Item>(float(-INFINITY)));
   }
 
-  // Other rows that begin at the same place of a pack, with slots of their own or with this source's.
+  // Other rows that begin at the same place of a pack, with slots of their own or with those of like.
   __device__ PackedSource(const PackedSource<T, true>& like, const Packs& first, uint4* first_slots,
                           const Packs& second = Packs(), uint4* second_slots = nullptr)
       : arguments(like.arguments),

@@ -126,7 +126,7 @@ struct RowNeeds {
   int threads = kRowThreads;  // per block where two share a multiprocessor; more for a kernel that needs few registers
   int64_t divided = 0;        // shared memory that the blocks of a row divide among them
   int most_blocks = kMostBlocks;            // of a row
-  RowLaunch (*adapt)(RowLaunch) = nullptr;  // one_pass or block_per_row, where the op is such a one
+  RowLaunch (*adapt)(RowLaunch) = nullptr;  // one_pass or block_per_row, for ops that need it
 };
 
 // most_blocks: that the device runs in a cluster; 0: it has refused clusters.

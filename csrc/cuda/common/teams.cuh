@@ -38,7 +38,7 @@ RowLaunch teams_launch(const Device& device, Kernel kernel, int64_t vocab, int e
   return launch;
 }
 
-// Launches kernel(arguments, launch) for arguments.rows rows. bytes: of a team.
+// Launches kernel(arguments, launch) for arguments.rows rows. bytes: shared memory per team.
 template <class Kernel, class Arguments>
 void launch_teams(const Device& device, Kernel kernel, const Arguments& arguments, RowLaunch launch, int64_t bytes,
                   const char* role) {

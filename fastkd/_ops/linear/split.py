@@ -14,13 +14,13 @@ _AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "AutogradCPU", "AutogradC
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """With autograd, also inside an op of a graph, which runs below it."""
+    """Record gradients, also inside a custom op of a graph, in which autograd is switched off."""
     keys = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for name in (*_AUTOGRAD, "ADInplaceOrView"):
         excluded = excluded.remove(getattr(keys, name))
     included = torch._C._dispatch_tls_local_include_set()
-    # What is saved is used at once: hooks, such as those of checkpoints, are for what is kept.
+    # Tensors saved here are used at once: the caller's hooks (of a checkpoint, say) are for others.
     own = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad(), own:
         yield
@@ -33,7 +33,7 @@ def _named(call: Call, values: list[Any]) -> dict[str, Any]:
 def loss_of_split(call: Call, values: list[Any], needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """The loss of a chunk and the op's gradients by number, empty where not needed.
 
-    That of logits that a head computes is written over them, where the op can.
+    The gradient of logits that a head computes overwrites them, where the op can.
     """
     op, values, leaves = call.op, list(values), []
     for place, need in zip(op.places, needs, strict=True):
