@@ -17,6 +17,7 @@ import shard_values as values
 import torch
 import torch.distributed as dist
 from cases import DIVERGENCES
+from group_end import leave
 from shard_ranks import OPTIONS, TOLERANCE, WIDTH, Ranks
 
 from fastkd._ops.arguments import choices
@@ -149,4 +150,4 @@ def run(rank: int, size: int, folder: str) -> None:
         except Exception:  # the others go on
             results[name] = f"process {rank}: {traceback.format_exc()}"
         torch.save(results, f"{folder}/{rank}")
-    dist.destroy_process_group()
+    leave()

@@ -20,8 +20,8 @@ def found(tmp_path_factory):
     """What both processes found, all cases in one start."""
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("wrapped_models.py")
-    package = str(Path(fastkd.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(str(Path(file).parents[1]) for file in (fastkd.__file__, __file__))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(folder)],

@@ -265,9 +265,9 @@ def test_two_processes_are_one_with_all_texts(tmp_path, truth):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     script = Path(__file__).with_name("tiny_trainer.py")
-    package = str(Path(fastkd.__file__).parents[1])
+    paths = os.pathsep.join(str(Path(file).parents[1]) for file in (fastkd.__file__, __file__))
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"PYTHONPATH": package, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    common |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), str(tmp_path)],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from group_end import leave
 
 import fastkd
 from fastkd.integrations import KDOptions
@@ -88,8 +89,7 @@ def main(folder):
     run.train()
     if int(os.environ["RANK"]) == 0:
         torch.save(moved(model(1), student), Path(folder) / "gradient.pt")
-    # A process that ends with the group's threads at work is aborted now and then.
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from group_end import leave
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -168,7 +169,7 @@ def start(rank, folder):
     found = run(rank)
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

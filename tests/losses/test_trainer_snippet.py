@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.multiprocessing as mp
+from group_end import leave
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastkd
@@ -85,7 +86,9 @@ def _process(rank, port, queue):
     fused(wrapped(mine[1]), mine[1], items(labels) / 2).backward()
     if rank == 0:
         queue.put({name: x.numpy() for name, x in gradients(wrapped.module).items()})
-    torch.distributed.destroy_process_group()
+        queue.close()
+        queue.join_thread()
+    leave()
 
 
 def test_two_processes():
