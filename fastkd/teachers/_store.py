@@ -447,7 +447,7 @@ def _merged(
         number = integer(where, "shard_tokens", shard_tokens, 1, 1 << 40)
         settings = settings._replace(shard_tokens=number)
     path.mkdir(parents=True, exist_ok=True)
-    check_new(path, where, False)
+    check_new(path, where, False, "merge into a folder of its own")
     order = [(i, store) for store in stores for i in range(len(store))]
     if interleave:
         order.sort(key=lambda x: x[0])  # stable: of equal numbers the earlier store's first

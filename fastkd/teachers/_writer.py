@@ -26,16 +26,15 @@ from fastkd.teachers._shards import (
 _LOCK = "writer.lock"
 _LEFTOVER = re.compile(r"(shard-\d+\.safetensors|store\.json)\.tmp")
 
+_CONTINUE = "exist_ok=True or TeacherStore.append_to continue it"
 
-def check_new(path: Path, where: str, exist_ok: bool) -> None:
+
+def check_new(path: Path, where: str, exist_ok: bool, advice: str = _CONTINUE) -> None:
     """Raise unless a directory is empty, or holds a store that may be continued."""
     names = {file.name for file in path.iterdir()}
     if "store.json" in names:
         if not exist_ok:
-            raise FileExistsError(
-                f"{where}: {path} is a store already; exist_ok=True or TeacherStore.append_to "
-                "continue it"
-            )
+            raise FileExistsError(f"{where}: {path} is a store already; {advice}")
         return
     others = [name for name in names if name != _LOCK and not _LEFTOVER.fullmatch(name)]
     if others:

@@ -350,7 +350,7 @@ def test_errors_of_merge(tmp_path):
         TeacherStore.merge(tmp_path / "1", paths)
     first = TeacherStore.merge(tmp_path / "2", paths, duplicates="first")
     assert first.keys() == ["text 0", "text 1", "text 2"]
-    with pytest.raises(FileExistsError, match="is a store already"):
+    with pytest.raises(FileExistsError, match="is a store already; merge into a folder of its own"):
         TeacherStore.merge(tmp_path / "2", paths)
     for some, error, message in (
         ([], ValueError, "sources must be one store or more, got none"),
