@@ -202,7 +202,7 @@ struct ByteWorker {
   const ByteArguments& a;
   const Team& team;
   const int slice, first, count;  // the slice's number, its first id and how many ids it has
-  int begin, end;                 // the columns that this block writes
+  int first_column, end_column;   // this block writes columns [first_column, end_column)
   double* found;
   float *sums, *heads;
   unsigned* runs;  // one per column with ids: end in the list << 16 | column; two kNoRun follow
@@ -226,8 +226,8 @@ struct ByteWorker {
     stored = reinterpret_cast<Raw*>(shared + layout.logits);
     sort_room = int(layout.bytes - layout.logits);
     const int share = (a.columns + a.slices - 1) / a.slices;
-    begin = share * slice;
-    end = begin + share < a.columns ? begin + share : a.columns;
+    first_column = share * slice;
+    end_column = first_column + share < a.columns ? first_column + share : a.columns;
     // An odd number of batches, to avoid bank conflicts.
     piece = (((count + team.threads - 1) / team.threads + kBatch - 1) / kBatch | 1) * kBatch;
   }
@@ -260,8 +260,8 @@ struct ByteWorker {
     }
     finish_whole(
         a, row, team, heads,
-        [&](int s, int i) { return shared_load(a.slices > 1 ? in_peer(into + i, unsigned(s)) : into + i); }, begin,
-        end);
+        [&](int s, int i) { return shared_load(a.slices > 1 ? in_peer(into + i, unsigned(s)) : into + i); },
+        first_column, end_column);
   }
 
  private:

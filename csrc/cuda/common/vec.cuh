@@ -57,6 +57,12 @@ __device__ __forceinline__ void set_word(uint4& pack, int k, unsigned word) {
   (k == 0 ? pack.x : k == 1 ? pack.y : k == 2 ? pack.z : pack.w) = word;
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+// Two 16-bit elements, for instructions that take both at once.
+template <class T>
+using PairOf = typename std::conditional<std::is_same<T, BFloat16>::value, __nv_bfloat162, __half2>::type;
+#endif
+
 // The larger element of each place of two words; a NaN where both are NaN.
 template <class T>
 __device__ __forceinline__ unsigned larger(unsigned first, unsigned second) {
@@ -69,8 +75,7 @@ __device__ __forceinline__ unsigned larger(unsigned first, unsigned second) {
   };
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (sizeof(T) == 2) {
-    using Pair = typename std::conditional<std::is_same<T, BFloat16>::value, __nv_bfloat162, __half2>::type;
-    return bit_cast<unsigned>(__hmax2(bit_cast<Pair>(first), bit_cast<Pair>(second)));
+    return bit_cast<unsigned>(__hmax2(bit_cast<PairOf<T>>(first), bit_cast<PairOf<T>>(second)));
   } else {
     return one_by_one();
   }
@@ -126,8 +131,7 @@ class PackRange {
   __device__ __forceinline__ unsigned raised(unsigned word) const { return larger<T>(word, least_); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  using Pair = typename std::conditional<std::is_same<T, BFloat16>::value, __nv_bfloat162, __half2>::type;
-  static __device__ __forceinline__ Pair pair(unsigned word) { return bit_cast<Pair>(word); }
+  static __device__ __forceinline__ PairOf<T> pair(unsigned word) { return bit_cast<PairOf<T>>(word); }
 #endif
 
   // The nearest number of T that is at least, or at most, x, in each element of a word.
