@@ -1,5 +1,7 @@
 """Weights of several teachers whose values cannot be read: in graphs, transforms and on meta."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from cases import logits
@@ -59,10 +61,9 @@ def test_on_the_meta_device(mix):
 
 
 def test_numbers_are_checked_inside_transforms(mix):
-    if mix == "logits":
-        pytest.skip("takes all numbers")
     student, teachers = logits((3, 7)), [logits((3, 7)) for _ in range(2)]
-    with pytest.raises(ValueError, match=r"teacher_weights must .* got -1"):
+    refused = pytest.raises(ValueError, match=r"teacher_weights must .* got -1")
+    with nullcontext() if mix == "logits" else refused:  # weights of logits may be negative
         torch.func.grad(lambda x: loss_of(mix, x, teachers, [-1.0, 2.0]).sum())(student)
 
 

@@ -261,6 +261,20 @@ def check_masked_rows_are_not_read(entry: Entry) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
+def with_unread_rows_spoilt(entry: Entry) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
+    """A problem with NaN in the rows that have no gradient; its loss and gradient before that."""
+    tensors = with_leaves(entry, entry.problem(torch.float32))
+    right = entry.call(tensors)
+    (gradient,) = torch.autograd.grad(right, tensors["student_logits"])
+    read = gradient.any(-1)
+    assert read.any()
+    assert not read.all()
+    with torch.no_grad():
+        tensors["student_logits"][~read] = math.nan
+        tensors["teacher_logits"][:, -1] = math.nan  # scores what follows the text
+    return tensors, right, gradient
+
+
 def check_no_rows(entry: Entry) -> None:
     if entry.read is None:
         return
