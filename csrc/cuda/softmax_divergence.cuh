@@ -7,71 +7,9 @@
 //
 // RowPlan determines the passes. The team's leading thread runs it and publishes the results to the other threads.
 #pragma once
-#include "../math/quick_terms.h"
-#include "softmax_divergence_sums.cuh"
+#include "softmax_divergence_leader.cuh"
 
 namespace fastkd::cuda {
-
-// A team's shared memory: [parameters][the leading thread's task and plan][the teachers' normalisers and rows][slots of
-// the reductions][student row][teacher row].
-inline constexpr int kParametersBytes = 256, kPlanBytes = 448;
-inline constexpr int kTeachersBytes = kMaxTeachers * int(sizeof(OriginSum<double>) + sizeof(char*));
-__host__ __device__ constexpr int64_t team_bytes(bool warp) {
-  return kParametersBytes + kPlanBytes + kTeachersBytes + (warp ? 0 : Team::kSharedBytes);
-}
-
-// The data and work of the leading thread, in double precision, once per row. The data is in shared memory to save
-// registers. The functions are not inlined: all kernels of a divergence use one copy.
-template <class Real, class Divergence>
-struct RowLeader {
-  RowTask task;
-  RowPlan<Real, Divergence> plan;
-  RowState<double> state;
-  Sums sums;
-  LabelLogits label;
-
-  // Publishes whether the row is read, and how its logits are scaled.
-  __device__ __noinline__ void open(bool read, int label, RowParameters<Real>* published) {
-    RowParameters<Real> parameters{};
-    parameters.read = read;
-    parameters.label = label;
-    if (read) {
-      plan.set_scales(task);
-      parameters.student_scale = plan.student_scale;
-      parameters.teacher_scale = plan.teacher_scale;
-      parameters.teacher_ratio = plan.teacher_ratio;
-      parameters.label_scale = plan.label_scale;
-      parameters.teacher_temperature = task.teacher_temperature;
-      parameters.beta = task.beta;
-      parameters.alpha = task.alpha;
-      parameters.student_gradient = task.student_gradient;
-      parameters.teacher_gradient = task.teacher_gradient;
-    }
-    shared_store(published, parameters);
-  }
-
-  __device__ __noinline__ void begin() { plan.begin(task, state, label); }
-  __device__ __noinline__ void add() { plan.add(task, sums); }
-
-  // Publishes the present state of the plan.
-  __device__ __noinline__ void publish(RowParameters<Real>* published) const {
-    RowParameters<Real> parameters = shared_load(published);
-    parameters.step = plan.step;
-    parameters.near = plan.near;
-    parameters.at = plan.normalized();
-    parameters.factors = GradientFactors<Real>::of(task, plan);
-    parameters.student_mean = Mean<Real>(plan.student_mean);
-    parameters.teacher_mean = Mean<Real>(plan.teacher_mean);
-    if constexpr (Divergence::kPass == Pass::kStudentWeighted) {
-      parameters.centre =
-          Mean<Real>((plan.student_mean * kLog2E + (plan.student_lse - plan.teacher_lse)) / double(plan.student_scale));
-    }
-    parameters.student_shift = {plan.student_scale, plan.student_origin, plan.student_lse};
-    parameters.teacher_shift = {plan.teacher_scale, plan.teacher_origin, plan.teacher_lse};
-    parameters.label_shift = Real(plan.label_lse);
-    shared_store(published, parameters);
-  }
-};
 
 template <class Divergence, class Source>
 struct RowWorker {
@@ -90,12 +28,19 @@ struct RowWorker {
       : arguments(a),
         team(t),
         shared_parameters(reinterpret_cast<RowParameters<Real>*>(shared)),
-        leader(*reinterpret_cast<RowLeader<Real, Divergence>*>(shared + kParametersBytes)) {}
+        leader(*reinterpret_cast<RowLeader<Real, Divergence>*>(shared + kParametersBytes)) {
+    if (team.leads()) leader.kept = false;
+  }
 
   __device__ void run(int64_t row, Source& source) const {
+    const bool at_once = arguments.count_all();
+    if (at_once) source.start(team);
     const RowParameters<Real> parameters = open(row, source);
-    if (!parameters.read) return;
-    source.start(team);
+    if (!parameters.read) {
+      if (at_once) source.finish_copies();  // all gradients are multiplied by 0
+      return;
+    }
+    if (!at_once) source.start(team);
     source.normalize_teachers(team, parameters.teacher_temperature);
     finish(row, source, parameters);
   }
@@ -104,24 +49,22 @@ struct RowWorker {
   // parameters.read is false.
   __device__ RowParameters<Real> open(int64_t row, const Source& source) const {
     if (team.leads()) {
-      int label = -1;
-      const bool read = arguments.read_task(row, leader.task, label);
-      if (read && leader.task.label_weight == 0) {
-        leader.task.has_label = false;
-        if (!kExcludes) label = -1;
-      }
-      leader.open(read, label, shared_parameters);
-      if (read) {
+      leader.weight = arguments.row_weight(row);
+      const double scale = arguments.scale_of(leader.weight);
+      if (scale != 0) {
+        const int label = read_task(row, scale);
+        shared_store(&shared_parameters->label, label);
         // Read now, since writing the gradient may overwrite it.
         leader.label.student = label >= 0 ? double(source.student_logit(label)) : 0;
       } else if (team.rank == 0) {
         global_store(arguments.losses + row, 0.0);
       }
+      shared_store(&shared_parameters->read, scale != 0);
     }
     team.sync();
-    const RowParameters<Real> parameters = shared_load(shared_parameters);
-    if (!parameters.read) source.write_zeros(team);
-    return parameters;
+    if (shared_load(&shared_parameters->read)) return shared_load(shared_parameters);
+    source.write_zeros(team);
+    return RowParameters<Real>{};
   }
 
   // Computes the value and the gradients. The source's copies to shared memory must have been started.
@@ -130,7 +73,7 @@ struct RowWorker {
     const RowParameters<Real> parameters = sum(source, opened, backwards);
     if (team.leads() && team.rank == 0) {
       const double loss = leader.plan.loss(leader.task, leader.label.student);
-      global_store(arguments.losses + row, arguments.row_weight(row) * loss);
+      global_store(arguments.losses + row, leader.weight * loss);
     }
     if (parameters.student_gradient || parameters.teacher_gradient) {
       if (parameters.near) {
@@ -148,7 +91,10 @@ struct RowWorker {
     if (team.leads()) {
       leader.task = RowTask{};
       leader.task.temperature = leader.task.teacher_temperature = leader.task.divergence_scale = 1;
-      leader.open(/*read=*/true, /*label=*/-1, shared_parameters);
+      leader.kept = false;
+      leader.open(shared_parameters);
+      shared_store(&shared_parameters->label, -1);
+      shared_store(&shared_parameters->read, true);
     }
     team.sync();
     bool backwards = true;
@@ -157,30 +103,57 @@ struct RowWorker {
   }
 
  private:
+  // The task of a row that is read, and what it determines. Returns the label's column, or -1. A task that is the last
+  // row's is not made again.
+  __device__ __forceinline__ int read_task(int64_t row, double scale) const {
+    int label = arguments.label_column(row);
+    const bool keep = arguments.alike() && (label >= 0 || !arguments.labels);
+    if (!(keep && leader.kept && leader.task.scale == scale)) {
+      label = arguments.read_task(row, scale, leader.task);
+      if (leader.task.label_weight == 0) leader.task.has_label = false;
+      leader.open(shared_parameters);
+      leader.kept = keep;
+    }
+    return kExcludes || leader.task.has_label ? label : -1;
+  }
+
   // All passes before the gradients are written. Returns the parameters for writing them.
   __device__ RowParameters<Real> sum(const Source& source, RowParameters<Real> parameters, bool& backwards) const {
     const RowState<double> state = first_pass<Divergence::kPass, kExcludes>(source, team, parameters);
-    if (team.leads()) {
-      leader.state = state;
+    const RowLses lses = lses_of(state);
+    parameters = after_leader([&] {
       if constexpr (kExcludes) leader.label.teacher = source.teacher_logit(parameters.label);
-      leader.begin();
-    }
-    for (parameters = after_leader(); parameters.step != Step::kWrite; parameters = after_leader()) {
+      leader.state = state;
+      leader.lses = lses;
+      leader.begin(shared_parameters);
+    });
+    while (parameters.step != Step::kWrite) {
       const Sums sums = parameters.step == Step::kSumNear ? sum_terms<true>(source, parameters, backwards)
                                                           : sum_terms<false>(source, parameters, backwards);
       backwards = !backwards;
-      if (team.leads()) {
+      parameters = after_leader([&] {
         leader.sums = sums;
-        leader.add();
-      }
+        leader.add(shared_parameters);
+      });
     }
     return parameters;
   }
 
-  // Publishes the present state of the plan to all threads and returns it.
-  __device__ __forceinline__ RowParameters<Real> after_leader() const {
+  // Both logarithms at once, in two lanes. Valid in the leading thread, as the state is.
+  __device__ __forceinline__ RowLses lses_of(const RowState<double>& state) const {
+    if (team.thread >= kWarp) return {};
+    const bool odd = team.thread % 2 != 0;
+    const OriginSum<double> teacher = shuffle_xor(state.teacher, 1);
+    const double mine =
+        OriginSum<double>{odd ? teacher.origin : state.student.origin, odd ? teacher.sum : state.student.sum}.log2();
+    return {mine, shuffle_xor(mine, 1)};
+  }
+
+  // What the leading thread publishes in `body`.
+  template <class Body>
+  __device__ __forceinline__ RowParameters<Real> after_leader(const Body& body) const {
     team.sync();
-    if (team.leads()) leader.publish(shared_parameters);
+    if (team.leads()) body();
     team.sync();
     return shared_load(shared_parameters);
   }
@@ -234,6 +207,16 @@ struct RowWorker {
     u.set(parameters.at.student_origin - far, Real(INFINITY));
     w.set(parameters.at.teacher_origin - far / at_least(Real(1), parameters.teacher_ratio), Real(INFINITY));
   }
+
+  // What is needed of Sums where the teacher has no gradient.
+  struct QuickSums {
+    double f, qg, q;
+    __device__ void add(const QuickSums& x) {
+      f += x.f;
+      qg += x.qg;
+      q += x.q;
+    }
+  };
 
   // Terms of a pack's entries. Both logarithms, and so both probabilities, lack student_shift's unit.
   struct QuickPack {
@@ -295,9 +278,12 @@ struct RowWorker {
     }
     const QuickScales<double> scales = pack.divergence.scales();
     const double unit = parameters.student_shift.unit;
-    mine.add({unit * (scales.f * double(f) + scales.f_from_g * double(qg) + scales.f_apart * double(apart)),
-              unit * (scales.g * double(qg) + scales.g_offset * double(q)), 0, unit * double(q), 0, 0});
-    return team.sum(mine, [](Sums& all, const Sums& next) { all.add(next); });
+    const QuickSums all = team.sum(
+        QuickSums{
+            mine.f + unit * (scales.f * double(f) + scales.f_from_g * double(qg) + scales.f_apart * double(apart)),
+            mine.qg + unit * (scales.g * double(qg) + scales.g_offset * double(q)), mine.q + unit * double(q)},
+        [](QuickSums& into, const QuickSums& next) { into.add(next); });
+    return {all.f, all.qg, 0, all.q, 0, 0};
   }
 
   template <bool kNear>
@@ -390,7 +376,7 @@ struct RowWorker {
       if constexpr (kQuick) {
         const QuickScales<double> scales = quick_pack.divergence.scales();
         slope = p.factors.student * Real(scales.g) * unit;
-        const double exact = (double(p.student_mean.high) + double(p.student_mean.low) - scales.g_offset) / scales.g;
+        const double exact = (double(p.student_mean.high) + double(p.student_mean.low) - scales.g_offset) * p.by_scale;
         mean = Real(exact);
         by_p = -p.factors.student * Real(scales.closed) * unit;
         by_q = p.factors.label_q * unit - by_p - Real(exact - double(mean)) * slope;

@@ -25,19 +25,72 @@ struct RowParameters {
   Mean<Real> centre;  // student_mean as a difference of logits less their origins
   NormalizerShift<Real> student_shift, teacher_shift;
   Real label_shift;
+  double by_scale;  // 1 / QuickScales::g
 };
 
-// Sums of pass 1 relative to one pair of origins.
+// Sums of pass 1 relative to one pair of origins; only those that the pass needs, since each takes shuffles.
+template <Pass kPass>
 struct PassSums {
-  double student, teacher, ratio, crossing, label;
+  static constexpr bool kRatio = kPass != Pass::kNormalizersOnly, kCrossing = kPass == Pass::kTeacherCrossing;
+  static constexpr int kCount = 2 + kRatio + kCrossing;
+  double each[kCount];  // the student's, the teacher's, ratio, crossing
+
+  static __device__ PassSums of(double student, double teacher, double ratio, double crossing) {
+    PassSums sums{{student, teacher}};
+    if constexpr (kRatio) sums.each[2] = ratio;
+    if constexpr (kCrossing) sums.each[3] = crossing;
+    return sums;
+  }
+  __device__ double ratio() const {
+    if constexpr (kRatio) return each[2];
+    return 0;
+  }
+  __device__ double crossing() const {
+    if constexpr (kCrossing) return each[3];
+    return 0;
+  }
   __device__ void add(const PassSums& x) {
-    student += x.student;
-    teacher += x.teacher;
-    ratio += x.ratio;
-    crossing += x.crossing;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) each[i] += x.each[i];
+  }
+};
+
+// The same of a block, with its origins.
+template <class Real, Pass kPass>
+struct BlockSums {
+  Real student_origin, teacher_origin;
+  PassSums<kPass> sums;
+  double label;
+
+  __device__ RowState<double> state() const {
+    return {{double(student_origin), sums.each[0]},
+            {double(teacher_origin), sums.each[1]},
+            sums.ratio(),
+            sums.crossing(),
+            label};
+  }
+  // To origins that are the largest of all blocks. Each lane of a warp has a block's sums.
+  template <class Most>
+  __device__ void align(const Most& most, const RowScales<double>& scales) {
+    RowState<double> moved = state();
+    // Lanes whose numbers differ by 16 have the same block: each computes one exponential.
+    const auto exponentials = [](double x, double y) {
+      const bool upper = (threadIdx.x & 16) != 0;
+      const double mine = exp2_of(upper ? y : x), other = shuffle_xor(mine, 16);
+      return RowFactors<double>{upper ? other : mine, upper ? mine : other};
+    };
+    student_origin = most(student_origin);
+    teacher_origin = most(teacher_origin);
+    moved.raise(double(student_origin), double(teacher_origin), kPass, scales, exponentials);
+    sums = PassSums<kPass>::of(moved.student.sum, moved.teacher.sum, moved.ratio, moved.crossing);
+    label = moved.label_sum;
+  }
+  __device__ void add(const BlockSums& x) {
+    sums.add(x.sums);
     label += x.label;
   }
 };
+static_assert(kMostBlocks <= 16);
 
 // A thread's share of pass 1, relative to origins of its own, near the thread's largest logits so far.
 template <class Real, Pass kPass>
@@ -142,9 +195,9 @@ struct ThreadState {
     w_origin = w_new;
   }
 
-  __device__ PassSums whole() const {
-    return {u_sum.value(), w_sum.value(), ratio.value() + far_ratio.value(), double(crossing) + far_crossing.value(),
-            double(label_sum)};
+  __device__ PassSums<kPass> whole() const {
+    return PassSums<kPass>::of(u_sum.value(), w_sum.value(), ratio.value() + far_ratio.value(),
+                               double(crossing) + far_crossing.value());
   }
 
  private:
@@ -279,27 +332,21 @@ __device__ __forceinline__ RowState<double> first_pass(const Source& source, con
   const auto at_least_both = [](Largest<Real>& all, const Largest<Real>& x) {
     all = {at_least(all.student, x.student), at_least(all.teacher, x.teacher)};
   };
-  const Largest<Real> largest =
-      team.block_sum(Largest<Real>{mine.u_origin, mine.w_origin}, at_least_both, /*everywhere=*/true);
+  const Largest<Real> largest = team.block_sum<true>(Largest<Real>{mine.u_origin, mine.w_origin}, at_least_both);
   mine.raise(largest.student, largest.teacher, parameters);
-  const PassSums sums = team.block_sum(mine.whole(), [](PassSums& all, const PassSums& next) { all.add(next); });
+  const auto add = [](auto& all, const auto& next) { all.add(next); };
+  const PassSums<kPass> sums = team.block_sum(mine.whole(), add);
+  double label = 0;
+  if (parameters.label_scale != Real(0)) {
+    label = team.block_sum(double(mine.label_sum), [](double& all, double next) { all += next; });
+  }
   const double us = parameters.student_scale;
-  const RowState<double> state{{double(largest.student), sums.student},
-                               {double(largest.teacher), sums.teacher},
-                               sums.ratio * us,
-                               sums.crossing * us,
-                               sums.label};
   const RowScales<double> scales{us, double(parameters.teacher_scale), double(parameters.label_scale)};
-  const auto align = [&](RowState<double>& block, const auto& most) {
-    block.raise(most(block.student.origin), most(block.teacher.origin), kPass, scales);
-  };
-  return team.cluster_sum(state, align, [](RowState<double>& all, const RowState<double>& next) {
-    all.student.sum += next.student.sum;
-    all.teacher.sum += next.teacher.sum;
-    all.ratio += next.ratio;
-    all.crossing += next.crossing;
-    all.label_sum += next.label_sum;
-  });
+  using Block = BlockSums<Real, kPass>;
+  const Block block{largest.student, largest.teacher,
+                    PassSums<kPass>::of(sums.each[0], sums.each[1], sums.ratio() * us, sums.crossing() * us), label};
+  const auto align = [&](Block& own, const auto& most) { own.align(most, scales); };
+  return team.cluster_sum(block, align, add).state();
 }
 
 // A thread's share of a pass that sums the terms.

@@ -7,20 +7,40 @@ namespace fastkd::cuda {
 
 inline constexpr int kWarp = 32;
 
+// The first step of a reduction over so many values: the largest power of two below it.
+__device__ __forceinline__ int largest_step(int count) {
+  return count > 1 ? 1 << (31 - FASTKD_TWIN(__clz(count - 1), __builtin_clz(count - 1))) : 0;
+}
+
+// f(word) for each word of a trivially copyable value.
+template <class T, class Function>
+__device__ __forceinline__ T each_word(const T& value, const Function& f) {
+  static_assert(sizeof(T) % 4 == 0);
+  unsigned words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof(T));
+#pragma unroll
+  for (unsigned& word : words) word = f(word);
+  T out;
+  memcpy(&out, words, sizeof(T));
+  return out;
+}
+
 // The value held by the lane whose number differs by `lane_mask`. T is any trivially copyable type.
 template <class T>
 __device__ __forceinline__ T shuffle_xor(const T& value, int lane_mask) {
 #ifdef FASTKD_SIMT
   return __shfl_xor_sync(~0u, value, lane_mask);
 #else
-  static_assert(sizeof(T) % 4 == 0);
-  unsigned words[sizeof(T) / 4];
-  memcpy(words, &value, sizeof(T));
-#pragma unroll
-  for (unsigned& word : words) word = __shfl_xor_sync(~0u, word, lane_mask);
-  T out;
-  memcpy(&out, words, sizeof(T));
-  return out;
+  return each_word(value, [&](unsigned word) { return __shfl_xor_sync(~0u, word, lane_mask); });
+#endif
+}
+// The first lane's value.
+template <class T>
+__device__ __forceinline__ T shuffle_from_first(const T& value) {
+#ifdef FASTKD_SIMT
+  return __shfl_sync(~0u, value, 0);
+#else
+  return each_word(value, [&](unsigned word) { return __shfl_sync(~0u, word, 0); });
 #endif
 }
 
@@ -41,25 +61,29 @@ __device__ __forceinline__ T chosen(bool first, const T& a, const T& b) {
 #endif
 }
 
-// Reduces over groups of `lanes` lanes, a power of two. merge(all, next) must be associative up to rounding and accept
-// its arguments in either order.
-template <class T, class Merge>
+// Reduces over groups of `lanes` lanes, a power of two. merge(all, next) must be associative up to rounding.
+// kEverywhere: valid in all of a group's lanes, which get the same bits; else in its first lane.
+template <bool kEverywhere, class T, class Merge>
 __device__ __forceinline__ T lanes_reduce(T value, const Merge& merge, int lanes) {
   // Unrolled only for small states, since a step of a large one is much code.
-#pragma unroll(sizeof(T) <= 8 ? 5 : 1)
+#pragma unroll(sizeof(T) <= 32 ? 5 : 1)
   for (int step = lanes / 2; step > 0; step /= 2) {
     const T other = shuffle_xor(value, step);
-    // Both lanes merge in the same order, the lower lane's value first, so that both get the same result.
-    const bool lower = (threadIdx.x & step) == 0;
-    T all = chosen(lower, value, other);
-    merge(all, chosen(lower, other, value));
-    value = all;
+    if constexpr (kEverywhere) {
+      // Both lanes merge in the same order, the lower lane's value first.
+      const bool lower = (threadIdx.x & step) == 0;
+      T all = chosen(lower, value, other);
+      merge(all, chosen(lower, other, value));
+      value = all;
+    } else {
+      merge(value, other);
+    }
   }
   return value;
 }
-template <class T, class Merge>
+template <bool kEverywhere, class T, class Merge>
 __device__ __forceinline__ T warp_reduce(const T& value, const Merge& merge) {
-  return lanes_reduce(value, merge, kWarp);
+  return lanes_reduce<kEverywhere>(value, merge, kWarp);
 }
 
 // The threads that work on one row: a warp (the block's other warps work on other rows), a block, or the blocks of a
@@ -92,27 +116,32 @@ struct Team {
     }
   }
 
-  // The sum over the block's part of the team, valid in all of its threads or only in the leading one. Contains
-  // barriers.
-  template <class T, class Merge>
-  __device__ __forceinline__ T block_sum(T value, const Merge& merge, bool everywhere = false) const {
-    value = warp_reduce(value, merge);
+  // The sum over the block's part of the team, valid in its leading thread or in all of its threads. Contains barriers.
+  template <bool kEverywhere = false, class T, class Merge>
+  __device__ __forceinline__ T block_sum(T value, const Merge& merge) const {
     static_assert(sizeof(T) <= kSlotBytes);
-    if (warp) return value;
+    if (warp) return warp_reduce<kEverywhere>(value, merge);
+    value = warp_reduce<false>(value, merge);
+    const int lane = threadIdx.x % kWarp, warps = threads / kWarp;
     const auto slot = [&](int i) { return reinterpret_cast<T*>(slots + i * kSlotBytes); };
     __syncthreads();  // the slots may still be read by the previous reduction
-    if (threadIdx.x % kWarp == 0) shared_store(slot(threadIdx.x / kWarp), value);
+    if (lane == 0) shared_store(slot(threadIdx.x / kWarp), value);
     __syncthreads();
-    if (everywhere || leads()) {
-      value = shared_load(slot(0));
+    if (!kEverywhere && threadIdx.x >= kWarp) return value;
+    // Each lane reads one warp's value.
+    value = shared_load(slot(lane < warps ? lane : 0));
 #pragma unroll 1
-      for (int w = 1; w < threads / kWarp; ++w) merge(value, shared_load(slot(w)));
+    for (int step = largest_step(warps); step > 0; step /= 2) {
+      const T other = shuffle_xor(value, step);
+      if (lane + step < warps) merge(value, other);
     }
+    if constexpr (kEverywhere) value = shuffle_from_first(value);
     return value;
   }
 
   // The sum over the leading threads of the cluster's blocks, valid in those threads. Contains a barrier of the
-  // cluster. align(value, most) converts a block's value before the sum; most(x) is the largest x of all blocks.
+  // cluster. align(value, most) converts a block's value before the sum; most(x) is the largest x of all blocks. All
+  // lanes of the block's first warp call it, each with a block's value: lane + blocks with the same one as lane.
   template <class T, class Align, class Merge>
   __device__ T cluster_sum(T value, const Align& align, const Merge& merge) const {
     static_assert(sizeof(T) <= kSlotBytes);
@@ -130,7 +159,7 @@ struct Team {
         for (unsigned step = 1; step < blocks; step *= 2) x = at_least(shuffle_xor(x, int(step)), x);
         return x;
       });
-      value = lanes_reduce(value, merge, int(blocks));
+      value = lanes_reduce<false>(value, merge, int(blocks));
     }
     return value;
   }
