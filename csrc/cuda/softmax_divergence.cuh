@@ -139,13 +139,12 @@ struct RowWorker {
     return parameters;
   }
 
-  // Both logarithms at once, in two lanes. Valid in the leading thread, as the state is.
+  // Both logarithms at once, in two lanes of the first warp. Valid in the leading thread.
   __device__ __forceinline__ RowLses lses_of(const RowState<double>& state) const {
     if (team.thread >= kWarp) return {};
     const bool odd = team.thread % 2 != 0;
-    const OriginSum<double> teacher = shuffle_xor(state.teacher, 1);
-    const double mine =
-        OriginSum<double>{odd ? teacher.origin : state.student.origin, odd ? teacher.sum : state.student.sum}.log2();
+    const OriginSum<double> side = chosen(odd, state.teacher, state.student);
+    const double mine = side.log2();
     return {mine, shuffle_xor(mine, 1)};
   }
 
@@ -208,16 +207,6 @@ struct RowWorker {
     w.set(parameters.at.teacher_origin - far / at_least(Real(1), parameters.teacher_ratio), Real(INFINITY));
   }
 
-  // What is needed of Sums where the teacher has no gradient.
-  struct QuickSums {
-    double f, qg, q;
-    __device__ void add(const QuickSums& x) {
-      f += x.f;
-      qg += x.qg;
-      q += x.q;
-    }
-  };
-
   // Terms of a pack's entries. Both logarithms, and so both probabilities, lack student_shift's unit.
   struct QuickPack {
     using Item = typename Source::Item;
@@ -278,12 +267,10 @@ struct RowWorker {
     }
     const QuickScales<double> scales = pack.divergence.scales();
     const double unit = parameters.student_shift.unit;
-    const QuickSums all = team.sum(
-        QuickSums{
-            mine.f + unit * (scales.f * double(f) + scales.f_from_g * double(qg) + scales.f_apart * double(apart)),
-            mine.qg + unit * (scales.g * double(qg) + scales.g_offset * double(q)), mine.q + unit * double(q)},
-        [](QuickSums& into, const QuickSums& next) { into.add(next); });
-    return {all.f, all.qg, 0, all.q, 0, 0};
+    const Numbers<3> all = team.sum(Numbers<3>{
+        {mine.f + unit * (scales.f * double(f) + scales.f_from_g * double(qg) + scales.f_apart * double(apart)),
+         mine.qg + unit * (scales.g * double(qg) + scales.g_offset * double(q)), mine.q + unit * double(q)}});
+    return {all.each[0], all.each[1], 0, all.each[2], 0, 0};
   }
 
   template <bool kNear>

@@ -28,30 +28,28 @@ struct RowParameters {
   double by_scale;  // 1 / QuickScales::g
 };
 
-// Sums of pass 1 relative to one pair of origins; only those that the pass needs, since each takes shuffles.
+// Sums of pass 1 relative to one pair of origins: the student's, the teacher's, ratio, crossing; only those that the
+// pass needs, since each takes shuffles.
 template <Pass kPass>
 struct PassSums {
   static constexpr bool kRatio = kPass != Pass::kNormalizersOnly, kCrossing = kPass == Pass::kTeacherCrossing;
-  static constexpr int kCount = 2 + kRatio + kCrossing;
-  double each[kCount];  // the student's, the teacher's, ratio, crossing
+  Numbers<2 + kRatio + kCrossing> numbers;
 
-  static __device__ PassSums of(double student, double teacher, double ratio, double crossing) {
-    PassSums sums{{student, teacher}};
-    if constexpr (kRatio) sums.each[2] = ratio;
-    if constexpr (kCrossing) sums.each[3] = crossing;
+  static __device__ __forceinline__ PassSums of(double student, double teacher, double ratio, double crossing) {
+    PassSums sums{{{student, teacher}}};
+    if constexpr (kRatio) sums.numbers.each[2] = ratio;
+    if constexpr (kCrossing) sums.numbers.each[3] = crossing;
     return sums;
   }
-  __device__ double ratio() const {
-    if constexpr (kRatio) return each[2];
+  __device__ __forceinline__ double student() const { return numbers.each[0]; }
+  __device__ __forceinline__ double teacher() const { return numbers.each[1]; }
+  __device__ __forceinline__ double ratio() const {
+    if constexpr (kRatio) return numbers.each[2];
     return 0;
   }
-  __device__ double crossing() const {
-    if constexpr (kCrossing) return each[3];
+  __device__ __forceinline__ double crossing() const {
+    if constexpr (kCrossing) return numbers.each[3];
     return 0;
-  }
-  __device__ void add(const PassSums& x) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) each[i] += x.each[i];
   }
 };
 
@@ -62,35 +60,36 @@ struct BlockSums {
   PassSums<kPass> sums;
   double label;
 
-  __device__ RowState<double> state() const {
-    return {{double(student_origin), sums.each[0]},
-            {double(teacher_origin), sums.each[1]},
+  __device__ __forceinline__ RowState<double> state() const {
+    return {{double(student_origin), sums.student()},
+            {double(teacher_origin), sums.teacher()},
             sums.ratio(),
             sums.crossing(),
             label};
   }
-  // To origins that are the largest of all blocks. Each lane of a warp has a block's sums.
-  template <class Most>
-  __device__ void align(const Most& most, const RowScales<double>& scales) {
+  // No row.
+  static __device__ __forceinline__ BlockSums empty() { return {Real(-INFINITY), Real(-INFINITY), {}, 0}; }
+
+  // The sums over blocks, in a warp whose lane has the sums of block lane % 16.
+  __device__ __forceinline__ BlockSums over_blocks(const RowScales<double>& scales) const {
+    static_assert(kMostBlocks == 16);
+    BlockSums all = *this;
+#pragma unroll
+    for (int step = kMostBlocks / 2; step > 0; step /= 2) {
+      all.student_origin = at_least(shuffle_xor(all.student_origin, step), all.student_origin);
+      all.teacher_origin = at_least(shuffle_xor(all.teacher_origin, step), all.teacher_origin);
+    }
     RowState<double> moved = state();
-    // Lanes whose numbers differ by 16 have the same block: each computes one exponential.
-    const auto exponentials = [](double x, double y) {
-      const bool upper = (threadIdx.x & 16) != 0;
-      const double mine = exp2_of(upper ? y : x), other = shuffle_xor(mine, 16);
-      return RowFactors<double>{upper ? other : mine, upper ? mine : other};
-    };
-    student_origin = most(student_origin);
-    teacher_origin = most(teacher_origin);
-    moved.raise(double(student_origin), double(teacher_origin), kPass, scales, exponentials);
-    sums = PassSums<kPass>::of(moved.student.sum, moved.teacher.sum, moved.ratio, moved.crossing);
-    label = moved.label_sum;
-  }
-  __device__ void add(const BlockSums& x) {
-    sums.add(x.sums);
-    label += x.label;
+    // Both factors in float: an error of a factor is a slightly larger or smaller block.
+    moved.raise(double(all.student_origin), double(all.teacher_origin), kPass, scales, [](double x, double y) {
+      return RowFactors<double>{double(exp2_of(float(x))), double(exp2_of(float(y)))};
+    });
+    all.sums.numbers =
+        PassSums<kPass>::of(moved.student.sum, moved.teacher.sum, moved.ratio, moved.crossing).numbers.over_half();
+    all.label = scales.label != 0 ? Numbers<1>{{moved.label_sum}}.over_half().each[0] : 0;
+    return all;
   }
 };
-static_assert(kMostBlocks <= 16);
 
 // A thread's share of pass 1, relative to origins of its own, near the thread's largest logits so far.
 template <class Real, Pass kPass>
@@ -299,7 +298,7 @@ __device__ __forceinline__ typename Source::Raw without_label(const Source& sour
   return unsigned(place) < unsigned(Source::kSize) ? Source::without(raw, place) : raw;
 }
 
-// Pass 1: the states of both softmaxes, valid in the blocks' leading threads. kExcludes: of all tokens but the label.
+// Pass 1: the states of both softmaxes, valid in the blocks' first warps. kExcludes: of all tokens but the label.
 template <Pass kPass, bool kExcludes = false, class Source>
 __device__ __forceinline__ RowState<double> first_pass(const Source& source, const Team& team,
                                                        const RowParameters<typename Source::Real>& parameters) {
@@ -334,19 +333,20 @@ __device__ __forceinline__ RowState<double> first_pass(const Source& source, con
   };
   const Largest<Real> largest = team.block_sum<true>(Largest<Real>{mine.u_origin, mine.w_origin}, at_least_both);
   mine.raise(largest.student, largest.teacher, parameters);
-  const auto add = [](auto& all, const auto& next) { all.add(next); };
-  const PassSums<kPass> sums = team.block_sum(mine.whole(), add);
+  const PassSums<kPass> sums{team.block_sum(mine.whole().numbers)};
   double label = 0;
-  if (parameters.label_scale != Real(0)) {
-    label = team.block_sum(double(mine.label_sum), [](double& all, double next) { all += next; });
-  }
+  if (parameters.label_scale != Real(0)) label = team.block_sum(Numbers<1>{{double(mine.label_sum)}}).each[0];
   const double us = parameters.student_scale;
-  const RowScales<double> scales{us, double(parameters.teacher_scale), double(parameters.label_scale)};
   using Block = BlockSums<Real, kPass>;
-  const Block block{largest.student, largest.teacher,
-                    PassSums<kPass>::of(sums.each[0], sums.each[1], sums.ratio() * us, sums.crossing() * us), label};
-  const auto align = [&](Block& own, const auto& most) { own.align(most, scales); };
-  return team.cluster_sum(block, align, add).state();
+  Block block{largest.student, largest.teacher,
+              PassSums<kPass>::of(sums.student(), sums.teacher(), sums.ratio() * us, sums.crossing() * us), label};
+  if (team.blocks > 1) {
+    block = team.each_block(block, Block::empty());
+    if (team.thread < kWarp) {
+      block = block.over_blocks({us, double(parameters.teacher_scale), double(parameters.label_scale)});
+    }
+  }
+  return block.state();
 }
 
 // A thread's share of a pass that sums the terms.
