@@ -195,6 +195,7 @@ struct RowWorker {
   static __device__ __forceinline__ bool has_short_formula(const RowParameters<Real>& parameters) {
     // Of steep softmaxes, differences of logarithms have too few digits left.
     const bool steep = at_least(parameters.student_scale, parameters.teacher_scale) > Real(kSteepest);
+    if (Quick<Divergence>::kPairs && !(at_most(parameters.beta, 1 - parameters.beta) > kLeastWeight)) return false;
     return parameters.student_shift.usable && parameters.teacher_shift.usable && !(Quick<Divergence>::kFinite && steep);
   }
 
@@ -211,12 +212,13 @@ struct RowWorker {
   struct QuickPack {
     using Item = typename Source::Item;
     const RowParameters<Real>& parameters;
-    const Quick<Divergence> divergence;
+    Quick<Divergence> divergence;
     const Real rest;
     PackRange<Item> u_range, w_range;
 
     __device__ __forceinline__ explicit QuickPack(const RowParameters<Real>& p)
         : parameters(p), divergence(p.beta), rest(p.student_shift.rest - p.teacher_shift.rest) {
+      if constexpr (Quick<Divergence>::kStep) divergence.p_unit = exp2_of(rest);
       if constexpr (Quick<Divergence>::kFinite) {
         set_finite(u_range, w_range, p);
       } else {
@@ -231,11 +233,20 @@ struct RowWorker {
       if (!Quick<Divergence>::kLogs) return raw;
       return {u_range.raised(raw.student), w_range.raised(raw.teacher)};
     }
+    // Of entries j and j + 1.
     template <QuickUse kUse>
-    __device__ __forceinline__ QuickTerms<Real> terms(Real u, Real w) const {
-      return divergence.template terms<kUse>(
-          fused(u, parameters.student_scale, -parameters.student_shift.shift),
-          fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift) + rest);
+    __device__ __forceinline__ QuickPairTerms<Real> terms(const typename Source::Raw& raw, int j) const {
+      return pair_terms<kUse>(divergence, student_log(raw, j), teacher_log(raw, j), student_log(raw, j + 1),
+                              teacher_log(raw, j + 1));
+    }
+
+   private:
+    __device__ __forceinline__ Real student_log(const typename Source::Raw& raw, int j) const {
+      return fused(Source::student_of(raw, j), parameters.student_scale, -parameters.student_shift.shift);
+    }
+    __device__ __forceinline__ Real teacher_log(const typename Source::Raw& raw, int j) const {
+      const Real log = fused(Source::teacher_of(raw, j), parameters.teacher_scale, -parameters.teacher_shift.shift);
+      return Quick<Divergence>::kStep ? log : log + rest;
     }
   };
 
@@ -245,14 +256,17 @@ struct RowWorker {
     const auto fast = [&](int, const typename Source::Raw& any) {
       if (!pack.takes(any)) return false;
       const typename Source::Raw raw = pack.raised(any);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        const QuickTerms<Real> t =
-            pack.template terms<QuickUse::kSums>(Source::student_of(raw, j), Source::teacher_of(raw, j));
+      const auto add = [&](const QuickTerms<Real>& t) {
         f = fused(t.x, t.y, f);
         qg = fused(t.q, t.g, qg);
         q += t.q;
         if constexpr (Quick<Divergence>::kFinite) apart += t.q - t.x;
+      };
+#pragma unroll
+      for (int j = 0; j < kSize; j += 2) {
+        const QuickPairTerms<Real> t = pack.template terms<QuickUse::kSums>(raw, j);
+        add(t.first);
+        add(t.second);
       }
       return true;
     };
@@ -349,7 +363,7 @@ struct RowWorker {
     const RowParameters<Real>& parameters;
     const int label_pack;
     PackRange<Item> u_range, w_range;
-    const typename std::conditional<kQuick, QuickPack, None>::type quick_pack;
+    typename std::conditional<kQuick, QuickPack, None>::type quick_pack;
     Real by_q, by_p, slope, mean;
 
     __device__ __forceinline__ PackFormula(const Source& s, const typename Source::Gradients& g,
@@ -367,6 +381,13 @@ struct RowWorker {
         mean = Real(exact);
         by_p = -p.factors.student * Real(scales.closed) * unit;
         by_q = p.factors.label_q * unit - by_p - Real(exact - double(mean)) * slope;
+        if constexpr (Quick<Divergence>::kStep) {
+          // q (g - mean) slope as q (g slope + rest) with a small rest: beside a token of nearly all the mass, the
+          // others keep their digits.
+          const bool turned = exact > 0.5;
+          by_q = fused(Real(turned ? 1 - exact : -exact), slope, p.factors.label_q * unit);
+          if (turned) quick_pack.divergence.steepness = -quick_pack.divergence.steepness, slope = -slope;
+        }
       } else if constexpr (kCentred) {
         set_finite(u_range, w_range, p);
       } else {
@@ -392,6 +413,18 @@ struct RowWorker {
     __device__ __forceinline__ typename Source::Out words(const typename Source::Raw& given) const {
       typename Source::Raw raw = given;
       if constexpr (kQuick) raw = quick_pack.raised(raw);
+      Real entries[kSize];
+#pragma unroll
+      for (int j = 0; j < kSize; j += 2) {
+        if constexpr (kQuick) {
+          const QuickPairTerms<Real> t = quick_pack.template terms<QuickUse::kGradient>(raw, j);
+          entries[j] = entry(t.first);
+          entries[j + 1] = entry(t.second);
+        } else {
+          entries[j] = entry(Source::student_of(raw, j), Source::teacher_of(raw, j));
+          entries[j + 1] = entry(Source::student_of(raw, j + 1), Source::teacher_of(raw, j + 1));
+        }
+      }
       typename Source::Out out{};
 #pragma unroll
       for (int k = 0; k < kSize / Source::kWord; ++k) {
@@ -399,8 +432,7 @@ struct RowWorker {
 #pragma unroll
         for (int j = 0; j < Source::kWord; ++j) {
           const int place = k * Source::kWord + j;
-          const Real u = Source::student_of(raw, place), w = Source::teacher_of(raw, place);
-          word[j] = entry(u, w);
+          word[j] = entries[place];
           if constexpr (kLabelApart) word[j] += label_share(Source::student_of(given, place), parameters);
         }
         set_word(out, k, word_from<Item>(word));
@@ -408,16 +440,14 @@ struct RowWorker {
       return out;
     }
 
+    __device__ __forceinline__ Real entry(const QuickTerms<Real>& t) const {
+      const Real centred_part = t.q * fused(Quick<Divergence>::kStep ? t.g : t.g - mean, slope, by_q);
+      return Quick<Divergence>::kFinite ? fused(t.x, by_p, centred_part) : centred_part;
+    }
     __device__ __forceinline__ Real entry(Real u, Real w) const {
-      if constexpr (kQuick) {
-        const QuickTerms<Real> t = quick_pack.template terms<QuickUse::kGradient>(u, w);
-        const Real centred_part = t.q * fused(t.g - mean, slope, by_q);
-        return Quick<Divergence>::kFinite ? fused(t.x, by_p, centred_part) : centred_part;
-      } else {
-        const Real q = exp2_fast(fused(u, parameters.student_scale, -parameters.student_shift.shift));
-        if constexpr (kCentred) return q * (centred(u, w, parameters) * parameters.student_shift.unit);
-        return fused(q, by_q, exp2_fast(fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift)) * by_p);
-      }
+      const Real q = exp2_fast(fused(u, parameters.student_scale, -parameters.student_shift.shift));
+      if constexpr (kCentred) return q * (centred(u, w, parameters) * parameters.student_shift.unit);
+      return fused(q, by_q, exp2_fast(fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift)) * by_p);
     }
   };
 
