@@ -263,7 +263,7 @@ struct ChunkGradientWorker {
       for (int j = 0; j < kSize; ++j) {
         const bool own = in >> j & 1;
         const float x = Source::student_of(raw, j) - (own ? at.own_origin : at.origin);
-        gradient[j] = (own ? at.own_factor : at.factor) * exp2_of(x * scale - (own ? at.own_shift : at.shift));
+        gradient[j] = (own ? at.own_factor : at.factor) * exp2_fast(x * scale - (own ? at.own_shift : at.shift));
       }
       if (unsigned(label) < unsigned(kSize)) {
 #pragma unroll
