@@ -68,6 +68,8 @@ def count_kernel(
     for over in passes:
         entries = 16 // (over.item or of_dtype.pack)
         every = [x for loop in kernel.passes for x in _matches(loop, over, entries, of_dtype)]
+        if of_dtype.unit < 16:  # 8 bytes of anything else count, too: no more than one pack is sure
+            every = [x for x in every if x.packs == 1] or every
         free = [x for x in every if x.loop.begin not in used] or every
         if not free:
             raise LookupError(f"{kernel.name}: no loop is the pass {over}")
