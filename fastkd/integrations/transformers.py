@@ -20,6 +20,7 @@ from fastkd.integrations._options import KDOptions
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._topk_divergence import topk_divergence
 from fastkd.teachers._collate import COLUMNS
+from fastkd.teachers._teacher_topk import stored_entries
 
 __all__ = ["DistillationMixin", "DistillationTrainer"]  # noqa: F822
 
@@ -30,7 +31,8 @@ class DistillationMixin:
     The loss is :func:`fastkd.softmax_divergence` to a live teacher, or
     :func:`fastkd.topk_divergence` to a stored one: batches then have the columns
     ``teacher_log_probs`` and ``teacher_indices``, ``[B, T, k]``, whose row t scores token t + 1 as
-    :func:`fastkd.teacher_topk` of the teacher's logits gives them (-1 where there is nothing).
+    :func:`fastkd.teacher_topk` of the teacher's logits gives them (-1, or a log-probability of -1e4
+    or less, where there is nothing).
     :func:`fastkd.teachers.collate` reads them from a store. A batch with these columns uses them,
     also where there is a live teacher.
 
@@ -243,7 +245,7 @@ class DistillationMixin:
                 indices,
                 tail=kd.tail,
                 stored_temperature=kd.stored_temperature,
-                mask=(indices >= 0).any(-1),
+                mask=stored_entries(log_probs, indices).any(-1),
                 **options,
             )
         assert teacher is not None

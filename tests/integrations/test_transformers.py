@@ -1,6 +1,7 @@
 """The Trainer with a teacher: a tiny random model, gradients read off one step of SGD."""
 
 import importlib.util
+import math
 import os
 import socket
 import subprocess
@@ -103,11 +104,12 @@ def test_a_stored_teacher(tmp_path, truth, head):
     student = tiny.model(1)
     few = tiny.texts(stored=(teacher, 5))
     few[0]["teacher_indices"] = torch.full_like(few[0]["teacher_indices"], -1)  # nothing known
+    few[1]["teacher_log_probs"] = torch.full_like(few[1]["teacher_log_probs"], -math.inf)
     run = tiny.trainer(tmp_path, student, dataset=few, head=head)
     batch = {k: torch.stack([text[k] for text in few]) for k in few[0]}
     loss = run.compute_loss(student, batch)
     kept = F.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
-    kept[0] = False
+    kept[:2] = False
     expected = fastkd.topk_divergence(
         student(input_ids=batch["input_ids"]).logits,
         batch["teacher_log_probs"],
