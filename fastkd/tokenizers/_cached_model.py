@@ -1,13 +1,13 @@
 """A causal language model of transformers, with its key-value cache, as ByteStream's callable."""
 
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkd._ops import hints
 from fastkd._ops.padding import positive_or_none
 from fastkd.tokenizers._byte_stream import shared
 from fastkd.tokenizers._byte_vocab import integers
@@ -260,9 +260,7 @@ class CachedModel:
     def _say(self, why: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"CachedModel: {why}; texts are computed from their beginning", stacklevel=4
-            )
+            hints.warn(f"CachedModel: {why}; texts are computed from their beginning")
 
     def _checked(self, name: str, ids: Any) -> list[int]:
         size = self.model.get_input_embeddings().weight.size(0)
