@@ -1,5 +1,6 @@
 """Running a loss inside a wrapped module's forward, and finding a model's output head."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -252,11 +253,11 @@ def _agree(model: Any, backbone: nn.Module, head: LinearHead) -> bool:
         embedding = model.get_input_embeddings().weight
         ids = (embedding.size(0) // 2 + torch.arange(4, device=embedding.device)).unsqueeze(0)
         ids = ids % embedding.size(0)
-        outputs = model(input_ids=ids)
+        outputs = model(input_ids=ids, **without_cache(model))
         expected = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if not seen:  # it runs its backbone in another way
             hook.remove()
-            seen.append(backbone(input_ids=ids)[0])
+            seen.append(backbone(input_ids=ids, **without_cache(backbone))[0])
         found = head.logit_scale * head.module(seen[0])
     except _LOST:
         raise
@@ -277,6 +278,13 @@ def _agree(model: Any, backbone: nn.Module, head: LinearHead) -> bool:
     return found.shape == expected.shape and bool(
         found.to(expected.dtype).isclose(expected, rtol=0, atol=tolerance, equal_nan=True).all()
     )
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """The option of a model's forward by which it keeps no keys and values, where it has one."""
+    known = inspect.signature(base_of(model).forward).parameters.values()
+    takes = any(x.name == "use_cache" or x.kind == x.VAR_KEYWORD for x in known)
+    return {"use_cache": False} if takes else {}
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -1,6 +1,5 @@
 """Distillation in transformers' Trainer (checked with transformers 5.24 and accelerate 1.15)."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from fastkd.integrations._modules import (
     call_through,
     lm_head,
     reads_backbone,
+    without_cache,
     unwrapped,
 )
 from fastkd.integrations._options import KDOptions
@@ -100,9 +100,7 @@ class DistillationMixin:
             teacher.requires_grad_(False)
             accelerator = self.accelerator  # type: ignore[attr-defined]
             # With a cache, models do not find the texts of a packed row by their position ids.
-            known = inspect.signature(base_of(teacher).forward).parameters.values()
-            takes = any(x.name == "use_cache" or x.kind == x.VAR_KEYWORD for x in known)
-            self._teacher_options = {"use_cache": False} if takes else {}
+            self._teacher_options = without_cache(teacher)
             self.teacher = accelerator.prepare_model(teacher, evaluation_mode=True).eval()
 
     def _set_signature_columns_if_needed(self) -> None:
