@@ -13,8 +13,8 @@ from fastkd.integrations._modules import (
     call_through,
     lm_head,
     reads_backbone,
-    without_cache,
     unwrapped,
+    without_cache,
 )
 from fastkd.integrations._options import KDOptions
 from fastkd.losses._softmax_divergence import softmax_divergence
