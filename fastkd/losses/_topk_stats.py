@@ -12,10 +12,7 @@ from fastkd._ops.linear.logits import LinearLogits
 from fastkd._ops.names import Tail, TopKDivergence
 from fastkd.losses import _topk_divergence
 from fastkd.losses._topk_divergence import topk_divergence
-from fastkd.teachers._teacher_topk import teacher_topk
-
-#: Padding of servers: see `topk_divergence`.
-_PADDING = -1e4
+from fastkd.teachers._teacher_topk import stored_entries, teacher_topk
 
 
 class TopKStats(NamedTuple):
@@ -95,15 +92,30 @@ def topk_stats(
         "vocab_size": vocab_size,
         "reduction": "none",
     }
-    if isinstance(student_logits, LinearLogits):
-        return _of_chunks(student_logits, teacher_log_probs, teacher_indices, options)
-    check_tensor("topk_stats", "student_logits", student_logits)
+    try:
+        check_tensor("topk_stats", "teacher_log_probs", teacher_log_probs)
+        if isinstance(student_logits, LinearLogits):
+            return _of_chunks(student_logits, teacher_log_probs, teacher_indices, options)
+        check_tensor("topk_stats", "student_logits", student_logits)
+        return _of_rows(student_logits, teacher_log_probs, teacher_indices, options)
+    except (IndexError, TypeError, ValueError) as error:  # of topk_divergence, which is called
+        message = str(error).replace("topk_divergence: ", "topk_stats: ", 1)
+        raise type(error)(message) from None
+
+
+def _of_rows(
+    student_logits: Tensor,
+    teacher_log_probs: Tensor,
+    teacher_indices: Tensor,
+    options: dict[str, Any],
+) -> TopKStats:
+    temperature, mask, vocab_size = (options[x] for x in ("temperature", "mask", "vocab_size"))
     with torch.no_grad():
         # It checks all other arguments.
         values = topk_divergence(student_logits, teacher_log_probs, teacher_indices, **options)
         logits, log_probs = student_logits.detach(), teacher_log_probs.detach()
         columns = logits.size(-1) if vocab_size is None else vocab_size
-        stored = (teacher_indices >= 0) & (log_probs > _PADDING)
+        stored = stored_entries(log_probs, teacher_indices)
         if mask is not None:
             stored = stored & mask.unsqueeze(-1)
         inside = stored & (teacher_indices < columns)

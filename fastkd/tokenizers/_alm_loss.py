@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd._ops import hints
 from fastkd._ops.arguments import check_no_gradient, to_flag, to_integer
 from fastkd._ops.checks import (
     check_normalizer,
@@ -96,7 +97,8 @@ def alm_loss(
         student_boundary: bool ``[vocab_S]``, the tokens that begin a word
             (:meth:`fastkd.ByteVocab.boundary`). Both boundaries or none, for ``debias``.
         teacher_boundary: bool ``[vocab_T]``; ``merge_threshold`` needs it.
-        debias: see above; without boundary sets nothing is added.
+        debias: see above; without boundary sets nothing is added. Where no token of a side begins a
+            word, no chunk has a gradient, and a warning says so (on the CPU).
         merge_threshold: a probability; the paper's code has 0.1. None: no chunks are joined.
         reduction: over chunks that have tokens on both sides: ``"mean"``, ``"sum"``,
             ``"batchmean"`` (over B), ``"elementmean"`` (over B x num_chunks), or ``"none"``:
@@ -158,6 +160,7 @@ def alm_loss(
         raise TypeError(
             f"alm_loss: merge_threshold must be a number, got {type(merge_threshold).__name__}"
         )
+    check_no_gradient("alm_loss", merge_threshold=merge_threshold, normalizer=normalizer)
     # While compiling, the value is not known.
     if (
         not torch.compiler.is_compiling()
@@ -166,7 +169,6 @@ def alm_loss(
     ):
         raise ValueError("alm_loss: merge_threshold must be a number, got nan")
     check_normalizer("alm_loss", normalizer)
-    check_no_gradient("alm_loss", merge_threshold=merge_threshold, normalizer=normalizer)
     student = _likelihoods(
         "student", student_logits, student_ids, student_chunks, num_chunks, student_boundary
     )
@@ -178,6 +180,9 @@ def alm_loss(
             "alm_loss: teacher_logits must have student_logits' batch "
             f"{list(student_logits.shape[:-2])}, got {list(teacher_logits.shape[:-2])}"
         )
+    if debias and student_boundary is not None and teacher_boundary is not None:
+        sets = {"student_boundary": student_boundary, "teacher_boundary": teacher_boundary}
+        hints.check_boundaries("alm_loss", sets)
     kept = (student.token_count > 0) & (teacher.token_count > 0)
     likelihoods = [x.log_likelihood.double() for x in (student, teacher)]
     last = torch.arange(num_chunks, device=kept.device).expand_as(kept)
