@@ -52,7 +52,8 @@ def counted(gradient, of_rows):
     """What counts of a float32 gradient on AVX512_BF16: it rounded, and some units' remainders.
 
     A unit is 8 rows (columns, if not of_rows) and 2 of the others. Those left out have at most
-    (7 / 8192)^2 of the gradient's energy: by bins of an exponent and two digits, at their upper edge.
+    (7 / 8192)^2 of the gradient's energy: by bins of an exponent and two digits, at their upper
+    edge.
     """
     if not of_rows:
         return counted(gradient.T, True).T
@@ -221,7 +222,7 @@ def test_gradients_of_a_head(instructions, divergence, distance):
     # The logits' differences have errors of 1e-6 or so, and near convergence are 1e-3.
     assert relative_error(found, true) < (1e-5 if distance == 0.3 else 1e-4)
     for one, other in zip(mine, exact, strict=True):
-        # Rounded to 8 digits at the end, an error of 1.66e-3, and 7 / 8192 in the products before it.
+        # Rounded to 8 digits at the end: 1.66e-3; and 7 / 8192 in the products before it.
         assert relative_error(one.grad, other.grad) < 2e-3
 
 

@@ -6,8 +6,7 @@ import threading
 import pytest
 import torch
 import torch.utils.checkpoint
-from heads import gradients, head
-from torch._dynamo.testing import CompileCounterWithBackend
+from heads import compiled, gradients, head
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
@@ -18,12 +17,6 @@ FEATURES, VOCAB = 5, 17
 
 def two(rows, dtype=torch.float32):
     return [*head(rows, FEATURES, VOCAB, dtype), *head(rows, 3, VOCAB, dtype)]
-
-
-def compiled(function, backend="aot_eager"):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
-    return torch.compile(function, fullgraph=True, backend=counter), counter
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
