@@ -22,7 +22,8 @@ class LinearLogits:
     It stands wherever an op takes logits: :func:`fastkd.softmax_divergence` (also in a list of
     teachers), :func:`fastkd.topk_divergence`, :func:`fastkd.clipped_divergence`,
     :func:`fastkd.cross_entropy`, :func:`fastkd.token_log_probs`, :func:`fastkd.token_stats`,
-    :func:`fastkd.teacher_topk`, :func:`fastkd.topk_stats` and :func:`fastkd.chunk_log_likelihood`.
+    :func:`fastkd.teacher_topk`, :func:`fastkd.topk_stats`, :func:`fastkd.chunk_log_likelihood` and
+    :func:`fastkd.alm_loss`.
     The op computes the logits of a chunk of rows, its results of them, and the chunk's part of the
     gradients of ``hidden``, ``weight`` and ``bias``. ``[rows, vocab]`` is never stored.
 
