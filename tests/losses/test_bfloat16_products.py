@@ -198,9 +198,10 @@ def test_other_products_of_bfloat16_still_run(instructions):
         assert torch.equal(x @ x, before)
 
 
+@pytest.mark.parametrize("strides", ["contiguous", "hidden", "weight"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "reverse_kl"])
 @pytest.mark.parametrize("distance", [0.3, 1e-3], ids=["apart", "converged"])
-def test_gradients_of_a_head(instructions, divergence, distance):
+def test_gradients_of_a_head(instructions, divergence, distance, strides):
     """Within the rounding of a bfloat16 gradient of float64, also where the sides nearly agree.
 
     All are bfloat16: the sides' difference is what bfloat16 leaves of it.
@@ -209,6 +210,10 @@ def test_gradients_of_a_head(instructions, divergence, distance):
     hidden = torch.randn(96, 256, generator=random).bfloat16()
     weight = (torch.randn(3000, 256, generator=random) / 8).bfloat16()
     teacher = (hidden.float() + distance * torch.randn(96, 256, generator=random)).bfloat16()
+    if strides == "hidden":
+        hidden = hidden.T.contiguous().T
+    if strides == "weight":
+        weight = weight.T.contiguous().T
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
     true = fastkd.reference.linear_softmax_divergence(
         *exact, teacher.double(), weight.double(), divergence=divergence

@@ -344,6 +344,9 @@ def test_the_container():
     assert not logits.detach().requires_grad
     torch.testing.assert_close(logits.logits(), 2 * (h @ w.T) + b)
     assert LinearLogits(h.bfloat16(), w.bfloat16()).dtype == torch.float32
+    text = "LinearLogits(shape=[2, 3, 17], features=5, dtype=torch.float32, device='cpu', bias="
+    assert repr(logits) == f"{text}True, scale=2.0)"
+    assert repr(LinearLogits(h, w, softcap=3.0)) == f"{text}False, softcap=3.0)"
     again = pickle.loads(pickle.dumps(logits.detach()))
     assert torch.equal(again.logits(), logits.detach().logits())
 

@@ -229,6 +229,15 @@ class LinearLogits:
         """Whether hidden states, weight or bias require a gradient."""
         return any(x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias))
 
+    def __repr__(self) -> str:
+        """Sizes and dtypes, and what is not as by default."""
+        of = self.hidden
+        words = [f"shape={list(self.shape)}", f"features={of.size(-1)}", f"dtype={of.dtype}"]
+        words += [f"device='{self.device}'", f"bias={self.bias is not None}"]
+        words += [f"scale={self.scale}"] if self.scale != 1 else []
+        words += [f"softcap={self.softcap}"] if self.softcap is not None else []
+        return f"LinearLogits({', '.join(words)})"
+
     def dim(self) -> int:
         """Number of dimensions of the logits."""
         return self.hidden.dim()
