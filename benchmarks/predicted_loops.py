@@ -84,8 +84,6 @@ def count_kernel(
 def _matches(loop: Pass, over: Over, entries: int, dtype: Dtype) -> Iterator[_Found]:
     accesses = dtype.accesses(over.reads, over.writes)
     rounds = {} if loop.stores and not over.writes else loop.rounds
-    if over.store is not None:
-        rounds = loop.rounds_without(frozenset(loop.stores) - {loop.stores[over.store]})
     for work, found in rounds.items():
         reads = work.loads + work.shared_loads
         packs = reads // accesses[0]

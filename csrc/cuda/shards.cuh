@@ -165,7 +165,7 @@ __device__ inline void shard_statistics_row(const ShardSideArguments& a, int64_t
     }
   }
   const auto larger = [](float& x, float next) { x = at_least(x, next); };
-  const float origin = team.block_sum(mine.origin, larger, /*everywhere=*/true);
+  const float origin = team.block_sum<true>(mine.origin, larger);
   mine.raise(origin, scale, second_scale);
   struct Sums {
     double sum, weighted, second, second_weighted, total, columns;
@@ -266,9 +266,8 @@ __device__ ShardTermSums<double> shard_pass(const ShardPairArguments& a, const S
   for (int column = team.thread; column < a.vocab; column += team.threads) {
     mine.add(shard_terms<kNear, float>(divergence, at.outcome<kNear>(u(column), w(column))));
   }
-  return team.block_sum(
-      ShardTermSums<double>{mine.f, mine.student, mine.teacher, mine.q, mine.p},
-      [](ShardTermSums<double>& x, const ShardTermSums<double>& next) { x.add(next); }, /*everywhere=*/true);
+  return team.block_sum<true>(ShardTermSums<double>{mine.f, mine.student, mine.teacher, mine.q, mine.p},
+                              [](ShardTermSums<double>& x, const ShardTermSums<double>& next) { x.add(next); });
 }
 
 template <class Divergence>
