@@ -23,13 +23,14 @@ from fastkd._ops.linear.logits import LinearLogits
 _WHOLE = 1 << 24
 #: The rows of `_shard_statistics`' result.
 ORIGIN, SUM, WEIGHTED, SECOND_SUM, SECOND_WEIGHTED = range(5)
-TOKEN_LOGIT, BEST_LOGIT, BEST_COLUMN, TOTAL, COLUMNS = range(5, 10)
+TOKEN_LOGIT, BEST_LOGIT, BEST_COLUMN, TOTAL, COLUMNS, SECOND_ORIGIN = range(5, 11)
 #: Names of the ops' arguments that are logits.
 LOGITS = ("logits", "student_logits", "teacher_logits")
 LN2 = 0.6931471805599453
 #: Bits of `_shard_statistics`' argument `wanted`.
 ENTROPY, SECOND, BEST, TOTAL_BIT = 1, 2, 4, 8
-_EMPTY = (-torch.inf, 0.0, 0.0, 0.0, 0.0, -torch.inf, -torch.inf, 0.0, 0.0, 0.0)
+_NONE = -torch.inf
+_EMPTY = (_NONE, 0.0, 0.0, 0.0, 0.0, _NONE, _NONE, 0.0, 0.0, 0.0, _NONE)
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,18 @@ class Shards:
 
     def add_up(self, x: Tensor) -> None:
         """Replace a tensor by the sum over all processes."""
+        torch.distributed.all_reduce(x, group=self._process_group())
+
+    @property
+    def rank(self) -> int:
+        """The place of this process in the group."""
+        return torch.distributed.get_rank(self._process_group())
+
+    def _process_group(self) -> Any:
         from torch.distributed import distributed_c10d
 
         resolve: Any = distributed_c10d._resolve_process_group
-        named = isinstance(self.group, str)
-        torch.distributed.all_reduce(x, group=resolve(self.group) if named else self.group)
+        return resolve(self.group) if isinstance(self.group, str) else self.group
 
     def local(self, token_ids: Tensor) -> Tensor:
         """Token ids as columns of this process; -1 for those of other processes."""
@@ -211,12 +219,19 @@ def statistics(
 
 
 def pair_sums(
-    shards: Shards, student: Tensor, teacher: Tensor, numbers: Tensor, divergence: int
+    shards: Shards,
+    student: Tensor,
+    teacher: Tensor,
+    numbers: Tensor,
+    token_ids: Tensor,
+    divergence: int,
 ) -> Tensor:
     """`_shard_sums` of this process's columns; also where it has none."""
     if shards.columns == 0:
         return numbers.new_zeros((3, numbers.size(1)))
-    return torch.ops.fastkd._shard_sums(student, teacher, numbers, divergence, shards.columns)
+    return torch.ops.fastkd._shard_sums(
+        student, teacher, numbers, token_ids, divergence, shards.columns
+    )
 
 
 def dtype_of(*logits: Tensor) -> torch.dtype:
@@ -233,13 +248,16 @@ def sent_dtype(shards: Shards, *logits: Tensor) -> torch.dtype:
 class Merged:
     """Origins of all processes, [processes, rows], merged.
 
-    ``origin``: the largest, NaN where the row has no finite logit, or +inf.
+    ``origin``: the largest, NaN where the row has no finite logit, or +inf; with ``empty`` 0 where
+    it has none.
     """
 
-    def __init__(self, origins: Tensor) -> None:
+    def __init__(self, origins: Tensor, *, empty: bool = False) -> None:
         self._origins = origins
         self._top = origins.amax(0)
         self.origin = self._top + (self._top - self._top)
+        if empty:
+            self.origin = torch.where(self._top == -torch.inf, 0.0, self.origin)
 
     def factors(self, temperature: Tensor) -> Tensor:
         """What makes sums at this temperature relative to `origin`."""
@@ -272,12 +290,14 @@ class Merged:
         return torch.where(columns > 0, totals + moved, 0.0).sum(0)
 
 
-def check_first_order(shards: Shards) -> None:
-    """Raise in a backward pass that is to be differentiated again."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"{shards.function}: group has no second derivatives (create_graph=True)"
+def is_differentiated_again(shards: Shards, inplace: bool = False) -> bool:
+    """Whether a backward pass that is running is to be differentiated, too (create_graph=True)."""
+    again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if again and inplace:
+        raise RuntimeError(
+            f"{shards.function}: second derivatives need the logits that inplace=True overwrote"
         )
+    return again
 
 
 def gradient_by(name: str, logits: Tensor, *arguments: Any) -> Tensor:
@@ -299,16 +319,16 @@ def _rows(logits: Tensor) -> int:
 
 @torch.library.register_fake("fastkd::_shard_statistics")
 def _(logits, numbers, token_ids, columns, holes, vocab_size, wanted):
-    return logits.new_empty((10, _rows(logits)), dtype=torch.float64)
+    return logits.new_empty((len(_EMPTY), _rows(logits)), dtype=torch.float64)
 
 
 @torch.library.register_fake("fastkd::_shard_sums")
-def _(student_logits, teacher_logits, numbers, divergence, vocab_size):
+def _(student_logits, teacher_logits, numbers, token_ids, divergence, vocab_size):
     return student_logits.new_empty((3, _rows(student_logits)), dtype=torch.float64)
 
 
 @torch.library.register_fake("fastkd::_shard_gradient")
-def _(student_logits, teacher_logits, numbers, divergence, vocab_size, token_ids, of_teacher):
+def _(student_logits, teacher_logits, numbers, token_ids, divergence, vocab_size, of_teacher):
     return torch.empty_like(teacher_logits if of_teacher else student_logits)
 
 

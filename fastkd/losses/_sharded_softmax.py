@@ -8,10 +8,9 @@ from torch import Tensor
 from fastkd._ops import shards as ops
 from fastkd._ops.arguments import CHOICES
 from fastkd._ops.op import Op, Plain
-from fastkd._ops.shard_softmax import SoftmaxCall
+from fastkd._ops.shard_softmax import SoftmaxCall, possible
 from fastkd._ops.shards import Merged, Shards
 from fastkd.losses._sharded import LossRows, side_table
-from fastkd.reference._rows import DEAD
 
 _DIVERGENCES = CHOICES["softmax_divergence.divergence"]
 
@@ -32,11 +31,6 @@ def token_log_probs(
     token = rows.owned(found.token_logit)
     log_probs = possible(token) / rows.column("temperature") - found.log_sum
     return result(log_probs), None if found.entropy is None else result(found.entropy)
-
-
-def possible(logit: Tensor) -> Tensor:
-    """A logit relative to the largest; one so far below it that it means probability 0 as -inf."""
-    return logit + torch.where(logit < -DEAD, -torch.inf, 0.0)
 
 
 def cross_entropy(op: Op, values: dict[str, Any], shards: Shards, inplace: bool) -> Tensor:
@@ -124,7 +118,7 @@ def token_stats(
         found = []
         for divergence in ("forward_kl", "reverse_kl", "tvd"):
             place = _DIVERGENCES[divergence]
-            found.append(ops.pair_sums(shards, student, teacher, pair, place)[0])
+            found.append(ops.pair_sums(shards, student, teacher, pair, token_ids, place)[0])
         poison = frames[1] - frames[1] + (frames[3] - frames[3])
         both = shards.gather(torch.stack(found), ops.dtype_of(*sides)).sum(0) + poison
         numbers += both.unbind(0)

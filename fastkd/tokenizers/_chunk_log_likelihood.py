@@ -12,7 +12,7 @@ from fastkd._ops.arguments import check_tensor, to_integer
 from fastkd._ops.differentiable import Differentiable
 from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
-from fastkd._ops.shard_softmax import SoftmaxCall
+from fastkd._ops.shard_softmax import SoftmaxCall, possible
 from fastkd._ops.shards import Shards, dtype_of, shards_of, table
 
 
@@ -188,18 +188,26 @@ def _sharded(
         out = out.index_put((rows, of), values.reshape(of.shape), accumulate=True)
         return out[:, :-1].reshape(shape)
 
-    of_tokens = torch.where(scored.reshape(-1), token / temperature - found.log_sum, 0.0)
+    of_tokens = _at_most_0(possible(token) / temperature - found.log_sum)
+    of_tokens = torch.where(scored.reshape(-1), of_tokens, 0.0)
     likelihood = summed(of_tokens, scored, chunks).to(dtype)
     count = summed(scored.reshape(-1).long(), scored, chunks)
     if found.second_log_sum is None:
         return likelihood, None, count
-    mass = found.second_log_sum
-    none = mass == -math.inf
+    mass, second_origin = found.second_log_sum, found.second_origin
+    assert second_origin is not None
+    below = second_origin - found.origin
+    none = (mass == -math.inf) | (possible(below) == -math.inf)
     # An infinite number would hide the NaN of a row that is no distribution.
-    log_prob = mass.masked_fill(none, 0) - found.log_sum
-    log_prob = log_prob.masked_fill(none & ~log_prob.isnan(), -math.inf)
+    log_prob = (mass + below / temperature).masked_fill(none, 0) - found.log_sum
+    log_prob = _at_most_0(log_prob.masked_fill(none & ~log_prob.isnan(), -math.inf))
     log_prob = torch.where(ended.reshape(-1), log_prob, 0.0)
     return likelihood, summed(log_prob, ended, before).to(dtype), count
+
+
+def _at_most_0(log_prob: Tensor) -> Tensor:
+    """Without what rounding exceeds 0 by."""
+    return log_prob - log_prob.detach().clamp(min=0)
 
 
 def _check_chunks(
