@@ -163,16 +163,8 @@ def head_error_case(ranks: Ranks) -> None:
         fastkd.linear_softmax_divergence(h, w, h, w, labels=labels, **place)
     with pytest.raises(ValueError, match="vocab_start needs vocab_size"):
         fastkd.linear_softmax_divergence(h, w, h, w, vocab_start=0, **place)
-    with pytest.raises(NotImplementedError, match="decoupled_kl"):
-        fastkd.softmax_divergence(
-            student, student, labels=labels, divergence="decoupled_kl", **place
-        )
     with pytest.raises(ValueError, match="mask must have one entry a row"):
         fastkd.softmax_divergence(student, student, mask=torch.ones(2, dtype=torch.bool), **place)
-    for reduction in ("mean", "none"):
-        loss = fastkd.softmax_divergence(student, student, reduction=reduction, **place).sum()
-        with pytest.raises(NotImplementedError, match="group has no second derivatives"):
-            torch.autograd.grad(loss, h, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"torch\.func transforms"):
         torch.func.grad(lambda x: fastkd.cross_entropy(LinearLogits(x, w), labels * 0, **place))(
             h.detach()

@@ -9,15 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import DIVERGENCES
-from shard_ranks import LABELS, ROWS, WIDTH, Ranks, logits
+from cases import ALL_DIVERGENCES, NEED_LABELS
+from shard_ranks import LABELS, ROWS, WIDTH, Ranks, logits, needed
 from torch import Tensor
 
 import fastkd
 
 
 def payload_case(ranks: Ranks) -> None:
-    """What is sent: 16 bytes a row, 4 for the label; then 4 for the value and each gradient."""
+    """What is sent: 16 bytes a row, 4 for the label; then 4 for the value and each gradient.
+
+    decoupled_kl has the label's logits of both sides, always.
+    """
     from fastkd._ops.shards import Shards
 
     sent: list[int] = []
@@ -30,13 +33,14 @@ def payload_case(ranks: Ranks) -> None:
     z, labels = logits(ROWS, WIDTH, seed=ranks.rank, dtype=torch.float32), LABELS[2]
     Shards.gather = recorded  # type: ignore[method-assign]
     try:
-        for name in DIVERGENCES:
+        for name in ALL_DIVERGENCES:
             call = functools.partial(fastkd.softmax_divergence, divergence=name, group=ranks.group)
             with torch.no_grad():
-                call(z, z)
+                call(z, z, **needed(name, ranks.size))
             call(z.clone().requires_grad_(), z, labels=labels)
             call(*(z.clone().requires_grad_() for _ in range(2)), labels=labels, temperature=2.0)
-            assert sent == [16, 4, 20, 8, 24, 12], (name, sent)
+            first = (24, 24, 28) if name in NEED_LABELS else (16, 20, 24)
+            assert sent == [first[0], 4, first[1], 8, first[2], 12], (name, sent)
             sent.clear()
     finally:
         Shards.gather = gather  # type: ignore[method-assign]
@@ -89,17 +93,6 @@ def inplace_case(ranks: Ranks) -> None:
         assert hidden._version > version
         assert torch.equal(hidden.detach(), expected.grad)
         assert torch.equal(leaf.grad, expected.grad)
-
-
-def second_derivative_case(ranks: Ranks) -> None:
-    z = logits(ROWS, WIDTH).requires_grad_()
-    for loss in (
-        fastkd.softmax_divergence(z, logits(ROWS, WIDTH, seed=1), group=ranks.group),
-        fastkd.cross_entropy(z, LABELS[2] // 2, group=ranks.group),
-        fastkd.clipped_divergence(z, z.detach() + 1, 0.01, 0.5, group=ranks.group),
-    ):
-        with pytest.raises(NotImplementedError, match="group has no second derivatives"):
-            torch.autograd.grad(loss, z, create_graph=True)
 
 
 def compile_case(ranks: Ranks) -> None:

@@ -49,6 +49,21 @@ class SoftmaxNumbers(NamedTuple):
     #: The likeliest token, of equal ones the lowest. No gradient.
     best: Tensor | None
 
+    def split(self) -> tuple["SoftmaxNumbers", Tensor]:
+        """The same with 0 in rows that are no distribution, and which these are.
+
+        What comes of them is to be `ops.poisoned`.
+        """
+        lost = self.origin.isnan() | self.log_sum.isnan()
+
+        def one(x: Tensor | None) -> Tensor | None:
+            if x is None or not x.is_floating_point():
+                return x
+            return ops.cleaned(x, lost if x.dim() == 1 else lost.unsqueeze(1))
+
+        every: list[Any] = [one(x) for x in self]
+        return SoftmaxNumbers(*every), lost
+
 
 @dataclass(frozen=True)
 class SoftmaxCall:
@@ -251,6 +266,10 @@ class SoftmaxCall:
         numbers += [log2_sum("log_sum"), log2_sum("second_log_sum")]
         numbers += [*factors("", base[1]), *factors("second_", base[2])]
         table = torch.cat([base, torch.stack([*numbers, into_token, grads.get("total", zero)])])
+        given = [
+            x if x.dim() == 1 else x.abs().sum(1) for n, x in grads.items() if n not in _CONSTANT
+        ]
+        table = torch.cat([ops.still_read(base[0], *given)[None], table[1:]])
         of_holes = None
         if holes is not None:
             here = (holes == token_ids.unsqueeze(1)) & (holes >= 0)

@@ -290,6 +290,49 @@ class Merged:
         return torch.where(columns > 0, totals + moved, 0.0).sum(0)
 
 
+def cleaned(numbers: Tensor, lost: Tensor) -> Tensor:
+    """Numbers with 0 in rows that have no distribution, so that no gradient is 0 x NaN."""
+    return _Cleaned.apply(numbers, lost)
+
+
+def poisoned(losses: Tensor, lost: Tensor) -> Tensor:
+    """Losses with NaN in rows that have no distribution, and NaN as their gradient.
+
+    Where nothing depends on such a row, its gradient stays 0.
+    """
+    return _Poisoned.apply(losses, lost)
+
+
+class _Cleaned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, numbers, lost):
+        return torch.where(lost, 0.0, numbers)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _Poisoned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, losses, lost):
+        ctx.save_for_backward(lost)
+        return torch.where(lost, torch.nan, losses)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (lost,) = ctx.saved_tensors
+        return torch.where(lost & (grad != 0), torch.nan, grad), None
+
+
+def still_read(keep: Tensor, *grads: Tensor) -> Tensor:
+    """Which rows the backward pass reads: those whose numbers have gradients other than 0."""
+    used = grads[0] != 0
+    for grad in grads[1:]:
+        used = used | (grad != 0)
+    return torch.where(used, keep, 0.0)
+
+
 def is_differentiated_again(shards: Shards, inplace: bool = False) -> bool:
     """Whether a backward pass that is running is to be differentiated, too (create_graph=True)."""
     again = torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -48,7 +48,10 @@ def clipped_divergence(op: Op, values: dict[str, Any], shards: Shards, inplace: 
         every, label_loss, poison = _Sums.apply(call, needs, *inputs)
     else:
         (every, label_loss, poison), _ = call.forward(*inputs)
-    losses = call.value(every) + poison
+    # Rows that are read and no distribution.
+    lost = poison.isnan()
+    losses = call.value(ops.cleaned(every, lost | ~rows.read))
+    losses = ops.poisoned(losses, lost)
     if values["square_temperature"]:
         losses = losses * rows.column("temperature") ** 2
     if call.labelled:
@@ -83,7 +86,7 @@ class _Clipped:
         parts, masses, others, rests, others_rests, _, lost = every.unbind(1)
         mass, other = _merged(masses), _merged(others)
         empty = mass == -torch.inf
-        share, by = exp(masses), 0.0
+        share, by = exp(masses), torch.zeros_like(mass)
         if self.values["renormalize"] != "none":
             by = mass.masked_fill(empty, 0)
             # Of each process, what its sum is relative to the masses of all.
@@ -217,6 +220,8 @@ class _Clipped:
             whole = whole + torch.where(others == -torch.inf, 0.0, into[:, _STUDENT_MASS])
             whole = whole + torch.where(rests == -torch.inf, 0.0, into[:, _STUDENT_REST])
             whole = whole.sum(0).unsqueeze(0)
+        # Of rows that nothing depends on a NaN makes no gradient.
+        read = self.rows.read & ((into != 0).flatten(0, 1).any(0) | (into_label != 0))
         found: list[Tensor | None] = [None] * 4
         for i in range(2):
             if not needs[i]:
@@ -231,10 +236,10 @@ class _Clipped:
                 part = (slope - share * whole[i, chunk].unsqueeze(1)) / tau
                 if i == 0 and self.labelled:
                     part = part + self.label_gradient(chunk, inputs[0], frame, into_label)
-                self.write(gradient, chunk, part, inputs[i], i)
+                self.write(gradient, chunk, part, inputs[i], i, read)
         for i in (2, 3):
             # Rows that are not read have no normalizer.
-            found[i] = torch.where(self.rows.read, whole[i], 0.0) if needs[i] else None
+            found[i] = torch.where(read, whole[i], 0.0) if needs[i] else None
         return found
 
     def slopes(
@@ -274,7 +279,7 @@ class _Clipped:
                 target = definition.chosen(shards, z, self.token_ids.unsqueeze(1)).squeeze(1)
                 label_loss = lse - target
         bounds = [definition.copied(shards, x) for x in (lower, upper)]
-        own = self.sums(*logs, *bounds, slice(0, rows.count))
+        own = self.sums(logs[0], logs[1], bounds[0], bounds[1], slice(0, rows.count))
         return definition.gathered(shards, own), label_loss
 
     def label_gradient(self, chunk: slice, student: Tensor, frame: Tensor, into: Tensor) -> Tensor:
@@ -284,7 +289,15 @@ class _Clipped:
         q = q - (columns == self.token_ids[chunk].unsqueeze(1)).to(q.dtype)
         return q * into[chunk].unsqueeze(1)
 
-    def write(self, out: Tensor, chunk: slice, gradient: Tensor, logits: Tensor, side: int) -> None:
+    def write(
+        self,
+        out: Tensor,
+        chunk: slice,
+        gradient: Tensor,
+        logits: Tensor,
+        side: int,
+        read: Tensor,
+    ) -> None:
         """Into the rows of `out`, as the gradient of the logits as given."""
         rows = self.rows
         cap = self.caps[side]
@@ -293,7 +306,7 @@ class _Clipped:
             z = flat[chunk, : self.shards.columns].to(torch.float64)
             slope = 1 / torch.cosh((z / cap).clamp(-350, 350)) ** 2
             gradient = gradient * torch.where(z.isinf(), 1.0, slope)
-        gradient = torch.where(rows.read[chunk].unsqueeze(1), gradient, 0.0)
+        gradient = torch.where(read[chunk].unsqueeze(1), gradient, 0.0)
         out.view(rows.count, -1)[chunk, : self.shards.columns] = gradient.to(out.dtype)
 
 

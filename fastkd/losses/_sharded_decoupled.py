@@ -23,14 +23,16 @@ class DecoupledCall(PairCall):
     """The numbers: NCKD, both log-odds, whether a side has the label alone, x at temperature 1."""
 
     def losses(self, base: Tensor, found: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-        value, x, y, alone, *at_one = found
+        lost = found[1].isnan() | found[2].isnan()
+        value, x, y, *at_one = (ops.cleaned(x, lost) for x in found if x.is_floating_point())
+        alone = found[3]
         alpha, beta = base[4], torch.where(alone, 0.0, base[3])
         nckd = torch.where(alone, 0.0, value)
         loss = _times(alpha, _target(x, y)) + _times(beta, nckd)
         label = None
         if self.labelled:
             label = -torch.nn.functional.logsigmoid(at_one[0] if self.apart else x)
-        return loss, label
+        return ops.poisoned(loss, lost), label
 
     def normalised(
         self, base: Tensor, token_ids: Tensor, student: Tensor, teacher: Tensor
@@ -38,8 +40,9 @@ class DecoupledCall(PairCall):
         keep, tau, tau_t, _, _, softcap, softcap_t = base
         rows, one, label = self.rows, torch.ones_like(tau), token_ids.unsqueeze(1).contiguous()
         sent = []
-        for z, temperature, cap in ((student, tau, softcap), (teacher, tau_t, softcap_t)):
-            apart = self.apart and z is student
+        given = ((student, tau, softcap), (teacher, tau_t, softcap_t))
+        for side, (z, temperature, cap) in enumerate(given):
+            apart = self.apart and side == 0
             table = torch.stack([keep, temperature, one, cap])
             own = ops.statistics(self.shards, z, table, token_ids, ops.SECOND * apart, holes=label)
             sent += [own[ops.ORIGIN], own[ops.SUM], own[ops.TOKEN_LOGIT]]
@@ -49,16 +52,17 @@ class DecoupledCall(PairCall):
         second = every[3:4] if self.apart else ()
         sides = []
         for temperature, numbers in ((tau, every[:3]), (tau_t, every[-3:])):
-            sides.append(_Side(rows.owned(numbers[2].amax(0)), *numbers[:2], temperature))
-        own, other = sides
-        odds = [own.log_odds(own.log_sum, tau), other.log_odds(other.log_sum, tau_t)]
+            logit = rows.owned(numbers[2].amax(0))
+            sides.append(_Side(logit, numbers[0], numbers[1], temperature))
+        left, right = sides
+        odds = [left.log_odds(left.log_sum, tau), right.log_odds(right.log_sum, tau_t)]
         at_one = []
-        label_log_sum = own.log_sum
+        label_log_sum = left.log_sum
         if second:
-            label_log_sum = own.merged(second[0], one)
-            at_one = [own.log_odds(label_log_sum, one)]
-        frame = (own.origin, own.log_sum, other.origin, other.log_sum, label_log_sum)
-        return frame, (*odds, own.alone | other.alone, *at_one)
+            label_log_sum = left.merged(second[0], one)
+            at_one = [left.log_odds(label_log_sum, one)]
+        frame = (left.origin, left.log_sum, right.origin, right.log_sum, label_log_sum)
+        return frame, (*odds, left.alone | right.alone, *at_one)
 
     def factors(
         self, base: Tensor, grads: Sequence[Tensor], of_teacher: bool
@@ -75,7 +79,8 @@ class DecoupledCall(PairCall):
         label = definition.among(shards, token_ids.unsqueeze(1))
         logs, odds, at_one = [], [], None
         alone = torch.zeros_like(keep, dtype=torch.bool)
-        for x, temperature, softcap in ((student, tau, cap), (teacher, tau_t, cap_t)):
+        given = ((student, tau, cap), (teacher, tau_t, cap_t))
+        for side, (x, temperature, softcap) in enumerate(given):
             z = definition.capped(shards, x, keep != 0, softcap)
             largest = definition.top(shards, z.masked_fill(label, -torch.inf))
             z = z - torch.where(largest.isfinite(), largest, 0.0).unsqueeze(1)
@@ -86,7 +91,7 @@ class DecoupledCall(PairCall):
             logs.append(log)
             odds.append(target / temperature - lse)
             alone = alone | (lse == -torch.inf)
-            if x is student and self.apart:
+            if side == 0 and self.apart:
                 at_one = target - definition.log_sum_exp(shards, others)
         value = definition.total(shards, kl(logs[1], logs[0]))
         return torch.where(alone, 0.0, value), *odds, None, *([at_one] if self.apart else [])

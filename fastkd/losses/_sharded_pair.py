@@ -108,7 +108,8 @@ class PairCall:
             return torch.zeros_like(wanted)
         factors = self.factors(stored[:7], grads, of_teacher)
         extra = [stored[11], slope_sum, *factors, stored[-1]]
-        numbers = torch.cat([stored[:11], torch.stack(extra)])
+        keep = ops.still_read(stored[0], *factors)
+        numbers = torch.cat([keep[None], stored[1:11], torch.stack(extra)])
         columns = self.shards.columns
         arguments = (student, teacher, numbers, token_ids, self.divergence, columns, of_teacher)
         if self.inplace and not of_teacher:

@@ -23,9 +23,11 @@ def token_log_probs(
     rows = LossRows(shards, logits, values, labels="token_ids")
     call = SoftmaxCall(shards, entropy=values["entropy"], token=True)
     found = call.numbers(logits, side_table(rows, 1.0, "logit_softcap"), rows.token_ids())
+    found, lost = found.split()
     assert found.token_logit is not None
 
     def result(x: Tensor) -> Tensor:
+        x = ops.poisoned(x, lost)
         return torch.where(rows.kept, x, 0.0).reshape(rows.leading).to(ops.dtype_of(logits))
 
     token = rows.owned(found.token_logit)
@@ -51,7 +53,7 @@ def cross_entropy(op: Op, values: dict[str, Any], shards: Shards, inplace: bool)
         inplace=inplace,
     )
     base = side_table(rows, values["entropy_temperature"], "student_logit_softcap")
-    found = call.numbers(logits, base, rows.token_ids())
+    found, lost = call.numbers(logits, base, rows.token_ids()).split()
     losses = found.log_sum * 0
     if not _is(smoothing, 1):
         assert found.token_logit is not None
@@ -68,7 +70,7 @@ def cross_entropy(op: Op, values: dict[str, Any], shards: Shards, inplace: bool)
         if found.best is not None and rows.labels is not None:
             entropy = torch.where(found.best == rows.labels, entropy, 0.0)
         losses = losses + of_entropy * entropy
-    return rows.divided(losses)
+    return rows.divided(ops.poisoned(losses, lost))
 
 
 def _is(number: Any, value: float) -> bool:

@@ -13,7 +13,7 @@ from fastkd._ops.differentiable import Differentiable
 from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.shard_softmax import SoftmaxCall, possible
-from fastkd._ops.shards import Shards, dtype_of, shards_of, table
+from fastkd._ops.shards import Shards, dtype_of, poisoned, shards_of, table
 
 
 class ChunkLogLikelihood(NamedTuple):
@@ -172,7 +172,7 @@ def _sharded(
         columns = boundary[shards.start : shards.start + shards.columns].contiguous()
     call = SoftmaxCall(shards, second=boundary is not None, token=True)
     ids = shards.local(torch.where(scored, tokens, -1).reshape(-1))
-    found = call.numbers(logits, base, ids, columns)
+    found, lost = call.numbers(logits, base, ids, columns).split()
     assert found.token_logit is not None
     dtype, shape = dtype_of(logits), (*logits.shape[:-2], chunks_in_all)
     in_range = ((tokens >= 0) & (tokens < shards.vocab)).reshape(-1)
@@ -189,7 +189,7 @@ def _sharded(
         return out[:, :-1].reshape(shape)
 
     of_tokens = _at_most_0(possible(token) / temperature - found.log_sum)
-    of_tokens = torch.where(scored.reshape(-1), of_tokens, 0.0)
+    of_tokens = torch.where(scored.reshape(-1), poisoned(of_tokens, lost), 0.0)
     likelihood = summed(of_tokens, scored, chunks).to(dtype)
     count = summed(scored.reshape(-1).long(), scored, chunks)
     if found.second_log_sum is None:
@@ -198,10 +198,9 @@ def _sharded(
     assert second_origin is not None
     below = second_origin - found.origin
     none = (mass == -math.inf) | (possible(below) == -math.inf)
-    # An infinite number would hide the NaN of a row that is no distribution.
     log_prob = (mass + below / temperature).masked_fill(none, 0) - found.log_sum
-    log_prob = _at_most_0(log_prob.masked_fill(none & ~log_prob.isnan(), -math.inf))
-    log_prob = torch.where(ended.reshape(-1), log_prob, 0.0)
+    log_prob = _at_most_0(log_prob.masked_fill(none, -math.inf))
+    log_prob = torch.where(ended.reshape(-1), poisoned(log_prob, lost), 0.0)
     return likelihood, summed(log_prob, ended, before).to(dtype), count
 
 
