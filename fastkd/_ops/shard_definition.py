@@ -61,8 +61,13 @@ class _Copied(torch.autograd.Function):
 
 
 def capped(shards: Shards, logits: Tensor, read: Tensor, cap: Tensor) -> Tensor:
-    """This process's columns as they are read, float64 [rows, columns]; rows not read are 0."""
+    """This process's columns as they are read, float64 [rows, columns]; rows not read are 0.
+
+    A process without columns has an impossible one, so that its graph has the same collectives.
+    """
     z = logits.reshape(read.numel(), logits.size(-1))[:, : shards.columns].to(torch.float64)
+    if shards.columns == 0:
+        return z.sum(1, keepdim=True) - torch.inf
     return softcapped(torch.where(read.unsqueeze(1), z, 0.0), cap.unsqueeze(1))
 
 
@@ -75,9 +80,9 @@ def softcapped(logits: Tensor, cap: Tensor) -> Tensor:
 
 def among(shards: Shards, holes: Tensor) -> Tensor:
     """[rows, columns]: whether a column of this process is among those that its row names."""
-    some = (holes >= 0) & (holes < shards.columns)
-    found = torch.zeros((holes.size(0), shards.columns + 1), dtype=torch.bool, device=holes.device)
-    return found.scatter(1, torch.where(some, holes, shards.columns), True)[:, :-1]
+    some, width = (holes >= 0) & (holes < shards.columns), max(shards.columns, 1)
+    found = torch.zeros((holes.size(0), width + 1), dtype=torch.bool, device=holes.device)
+    return found.scatter(1, torch.where(some, holes, width), True)[:, :-1]
 
 
 def relative(shards: Shards, z: Tensor) -> Tensor:
@@ -92,10 +97,8 @@ def alive(relative: Tensor) -> Tensor:
 
 
 def top(shards: Shards, z: Tensor) -> Tensor:
-    """[rows]: the largest of each row of all processes, -inf without columns. No gradient."""
-    z = z.detach()
-    own = z.amax(1) if z.size(1) else z.new_full((z.size(0),), -math.inf)
-    return shards.gather(own, torch.float64).amax(0)
+    """[rows]: the largest of each row of all processes. No gradient."""
+    return shards.gather(z.detach().amax(1), torch.float64).amax(0)
 
 
 def chosen(shards: Shards, values: Tensor, columns: Tensor) -> Tensor:
@@ -104,8 +107,6 @@ def chosen(shards: Shards, values: Tensor, columns: Tensor) -> Tensor:
     0 where no process has the column.
     """
     here = (columns >= 0) & (columns < shards.columns)
-    if shards.columns == 0:
-        return total(shards, (values.sum(1, keepdim=True) * 0).expand(columns.shape))
     found = values.gather(1, torch.where(here, columns, 0))
     return total(shards, torch.where(here, found, 0.0))
 

@@ -217,7 +217,9 @@ class SoftmaxCall:
 
         softmax("", rest / tau.unsqueeze(1), self.entropy, some)
         if self.second:
-            part = rest if columns is None else rest.masked_fill(~columns, -torch.inf)
+            part = rest
+            if columns is not None and shards.columns > 0:
+                part = rest.masked_fill(~columns, -torch.inf)
             scaled = part / tau_2.unsqueeze(1)
             softmax("second_", scaled, self.second_entropy, some or columns is not None)
         if self.token:

@@ -160,10 +160,10 @@ class _Clipped:
         self, log_q: Tensor, log_p: Tensor, lower: Tensor, upper: Tensor, chunk: slice
     ) -> Tensor:
         """What this process adds to the sums of these rows."""
-        if self.shards.columns == 0:
+        if log_q.size(1) == 0:
             empty = log_q.new_full((7, lower.numel()), -torch.inf)
             empty[_DIVERGENCE] = empty[_ALIVE] = 0
-            return empty + log_q.sum(1)
+            return empty
         softness, p = self.values["softness"], exp(log_p)
         if softness:
             share, rest = reference.log_shares(p, lower, upper, softness)
