@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import shard_errors as errors
 import shard_head_modes as head_modes
 import shard_heads as heads
 import shard_modes as modes
@@ -107,6 +108,10 @@ def cases(size: int) -> dict[str, Case]:
             rows.edge_label_case,
             rows.label_error_case,
             rows.width_error_case,
+            errors.columns_error_case,
+            errors.numbers_error_case,
+            errors.transform_error_case,
+            errors.fake_case,
             modes.repeat_case,
             modes.alone_case,
             modes.inference_case,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from cases import ALL_DIVERGENCES, NEED_LABELS
 from shard_ranks import LABELS, ROWS, WIDTH, Ranks, logits, needed
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkd
 
@@ -96,23 +97,51 @@ def inplace_case(ranks: Ranks) -> None:
 
 
 def compile_case(ranks: Ranks) -> None:
-    """One graph, without a break."""
-    labels, columns = LABELS[ranks.size], ranks.even(WIDTH)
-    sides = [logits(ROWS, WIDTH * ranks.size, seed=i)[:, columns] for i in range(2)]
-    for function in (
-        lambda s, t: fastkd.softmax_divergence(s, t, labels=labels, group=ranks.group),
-        lambda s, t: fastkd.cross_entropy(s, labels, label_smoothing=0.1, group=ranks.group),
-        lambda s, t: fastkd.softmax_divergence(
-            s, [t, s.detach() + 1], teacher_mix="contrast", group=ranks.group
+    """One graph without a break, and a second one for all other numbers of rows."""
+    columns = ranks.even(WIDTH)
+    every = [logits(9, WIDTH * ranks.size, seed=i)[:, columns] for i in range(2)]
+    for function, sizes in (
+        (
+            lambda s, t, ids: fastkd.softmax_divergence(s, t, labels=ids, group=ranks.group),
+            (6, 9, 7),
+        ),
+        (
+            lambda s, t, ids: fastkd.cross_entropy(
+                s, ids, label_smoothing=0.1, z_loss_weight=0.1, group=ranks.group
+            ),
+            (6,),
+        ),
+        (
+            lambda s, t, ids: fastkd.softmax_divergence(
+                s, [t, s.detach() + 1], teacher_mix="contrast", group=ranks.group
+            ),
+            (6,),
+        ),
+        (
+            lambda s, t, ids: fastkd.softmax_divergence(
+                s, t, labels=ids, divergence="decoupled_kl", temperature=2.0, group=ranks.group
+            ),
+            (6,),
+        ),
+        (
+            lambda s, t, ids: fastkd.clipped_divergence(
+                s, t, 0.01, 0.9, softness=0.1, labels=ids, group=ranks.group
+            ),
+            (6, 9, 7),
         ),
     ):
-        found = []
-        for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
-            a = sides[0].clone().requires_grad_()
-            loss = call(a, sides[1])
-            loss.backward()
-            found.append((loss.detach(), a.grad))
-        torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(function, fullgraph=True, backend=counter)
+        for size in sizes:
+            labels, found = torch.arange(size) * 5 % (WIDTH * ranks.size), []
+            for call in (function, compiled):
+                a = every[0][:size].clone().requires_grad_()
+                loss = call(a, every[1][:size], labels)
+                loss.backward()
+                found.append((loss.detach(), a.grad))
+            torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+        assert counter.frame_count == min(len(sizes), 2)
 
 
 def dtensor_case(kind: str, ranks: Ranks) -> None:

@@ -152,7 +152,7 @@ class SoftmaxCall:
         if self.best:
             send("best", own[ops.BEST_LOGIT], own[ops.BEST_COLUMN] + shards.start)
         dtype = ops.sent_dtype(shards, logits) if self.best else ops.dtype_of(logits)
-        every = shards.gather(torch.stack(sent), dtype)
+        every = shards.gather_first(torch.stack(sent), dtype)
         origins, hole_values = every[:, 0], base.new_empty(0)
         if holes is not None:
             hole_values = shards.sum(_hole_logits(logits, base, holes), dtype)
@@ -323,7 +323,7 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        again = ops.is_differentiated_again(ctx.call.shards, ctx.call.inplace)
+        again = ops.is_differentiated_again(ctx.call.shards, grads, ctx.call.inplace)
         base, token_ids, *found = ctx.saved_tensors
         logits = found.pop() if ctx.logits is None else ctx.logits
         if again:

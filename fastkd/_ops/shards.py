@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import to_integer
+from fastkd._ops.arguments import can_be_read, to_integer
 from fastkd._ops.gradient import gradient_for, memory
+from fastkd._ops.library import is_batched
 from fastkd._ops.linear.logits import LinearLogits
 
 #: The largest whole number below which float32 holds all of them.
@@ -57,6 +58,37 @@ class Shards:
         gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
         found = _waited(gather(numbers.to(dtype).contiguous(), 0, self.group))
         return found.view(self.size, *numbers.shape).to(torch.float64)
+
+    def gather_first(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same of a call's first numbers, n >= 2, with a check of the processes' columns.
+
+        Two rows more are sent. On a GPU, and in a graph, all is NaN where the check fails.
+        """
+        each = (self.start, self.vocab, self.columns, self.vocab)
+        place = torch.cat([numbers.new_full((1,), x) for x in each]).view(2, 2)
+        place = torch.cat([place, numbers.new_zeros((numbers.size(0) - 2, 2))])
+        every = self.gather(torch.cat([numbers, place], 1), dtype)
+        found, places = every[:, :, :-2], every[:, :2, -2:]
+        if self.vocab >= _WHOLE and dtype != torch.float64:
+            return found
+        starts, columns, vocab = places[:, 0, 0], places[:, 1, 0], places[:, 0, 1]
+        order = torch.arange(self.size, device=starts.device)
+        earlier = starts.unsqueeze(0) == starts.unsqueeze(1)
+        earlier = earlier & (order.unsqueeze(0) < order.unsqueeze(1))
+        earlier = earlier | (starts.unsqueeze(0) < starts.unsqueeze(1))
+        before = torch.where(earlier, columns.unsqueeze(0), 0.0).sum(1)
+        right = ((columns == 0) | (before == starts)) & (vocab == vocab[0])
+        all_right = right.all() & (columns.sum() == vocab[0])
+        if not can_be_read(numbers):
+            return torch.where(all_right, found, torch.nan)
+        if not bool(all_right):
+            spans = [(int(x), int(x + n)) for x, n in zip(starts, columns, strict=True)]
+            sizes = sorted({int(x) for x in vocab})
+            raise ValueError(
+                f"{self.function}: the processes of group must have each column of one vocabulary "
+                f"once, got the columns {spans} and vocab_size {sizes}"
+            )
+        return found
 
     def sum(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """The sum over all processes of numbers of which all but one process's are 0: exact."""
@@ -192,6 +224,33 @@ def with_columns(fields: Sequence[str], packed: Sequence[Any]) -> list[Any]:
 
     pairs = zip(fields, packed, strict=True)
     return [one(value) if field in LOGITS else value for field, value in pairs]
+
+
+def one_column(fields: Sequence[str], packed: Sequence[Any]) -> list[Any]:
+    """Packed arguments of a vocabulary of one token, for the raw op's checks of all others."""
+    given = dict(zip(fields, packed, strict=True))
+    ignored = given.get("ignore_index", -100)
+
+    def first(x: Tensor, number: float) -> Tensor:
+        return torch.full((*x.shape[:-1], 1), number, dtype=x.dtype, device=x.device)
+
+    for field, value in given.items():
+        if field in LOGITS:
+            listed = value if isinstance(value, (list, tuple)) else [value]
+            zeros = [
+                None if x is None or not x.dim() else x.new_zeros(()).expand(*x.shape[:-1], 1)
+                for x in listed
+            ]
+            given[field] = zeros if isinstance(value, (list, tuple)) else zeros[0]
+        elif field in ("labels", "token_ids") and value is not None:
+            given[field] = torch.where(value == ignored, value, 0)
+        elif field == "teacher_indices" and value.dim():
+            given[field] = first(value, 0)
+        elif field == "teacher_log_probs" and value.dim():
+            given[field] = first(value, -1)
+        elif field in ("vocab_size", "k"):
+            given[field] = 1
+    return [given[field] for field in fields]
 
 
 def table(rows: int, like: Tensor, *numbers: Any) -> Tensor:
@@ -333,8 +392,14 @@ def still_read(keep: Tensor, *grads: Tensor) -> Tensor:
     return torch.where(used, keep, 0.0)
 
 
-def is_differentiated_again(shards: Shards, inplace: bool = False) -> bool:
+def is_differentiated_again(
+    shards: Shards, grads: Sequence[Tensor | None], inplace: bool = False
+) -> bool:
     """Whether a backward pass that is running is to be differentiated, too (create_graph=True)."""
+    if not torch.compiler.is_compiling() and is_batched(*grads):
+        raise NotImplementedError(
+            f"{shards.function}: group has no batches of gradients (is_grads_batched=True)"
+        )
     again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if again and inplace:
         raise RuntimeError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastkd._ops import shard_definition as definition
 from fastkd._ops import shards as ops
+from fastkd._ops.arguments import can_be_read
 from fastkd._ops.op import Op
 from fastkd._ops.shard_definition import softcapped
 from fastkd._ops.shard_softmax import possible
@@ -31,7 +32,6 @@ _DIVERGENCE, _MASS, _STUDENT_MASS, _REST, _STUDENT_REST, _ALIVE, _LOST = range(7
 _SUMS = 5  # those with a gradient
 
 
-@torch.compiler.disable  # the backward pass forms terms by autograd
 def clipped_divergence(op: Op, values: dict[str, Any], shards: Shards, inplace: bool) -> Tensor:
     """`fastkd.clipped_divergence` of columns split across processes."""
     if values["quantile"]:
@@ -44,7 +44,10 @@ def clipped_divergence(op: Op, values: dict[str, Any], shards: Shards, inplace: 
     call.check(*bounds)
     inputs = (student, values["teacher_logits"], *bounds)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
-    if any(needs):
+    if any(needs) and torch.compiler.is_compiling():
+        # A graph has the definition, as its own compiler derives the backward pass.
+        every, label_loss, poison = call.define(*inputs)
+    elif any(needs):
         every, label_loss, poison = _Sums.apply(call, needs, *inputs)
     else:
         (every, label_loss, poison), _ = call.forward(*inputs)
@@ -71,7 +74,7 @@ class _Clipped:
 
     def check(self, lower: Tensor, upper: Tensor) -> None:
         """Raise where values can be read without waiting for a device."""
-        if torch.compiler.is_compiling() or lower.device.type != "cpu" or not lower.numel():
+        if not can_be_read(lower) or not lower.numel():
             return
         wrong = self.rows.read & ~(lower <= upper)
         if bool(wrong.any()):
@@ -262,10 +265,11 @@ class _Clipped:
 
     def define(
         self, student: Tensor, teacher: Tensor, lower: Tensor, upper: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """The sums of all processes and the label's loss, up to constants, in plain PyTorch."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`forward` gives of rows, in plain PyTorch."""
         rows, shards = self.rows, self.shards
-        one, logs, label_loss = torch.ones_like(self.temperatures[0]), [], None
+        one, logs = torch.ones_like(self.temperatures[0]), []
+        label_loss, poison = torch.zeros_like(one), torch.zeros_like(one)
         for i, x in enumerate((student, teacher)):
             z = definition.relative(
                 shards, definition.capped(shards, x, rows.read, one * self.caps[i])
@@ -273,14 +277,15 @@ class _Clipped:
             scaled = definition.alive(z) / self.temperatures[i].unsqueeze(1)
             log, lse = definition.log_softmax(shards, scaled)
             logs.append(log)
+            poison = torch.where(rows.read, poison + (lse - lse).detach(), 0.0)
             if i == 0 and self.labelled:
                 if self.apart:
                     lse = definition.log_sum_exp(shards, definition.alive(z))
                 target = definition.chosen(shards, z, self.token_ids.unsqueeze(1)).squeeze(1)
-                label_loss = lse - target
+                label_loss = rows.owned(lse - target)
         bounds = [definition.copied(shards, x) for x in (lower, upper)]
         own = self.sums(logs[0], logs[1], bounds[0], bounds[1], slice(0, rows.count))
-        return definition.gathered(shards, own), label_loss
+        return definition.gathered(shards, own), label_loss, poison
 
     def label_gradient(self, chunk: slice, student: Tensor, frame: Tensor, into: Tensor) -> Tensor:
         z = self.logits(chunk, student, 0)
@@ -334,13 +339,13 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, into, into_label, _):
-        again = ops.is_differentiated_again(ctx.call.shards)
+        again = ops.is_differentiated_again(ctx.call.shards, (into, into_label))
         frame, every, *saved = ctx.saved_tensors
         inputs = [y if x is None else x for x, y in zip(saved, ctx.inputs, strict=True)]
         if again:
             with torch.enable_grad():
                 defined = ctx.call.define(*inputs)
             wanted = [x for x, need in zip(inputs, ctx.needs, strict=True) if need]
-            each = iter(definition.differentiated(defined, wanted, [into, into_label]))
+            each = iter(definition.differentiated(defined[:2], wanted, [into, into_label]))
             return None, None, *(next(each) if need else None for need in ctx.needs)
         return None, None, *ctx.call.gradients(frame, every, inputs, ctx.needs, into, into_label)

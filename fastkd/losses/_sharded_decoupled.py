@@ -48,7 +48,9 @@ class DecoupledCall(PairCall):
             sent += [own[ops.ORIGIN], own[ops.SUM], own[ops.TOKEN_LOGIT]]
             if apart:
                 sent.append(own[ops.SECOND_SUM])
-        every = self.shards.gather(torch.stack(sent), ops.dtype_of(student, teacher)).unbind(1)
+        every = self.shards.gather_first(torch.stack(sent), ops.dtype_of(student, teacher)).unbind(
+            1
+        )
         second = every[3:4] if self.apart else ()
         sides = []
         for temperature, numbers in ((tau, every[:3]), (tau_t, every[-3:])):

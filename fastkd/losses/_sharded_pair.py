@@ -162,7 +162,7 @@ class _Pair(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         call, needs = ctx.call, ctx.needs
-        again = ops.is_differentiated_again(call.shards, call.inplace and needs[0])
+        again = ops.is_differentiated_again(call.shards, grads, call.inplace and needs[0])
         stored, token_ids, *others = ctx.saved_tensors
         teacher = others[0] if ctx.teacher is None else ctx.teacher
         student = others[1] if ctx.student is None else ctx.student

@@ -100,7 +100,7 @@ def token_stats(
         own = ops.statistics(shards, logits, base, token_ids, ops.ENTROPY + ops.BEST).clone()
         own[ops.BEST_COLUMN] += shards.start
         sent += [own[i] for i in wanted]
-    every = shards.gather(torch.stack(sent), ops.sent_dtype(shards, *sides))
+    every = shards.gather_first(torch.stack(sent), ops.sent_dtype(shards, *sides))
     numbers, likeliest, frames = [], [], []
     for side in every.split(len(wanted), 1):
         origins, sums, weighted, token, top, column = side.unbind(1)

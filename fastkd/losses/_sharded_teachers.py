@@ -57,7 +57,7 @@ def mixture(rows: LossRows, teachers: Sequence[Tensor]) -> tuple[Tensor, Tensor 
     own = [ops.statistics(shards, x, base, no_token)[: ops.SUM + 1] for x in teachers]
     dtype = ops.dtype_of(rows.logits, *teachers)
     frames = []
-    for numbers in shards.gather(torch.cat(own), dtype).split(2, 1):
+    for numbers in shards.gather_first(torch.cat(own), dtype).split(2, 1):
         merged = Merged(numbers[:, ops.ORIGIN])
         frames.append((merged.origin, merged.log_sum(numbers[:, ops.SUM], tau)))
     factor = None

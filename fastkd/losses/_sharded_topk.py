@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops import shards as ops
+from fastkd._ops.arguments import can_be_read
 from fastkd._ops.op import Op
 from fastkd._ops.shard_softmax import NO_HOLE, SoftmaxCall, SoftmaxNumbers
 from fastkd._ops.shards import Shards
@@ -148,7 +149,7 @@ def _check_entries(
     shards: Shards, indices: Tensor, log_probs: Tensor, repeated: Tensor, read: Tensor
 ) -> None:
     """Raise as the raw op does, where values can be read without waiting for a device."""
-    if torch.compiler.is_compiling() or indices.device.type != "cpu" or not indices.numel():
+    if not can_be_read(indices) or not indices.numel():
         return
     function, counts = shards.function, read.unsqueeze(1) & (indices != -1)
     real = log_probs > PADDING_LOG_PROB

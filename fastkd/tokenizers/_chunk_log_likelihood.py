@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._ops.arguments import check_tensor, to_integer
+from fastkd._ops.arguments import can_be_read, check_tensor, to_integer
 from fastkd._ops.differentiable import Differentiable
 from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
@@ -216,7 +216,7 @@ def _check_chunks(
     function = shards.function
     if num_chunks < 0:
         raise ValueError(f"{function}: num_chunks must not be negative, got {num_chunks}")
-    if torch.compiler.is_compiling() or chunks.device.type != "cpu" or not chunks.numel():
+    if not can_be_read(chunks) or not chunks.numel():
         return
     earlier = torch.cat(
         [torch.full_like(chunks[..., :1], -1), chunks.cummax(-1).values[..., :-1]], -1
