@@ -27,31 +27,37 @@ def head_payload_case(ranks: Ranks) -> None:
         student, teacher = LinearLogits(h, w, chunk_size=4), LinearLogits(t, v)
         up = ("add_up", ROWS * FEATURES[0] * 4)
         chunks = (3, 3)  # equal chunks of at most 4 of 6 rows
+
+        def gathers(*sizes: int, rows: tuple[int, ...] = chunks) -> list[tuple[str, int]]:
+            """Each chunk's all-gathers; the first of a call has two rows more."""
+            first = {16, 20, 48, 12} - ({12} if 48 in sizes else set())
+            return [("gather", (n + 2 * (x in first)) * x) for n in rows for x in sizes]
+
         with sent() as found:
             fastkd.softmax_divergence(student, teacher, group=ranks.group).backward()
-            assert found == [("gather", n * x) for n in chunks for x in (16, 8)] + [up]
+            assert found == [*gathers(16, 8), up]
             found.clear()
             loss = fastkd.softmax_divergence(
                 student, teacher, labels=labels, reduction="none", group=ranks.group
             )
-            assert found == [("gather", n * x) for n in chunks for x in (20, 4)]
+            assert found == gathers(20, 4)
             found.clear()
             loss.sum().backward()  # the logits again, and their gradient
-            assert found == [("gather", n * x) for n in chunks for x in (20, 8)] + [up]
+            assert found == [*gathers(20, 8), up]
             found.clear()
             fastkd.topk_divergence(student, *best, group=ranks.group).backward()
-            sizes = (("gather", 8), ("sum", 20))
-            assert found == [(name, n * x) for n in chunks for name, x in sizes] + [up]
+            each = [[("gather", (n + 2) * 8), ("sum", n * 20)] for n in chunks]
+            assert found == [*each[0], *each[1], up]
             found.clear()
             with torch.no_grad():
                 fastkd.linear_softmax_divergence(
                     h, w, t, v, return_stats=True, chunk_size=4, group=ranks.group
                 )
             # The statistics' 48 and 12 bytes, then the loss's.
-            assert found == [("gather", n * x) for n in chunks for x in (48, 12, 16, 4)]
+            assert found == gathers(48, 12, 16, 4)
             found.clear()
             fastkd.cross_entropy(LinearLogits(h.detach(), w), labels, group=ranks.group).backward()
-            assert found == [("gather", ROWS * 12)]
+            assert found == gathers(12, rows=(ROWS,))
 
 
 def head_dtype_case(dtype: torch.dtype, ranks: Ranks) -> None:
@@ -226,16 +232,8 @@ def head_error_case(ranks: Ranks) -> None:
         fastkd.linear_softmax_divergence(h, w, h, w, labels=labels, **place)
     with pytest.raises(ValueError, match="vocab_start needs vocab_size"):
         fastkd.linear_softmax_divergence(h, w, h, w, vocab_start=0, **place)
-    with pytest.raises(NotImplementedError, match="decoupled_kl"):
-        fastkd.softmax_divergence(
-            student, student, labels=labels, divergence="decoupled_kl", **place
-        )
     with pytest.raises(ValueError, match="mask must have one entry a row"):
         fastkd.softmax_divergence(student, student, mask=torch.ones(2, dtype=torch.bool), **place)
-    for reduction in ("mean", "none"):
-        loss = fastkd.softmax_divergence(student, student, reduction=reduction, **place).sum()
-        with pytest.raises(NotImplementedError, match="group has no second derivatives"):
-            torch.autograd.grad(loss, h, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"torch\.func transforms"):
         torch.func.grad(lambda x: fastkd.cross_entropy(LinearLogits(x, w), labels * 0, **place))(
             h.detach()
