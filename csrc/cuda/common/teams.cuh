@@ -1,6 +1,7 @@
 // How the rows of a call are divided among teams, and a team's loop over its rows.
 #pragma once
 #include "block.cuh"
+#include "bulk_copy.cuh"
 #include "launch.h"
 #include "policy.cuh"
 
@@ -55,6 +56,11 @@ void launch_teams(const Device& device, Kernel kernel, const Arguments& argument
   launch_teams(device, kernel, arguments, launch, team_bytes(launch), role);
 }
 
+// The shared memory of a team's rows of so many tensors, in one block.
+__host__ __device__ constexpr int64_t rows_bytes(const RowLaunch& launch, int tensors) {
+  return kRowBarrierBytes + tensors * launch.slice_bytes;
+}
+
 // The part of the block's shared memory that belongs to the thread's team; each team has `bytes`.
 __device__ __forceinline__ unsigned char* team_memory(const RowLaunch& launch, int64_t bytes) {
   return shared_memory() + (launch.warp_rows > 0 ? threadIdx.x / kWarp * bytes : 0);
@@ -67,6 +73,7 @@ __device__ __forceinline__ void for_rows(const Team& team, const RowLaunch& laun
                                                    : int64_t(blockIdx.x) / launch.cluster;
   for (int64_t row = team_number; row < rows; row += launch.teams) {
     body(row);
+    if (launch.resident && has_bulk_copies()) fence_before_copies();
     team.sync();  // before the next row overwrites the shared memory
   }
   team.leave();
