@@ -155,7 +155,8 @@ struct Settings {
   std::atomic<int> capability{90};
   std::atomic<unsigned> seed{0};
   std::atomic<unsigned> most_blocks{16};  // of a cluster
-  std::mutex mutex;                       // guards the members below
+  std::atomic<int> most_grid_blocks{INT32_MAX};
+  std::mutex mutex;  // guards the members below
   Totals totals;
   std::map<std::pair<int, const void*>, FunctionLimits> functions;  // by device and kernel
 };
@@ -164,6 +165,8 @@ inline Settings& settings() {
   static Settings instance;
   return instance;
 }
+
+inline int most_grid_blocks() { return settings().most_grid_blocks; }
 
 inline Totals totals() {
   std::lock_guard<std::mutex> lock(settings().mutex);

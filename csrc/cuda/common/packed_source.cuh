@@ -153,11 +153,14 @@ struct PackedSource {
   // A group has the packs of group_rounds rounds of all threads. A barrier has a phase for each row, even where its
   // group has no whole packs, so that all of them have the same parity.
   __device__ __forceinline__ void start_in_bulk(const Team& team) const {
-    if (team.begin_copies()) {
-      if (team.leads()) init_barriers(barriers(), kAhead);
-      team.sync();
+    const bool first = team.begin_copies();
+    if (team.leads()) {
+      if (first) init_barriers(barriers(), kAhead);
+      start_groups(team);
     }
-    if (!team.leads()) return;
+    if (first) team.sync();  // before others wait at the barriers
+  }
+  __device__ __forceinline__ void start_groups(const Team& team) const {
     const int stride = group_rounds(rounds(team.threads)) * team.threads;
     int next = first_whole, left = whole_count;
 #pragma unroll 1

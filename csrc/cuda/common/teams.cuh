@@ -8,7 +8,10 @@
 namespace fastkd::cuda {
 
 // The size of a grid is limited: a team that finishes its row takes another one.
-inline int64_t teams_of(int64_t rows, int cluster) { return rows < INT32_MAX / cluster ? rows : INT32_MAX / cluster; }
+inline int64_t teams_of(int64_t rows, int cluster) {
+  const int64_t most = FASTKD_TWIN(INT32_MAX, simt::most_grid_blocks()) / cluster;
+  return rows < most ? rows : most > 0 ? most : 1;
+}
 
 // How the kernel is launched for rows of `vocab` logits of element_size bytes. team_bytes(launch) is the shared memory
 // per team. If warps would need too much of it, a row gets the whole block instead. If the device cannot run a cluster,
