@@ -164,7 +164,7 @@ void launch_rows(const char* role, const Device& device, const ChunkArguments& a
     const int64_t used = few ? kFlatBlocks : teams_of(blocks, 1);
     launch.teams = used * block_rows;
     device.launch({role, launch}, kernel_of(source), used, launch.threads,
-                  block_rows * (chunk_team_bytes(arguments.boundary, by_warp) + launch.slice_bytes), 1, arguments,
+                  block_rows * (chunk_team_bytes(arguments.boundary, by_warp) + rows_bytes(launch, 1)), 1, arguments,
                   launch);
   });
 }

@@ -319,7 +319,7 @@ template <template <class> class Worker, class Source>
 __device__ __forceinline__ void work_on_rows(const ChunkArguments& arguments, const RowLaunch& launch) {
   const bool by_warp = launch.warp_rows > 0;
   const int64_t own = chunk_team_bytes(arguments.boundary, by_warp);
-  unsigned char* const shared = team_memory(launch, own + launch.slice_bytes);
+  unsigned char* const shared = team_memory(launch, own + rows_bytes(launch, 1));
   const Team team(shared + kChunkOrdersBytes, 1, by_warp);
   TeamBoundary set(arguments.boundary, team, shared + chunk_overhead(by_warp));
   const Worker<Source> worker{arguments, team, set, reinterpret_cast<typename Worker<Source>::RowParameters*>(shared)};

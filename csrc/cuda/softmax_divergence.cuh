@@ -485,7 +485,7 @@ template <class Divergence, class Source>
 __global__ void __launch_bounds__(2 * threads_for<Divergence, Source>(), 1)
     softmax_divergence_kernel(const __grid_constant__ RowArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
-  unsigned char* shared = team_memory(launch, team_bytes(by_warp) + 2 * launch.slice_bytes);
+  unsigned char* shared = team_memory(launch, team_bytes(by_warp) + rows_bytes(launch, 2));
   const Team team(shared + kParametersBytes + kPlanBytes + kTeachersBytes, unsigned(launch.cluster), by_warp);
   const RowWorker<Divergence, Source> worker(arguments, team, shared);
   for_rows(team, launch, arguments.rows, [&](int64_t row) {

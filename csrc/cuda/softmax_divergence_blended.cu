@@ -55,7 +55,7 @@ __host__ __device__ inline bool share_slots(const RowArguments& a) {
   return a.teachers[0].element_size == 2 && a.teachers[1].element_size == 2;
 }
 __host__ __device__ inline int64_t blended_bytes(const RowArguments& a, const RowLaunch& launch) {
-  return team_bytes(launch.warp_rows > 0) + (share_slots(a) ? 2 : 3) * launch.slice_bytes;
+  return team_bytes(launch.warp_rows > 0) + rows_bytes(launch, share_slots(a) ? 2 : 3);
 }
 
 __global__ void __launch_bounds__(2 * kRowThreads, 1)
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(2 * kRowThreads, 1)
       teachers.start(team);
       RowParameters<float> measured;
       const double distance = meter.measure(teachers, measured);
-      teachers.finish_copies();
+      teachers.finish_copies(team);
       if (team.leads()) {
         if (arguments.distances != nullptr) global_store(arguments.distances + row, distance);
         shared_store(&mixture.first, Part::from(arguments.teacher_weight(row, 0), measured.at.student_origin));

@@ -275,7 +275,7 @@ void launch_rows(const Device& device, const SelectArguments& arguments, int ele
   RowNeeds needs{sizeof(SelectShared), Source::kPacked, /*tensors=*/1, kRowThreads, kKeysBytes};
   needs.adapt = block_per_row;  // a row needs a histogram
   launch_teams(device, teacher_topk_kernel<Source>, arguments, element_size, needs,
-               [](const RowLaunch& with) { return select_bytes(with.cluster) + with.slice_bytes; });
+               [](const RowLaunch& with) { return select_bytes(with.cluster) + rows_bytes(with, 1); });
 }
 
 struct Cuda {

@@ -38,7 +38,7 @@ __host__ __device__ constexpr int64_t token_overhead(bool warp) {
   return kTokenOrdersBytes + (warp ? 0 : Team::kSharedBytes);
 }
 __host__ __device__ constexpr int64_t token_team_bytes(const RowLaunch& launch) {
-  return token_overhead(launch.warp_rows > 0) + launch.slice_bytes;
+  return token_overhead(launch.warp_rows > 0) + rows_bytes(launch, 1);
 }
 
 // The forward pass over a row.

@@ -132,7 +132,7 @@ __host__ __device__ constexpr int64_t stats_overhead(bool warp) {
 }
 template <bool kPair>
 __host__ __device__ constexpr int64_t stats_team_bytes(const RowLaunch& launch) {
-  return stats_overhead(launch.warp_rows > 0) + (kPair ? 2 : 1) * launch.slice_bytes;
+  return stats_overhead(launch.warp_rows > 0) + rows_bytes(launch, kPair ? 2 : 1);
 }
 
 // A thread's share of the first pass, relative to origins of its own, near the thread's largest logits so far.
