@@ -9,14 +9,16 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import shard_errors as errors
 import shard_head_modes as head_modes
 import shard_heads as heads
 import shard_modes as modes
 import shard_rows as rows
+import shard_second as second
 import shard_values as values
 import torch
 import torch.distributed as dist
-from cases import DIVERGENCES
+from cases import ALL_DIVERGENCES
 from group_end import leave
 from shard_ranks import OPTIONS, TOLERANCE, WIDTH, Ranks
 
@@ -35,8 +37,7 @@ def cases(size: int) -> dict[str, Case]:
         name = "-".join([function.__name__.removesuffix("_case"), *words])
         found[name] = functools.partial(function, *arguments)
 
-    divergences = DIVERGENCES
-    for i, name in enumerate(divergences):
+    for i, name in enumerate(ALL_DIVERGENCES):
         for j, options in enumerate(OPTIONS):
             for dtype in TOLERANCE:
                 # Each divergence with two option sets in float64; the plain one in both.
@@ -69,7 +70,7 @@ def cases(size: int) -> dict[str, Case]:
         for dtype in TOLERANCE:
             add(case, dtype)
     for dtype in TOLERANCE:
-        for name in ("forward_kl", "jsd") if dtype == torch.float32 else DIVERGENCES:
+        for name in ("forward_kl", "jsd") if dtype == torch.float32 else ALL_DIVERGENCES:
             add(heads.head_divergence_case, name, "plain", dtype)
         for options in OPTIONS:
             add(heads.head_divergence_case, "reverse_kl", options, dtype)
@@ -85,6 +86,8 @@ def cases(size: int) -> dict[str, Case]:
     for kind in ("vocab", "rows", "neither") if size == 2 else ("vocab", "both"):
         add(modes.dtensor_case, kind)
         add(head_modes.head_dtensor_case, kind)
+    for arguments in second.second_cases(size):
+        add(*arguments)
     for case in (
         *(
             values.topk_gradient_case,
@@ -97,11 +100,18 @@ def cases(size: int) -> dict[str, Case]:
             rows.shape_case,
             rows.bounds_of_unread_rows_case,
             rows.nan_boundary_case,
+            rows.rare_boundary_case,
+            rows.rare_support_case,
+            rows.unused_row_case,
         ),
         *(
             rows.edge_label_case,
             rows.label_error_case,
             rows.width_error_case,
+            errors.columns_error_case,
+            errors.numbers_error_case,
+            errors.transform_error_case,
+            errors.fake_case,
             modes.repeat_case,
             modes.alone_case,
             modes.inference_case,
@@ -116,12 +126,12 @@ def cases(size: int) -> dict[str, Case]:
         for case in (
             *(
                 modes.payload_case,
-                modes.second_derivative_case,
                 modes.compile_case,
                 modes.dtensor_error_case,
             ),
             head_modes.head_modes_case,
             head_modes.head_payload_case,
+            head_modes.head_unreduced_case,
             head_modes.head_error_case,
             head_modes.head_dtensor_error_case,
             modes.torch_is_wrong_case,

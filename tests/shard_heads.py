@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from shard_ranks import LABELS, ROWS, TOLERANCE, WIDTH, Ranks, logits, row_options
+from shard_ranks import LABELS, ROWS, TOLERANCE, WIDTH, Ranks, logits, needed, row_options
 from shard_rows import uneven
 from torch import Tensor
 
@@ -112,6 +112,7 @@ def head_divergence_case(name: str, options: str, dtype: torch.dtype, ranks: Ran
     given = row_options(options, ranks.size)
     if options == "rows":
         given["beta"] = torch.linspace(0, 1, ROWS)
+    given = {**needed(name, ranks.size), **given}
     function = functools.partial(fastkd.softmax_divergence, divergence=name, **given)
     sides = [head(WIDTH * ranks.size, i, dtype) for i in range(2)]
     compare(ranks, function, sides, tolerance=TOLERANCE[dtype])

@@ -9,15 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import DIVERGENCES
-from shard_ranks import LABELS, ROWS, WIDTH, Ranks, logits
+from cases import ALL_DIVERGENCES, NEED_LABELS
+from shard_ranks import LABELS, ROWS, WIDTH, Ranks, logits, needed
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkd
 
 
 def payload_case(ranks: Ranks) -> None:
-    """What is sent: 16 bytes a row, 4 for the label; then 4 for the value and each gradient."""
+    """What is sent: 16 bytes a row, 4 for the label; then 4 for the value and each gradient.
+
+    decoupled_kl has the label's logits of both sides, always.
+    """
     from fastkd._ops.shards import Shards
 
     sent: list[int] = []
@@ -30,13 +34,14 @@ def payload_case(ranks: Ranks) -> None:
     z, labels = logits(ROWS, WIDTH, seed=ranks.rank, dtype=torch.float32), LABELS[2]
     Shards.gather = recorded  # type: ignore[method-assign]
     try:
-        for name in DIVERGENCES:
+        for name in ALL_DIVERGENCES:
             call = functools.partial(fastkd.softmax_divergence, divergence=name, group=ranks.group)
             with torch.no_grad():
-                call(z, z)
+                call(z, z, **needed(name, ranks.size))
             call(z.clone().requires_grad_(), z, labels=labels)
             call(*(z.clone().requires_grad_() for _ in range(2)), labels=labels, temperature=2.0)
-            assert sent == [16, 4, 20, 8, 24, 12], (name, sent)
+            first = (24, 24, 28) if name in NEED_LABELS else (16, 20, 24)
+            assert sent == [first[0], 4, first[1], 8, first[2], 12], (name, sent)
             sent.clear()
     finally:
         Shards.gather = gather  # type: ignore[method-assign]
@@ -91,35 +96,52 @@ def inplace_case(ranks: Ranks) -> None:
         assert torch.equal(leaf.grad, expected.grad)
 
 
-def second_derivative_case(ranks: Ranks) -> None:
-    z = logits(ROWS, WIDTH).requires_grad_()
-    for loss in (
-        fastkd.softmax_divergence(z, logits(ROWS, WIDTH, seed=1), group=ranks.group),
-        fastkd.cross_entropy(z, LABELS[2] // 2, group=ranks.group),
-        fastkd.clipped_divergence(z, z.detach() + 1, 0.01, 0.5, group=ranks.group),
-    ):
-        with pytest.raises(NotImplementedError, match="group has no second derivatives"):
-            torch.autograd.grad(loss, z, create_graph=True)
-
-
 def compile_case(ranks: Ranks) -> None:
-    """One graph, without a break."""
-    labels, columns = LABELS[ranks.size], ranks.even(WIDTH)
-    sides = [logits(ROWS, WIDTH * ranks.size, seed=i)[:, columns] for i in range(2)]
-    for function in (
-        lambda s, t: fastkd.softmax_divergence(s, t, labels=labels, group=ranks.group),
-        lambda s, t: fastkd.cross_entropy(s, labels, label_smoothing=0.1, group=ranks.group),
-        lambda s, t: fastkd.softmax_divergence(
-            s, [t, s.detach() + 1], teacher_mix="contrast", group=ranks.group
+    """One graph without a break, and a second one for all other numbers of rows."""
+    columns = ranks.even(WIDTH)
+    every = [logits(9, WIDTH * ranks.size, seed=i)[:, columns] for i in range(2)]
+    for function, sizes in (
+        (
+            lambda s, t, ids: fastkd.softmax_divergence(s, t, labels=ids, group=ranks.group),
+            (6, 9, 7),
+        ),
+        (
+            lambda s, t, ids: fastkd.cross_entropy(
+                s, ids, label_smoothing=0.1, z_loss_weight=0.1, group=ranks.group
+            ),
+            (6,),
+        ),
+        (
+            lambda s, t, ids: fastkd.softmax_divergence(
+                s, [t, s.detach() + 1], teacher_mix="contrast", group=ranks.group
+            ),
+            (6,),
+        ),
+        (
+            lambda s, t, ids: fastkd.softmax_divergence(
+                s, t, labels=ids, divergence="decoupled_kl", temperature=2.0, group=ranks.group
+            ),
+            (6,),
+        ),
+        (
+            lambda s, t, ids: fastkd.clipped_divergence(
+                s, t, 0.01, 0.9, softness=0.1, labels=ids, group=ranks.group
+            ),
+            (6, 9, 7),
         ),
     ):
-        found = []
-        for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
-            a = sides[0].clone().requires_grad_()
-            loss = call(a, sides[1])
-            loss.backward()
-            found.append((loss.detach(), a.grad))
-        torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(function, fullgraph=True, backend=counter)
+        for size in sizes:
+            labels, found = torch.arange(size) * 5 % (WIDTH * ranks.size), []
+            for call in (function, compiled):
+                a = every[0][:size].clone().requires_grad_()
+                loss = call(a, every[1][:size], labels)
+                loss.backward()
+                found.append((loss.detach(), a.grad))
+            torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+        assert counter.frame_count == min(len(sizes), 2)
 
 
 def dtensor_case(kind: str, ranks: Ranks) -> None:

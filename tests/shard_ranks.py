@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from cases import NEED_LABELS
 from torch import Tensor
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -105,6 +106,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "shift": {"labels": True, "shift": 2, "mask": True, "weight": True, "label_weight": "rows"},
     "softcap": {"logit_softcap": 5.0, "normalizer": 3.0},
 }
+
+
+def needed(name: str, size: int) -> dict[str, Any]:
+    """The options that a divergence cannot be without."""
+    if name not in NEED_LABELS:
+        return {}
+    return {"labels": LABELS[size].clone(), "label_weight": 0.0}
 
 
 def row_options(name: str, size: int) -> dict[str, Any]:

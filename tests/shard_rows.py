@@ -1,11 +1,14 @@
 """Widths, infinities, NaN, masks and labels of vocabularies split across processes."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from cases import DIVERGENCES
-from shard_ranks import ROWS, WIDTH, Ranks, logits
+from cases import ALL_DIVERGENCES
+from shard_ranks import ROWS, WIDTH, Ranks, logits, needed
+from torch import Tensor
 
 import fastkd
 
@@ -21,7 +24,7 @@ def width_case(vocab: int, ranks: Ranks) -> None:
     columns, labels = uneven(vocab, ranks), torch.arange(ROWS) % vocab
     sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
     place = {"vocab_start": columns.start, "vocab_size": vocab}
-    for name in ("forward_kl", "jsd", "tvd"):
+    for name in ("forward_kl", "jsd", "tvd", "decoupled_kl"):
         function = functools.partial(
             fastkd.softmax_divergence, divergence=name, labels=labels, reduction="elementmean"
         )
@@ -76,14 +79,19 @@ def padding_case(vocab: int, ranks: Ranks) -> None:
 def infinite_case(ranks: Ranks) -> None:
     """-inf on a whole process's columns, on either side; infinite values."""
     vocab = WIDTH * ranks.size
-    for name in DIVERGENCES:
+    for name in ALL_DIVERGENCES:
         sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
         sides[0][0, :WIDTH] = sides[1][0, :WIDTH] = -torch.inf
         sides[0][1, -WIDTH:] = -torch.inf
         sides[1][2, -WIDTH:] = -torch.inf
         sides[1][3, 1:] = -torch.inf
         sides[0][4] = -torch.inf
-        function = functools.partial(fastkd.softmax_divergence, divergence=name, reduction="none")
+        function = functools.partial(
+            fastkd.softmax_divergence,
+            divergence=name,
+            reduction="none",
+            **needed(name, ranks.size),
+        )
         ranks.compare(function, sides, tolerance=1e-12)
 
 
@@ -122,10 +130,15 @@ def infinite_support_case(ranks: Ranks) -> None:
 def nan_case(ranks: Ranks) -> None:
     """A NaN on one process makes its row NaN on all, and no other row."""
     vocab = WIDTH * ranks.size
-    for name in DIVERGENCES:
+    for name in ALL_DIVERGENCES:
         sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
         sides[0][1, 0], sides[1][2, -1], sides[0][3, 4] = torch.nan, torch.nan, torch.inf
-        function = functools.partial(fastkd.softmax_divergence, divergence=name, reduction="none")
+        function = functools.partial(
+            fastkd.softmax_divergence,
+            divergence=name,
+            reduction="none",
+            **needed(name, ranks.size),
+        )
         found = ranks.compare(function, sides, tolerance=1e-12)
         assert found.isnan().tolist() == [False, True, True, True, False, False]
         local = sides[0][:, ranks.even(WIDTH)].clone().requires_grad_()
@@ -141,9 +154,10 @@ def masked_case(ranks: Ranks) -> None:
     sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
     for x in sides:
         x[1] = torch.nan
-    for name in ("forward_kl", "jsd"):
+    for name in ("forward_kl", "jsd", "decoupled_kl"):
+        given = {"divergence": name, **needed(name, ranks.size)}
         ranks.compare(
-            functools.partial(fastkd.softmax_divergence, divergence=name, mask=mask),
+            functools.partial(fastkd.softmax_divergence, mask=mask, **given),
             sides,
             tolerance=1e-12,
         )
@@ -279,3 +293,113 @@ def nan_boundary_case(ranks: Ranks) -> None:
     )
     assert found.boundary_log_prob is not None
     assert found.boundary_log_prob.isnan().all()
+
+
+def rare_boundary_case(ranks: Ranks) -> None:
+    """A boundary set whose probability float32 does not hold has the right logarithm."""
+    vocab = WIDTH * ranks.size
+    boundary = torch.zeros(vocab, dtype=torch.bool)
+    boundary[[1, vocab - 2, vocab - 1]] = True
+    ids, chunks = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[0, 1, -1], [0, -1, -1]])
+    for below in (60.0, 120.0, 3000.0, 1e30):
+        z = logits(2, 3, vocab, dtype=torch.float32)
+        z[..., boundary] -= below
+        if below == 1e30:  # impossible on this scale, but in one row no process has another token
+            z[0, 1, ~boundary] = -torch.inf
+
+        def both(z: Tensor, **place: Any) -> Tensor:
+            found = fastkd.chunk_log_likelihood(
+                z, ids, chunks, 2, boundary=boundary, temperature=0.7, **place
+            )
+            assert found.boundary_log_prob is not None
+            return found.boundary_log_prob
+
+        found = ranks.compare(both, [z], tolerance=2e-6, relative=True, collectives=1)
+        if below == 120.0:
+            assert (found[:, 0] < -100).all()
+            assert found.isfinite().all()
+
+
+def rare_support_case(ranks: Ranks) -> None:
+    """Supports of a mass that float32 does not hold; columns with the smallest number; +inf."""
+    vocab = WIDTH * ranks.size
+    for dtype in (torch.float64, torch.float32):
+        teacher = logits(ROWS, vocab, seed=1, dtype=dtype)
+        student = logits(ROWS, vocab, dtype=dtype)
+        teacher[0, 0] += 300  # all others share e^-300
+        teacher[1, 1:] = torch.finfo(dtype).min
+        student[2, vocab - 3 :] = teacher[2, vocab - 3 :] = torch.finfo(dtype).min
+        student[3, 2], teacher[4, 2] = torch.inf, torch.inf
+        student[5, :WIDTH] -= 400
+        upper = torch.full((ROWS,), 0.5)
+        upper[4:] = 1.0
+        for renormalize in ("none", "teacher", "both"):
+            for options in ({}, {"softness": 0.05, "upper": torch.full((ROWS,), -1.0)}):
+                given = {"lower": torch.full((ROWS,), -2.0), "upper": upper, **options}
+                function = functools.partial(
+                    fastkd.clipped_divergence,
+                    renormalize=renormalize,
+                    reduction="none",
+                    mask=torch.arange(ROWS) != 1 if options else None,
+                    **given,
+                )
+                ranks.compare(
+                    lambda z, f=function, t=teacher, **place: f(
+                        z, t[:, ranks.even(WIDTH)] if place else t, **place
+                    ),
+                    [student],
+                    tolerance=1e-10 if dtype == torch.float64 else 4e-6,
+                    gradients_of_infinite=False,
+                )
+
+
+def unused_row_case(ranks: Ranks) -> None:
+    """A NaN row that nothing depends on has a gradient of 0, as on one process."""
+    vocab, labels = WIDTH * ranks.size, torch.arange(ROWS) % 3
+    sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
+    sides[0][1, 0], sides[0][3] = torch.nan, -torch.inf
+    best = fastkd.teacher_topk(sides[1], 4)
+    chunks = torch.arange(ROWS)
+
+    def likelihood(z: Tensor, t: Tensor, **place: Any) -> Tensor:
+        return fastkd.chunk_log_likelihood(z, labels, chunks, ROWS, **place).log_likelihood
+
+    functions: list[Callable[..., Tensor]] = [
+        *(
+            functools.partial(
+                fastkd.softmax_divergence,
+                divergence=name,
+                labels=labels,
+                temperature=temperature,
+                reduction="none",
+            )
+            for name in ("forward_kl", "jsd", "decoupled_kl")
+            for temperature in (1.0, 2.0)
+        ),
+        *(
+            lambda z, t, tail=tail, **place: fastkd.topk_divergence(
+                z, best.log_probs, best.indices, tail=tail, reduction="none", **place
+            )
+            for tail in ("lump", "uniform", "renormalize", "drop")
+        ),
+        functools.partial(
+            fastkd.clipped_divergence, lower=0.01, upper=0.9, renormalize="both", reduction="none"
+        ),
+        lambda z, t, **place: fastkd.cross_entropy(
+            z, labels, z_loss_weight=0.1, label_smoothing=0.1, reduction="none", **place
+        ),
+        lambda z, t, **place: fastkd.token_log_probs(z, labels, **place),
+        likelihood,
+    ]
+    for function in functions:
+        runs = []
+        for place in ({}, {"group": ranks.group}):
+            cut = ranks.even(WIDTH) if place else slice(None)
+            z, t = (x[:, cut].clone().requires_grad_() for x in sides)
+            loss = function(z, t, **place)
+            assert loss[[1, 3]].isnan().all()
+            loss[[0, 2, 4]].sum().backward()
+            runs.append(z.grad)
+        assert runs[1] is not None
+        assert (runs[1][[1, 3, 5]] == 0).all()
+        torch.testing.assert_close(runs[1], runs[0][:, ranks.even(WIDTH)], rtol=0, atol=1e-12)

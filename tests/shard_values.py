@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from shard_ranks import LABELS, ROWS, TOLERANCE, WIDTH, Ranks, counted, logits, row_options
+from shard_ranks import (
+    LABELS,
+    ROWS,
+    TOLERANCE,
+    WIDTH,
+    Ranks,
+    counted,
+    logits,
+    needed,
+    row_options,
+)
 from torch import Tensor
 
 import fastkd
@@ -14,7 +24,7 @@ import fastkd
 def divergence_case(name: str, options: str, dtype: torch.dtype, ranks: Ranks) -> None:
     vocab = WIDTH * ranks.size
     student, teacher = (logits(ROWS, vocab, seed=i, dtype=dtype) for i in range(2))
-    given = row_options(options, ranks.size)
+    given = {**needed(name, ranks.size), **row_options(options, ranks.size)}
     if options == "rows":
         given["beta"] = torch.linspace(0, 1, ROWS)
     if name != "alpha_beta" and options == "softcap":
@@ -28,7 +38,11 @@ def near_case(name: str, dtype: torch.dtype, ranks: Ranks) -> None:
     student = logits(ROWS, WIDTH * ranks.size, seed=1, dtype=dtype)
     teacher = student + 1e-3 * logits(*student.shape, seed=2, dtype=dtype)
     function = functools.partial(
-        fastkd.softmax_divergence, divergence=name, reduction="none", beta=0.3
+        fastkd.softmax_divergence,
+        divergence=name,
+        reduction="none",
+        beta=0.3,
+        **needed(name, ranks.size),
     )
     exact = function(student.double(), teacher.double())
     columns = ranks.even(WIDTH)
@@ -40,10 +54,11 @@ def bfloat16_case(name: str, ranks: Ranks) -> None:
     """The gradient in bfloat16 is that in float32, rounded."""
     vocab, columns = WIDTH * ranks.size, ranks.even(WIDTH)
     student, teacher = (logits(ROWS, vocab, seed=i, dtype=torch.bfloat16) for i in range(2))
+    given = {"divergence": name, **needed(name, ranks.size)}
     a = student.float().requires_grad_()
-    fastkd.softmax_divergence(a, teacher.float(), divergence=name).backward()
+    fastkd.softmax_divergence(a, teacher.float(), **given).backward()
     b = student[:, columns].clone().requires_grad_()
-    fastkd.softmax_divergence(b, teacher[:, columns], divergence=name, group=ranks.group).backward()
+    fastkd.softmax_divergence(b, teacher[:, columns], group=ranks.group, **given).backward()
     assert a.grad is not None
     assert b.grad is not None
     assert b.grad.dtype == torch.bfloat16

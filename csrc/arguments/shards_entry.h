@@ -23,13 +23,14 @@ enum StatisticsOut {
   kOrigin,
   kSum,             // of e = exp((z - origin) / temperature)
   kWeighted,        // of e log2(e)
-  kSecondSum,       // the same at the second temperature, over `columns` if there are any
+  kSecondSum,       // the same at the second temperature, over `columns` if there are any, relative to kSecondOrigin
   kSecondWeighted,  //
   kTokenLogit,      // -inf: the token is not in this shard
   kBestLogit,
   kBestColumn,
   kTotal,    // of z - origin
   kColumns,  // of the softmax
+  kSecondOrigin,
   kStatisticsOut
 };
 enum PairIn {  // the first is kKeep
@@ -47,20 +48,23 @@ enum PairIn {  // the first is kKeep
   kValue = kSumsIn,  // of the row's divergence
   kSlopeSum,         // of r (csrc/math/shard_terms.h)
   kFactor,           // of the divergence
-  kLabelFactor,      // of softmax at temperature 1 less one-hot
+  kOwnFactor,        // of the side's softmax
+  kTokenFactor,      // of the token
+  kLabelFactor,      // of the student's softmax at temperature 1
   kLabelLog2Sum,
   kPairIn
 };
 enum SumsOut { kValueSum, kStudentSlopeSum, kTeacherSlopeSum, kSumsOut };
 enum SoftmaxIn {  // the first four are StatisticsIn's
   kSoftmaxOrigin = kStatisticsIn,
+  kSoftmaxSecondOrigin,
   kFirstLog2Sum,
   kSecondLog2Sum,
   kFirstConstant,  // q (constant + slope log2 q), of both softmaxes
   kFirstSlope,
   kSecondConstant,
   kSecondSlope,
-  kTokenFactor,
+  kSoftmaxTokenFactor,
   kEachColumn,
   kSoftmaxIn
 };
@@ -175,22 +179,23 @@ struct ShardSoftmaxGradient : ShardSide {
   }
 };
 
-// A student and a teacher.
+// A student and a teacher. token_ids: the labels, which no softmax has if the divergence is of the other tokens.
 struct ShardPairFields {
-  Tensor student_logits, teacher_logits, numbers;
+  Tensor student_logits, teacher_logits, numbers, token_ids;
   Choice<DivergenceNames<portable::Divergences>> divergence;
   int64_t vocab_size = -1;
 
   template <class Visitor>
   void fields(Visitor& v) {
     v("student_logits", student_logits), v("teacher_logits", teacher_logits), v("numbers", numbers);
-    v("divergence", divergence), v("vocab_size", vocab_size);
+    v("token_ids", token_ids), v("divergence", divergence), v("vocab_size", vocab_size);
   }
 };
 
 struct ShardPairProblem : ShardProblem {
   const Tensor& teacher_tensor;
   Rows teacher;
+  const int64_t* tokens;
   portable::DivergencePlaces divergence;
   bool constant_teacher;
 
@@ -198,6 +203,7 @@ struct ShardPairProblem : ShardProblem {
       : ShardProblem(name, own.student_logits, own.numbers, count, own.vocab_size, values_checked),
         teacher_tensor(own.teacher_logits),
         teacher(teacher_rows(own.teacher_logits)),
+        tokens(integers(own.token_ids, 1, "token_ids")),
         divergence(find_divergence<portable::Divergences>(own.divergence)),
         constant_teacher(DivergenceNames<portable::Divergences>::constant_teacher()[size_t(own.divergence.place)]) {
     float64 = float64 || own.teacher_logits.scalar_type() == ScalarType::Double;
@@ -217,29 +223,27 @@ struct ShardSumsOp : ShardPairFields {
   }
 };
 
-// The gradient of the side that of_teacher names. token_ids: the labels, of the student.
+// The gradient of the side that of_teacher names.
 struct ShardGradient : ShardPairFields {
   static constexpr const char* kName = "shard_gradient";
-  Tensor token_ids;
   bool of_teacher = false;
 
   template <class Visitor>
   void fields(Visitor& v) {
-    ShardPairFields::fields(v), v("token_ids", token_ids), v("of_teacher", of_teacher);
+    ShardPairFields::fields(v), v("of_teacher", of_teacher);
   }
   const Tensor& differentiated() const { return of_teacher ? teacher_logits : student_logits; }
 
   template <class Backend>
   void run(const Tensor& gradient) const {
     const ShardPairProblem problem(kName, *this, kPairIn, Backend::kValuesChecked);
-    const int64_t* const tokens = problem.integers(token_ids, 1, "token_ids");
     const Tensor& like = differentiated();
     problem.check_device(gradient, "gradient");
     FASTKD_CHECK_VALUE(gradient.dim() == like.dim() && same_leading(gradient, like, like.dim()) &&
                            gradient.scalar_type() == like.scalar_type(),
                        kName, "gradient must be like the logits, shape ", shape_of(like), ", got shape ",
                        shape_of(gradient));
-    if (problem.rows > 0) Backend::gradient(problem, tokens, of_teacher, gradient);
+    if (problem.rows > 0) Backend::gradient(problem, of_teacher, gradient);
   }
 };
 inline const Tensor& differentiated(const ShardGradient& arguments) { return arguments.differentiated(); }

@@ -18,7 +18,7 @@ struct Cpu {
     double* const out = static_cast<double*>(results.data_ptr());
     const int64_t rows = problem.rows, scratch = slices_of(problem.vocab) * kPartialBytes;
     for_rows(rows, problem.vocab, scratch, [&](int64_t index, const SliceRunner& runner, char* memory) {
-      ShardNumbers found{-INFINITY, 0, 0, 0, 0, -INFINITY, -INFINITY, 0, 0, 0};
+      ShardNumbers found{-INFINITY, 0, 0, 0, 0, -INFINITY, -INFINITY, 0, 0, -INFINITY, 0};
       if (problem.at(kKeep, index) != 0) {
         ShardSideRow row = row_of(problem, index);
         row.entropy = (wanted & kWantEntropy) != 0;
@@ -38,6 +38,7 @@ struct Cpu {
       all[kBestColumn] = double(found.best_column);
       all[kTotal] = found.total;
       all[kColumns] = found.columns;
+      all[kSecondOrigin] = found.second_origin;
       for (int i = 0; i < kStatisticsOut; ++i) out[i * rows + index] = all[i];
     });
   }
@@ -52,11 +53,12 @@ struct Cpu {
       const ShardSideRow row = row_of(problem, index);
       const Row out = gradient_row(gradients, index, row.logits);
       const auto at = [&](int place) { return problem.at(place, index); };
-      kernel.gradient(row, runner,
-                      {at(kSoftmaxOrigin), at(kFirstLog2Sum), at(kSecondLog2Sum), at(kFirstConstant), at(kFirstSlope),
-                       at(kSecondConstant), at(kSecondSlope), at(kTokenFactor), at(kEachColumn),
-                       hole_gradients == nullptr ? nullptr : hole_gradients + index * problem.hole_count},
-                      out);
+      kernel.gradient(
+          row, runner,
+          {at(kSoftmaxOrigin), at(kSoftmaxSecondOrigin), at(kFirstLog2Sum), at(kSecondLog2Sum), at(kFirstConstant),
+           at(kFirstSlope), at(kSecondConstant), at(kSecondSlope), at(kSoftmaxTokenFactor), at(kEachColumn),
+           hole_gradients == nullptr ? nullptr : hole_gradients + index * problem.hole_count},
+          out);
       portable::fill_zero(out, problem.vocab, problem.student_width);
     });
   }
@@ -75,8 +77,7 @@ struct Cpu {
     });
   }
 
-  static void gradient(const ShardPairProblem& problem, const int64_t* tokens, bool of_teacher,
-                       const Tensor& gradient) {
+  static void gradient(const ShardPairProblem& problem, bool of_teacher, const Tensor& gradient) {
     const Rows gradients = gradient_rows(&gradient, problem);
     const int64_t width = gradient.size(problem.leading);
     for_rows(problem.rows, problem.vocab, 0, [&](int64_t index, const SliceRunner& runner, char*) {
@@ -87,7 +88,8 @@ struct Cpu {
       const double factor = of_teacher && problem.constant_teacher ? 0 : at(kFactor);
       pair_kernels(problem, index)
           .gradient(row, runner,
-                    {of_teacher, at(kValue), at(kSlopeSum), factor, at(kLabelFactor), at(kLabelLog2Sum), tokens[index]},
+                    {of_teacher, at(kValue), at(kSlopeSum), factor, at(kOwnFactor), at(kTokenFactor), at(kLabelFactor),
+                     at(kLabelLog2Sum)},
                     out);
       portable::fill_zero(out, problem.vocab, width);
     });
@@ -128,6 +130,7 @@ struct Cpu {
     row.student_log2_sum = at(kStudentLog2Sum);
     row.teacher_origin = at(kTeacherOrigin);
     row.teacher_log2_sum = at(kTeacherLog2Sum);
+    row.token = problem.tokens[index];
     return row;
   }
 };

@@ -20,13 +20,13 @@ struct ShardSideRow {
 };
 
 struct ShardNumbers {
-  double origin, sum, weighted, second_sum, second_weighted, token_logit, best_logit, total, columns;
+  double origin, sum, weighted, second_sum, second_weighted, token_logit, best_logit, total, columns, second_origin;
   int64_t best_column;
 };
 
 // The gradient is q (constant + slope log2 q) of both softmaxes, plus `each`; `token` is added to the token's.
 struct ShardSoftmaxFactors {
-  double origin, first_log2_sum, second_log2_sum;
+  double origin, second_origin, first_log2_sum, second_log2_sum;
   double constant, slope, second_constant, second_slope, token, each;
   const double* holes;  // what is written to each hole
 };
@@ -36,13 +36,13 @@ struct ShardPairRow {
   Row student, teacher;
   RowTask task;
   double student_origin, student_log2_sum, teacher_origin, teacher_log2_sum;
+  int64_t token;  // -1: none
 };
 
 struct ShardGradientRow {
   bool of_teacher;
   double value, slope_sum;  // of the whole row
-  double factor, label_factor, label_log2_sum;
-  int64_t token;  // -1: none
+  double factor, own_factor, token_factor, label_factor, label_log2_sum;
 };
 
 struct ShardSideKernels {
@@ -80,18 +80,13 @@ const Real* without_holes(const ShardSideRow& row, int64_t begin, int64_t count,
   return z;
 }
 
-// Sums of e and e log2(e) over the block's columns that the second softmax has.
+// The block with -inf in the columns that the second softmax lacks.
 template <class Real>
-SideSums second_block(const Real* z, int64_t count, Real zero, Real scale, const bool* columns) {
-  if (columns == nullptr) return softmax_block<true>(z, count, zero, scale);
-  Real sum = 0, weighted = 0;
-  FASTKD_SIMD_REDUCE(+ : sum, weighted)
-  for (int64_t i = 0; i < count; ++i) {
-    const Real x = (columns[i] ? z[i] - zero : Real(-INFINITY)) * scale, e = exp2_of(x);
-    sum += e;
-    weighted += x > Real(-kDead) ? e * x : Real(0);
-  }
-  return {double(sum), double(weighted)};
+const Real* second_block(const Real* z, int64_t count, const bool* columns, Real* buffer) {
+  const unsigned char* const own = reinterpret_cast<const unsigned char*>(columns);
+  FASTKD_SIMD
+  for (int64_t i = 0; i < count; ++i) buffer[i] = select(own[i] != 0, z[i], Real(-INFINITY));
+  return buffer;
 }
 
 // The sum of logits less their origin.
@@ -111,8 +106,9 @@ struct ShardSlice {
 
 template <class Real>
 ShardSlice shard_slice(const ShardSideRow& row, const RowSlices& slices, int64_t slice, Real scale, Real second_scale) {
-  Origin<Real> origin;
-  const Real steepest = row.second ? at_least(scale, second_scale) : scale;
+  Origin<Real> origin, second;
+  const bool apart = row.second && row.columns != nullptr;
+  const Real steepest = row.second && !apart ? at_least(scale, second_scale) : scale;
   ShardState all = ShardState::empty();
   Best<Real> best{Real(-INFINITY), slice * kSlice};
   slices.for_blocks(slice, [&](int64_t begin, int64_t count) {
@@ -123,12 +119,16 @@ ShardSlice shard_slice(const ShardSideRow& row, const RowSlices& slices, int64_t
     z = without_holes(row, begin, count, z, buffer, Real(-INFINITY), holes);
     const Real top = largest(z, count);
     origin.raise_to(top, steepest);
-    all.raise(double(origin.logit), scale, second_scale);
+    all.raise(double(origin.logit), scale);
     all.first.add(row.entropy ? softmax_block<true>(z, count, origin.zero(), scale)
                               : softmax_block<false>(z, count, origin.zero(), scale));
     if (row.second) {
-      const bool* const columns = row.columns == nullptr ? nullptr : row.columns + begin;
-      all.second.add(second_block(z, count, origin.zero(), second_scale, columns));
+      alignas(64) Real subset[kBlock];
+      const Real* own = apart ? second_block(z, count, row.columns + begin, subset) : z;
+      if (apart) second.raise_to(largest(own, count), second_scale);
+      const Origin<Real>& at = apart ? second : origin;
+      all.raise_second(double(at.logit), second_scale);
+      all.second.add(softmax_block<true>(own, count, at.zero(), second_scale));
     }
     if (row.best) seek(z, top, begin, count, best);
     all.columns += double(count - holes);
@@ -149,8 +149,11 @@ ShardNumbers shard_statistics(const ShardSideRow& row, const SliceRunner& runner
       [&](ShardSlice& all, const ShardSlice& next) {
         ShardState other = next.state;
         const double to = at_least(all.state.origin, other.origin);
-        all.state.raise(to, scale, second_scale);
-        other.raise(to, scale, second_scale);
+        const double second_to = at_least(all.state.second_origin, other.second_origin);
+        all.state.raise(to, scale);
+        other.raise(to, scale);
+        all.state.raise_second(second_to, second_scale);
+        other.raise_second(second_to, second_scale);
         all.state.first.add(other.first);
         all.state.second.add(other.second);
         all.state.total += other.total;
@@ -166,8 +169,9 @@ ShardNumbers shard_statistics(const ShardSideRow& row, const SliceRunner& runner
     Real token;
     token_logit = double(*load(row.logits, row.token, 1, &token));
   }
-  return {state.origin, state.first.sum,  state.first.weighted, state.second.sum, state.second.weighted,
-          token_logit,  found.best_logit, state.total,          state.columns,    found.best_column};
+  return {state.origin,          state.first.sum,     state.first.weighted, state.second.sum,
+          state.second.weighted, token_logit,         found.best_logit,     state.total,
+          state.columns,         state.second_origin, found.best_column};
 }
 
 // All parameters are passed by value: in a loop with stores the compiler must reload what it reads through references.
@@ -216,8 +220,9 @@ void shard_softmax_gradient(const ShardSideRow& row, const SliceRunner& runner, 
       for (int64_t i = 0; i < count; ++i) out[i] = each;
       add_softmax(z, count, origin, row.temperature, factors.first_log2_sum, factors.constant, factors.slope,
                   static_cast<const bool*>(nullptr), out);
-      add_softmax(z, count, origin, row.second_temperature, factors.second_log2_sum, factors.second_constant,
-                  factors.second_slope, row.columns == nullptr ? nullptr : row.columns + begin, out);
+      add_softmax(z, count, Real(factors.second_origin), row.second_temperature, factors.second_log2_sum,
+                  factors.second_constant, factors.second_slope, row.columns == nullptr ? nullptr : row.columns + begin,
+                  out);
       if (row.token >= begin && row.token < begin + count) out[row.token - begin] += Real(factors.token);
       for (int64_t j = 0; holes > 0 && j < row.hole_count; ++j) {
         const int64_t place = row.holes[j] - begin;
@@ -261,6 +266,16 @@ FASTKD_INLINE ShardTermSums<double> shard_block_sums(const Divergence divergence
   return {double(f), student, teacher, q, p};
 }
 
+// A block of one side, in which the divergence's softmax lacks the label if it is of the other tokens.
+template <class Divergence, class Real>
+FASTKD_INLINE const Real* load_others(const Row& side, int64_t token, int64_t begin, int64_t count, Real* buffer) {
+  const Real* z = load(side, begin, count, buffer);
+  if (!Divergence::kExcludesLabel || token < begin || token >= begin + count) return z;
+  if (z != buffer) __builtin_memcpy(buffer, z, count * sizeof(Real));
+  buffer[token - begin] = Real(-INFINITY);
+  return buffer;
+}
+
 template <bool kNear, class Real, class Divergence>
 ShardTermSums<double> shard_row_sums(const ShardPairRow& row, const RowSlices& slices, const Divergence& divergence) {
   const Normalized<Real> at = shard_frame<Real>(row).normalized();
@@ -271,8 +286,8 @@ ShardTermSums<double> shard_row_sums(const ShardPairRow& row, const RowSlices& s
           alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock];
           prefetch_next(row.student, begin, row.vocab, 2);
           prefetch_next(row.teacher, begin, row.vocab, 2);
-          const Real* u = load(row.student, begin, count, student_buffer);
-          const Real* w = load(row.teacher, begin, count, teacher_buffer);
+          const Real* u = load_others<Divergence>(row.student, row.token, begin, count, student_buffer);
+          const Real* w = load_others<Divergence>(row.teacher, row.token, begin, count, teacher_buffer);
           all.add(shard_block_sums<kNear>(divergence, at, u, w, count));
         });
         return all;
@@ -301,6 +316,12 @@ FASTKD_INLINE void shard_gradient_block(const Divergence divergence, const Norma
   }
 }
 
+template <class Real>
+FASTKD_INLINE void add_own(const Real* z, int64_t count, Real origin, Real scale, Real shift, Real factor, Real* out) {
+  FASTKD_SIMD
+  for (int64_t i = 0; i < count; ++i) out[i] += factor * exp2_of((z[i] - origin) * scale - shift);
+}
+
 template <bool kNear, bool kTeacher, class Real, class Divergence>
 void write_shard_gradient(const ShardPairRow& row, const SliceRunner& runner, const ShardGradientRow& given,
                           double row_mean, const Divergence& divergence, const Row& gradient) {
@@ -308,21 +329,25 @@ void write_shard_gradient(const ShardPairRow& row, const SliceRunner& runner, co
   const Normalized<Real> at = shard_frame<Real>(row).normalized();
   const Mean<Real> mean(row_mean);
   const Real factor = Real(given.factor / (kTeacher ? row.task.teacher_temperature : row.task.temperature));
+  const Real own = Real(given.own_factor), own_origin = kTeacher ? at.teacher_origin : at.student_origin;
+  const Real own_scale = kTeacher ? at.teacher_scale : at.student_scale;
+  const Real own_shift = kTeacher ? at.teacher_lse : at.student_lse;
   const Real label = Real(given.label_factor), label_shift = Real(given.label_log2_sum), log2_e = Real(kLog2E);
   slices.for_slices([&](int64_t slice) {
     slices.for_blocks(slice, [&](int64_t begin, int64_t count) {
       alignas(64) Real student_buffer[kBlock], teacher_buffer[kBlock], out[kBlock];
       prefetch_next(row.student, begin, row.vocab, 2);
       prefetch_next(row.teacher, begin, row.vocab, 2);
-      const Real* u = load(row.student, begin, count, student_buffer);
-      const Real* w = load(row.teacher, begin, count, teacher_buffer);
+      const Real* u = load_others<Divergence>(row.student, row.token, begin, count, student_buffer);
+      const Real* w = load_others<Divergence>(row.teacher, row.token, begin, count, teacher_buffer);
       shard_gradient_block<kNear, kTeacher>(divergence, at, u, w, count, mean, factor, out);
-      if (!kTeacher && given.label_factor != 0) {
-        const Real origin = at.student_origin;
-        FASTKD_SIMD
-        for (int64_t i = 0; i < count; ++i) out[i] += label * exp2_of((u[i] - origin) * log2_e - label_shift);
-        if (given.token >= begin && given.token < begin + count) out[given.token - begin] -= label;
+      if (given.own_factor != 0) {
+        add_own(kTeacher ? w : u, count, own_origin, own_scale, own_shift, own, out);
       }
+      if (given.label_factor != 0) {
+        add_own(u, count, at.student_origin, log2_e, label_shift, label, out);
+      }
+      if (row.token >= begin && row.token < begin + count) out[row.token - begin] += Real(given.token_factor);
       store(gradient, begin, count, out);
     });
     finish_streaming(gradient);

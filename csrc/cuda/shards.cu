@@ -59,10 +59,8 @@ struct Cuda {
     });
   }
 
-  static void gradient(const ShardPairProblem& problem, const int64_t* tokens, bool of_teacher,
-                       const Tensor& gradient) {
+  static void gradient(const ShardPairProblem& problem, bool of_teacher, const Tensor& gradient) {
     ShardPairArguments a = pair_of(problem, ShardGradient::kName);
-    a.tokens = tokens;
     a.of_teacher = of_teacher;
     a.constant_teacher = problem.constant_teacher;
     a.gradient = device_rows(gradient, problem.leading, ShardGradient::kName);
@@ -115,6 +113,7 @@ struct Cuda {
     a.numbers = problem.numbers;
     a.student = device_rows(problem.student_tensor, problem.leading, name);
     a.teacher = device_rows(problem.teacher_tensor, problem.leading, name);
+    a.tokens = problem.tokens;
     a.places = problem.divergence;
     return a;
   }

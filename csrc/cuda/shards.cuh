@@ -20,6 +20,11 @@ struct ShardTable {
   int64_t rows;
   int vocab;
   const double* numbers;
+  const int64_t* tokens;
+  __device__ int token(int64_t row) const {
+    const int64_t id = global_load(tokens + row);
+    return id >= 0 && id < vocab ? int(id) : -1;
+  }
   __device__ double at(int place, int64_t row) const { return global_load(numbers + place * rows + row); }
   __device__ double temperature(int place, int64_t row) const { return RowNumbers::positive(at(place, row)); }
   __device__ LogitFunction<float> map(int place, int64_t row) const {
@@ -49,7 +54,6 @@ struct ShardLogits {
 struct ShardSideArguments : ShardTable {
   int width;
   DeviceRows logits, gradient;
-  const int64_t* tokens;
   const bool* columns;
   const int64_t* holes;
   int64_t hole_count;
@@ -57,17 +61,12 @@ struct ShardSideArguments : ShardTable {
   double* out;
   int wanted;
 
-  __device__ int token(int64_t row) const {
-    const int64_t id = global_load(tokens + row);
-    return id >= 0 && id < vocab ? int(id) : -1;
-  }
   __device__ bool has_second(int column) const { return columns == nullptr || global_load(columns + column); }
 };
 
 struct ShardPairArguments : ShardTable {
   int width;
   DeviceRows student, teacher, gradient;
-  const int64_t* tokens;
   portable::DivergencePlaces places;
   int place;  // rows with another divergence are those of another launch
   bool of_teacher, constant_teacher;
@@ -75,6 +74,12 @@ struct ShardPairArguments : ShardTable {
 
   __device__ bool takes(int64_t row) const { return places.at(at(kBeta, row)) == place; }
 };
+
+// A logit of a pair. The divergence's softmax lacks the label if it is of the other tokens.
+template <class Divergence>
+__device__ __forceinline__ float other_logit(const ShardLogits& side, int column, int token) {
+  return Divergence::kExcludesLabel && column == token ? -INFINITY : side(column);
+}
 
 // A team's shared memory: [slots of the reductions][filter of holes].
 inline constexpr int kFilterWords = 64;
@@ -114,31 +119,39 @@ class HoleFilter {
 
 // --- One side -----------------------------------------------------------------------------------
 
-// What a thread sums, relative to the largest of its logits so far.
+// What a thread sums, relative to the largest of its logits so far. The second softmax may lack columns, and all that
+// it has may be far below the first's.
 struct ShardSideSums {
-  float origin = -INFINITY, best = -INFINITY;
+  float origin = -INFINITY, best = -INFINITY, second_origin = -INFINITY;
   float sum = 0, weighted = 0, second = 0, second_weighted = 0, total = 0;
   int columns = 0, best_column = 0;
 
-  __device__ void raise(float to, float scale, float second_scale) {
+  __device__ void raise(float to, float scale) {
     if (origin == to) return;
-    SideSumsOf<float> a{sum, weighted}, b{second, second_weighted};
+    SideSumsOf<float> a{sum, weighted};
     const float step = step_between(origin, to);
     a.raise(step * scale);
-    b.raise(step * second_scale);
-    sum = a.sum, weighted = a.weighted, second = b.sum, second_weighted = b.weighted;
+    sum = a.sum, weighted = a.weighted;
     if (columns > 0) total -= float(columns) * (origin == -INFINITY ? to : step);
     origin = to;
+  }
+  __device__ void raise_second(float to, float scale) {
+    if (second_origin == to) return;
+    SideSumsOf<float> a{second, second_weighted};
+    a.raise(step_between(second_origin, to) * scale);
+    second = a.sum, second_weighted = a.weighted;
+    second_origin = to;
   }
   __device__ static float term(float e, float x) { return x > -float(kDead) ? e * x : 0; }
   __device__ void add(float z, int column, float scale, float second_scale, bool in_second) {
     if (z > best) best = z, best_column = column;
-    if (z > origin) raise(z, scale, second_scale);
+    if (z > origin) raise(z, scale);
     const float x = z - (origin == -INFINITY ? 0 : origin), first = x * scale, e = exp2_of(first);
     sum += e;
     weighted += term(e, first);
     if (in_second) {
-      const float other = x * second_scale, e2 = exp2_of(other);
+      if (z > second_origin) raise_second(z, second_scale);
+      const float other = (z - (second_origin == -INFINITY ? 0 : second_origin)) * second_scale, e2 = exp2_of(other);
       second += e2;
       second_weighted += term(e2, other);
     }
@@ -165,8 +178,10 @@ __device__ inline void shard_statistics_row(const ShardSideArguments& a, int64_t
     }
   }
   const auto larger = [](float& x, float next) { x = at_least(x, next); };
-  const float origin = team.block_sum(mine.origin, larger, /*everywhere=*/true);
-  mine.raise(origin, scale, second_scale);
+  const float origin = team.block_sum<true>(mine.origin, larger);
+  mine.raise(origin, scale);
+  const float second_origin = team.block_sum<true>(mine.second_origin, larger);
+  mine.raise_second(second_origin, second_scale);
   struct Sums {
     double sum, weighted, second, second_weighted, total, columns;
   };
@@ -191,6 +206,7 @@ __device__ inline void shard_statistics_row(const ShardSideArguments& a, int64_t
   put(kBestColumn, best.column);
   put(kTotal, all.total);
   put(kColumns, all.columns);
+  put(kSecondOrigin, second_origin);
 }
 
 inline __device__ void zero_row(const DeviceRows& gradient, int64_t row, int begin, int width, const Team& team) {
@@ -209,7 +225,8 @@ __device__ inline void shard_softmax_gradient_row(const ShardSideArguments& a, i
   const float origin = number(kSoftmaxOrigin), shift = number(kFirstLog2Sum), second_shift = number(kSecondLog2Sum);
   const float constant = number(kFirstConstant), slope = number(kFirstSlope);
   const float second_constant = number(kSecondConstant), second_slope = number(kSecondSlope);
-  const float of_token = number(kTokenFactor), each = number(kEachColumn);
+  const float of_token = number(kSoftmaxTokenFactor), each = number(kEachColumn);
+  const float second_origin = number(kSoftmaxSecondOrigin);
   const bool first = constant != 0 || slope != 0, second = second_constant != 0 || second_slope != 0;
   const int token = a.token(row);
   const auto part = [](float z, float s, float by, float c, float k) {
@@ -222,10 +239,12 @@ __device__ inline void shard_softmax_gradient_row(const ShardSideArguments& a, i
 #pragma unroll 4
   for (int column = team.thread; column < a.vocab; column += team.threads) {
     if (hole(column)) continue;
-    const float z = logits(column) - origin;
+    const float z = logits(column);
     float gradient = each;
-    if (first) gradient += part(z, scale, shift, constant, slope);
-    if (second && a.has_second(column)) gradient += part(z, second_scale, second_shift, second_constant, second_slope);
+    if (first) gradient += part(z - origin, scale, shift, constant, slope);
+    if (second && a.has_second(column)) {
+      gradient += part(z - second_origin, second_scale, second_shift, second_constant, second_slope);
+    }
     put(column, column == token ? gradient + of_token : gradient);
   }
   for (int64_t j = team.thread; j < a.hole_count; j += team.threads) {
@@ -259,16 +278,16 @@ __device__ inline Normalized<float> shard_frame(const ShardPairArguments& a, int
 
 template <bool kNear, class Divergence>
 __device__ ShardTermSums<double> shard_pass(const ShardPairArguments& a, const ShardLogits& u, const ShardLogits& w,
-                                            const Divergence& divergence, const Normalized<float>& at,
+                                            const Divergence& divergence, const Normalized<float>& at, int token,
                                             const Team& team) {
   ShardTermSums<float> mine{};
 #pragma unroll 2
   for (int column = team.thread; column < a.vocab; column += team.threads) {
-    mine.add(shard_terms<kNear, float>(divergence, at.outcome<kNear>(u(column), w(column))));
+    const float x = other_logit<Divergence>(u, column, token), y = other_logit<Divergence>(w, column, token);
+    mine.add(shard_terms<kNear, float>(divergence, at.outcome<kNear>(x, y)));
   }
-  return team.block_sum(
-      ShardTermSums<double>{mine.f, mine.student, mine.teacher, mine.q, mine.p},
-      [](ShardTermSums<double>& x, const ShardTermSums<double>& next) { x.add(next); }, /*everywhere=*/true);
+  return team.block_sum<true>(ShardTermSums<double>{mine.f, mine.student, mine.teacher, mine.q, mine.p},
+                              [](ShardTermSums<double>& x, const ShardTermSums<double>& next) { x.add(next); });
 }
 
 template <class Divergence>
@@ -279,14 +298,15 @@ __device__ void shard_sums_row(const ShardPairArguments& a, int64_t row, const T
     const Divergence divergence{task.beta, task.alpha};
     const Normalized<float> at = shard_frame(a, row, task);
     const ShardLogits u(a.student, row, a.map(kStudentSoftcap, row)), w(a.teacher, row, a.map(kTeacherSoftcap, row));
+    const int token = a.token(row);
     bool near = kAlwaysNear<Divergence>;
     if constexpr (!kAlwaysNear<Divergence>) {
-      const ShardTermSums<double> far = shard_pass<false>(a, u, w, divergence, at, team);
+      const ShardTermSums<double> far = shard_pass<false>(a, u, w, divergence, at, token, team);
       near = far.f < Divergence::kNearBelow;
       found = converted(divergence, far);
     }
     if (near) {
-      const ShardTermSums<double> all = shard_pass<true>(a, u, w, divergence, at, team);
+      const ShardTermSums<double> all = shard_pass<true>(a, u, w, divergence, at, token, team);
       found = {all.f, all.student, all.teacher};
     }
   }
@@ -305,17 +325,20 @@ __device__ void write_shard_gradient(const ShardPairArguments& a, int64_t row, c
   const Mean<float> mean(row_mean);
   const double into = kTeacher && a.constant_teacher ? 0 : a.at(kFactor, row);
   const float factor = float(into / (kTeacher ? task.teacher_temperature : task.temperature));
-  const float label = kTeacher ? 0 : float(a.at(kLabelFactor, row)), shift = float(a.at(kLabelLog2Sum, row));
-  const int64_t id = global_load(a.tokens + row);
+  const float own = float(a.at(kOwnFactor, row)), of_token = float(a.at(kTokenFactor, row));
+  const float own_origin = kTeacher ? at.teacher_origin : at.student_origin;
+  const float own_scale = kTeacher ? at.teacher_scale : at.student_scale;
+  const float own_shift = kTeacher ? at.teacher_lse : at.student_lse;
+  const float label = float(a.at(kLabelFactor, row)), shift = float(a.at(kLabelLog2Sum, row));
+  const int token = a.token(row);
   char* const out = a.gradient.at(row);
 #pragma unroll 1
   for (int column = team.thread; column < a.vocab; column += team.threads) {
-    const float x = u(column);
-    float gradient = factor * shard_gradient<kNear, kTeacher>(divergence, at.outcome<kNear>(x, w(column)), mean);
-    if (label != 0) {
-      gradient += label * exp2_of((x - at.student_origin) * float(kLog2E) - shift);
-      if (column == id) gradient -= label;
-    }
+    const float x = other_logit<Divergence>(u, column, token), y = other_logit<Divergence>(w, column, token);
+    float gradient = factor * shard_gradient<kNear, kTeacher>(divergence, at.outcome<kNear>(x, y), mean);
+    if (own != 0) gradient += own * exp2_of(((kTeacher ? y : x) - own_origin) * own_scale - own_shift);
+    if (label != 0) gradient += label * exp2_of((x - at.student_origin) * float(kLog2E) - shift);
+    if (column == token) gradient += of_token;
     a.gradient.put(AnySource::place(a.gradient, out, column), (kTeacher ? w : u).unmapped(column, gradient));
   }
   zero_row(a.gradient, row, a.vocab, a.width, team);

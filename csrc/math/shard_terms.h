@@ -23,22 +23,26 @@ struct ShardSums {
 
 namespace fastkd::FASTKD_ISA {
 
-// Sums of one side's softmaxes over a shard, relative to its origin, a logit near the largest; see SideSums.
+// Sums of one side's softmaxes over a shard, each relative to its origin, a logit near its largest; see SideSums. The
+// second softmax may lack columns, and all that it has may be far below the first's.
 // total: sum of z - origin over `columns` columns.
 struct ShardState {
-  double origin;
+  double origin, second_origin;
   SideSums first, second;
   double total, columns;
 
-  static FASTKD_INLINE ShardState empty() { return {-INFINITY, {0, 0}, {0, 0}, 0, 0}; }
-  FASTKD_INLINE void raise(double to, double scale, double second_scale) {
+  static FASTKD_INLINE ShardState empty() { return {-INFINITY, -INFINITY, {0, 0}, {0, 0}, 0, 0}; }
+  FASTKD_INLINE void raise(double to, double scale) {
     const double step = step_between(origin, to);
     if (step == 0) return;
     // Without a finite origin, sums are 0 and `total` is relative to 0.
     first.raise(step * scale);
-    second.raise(step * second_scale);
     total -= columns == 0 ? 0 : columns * (origin == -INFINITY ? to : step);
     origin = to;
+  }
+  FASTKD_INLINE void raise_second(double to, double scale) {
+    second.raise(step_between(second_origin, to) * scale);
+    second_origin = to;
   }
 };
 

@@ -67,11 +67,7 @@ class Loss(Op):
 
     def record(self, packed: list[Any], inputs: list[Tensor | None], inplace: bool) -> Tensor:
         if inplace:
-            student = packed[self.places[0]]
-            if isinstance(student, torch.nn.Parameter) or student.is_neg():
-                kind = "a parameter, which would be lost" if student.is_leaf else "a negated view"
-                name = self.arguments.fields[self.places[0]]
-                raise ValueError(f"{self.name}: inplace needs plain {name}, got {kind}")
+            self.check_overwritten(packed[self.places[0]])
         return _LossFunction.apply(self, packed, inplace, *inputs)
 
     def trace(self, packed: list[Any], inplace: bool) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import Arguments, to_flag, with_defaults
+from fastkd._ops.arguments import Arguments, can_be_read, to_flag, with_defaults
 from fastkd._ops.checks import check_devices
 from fastkd._ops.library import (
     is_tracing,
@@ -32,7 +32,7 @@ from fastkd._ops.library import (
 )
 from fastkd._ops.linear import function as linear
 from fastkd._ops.linear.call import OPS, find
-from fastkd._ops.shards import Shards, check_widths, with_columns
+from fastkd._ops.shards import Shards, check_widths, one_column, with_columns
 
 #: Fields that index columns.
 _INDICES = ("labels", "token_ids", "teacher_indices")
@@ -127,12 +127,7 @@ class Op:
             given["vocab_size"] = max(shards.columns, 1)
         packed = self.arguments.pack(rows, given)
         if shards is not None:
-            check_widths(shards, self.arguments.fields, packed)
-            # An op that does not know the vocabulary's size has its own checks there.
-            if "vocab_size" in self.arguments.fields and not torch.compiler.is_compiling():
-                self.checked(with_columns(self.arguments.fields, packed))
-            values = dict(zip(self.arguments.fields, packed, strict=True))
-            return self.sharded(self, values, shards, inplace)
+            return self._split(packed, shards, inplace)
         try:
             # The op for graphs has no rules for transforms inside the traced function.
             if torch.compiler.is_compiling():
@@ -155,6 +150,29 @@ class Op:
             return self.compute(packed)
         except RuntimeError as error:
             raise_as_python(error)
+
+    def _split(self, packed: list[Any], shards: Shards, inplace: bool) -> Any:
+        """The result of this process's columns and those of the others."""
+        values = check_split(self.arguments, packed, shards)
+        rows = packed[self.places[0]]
+        if inplace:
+            self.check_overwritten(rows)
+        # An op that does not know the vocabulary's size has its own checks there.
+        if "vocab_size" in self.arguments.fields and not torch.compiler.is_compiling():
+            self.checked(with_columns(self.arguments.fields, packed))
+            if can_be_read(rows):
+                try:
+                    self.compute(one_column(self.arguments.fields, packed))
+                except RuntimeError as error:
+                    raise_as_python(error)
+        return self.sharded(self, values, shards, inplace)
+
+    def check_overwritten(self, logits: Tensor) -> None:
+        """Raise where a gradient may not be written over these logits."""
+        if isinstance(logits, torch.nn.Parameter) or logits.is_neg():
+            kind = "a parameter, which would be lost" if logits.is_leaf else "a negated view"
+            name = self.arguments.fields[self.places[0]]
+            raise ValueError(f"{self.name}: inplace needs plain {name}, got {kind}")
 
     def _defined(self, packed: list[Any]) -> Any:
         """The definition's result; with the errors of indices, whose values are not checked."""
@@ -190,6 +208,22 @@ class Op:
     def trace(self, packed: list[Any], inplace: bool) -> Any:
         """The result as a node of a graph."""
         raise NotImplementedError
+
+
+def check_split(arguments: Arguments, packed: list[Any], shards: Shards) -> dict[str, Any]:
+    """The arguments of a call with a group by name, after checks of devices and widths."""
+    values = dict(zip(arguments.fields, packed, strict=True))
+    check_devices(arguments.function, values, arguments.tensors, arguments.called)
+    check_widths(shards, arguments.fields, packed)
+    if torch.compiler.is_compiling():
+        transformed = traced_transforms_active()
+    else:
+        transformed = transforms_active()
+    if transformed:
+        raise NotImplementedError(
+            f"{shards.function}: group has no torch.func transforms or forward-mode derivatives"
+        )
+    return values
 
 
 def fake_values(arguments: Arguments, fields: Sequence[Any]) -> dict[str, Any]:
@@ -252,8 +286,12 @@ class Plain:
             given["vocab_size"] = max(shards.columns, 1)
         packed = self.arguments.pack(rows, given)
         if shards is not None:
-            check_widths(shards, self.arguments.fields, packed)
-            values = dict(zip(self.arguments.fields, packed, strict=True))
+            values = check_split(self.arguments, packed, shards)
+            if can_be_read(packed[0]):
+                try:
+                    self.raw()(*self.arguments.eager(one_column(self.arguments.fields, packed)))
+                except RuntimeError as error:
+                    raise_as_python(error)
             return self.sharded(self, values, shards, False)
         pack = self.arguments.graph if is_tracing(rows) else self.arguments.eager
         try:

@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd._ops import shard_definition as definition
 from fastkd._ops import shards as ops
+from fastkd._ops.shard_definition import softcapped
 from fastkd._ops.shards import Merged, Shards
 
 #: In ``holes``, what fills up a row with fewer of them.
 NO_HOLE = -2
+#: Logits that are this much below the largest are probability 0, as -inf is.
+_DEAD = 1e25
 
 
 class SoftmaxNumbers(NamedTuple):
@@ -28,6 +32,7 @@ class SoftmaxNumbers(NamedTuple):
     #: log sum exp((z - origin) / temperature).
     log_sum: Tensor
     entropy: Tensor | None
+    #: Relative to ``second_origin``, if that is given.
     second_log_sum: Tensor | None
     second_entropy: Tensor | None
     #: -inf where no process has the token.
@@ -38,8 +43,26 @@ class SoftmaxNumbers(NamedTuple):
     holes: Tensor | None
     #: A logit near the largest, NaN where the row is no distribution. No gradient.
     origin: Tensor
+    #: A logit near the largest of the second softmax, where that has a subset of the columns; 0
+    #: where none of them is possible. No gradient.
+    second_origin: Tensor | None
     #: The likeliest token, of equal ones the lowest. No gradient.
     best: Tensor | None
+
+    def split(self) -> tuple["SoftmaxNumbers", Tensor]:
+        """The same with 0 in rows that are no distribution, and which these are.
+
+        What comes of them is to be `ops.poisoned`.
+        """
+        lost = self.origin.isnan() | self.log_sum.isnan()
+
+        def one(x: Tensor | None) -> Tensor | None:
+            if x is None or not x.is_floating_point():
+                return x
+            return ops.cleaned(x, lost if x.dim() == 1 else lost.unsqueeze(1))
+
+        every: list[Any] = [one(x) for x in self]
+        return SoftmaxNumbers(*every), lost
 
 
 @dataclass(frozen=True)
@@ -73,13 +96,14 @@ class SoftmaxCall:
         holes = None if holes is None else holes.contiguous()
         arguments = (logits, base, token_ids, columns, holes)
         if torch.is_grad_enabled() and logits.requires_grad:
-            found = dict(zip(self.names(holes), _Softmax.apply(self, *arguments), strict=True))
+            names = self.names(columns, holes)
+            found = dict(zip(names, _Softmax.apply(self, *arguments), strict=True))
         else:
             found = self.forward(*arguments)
         every: list[Any] = [found.get(name) for name in SoftmaxNumbers._fields]
         return SoftmaxNumbers(*every)
 
-    def names(self, holes: Tensor | None) -> list[str]:
+    def names(self, columns: Tensor | None, holes: Tensor | None) -> list[str]:
         """The fields of SoftmaxNumbers that are asked for, in their order."""
         asked = {
             "entropy": self.entropy,
@@ -88,6 +112,7 @@ class SoftmaxCall:
             "token_logit": self.token,
             "total": self.total,
             "holes": holes is not None,
+            "second_origin": columns is not None,
             "best": self.best,
         }
         return [name for name in SoftmaxNumbers._fields if asked.get(name, True)]
@@ -116,6 +141,8 @@ class SoftmaxCall:
             send("weighted", own[ops.WEIGHTED])
         if self.second:
             send("second", own[ops.SECOND_SUM])
+        if columns is not None:
+            send("second_origin", own[ops.SECOND_ORIGIN])
         if self.second_entropy:
             send("second_weighted", own[ops.SECOND_WEIGHTED])
         if self.token:
@@ -125,7 +152,7 @@ class SoftmaxCall:
         if self.best:
             send("best", own[ops.BEST_LOGIT], own[ops.BEST_COLUMN] + shards.start)
         dtype = ops.sent_dtype(shards, logits) if self.best else ops.dtype_of(logits)
-        every = shards.gather(torch.stack(sent), dtype)
+        every = shards.gather_first(torch.stack(sent), dtype)
         origins, hole_values = every[:, 0], base.new_empty(0)
         if holes is not None:
             hole_values = shards.sum(_hole_logits(logits, base, holes), dtype)
@@ -139,12 +166,15 @@ class SoftmaxCall:
         if self.entropy:
             weighted = self._with_holes(every[:, places["weighted"]], holes)
             result["entropy"] = merged.entropy(sums, weighted, tau)
+        apart = merged
+        if columns is not None:
+            apart = Merged(every[:, places["second_origin"]], empty=True)
         if self.second:
             second = self._with_holes(every[:, places["second"]], holes)
-            result["second_log_sum"] = merged.log_sum(second, tau_2)
+            result["second_log_sum"] = apart.log_sum(second, tau_2)
             if self.second_entropy:
                 weighted = self._with_holes(every[:, places["second_weighted"]], holes)
-                result["second_entropy"] = merged.entropy(second, weighted, tau_2)
+                result["second_entropy"] = apart.entropy(second, weighted, tau_2)
         if self.token:
             result["token_logit"] = every[:, places["token"]].amax(0) - merged.origin
         if self.total:
@@ -154,6 +184,8 @@ class SoftmaxCall:
         if holes is not None:
             result["holes"] = hole_values - merged.origin.unsqueeze(1)
         result["origin"] = merged.origin
+        if columns is not None:
+            result["second_origin"] = apart.origin
         if self.best:
             at = places["best"]
             logit, column = every[:, at], every[:, at + 1]
@@ -161,6 +193,43 @@ class SoftmaxCall:
             lost = result["log_sum"].isnan()
             result["best"] = torch.where(lost, -1, best).to(torch.int64)
         return result
+
+    def define(
+        self,
+        logits: Tensor,
+        base: Tensor,
+        token_ids: Tensor,
+        columns: Tensor | None,
+        holes: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """The numbers that have a gradient, up to constants, in plain PyTorch."""
+        shards, (keep, tau, tau_2, cap) = self.shards, base
+        z = definition.relative(shards, definition.capped(shards, logits, keep != 0, cap))
+        hole = None if holes is None else definition.among(shards, holes)
+        rest = definition.alive(z)
+        rest = rest if hole is None else rest.masked_fill(hole, -torch.inf)
+        found, some = {}, hole is not None
+
+        def softmax(name: str, scaled: Tensor, entropy: bool, empty: bool) -> None:
+            log_q, found[f"{name}log_sum"] = definition.log_softmax(shards, scaled, empty=empty)
+            if entropy:
+                found[f"{name}entropy"] = definition.entropy(shards, log_q)
+
+        softmax("", rest / tau.unsqueeze(1), self.entropy, some)
+        if self.second:
+            part = rest
+            if columns is not None and shards.columns > 0:
+                part = rest.masked_fill(~columns, -torch.inf)
+            scaled = part / tau_2.unsqueeze(1)
+            softmax("second_", scaled, self.second_entropy, some or columns is not None)
+        if self.token:
+            found["token_logit"] = definition.chosen(shards, z, token_ids.unsqueeze(1)).squeeze(1)
+        if self.total:
+            counted = z if hole is None else z.masked_fill(hole, 0)
+            found["total"] = definition.total(shards, counted.sum(1))
+        if holes is not None:
+            found["holes"] = definition.chosen(shards, z, holes)
+        return found
 
     def _with_holes(self, sums: Tensor, holes: Tensor | None) -> Tensor:
         """A row of zeros for the holes, which have an origin of their own."""
@@ -195,9 +264,14 @@ class SoftmaxCall:
             return torch.where(log_sum == -torch.inf, 0.0, log_sum) / ops.LN2
 
         into_token = grads.get("token_logit", zero)
-        numbers = [found["origin"], log2_sum("log_sum"), log2_sum("second_log_sum")]
+        numbers = [found["origin"], found.get("second_origin", found["origin"])]
+        numbers += [log2_sum("log_sum"), log2_sum("second_log_sum")]
         numbers += [*factors("", base[1]), *factors("second_", base[2])]
         table = torch.cat([base, torch.stack([*numbers, into_token, grads.get("total", zero)])])
+        given = [
+            x if x.dim() == 1 else x.abs().sum(1) for n, x in grads.items() if n not in _CONSTANT
+        ]
+        table = torch.cat([ops.still_read(base[0], *given)[None], table[1:]])
         of_holes = None
         if holes is not None:
             here = (holes == token_ids.unsqueeze(1)) & (holes >= 0)
@@ -223,11 +297,13 @@ def _hole_logits(logits: Tensor, base: Tensor, holes: Tensor) -> Tensor:
     return torch.where(there, found, 0).to(torch.float64)
 
 
-def softcapped(logits: Tensor, cap: Tensor) -> Tensor:
-    """cap tanh(logits / cap); infinite logits stay. An infinite cap is none."""
-    none = logits.isinf() | cap.isinf()
-    capped = cap.masked_fill(cap.isinf(), 1) * (logits / cap).masked_fill(none, 0).tanh()
-    return torch.where(none, logits, capped)
+def possible(logit: Tensor) -> Tensor:
+    """A logit relative to the largest; one so far below it that it means probability 0 as -inf."""
+    return logit + torch.where(logit < -_DEAD, -torch.inf, 0.0)
+
+
+#: Numbers without a gradient.
+_CONSTANT = ("origin", "second_origin", "best")
 
 
 class _Softmax(torch.autograd.Function):
@@ -235,7 +311,7 @@ class _Softmax(torch.autograd.Function):
     def forward(ctx, call, logits, base, token_ids, columns, holes):
         found = call.forward(logits, base, token_ids, columns, holes)
         ctx.call, ctx.columns, ctx.holes, ctx.names = call, columns, holes, list(found)
-        ctx.mark_non_differentiable(*(found[x] for x in ("origin", "best") if x in found))
+        ctx.mark_non_differentiable(*(found[x] for x in _CONSTANT if x in found))
         # With inplace the gradient is written to the logits' own memory, in the backward pass.
         ctx.logits = logits.detach() if call.inplace else None
         if call.inplace:
@@ -247,9 +323,14 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        ops.check_first_order(ctx.call.shards)
+        again = ops.is_differentiated_again(ctx.call.shards, grads, ctx.call.inplace)
         base, token_ids, *found = ctx.saved_tensors
         logits = found.pop() if ctx.logits is None else ctx.logits
+        if again:
+            with torch.enable_grad():
+                defined = ctx.call.define(logits, base, token_ids, ctx.columns, ctx.holes)
+            wanted = [defined.get(name) for name in ctx.names]
+            return None, *definition.differentiated(wanted, [logits], grads), None, None, None, None
         gradient = ctx.call.gradient(
             logits,
             base,

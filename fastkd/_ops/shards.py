@@ -15,21 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import to_integer
+from fastkd._ops.arguments import can_be_read, to_integer
 from fastkd._ops.gradient import gradient_for, memory
+from fastkd._ops.library import is_batched
 from fastkd._ops.linear.logits import LinearLogits
 
 #: The largest whole number below which float32 holds all of them.
 _WHOLE = 1 << 24
 #: The rows of `_shard_statistics`' result.
 ORIGIN, SUM, WEIGHTED, SECOND_SUM, SECOND_WEIGHTED = range(5)
-TOKEN_LOGIT, BEST_LOGIT, BEST_COLUMN, TOTAL, COLUMNS = range(5, 10)
+TOKEN_LOGIT, BEST_LOGIT, BEST_COLUMN, TOTAL, COLUMNS, SECOND_ORIGIN = range(5, 11)
 #: Names of the ops' arguments that are logits.
 LOGITS = ("logits", "student_logits", "teacher_logits")
 LN2 = 0.6931471805599453
 #: Bits of `_shard_statistics`' argument `wanted`.
 ENTROPY, SECOND, BEST, TOTAL_BIT = 1, 2, 4, 8
-_EMPTY = (-torch.inf, 0.0, 0.0, 0.0, 0.0, -torch.inf, -torch.inf, 0.0, 0.0, 0.0)
+_NONE = -torch.inf
+_EMPTY = (_NONE, 0.0, 0.0, 0.0, 0.0, _NONE, _NONE, 0.0, 0.0, 0.0, _NONE)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,37 @@ class Shards:
         found = _waited(gather(numbers.to(dtype).contiguous(), 0, self.group))
         return found.view(self.size, *numbers.shape).to(torch.float64)
 
+    def gather_first(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same of a call's first numbers, n >= 2, with a check of the processes' columns.
+
+        Two rows more are sent. On a GPU, and in a graph, all is NaN where the check fails.
+        """
+        each = (self.start, self.vocab, self.columns, self.vocab)
+        place = torch.cat([numbers.new_full((1,), x) for x in each]).view(2, 2)
+        place = torch.cat([place, numbers.new_zeros((numbers.size(0) - 2, 2))])
+        every = self.gather(torch.cat([numbers, place], 1), dtype)
+        found, places = every[:, :, :-2], every[:, :2, -2:]
+        if self.vocab >= _WHOLE and dtype != torch.float64:
+            return found
+        starts, columns, vocab = places[:, 0, 0], places[:, 1, 0], places[:, 0, 1]
+        order = torch.arange(self.size, device=starts.device)
+        earlier = starts.unsqueeze(0) == starts.unsqueeze(1)
+        earlier = earlier & (order.unsqueeze(0) < order.unsqueeze(1))
+        earlier = earlier | (starts.unsqueeze(0) < starts.unsqueeze(1))
+        before = torch.where(earlier, columns.unsqueeze(0), 0.0).sum(1)
+        right = ((columns == 0) | (before == starts)) & (vocab == vocab[0])
+        all_right = right.all() & (columns.sum() == vocab[0])
+        if not can_be_read(numbers):
+            return torch.where(all_right, found, torch.nan)
+        if not bool(all_right):
+            spans = [(int(x), int(x + n)) for x, n in zip(starts, columns, strict=True)]
+            sizes = sorted({int(x) for x in vocab})
+            raise ValueError(
+                f"{self.function}: the processes of group must have each column of one vocabulary "
+                f"once, got the columns {spans} and vocab_size {sizes}"
+            )
+        return found
+
     def sum(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """The sum over all processes of numbers of which all but one process's are 0: exact."""
         from torch.distributed import _functional_collectives as collectives
@@ -66,11 +99,18 @@ class Shards:
 
     def add_up(self, x: Tensor) -> None:
         """Replace a tensor by the sum over all processes."""
+        torch.distributed.all_reduce(x, group=self._process_group())
+
+    @property
+    def rank(self) -> int:
+        """The place of this process in the group."""
+        return torch.distributed.get_rank(self._process_group())
+
+    def _process_group(self) -> Any:
         from torch.distributed import distributed_c10d
 
         resolve: Any = distributed_c10d._resolve_process_group
-        named = isinstance(self.group, str)
-        torch.distributed.all_reduce(x, group=resolve(self.group) if named else self.group)
+        return resolve(self.group) if isinstance(self.group, str) else self.group
 
     def local(self, token_ids: Tensor) -> Tensor:
         """Token ids as columns of this process; -1 for those of other processes."""
@@ -186,6 +226,33 @@ def with_columns(fields: Sequence[str], packed: Sequence[Any]) -> list[Any]:
     return [one(value) if field in LOGITS else value for field, value in pairs]
 
 
+def one_column(fields: Sequence[str], packed: Sequence[Any]) -> list[Any]:
+    """Packed arguments of a vocabulary of one token, for the raw op's checks of all others."""
+    given = dict(zip(fields, packed, strict=True))
+    ignored = given.get("ignore_index", -100)
+
+    def first(x: Tensor, number: float) -> Tensor:
+        return torch.full((*x.shape[:-1], 1), number, dtype=x.dtype, device=x.device)
+
+    for field, value in given.items():
+        if field in LOGITS:
+            listed = value if isinstance(value, (list, tuple)) else [value]
+            zeros = [
+                None if x is None or not x.dim() else x.new_zeros(()).expand(*x.shape[:-1], 1)
+                for x in listed
+            ]
+            given[field] = zeros if isinstance(value, (list, tuple)) else zeros[0]
+        elif field in ("labels", "token_ids") and value is not None:
+            given[field] = torch.where(value == ignored, value, 0)
+        elif field == "teacher_indices" and value.dim():
+            given[field] = first(value, 0)
+        elif field == "teacher_log_probs" and value.dim():
+            given[field] = first(value, -1)
+        elif field in ("vocab_size", "k"):
+            given[field] = 1
+    return [given[field] for field in fields]
+
+
 def table(rows: int, like: Tensor, *numbers: Any) -> Tensor:
     """Numbers, or tensors with one number a row, as a float64 table [numbers, rows]."""
     one = torch.ones(rows, dtype=torch.float64, device=like.device)
@@ -211,12 +278,19 @@ def statistics(
 
 
 def pair_sums(
-    shards: Shards, student: Tensor, teacher: Tensor, numbers: Tensor, divergence: int
+    shards: Shards,
+    student: Tensor,
+    teacher: Tensor,
+    numbers: Tensor,
+    token_ids: Tensor,
+    divergence: int,
 ) -> Tensor:
     """`_shard_sums` of this process's columns; also where it has none."""
     if shards.columns == 0:
         return numbers.new_zeros((3, numbers.size(1)))
-    return torch.ops.fastkd._shard_sums(student, teacher, numbers, divergence, shards.columns)
+    return torch.ops.fastkd._shard_sums(
+        student, teacher, numbers, token_ids, divergence, shards.columns
+    )
 
 
 def dtype_of(*logits: Tensor) -> torch.dtype:
@@ -233,13 +307,16 @@ def sent_dtype(shards: Shards, *logits: Tensor) -> torch.dtype:
 class Merged:
     """Origins of all processes, [processes, rows], merged.
 
-    ``origin``: the largest, NaN where the row has no finite logit, or +inf.
+    ``origin``: the largest, NaN where the row has no finite logit, or +inf; with ``empty`` 0 where
+    it has none.
     """
 
-    def __init__(self, origins: Tensor) -> None:
+    def __init__(self, origins: Tensor, *, empty: bool = False) -> None:
         self._origins = origins
         self._top = origins.amax(0)
         self.origin = self._top + (self._top - self._top)
+        if empty:
+            self.origin = torch.where(self._top == -torch.inf, 0.0, self.origin)
 
     def factors(self, temperature: Tensor) -> Tensor:
         """What makes sums at this temperature relative to `origin`."""
@@ -272,12 +349,63 @@ class Merged:
         return torch.where(columns > 0, totals + moved, 0.0).sum(0)
 
 
-def check_first_order(shards: Shards) -> None:
-    """Raise in a backward pass that is to be differentiated again."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+def cleaned(numbers: Tensor, lost: Tensor) -> Tensor:
+    """Numbers with 0 in rows that have no distribution, so that no gradient is 0 x NaN."""
+    return _Cleaned.apply(numbers, lost)
+
+
+def poisoned(losses: Tensor, lost: Tensor) -> Tensor:
+    """Losses with NaN in rows that have no distribution, and NaN as their gradient.
+
+    Where nothing depends on such a row, its gradient stays 0.
+    """
+    return _Poisoned.apply(losses, lost)
+
+
+class _Cleaned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, numbers, lost):
+        return torch.where(lost, 0.0, numbers)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _Poisoned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, losses, lost):
+        ctx.save_for_backward(lost)
+        return torch.where(lost, torch.nan, losses)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (lost,) = ctx.saved_tensors
+        return torch.where(lost & (grad != 0), torch.nan, grad), None
+
+
+def still_read(keep: Tensor, *grads: Tensor) -> Tensor:
+    """Which rows the backward pass reads: those whose numbers have gradients other than 0."""
+    used = grads[0] != 0
+    for grad in grads[1:]:
+        used = used | (grad != 0)
+    return torch.where(used, keep, 0.0)
+
+
+def is_differentiated_again(
+    shards: Shards, grads: Sequence[Tensor | None], inplace: bool = False
+) -> bool:
+    """Whether a backward pass that is running is to be differentiated, too (create_graph=True)."""
+    if not torch.compiler.is_compiling() and is_batched(*grads):
         raise NotImplementedError(
-            f"{shards.function}: group has no second derivatives (create_graph=True)"
+            f"{shards.function}: group has no batches of gradients (is_grads_batched=True)"
         )
+    again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if again and inplace:
+        raise RuntimeError(
+            f"{shards.function}: second derivatives need the logits that inplace=True overwrote"
+        )
+    return again
 
 
 def gradient_by(name: str, logits: Tensor, *arguments: Any) -> Tensor:
@@ -299,16 +427,16 @@ def _rows(logits: Tensor) -> int:
 
 @torch.library.register_fake("fastkd::_shard_statistics")
 def _(logits, numbers, token_ids, columns, holes, vocab_size, wanted):
-    return logits.new_empty((10, _rows(logits)), dtype=torch.float64)
+    return logits.new_empty((len(_EMPTY), _rows(logits)), dtype=torch.float64)
 
 
 @torch.library.register_fake("fastkd::_shard_sums")
-def _(student_logits, teacher_logits, numbers, divergence, vocab_size):
+def _(student_logits, teacher_logits, numbers, token_ids, divergence, vocab_size):
     return student_logits.new_empty((3, _rows(student_logits)), dtype=torch.float64)
 
 
 @torch.library.register_fake("fastkd::_shard_gradient")
-def _(student_logits, teacher_logits, numbers, divergence, vocab_size, token_ids, of_teacher):
+def _(student_logits, teacher_logits, numbers, token_ids, divergence, vocab_size, of_teacher):
     return torch.empty_like(teacher_logits if of_teacher else student_logits)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops import shards as ops
-from fastkd._ops.arguments import CHOICES
+from fastkd._ops.arguments import CHOICES, can_be_read
 from fastkd._ops.shards import Merged, Shards, table
 
 _ELEMENTS = 1 << 18  # of the rows of a chunk
@@ -72,7 +72,7 @@ class LossRows:
         return x.reshape(-1)
 
     def _check_labels(self, name: str, kept: Tensor, ids: Tensor, ignored: Any) -> None:
-        if torch.compiler.is_compiling() or ids.device.type != "cpu" or not ids.numel():
+        if not can_be_read(ids) or not ids.numel():
             return
         wrong = kept & ((ids < 0) | (ids >= self.shards.vocab))
         if bool(wrong.any()):
@@ -181,7 +181,7 @@ def normalisers(
         sent.append(own[ops.TOKEN_LOGIT])
     if apart:
         sent.append(own[ops.SECOND_SUM])
-    every = shards.gather(torch.stack(sent), ops.dtype_of(*sides))
+    every = shards.gather_first(torch.stack(sent), ops.dtype_of(*sides))
     merged, merged_t = Merged(every[:, 0]), Merged(every[:, 2])
     log_sum = merged.log_sum(every[:, 1], tau)
     log_sum_t = merged_t.log_sum(every[:, 3], bases[1][1])

@@ -8,10 +8,9 @@ from torch import Tensor
 from fastkd._ops import shards as ops
 from fastkd._ops.arguments import CHOICES
 from fastkd._ops.op import Op, Plain
-from fastkd._ops.shard_softmax import SoftmaxCall
+from fastkd._ops.shard_softmax import SoftmaxCall, possible
 from fastkd._ops.shards import Merged, Shards
 from fastkd.losses._sharded import LossRows, side_table
-from fastkd.reference._rows import DEAD
 
 _DIVERGENCES = CHOICES["softmax_divergence.divergence"]
 
@@ -24,19 +23,16 @@ def token_log_probs(
     rows = LossRows(shards, logits, values, labels="token_ids")
     call = SoftmaxCall(shards, entropy=values["entropy"], token=True)
     found = call.numbers(logits, side_table(rows, 1.0, "logit_softcap"), rows.token_ids())
+    found, lost = found.split()
     assert found.token_logit is not None
 
     def result(x: Tensor) -> Tensor:
+        x = ops.poisoned(x, lost)
         return torch.where(rows.kept, x, 0.0).reshape(rows.leading).to(ops.dtype_of(logits))
 
     token = rows.owned(found.token_logit)
     log_probs = possible(token) / rows.column("temperature") - found.log_sum
     return result(log_probs), None if found.entropy is None else result(found.entropy)
-
-
-def possible(logit: Tensor) -> Tensor:
-    """A logit relative to the largest; one so far below it that it means probability 0 as -inf."""
-    return logit + torch.where(logit < -DEAD, -torch.inf, 0.0)
 
 
 def cross_entropy(op: Op, values: dict[str, Any], shards: Shards, inplace: bool) -> Tensor:
@@ -57,7 +53,7 @@ def cross_entropy(op: Op, values: dict[str, Any], shards: Shards, inplace: bool)
         inplace=inplace,
     )
     base = side_table(rows, values["entropy_temperature"], "student_logit_softcap")
-    found = call.numbers(logits, base, rows.token_ids())
+    found, lost = call.numbers(logits, base, rows.token_ids()).split()
     losses = found.log_sum * 0
     if not _is(smoothing, 1):
         assert found.token_logit is not None
@@ -74,7 +70,7 @@ def cross_entropy(op: Op, values: dict[str, Any], shards: Shards, inplace: bool)
         if found.best is not None and rows.labels is not None:
             entropy = torch.where(found.best == rows.labels, entropy, 0.0)
         losses = losses + of_entropy * entropy
-    return rows.divided(losses)
+    return rows.divided(ops.poisoned(losses, lost))
 
 
 def _is(number: Any, value: float) -> bool:
@@ -104,7 +100,7 @@ def token_stats(
         own = ops.statistics(shards, logits, base, token_ids, ops.ENTROPY + ops.BEST).clone()
         own[ops.BEST_COLUMN] += shards.start
         sent += [own[i] for i in wanted]
-    every = shards.gather(torch.stack(sent), ops.sent_dtype(shards, *sides))
+    every = shards.gather_first(torch.stack(sent), ops.sent_dtype(shards, *sides))
     numbers, likeliest, frames = [], [], []
     for side in every.split(len(wanted), 1):
         origins, sums, weighted, token, top, column = side.unbind(1)
@@ -124,7 +120,7 @@ def token_stats(
         found = []
         for divergence in ("forward_kl", "reverse_kl", "tvd"):
             place = _DIVERGENCES[divergence]
-            found.append(ops.pair_sums(shards, student, teacher, pair, place)[0])
+            found.append(ops.pair_sums(shards, student, teacher, pair, token_ids, place)[0])
         poison = frames[1] - frames[1] + (frames[3] - frames[3])
         both = shards.gather(torch.stack(found), ops.dtype_of(*sides)).sum(0) + poison
         numbers += both.unbind(0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd._ops import shards as ops
 from fastkd._ops.arguments import CHOICES
-from fastkd._ops.shard_softmax import softcapped
+from fastkd._ops.shard_definition import softcapped
 from fastkd._ops.shards import Merged
 from fastkd.losses._sharded import LossRows
 from fastkd.reference._rows import DEAD
@@ -57,7 +57,7 @@ def mixture(rows: LossRows, teachers: Sequence[Tensor]) -> tuple[Tensor, Tensor 
     own = [ops.statistics(shards, x, base, no_token)[: ops.SUM + 1] for x in teachers]
     dtype = ops.dtype_of(rows.logits, *teachers)
     frames = []
-    for numbers in shards.gather(torch.cat(own), dtype).split(2, 1):
+    for numbers in shards.gather_first(torch.cat(own), dtype).split(2, 1):
         merged = Merged(numbers[:, ops.ORIGIN])
         frames.append((merged.origin, merged.log_sum(numbers[:, ops.SUM], tau)))
     factor = None
@@ -65,7 +65,7 @@ def mixture(rows: LossRows, teachers: Sequence[Tensor]) -> tuple[Tensor, Tensor 
         (strength, coefficient), pair = each, torch.stack([base[0], *[one] * 4, cap, cap])
         framed = [x for origin, log_sum in frames for x in (origin, log_sum / ops.LN2)]
         numbers = torch.cat([pair, torch.stack(framed)])
-        apart = ops.pair_sums(shards, teachers[0], teachers[1], numbers, _TVD)[:1]
+        apart = ops.pair_sums(shards, teachers[0], teachers[1], numbers, no_token, _TVD)[:1]
         a = 2 * strength * shards.gather(apart, dtype).sum(0)[0] + 1e-3
         each = [1 + a, -a] if mix == "contrast" else [a, 1 - a]
         factor = torch.where(rows.read, coefficient / a, 1.0)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._ops import shards as ops
+from fastkd._ops.arguments import can_be_read
 from fastkd._ops.op import Op
 from fastkd._ops.shard_softmax import NO_HOLE, SoftmaxCall, SoftmaxNumbers
 from fastkd._ops.shards import Shards
@@ -59,15 +61,13 @@ def topk_divergence(op: Op, values: dict[str, Any], shards: Shards, inplace: boo
     )
     holes = torch.where(stored, shards.local(indices), NO_HOLE)
     base = side_table(rows, 1.0, "student_logit_softcap")
-    found = call.numbers(student, base, rows.token_ids(), holes=holes)
+    found, lost = call.numbers(student, base, rows.token_ids(), holes=holes).split()
     assert found.holes is not None
     tau = rows.column("temperature").unsqueeze(1)
     entries = torch.where(stored, found.holes, -torch.inf)
-    # The origin is NaN where the row is: entries of a row without any must be, too.
-    rest = found.log_sum + (found.origin - found.origin)
+    rest = found.log_sum
     log_q_all = torch.cat([entries / tau, rest.unsqueeze(1)], 1)
     log_z = log_sum_exp(log_q_all)
-    poison = (log_z * 0).squeeze(1).detach()
     log_q, log_q_rest = shifted(log_q_all[:, :k], log_z), shifted(log_q_all[:, k:], log_z)
     others = shards.vocab - stored.sum(-1, keepdim=True)
     ratio = values["stored_temperature"] / rows.column("teacher_temperature").unsqueeze(1)
@@ -90,7 +90,6 @@ def topk_divergence(op: Op, values: dict[str, Any], shards: Shards, inplace: boo
         )
     if tail == "renormalize":
         losses = torch.where((some | ~stored.any(-1, True)).squeeze(-1), losses, torch.nan)
-    losses = losses + poison
     if values["square_temperature"]:
         losses = losses * tau.squeeze(1) ** 2
     cap = values["max_token_loss"]
@@ -101,7 +100,7 @@ def topk_divergence(op: Op, values: dict[str, Any], shards: Shards, inplace: boo
         all_at_one = torch.cat([entries, at_one_rest.unsqueeze(1)], 1)
         label_loss = log_sum_exp(all_at_one).squeeze(1) - rows.owned(found.token_logit)
         losses = losses + label_term(rows.number("label_weight", shifted=True), label_loss)
-    return rows.divided(losses)
+    return rows.divided(ops.poisoned(losses, lost))
 
 
 def _even_rest(
@@ -150,7 +149,7 @@ def _check_entries(
     shards: Shards, indices: Tensor, log_probs: Tensor, repeated: Tensor, read: Tensor
 ) -> None:
     """Raise as the raw op does, where values can be read without waiting for a device."""
-    if torch.compiler.is_compiling() or indices.device.type != "cpu" or not indices.numel():
+    if not can_be_read(indices) or not indices.numel():
         return
     function, counts = shards.function, read.unsqueeze(1) & (indices != -1)
     real = log_probs > PADDING_LOG_PROB

@@ -1,5 +1,6 @@
 """How much a teacher's k stored tokens tell about each row, for choosing k, tails and tokens."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from fastkd._ops.arguments import check_tensor
 from fastkd._ops.linear import function as linear
 from fastkd._ops.linear.call import OPS
-from fastkd._ops.linear.logits import LinearLogits
+from fastkd._ops.linear.logits import LinearLogits, softcapped
 from fastkd._ops.names import Tail, TopKDivergence
 from fastkd.losses import _topk_divergence
 from fastkd.losses._topk_divergence import topk_divergence
@@ -176,12 +177,15 @@ class _Chunked:
 
         def stats(*fields: Any) -> TopKStats:
             given = self.arguments.unpack(fields)
+            logits, cap = given["student_logits"], given["student_logit_softcap"]
+            if not (isinstance(cap, float) and cap == math.inf):
+                logits = softcapped(logits, cap)
 
             def each(name: str) -> Any:
                 return given[name] if given[f"{name}s"] is None else given[f"{name}s"]
 
             return topk_stats(
-                given["student_logits"],
+                logits,
                 given["teacher_log_probs"],
                 given["teacher_indices"],
                 divergence=given["divergence"],

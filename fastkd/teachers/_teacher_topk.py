@@ -119,7 +119,7 @@ def _sharded(
         logits[:own] = teacher.gather(-1, local).reshape(rows, own).T
         columns[:own] = local.reshape(rows, own).T + shards.start
     dtype = ops.sent_dtype(shards, teacher)
-    every = shards.gather(torch.cat([numbers, logits, columns]), dtype)
+    every = shards.gather_first(torch.cat([numbers, logits, columns]), dtype)
     merged = Merged(every[:, ops.ORIGIN])
     log_sum = merged.log_sum(every[:, ops.SUM], tau)
     logits, columns = (x.flatten(0, 1) for x in (every[:, 2 : 2 + k], every[:, 2 + k :]))

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from fastkd._ops.checks import (
     is_too_large,
     reduced,
 )
+from fastkd._ops.linear.logits import LinearLogits
 from fastkd._ops.names import AlmDivergence, Reduction
 from fastkd.tokenizers._chunk_log_likelihood import ChunkLogLikelihood, chunk_log_likelihood
 
@@ -28,10 +30,10 @@ _NAMES = {"token_ids": "ids", "chunk_ids": "chunks"}
 
 
 def alm_loss(
-    student_logits: Tensor,
+    student_logits: Tensor | LinearLogits,
     student_ids: Tensor,
     student_chunks: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | LinearLogits,
     teacher_ids: Tensor,
     teacher_chunks: Tensor,
     num_chunks: int,
@@ -85,7 +87,8 @@ def alm_loss(
             ``logits[:, :-1]`` with ``ids[:, 1:]`` and ``chunks[:, 1:]``. No row scores the first
             token of a text. Where that is in a chunk on either side (no token of the beginning
             stands before the text), set this chunk to -1 on both sides, or the rest of it, which
-            has other bytes on each side, is compared. :func:`fastkd.recipes.alm` does so.
+            has other bytes on each side, is compared. :func:`fastkd.recipes.alm` does so. Or a
+            :class:`fastkd.LinearLogits`, as ``teacher_logits``.
         student_ids: ``[B, T_S]``, the student's tokens.
         student_chunks: ``[B, T_S]``, from :func:`fastkd.align_batch`; -1 for none.
         teacher_logits: ``[B, T_T, vocab_T]``.
@@ -127,10 +130,10 @@ def alm_loss(
     check_tensors(
         "alm_loss",
         {
-            "student_logits": student_logits,
+            "student_logits": _tensor(student_logits),
             "student_ids": student_ids,
             "student_chunks": student_chunks,
-            "teacher_logits": teacher_logits,
+            "teacher_logits": _tensor(teacher_logits),
             "teacher_ids": teacher_ids,
             "teacher_chunks": teacher_chunks,
         },
@@ -213,9 +216,14 @@ def alm_loss(
     return reduced("alm_loss", loss, kept, reduction, normalizer).to(dtype)
 
 
+def _tensor(logits: Any) -> Any:
+    """Logits, or those of a head their hidden states."""
+    return logits.hidden if isinstance(logits, LinearLogits) else logits
+
+
 def _likelihoods(
     side: str,
-    logits: Tensor,
+    logits: Tensor | LinearLogits,
     ids: Tensor,
     chunks: Tensor,
     num_chunks: int,

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._ops.arguments import check_tensor, to_integer
+from fastkd._ops.arguments import can_be_read, check_tensor, to_integer
 from fastkd._ops.differentiable import Differentiable
 from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
-from fastkd._ops.shard_softmax import SoftmaxCall
-from fastkd._ops.shards import Shards, dtype_of, shards_of, table
+from fastkd._ops.shard_softmax import SoftmaxCall, possible
+from fastkd._ops.shards import Shards, dtype_of, poisoned, shards_of, table
 
 
 class ChunkLogLikelihood(NamedTuple):
@@ -172,7 +172,7 @@ def _sharded(
         columns = boundary[shards.start : shards.start + shards.columns].contiguous()
     call = SoftmaxCall(shards, second=boundary is not None, token=True)
     ids = shards.local(torch.where(scored, tokens, -1).reshape(-1))
-    found = call.numbers(logits, base, ids, columns)
+    found, lost = call.numbers(logits, base, ids, columns).split()
     assert found.token_logit is not None
     dtype, shape = dtype_of(logits), (*logits.shape[:-2], chunks_in_all)
     in_range = ((tokens >= 0) & (tokens < shards.vocab)).reshape(-1)
@@ -188,18 +188,25 @@ def _sharded(
         out = out.index_put((rows, of), values.reshape(of.shape), accumulate=True)
         return out[:, :-1].reshape(shape)
 
-    of_tokens = torch.where(scored.reshape(-1), token / temperature - found.log_sum, 0.0)
+    of_tokens = _at_most_0(possible(token) / temperature - found.log_sum)
+    of_tokens = torch.where(scored.reshape(-1), poisoned(of_tokens, lost), 0.0)
     likelihood = summed(of_tokens, scored, chunks).to(dtype)
     count = summed(scored.reshape(-1).long(), scored, chunks)
     if found.second_log_sum is None:
         return likelihood, None, count
-    mass = found.second_log_sum
-    none = mass == -math.inf
-    # An infinite number would hide the NaN of a row that is no distribution.
-    log_prob = mass.masked_fill(none, 0) - found.log_sum
-    log_prob = log_prob.masked_fill(none & ~log_prob.isnan(), -math.inf)
-    log_prob = torch.where(ended.reshape(-1), log_prob, 0.0)
+    mass, second_origin = found.second_log_sum, found.second_origin
+    assert second_origin is not None
+    below = second_origin - found.origin
+    none = (mass == -math.inf) | (possible(below) == -math.inf)
+    log_prob = (mass + below / temperature).masked_fill(none, 0) - found.log_sum
+    log_prob = _at_most_0(log_prob.masked_fill(none, -math.inf))
+    log_prob = torch.where(ended.reshape(-1), poisoned(log_prob, lost), 0.0)
     return likelihood, summed(log_prob, ended, before).to(dtype), count
+
+
+def _at_most_0(log_prob: Tensor) -> Tensor:
+    """Without what rounding exceeds 0 by."""
+    return log_prob - log_prob.detach().clamp(min=0)
 
 
 def _check_chunks(
@@ -209,7 +216,7 @@ def _check_chunks(
     function = shards.function
     if num_chunks < 0:
         raise ValueError(f"{function}: num_chunks must not be negative, got {num_chunks}")
-    if torch.compiler.is_compiling() or chunks.device.type != "cpu" or not chunks.numel():
+    if not can_be_read(chunks) or not chunks.numel():
         return
     earlier = torch.cat(
         [torch.full_like(chunks[..., :1], -1), chunks.cummax(-1).values[..., :-1]], -1

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import DIVERGENCES, logits
+from cases import ALL_DIVERGENCES, DIVERGENCES, NEED_LABELS, logits
 
 from fastkd import reference
 from fastkd._ops import shards as ops
@@ -13,6 +13,8 @@ from fastkd._ops.arguments import CHOICES
 ROWS, VOCAB = 5, 300
 DTYPES = (torch.float32, torch.bfloat16)
 LN2 = math.log(2)
+LABELS = torch.tensor([0, 299, 3, 7, -100])
+IS_LABEL = torch.arange(VOCAB) == LABELS.unsqueeze(1)
 
 
 def numbers(*columns) -> torch.Tensor:
@@ -51,16 +53,18 @@ def test_statistics(backend, dtype):
     total[:, [4, 150]] = 0
     total[1, 3] = -torch.inf
     for row in (0, 1, 3):
-        shift = found[ops.ORIGIN, row] - without[row].nan_to_num(-torch.inf).amax()
+        top = without[row].nan_to_num(-torch.inf).amax()
+        shift = found[ops.ORIGIN, row] - top
+        second_shift = found[ops.SECOND_ORIGIN, row] - top
         first = ((at[row] - shift) / tau).exp()
-        other = ((at[row] - shift) / second).exp() * columns
+        other = ((at[row] - second_shift) / second).exp() * columns
         near(found[ops.SUM, row], first.sum(), scale=10)
         if row == 3:  # a NaN in the first sum says that the row has one
             continue
         log2 = ((at[row] - shift) / tau / LN2).nan_to_num(neginf=0, nan=math.nan)
         near(found[ops.WEIGHTED, row], (first * log2).sum(), scale=30)
         near(found[ops.SECOND_SUM, row], other.sum(), scale=10)
-        log2 = ((at[row] - shift) / second / LN2).nan_to_num(neginf=0, nan=math.nan)
+        log2 = ((at[row] - second_shift) / second / LN2).nan_to_num(neginf=0, nan=math.nan)
         near(found[ops.SECOND_WEIGHTED, row], (other * log2).sum(), scale=30)
         near(found[ops.TOTAL, row], total[row].sum() - shift * (VOCAB - 3), scale=10)
     assert found[ops.COLUMNS].tolist() == [VOCAB - 3] * 4 + [0]
@@ -74,6 +78,30 @@ def test_statistics(backend, dtype):
     assert (found[ops.TOKEN_LOGIT, [1, 2, 3, 4]] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("below", [10.0, 1000.0, 1e20])
+def test_statistics_of_rare_columns(backend, below):
+    """The second softmax has an origin of its own where it has columns far below the others."""
+    z, columns = logits((ROWS, VOCAB)), torch.arange(VOCAB) % 7 == 3
+    z[:, columns] -= below
+    z[1, columns], ids = -torch.inf, torch.full((ROWS,), -1)
+    table = numbers(1.0, 1.3, 0.6, math.inf)
+    found = call("_shard_statistics", z, table, ids, columns, None, VOCAB, ops.SECOND)
+    assert found[ops.SECOND_ORIGIN, 1] == -torch.inf
+    assert found[ops.SECOND_SUM, 1] == 0
+    rows = torch.tensor([0, 2, 3, 4])
+    origin = found[ops.SECOND_ORIGIN, rows]
+    expected = ((z[rows][:, columns].double() - origin.unsqueeze(1)) / 0.6).exp().sum(1)
+    near(found[ops.SECOND_SUM, rows], expected, scale=10)
+    found[ops.SECOND_SUM, 1] = 1
+    found[ops.SECOND_ORIGIN, 1] = 0
+    numbers_of = (found[ops.ORIGIN], found[ops.SECOND_ORIGIN], 0.0, found[ops.SECOND_SUM].log2())
+    table = torch.cat([table, numbers(*numbers_of, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)])
+    gradient = call("_shard_softmax_gradient", z, table, ids, columns, None, VOCAB, None)
+    right = (z.double() / 0.6).masked_fill(~columns, -torch.inf).softmax(1)
+    right[1] = 0
+    near(gradient, right, scale=10 if below < 1e19 else 1e9)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softmax_gradient(backend, dtype):
     z = logits((ROWS, VOCAB)).to(dtype)
@@ -83,19 +111,20 @@ def test_softmax_gradient(backend, dtype):
     holes = torch.tensor([[4, 150, -1]]).expand(ROWS, -1).contiguous()
     hole_gradients = torch.linspace(-1, 1, 3, dtype=torch.float64).expand(ROWS, -1).contiguous()
     tau, second, cap = 1.3, 0.6, 4.0
-    origin, log2_sum, second_log2_sum = 3.0, 5.0, 4.0
+    origin, second_origin, log2_sum, second_log2_sum = 3.0, 2.5, 5.0, 4.0
     factors = (0.3, -0.2, 0.5, 0.1, 0.7, 0.01)
-    table = numbers(keep, tau, second, cap, origin, log2_sum, second_log2_sum, *factors)
+    origins = (origin, second_origin)
+    table = numbers(keep, tau, second, cap, *origins, log2_sum, second_log2_sum, *factors)
     width = VOCAB - 1
     arguments = (z, table, ids, columns[:width].contiguous(), holes, width, hole_gradients)
     found = call("_shard_softmax_gradient", *arguments)
     capped = cap * torch.tanh(z.double() / cap)
     expected = torch.full((ROWS, VOCAB), factors[5], dtype=torch.float64)
-    for scale, shift, constant, slope, where in (
-        (tau, log2_sum, factors[0], factors[1], torch.ones_like(columns)),
-        (second, second_log2_sum, factors[2], factors[3], columns),
+    for scale, zero, shift, constant, slope, where in (
+        (tau, origin, log2_sum, factors[0], factors[1], torch.ones_like(columns)),
+        (second, second_origin, second_log2_sum, factors[2], factors[3], columns),
     ):
-        x = (capped - origin) / scale / LN2 - shift
+        x = (capped - zero) / scale / LN2 - shift
         expected += where * 2**x * (constant + slope * x)
     for row in range(3):
         expected[row, ids[row]] += factors[4]
@@ -114,15 +143,17 @@ def pair(name, student, teacher, keep, tau, tau_t, beta, alpha, caps):
     frames = []
     for z, scale, cap in ((student, tau, caps[0]), (teacher, tau_t, caps[1])):
         x = reference._rows.softcapped(z.double(), cap)
+        if name in NEED_LABELS:
+            x = x.masked_fill(IS_LABEL, -torch.inf)
         top = x.nan_to_num(-torch.inf).amax(1)
         frames += [top, ((x - top.unsqueeze(1)) / scale).logsumexp(1) / LN2]
     return numbers(keep, tau, tau_t, beta, alpha, *caps, *frames)
 
 
 @pytest.mark.parametrize("near_rows", [False, True])
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", ALL_DIVERGENCES)
 def test_sums_and_gradients(backend, name, near_rows):
-    """One process that has all columns: the value, and the gradients of value and label."""
+    """One process that has all columns: the value, and the gradients of value and softmaxes."""
     student, teacher = (logits((ROWS, VOCAB)) for _ in range(2))
     if near_rows:
         teacher = student + 1e-3 * teacher
@@ -135,13 +166,15 @@ def test_sums_and_gradients(backend, name, near_rows):
     caps = (math.inf, math.inf) if near_rows else (6.0, math.inf)
     table = pair(name, student, teacher, keep, tau, tau_t, beta, 0.4, caps)
     place = CHOICES["softmax_divergence.divergence"][name]
-    sums = call("_shard_sums", student, teacher, table, place, VOCAB)
+    sums = call("_shard_sums", student, teacher, table, LABELS, place, VOCAB)
     inputs = [x.double().requires_grad_() for x in (student, teacher)]
-    labels = torch.tensor([0, 299, 3, 7, -100])
     options = {
         "divergence": name,
         "beta": beta,
         "alpha": 0.4,
+        **({"alpha": 0.0, "beta": 1.0} if name in NEED_LABELS else {}),
+        "labels": LABELS,
+        "label_weight": 0.0,
         "temperature": tau,
         "teacher_temperature": tau_t,
         "logit_softcap": None if near_rows else (caps[0], None),
@@ -155,15 +188,23 @@ def test_sums_and_gradients(backend, name, near_rows):
         rtol=1e-4 if near_rows else 2e-6,
         atol=0 if near_rows else 2e-6,
     )
-    both = expected + 0.7 * -reference.token_log_probs(
-        inputs[0], labels, logit_softcap=options["logit_softcap"] and caps[0]
-    )
-    both.sum().backward()
-    capped = reference._rows.softcapped(student.double(), caps[0])
-    at_one = (capped - capped.amax(1, keepdim=True)).logsumexp(1) / LN2
+    total = expected.sum()
+    own, token, at_one_factor = (0.3, 0.2), (-0.4, 0.6), (0.7, 0.0)
+    at_one = None
+    for side, (x, scale) in enumerate(zip(inputs, (tau, tau_t), strict=True)):
+        z = reference._rows.softcapped(x, caps[side])
+        others = z.masked_fill(IS_LABEL, -torch.inf) if name in NEED_LABELS else z
+        parts = own[side] * scale * (others / scale).logsumexp(1)
+        parts = parts + at_one_factor[side] * others.logsumexp(1)
+        parts = parts + token[side] * z.gather(1, LABELS.clamp(min=0).unsqueeze(1)).squeeze(1)
+        total = total + parts[keep.bool()].sum()
+        if side == 0:
+            at_one = (others - others.amax(1, keepdim=True)).logsumexp(1).detach() / LN2
+    total.backward()
     for side, x in enumerate(inputs):
-        extra = torch.stack([sums[0], sums[1 + side], *numbers(1.0, 0.7), at_one])
-        arguments = (student, teacher, torch.cat([table, extra]), place, VOCAB, labels, bool(side))
+        factors = numbers(1.0, own[side], token[side], at_one_factor[side], at_one)
+        extra = torch.stack([sums[0], sums[1 + side], *factors])
+        arguments = (student, teacher, torch.cat([table, extra]), LABELS, place, VOCAB, bool(side))
         found = call("_shard_gradient", *arguments)
         assert (found[4] == 0).all()
         torch.testing.assert_close(found.double(), x.grad, rtol=1e-4, atol=2e-6)
@@ -184,7 +225,7 @@ def test_infinite_and_nan_rows(backend):
     for name in DIVERGENCES:
         table = pair(name, student, teacher, ones, 1.0, 1.0, 0.5, 0.4, (math.inf, math.inf))
         place = CHOICES["softmax_divergence.divergence"][name]
-        sums = call("_shard_sums", student, teacher, table, place, VOCAB)
+        sums = call("_shard_sums", student, teacher, table, LABELS, place, VOCAB)
         assert sums[0].isnan().tolist() == [False, False, False, True, False]
         if name in infinite:
             assert sums[0].isinf().tolist() == [i == infinite[name] for i in range(ROWS)]
@@ -197,15 +238,15 @@ def test_strides_and_dtypes(backend):
     student, teacher = (logits((ROWS, VOCAB)) for _ in range(2))
     table = pair("jsd", student, teacher, torch.ones(ROWS), 1.0, 1.0, 0.5, 1.0, (math.inf,) * 2)
     place = CHOICES["softmax_divergence.divergence"]["jsd"]
-    expected = call("_shard_sums", student, teacher, table, place, VOCAB)
+    expected = call("_shard_sums", student, teacher, table, LABELS, place, VOCAB)
     wide = torch.stack([student, student], -1)[..., 0]
     assert torch.equal(
-        call("_shard_sums", wide, teacher.T.contiguous().T, table, place, VOCAB), expected
+        call("_shard_sums", wide, teacher.T.contiguous().T, table, LABELS, place, VOCAB), expected
     )
     half = teacher.half()
     table = pair("jsd", student, half, torch.ones(ROWS), 1.0, 1.0, 0.5, 1.0, (math.inf,) * 2)
-    same = call("_shard_sums", student, half.float(), table, place, VOCAB)
-    assert torch.equal(call("_shard_sums", student, half, table, place, VOCAB), same)
+    same = call("_shard_sums", student, half.float(), table, LABELS, place, VOCAB)
+    assert torch.equal(call("_shard_sums", student, half, table, LABELS, place, VOCAB), same)
 
 
 def test_no_rows(backend):
@@ -213,7 +254,7 @@ def test_no_rows(backend):
     empty = torch.empty(0, dtype=torch.int64)
     table = torch.empty(4, 0, dtype=torch.float64)
     found = call("_shard_statistics", z, table, empty, None, None, 7, 15)
-    assert found.shape == (10, 0)
+    assert found.shape == (11, 0)
 
 
 def test_opcheck():
@@ -221,14 +262,14 @@ def test_opcheck():
     ids = torch.arange(ROWS)
     place = CHOICES["softmax_divergence.divergence"]["jsd"]
     table = pair("jsd", student, teacher, torch.ones(ROWS), 1.0, 1.0, 0.5, 1.0, (math.inf,) * 2)
-    more = torch.cat([table, torch.ones(5, ROWS, dtype=torch.float64)])
+    more = torch.cat([table, torch.ones(7, ROWS, dtype=torch.float64)])
     side = torch.ones(4, ROWS, dtype=torch.float64)
-    softmax = torch.ones(13, ROWS, dtype=torch.float64)
+    softmax = torch.ones(14, ROWS, dtype=torch.float64)
     tests = {
         "_shard_statistics": (student, side, ids, None, None, VOCAB, 15),
-        "_shard_sums": (student, teacher, table, place, VOCAB),
-        "_shard_gradient": (student, teacher, more, place, VOCAB, ids, True),
-        "_shard_gradient_into": (student.clone(), student, teacher, more, place, VOCAB, ids, False),
+        "_shard_sums": (student, teacher, table, ids, place, VOCAB),
+        "_shard_gradient": (student, teacher, more, ids, place, VOCAB, True),
+        "_shard_gradient_into": (student.clone(), student, teacher, more, ids, place, VOCAB, False),
         "_shard_softmax_gradient": (student, softmax, ids, None, None, VOCAB, None),
         "_shard_softmax_gradient_into": (
             student.clone(),

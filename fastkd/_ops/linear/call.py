@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.linear.logits import LinearLogits, logits_dtype_of, softcapped
+from fastkd._ops.shard_definition import copied
 from fastkd._ops.shards import LOGITS, Shards, check_widths
 
 #: Every op by its name.
@@ -29,9 +30,13 @@ class Side:
         """That of the logits."""
         return logits_dtype_of(self.linear.hidden, self.linear.options[0])
 
-    def dense(self) -> Tensor:
-        """The logits as the op takes them, stored whole."""
-        found = self.linear.uncapped_logits()
+    def dense(self, shards: Shards | None) -> Tensor:
+        """The logits as the op takes them, stored whole; with ``shards`` this process's columns."""
+        linear = self.linear
+        if shards is not None:
+            hidden = copied(shards, linear.hidden)
+            linear = linear.replaced(hidden, linear.weight, linear.bias)
+        found = linear.uncapped_logits()
         return found if self.cap is None else softcapped(found, self.cap)
 
 
@@ -125,23 +130,32 @@ class Call:
 
     def dense(self) -> list[Any]:
         """The op's arguments with all logits stored whole."""
-        if self.shards is not None:
-            raise NotImplementedError(
-                f"{self.shards.function}: group has no second derivatives (create_graph=True), "
-                "batches of gradients or torch.func transforms"
-            )
         packed = list(self.packed)
         for side in self.sides:
             if side.item is None:
-                packed[side.place] = side.dense()
+                packed[side.place] = side.dense(self.shards)
             else:
                 packed[side.place] = list(packed[side.place])
-                packed[side.place][side.item] = side.dense()
+                packed[side.place][side.item] = side.dense(self.shards)
         return packed
 
     def define(self) -> Any:
-        """The result by the op's definition, in plain PyTorch."""
+        """The result by the op's definition, in plain PyTorch.
+
+        With a group that is the op's of the local logits, whose gradient can be differentiated.
+        """
+        if self.shards is not None:
+            values = dict(zip(self.op.arguments.fields, self.dense(), strict=True))
+            return self.op.sharded(self.op, values, self.shards, False)
         return self.op.reference(**self.op.arguments.unpack(self.dense()))
+
+    def check_not_split(self) -> None:
+        """Raise where collectives cannot be transformed."""
+        if self.shards is not None:
+            raise NotImplementedError(
+                f"{self.shards.function}: group has no batches of gradients or torch.func "
+                "transforms"
+            )
 
     def value(self, field: str) -> Any:
         """An argument by name, None where the op has none of that name."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._ops.arguments import can_be_read
 from fastkd._ops.checks import check_devices
 from fastkd._ops.linear.call import Call, Side
 from fastkd._ops.linear.chunks import Chunks
@@ -20,7 +21,7 @@ from fastkd._ops.linear.logits import without_autocast
 from fastkd._ops.linear.rows import RowResult, RowTensor
 from fastkd._ops.linear.split import loss_of_split, results_of_split, split_gradient
 from fastkd._ops.linear.stats import RowStats
-from fastkd._ops.shards import with_columns
+from fastkd._ops.shards import one_column, with_columns
 
 
 @dataclass
@@ -43,20 +44,26 @@ def _plain(device: torch.device) -> Iterator[None]:
 
 def check(call: Call) -> None:
     """Do the raw op's checks of the whole call, without reading a row."""
-    op, fields = call.op, call.op.arguments.fields
-    packed = list(call.packed) if call.shards is None else with_columns(fields, call.packed)
+    fields, device = call.op.arguments.fields, call.rows.device
+    if call.shards is None:
+        return _check(call, list(call.packed), call.kind == "loss" and device.type == "cpu")
+    _check(call, with_columns(fields, call.packed), False)
+    if call.kind == "loss" and can_be_read(call.rows):
+        # Values, all but labels, which count all columns.
+        _check(call, one_column(fields, call.packed), True)
+
+
+def _check(call: Call, packed: list[Any], with_values: bool) -> None:
+    op, fields, device = call.op, call.op.arguments.fields, call.rows.device
 
     def replace(name: str, value: Any) -> None:
         packed[fields.index(name)] = value
 
-    device = call.rows.device
     if "denominator" in fields:
         replace("reduction", op.arguments.names["reduction"]["sum"])
         replace("denominator", 0.0)
         replace("normalizer", None)
-    # Labels are checked here where they are columns of these logits.
-    alone = call.kind == "loss" and device.type == "cpu" and call.shards is None
-    if "mask" in fields and not alone:
+    if "mask" in fields and not with_values:
         mask = call.value("mask")
         if mask is None or mask.dtype == torch.bool:
             none = torch.zeros((), dtype=torch.bool, device=device)

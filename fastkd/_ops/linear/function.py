@@ -85,6 +85,7 @@ def _results(call: Call, found: list[Tensor]) -> Any:
 
 def _whole(call: Call) -> Any:
     """The result under a transform, of logits that are stored whole."""
+    call.check_not_split()
     if call.stats:
         raise NotImplementedError(
             "linear_softmax_divergence: return_stats is not available under torch.func transforms"
@@ -137,6 +138,7 @@ class _LinearFunction(torch.autograd.Function):
             return None, *graph.by_definition(call, grads, needs)
         if ctx.again:
             if is_batched(*grads):
+                call.check_not_split()
                 leaves = [
                     x.detach().requires_grad_() if need else x
                     for x, need in zip(inputs, needs, strict=True)
