@@ -26,6 +26,7 @@ import torch.multiprocessing as mp
 import fastkd
 from benchmarks.shapes import DIVERGENCES
 from fastkd._ops.shards import Shards
+from tests.group_end import leave
 
 
 def timed(step: Callable[[], None]) -> tuple[float, float]:
@@ -108,7 +109,7 @@ def run(rank: int, options: argparse.Namespace, store: str) -> None:
         cells = [f"{cpu:.1f} ({wall:.1f})" for cpu, wall in medians]
         cells += [f"{medians[0][0] * size / medians[1][0]:.2f}", " + ".join(map(str, sent))]
         print(f"{divergence:26}" + "".join(f"{x:>18}" for x in cells), flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 def main() -> None:

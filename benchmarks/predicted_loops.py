@@ -68,6 +68,8 @@ def count_kernel(
     for over in passes:
         entries = 16 // (over.item or of_dtype.pack)
         every = [x for loop in kernel.passes for x in _matches(loop, over, entries, of_dtype)]
+        if of_dtype.unit < 16:  # 8 bytes of anything else count, too: no more than one pack is sure
+            every = [x for x in every if x.packs == 1] or every
         free = [x for x in every if x.loop.begin not in used] or every
         if not free:
             raise LookupError(f"{kernel.name}: no loop is the pass {over}")
@@ -84,8 +86,6 @@ def count_kernel(
 def _matches(loop: Pass, over: Over, entries: int, dtype: Dtype) -> Iterator[_Found]:
     accesses = dtype.accesses(over.reads, over.writes)
     rounds = {} if loop.stores and not over.writes else loop.rounds
-    if over.store is not None:
-        rounds = loop.rounds_without(frozenset(loop.stores) - {loop.stores[over.store]})
     for work, found in rounds.items():
         reads = work.loads + work.shared_loads
         packs = reads // accesses[0]

@@ -47,8 +47,10 @@ class Dtype(NamedTuple):
 
 MIXED = "float32+bfloat16"  # student and teacher
 DTYPES = {
-    "bfloat16": Dtype(*(2, 2), r".*PackedSourceI(N\w*?)?8BFloat16E", r"(N\w*?)?8BFloat16E?Lb1E"),
-    "float32": Dtype(*(4, 4), r".*PackedSourceIf(Lb[01])?E", r"fLb1E"),
+    "bfloat16": Dtype(
+        *(2, 2), r".*PackedSourceI(N\w*?)?8BFloat16E", r"(N\w*?)?8BFloat16E?Lb1ELb1E"
+    ),
+    "float32": Dtype(*(4, 4), r".*PackedSourceIf(Lb[01])?E", r"fLb1ELb1E"),
     MIXED: Dtype(*(4, 2), r".*PackedSourceI(N\w*?)?5MixedE"),
 }
 
@@ -63,7 +65,6 @@ class Over:
     mufu: int = 1  # at least so many MUFU operations an entry: tells passes of equal accesses apart
     item: int = 0  # bytes of an entry in the packs, 0: the dtype's
     rows: bool = True  # reads rows at all, not a list in shared memory
-    store: int | None = None  # the only one of the loop's 16-byte stores that this call makes
 
 
 NOTHING = Serial()
@@ -113,8 +114,11 @@ class Op:
 def _softmax_divergence(divergence: str, mangled: str, sums: bool) -> Op:
     passes = (FIRST_PAIR, *([Over(2)] if sums else []), Over(2, 1))
     kernel = f"softmax_divergence_kernelIN.*?{len(mangled)}{mangled}E"
-    # open, begin and publish; the merge of the states, one cluster barrier a sum.
-    serial = Serial(leader=1000, merge=450 + 150 * sums, cluster_barriers=1 + sums)
+    # From the end of a pass to the begin of the next one, as the leading thread goes in the SASS:
+    # the block's sums 300, the logarithms 80, begin 160, loading what it publishes 90; from the
+    # write to the next row's copies 170 (the row's task is read while the copies run). Of a pass
+    # over the terms, 250 for its sum, 100 for its means. In clusters also the blocks' sums.
+    serial = Serial(leader=800 + 350 * sums, merge=150 + 50 * sums, cluster_barriers=1 + sums)
 
     def call(student: Tensor, teacher: Tensor) -> Tensor:
         options = divergence_options(divergence, student)
@@ -290,7 +294,7 @@ OPS = {
                 Part(
                     "kl_div_kernelILb0E",
                     "terms",
-                    (Over(2, 1, again=False, store=1),),  # stores: terms, input's, target's
+                    (Over(2, 1, again=False, mufu=0),),
                     flat=True,
                 ),
             ),

@@ -34,9 +34,9 @@ import os
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +176,7 @@ class Pass:
     bulk: int  # copies of many bytes from global to shared memory
     barrier: bool  # of the block or cluster, in the loop
     rounds: dict[Work, Round]
-    stores: list[int]  # numbers of the blocks that write 16 bytes to global memory
-    rounds_without: Callable[[frozenset[int]], dict[Work, Round]]  # rounds that avoid blocks
+    stores: bool  # 16 bytes to global memory, on some path
     hot: bool = False
 
     @cached_property
@@ -240,24 +239,17 @@ def _passes(blocks: list[Block], loops: list[Loop]) -> Iterator[Pass]:
         if barrier and any(x.blocks < loop.blocks for x in moving):
             continue
         moving.append(loop)
-        rounds = partial(_rounds, blocks, loop, loops)
+        rounds = {work: Round(way) for work, way in paths_of(blocks, loop, loops).items()}
         found = Pass(
             blocks[loop.head].code[0].address,
             len(code),
             sum(x.bulk for x in code),
             barrier,
-            rounds(frozenset()),
-            sorted(n for n in loop.blocks if blocks[n].work.stores),
             rounds,
+            any(blocks[n].work.stores for n in loop.blocks),
         )
         if not any(x.name == "SHFL" for x in found.main.way.code):
             yield found
-
-
-def _rounds(
-    blocks: list[Block], loop: Loop, loops: list[Loop], without: frozenset[int]
-) -> dict[Work, Round]:
-    return {work: Round(way) for work, way in paths_of(blocks, loop, loops, without).items()}
 
 
 def kernels(text: str, match: str = "") -> dict[str, Kernel]:

@@ -250,13 +250,8 @@ class Path:
         return Path(work, head.cost + self.cost, head.parts + self.parts)
 
 
-def paths_of(
-    blocks: list[Block], loop: Loop, loops: list[Loop], without: frozenset[int] = frozenset()
-) -> dict[Work, Path]:
-    """Return, by what it does, the shortest path of one round of the loop.
-
-    without: numbers of blocks that no path goes through.
-    """
+def paths_of(blocks: list[Block], loop: Loop, loops: list[Loop]) -> dict[Work, Path]:
+    """Return, by what it does, the shortest path of one round of the loop."""
     inner = [x for x in loops if x.head != loop.head and x.blocks < loop.blocks]
     tops = [x for x in inner if not any(x.blocks < y.blocks for y in inner)]
     owner = {n: x for x in tops for n in x.blocks}
@@ -267,7 +262,7 @@ def paths_of(
     def after(n: int) -> list[int]:
         members = owner[n].blocks if n in owner else {n}
         ends = (to for m in members for to in blocks[m].next if to not in members)
-        return list(dict.fromkeys(node(to) for to in ends if to in loop.blocks - without))
+        return list(dict.fromkeys(node(to) for to in ends if to in loop.blocks))
 
     found: dict[int, dict[Work, Path]] = {loop.head: {Work(): Path(Work(), 0, ())}}
     done: dict[Work, Path] = {}

@@ -30,7 +30,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
@@ -255,8 +255,19 @@ def follow(options: argparse.Namespace) -> None:
         if place.rank == 0:
             _stage("train", own, place.size)
             report(options, place.size)
-        dist.barrier()
-    dist.destroy_process_group()
+    leave()
+
+
+def leave() -> NoReturn:
+    """End this process at once, when all processes have come here.
+
+    With gloo (torch 2.13) the usual end hangs or aborts now and then, also after
+    ``destroy_process_group``.
+    """
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def train(options: argparse.Namespace, place: Place) -> None:

@@ -150,6 +150,7 @@ class LinearSoftmaxDivergence(LossModule):
         compact: bool | None = None,
         logits_dtype: torch.dtype | None = None,
         return_stats: bool = False,
+        reduce_hidden_grad: bool = True,
         divergence: Divergence = "forward_kl",
         beta: float | Tensor = 0.5,
         alpha: float | Tensor = 1.0,

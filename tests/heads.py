@@ -1,6 +1,7 @@
 """Hidden states and heads, for the tests of linear heads."""
 
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd._ops.linear import driver
@@ -22,6 +23,13 @@ def gradients(result, inputs, seed=1, **options):
     random = torch.Generator().manual_seed(seed)
     given = [torch.randn(x.shape, generator=random).to(x.dtype) for x in results]
     return torch.autograd.grad(results, inputs, given, **options)
+
+
+def compiled(function, backend="aot_eager"):
+    """One graph, and the counter of graphs."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(function, fullgraph=True, backend=counter), counter
 
 
 class Products(TorchDispatchMode):

@@ -225,9 +225,13 @@ def gradient_room(problem: Problem, exact: Tensor, dtype: torch.dtype, name: str
     kind = divergence if problem.op == "softmax_divergence" else "jsd"
     room = (4 / 3) * allowed_error(exact, dtype, kind)
     if problem.op != "alm_loss":
-        # Its floor is a rounding of probabilities, which are divided by the temperature.
+        # Its floor is a rounding of probabilities, which are divided by their temperature.
         low, high = extremes(problem.options.get("temperature", 1.0))
-        room += 5e-7 * max(1 / low, high if problem.options.get("square_temperature") else 0.0)
+        square = high**2 if problem.options.get("square_temperature") else 1.0
+        own = problem.options.get("teacher_temperature") if name == "teacher_logits" else None
+        if own is not None:
+            low, high = extremes(own)
+        room += 5e-7 * max(1 / low, square / (high if own is None else low))
     if problem.op == "alm_loss" and dtype != torch.float64:
         room = max(room, 2e-5 * exact.norm().item())
     if problem.op == "clipped_divergence":
@@ -235,6 +239,8 @@ def gradient_room(problem: Problem, exact: Tensor, dtype: torch.dtype, name: str
         size = log_ratio(problem)
         if name == "teacher_logits":
             size = max(size, teacher_terms(problem))
+        if name == "student_logits":
+            size += student_terms(problem)
         room += 4 * (2.0**-52 if dtype == torch.float64 else 2.0**-24) * size
     return room
 
@@ -289,8 +295,41 @@ def teacher_terms(problem: Problem) -> float:
     options, (log_q, log_p) = problem.options, log_probabilities(problem)
     if not log_p.numel():
         return 0.0
-    p = log_p.exp()
-    edges = []
+    log_share, slope = part(problem, log_p.exp())
+    renormalize, weight = options.get("renormalize", "none"), log_share + log_p
+    if renormalize != "none":
+        weight = weight.log_softmax(-1)
+    terms = weight.exp() * (1 + (log_p - log_q).abs())
+    if renormalize == "both":
+        terms = terms + (log_share + log_q).log_softmax(-1).exp()
+    terms = (slope * terms).nan_to_num(0, 0, 0).sum(-1)
+    temperature = options.get("temperature", 1.0)
+    terms = terms / torch.as_tensor(options.get("teacher_temperature", temperature))
+    if options.get("square_temperature"):
+        terms = terms * torch.as_tensor(temperature) ** 2
+    return terms.max().item()
+
+
+def student_terms(problem: Problem) -> float:
+    """The same of clipped_divergence's student where both sides are renormalised.
+
+    Its share r = s q / Q is exp(log q - log Q), over the temperature: a part of little mass has
+    large logarithms, and r their roundings.
+    """
+    options, (log_q, log_p) = problem.options, log_probabilities(problem)
+    if not log_p.numel() or options.get("renormalize") != "both":
+        return 0.0
+    log_share, _ = part(problem, log_p.exp())
+    terms = (log_share + log_q).log_softmax(-1).exp() * log_q.abs()
+    terms = terms.nan_to_num(0, 0, 0).sum(-1)
+    temperature = torch.as_tensor(options.get("temperature", 1.0))
+    terms = terms * temperature if options.get("square_temperature") else terms / temperature
+    return terms.max().item()
+
+
+def part(problem: Problem, p: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Of clipped_divergence log s(p), and what roundings of p before an edge are multiplied by."""
+    options, edges = problem.options, []
     for name in ("lower", "upper"):
         edge = torch.as_tensor(options[name], dtype=torch.float64).expand(p.shape[:-1])
         if options.get("quantile"):
@@ -313,18 +352,7 @@ def teacher_terms(problem: Problem) -> float:
     if labels is not None and options.get("keep_label", True) and not options.get("shift"):
         kept = labels.clamp(0, p.size(-1) - 1).long().unsqueeze(-1)
         log_share = log_share.scatter(-1, kept, 0.0)
-    renormalize, weight = options.get("renormalize", "none"), log_share + log_p
-    if renormalize != "none":
-        weight = weight.log_softmax(-1)
-    terms = weight.exp() * (1 + (log_p - log_q).abs())
-    if renormalize == "both":
-        terms = terms + (log_share + log_q).log_softmax(-1).exp()
-    terms = (slope * terms).nan_to_num(0, 0, 0).sum(-1)
-    temperature = options.get("temperature", 1.0)
-    terms = terms / torch.as_tensor(options.get("teacher_temperature", temperature))
-    if options.get("square_temperature"):
-        terms = terms * torch.as_tensor(temperature) ** 2
-    return terms.max().item()
+    return log_share, slope
 
 
 def edge_room(problem: Problem, exact: Tensor) -> float:

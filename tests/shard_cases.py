@@ -131,6 +131,7 @@ def cases(size: int) -> dict[str, Case]:
             ),
             head_modes.head_modes_case,
             head_modes.head_payload_case,
+            head_modes.head_unreduced_case,
             head_modes.head_error_case,
             head_modes.head_dtensor_error_case,
             modes.torch_is_wrong_case,

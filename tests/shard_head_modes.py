@@ -154,6 +154,69 @@ def head_modes_case(ranks: Ranks) -> None:
     )
 
 
+def head_unreduced_case(ranks: Ranks) -> None:
+    """Each process's part of the hidden states' gradient, which something before the head sums."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+
+    vocab, labels, columns = WIDTH * ranks.size, LABELS[ranks.size], ranks.even(WIDTH)
+    (h, w, b), (t, v, c) = (head(vocab, i) for i in range(2))
+    place: dict[str, Any] = {"reduce_hidden_grad": False}
+
+    def linear(h: Any, w: Any, b: Any, t: Any, v: Any, c: Any, **given: Any) -> Any:
+        return fastkd.linear_softmax_divergence(
+            h, w, t, v, student_bias=b, teacher_bias=c, chunk_size=4, labels=labels, **given
+        )
+
+    def log_probs(h: Any, w: Any, b: Any, *_: Any, group: Any = None, **given: Any) -> Any:
+        return fastkd.token_log_probs(LinearLogits(h, w, b, **given), labels, group=group).sum()
+
+    def none(
+        h: Any, w: Any, b: Any, t: Any, v: Any, c: Any, group: Any = None, **given: Any
+    ) -> Any:
+        heads = LinearLogits(h, w, b, **given), LinearLogits(t, v, c, **given)
+        return fastkd.softmax_divergence(*heads, reduction="none", group=group).sum()
+
+    local = [h, w[columns], b[columns], t, v[columns], c[columns]]
+    for function in (linear, log_probs, none):
+        runs = []
+        for parts, given in (([h, w, b, t, v, c], place), (local, {**place, "group": ranks.group})):
+            run = function
+            for _ in range(2 if len(given) > 1 else 1):
+                leaves = [x.detach().clone().requires_grad_() for x in parts]
+                with sent() as found:
+                    run(*leaves, **given).backward()
+                assert all(name != "add_up" for name, _ in found)
+                runs.append([x.grad for x in leaves])
+                run = torch.compile(function, fullgraph=True, backend="aot_eager")
+        true, eager, graph = runs
+        for place_of_hidden in (0, 3) if function is not log_probs else (0,):
+            for mine in (eager, graph):
+                assert mine[place_of_hidden].dtype == h.dtype
+                torch.distributed.all_reduce(mine[place_of_hidden])
+                torch.testing.assert_close(
+                    mine[place_of_hidden], true[place_of_hidden], rtol=0, atol=1e-12
+                )
+        torch.testing.assert_close(eager[1], true[1][columns], rtol=0, atol=1e-12)
+    # A sequence that is gathered: the gradient of the gather sums and splits what it gets.
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    own = distribute_tensor(h.clone(), mesh, [Shard(0)]).requires_grad_()
+    weight, other = (distribute_tensor(x.clone(), mesh, [Shard(0)]) for x in (w, v))
+    teacher = LinearLogits(distribute_tensor(t, mesh, [Replicate()]), other)
+    whole = distribute_tensor(h.clone(), mesh, [Replicate()]).requires_grad_()
+    leaf = h.clone().requires_grad_()
+    fastkd.linear_softmax_divergence(leaf, w, t, v).backward()
+    for hidden, mine in ((own.redistribute(mesh, [Replicate()]), own), (whole, whole)):
+        with sent() as found:
+            student = LinearLogits(hidden, weight, **place)
+            fastkd.softmax_divergence(student, teacher).full_tensor().backward()
+        assert [name for name, _ in found] == ["gather"] * 2
+        torch.testing.assert_close(mine.grad.full_tensor(), leaf.grad, rtol=0, atol=1e-12)
+    assert whole.grad.placements == (Partial("sum"),)
+    with pytest.raises(TypeError, match="reduce_hidden_grad must be True or False"):
+        LinearLogits(h, w, reduce_hidden_grad=2)
+
+
 def head_error_case(ranks: Ranks) -> None:
     """Errors name the row of the call; what is not available says so on all processes."""
     h, w, _ = head(WIDTH, 0)

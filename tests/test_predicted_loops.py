@@ -1,10 +1,14 @@
 """Which loop of a kernel is which pass of an op, on hand-written SASS."""
 
+from dataclasses import replace
+
 import pytest
-from sass_text import kernel_of
+from sass_text import kernel_of, text_of
 
 from benchmarks.predicted_loops import count_kernel
-from benchmarks.predicted_ops import Over
+from benchmarks.predicted_ops import DTYPES, MIXED, Over
+from benchmarks.sass import read
+from benchmarks.sass_code import parse
 from benchmarks.sass_flow import Work
 
 
@@ -156,24 +160,26 @@ def test_a_pass_has_its_mufu_operations():
         count_kernel(kernel_of(TWO_PASSES), (Over(2, 1, mufu=1),), "float32")
 
 
-def test_one_of_two_stores():
+def test_of_two_dtypes_no_loop_with_more_than_one_pack():
+    # Both gradients: the parameters' two loads of 8 bytes would make up a second pack.
     lines = """
-        loop:
-        LDG.E.128 R4, desc[UR4][R2.64]
-        @P1 BRA other
-        STG.E.128 desc[UR4][R10.64], R4
-        other:
-        @P2 BRA done
-        FADD R4, R4, 1
-        FADD R4, R4, 1
-        STG.E.128 desc[UR4][R12.64], R4
-        done:
-        @P0 BRA loop
+        both:
+        LDS.64 R20, [R40]
+        LDS.64 R22, [R40+0x8]
+        LDS.128 R8, [R30]
+        LDS.128 R12, [R31]
+        STG.E.128 desc[UR4][R2.64], R8
+        STG.E.128 desc[UR4][R4.64], R12
+        @P0 BRA both
+        one:
+        LDS.128 R8, [R30]
+        LDS.64 R12, [R31]
+        FADD R8, R8, R12
+        STG.E.128 desc[UR4][R2.64], R8
+        @P1 BRA one
         EXIT
     """
-    kernel = kernel_of(lines)
-    first, second = (
-        count_kernel(kernel, (Over(1, 1, again=False, mufu=0, store=i),), "float32").kept[0]
-        for i in (0, 1)
-    )
-    assert (first.instructions * 4, second.instructions * 4) == (5, 7)
+    ((name, code),) = parse(text_of(lines)).items()
+    kernel = read(name, [replace(x, unit=DTYPES[MIXED].unit) for x in code])
+    (found,) = count_kernel(kernel, (Over(2, 1, mufu=0),), MIXED).kept
+    assert found.instructions * 4 == 5

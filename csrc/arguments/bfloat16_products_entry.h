@@ -5,8 +5,8 @@
 //   _bfloat16_weight_gradient  total = scale gradient^T hidden, added to what it holds if `add`
 //
 // hidden [rows, features] and weight [columns, features] are bfloat16; out of the logits and gradient [rows, columns]
-// are float32 or bfloat16, of which float32 gradients are rounded first; out of the hidden states' gradient is bfloat16
-// or float32; bias and total are float32. The last dimension of each is contiguous.
+// are float32 or bfloat16, of which float32 gradients are rounded as csrc/cpu/bfloat16_products.h says; out of the
+// hidden states' gradient is bfloat16 or float32; bias and total are float32. The last dimension of each is contiguous.
 #pragma once
 #include <optional>
 

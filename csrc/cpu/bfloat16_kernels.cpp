@@ -162,6 +162,88 @@ void pack(const Bfloat16Operand& x, bool of_rows, int64_t index, int64_t panels,
   run(x, of_rows, index, panels, first, steps, packed, stride);
 }
 
+// What rounding 16 values left; 0 of infinities and NaN.
+inline __m512 remainder_of(__m512 x) {
+  const __m512 rounded =
+      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+  const __m512 left = _mm512_sub_ps(x, rounded);
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(left, left, _CMP_ORD_Q), left);
+}
+
+// Counts the energies in the lanes that `lanes` has.
+inline void count(__m512 energies, __mmask16 lanes, RemainderEnergies& found) {
+  alignas(64) uint32_t bins[kTile];
+  _mm512_store_si512(bins, _mm512_srli_epi32(_mm512_castps_si512(energies), RemainderEnergies::kBinShift));
+  for (uint32_t left = lanes; left != 0; left &= left - 1) ++found.units[bins[__builtin_ctz(left)]];
+}
+
+// Sums of neighbouring lanes: of 2, or of 8.
+inline __m512 sum_lanes(__m512 x, bool eight) {
+  x = _mm512_add_ps(x, _mm512_permute_ps(x, 0xb1));
+  if (!eight) return x;
+  x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));
+  return _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+}
+
+void measure(const float* data, int64_t stride, int64_t rows, int64_t columns, bool of_rows, RemainderEnergies& found) {
+  static_assert(kUnitRows == 8);
+  __m512 whole = _mm512_setzero_ps();
+  for (int64_t column = 0; column < columns; column += kTile) {
+    const __mmask16 lanes = __mmask16(first_lanes(within(columns - column, kTile)));
+    __m512 energy[kUnitRows];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kUnitRows; ++i) {
+      const __m512 x = i < rows ? _mm512_maskz_loadu_ps(lanes, data + i * stride + column) : _mm512_setzero_ps();
+      const __m512 left = remainder_of(x);
+      energy[i] = _mm512_mul_ps(left, left);
+      const __m512 zero = _mm512_sub_ps(x, x);
+      whole = _mm512_mask3_fmadd_ps(x, x, whole, _mm512_cmp_ps_mask(zero, zero, _CMP_ORD_Q));
+    }
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kUnitRows; i += 2) energy[i] = _mm512_add_ps(energy[i], energy[i + 1]);
+    if (of_rows) {
+      const __m512 all = _mm512_add_ps(_mm512_add_ps(energy[0], energy[2]), _mm512_add_ps(energy[4], energy[6]));
+      count(sum_lanes(all, false), 0x5555, found);
+    } else {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kUnitRows; i += 2) count(sum_lanes(energy[i], true), 0x0101, found);
+    }
+  }
+  found.whole += _mm512_reduce_add_ps(whole);
+}
+
+template <bool kContiguous>
+void list_step(const Bfloat16Operand& x, int64_t index, int64_t first, int64_t step, float least,
+               RemainderList* lists) {
+  alignas(64) uint32_t tiles[kPanel][kTile];
+  Bfloat16Operand left = x;
+  left.remainder = true;
+  pack_step<true, kContiguous>(left, true, index, first, reinterpret_cast<char*>(tiles));
+  for (int64_t i = 0; i < kPanelLists; ++i) {
+    const uint32_t (*const rows)[kTile] = tiles + i * kUnitRows;
+    __m512 energy = _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kUnitRows; ++j) {
+      const __m512bh both = (__m512bh)_mm512_load_si512(rows[j]);
+      energy = _mm512_dpbf16_ps(energy, both, both);
+    }
+    RemainderList& list = lists[i];
+    int64_t units = step == 0 ? 0 : list.units;
+    for (uint32_t some = _mm512_cmp_ps_mask(energy, _mm512_set1_ps(least), _CMP_GE_OQ); some != 0; some &= some - 1) {
+      const int pair = __builtin_ctz(some);
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < kUnitRows; ++j) list.pairs[units][j] = rows[j][pair];
+      list.place[units++] = uint8_t(step * kTile + pair);
+    }
+    list.units = units;
+  }
+}
+
+void list(const Bfloat16Operand& x, int64_t index, int64_t first, int64_t step, float least, RemainderList* lists) {
+  x.contiguous ? list_step<true>(x, index, first, step, least, lists)
+               : list_step<false>(x, index, first, step, least, lists);
+}
+
 #ifdef __AMX_BF16__
 
 constexpr bool kTwice = true;
@@ -200,7 +282,8 @@ class Tiles {
 };
 
 // `lower`: null, or A's second part.
-inline void multiply_block(const char* a, const char* lower, const char* b, int64_t steps, float* block, bool add) {
+inline void multiply_block(const char* a, const char* lower, const RemainderList*, const char* b, int64_t steps,
+                           float* block, bool add) {
   if (add) {
     _tile_loadd(0, block, 64);
     _tile_loadd(1, block + kTileSums, 64);
@@ -245,8 +328,9 @@ struct Tiles {
 };
 
 // A quarter of a block's rows at a time: 16 vectors of sums stay in registers.
-inline void multiply_block(const char* a, const char*, const char* b, int64_t steps, float* block, bool add) {
-  constexpr int kRows = 8;
+inline void multiply_block(const char* a, const char*, const RemainderList* lists, const char* b, int64_t steps,
+                           float* block, bool add) {
+  constexpr int kRows = kUnitRows;
   for (int64_t row = 0; row < kPanel; row += kRows) {
     const char* const rows = a + row / kTile * kTileBytes + row % kTile * 64;
     float* const out = block + row / kTile * 2 * kTileSums + row % kTile * kTile;
@@ -274,6 +358,19 @@ inline void multiply_block(const char* a, const char*, const char* b, int64_t st
         }
       }
     }
+    const RemainderList* const list = lists == nullptr ? nullptr : lists + row / kRows;
+    for (int64_t unit = 0; list != nullptr && unit < list->units; ++unit) {
+      const int64_t place = list->place[unit];
+      const char* const of_b = b + place / kTile * 2 * kTileBytes + place % kTile * 64;
+      const __m512bh left = (__m512bh)_mm512_load_si512(of_b);
+      const __m512bh right = (__m512bh)_mm512_load_si512(of_b + kTileBytes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(int32_t(list->pairs[unit][i]));
+        sums[i][0] = _mm512_dpbf16_ps(sums[i][0], x, left);
+        sums[i][1] = _mm512_dpbf16_ps(sums[i][1], x, right);
+      }
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
@@ -290,8 +387,9 @@ void multiply(const PackedPanels& a, int64_t rows, const PackedPanels& b, int64_
   for (int64_t i = 0; i < rows; ++i) {
     const char* const of_a = reinterpret_cast<const char*>(a.data + i * a.stride);
     const char* const lower = a.parts > 1 ? of_a + a.part_stride * 2 : nullptr;
+    const RemainderList* const lists = a.lists == nullptr ? nullptr : a.lists + i * a.lists_stride;
     for (int64_t j = 0; j < columns; ++j) {
-      multiply_block(of_a, lower, reinterpret_cast<const char*>(b.data + j * b.stride), steps,
+      multiply_block(of_a, lower, lists, reinterpret_cast<const char*>(b.data + j * b.stride), steps,
                      blocks + i * block_stride + j * kBlockSums, add);
     }
   }
@@ -329,8 +427,8 @@ void finish() { _mm_sfence(); }
 }  // namespace
 }  // namespace FASTKD_ISA
 
-const Bfloat16Kernels FASTKD_JOIN(bfloat16_kernels_, FASTKD_ISA) = {FASTKD_QUOTE(FASTKD_ISA), FASTKD_ISA::kTwice,
-                                                                    FASTKD_ISA::pack,         FASTKD_ISA::multiply,
-                                                                    FASTKD_ISA::store,        FASTKD_ISA::finish};
+const Bfloat16Kernels FASTKD_JOIN(bfloat16_kernels_, FASTKD_ISA) = {
+    FASTKD_QUOTE(FASTKD_ISA), FASTKD_ISA::kTwice,   FASTKD_ISA::pack,  FASTKD_ISA::measure,
+    FASTKD_ISA::list,         FASTKD_ISA::multiply, FASTKD_ISA::store, FASTKD_ISA::finish};
 
 }  // namespace fastkd

@@ -9,8 +9,13 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "../arguments/bfloat16_products_entry.h"
 #include "common/parallel.h"
@@ -140,7 +145,14 @@ Bfloat16Result result(const Bfloat16Call& call) {
 class Product {
  public:
   Product(const Bfloat16Kernels& kernel, const Bfloat16Operand& a, const Bfloat16Operand& b, const Bfloat16Result& c)
-      : kernel_(kernel), a_(a), b_(b), c_(c), steps_(steps_of(a.depth)), parts_(kernel.twice && a.wide ? 2 : 1) {}
+      : kernel_(kernel),
+        a_(a),
+        b_(b),
+        c_(c),
+        steps_(steps_of(a.depth)),
+        parts_(kernel.twice && a.wide ? 2 : 1),
+        listed_(!kernel.twice && a.wide && a.depth > 0),
+        least_(listed_ ? least_energy() : 0) {}
 
   // small_rows: A is the small operand, and bfloat16, else B. A thread holds so many panels of the large one as fit
   // into its L2 cache.
@@ -156,20 +168,25 @@ class Product {
       kernel_.pack(small, small_rows, begin, end - begin, 0, steps_, packed + begin * stride, stride);
     });
     const int64_t all = bfloat16_panels(large.size), tasks = (all + at_once - 1) / at_once;
+    const int64_t lists = listed_ ? (steps_ + kStepsAtOnce - 1) / kStepsAtOnce * kPanelLists : 0;
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      char* const scratch = Scratch::of_thread(
-          at_once * (parts_ * stride * int64_t(sizeof(Element)) + kBlockSums * int64_t(sizeof(float))));
+      char* const scratch =
+          Scratch::of_thread(at_once * (parts_ * stride * int64_t(sizeof(Element)) +
+                                        kBlockSums * int64_t(sizeof(float)) + lists * int64_t(sizeof(RemainderList))));
       float* const blocks = reinterpret_cast<float*>(scratch);
-      Element* const own = reinterpret_cast<Element*>(blocks + at_once * kBlockSums);
+      RemainderList* const own_lists = reinterpret_cast<RemainderList*>(blocks + at_once * kBlockSums);
+      Element* const own = reinterpret_cast<Element*>(own_lists + at_once * lists);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task * at_once, count = at_most(at_once, all - first);
-        pack(large, !small_rows, first, count, 0, steps_, own, stride, at_once * stride);
+        pack(large, !small_rows, first, count, 0, steps_, own, stride, at_once * stride, own_lists, lists);
         for (int64_t i = 0; i < panels; ++i) {
           int64_t step = 0;
           do {
             const int64_t steps = at_most(kStepsAtOnce, steps_ - step), at = step * kPanelStep;
-            const PackedPanels one{packed + i * stride + at, stride, 1, 0};
-            const PackedPanels many{own + at, stride, parts_, at_once * stride};
+            const PackedPanels one{packed + i * stride + at, stride};
+            PackedPanels many{own + at, stride, parts_, at_once * stride};
+            if (listed_) many.lists = own_lists + step / kStepsAtOnce * kPanelLists;
+            many.lists_stride = lists;
             if (small_rows) {
               kernel_.multiply(one, 1, many, count, steps, blocks, 0, step > 0);
             } else {
@@ -188,14 +205,16 @@ class Product {
   }
 
   void with_long_sums() const {
-    constexpr int64_t kSlabSteps = 64;
+    constexpr int64_t kSlabSteps = 64, kLists = kSlabSteps / kStepsAtOnce * kPanelLists;
     if (a_.size == 0 || b_.size == 0) return;
     const int64_t rows = bfloat16_panels(a_.size), columns = bfloat16_panels(b_.size), stride = kSlabSteps * kPanelStep;
     const int64_t sums = rows * columns * kBlockSums;
-    const WorkingMemory memory(sums * int64_t(sizeof(float)) +
+    const int64_t lists = listed_ ? rows * kLists : 0;
+    const WorkingMemory memory(sums * int64_t(sizeof(float)) + lists * int64_t(sizeof(RemainderList)) +
                                (parts_ * rows + columns) * stride * int64_t(sizeof(Element)));
     float* const blocks = reinterpret_cast<float*>(memory.data());
-    Element* const of_b = reinterpret_cast<Element*>(blocks + sums);
+    RemainderList* const lists_of_a = reinterpret_cast<RemainderList*>(blocks + sums);
+    Element* const of_b = reinterpret_cast<Element*>(lists_of_a + lists);
     Element* const of_a = of_b + columns * stride;
     // A task multiplies a square of panels: as many as fit into its L2 cache, fewer where there are many threads.
     int64_t side = 8, across = 0, tasks = 0;
@@ -211,8 +230,8 @@ class Product {
         const int64_t middle = at_most(end, begin > columns ? begin : columns);
         kernel_.pack(b_, false, begin, middle - begin, slab * kStep, slab_steps, of_b + begin * stride, stride);
         for (int64_t i = middle; i < end; ++i) {
-          pack(a_, true, i - columns, 1, slab * kStep, slab_steps, of_a + (i - columns) * stride, stride,
-               rows * stride);
+          pack(a_, true, i - columns, 1, slab * kStep, slab_steps, of_a + (i - columns) * stride, stride, rows * stride,
+               lists_of_a + (i - columns) * kLists, kLists);
         }
       });
       torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -221,9 +240,12 @@ class Product {
           int64_t step = 0;
           do {
             const int64_t steps = at_most(kStepsAtOnce, slab_steps - step), at = step * kPanelStep;
-            kernel_.multiply({of_a + row * stride + at, stride, parts_, rows * stride}, at_most(side, rows - row),
-                             {of_b + column * stride + at, stride, 1, 0}, at_most(side, columns - column), steps,
-                             blocks + (row * columns + column) * kBlockSums, columns * kBlockSums, slab + step > 0);
+            PackedPanels a{of_a + row * stride + at, stride, parts_, rows * stride};
+            if (listed_) a.lists = lists_of_a + row * kLists + step / kStepsAtOnce * kPanelLists;
+            a.lists_stride = kLists;
+            kernel_.multiply(a, at_most(side, rows - row), {of_b + column * stride + at, stride},
+                             at_most(side, columns - column), steps, blocks + (row * columns + column) * kBlockSums,
+                             columns * kBlockSums, slab + step > 0);
             step += steps;
           } while (step < slab_steps);
         }
@@ -237,17 +259,69 @@ class Product {
   }
 
  private:
-  // Packs all parts of an operand, `part_stride` elements apart, so that its data is read from memory once.
+  // Packs all parts of an operand, `part_stride` elements apart, so that its data is read from memory once. Of A in
+  // float32 also the lists, those of panels `lists_stride` lists apart.
   void pack(Bfloat16Operand x, bool of_rows, int64_t index, int64_t panels, int64_t first, int64_t steps,
-            Element* packed, int64_t stride, int64_t part_stride) const {
-    if (parts_ == 1) return kernel_.pack(x, of_rows, index, panels, first, steps, packed, stride);
-    for (int64_t s = 0; s < steps; ++s) {
+            Element* packed, int64_t stride, int64_t part_stride, RemainderList* lists, int64_t lists_stride) const {
+    if (!x.wide || (parts_ == 1 && !listed_)) {
+      return kernel_.pack(x, of_rows, index, panels, first, steps, packed, stride);
+    }
+    const auto pack_one = [&](int64_t i, int64_t s) {
+      Element* const to = packed + i * stride + s * kPanelStep;
+      const int64_t k = first + s * kStep;
       for (int64_t part = 0; part < parts_; ++part) {
         x.remainder = part > 0;
-        kernel_.pack(x, of_rows, index, panels, first + s * kStep, 1, packed + s * kPanelStep + part * part_stride,
-                     stride);
+        kernel_.pack(x, of_rows, index + i, 1, k, 1, to + part * part_stride, stride);
+      }
+      if (!listed_) return;
+      RemainderList* const own = lists + i * lists_stride + s / kStepsAtOnce * kPanelLists;
+      kernel_.list(x, index + i, k, s % kStepsAtOnce, least_, own);
+    };
+    if (x.contiguous) {
+      for (int64_t i = 0; i < panels; ++i) {
+        for (int64_t s = 0; s < steps; ++s) pack_one(i, s);
+      }
+    } else {
+      for (int64_t s = 0; s < steps; ++s) {
+        for (int64_t i = 0; i < panels; ++i) pack_one(i, s);
       }
     }
+  }
+
+  // The least energy of a unit that is listed. The sums do not depend on the number of threads.
+  float least_energy() const {
+    const int64_t rows = a_.contiguous ? a_.size : a_.depth, columns = a_.contiguous ? a_.depth : a_.size;
+    const int64_t groups = (rows + kUnitRows - 1) / kUnitRows;
+    std::vector<double> whole(groups);
+    std::vector<int64_t> units(RemainderEnergies::kBins);
+    std::mutex mutex;
+    torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+      RemainderEnergies found;
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t row = group * kUnitRows;
+        found.whole = 0;
+        kernel_.measure(static_cast<const float*>(a_.data) + row * a_.stride, a_.stride, at_most(rows - row, kUnitRows),
+                        columns, a_.contiguous, found);
+        whole[group] = found.whole;
+      }
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (int bin = 0; bin < RemainderEnergies::kBins; ++bin) units[bin] += found.units[bin];
+    });
+    double left_out = 0;
+    for (const double x : whole) left_out += x;
+    left_out *= kLeftOut * kLeftOut;
+    const auto edge = [](uint32_t bin) {
+      const uint32_t bits = bin << RemainderEnergies::kBinShift;
+      float found;
+      std::memcpy(&found, &bits, sizeof(found));
+      return found;
+    };
+    uint32_t bin = 0;  // the first one that is listed
+    for (; bin + 1 < RemainderEnergies::kBins; ++bin) {
+      if (units[bin] > 0) left_out -= double(units[bin]) * edge(bin + 1);
+      if (!(left_out >= 0)) break;
+    }
+    return std::max(edge(bin), std::numeric_limits<float>::min());
   }
 
   const Bfloat16Kernels& kernel_;
@@ -256,6 +330,9 @@ class Product {
   const int64_t steps_;
   // A is the sum of so many packed operands, B is one.
   const int64_t parts_;
+  // Whether A is float32, and its remainders are lists; the least energy of a unit in them.
+  const bool listed_;
+  const float least_;
 };
 
 struct Cpu {

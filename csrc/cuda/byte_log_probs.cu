@@ -39,10 +39,10 @@ __device__ void gather_row(const ByteArguments& a, int64_t row, int64_t prefix, 
   team.sync();
   float top = -INFINITY;
   for (int c = team.thread; c < columns; c += team.threads) top = at_least(top, shared_load(sums + c).top);
-  top = team.block_sum(top, [](float& x, float next) { x = at_least(x, next); }, /*everywhere=*/true);
+  top = team.block_sum<true>(top, [](float& x, float next) { x = at_least(x, next); });
   double total = 0;
   for (int c = team.thread; c < columns; c += team.threads) total += ::exp(shared_load(sums + c).relative_to(top));
-  total = team.block_sum(total, [](double& x, double next) { x += next; }, /*everywhere=*/true);
+  total = team.block_sum<true>(total, [](double& x, double next) { x += next; });
   const double all = ::log(total) + (top - top);
   for (int c = team.thread; c < columns; c += team.threads)
     write_column(a, row, c, shared_load(sums + c).relative_to(top), all);
@@ -170,7 +170,7 @@ struct GradientWorker {
     const auto merge = [](Upstream& all, Upstream next) {
       all = {all.all + next.all, at_most(all.least, next.least), all.any || next.any};
     };
-    return team.block_sum(mine, merge, /*everywhere=*/true);
+    return team.block_sum<true>(mine, merge);
   }
 
   // Prepares each column's origin and factor. Exponents are relative to the row's origin or, where a column's share of

@@ -116,7 +116,7 @@ __device__ void finish_whole(const ByteArguments& a, int64_t row, const Team& te
   float top = -INFINITY;
 #pragma unroll 1
   for (int s = lane; s < a.slices; s += kWarp) top = at_least(top, load(s, columns));
-  top = warp_reduce(top, [](float& all, float next) { all = at_least(all, next); });
+  top = warp_reduce<true>(top, [](float& all, float next) { all = at_least(all, next); });
   for (int s = team.thread; s < a.slices; s += team.threads)
     shared_store(factors + s, exp2_of(power_of(load(s, columns) - top)));
   team.sync();
@@ -124,7 +124,7 @@ __device__ void finish_whole(const ByteArguments& a, int64_t row, const Team& te
 #pragma unroll 4
   for (int i = lane; i < kParts * a.slices; i += kWarp)
     total += double(load(i / kParts, columns + 1 + i % kParts)) * shared_load(factors + i / kParts);
-  const double all = ::log(warp_reduce(total, add)) + (top - top);
+  const double all = ::log(warp_reduce<true>(total, add)) + (top - top);
 #pragma unroll 1
   for (int base = begin + team.thread / kLanes - lane / kLanes; base < end; base += team.threads / kLanes) {
     const int c = base + lane / kLanes;
@@ -133,7 +133,7 @@ __device__ void finish_whole(const ByteArguments& a, int64_t row, const Team& te
 #pragma unroll 4
       for (int s = lane % kLanes; s < a.slices; s += kLanes) sum += double(load(s, c)) * shared_load(factors + s);
     }
-    sum = lanes_reduce(sum, add, kLanes);
+    sum = lanes_reduce<false>(sum, add, kLanes);
     const bool writes = c < end && lane % kLanes == 0, apart = sum > 0 && sum < kSmall;
     if (writes && !apart) write_column(a, row, c, ::log(sum), all);
     for (unsigned left = __ballot_sync(~0u, writes && apart); left != 0; left &= left - 1) {
@@ -240,10 +240,10 @@ struct ByteWorker {
     // Two buffers alternate, since other blocks of the cluster may still read the previous row's sums.
     float* const into = sums + (second ? slice_sums(a.columns) : 0);
     second = !second;
-    const float top = team.block_sum(
-        fill(row, logits), [](float& all, float next) { all = at_least(all, next); }, /*everywhere=*/true);
+    const float top =
+        team.block_sum<true>(fill(row, logits), [](float& all, float next) { all = at_least(all, next); });
     const double mine = sum(reinterpret_cast<const char*>(stored) + logits.lead * int(sizeof(Item)), top, into);
-    const double part = warp_reduce(mine, [](double& all, double next) { all += next; });
+    const double part = warp_reduce<false>(mine, [](double& all, double next) { all += next; });
     if (team.thread % kWarp == 0) shared_store(into + a.columns + 1 + team.thread / kWarp, float(part));
     if (team.leads()) shared_store(into + a.columns, top);
     if (a.partials != nullptr) {

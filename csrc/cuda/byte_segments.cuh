@@ -111,9 +111,9 @@ inline __device__ SegmentSum gathered_sum(const ByteArguments& a, int64_t row, S
     for (int k = 0; k < kAhead; ++k) part += exp2_of((x[k] - zero) * float(kLog2E));
     mine.sum += part;
   }
-  const float top = warp_reduce(mine.origin, [](float& all, float next) { all = at_least(all, next); });
+  const float top = warp_reduce<true>(mine.origin, [](float& all, float next) { all = at_least(all, next); });
   mine.raise(top);
-  return SegmentSum::of(top, warp_reduce(mine.sum, [](double& all, double next) { all += next; }));
+  return SegmentSum::of(top, warp_reduce<true>(mine.sum, [](double& all, double next) { all += next; }));
 }
 
 // own, all: the logarithms of the column's sum and of the sum over all columns.

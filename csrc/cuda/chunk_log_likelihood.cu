@@ -49,7 +49,7 @@ struct TextWorker {
 
   __device__ void run() const {
     const bool valid = check();
-    if (team.block_sum(int(valid), [](int& all, int next) { all &= next; }, /*everywhere=*/true)) {
+    if (team.block_sum<true>(int(valid), [](int& all, int next) { all &= next; })) {
       write();
     } else {
       refuse();

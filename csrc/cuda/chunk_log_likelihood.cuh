@@ -126,11 +126,10 @@ struct ChunkSums {
 // barriers.
 template <class Item>
 __device__ ChunkSums total(const Team& team, FastSum<Item>& mine) {
-  mine.raise(team.block_sum(mine.origin, [](float& a, float next) { a = at_least(a, next); }, /*everywhere=*/true));
-  return team.block_sum(
-      ChunkSums{mine.sum, mine.marked},
-      [](ChunkSums& a, const ChunkSums& next) { a = {a.all + next.all, a.boundary + next.boundary}; },
-      /*everywhere=*/true);
+  mine.raise(team.block_sum<true>(mine.origin, [](float& a, float next) { a = at_least(a, next); }));
+  return team.block_sum<true>(ChunkSums{mine.sum, mine.marked}, [](ChunkSums& a, const ChunkSums& next) {
+    a = {a.all + next.all, a.boundary + next.boundary};
+  });
 }
 
 // The forward pass over a row.
@@ -264,7 +263,7 @@ struct ChunkGradientWorker {
       for (int j = 0; j < kSize; ++j) {
         const bool own = in >> j & 1;
         const float x = Source::student_of(raw, j) - (own ? at.own_origin : at.origin);
-        gradient[j] = (own ? at.own_factor : at.factor) * exp2_of(x * scale - (own ? at.own_shift : at.shift));
+        gradient[j] = (own ? at.own_factor : at.factor) * exp2_fast(x * scale - (own ? at.own_shift : at.shift));
       }
       if (unsigned(label) < unsigned(kSize)) {
 #pragma unroll

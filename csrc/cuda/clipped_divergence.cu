@@ -122,8 +122,9 @@ struct ClipWorker {
 
   // Reads the row's task, before its logits are read. Called by the leading thread.
   __device__ void open(int64_t row, const Source& source) const {
-    int label = -1;
-    const bool read = arguments.read_task(row, leader.task, label);
+    const double scale = arguments.scale(row);
+    const bool read = scale != 0;
+    const int label = read ? arguments.read_task(row, scale, leader.task) : -1;
     leader.open(read, label, arguments.keep_label, shared_parameters);
     if (read) {
       leader.set_bounds(arguments.lower.number(row), arguments.upper.number(row), arguments.quantile,
@@ -352,7 +353,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1) clipped_divergence_small_ker
   for (int64_t first = blockIdx.x; first < arguments.rows; first += blocks * team.threads) {
     const int64_t mine = first + team.thread * blocks;
     const int flagged = mine < arguments.rows && global_load(arguments.small + mine);
-    if (team.block_sum(flagged, [](int& all, int next) { all += next; }, /*everywhere=*/true) == 0) continue;
+    if (team.block_sum<true>(flagged, [](int& all, int next) { all += next; }) == 0) continue;
 #pragma unroll 1
     for (int i = 0; i < team.threads; ++i) {
       const int64_t row = first + i * blocks;

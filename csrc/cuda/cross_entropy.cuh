@@ -161,13 +161,10 @@ struct CrossEntropyWorker {
     } else {
       for_packs(pass, careful);
     }
-    const float top =
-        team.block_sum(own.origin, [](float& a, float next) { a = at_least(a, next); }, /*everywhere=*/true);
+    const float top = team.block_sum<true>(own.origin, [](float& a, float next) { a = at_least(a, next); });
     own.raise(top);
     if constexpr (kApart) {
-      other.raise(team.block_sum(
-          other.origin, [](float& a, float next) { a = at_least(a, next); },
-          /*everywhere=*/true));
+      other.raise(team.block_sum<true>(other.origin, [](float& a, float next) { a = at_least(a, next); }));
       // The origins differ where one scale is larger: both sums relative to the same one.
       const float both = at_least(top, other.origin);
       own.raise(both);

@@ -29,9 +29,9 @@ struct KlDivArguments {
 };
 
 template <class T>
-__device__ __forceinline__ Packed<T> load_pack(const void* from, int64_t first, int items) {
+__device__ __forceinline__ Packed<T> load_pack(const void* from, int64_t first, int items, bool there = true) {
   Packed<T> out{};
-  if (from == nullptr) return out;
+  if (!there) return out;
   const T* p = static_cast<const T*>(from) + first;
   if (items == Packed<T>::kSize) {
     const uint4 bits = global_load16<true>(p);
@@ -47,7 +47,6 @@ __device__ __forceinline__ Packed<T> load_pack(const void* from, int64_t first, 
 
 template <class T>
 __device__ __forceinline__ void store_pack(void* to, int64_t first, const Packed<T>& value, int items) {
-  if (to == nullptr) return;
   T* p = static_cast<T*>(to) + first;
   if (items == Packed<T>::kSize) {
     uint4 bits;
@@ -62,8 +61,8 @@ __device__ __forceinline__ void store_pack(void* to, int64_t first, const Packed
 }
 
 // kWhole: every tensor begins on a 16-byte boundary, and thread i processes pack i. Otherwise elements are read and
-// written one by one.
-template <bool kLogTarget, class T, bool kWhole>
+// written one by one. kStep: what a training step asks for, the sum and the input's gradient; otherwise anything.
+template <bool kLogTarget, class T, bool kWhole, bool kStep>
 __global__ void __launch_bounds__(kFlatThreads) kl_div_kernel(const KlDivArguments a) {
   using P = Packed<T>;
   constexpr int kSize = kWhole ? P::kSize : 1;
@@ -74,20 +73,39 @@ __global__ void __launch_bounds__(kFlatThreads) kl_div_kernel(const KlDivArgumen
   for (int64_t pack = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; pack < packs; pack += stride) {
     const int64_t first = pack * kSize, left = a.count - first;
     const int items = left < kSize ? int(left) : kSize;
-    const P x = load_pack<T>(a.input, first, items), t = load_pack<T>(a.target, first, items);
+    const P x = load_pack<T>(a.input, first, items, kStep || a.input != nullptr);
+    const P t = load_pack<T>(a.target, first, items);
     const auto entry = [&](int j) { return KlDivEntry<kLogTarget, float>{to_float(x.item[j]), to_float(t.item[j])}; };
     P out;
-    if (a.sum || a.terms != nullptr) {
+    if (kStep || a.sum || a.terms != nullptr) {
+      float terms[kSize];
+      bool ordinary = items == kSize;
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        const float term = entry(j).term(entry(j).mass());
-        sum += j < items ? term : 0.0f;
-        out.item[j] = element<T>(term);
+      for (int j = 0; j < kSize; ++j) ordinary = ordinary && entry(j).is_ordinary();
+      if (ordinary) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) sum += terms[j] = entry(j).ordinary_term();
+      } else {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          terms[j] = entry(j).term(entry(j).mass());
+          if (j < items) sum += terms[j];
+        }
       }
-      store_pack<T>(a.terms, first, out, items);
+      if (!kStep && a.terms != nullptr) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) out.item[j] = element<T>(terms[j]);
+        store_pack<T>(a.terms, first, out, items);
+      }
+    }
+    if constexpr (kStep) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) out.item[j] = element<T>(-scale * entry(j).mass());
+      store_pack<T>(a.input_gradient, first, out, items);
+      continue;
     }
     if (a.input_gradient == nullptr && a.target_gradient == nullptr) continue;
-    const P up = load_pack<T>(a.upstream, first, items);
+    const P up = load_pack<T>(a.upstream, first, items, a.upstream != nullptr);
     const auto factor = [&](int j) { return a.upstream != nullptr ? scale * to_float(up.item[j]) : scale; };
     if (a.input_gradient != nullptr) {
 #pragma unroll
@@ -117,13 +135,14 @@ __global__ void __launch_bounds__(kSumThreads)
 
 template <bool kLogTarget, class T>
 void launch_kl_div(const Device& device, const KlDivArguments& a, int64_t blocks, bool whole) {
-  if (whole) {
-    device.launch({"terms", "all tensors begin on 16-byte boundaries: 16 bytes at a time"},
-                  kl_div_kernel<kLogTarget, T, true>, blocks, kFlatThreads, Team::kSharedBytes, 1, a);
-  } else {
-    device.launch({"terms", "a tensor does not begin on a 16-byte boundary: element by element"},
-                  kl_div_kernel<kLogTarget, T, false>, blocks, kFlatThreads, Team::kSharedBytes, 1, a);
-  }
+  const bool step = a.sum && a.input_gradient != nullptr && a.input != nullptr && a.terms == nullptr &&
+                    a.target_gradient == nullptr && a.upstream == nullptr;
+  const auto kernel = !whole ? kl_div_kernel<kLogTarget, T, false, false>
+                      : step ? kl_div_kernel<kLogTarget, T, true, true>
+                             : kl_div_kernel<kLogTarget, T, true, false>;
+  device.launch({"terms", whole ? "all tensors begin on 16-byte boundaries: 16 bytes at a time"
+                                : "a tensor does not begin on a 16-byte boundary: element by element"},
+                kernel, blocks, kFlatThreads, Team::kSharedBytes, 1, a);
 }
 
 template <bool kLogTarget>

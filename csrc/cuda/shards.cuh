@@ -178,9 +178,9 @@ __device__ inline void shard_statistics_row(const ShardSideArguments& a, int64_t
     }
   }
   const auto larger = [](float& x, float next) { x = at_least(x, next); };
-  const float origin = team.block_sum(mine.origin, larger, /*everywhere=*/true);
+  const float origin = team.block_sum<true>(mine.origin, larger);
   mine.raise(origin, scale);
-  const float second_origin = team.block_sum(mine.second_origin, larger, /*everywhere=*/true);
+  const float second_origin = team.block_sum<true>(mine.second_origin, larger);
   mine.raise_second(second_origin, second_scale);
   struct Sums {
     double sum, weighted, second, second_weighted, total, columns;
@@ -286,9 +286,8 @@ __device__ ShardTermSums<double> shard_pass(const ShardPairArguments& a, const S
     const float x = other_logit<Divergence>(u, column, token), y = other_logit<Divergence>(w, column, token);
     mine.add(shard_terms<kNear, float>(divergence, at.outcome<kNear>(x, y)));
   }
-  return team.block_sum(
-      ShardTermSums<double>{mine.f, mine.student, mine.teacher, mine.q, mine.p},
-      [](ShardTermSums<double>& x, const ShardTermSums<double>& next) { x.add(next); }, /*everywhere=*/true);
+  return team.block_sum<true>(ShardTermSums<double>{mine.f, mine.student, mine.teacher, mine.q, mine.p},
+                              [](ShardTermSums<double>& x, const ShardTermSums<double>& next) { x.add(next); });
 }
 
 template <class Divergence>

@@ -7,71 +7,9 @@
 //
 // RowPlan determines the passes. The team's leading thread runs it and publishes the results to the other threads.
 #pragma once
-#include "../math/quick_terms.h"
-#include "softmax_divergence_sums.cuh"
+#include "softmax_divergence_leader.cuh"
 
 namespace fastkd::cuda {
-
-// A team's shared memory: [parameters][the leading thread's task and plan][the teachers' normalisers and rows][slots of
-// the reductions][student row][teacher row].
-inline constexpr int kParametersBytes = 256, kPlanBytes = 448;
-inline constexpr int kTeachersBytes = kMaxTeachers * int(sizeof(OriginSum<double>) + sizeof(char*));
-__host__ __device__ constexpr int64_t team_bytes(bool warp) {
-  return kParametersBytes + kPlanBytes + kTeachersBytes + (warp ? 0 : Team::kSharedBytes);
-}
-
-// The data and work of the leading thread, in double precision, once per row. The data is in shared memory to save
-// registers. The functions are not inlined: all kernels of a divergence use one copy.
-template <class Real, class Divergence>
-struct RowLeader {
-  RowTask task;
-  RowPlan<Real, Divergence> plan;
-  RowState<double> state;
-  Sums sums;
-  LabelLogits label;
-
-  // Publishes whether the row is read, and how its logits are scaled.
-  __device__ __noinline__ void open(bool read, int label, RowParameters<Real>* published) {
-    RowParameters<Real> parameters{};
-    parameters.read = read;
-    parameters.label = label;
-    if (read) {
-      plan.set_scales(task);
-      parameters.student_scale = plan.student_scale;
-      parameters.teacher_scale = plan.teacher_scale;
-      parameters.teacher_ratio = plan.teacher_ratio;
-      parameters.label_scale = plan.label_scale;
-      parameters.teacher_temperature = task.teacher_temperature;
-      parameters.beta = task.beta;
-      parameters.alpha = task.alpha;
-      parameters.student_gradient = task.student_gradient;
-      parameters.teacher_gradient = task.teacher_gradient;
-    }
-    shared_store(published, parameters);
-  }
-
-  __device__ __noinline__ void begin() { plan.begin(task, state, label); }
-  __device__ __noinline__ void add() { plan.add(task, sums); }
-
-  // Publishes the present state of the plan.
-  __device__ __noinline__ void publish(RowParameters<Real>* published) const {
-    RowParameters<Real> parameters = shared_load(published);
-    parameters.step = plan.step;
-    parameters.near = plan.near;
-    parameters.at = plan.normalized();
-    parameters.factors = GradientFactors<Real>::of(task, plan);
-    parameters.student_mean = Mean<Real>(plan.student_mean);
-    parameters.teacher_mean = Mean<Real>(plan.teacher_mean);
-    if constexpr (Divergence::kPass == Pass::kStudentWeighted) {
-      parameters.centre =
-          Mean<Real>((plan.student_mean * kLog2E + (plan.student_lse - plan.teacher_lse)) / double(plan.student_scale));
-    }
-    parameters.student_shift = {plan.student_scale, plan.student_origin, plan.student_lse};
-    parameters.teacher_shift = {plan.teacher_scale, plan.teacher_origin, plan.teacher_lse};
-    parameters.label_shift = Real(plan.label_lse);
-    shared_store(published, parameters);
-  }
-};
 
 template <class Divergence, class Source>
 struct RowWorker {
@@ -90,12 +28,19 @@ struct RowWorker {
       : arguments(a),
         team(t),
         shared_parameters(reinterpret_cast<RowParameters<Real>*>(shared)),
-        leader(*reinterpret_cast<RowLeader<Real, Divergence>*>(shared + kParametersBytes)) {}
+        leader(*reinterpret_cast<RowLeader<Real, Divergence>*>(shared + kParametersBytes)) {
+    if (team.leads()) leader.kept = false;
+  }
 
   __device__ void run(int64_t row, Source& source) const {
+    const bool at_once = arguments.count_all();
+    if (at_once) source.start(team);
     const RowParameters<Real> parameters = open(row, source);
-    if (!parameters.read) return;
-    source.start(team);
+    if (!parameters.read) {
+      if (at_once) source.finish_copies();  // all gradients are multiplied by 0
+      return;
+    }
+    if (!at_once) source.start(team);
     source.normalize_teachers(team, parameters.teacher_temperature);
     finish(row, source, parameters);
   }
@@ -104,24 +49,22 @@ struct RowWorker {
   // parameters.read is false.
   __device__ RowParameters<Real> open(int64_t row, const Source& source) const {
     if (team.leads()) {
-      int label = -1;
-      const bool read = arguments.read_task(row, leader.task, label);
-      if (read && leader.task.label_weight == 0) {
-        leader.task.has_label = false;
-        if (!kExcludes) label = -1;
-      }
-      leader.open(read, label, shared_parameters);
-      if (read) {
+      leader.weight = arguments.row_weight(row);
+      const double scale = arguments.scale_of(leader.weight);
+      if (scale != 0) {
+        const int label = read_task(row, scale);
+        shared_store(&shared_parameters->label, label);
         // Read now, since writing the gradient may overwrite it.
         leader.label.student = label >= 0 ? double(source.student_logit(label)) : 0;
       } else if (team.rank == 0) {
         global_store(arguments.losses + row, 0.0);
       }
+      shared_store(&shared_parameters->read, scale != 0);
     }
     team.sync();
-    const RowParameters<Real> parameters = shared_load(shared_parameters);
-    if (!parameters.read) source.write_zeros(team);
-    return parameters;
+    if (shared_load(&shared_parameters->read)) return shared_load(shared_parameters);
+    source.write_zeros(team);
+    return RowParameters<Real>{};
   }
 
   // Computes the value and the gradients. The source's copies to shared memory must have been started.
@@ -130,7 +73,7 @@ struct RowWorker {
     const RowParameters<Real> parameters = sum(source, opened, backwards);
     if (team.leads() && team.rank == 0) {
       const double loss = leader.plan.loss(leader.task, leader.label.student);
-      global_store(arguments.losses + row, arguments.row_weight(row) * loss);
+      global_store(arguments.losses + row, leader.weight * loss);
     }
     if (parameters.student_gradient || parameters.teacher_gradient) {
       if (parameters.near) {
@@ -148,7 +91,10 @@ struct RowWorker {
     if (team.leads()) {
       leader.task = RowTask{};
       leader.task.temperature = leader.task.teacher_temperature = leader.task.divergence_scale = 1;
-      leader.open(/*read=*/true, /*label=*/-1, shared_parameters);
+      leader.kept = false;
+      leader.open(shared_parameters);
+      shared_store(&shared_parameters->label, -1);
+      shared_store(&shared_parameters->read, true);
     }
     team.sync();
     bool backwards = true;
@@ -157,30 +103,56 @@ struct RowWorker {
   }
 
  private:
+  // The task of a row that is read, and what it determines. Returns the label's column, or -1. A task that is the last
+  // row's is not made again.
+  __device__ __forceinline__ int read_task(int64_t row, double scale) const {
+    int label = arguments.label_column(row);
+    const bool keep = arguments.alike() && (label >= 0 || !arguments.labels);
+    if (!(keep && leader.kept && leader.task.scale == scale)) {
+      label = arguments.read_task(row, scale, leader.task);
+      if (leader.task.label_weight == 0) leader.task.has_label = false;
+      leader.open(shared_parameters);
+      leader.kept = keep;
+    }
+    return kExcludes || leader.task.has_label ? label : -1;
+  }
+
   // All passes before the gradients are written. Returns the parameters for writing them.
   __device__ RowParameters<Real> sum(const Source& source, RowParameters<Real> parameters, bool& backwards) const {
     const RowState<double> state = first_pass<Divergence::kPass, kExcludes>(source, team, parameters);
-    if (team.leads()) {
-      leader.state = state;
+    const RowLses lses = lses_of(state);
+    parameters = after_leader([&] {
       if constexpr (kExcludes) leader.label.teacher = source.teacher_logit(parameters.label);
-      leader.begin();
-    }
-    for (parameters = after_leader(); parameters.step != Step::kWrite; parameters = after_leader()) {
+      leader.state = state;
+      leader.lses = lses;
+      leader.begin(shared_parameters);
+    });
+    while (parameters.step != Step::kWrite) {
       const Sums sums = parameters.step == Step::kSumNear ? sum_terms<true>(source, parameters, backwards)
                                                           : sum_terms<false>(source, parameters, backwards);
       backwards = !backwards;
-      if (team.leads()) {
+      parameters = after_leader([&] {
         leader.sums = sums;
-        leader.add();
-      }
+        leader.add(shared_parameters);
+      });
     }
     return parameters;
   }
 
-  // Publishes the present state of the plan to all threads and returns it.
-  __device__ __forceinline__ RowParameters<Real> after_leader() const {
+  // Both logarithms at once, in two lanes of the first warp. Valid in the leading thread.
+  __device__ __forceinline__ RowLses lses_of(const RowState<double>& state) const {
+    if (team.thread >= kWarp) return {};
+    const bool odd = team.thread % 2 != 0;
+    const OriginSum<double> side = chosen(odd, state.teacher, state.student);
+    const double mine = side.log2();
+    return {mine, shuffle_xor(mine, 1)};
+  }
+
+  // What the leading thread publishes in `body`.
+  template <class Body>
+  __device__ __forceinline__ RowParameters<Real> after_leader(const Body& body) const {
     team.sync();
-    if (team.leads()) leader.publish(shared_parameters);
+    if (team.leads()) body();
     team.sync();
     return shared_load(shared_parameters);
   }
@@ -223,6 +195,7 @@ struct RowWorker {
   static __device__ __forceinline__ bool has_short_formula(const RowParameters<Real>& parameters) {
     // Of steep softmaxes, differences of logarithms have too few digits left.
     const bool steep = at_least(parameters.student_scale, parameters.teacher_scale) > Real(kSteepest);
+    if (Quick<Divergence>::kPairs && !(at_most(parameters.beta, 1 - parameters.beta) > kLeastWeight)) return false;
     return parameters.student_shift.usable && parameters.teacher_shift.usable && !(Quick<Divergence>::kFinite && steep);
   }
 
@@ -239,12 +212,13 @@ struct RowWorker {
   struct QuickPack {
     using Item = typename Source::Item;
     const RowParameters<Real>& parameters;
-    const Quick<Divergence> divergence;
+    Quick<Divergence> divergence;
     const Real rest;
     PackRange<Item> u_range, w_range;
 
     __device__ __forceinline__ explicit QuickPack(const RowParameters<Real>& p)
         : parameters(p), divergence(p.beta), rest(p.student_shift.rest - p.teacher_shift.rest) {
+      if constexpr (Quick<Divergence>::kStep) divergence.p_unit = exp2_of(rest);
       if constexpr (Quick<Divergence>::kFinite) {
         set_finite(u_range, w_range, p);
       } else {
@@ -259,11 +233,20 @@ struct RowWorker {
       if (!Quick<Divergence>::kLogs) return raw;
       return {u_range.raised(raw.student), w_range.raised(raw.teacher)};
     }
+    // Of entries j and j + 1.
     template <QuickUse kUse>
-    __device__ __forceinline__ QuickTerms<Real> terms(Real u, Real w) const {
-      return divergence.template terms<kUse>(
-          fused(u, parameters.student_scale, -parameters.student_shift.shift),
-          fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift) + rest);
+    __device__ __forceinline__ QuickPairTerms<Real> terms(const typename Source::Raw& raw, int j) const {
+      return pair_terms<kUse>(divergence, student_log(raw, j), teacher_log(raw, j), student_log(raw, j + 1),
+                              teacher_log(raw, j + 1));
+    }
+
+   private:
+    __device__ __forceinline__ Real student_log(const typename Source::Raw& raw, int j) const {
+      return fused(Source::student_of(raw, j), parameters.student_scale, -parameters.student_shift.shift);
+    }
+    __device__ __forceinline__ Real teacher_log(const typename Source::Raw& raw, int j) const {
+      const Real log = fused(Source::teacher_of(raw, j), parameters.teacher_scale, -parameters.teacher_shift.shift);
+      return Quick<Divergence>::kStep ? log : log + rest;
     }
   };
 
@@ -273,14 +256,17 @@ struct RowWorker {
     const auto fast = [&](int, const typename Source::Raw& any) {
       if (!pack.takes(any)) return false;
       const typename Source::Raw raw = pack.raised(any);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        const QuickTerms<Real> t =
-            pack.template terms<QuickUse::kSums>(Source::student_of(raw, j), Source::teacher_of(raw, j));
+      const auto add = [&](const QuickTerms<Real>& t) {
         f = fused(t.x, t.y, f);
         qg = fused(t.q, t.g, qg);
         q += t.q;
         if constexpr (Quick<Divergence>::kFinite) apart += t.q - t.x;
+      };
+#pragma unroll
+      for (int j = 0; j < kSize; j += 2) {
+        const QuickPairTerms<Real> t = pack.template terms<QuickUse::kSums>(raw, j);
+        add(t.first);
+        add(t.second);
       }
       return true;
     };
@@ -295,9 +281,10 @@ struct RowWorker {
     }
     const QuickScales<double> scales = pack.divergence.scales();
     const double unit = parameters.student_shift.unit;
-    mine.add({unit * (scales.f * double(f) + scales.f_from_g * double(qg) + scales.f_apart * double(apart)),
-              unit * (scales.g * double(qg) + scales.g_offset * double(q)), 0, unit * double(q), 0, 0});
-    return team.sum(mine, [](Sums& all, const Sums& next) { all.add(next); });
+    const Numbers<3> all = team.sum(Numbers<3>{
+        {mine.f + unit * (scales.f * double(f) + scales.f_from_g * double(qg) + scales.f_apart * double(apart)),
+         mine.qg + unit * (scales.g * double(qg) + scales.g_offset * double(q)), mine.q + unit * double(q)}});
+    return {all.each[0], all.each[1], 0, all.each[2], 0, 0};
   }
 
   template <bool kNear>
@@ -376,7 +363,7 @@ struct RowWorker {
     const RowParameters<Real>& parameters;
     const int label_pack;
     PackRange<Item> u_range, w_range;
-    const typename std::conditional<kQuick, QuickPack, None>::type quick_pack;
+    typename std::conditional<kQuick, QuickPack, None>::type quick_pack;
     Real by_q, by_p, slope, mean;
 
     __device__ __forceinline__ PackFormula(const Source& s, const typename Source::Gradients& g,
@@ -390,10 +377,17 @@ struct RowWorker {
       if constexpr (kQuick) {
         const QuickScales<double> scales = quick_pack.divergence.scales();
         slope = p.factors.student * Real(scales.g) * unit;
-        const double exact = (double(p.student_mean.high) + double(p.student_mean.low) - scales.g_offset) / scales.g;
+        const double exact = (double(p.student_mean.high) + double(p.student_mean.low) - scales.g_offset) * p.by_scale;
         mean = Real(exact);
         by_p = -p.factors.student * Real(scales.closed) * unit;
         by_q = p.factors.label_q * unit - by_p - Real(exact - double(mean)) * slope;
+        if constexpr (Quick<Divergence>::kStep) {
+          // q (g - mean) slope as q (g slope + rest) with a small rest: beside a token of nearly all the mass, the
+          // others keep their digits.
+          const bool turned = exact > 0.5;
+          by_q = fused(Real(turned ? 1 - exact : -exact), slope, p.factors.label_q * unit);
+          if (turned) quick_pack.divergence.steepness = -quick_pack.divergence.steepness, slope = -slope;
+        }
       } else if constexpr (kCentred) {
         set_finite(u_range, w_range, p);
       } else {
@@ -419,6 +413,18 @@ struct RowWorker {
     __device__ __forceinline__ typename Source::Out words(const typename Source::Raw& given) const {
       typename Source::Raw raw = given;
       if constexpr (kQuick) raw = quick_pack.raised(raw);
+      Real entries[kSize];
+#pragma unroll
+      for (int j = 0; j < kSize; j += 2) {
+        if constexpr (kQuick) {
+          const QuickPairTerms<Real> t = quick_pack.template terms<QuickUse::kGradient>(raw, j);
+          entries[j] = entry(t.first);
+          entries[j + 1] = entry(t.second);
+        } else {
+          entries[j] = entry(Source::student_of(raw, j), Source::teacher_of(raw, j));
+          entries[j + 1] = entry(Source::student_of(raw, j + 1), Source::teacher_of(raw, j + 1));
+        }
+      }
       typename Source::Out out{};
 #pragma unroll
       for (int k = 0; k < kSize / Source::kWord; ++k) {
@@ -426,8 +432,7 @@ struct RowWorker {
 #pragma unroll
         for (int j = 0; j < Source::kWord; ++j) {
           const int place = k * Source::kWord + j;
-          const Real u = Source::student_of(raw, place), w = Source::teacher_of(raw, place);
-          word[j] = entry(u, w);
+          word[j] = entries[place];
           if constexpr (kLabelApart) word[j] += label_share(Source::student_of(given, place), parameters);
         }
         set_word(out, k, word_from<Item>(word));
@@ -435,16 +440,14 @@ struct RowWorker {
       return out;
     }
 
+    __device__ __forceinline__ Real entry(const QuickTerms<Real>& t) const {
+      const Real centred_part = t.q * fused(Quick<Divergence>::kStep ? t.g : t.g - mean, slope, by_q);
+      return Quick<Divergence>::kFinite ? fused(t.x, by_p, centred_part) : centred_part;
+    }
     __device__ __forceinline__ Real entry(Real u, Real w) const {
-      if constexpr (kQuick) {
-        const QuickTerms<Real> t = quick_pack.template terms<QuickUse::kGradient>(u, w);
-        const Real centred_part = t.q * fused(t.g - mean, slope, by_q);
-        return Quick<Divergence>::kFinite ? fused(t.x, by_p, centred_part) : centred_part;
-      } else {
-        const Real q = exp2_fast(fused(u, parameters.student_scale, -parameters.student_shift.shift));
-        if constexpr (kCentred) return q * (centred(u, w, parameters) * parameters.student_shift.unit);
-        return fused(q, by_q, exp2_fast(fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift)) * by_p);
-      }
+      const Real q = exp2_fast(fused(u, parameters.student_scale, -parameters.student_shift.shift));
+      if constexpr (kCentred) return q * (centred(u, w, parameters) * parameters.student_shift.unit);
+      return fused(q, by_q, exp2_fast(fused(w, parameters.teacher_scale, -parameters.teacher_shift.shift)) * by_p);
     }
   };
 

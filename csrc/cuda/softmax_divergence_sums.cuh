@@ -25,17 +25,69 @@ struct RowParameters {
   Mean<Real> centre;  // student_mean as a difference of logits less their origins
   NormalizerShift<Real> student_shift, teacher_shift;
   Real label_shift;
+  double by_scale;  // 1 / QuickScales::g
 };
 
-// Sums of pass 1 relative to one pair of origins.
+// Sums of pass 1 relative to one pair of origins: the student's, the teacher's, ratio, crossing; only those that the
+// pass needs, since each takes shuffles.
+template <Pass kPass>
 struct PassSums {
-  double student, teacher, ratio, crossing, label;
-  __device__ void add(const PassSums& x) {
-    student += x.student;
-    teacher += x.teacher;
-    ratio += x.ratio;
-    crossing += x.crossing;
-    label += x.label;
+  static constexpr bool kRatio = kPass != Pass::kNormalizersOnly, kCrossing = kPass == Pass::kTeacherCrossing;
+  Numbers<2 + kRatio + kCrossing> numbers;
+
+  static __device__ __forceinline__ PassSums of(double student, double teacher, double ratio, double crossing) {
+    PassSums sums{{{student, teacher}}};
+    if constexpr (kRatio) sums.numbers.each[2] = ratio;
+    if constexpr (kCrossing) sums.numbers.each[3] = crossing;
+    return sums;
+  }
+  __device__ __forceinline__ double student() const { return numbers.each[0]; }
+  __device__ __forceinline__ double teacher() const { return numbers.each[1]; }
+  __device__ __forceinline__ double ratio() const {
+    if constexpr (kRatio) return numbers.each[2];
+    return 0;
+  }
+  __device__ __forceinline__ double crossing() const {
+    if constexpr (kCrossing) return numbers.each[3];
+    return 0;
+  }
+};
+
+// The same of a block, with its origins.
+template <class Real, Pass kPass>
+struct BlockSums {
+  Real student_origin, teacher_origin;
+  PassSums<kPass> sums;
+  double label;
+
+  __device__ __forceinline__ RowState<double> state() const {
+    return {{double(student_origin), sums.student()},
+            {double(teacher_origin), sums.teacher()},
+            sums.ratio(),
+            sums.crossing(),
+            label};
+  }
+  // No row.
+  static __device__ __forceinline__ BlockSums empty() { return {Real(-INFINITY), Real(-INFINITY), {}, 0}; }
+
+  // The sums over blocks, in a warp whose lane has the sums of block lane % 16.
+  __device__ __forceinline__ BlockSums over_blocks(const RowScales<double>& scales) const {
+    static_assert(kMostBlocks == 16);
+    BlockSums all = *this;
+#pragma unroll
+    for (int step = kMostBlocks / 2; step > 0; step /= 2) {
+      all.student_origin = at_least(shuffle_xor(all.student_origin, step), all.student_origin);
+      all.teacher_origin = at_least(shuffle_xor(all.teacher_origin, step), all.teacher_origin);
+    }
+    RowState<double> moved = state();
+    // Both factors in float: an error of a factor is a slightly larger or smaller block.
+    moved.raise(double(all.student_origin), double(all.teacher_origin), kPass, scales, [](double x, double y) {
+      return RowFactors<double>{double(exp2_of(float(x))), double(exp2_of(float(y)))};
+    });
+    all.sums.numbers =
+        PassSums<kPass>::of(moved.student.sum, moved.teacher.sum, moved.ratio, moved.crossing).numbers.over_half();
+    all.label = scales.label != 0 ? Numbers<1>{{moved.label_sum}}.over_half().each[0] : 0;
+    return all;
   }
 };
 
@@ -142,9 +194,9 @@ struct ThreadState {
     w_origin = w_new;
   }
 
-  __device__ PassSums whole() const {
-    return {u_sum.value(), w_sum.value(), ratio.value() + far_ratio.value(), double(crossing) + far_crossing.value(),
-            double(label_sum)};
+  __device__ PassSums<kPass> whole() const {
+    return PassSums<kPass>::of(u_sum.value(), w_sum.value(), ratio.value() + far_ratio.value(),
+                               double(crossing) + far_crossing.value());
   }
 
  private:
@@ -246,7 +298,7 @@ __device__ __forceinline__ typename Source::Raw without_label(const Source& sour
   return unsigned(place) < unsigned(Source::kSize) ? Source::without(raw, place) : raw;
 }
 
-// Pass 1: the states of both softmaxes, valid in the blocks' leading threads. kExcludes: of all tokens but the label.
+// Pass 1: the states of both softmaxes, valid in the blocks' first warps. kExcludes: of all tokens but the label.
 template <Pass kPass, bool kExcludes = false, class Source>
 __device__ __forceinline__ RowState<double> first_pass(const Source& source, const Team& team,
                                                        const RowParameters<typename Source::Real>& parameters) {
@@ -279,27 +331,22 @@ __device__ __forceinline__ RowState<double> first_pass(const Source& source, con
   const auto at_least_both = [](Largest<Real>& all, const Largest<Real>& x) {
     all = {at_least(all.student, x.student), at_least(all.teacher, x.teacher)};
   };
-  const Largest<Real> largest =
-      team.block_sum(Largest<Real>{mine.u_origin, mine.w_origin}, at_least_both, /*everywhere=*/true);
+  const Largest<Real> largest = team.block_sum<true>(Largest<Real>{mine.u_origin, mine.w_origin}, at_least_both);
   mine.raise(largest.student, largest.teacher, parameters);
-  const PassSums sums = team.block_sum(mine.whole(), [](PassSums& all, const PassSums& next) { all.add(next); });
+  const PassSums<kPass> sums{team.block_sum(mine.whole().numbers)};
+  double label = 0;
+  if (parameters.label_scale != Real(0)) label = team.block_sum(Numbers<1>{{double(mine.label_sum)}}).each[0];
   const double us = parameters.student_scale;
-  const RowState<double> state{{double(largest.student), sums.student},
-                               {double(largest.teacher), sums.teacher},
-                               sums.ratio * us,
-                               sums.crossing * us,
-                               sums.label};
-  const RowScales<double> scales{us, double(parameters.teacher_scale), double(parameters.label_scale)};
-  const auto align = [&](RowState<double>& block, const auto& most) {
-    block.raise(most(block.student.origin), most(block.teacher.origin), kPass, scales);
-  };
-  return team.cluster_sum(state, align, [](RowState<double>& all, const RowState<double>& next) {
-    all.student.sum += next.student.sum;
-    all.teacher.sum += next.teacher.sum;
-    all.ratio += next.ratio;
-    all.crossing += next.crossing;
-    all.label_sum += next.label_sum;
-  });
+  using Block = BlockSums<Real, kPass>;
+  Block block{largest.student, largest.teacher,
+              PassSums<kPass>::of(sums.student(), sums.teacher(), sums.ratio() * us, sums.crossing() * us), label};
+  if (team.blocks > 1) {
+    block = team.each_block(block, Block::empty());
+    if (team.thread < kWarp) {
+      block = block.over_blocks({us, double(parameters.teacher_scale), double(parameters.label_scale)});
+    }
+  }
+  return block.state();
 }
 
 // A thread's share of a pass that sums the terms.

@@ -152,7 +152,7 @@ struct SelectWorker {
   // Writes the whole row's sum to the parameters. Returns false where no logit is finite, or one is NaN or +inf.
   __device__ bool normalize(Sum mine, double to_base_2) const {
     const auto larger = [](float& all, float next) { all = at_least(all, next); };
-    const float origin = team.block_sum(mine.origin, larger, /*everywhere=*/true);
+    const float origin = team.block_sum<true>(mine.origin, larger);
     mine.raise(origin);
     const double sum = team.block_sum(double(mine.sum), [](double& all, double next) { all += next; });
     const LogitSum all = team.cluster_sum(LogitSum{double(origin), sum},

@@ -93,7 +93,7 @@ struct TokenSumWorker {
     } else {
       for_packs(pass, careful);
     }
-    mine.raise(team.block_sum(mine.origin, [](float& a, float next) { a = at_least(a, next); }, /*everywhere=*/true));
+    mine.raise(team.block_sum<true>(mine.origin, [](float& a, float next) { a = at_least(a, next); }));
     const SideSums sums =
         team.block_sum(SideSums{mine.sum, mine.weighted}, [](SideSums& a, const SideSums& b) { a.add(b); });
     return team.cluster_sum(TokenSums{double(mine.origin), sums},

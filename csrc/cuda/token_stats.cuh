@@ -363,7 +363,7 @@ struct StatsWorker {
     }
     // With the same origins in all threads, the sums can simply be added.
     StatsSums all;
-    all.best = team.block_sum(mine.best, [](BestPair& a, const BestPair& b) { a.merge(b); }, /*everywhere=*/true);
+    all.best = team.block_sum<true>(mine.best, [](BestPair& a, const BestPair& b) { a.merge(b); });
     mine.raise(all.best.student.logit, all.best.teacher.logit, scale);
     if constexpr (kPair) {
       all.sums = team.block_sum(mine.whole(scale), [](PairSums& a, const PairSums& b) { a.add(b); });

@@ -253,8 +253,7 @@ struct TopkWorker {
     } else {
       for_packs(pass, careful);
     }
-    const float top =
-        team.block_sum(mine.origin, [](float& all, float next) { all = at_least(all, next); }, /*everywhere=*/true);
+    const float top = team.block_sum<true>(mine.origin, [](float& all, float next) { all = at_least(all, next); });
     mine.raise(top);
     const RestBoth sums = team.block_sum(RestBoth{mine.sum, mine.second}, [](RestBoth& all, const RestBoth& next) {
       all.sum += next.sum;

@@ -123,9 +123,6 @@ struct Log2 {
 FASTKD_INLINE Log2<float> log2_parts(float x) {
   const int32_t exponent = (bit_cast<int32_t>(x) - 0x3f3504f3) >> 23;  // x = m 2^exponent, m in [sqrt(1/2), sqrt(2))
   const float m = bit_cast<float>(bit_cast<int32_t>(x) - exponent * (1 << 23));
-#ifdef FASTKD_GPU_FUNCTIONS
-  return {float(exponent), gpu::log2(m)};
-#else
   const float t = m - 1.0f;
   float p = 1.2583706e-1f;
   p = p * t - 2.0726982e-1f;
@@ -137,7 +134,6 @@ FASTKD_INLINE Log2<float> log2_parts(float x) {
   p = p * t - 7.2134733e-1f;
   p = p * t + 1.4426950e+0f;
   return {float(exponent), p * t};
-#endif
 }
 FASTKD_INLINE Log2<double> log2_parts(double x) { return {::log2(x), 0.0}; }
 

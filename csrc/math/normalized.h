@@ -90,15 +90,36 @@ struct RowFrame {
     return {To(student_scale), To(teacher_scale), To(label_scale)};
   }
 
-  FASTKD_INLINE void normalize(const RowTask& task, const RowState<double>& all) {
+  FASTKD_INLINE void normalize(const RowTask& task, const RowState<double>& all) { normalize(task, all, all.lses()); }
+  FASTKD_INLINE void normalize(const RowTask& task, const RowState<double>& all, const RowLses& lses) {
     student_origin = Real(all.student.origin);
     teacher_origin = Real(all.teacher.origin);
-    student_lse = all.student.log2();
-    teacher_lse = all.teacher.log2();
+    student_lse = lses.student;
+    teacher_lse = lses.teacher;
     label_lse = !task.has_label ? 0 : label_scale == Real(0) ? student_lse : ::log2(all.label_sum);
   }
 
-  FASTKD_INLINE Normalized<Real> normalized() const {
+  // near: also what kNear needs.
+  FASTKD_INLINE Normalized<Real> normalized(bool near = true) const {
+    const double shift = student_lse - teacher_lse;
+    Normalized<Real> at{student_scale,
+                        teacher_scale,
+                        teacher_ratio,
+                        student_origin,
+                        teacher_origin,
+                        Real(student_lse),
+                        Real(teacher_lse),
+                        0,
+                        0,
+                        0,
+                        0,
+                        Real(shift * kLn2)};
+    if (near) set_bases(at, shift);
+    return at;
+  }
+
+ private:
+  FASTKD_INLINE void set_bases(Normalized<Real>& at, double shift) const {
     Real student_base = student_origin, teacher_base = teacher_origin;
     const Real limit = Real(kInfiniteLogRatio);
     if (teacher_ratio == Real(1) && magnitude(student_origin) < limit && magnitude(teacher_origin) < limit) {
@@ -115,19 +136,10 @@ struct RowFrame {
     }
     const double gap = (double(student_origin) - double(student_base)) -
                        double(teacher_ratio) * (double(teacher_origin) - double(teacher_base));
-    const double shift = student_lse - teacher_lse;
-    return {student_scale,
-            teacher_scale,
-            teacher_ratio,
-            student_origin,
-            teacher_origin,
-            Real(student_lse),
-            Real(teacher_lse),
-            student_base,
-            teacher_base,
-            Real(gap),
-            Real((shift + (gap - Real(gap)) * student_scale) * kLn2),
-            Real(shift * kLn2)};
+    at.student_base = student_base;
+    at.teacher_base = teacher_base;
+    at.base_gap = Real(gap);
+    at.near_shift = Real((shift + (gap - Real(gap)) * student_scale) * kLn2);
   }
 };
 

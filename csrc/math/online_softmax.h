@@ -61,6 +61,12 @@ struct RowScales {
   Real student, teacher, label;
 };
 
+// By which both sides' sums are multiplied.
+template <class Real>
+struct RowFactors {
+  Real student, teacher;
+};
+
 // Converts a weighted sum of log-ratios to other origins: the weights, whose sum is `weight`, are multiplied by
 // `scale`, and each log-ratio grows by `step`. An infinite sum stays infinite, unless `scale` is 0.
 template <class Real>
@@ -69,6 +75,11 @@ FASTKD_INLINE Real carried(Real sum, Real weight, Real step, Real scale) {
   if (!(sum < Real(INFINITY))) return sum;
   return (weight > Real(0) && step != Real(0) ? sum + weight * step : sum) * scale;
 }
+
+// Both softmaxes' log-sum-exps in base 2, relative to their origins.
+struct RowLses {
+  double student, teacher;
+};
 
 // Sums relative to one pair of origins, student.origin and teacher.origin. In base 2, with x = (z - origin) scale.
 template <class Real>
@@ -98,40 +109,42 @@ struct RowState {
   // The same sums relative to larger origins.
   FASTKD_INLINE void raise(Real student_origin, Real teacher_origin, Pass pass, const RowScales<Real>& scales) {
     if (student.origin == student_origin && teacher.origin == teacher_origin) return;
+    raise(student_origin, teacher_origin, pass, scales,
+          [](Real x, Real y) { return RowFactors<Real>{exp2_of(x), exp2_of(y)}; });
+  }
+  // exponentials(x, y): 2^x and 2^y.
+  template <class Exponentials>
+  FASTKD_INLINE void raise(Real student_origin, Real teacher_origin, Pass pass, const RowScales<Real>& scales,
+                           const Exponentials& exponentials) {
     const Real moved = step_between(student.origin, student_origin);
     const Real student_step = moved * scales.student;
     const Real teacher_step = step_between(teacher.origin, teacher_origin) * scales.teacher;
-    const Real student_scale = exp2_of(-student_step), teacher_scale = exp2_of(-teacher_step);
-    crossing = carried(crossing, teacher.sum, student_step, teacher_scale);
-    ratio = weights_student(pass) ? carried(ratio, student.sum, teacher_step - student_step, student_scale)
-                                  : carried(ratio, teacher.sum, student_step - teacher_step, teacher_scale);
+    const RowFactors<Real> by = exponentials(-student_step, -teacher_step);
+    crossing = carried(crossing, teacher.sum, student_step, by.teacher);
+    ratio = weights_student(pass) ? carried(ratio, student.sum, teacher_step - student_step, by.student)
+                                  : carried(ratio, teacher.sum, student_step - teacher_step, by.teacher);
     if (scales.label != Real(0)) label_sum *= exp2_of(-moved * scales.label);
-    student = {student_origin, student.sum * student_scale};
-    teacher = {teacher_origin, teacher.sum * teacher_scale};
+    student = {student_origin, student.sum * by.student};
+    teacher = {teacher_origin, teacher.sum * by.teacher};
   }
-  // The KL divergence in nats, weighted by the side that pass weights by. Its accuracy is limited by the size of
-  // mean_ratio.
-  FASTKD_INLINE Real kl(Pass pass) const {
-    const Real shift = log2_of(student.sum) - log2_of(teacher.sum);
-    return (weights_student(pass) ? ratio / student.sum - shift : ratio / teacher.sum + shift) * Real(kLn2) +
-           nan_or_zero();
-  }
+  FASTKD_INLINE RowLses lses() const { return {student.log2(), teacher.log2()}; }
+  // The mean log-ratio in nats by the side that pass weights by, relative to the origins.
   FASTKD_INLINE Real mean_ratio(Pass pass) const {
-    return magnitude(ratio / (weights_student(pass) ? student.sum : teacher.sum)) * Real(kLn2);
+    return ratio / (weights_student(pass) ? student.sum : teacher.sum) * Real(kLn2);
+  }
+  // The KL divergence in nats from mean_ratio and lses. Its accuracy is limited by the size of mean_ratio.
+  static FASTKD_INLINE Real kl(Pass pass, Real mean_ratio, const RowLses& lses) {
+    const Real shift = (lses.student - lses.teacher) * Real(kLn2);
+    return weights_student(pass) ? mean_ratio - shift : mean_ratio + shift;
   }
   // -sum p log q in nats, as two terms. Both are non-negative except for the distance of student.origin from the
   // largest logit.
-  FASTKD_INLINE Real cross_entropy() const {
-    return (log2_of(student.sum) + crossing / teacher.sum) * Real(kLn2) + nan_or_zero();
+  FASTKD_INLINE Real cross_entropy(const RowLses& lses) const {
+    return (lses.student + crossing / teacher.sum) * Real(kLn2) + (lses.teacher - lses.teacher);
   }
 
  private:
   static FASTKD_INLINE bool weights_student(Pass pass) { return pass == Pass::kStudentWeighted; }
-
-  // NaN where a side has no finite logit, or +inf.
-  FASTKD_INLINE Real nan_or_zero() const {
-    return (student.origin - student.origin) + (teacher.origin - teacher.origin);
-  }
 };
 
 }  // namespace fastkd::FASTKD_ISA

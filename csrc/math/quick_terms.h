@@ -23,6 +23,11 @@ struct QuickTerms {
 enum class QuickUse { kSums, kGradient };
 
 template <class Real>
+struct QuickPairTerms {
+  QuickTerms<Real> first, second;
+};
+
+template <class Real>
 struct QuickScales {
   Real f, f_from_g, g, g_offset, closed, f_apart;
 };
@@ -77,21 +82,38 @@ struct QuickMixture {
   }
 
   FASTKD_INLINE float p_share() const { return reciprocal_fast(of_large) * (student ? ratio : 1.0f); }  // p / m
-  FASTKD_INLINE float q_share() const { return reciprocal_fast(of_large) * (student ? 1.0f : ratio); }
 };
 
 // None: the divergence is computed by divergence.h alone.
 template <class Divergence>
 struct Quick {
-  static constexpr bool kExists = false, kFinite = false;
+  static constexpr bool kExists = false, kFinite = false, kPairs = false, kStep = false;
 };
 
+// The terms of two entries.
+template <QuickUse kUse, class Quick>
+FASTKD_INLINE QuickPairTerms<float> pair_terms(const Quick& quick, float a, float b, float next_a, float next_b) {
+  if constexpr (Quick::kPairs) {
+    return quick.template pair<kUse>(a, b, next_a, next_b);
+  } else {
+    return {quick.template terms<kUse>(a, b), quick.template terms<kUse>(next_a, next_b)};
+  }
+}
+
+// kPairs: computes two entries together. Every row has then at least kLeastWeight of both sides in the mixture.
+inline constexpr double kLeastWeight = 1e-15;
+
 // kLogs: subtracts logarithms. kFinite: only for packs without masked logits, where no log-ratio is infinite.
+// kStep: g is 0 or 1 (1/2 of equal sides). The gradient may take 1 - g instead.
 struct QuickOfMixture {
-  static constexpr bool kExists = true, kLogs = true, kFinite = false;
+  static constexpr bool kExists = true, kLogs = true, kFinite = false, kPairs = false, kStep = false;
   float by_p, by_q;
   FASTKD_INLINE QuickOfMixture(double p_weight, double q_weight) : by_p(float(p_weight)), by_q(float(q_weight)) {}
   FASTKD_INLINE QuickMixture mixture(float a, float b) const { return {a, b, by_q, by_p}; }
+  // m / q, as far as it is a float: where it is not, q is 0.
+  FASTKD_INLINE float over_student(float a, float b) const {
+    return fused(exp2_fast(at_most(126.0f, b - a)), by_p, by_q);
+  }
 };
 
 // g = log2(m / q)
@@ -126,16 +148,26 @@ struct Quick<SkewKl> : QuickOfMixture {
 // g = log2(m / q) + beta log2(e) q / m, with m = beta q + (1 - beta) p
 template <>
 struct Quick<SkewReverseKl> : QuickOfMixture {
+  static constexpr bool kPairs = true;
   float of_share;
   FASTKD_INLINE explicit Quick(double beta) : QuickOfMixture(1 - beta, beta), of_share(float(beta * kLog2E)) {}
 
+  // With one reciprocal, of the product: the special function unit is what binds.
   template <QuickUse kUse>
-  FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const QuickMixture m = mixture(a, b);
-    const float q = exp2_fast(a), to_q = log2_fast(m.of_large) + at_least(0.0f, -m.d);
-    return {q, fused(m.q_share(), of_share, to_q), q, to_q};
+  FASTKD_INLINE QuickPairTerms<float> pair(float a, float b, float next_a, float next_b) const {
+    const float over_q = over_student(a, b), next_over_q = over_student(next_a, next_b);
+    // Beyond this, q / m is nothing beside log2(m / q).
+    const float limit = 0x1p60f, x = at_most(limit, over_q), y = at_most(limit, next_over_q);
+    const float of_both = reciprocal_fast(x * y);
+    return {terms(a, over_q, of_both * y), terms(next_a, next_over_q, of_both * x)};
   }
   FASTKD_INLINE QuickScales<double> scales() const { return {-kLn2, 0, -kLn2, by_q, 0, 0}; }
+
+ private:
+  FASTKD_INLINE QuickTerms<float> terms(float a, float over_q, float q_share) const {
+    const float q = exp2_fast(a), to_q = log2_fast(over_q);
+    return {q, fused(q_share, of_share, to_q), q, to_q};
+  }
 };
 
 // g = log2(m / q), with m = beta q + (1 - beta) p
@@ -145,8 +177,7 @@ struct Quick<SkewReverseKlDetached> : QuickOfMixture {
 
   template <QuickUse kUse>
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const QuickMixture m = mixture(a, b);
-    return {exp2_fast(a), log2_fast(m.of_large) + at_least(0.0f, -m.d), 0, 0};
+    return {exp2_fast(a), log2_fast(over_student(a, b)), 0, 0};
   }
   FASTKD_INLINE QuickScales<double> scales() const { return {0, -kLn2, -kLn2, 0, 0, 0}; }
 };
@@ -154,7 +185,7 @@ struct Quick<SkewReverseKlDetached> : QuickOfMixture {
 // g = log2(q / p), x = p
 template <>
 struct Quick<MixedKl> {
-  static constexpr bool kExists = true, kLogs = false, kFinite = true;
+  static constexpr bool kExists = true, kLogs = false, kFinite = true, kPairs = false, kStep = false;
   float by_forward, by_reverse;
   FASTKD_INLINE explicit Quick(double beta) : by_forward(float(beta)), by_reverse(float(1 - beta)) {}
 
@@ -167,16 +198,18 @@ struct Quick<MixedKl> {
   }
 };
 
-// g = (1 + sign(q - p)) / 2
+// g = (1 + sign(q - p)) / 2 or, turned, (1 - sign(q - p)) / 2
 template <>
 struct Quick<Tvd> {
-  static constexpr bool kExists = true, kLogs = false, kFinite = false;
+  static constexpr bool kExists = true, kLogs = false, kFinite = false, kPairs = false, kStep = true;
+  float steepness = 3e38f, p_unit = 1;
   FASTKD_INLINE explicit Quick(double) {}
 
+  // 2^b lacks p_unit.
   template <QuickUse kUse>
   FASTKD_INLINE QuickTerms<float> terms(float a, float b) const {
-    const float q = exp2_fast(a), difference = q - exp2_fast(b);
-    return {q, saturated(fused(difference, 3e38f, 0.5f)), magnitude(difference), 1};
+    const float q = exp2_fast(a), difference = fused(-exp2_fast(b), p_unit, q);
+    return {q, saturated(fused(difference, steepness, 0.5f)), magnitude(difference), 1};
   }
   FASTKD_INLINE QuickScales<double> scales() const { return {0.5, 0, 1, -0.5, 0, 0}; }
 };

@@ -43,7 +43,11 @@ struct RowPlan : RowFrame<Real> {
 
   // To be called after pass 1. label: where the divergence excludes it.
   FASTKD_INLINE void begin(const RowTask& task, const RowState<double>& all, const LabelLogits& label = {}) {
-    this->normalize(task, all);
+    begin(task, all, all.lses(), label);
+  }
+  FASTKD_INLINE void begin(const RowTask& task, const RowState<double>& all, const RowLses& lses,
+                           const LabelLogits& label) {
+    this->normalize(task, all, lses);
     if constexpr (Divergence::kExcludesLabel) exclude_label(all, label);
     near = refined_ = false;
     kept = true;
@@ -53,9 +57,10 @@ struct RowPlan : RowFrame<Real> {
       step = Step::kWrite;
     } else if constexpr (kOnePass) {
       // Pass 1 gives the value, and the mean for the student's gradient if that mean is finite.
-      student_mean = all.kl(kPass);
-      value = kCrossing ? all.cross_entropy() : student_mean;
-      near = student_mean < Divergence::kNearBelow * (1 + all.mean_ratio(kPass));
+      const double mean_ratio = all.mean_ratio(kPass);
+      student_mean = all.kl(kPass, mean_ratio, lses);
+      value = kCrossing ? all.cross_entropy(lses) : student_mean;
+      near = student_mean < Divergence::kNearBelow * (1 + magnitude(mean_ratio));
       kept = kPass != Pass::kStudentWeighted || !(value >= kLargestKept);
       if (near) {
         step = !kCrossing || task.student_gradient || task.teacher_gradient ? Step::kSumNear : Step::kWrite;

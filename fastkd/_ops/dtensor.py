@@ -112,12 +112,18 @@ class _Layout:
             if self.vocab_dimension is not None:
                 placements[self.vocab_dimension] = Shard(x.dim() - 1)
             return self.local(name, x, placements)
-        if x.shape != self.logits.shape:
+        same = x.size(-1) == self.vocab if chosen else x.shape == self.logits.shape
+        if not same:
             raise ValueError(
                 f"{self.function}: {name} must have the shape of {self.name}, "
                 f"{list(self.logits.shape)}, got {list(x.shape)}"
             )
         if isinstance(x, LinearLogits):
+            if chosen and self.sharded:
+                raise NotImplementedError(
+                    f"{self.function}: teacher_rows chooses among all rows of {name}, but the mesh "
+                    f"shards them, placements {self.placements}"
+                )
             here = x.placed and x.device_mesh == self.mesh and x.placements == self.placements
             if not here:
                 where = x.placements if x.placed else "plain tensors"

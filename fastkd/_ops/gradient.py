@@ -13,6 +13,13 @@ _use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 _release_memory_of_kernels = torch.ops.fastkd._release_memory
 
 
+def savable(values: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in inference mode, which autograd cannot keep."""
+    if torch.compiler.is_compiling() or not values.is_inference():
+        return values
+    return values if torch.is_inference_mode_enabled() else values.clone()
+
+
 def _plain_cpu(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
 

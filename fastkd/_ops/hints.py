@@ -1,5 +1,7 @@
 """Warnings, once a process, about arguments that are allowed but probably wrong. Eager only."""
 
+import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,8 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd._ops.library import transforms_active
+from fastkd._ops.library import is_tracing, transforms_active
 
+#: Code that stands between a user's line and a warning: fastkd's, and torch's (modules, autograd).
+_PACKAGES = tuple(
+    os.path.join(os.path.dirname(os.path.abspath(file)), "")
+    for file in (os.path.dirname(__file__), torch.__file__)
+)
 _seen: set[str] = set()
 _silent: ContextVar[bool] = ContextVar("_silent", default=False)
 
@@ -26,12 +33,19 @@ def silent() -> Iterator[None]:
         _silent.reset(before)
 
 
-def hint(key: str, message: str, stacklevel: int = 5) -> None:
-    """Warn once for each key. ``stacklevel``: how many calls above this one the user's is."""
+def warn(message: str) -> None:
+    """Warn at the line outside of fastkd and torch that called."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGES):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def hint(key: str, message: str) -> None:
+    """Warn once for each key."""
     if key not in _seen:
         _seen.add(key)
-        # hint, check_loss, Op.__call__, the public function, and its caller
-        warnings.warn(message, stacklevel=stacklevel)
+        warn(message)
 
 
 def check_label_weight(function: str, label_weight: Any) -> None:
@@ -40,24 +54,25 @@ def check_label_weight(function: str, label_weight: Any) -> None:
         return
     of_rows = isinstance(label_weight, Tensor)
     if of_rows or label_weight != 0:
-        # hint, this, forward, two of nn.Module, and their caller
         hint(
             f"{function}.label_weight",
             f"{function}: label_weight is {'given' if of_rows else label_weight}, but labels is "
             "None: there is no label term",
-            stacklevel=6,
         )
 
 
-def check_boundaries(function: str, boundaries: Mapping[str, np.ndarray]) -> None:
-    """Hint at a vocabulary without a boundary; called by the public function itself."""
+def check_boundaries(function: str, boundaries: Mapping[str, Tensor | np.ndarray]) -> None:
+    """Hint at a vocabulary without a boundary. Tensors are read on the CPU alone."""
+    if torch.compiler.is_compiling() or _silent.get() or transforms_active():
+        return
     for name, boundary in boundaries.items():
+        if isinstance(boundary, Tensor) and (boundary.device.type != "cpu" or is_tracing(boundary)):
+            continue
         if not boundary.any():
             hint(
                 f"{function}.{name}",
                 f"{function}: no token of {name} begins a word (see ByteVocab.boundary): with "
                 "debias=True no chunk has a gradient",
-                stacklevel=4,
             )
 
 

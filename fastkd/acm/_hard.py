@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._ops.arguments import to_flag
+from fastkd._ops.gradient import savable
 from fastkd._ops.library import transforms_active
 from fastkd.acm import _kernels, _products
 from fastkd.acm._arguments import (
@@ -91,6 +92,7 @@ def hard(
             return found
     dtype = check_learners("acm.hard", x, w1, b1, w2, activation, bias)
     check_choices(choices, x)
+    choices = savable(choices)
     learners = w1.size(0)
     if bias is not None and bias.shape not in ((w2.size(2),), (learners + 1, w2.size(2))):
         raise ValueError(

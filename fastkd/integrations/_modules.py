@@ -1,11 +1,13 @@
 """Running a loss inside a wrapped module's forward, and finding a model's output head."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastkd._ops import hints
 
 Result = TypeVar("Result")
 
@@ -200,12 +202,20 @@ def lm_head(model: nn.Module) -> LinearHead:
     return LinearHead(module, float(scale), None if softcap is None else float(softcap))
 
 
+#: Logits that every softcap changes, in absolute value.
+_LARGE = 200.0
+#: Errors of a model that needs more than token ids, or other processes; and what they must not be.
+_NEEDS_MORE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+_LOST = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+
+
 def reads_backbone(model: nn.Module) -> bool:
     """Whether a model's logits are those of :func:`lm_head` on its ``base_model``'s output.
 
     Models such as BERT have a layer between the two, whose parameters are in neither. A step
-    without parameters is found by comparing the logits of a short text, if the model runs on token
-    ids alone and its parameters have values (not under ZeRO-3, for example).
+    without parameters is found by comparing the logits of a short text, if the parameters have
+    values (not under ZeRO-3, for example). If the model does not run on token ids alone, a warning
+    gives its error.
     """
     inner: Any = base_of(model)
     backbone = getattr(inner, "base_model", inner)
@@ -222,25 +232,59 @@ def reads_backbone(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _agree(model: Any, backbone: nn.Module, head: LinearHead) -> bool:
+    """Whether a model's logits are its output layer's, with the scale and the softcap.
+
+    The backbone's output is multiplied so that logits of untrained weights show a softcap, too.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    seen: list[Tensor] = []
+
+    def enlarge(module: Any, arguments: Any, output: Any) -> None:
+        hidden = output[0]
+        if not seen:
+            logits, size = head.logit_scale * head.module(hidden), hidden.abs().max().float()
+            factor = torch.minimum(_LARGE / logits.abs().max().float(), 50 * _LARGE / size)
+            hidden.copy_(hidden.float() * torch.where(factor.isfinite(), factor, 1))
+            seen.append(hidden.clone())
+
     model.eval()
+    hook = backbone.register_forward_hook(enlarge)
     try:
         embedding = model.get_input_embeddings().weight
         ids = (embedding.size(0) // 2 + torch.arange(4, device=embedding.device)).unsqueeze(0)
-        expected = model(input_ids=ids % embedding.size(0)).logits
-        hidden = backbone(input_ids=ids % embedding.size(0))[0]
-        found = head.logit_scale * F.linear(hidden, head.weight, head.bias)
-        if head.logit_softcap is not None:
-            found = head.logit_softcap * torch.tanh(found / head.logit_softcap)
-        tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max().item()
-        return found.shape == expected.shape and bool(
-            found.to(expected.dtype).isclose(expected, rtol=0, atol=tolerance, equal_nan=True).all()
+        ids = ids % embedding.size(0)
+        outputs = model(input_ids=ids, **without_cache(model))
+        expected = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        if not seen:  # it runs its backbone in another way
+            hook.remove()
+            seen.append(backbone(input_ids=ids, **without_cache(backbone))[0])
+        found = head.logit_scale * head.module(seen[0])
+    except _LOST:
+        raise
+    except _NEEDS_MORE as error:
+        hints.warn(
+            f"{type(model).__name__} could not be run on token ids alone, to compare its logits "
+            "with those of its output layer, which are now taken for the same: "
+            f"{type(error).__name__}: {error}"
         )
-    except Exception:  # it needs more than ids, or other processes
         return True
     finally:
+        hook.remove()
         for module, mode in modes:
             module.training = mode
+    if head.logit_softcap is not None:
+        found = head.logit_softcap * torch.tanh(found / head.logit_softcap)
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max().item()
+    return found.shape == expected.shape and bool(
+        found.to(expected.dtype).isclose(expected, rtol=0, atol=tolerance, equal_nan=True).all()
+    )
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """The option of a model's forward by which it keeps no keys and values, where it has one."""
+    known = inspect.signature(base_of(model).forward).parameters.values()
+    takes = any(x.name == "use_cache" or x.kind == x.VAR_KEYWORD for x in known)
+    return {"use_cache": False} if takes else {}
 
 
 def _text_config(model: nn.Module) -> Any:

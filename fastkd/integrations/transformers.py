@@ -1,6 +1,5 @@
 """Distillation in transformers' Trainer (checked with transformers 5.24 and accelerate 1.15)."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -15,11 +14,13 @@ from fastkd.integrations._modules import (
     lm_head,
     reads_backbone,
     unwrapped,
+    without_cache,
 )
 from fastkd.integrations._options import KDOptions
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.losses._topk_divergence import topk_divergence
 from fastkd.teachers._collate import COLUMNS
+from fastkd.teachers._teacher_topk import stored_entries
 
 __all__ = ["DistillationMixin", "DistillationTrainer"]  # noqa: F822
 
@@ -30,7 +31,8 @@ class DistillationMixin:
     The loss is :func:`fastkd.softmax_divergence` to a live teacher, or
     :func:`fastkd.topk_divergence` to a stored one: batches then have the columns
     ``teacher_log_probs`` and ``teacher_indices``, ``[B, T, k]``, whose row t scores token t + 1 as
-    :func:`fastkd.teacher_topk` of the teacher's logits gives them (-1 where there is nothing).
+    :func:`fastkd.teacher_topk` of the teacher's logits gives them (-1, or a log-probability of -1e4
+    or less, where there is nothing).
     :func:`fastkd.teachers.collate` reads them from a store. A batch with these columns uses them,
     also where there is a live teacher.
 
@@ -98,9 +100,7 @@ class DistillationMixin:
             teacher.requires_grad_(False)
             accelerator = self.accelerator  # type: ignore[attr-defined]
             # With a cache, models do not find the texts of a packed row by their position ids.
-            known = inspect.signature(base_of(teacher).forward).parameters.values()
-            takes = any(x.name == "use_cache" or x.kind == x.VAR_KEYWORD for x in known)
-            self._teacher_options = {"use_cache": False} if takes else {}
+            self._teacher_options = without_cache(teacher)
             self.teacher = accelerator.prepare_model(teacher, evaluation_mode=True).eval()
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -243,7 +243,7 @@ class DistillationMixin:
                 indices,
                 tail=kd.tail,
                 stored_temperature=kd.stored_temperature,
-                mask=(indices >= 0).any(-1),
+                mask=stored_entries(log_probs, indices).any(-1),
                 **options,
             )
         assert teacher is not None

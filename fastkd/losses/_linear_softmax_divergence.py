@@ -32,6 +32,7 @@ def linear_softmax_divergence(
     compact: bool | None = None,
     logits_dtype: torch.dtype | None = None,
     return_stats: bool = False,
+    reduce_hidden_grad: bool = True,
     divergence: Divergence = "forward_kl",
     beta: float | Tensor = 0.5,
     alpha: float | Tensor = 1.0,
@@ -41,6 +42,7 @@ def linear_softmax_divergence(
     mask: Tensor | None = None,
     teacher_weights: Sequence[float] | Tensor | None = None,
     teacher_mix: TeacherMix = "logits",
+    teacher_rows: Tensor | None = None,
     labels: Tensor | None = None,
     label_weight: float | Tensor = 1.0,
     ignore_index: int = -100,
@@ -65,7 +67,8 @@ def linear_softmax_divergence(
         student_hidden: ``[..., features]`` float32, bfloat16, float16 or float64. The leading
             dimensions are rows (tokens).
         student_weight: ``[vocab, features]``, of the dtype of ``student_hidden``.
-        teacher_hidden: ``[..., other features]``, with the same leading dimensions, its own dtype.
+        teacher_hidden: ``[..., other features]``, its own dtype. With the same leading dimensions,
+            or with ``teacher_rows`` any.
         teacher_weight: ``[vocab, other features]``. Where it is the tensor ``student_weight``, the
             logits of both sides are one product.
         student_bias: ``[vocab]``, or None.
@@ -76,9 +79,10 @@ def linear_softmax_divergence(
         compact: whether rows that are not read are left out of the products.
         logits_dtype: of a chunk's logits.
         return_stats: whether to return statistics of the rows, too, from the same logits.
+        reduce_hidden_grad: whether gradients of hidden states are summed over ``group``.
         divergence, beta, alpha, temperature, teacher_temperature, weight, mask, teacher_weights,
-            teacher_mix, labels, label_weight, ignore_index, shift, vocab_size, reduction,
-            normalizer, square_temperature: see :func:`fastkd.softmax_divergence`.
+            teacher_mix, teacher_rows, labels, label_weight, ignore_index, shift, vocab_size,
+            reduction, normalizer, square_temperature: see :func:`fastkd.softmax_divergence`.
         group: the vocabulary is split across this process group: the weights and biases are rows of
             the heads, the hidden states the same on all processes. See
             :class:`fastkd.LinearLogits`.
@@ -110,6 +114,7 @@ def linear_softmax_divergence(
     [[-0.0, -0.4621], [0.0, 0.4621]]
     """
     return_stats = to_flag(_NAME, "return_stats", return_stats)
+    reduced = to_flag(_NAME, "reduce_hidden_grad", reduce_hidden_grad)
     options = checked_options(_NAME, logits_dtype, chunk_size, compact)
     scales = logit_scale if isinstance(logit_scale, (tuple, list)) else (logit_scale, logit_scale)
     if len(scales) != 2:
@@ -117,10 +122,10 @@ def linear_softmax_divergence(
             f"{_NAME}: logit_scale must be a number or a pair (student, teacher), got {logit_scale}"
         )
     student = linear_side(
-        _NAME, "student_", student_hidden, student_weight, student_bias, scales[0], options
+        _NAME, "student_", student_hidden, student_weight, student_bias, scales[0], options, reduced
     )
     teacher = linear_side(
-        _NAME, "teacher_", teacher_hidden, teacher_weight, teacher_bias, scales[1], options
+        _NAME, "teacher_", teacher_hidden, teacher_weight, teacher_bias, scales[1], options, reduced
     )
     row_options: dict[str, Any] = {
         "divergence": divergence,
@@ -132,7 +137,7 @@ def linear_softmax_divergence(
         "mask": mask,
         "teacher_weights": teacher_weights,
         "teacher_mix": teacher_mix,
-        "teacher_rows": None,
+        "teacher_rows": teacher_rows,
         "labels": labels,
         "label_weight": label_weight,
         "ignore_index": ignore_index,

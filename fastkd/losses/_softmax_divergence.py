@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._ops.arguments import can_be_read, check_tensor, numbers_tensor
+from fastkd._ops.arguments import can_be_read, check_tensor, numbers_tensor, to_integer
 from fastkd._ops.dtensor import is_dtensor, loss_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.loss import Loss
@@ -166,7 +166,8 @@ def softmax_divergence(
             leading dimensions teaches it, for sequences that differ in their tokens or for teachers
             stored once. A row with -1 drops out, also of a mean's denominator. The teachers then
             have any leading dimensions, and take no gradient. Nothing is copied, except with
-            ``group``.
+            ``group``. Of a :class:`fastkd.LinearLogits` the chosen rows' hidden states are copied,
+            and gradients flow to it.
         labels: int64 or int32, one a row: adds ``label_weight`` x the cross-entropy of the
             student at temperature 1. Rows with ``ignore_index`` drop out of both terms.
         label_weight: see ``labels``: a finite number, or a float tensor with one entry a row. No
@@ -216,8 +217,8 @@ def softmax_divergence(
         ValueError, TypeError, IndexError: an argument has the wrong value or type, or a label is
             out of range; the message names it, the expected and the actual value.
         NotImplementedError: with ``group``: ``torch.func`` transforms, batches of gradients, a
-            gradient of a single teacher with ``teacher_weights``. With ``LinearLogits``:
-            ``teacher_rows``.
+            gradient of a single teacher with ``teacher_weights``. With ``teacher_rows``: a list of
+            tensors and ``LinearLogits``.
 
     Sources: Hinton et al. 2015 (arXiv 1503.02531); GKD (2306.13649) for ``jsd``; DistiLLM
     (2402.03898) for the skewed divergences; DistiLLM-2 (2503.07067) for the constant mixture;
@@ -275,19 +276,56 @@ def given(
     options["teacher_logits"] = _teachers(teacher_logits)
     if options["teacher_rows"] is not None:
         check_tensor("softmax_divergence", "teacher_rows", options["teacher_rows"])
-        if any(isinstance(x, LinearLogits) for x in (student_logits, *options["teacher_logits"])):
-            raise NotImplementedError(
-                "softmax_divergence: teacher_rows is not available with LinearLogits; index the "
-                "teacher's hidden states"
-            )
         for teacher in options["teacher_logits"]:
             if torch.is_grad_enabled() and isinstance(teacher, Tensor) and teacher.requires_grad:
                 raise ValueError(
                     "softmax_divergence: teacher_logits take no gradient with teacher_rows, but "
                     "one requires it; detach it"
                 )
+        _choose_hidden(student_logits, options)
     options["teacher_weights"] = _weights(options["teacher_weights"], student_logits)
     return options
+
+
+def _choose_hidden(student_logits: Tensor | LinearLogits, options: dict[str, Any]) -> None:
+    """Replace heads of teachers by those of the chosen rows' hidden states."""
+    teachers = options["teacher_logits"]
+    heads = [isinstance(x, LinearLogits) for x in teachers]
+    if not any(heads):
+        return
+    if not all(heads):
+        raise NotImplementedError(
+            "softmax_divergence: teacher_rows needs a list of teachers that are all LinearLogits, "
+            "or all tensors"
+        )
+    rows = options["teacher_rows"]
+    if rows.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"softmax_divergence: teacher_rows must be int64 or int32, got {rows.dtype}"
+        )
+    leading = student_logits.shape[:-1]
+    if rows.shape != leading:
+        raise ValueError(
+            "softmax_divergence: teacher_rows must have one entry a row, shape "
+            f"{list(leading)}, got shape {list(rows.shape)}"
+        )
+    if any(x.shape[:-1] != teachers[0].shape[:-1] for x in teachers):
+        raise ValueError(
+            "softmax_divergence: teacher_logits must all have the same number of rows with "
+            f"teacher_rows, got shapes {', '.join(str(list(x.shape)) for x in teachers)}"
+        )
+    options["teacher_logits"] = [x.chosen(rows, "softmax_divergence") for x in teachers]
+    # A row without a teacher drops out, also where the mask is that of a later row.
+    taught, mask, shift = rows >= 0, options["mask"], options["shift"]
+    if not (isinstance(shift, int) and shift == 0) and taught.dim():
+        taught = taught.roll(to_integer("softmax_divergence", "shift", shift), -1)
+    if mask is not None:
+        check_tensor("softmax_divergence", "mask", mask)
+    if mask is None:
+        options["mask"] = taught
+    elif mask.shape == leading:  # else the op says what is wrong with it
+        options["mask"] = mask & taught
+    options["teacher_rows"] = None
 
 
 def _teachers(

@@ -1,5 +1,6 @@
 """How much a teacher's k stored tokens tell about each row, for choosing k, tails and tokens."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -8,14 +9,11 @@ from torch import Tensor
 from fastkd._ops.arguments import check_tensor
 from fastkd._ops.linear import function as linear
 from fastkd._ops.linear.call import OPS
-from fastkd._ops.linear.logits import LinearLogits
+from fastkd._ops.linear.logits import LinearLogits, softcapped
 from fastkd._ops.names import Tail, TopKDivergence
 from fastkd.losses import _topk_divergence
 from fastkd.losses._topk_divergence import topk_divergence
-from fastkd.teachers._teacher_topk import teacher_topk
-
-#: Padding of servers: see `topk_divergence`.
-_PADDING = -1e4
+from fastkd.teachers._teacher_topk import stored_entries, teacher_topk
 
 
 class TopKStats(NamedTuple):
@@ -95,15 +93,30 @@ def topk_stats(
         "vocab_size": vocab_size,
         "reduction": "none",
     }
-    if isinstance(student_logits, LinearLogits):
-        return _of_chunks(student_logits, teacher_log_probs, teacher_indices, options)
-    check_tensor("topk_stats", "student_logits", student_logits)
+    try:
+        check_tensor("topk_stats", "teacher_log_probs", teacher_log_probs)
+        if isinstance(student_logits, LinearLogits):
+            return _of_chunks(student_logits, teacher_log_probs, teacher_indices, options)
+        check_tensor("topk_stats", "student_logits", student_logits)
+        return _of_rows(student_logits, teacher_log_probs, teacher_indices, options)
+    except (IndexError, TypeError, ValueError) as error:  # of topk_divergence, which is called
+        message = str(error).replace("topk_divergence: ", "topk_stats: ", 1)
+        raise type(error)(message) from None
+
+
+def _of_rows(
+    student_logits: Tensor,
+    teacher_log_probs: Tensor,
+    teacher_indices: Tensor,
+    options: dict[str, Any],
+) -> TopKStats:
+    temperature, mask, vocab_size = (options[x] for x in ("temperature", "mask", "vocab_size"))
     with torch.no_grad():
         # It checks all other arguments.
         values = topk_divergence(student_logits, teacher_log_probs, teacher_indices, **options)
         logits, log_probs = student_logits.detach(), teacher_log_probs.detach()
         columns = logits.size(-1) if vocab_size is None else vocab_size
-        stored = (teacher_indices >= 0) & (log_probs > _PADDING)
+        stored = stored_entries(log_probs, teacher_indices)
         if mask is not None:
             stored = stored & mask.unsqueeze(-1)
         inside = stored & (teacher_indices < columns)
@@ -164,12 +177,15 @@ class _Chunked:
 
         def stats(*fields: Any) -> TopKStats:
             given = self.arguments.unpack(fields)
+            logits, cap = given["student_logits"], given["student_logit_softcap"]
+            if not (isinstance(cap, float) and cap == math.inf):
+                logits = softcapped(logits, cap)
 
             def each(name: str) -> Any:
                 return given[name] if given[f"{name}s"] is None else given[f"{name}s"]
 
             return topk_stats(
-                given["student_logits"],
+                logits,
                 given["teacher_log_probs"],
                 given["teacher_indices"],
                 divergence=given["divergence"],

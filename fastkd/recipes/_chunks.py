@@ -14,6 +14,7 @@ from fastkd._ops import checks
 from fastkd._ops.arguments import to_integer
 from fastkd._ops.checks import check_device, check_normalizer, check_tensors
 from fastkd._ops.constants import fake_mode_of
+from fastkd._ops.gradient import savable
 from fastkd._ops.library import transforms_active
 from fastkd._ops.linear.logits import FLOATS
 from fastkd._ops.names import TextReduction
@@ -23,8 +24,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int8, torch.int16)
 
 
 def wide(values: Tensor) -> Tensor:
-    """The values in float32, or unchanged if they are float64."""
-    return values if values.dtype == torch.float64 else values.float()
+    """The values in float32, or unchanged if they are float64; autograd can keep them."""
+    return savable(values if values.dtype == torch.float64 else values.float())
 
 
 def log_softmax(values: Tensor) -> Tensor:

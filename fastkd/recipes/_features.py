@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import choices, numbers_tensor
 from fastkd._ops.checks import check_normalizer, check_tensors, is_number
+from fastkd._ops.gradient import savable
 from fastkd._ops.linear.logits import without_autocast
 from fastkd._ops.names import Reduction
 from fastkd.recipes._chunks import check_integers, check_mask, check_range, reduced, wide
@@ -80,6 +81,7 @@ def only(values: Tensor, mask: Tensor | None) -> Tensor:
     """The values with 0 in the rows that do not count, also where these hold NaN."""
     if mask is None:
         return values
+    mask = savable(mask)
     return torch.where(mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), values, 0)
 
 

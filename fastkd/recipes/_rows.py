@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkd._ops.arguments import check_no_gradient
 from fastkd._ops.checks import check_device, check_normalizer, check_tensors, is_number
+from fastkd._ops.gradient import savable
 from fastkd._ops.names import TextReduction
 from fastkd._ops.shift import IGNORED
 from fastkd.losses._softmax_divergence import softmax_divergence
@@ -94,7 +95,7 @@ def kept_rows(like: Tensor, mask: Tensor | None, labels: Tensor | None = None) -
         kept = labelled if kept is None else kept & labelled
     if kept is None:
         return torch.ones(like.shape[:-1], dtype=torch.bool, device=like.device)
-    return kept
+    return savable(kept)
 
 
 def number_type(values: Tensor) -> torch.dtype:
@@ -221,7 +222,7 @@ def entropy(
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the rows that count; 0 if there is none."""
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+    return torch.where(savable(mask), values, 0).sum() / mask.sum().clamp(min=1)
 
 
 def other_label_log_probs(

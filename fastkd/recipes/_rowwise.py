@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.gradient import differentiable_gradients, scaled
-from fastkd._ops.library import is_tracing
+from fastkd._ops.library import is_tracing, transforms_active
 
 #: Entries of the widest tensor of a block: 16 MB of float32.
 _ENTRIES = 1 << 22
@@ -57,7 +57,8 @@ def by_blocks(
     ``inputs[i]`` is ``[N_i, ...]`` and may require a gradient. ``rows[i]``, int64 ``[M]``, are the
     distinct indices of its rows, from :func:`chosen` by ``kept``. The gradient is computed with the
     value, block by block, and backward only scales it. ``width`` is that of the widest tensor in
-    `loss`. In a compiled graph there is one block of all rows, and the compiler differentiates it.
+    `loss`. In a compiled graph there is one block of all rows, and the compiler differentiates it;
+    torch.func transforms and forward-mode derivatives do the same.
 
     With ``ends``, ascending from 0 to M, blocks begin and end there: a row's loss may then depend
     on the other rows between the same two ends, if only the sum of their losses is used.
@@ -65,6 +66,9 @@ def by_blocks(
     if is_tracing(kept):
         parts = [at_rows(x, places, kept) for x, places in zip(inputs, rows, strict=True)]
         return loss(slice(None), *parts)
+    if transforms_active():  # torch.func differentiates the loss itself, of all rows at once
+        every = slice(0, rows[0].numel())
+        return loss(every, *_at(inputs, rows, every))
     size = max(1, _ENTRIES // max(1, width))
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _ByBlocks.apply(loss, rows, (size, ends), *inputs)

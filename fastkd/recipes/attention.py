@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastkd._ops.checks import check_positive
+from fastkd._ops.gradient import savable
 from fastkd.losses._softmax_divergence import softmax_divergence
 from fastkd.recipes._chunks import check_callable, check_mask, wide
 from fastkd.recipes._features import (
@@ -145,6 +146,7 @@ def _relation_loss(
     """
     rows = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     if mask is not None:
+        mask = savable(mask)
         rows = rows & mask.unsqueeze(1)
         student, teacher = (
             torch.where(mask[:, None, None, :], x, -math.inf) for x in (student, teacher)

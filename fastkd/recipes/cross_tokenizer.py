@@ -1,6 +1,7 @@
 """Methods for a teacher whose tokenizer is not the student's."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -163,26 +164,28 @@ def alm(
         )
     )
     debias = to_flag("alm", "debias", debias)
-    if debias and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if debias and not compiling:
         sets = {"student_vocab": vocabs[0], "teacher_vocab": vocabs[1]}
         hints.check_boundaries("alm", {name: boundary_of(x) for name, x in sets.items()})
     student_boundary, teacher_boundary = boundaries(
         vocabs[0], student_logits, vocabs[1], teacher_logits
     )
-    return alm_loss(
-        *student,
-        *teacher,
-        num_chunks,
-        student_boundary=student_boundary,
-        teacher_boundary=teacher_boundary,
-        divergence=divergence,
-        temperature=temperature,
-        epsilon=epsilon,
-        debias=debias,
-        merge_threshold=merge_threshold,
-        reduction=reduction,
-        normalizer=normalizer,
-    )
+    with nullcontext() if compiling else hints.silent():  # its boundaries are checked
+        return alm_loss(
+            *student,
+            *teacher,
+            num_chunks,
+            student_boundary=student_boundary,
+            teacher_boundary=teacher_boundary,
+            divergence=divergence,
+            temperature=temperature,
+            epsilon=epsilon,
+            debias=debias,
+            merge_threshold=merge_threshold,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
 
 
 def _aligned(student_chunks: Any, teacher_chunks: Any, num_chunks: Any) -> tuple[Any, Any, Any]:

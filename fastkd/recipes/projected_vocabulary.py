@@ -135,11 +135,11 @@ def x_token(
               + \tau^2 \sum_{i \le m} |Q_{(i)} - P_{(i)}|, \qquad
               Q = \exp \operatorname{mean} \log q, \qquad P = \exp \operatorname{mean} \log p
 
-    Common are pairs of a student token v and the teacher token u with its largest weight in W, if
-    that is at least ``threshold``; of several v for one u the one with the largest weight, then the
-    first. The others' probabilities are sorted descending, and the m largest compared: all of the
-    vocabulary that has fewer of them, at most ``cap``. With a threshold of 1 only tokens of the
-    same bytes are common (the authors' "gold" loss).
+    Common are pairs of a student token v and the teacher token u with its largest weight in W (the
+    first of several), if that is at least ``threshold``; of several v for one u the one with the
+    largest weight, then the first. The others' probabilities are sorted descending, and the m
+    largest compared: all of the vocabulary that has fewer of them, at most ``cap``. With a
+    threshold of 1 only tokens of the same bytes are common (the authors' "gold" loss).
 
     Row t scores token t + 1. A chunk counts if rows score some of its tokens on both sides. Rows
     are read in blocks; of all rows only the student's gradient is stored.
@@ -156,7 +156,8 @@ def x_token(
         teacher_chunks: the same, ``[B, T_T]``.
         num_chunks: the largest number of chunks of a text.
         projection: W, from :func:`token_projection`: teacher ids, int64 or int32, and weights, not
-            negative, both ``[at most vocab_S, n]``; -1 for none.
+            negative, both ``[at most vocab_S, n]``; -1 for none. Weights of an id that a row has
+            twice are added.
         kind: ``"p_kl"`` or ``"h_kl"``.
         k: of ``"p_kl"``: size of K, at most the teacher's vocabulary.
         threshold: of ``"h_kl"``, in [0, 1].
@@ -378,6 +379,7 @@ def _common(
     ids: Tensor, weights: Tensor, threshold: float, width: int, teacher_width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which student columns are common, the teacher's column of each, which teacher columns are."""
+    weights = _sums(ids, weights)
     best, at = torch.where(ids < teacher_width, weights, -1).max(1)
     to = ids.gather(1, at.unsqueeze(-1)).squeeze(-1)
     to = torch.where(best >= threshold, to, teacher_width)
@@ -390,6 +392,16 @@ def _common(
     known = to < teacher_width
     taken = torch.zeros(teacher_width + 1, dtype=torch.bool, device=to.device)
     return known, torch.where(known, to, 0), taken.index_fill(0, to, True)[:-1]
+
+
+def _sums(ids: Tensor, weights: Tensor) -> Tensor:
+    """At each id of a row, the sum of the weights that the row gives to that id."""
+    ids, order = ids.sort(-1)
+    numbers = F.pad((ids[:, 1:] != ids[:, :-1]).cumsum(-1), (1, 0))  # of a row's distinct ids
+    numbers = torch.empty_like(numbers).scatter(1, order, numbers)
+    sums = torch.zeros_like(weights, dtype=torch.float64)
+    sums = sums.scatter_add(1, numbers, weights.double())
+    return sums.gather(1, numbers).to(weights.dtype)
 
 
 def _checked(

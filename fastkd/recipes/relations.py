@@ -268,7 +268,7 @@ def mmd(student_hidden: Tensor, teacher_hidden: Tensor, *, bandwidth: float) -> 
             f"got {teacher_hidden.size(1)}"
         )
     dtype = torch.promote_types(wide(student_hidden).dtype, wide(teacher_hidden).dtype)
-    s, t = student_hidden.to(dtype), teacher_hidden.to(dtype)
+    s, t = (wide(x).to(dtype) for x in (student_hidden, teacher_hidden))
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -30,6 +30,7 @@ from fastkd.recipes._rows import (
     masked_mean,
     row_divergence,
 )
+from fastkd.teachers._teacher_topk import stored_entries
 
 #: Added to the denominator of a correlation by DIST's authors.
 _EPSILON = 1e-8
@@ -422,7 +423,9 @@ def fkd(
             f"fkd: kind smoothing needs one stored class a row, got {stored_indices.size(-1)}"
         )
     if kind == "marginal_renorm":
-        used = stored_log_probs.masked_fill(stored_indices < 0, -torch.inf)
+        used = stored_log_probs.masked_fill(
+            ~stored_entries(stored_log_probs, stored_indices), -torch.inf
+        )
         mass = used.logsumexp(-1, keepdim=True)
         # A row of padding alone has none.
         stored_log_probs = stored_log_probs - torch.where(mass == -torch.inf, 0, mass)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._ops.linear.logits import LinearLogits
 from fastkd.reference._softmax_divergence import softmax_divergence
 
 
@@ -21,12 +22,16 @@ def linear_softmax_divergence(
 ) -> Tensor:
     """`fastkd.linear_softmax_divergence` in plain PyTorch.
 
-    It takes the same arguments, except those that say how: `chunk_size`, `compact`, `logits_dtype`
-    and `return_stats`.
+    It takes the same arguments, except those that say how: `chunk_size`, `compact`, `logits_dtype`,
+    `return_stats` and `reduce_hidden_grad`.
     """
     scales = logit_scale if isinstance(logit_scale, tuple) else (logit_scale, logit_scale)
     student = _logits(student_hidden, student_weight, student_bias, scales[0])
-    teacher = _logits(teacher_hidden, teacher_weight, teacher_bias, scales[1])
+    teacher: Any
+    if options.get("teacher_rows") is None:
+        teacher = _logits(teacher_hidden, teacher_weight, teacher_bias, scales[1])
+    else:  # a head, whose chosen rows have gradients
+        teacher = LinearLogits(teacher_hidden, teacher_weight, teacher_bias, scale=scales[1])
     return softmax_divergence(student, teacher, **options)
 
 

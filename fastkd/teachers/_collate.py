@@ -11,7 +11,7 @@ from fastkd._ops.arguments import to_flag, to_integer
 from fastkd._ops.padding import padded, padded_length, positive_or_none
 from fastkd._ops.shift import IGNORED, following
 from fastkd.teachers._store import TeacherStore
-from fastkd.teachers._teacher_topk import TopK
+from fastkd.teachers._teacher_topk import TopK, stored_entries
 
 _NAME = "teachers.collate"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -87,6 +87,7 @@ def collate(
         ``teacher_log_probs``   float32 ``[B, T, k]``, -inf where there is no teacher's token
         ``teacher_indices``     int32 ``[B, T, k]``, -1 where there is no teacher's token
         ``mask``                bool, with ``shift``: rows that have a label and a teacher's token
+                                with a log-probability above -1e4
         ======================  ===================================================================
 
         k is the largest of the texts'; 1 if no text has a row.
@@ -148,7 +149,8 @@ def collate(
         del batch["position_ids"]
     if shift:
         batch["labels"] = following(batch["labels"], IGNORED)
-        batch["mask"] = (batch["labels"] != IGNORED) & (batch[COLUMNS[1]] >= 0).any(-1)
+        best = stored_entries(*(batch[name] for name in COLUMNS)).any(-1)
+        batch["mask"] = (batch["labels"] != IGNORED) & best
     return batch
 
 

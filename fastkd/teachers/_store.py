@@ -1,7 +1,6 @@
 """A teacher's top-k log-probabilities on disk, by sequence and token, for offline distillation."""
 
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fastkd._ops import hints
 from fastkd._ops.arguments import to_flag
 from fastkd._ops.names import StoredLogProbs
 from fastkd.teachers._fingerprint import fingerprint
@@ -97,7 +97,7 @@ class TeacherStore:
             "TeacherStore", self.path, vocab_size=vocab_size, fingerprint=fingerprint
         )
         if self._beyond:
-            warnings.warn(f"{self._beyond}; the store ends before it", stacklevel=2)
+            hints.warn(f"{self._beyond}; the store ends before it")
         self._packing = self._settings.packing()
         self._first = np.cumsum([0, *(sequences for sequences, _ in self._counts)])
         self._shards: dict[int, Shard] = {}

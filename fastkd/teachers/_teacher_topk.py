@@ -12,6 +12,9 @@ from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.op import Plain
 from fastkd._ops.shards import Merged, Shards, shards_of
 
+#: Of an entry that a server padded with: see `topk_divergence`.
+PADDING_LOG_PROB = -1e4
+
 
 class TopK(NamedTuple):
     """The k likeliest tokens of each row, likeliest first."""
@@ -20,6 +23,11 @@ class TopK(NamedTuple):
     log_probs: Tensor
     #: ``[..., k]`` int32.
     indices: Tensor
+
+
+def stored_entries(log_probs: Tensor, indices: Tensor) -> Tensor:
+    """Which entries are a teacher's tokens, and not padding. A row without one has no teacher."""
+    return (indices >= 0) & (log_probs > PADDING_LOG_PROB)
 
 
 def teacher_topk(

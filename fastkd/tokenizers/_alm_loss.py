@@ -3,11 +3,13 @@
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd._ops import hints
 from fastkd._ops.arguments import check_no_gradient, to_flag, to_integer
 from fastkd._ops.checks import (
     check_normalizer,
@@ -16,6 +18,7 @@ from fastkd._ops.checks import (
     is_number,
     reduced,
 )
+from fastkd._ops.linear.logits import LinearLogits
 from fastkd._ops.names import AlmDivergence, Reduction
 from fastkd.tokenizers._chunk_log_likelihood import ChunkLogLikelihood, chunk_log_likelihood
 
@@ -26,10 +29,10 @@ _NAMES = {"token_ids": "ids", "chunk_ids": "chunks"}
 
 
 def alm_loss(
-    student_logits: Tensor,
+    student_logits: Tensor | LinearLogits,
     student_ids: Tensor,
     student_chunks: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | LinearLogits,
     teacher_ids: Tensor,
     teacher_chunks: Tensor,
     num_chunks: int,
@@ -83,7 +86,8 @@ def alm_loss(
             ``logits[:, :-1]`` with ``ids[:, 1:]`` and ``chunks[:, 1:]``. No row scores the first
             token of a text. Where that is in a chunk on either side (no token of the beginning
             stands before the text), set this chunk to -1 on both sides, or the rest of it, which
-            has other bytes on each side, is compared. :func:`fastkd.recipes.alm` does so.
+            has other bytes on each side, is compared. :func:`fastkd.recipes.alm` does so. Or a
+            :class:`fastkd.LinearLogits`, as ``teacher_logits``.
         student_ids: ``[B, T_S]``, the student's tokens.
         student_chunks: ``[B, T_S]``, from :func:`fastkd.align_batch`; -1 for none.
         teacher_logits: ``[B, T_T, vocab_T]``.
@@ -96,7 +100,8 @@ def alm_loss(
         student_boundary: bool ``[vocab_S]``, the tokens that begin a word
             (:meth:`fastkd.ByteVocab.boundary`). Both boundaries or none, for ``debias``.
         teacher_boundary: bool ``[vocab_T]``; ``merge_threshold`` needs it.
-        debias: see above; without boundary sets nothing is added.
+        debias: see above; without boundary sets nothing is added. Where no token of a side begins a
+            word, no chunk has a gradient, and a warning says so (on the CPU).
         merge_threshold: a probability; the paper's code has 0.1. None: no chunks are joined.
         reduction: over chunks that have tokens on both sides: ``"mean"``, ``"sum"``,
             ``"batchmean"`` (over B), ``"elementmean"`` (over B x num_chunks), or ``"none"``:
@@ -124,10 +129,10 @@ def alm_loss(
     check_tensors(
         "alm_loss",
         {
-            "student_logits": student_logits,
+            "student_logits": _tensor(student_logits),
             "student_ids": student_ids,
             "student_chunks": student_chunks,
-            "teacher_logits": teacher_logits,
+            "teacher_logits": _tensor(teacher_logits),
             "teacher_ids": teacher_ids,
             "teacher_chunks": teacher_chunks,
         },
@@ -158,6 +163,7 @@ def alm_loss(
         raise TypeError(
             f"alm_loss: merge_threshold must be a number, got {type(merge_threshold).__name__}"
         )
+    check_no_gradient("alm_loss", merge_threshold=merge_threshold, normalizer=normalizer)
     # While compiling, the value is not known.
     if (
         not torch.compiler.is_compiling()
@@ -166,7 +172,6 @@ def alm_loss(
     ):
         raise ValueError("alm_loss: merge_threshold must be a number, got nan")
     check_normalizer("alm_loss", normalizer)
-    check_no_gradient("alm_loss", merge_threshold=merge_threshold, normalizer=normalizer)
     student = _likelihoods(
         "student", student_logits, student_ids, student_chunks, num_chunks, student_boundary
     )
@@ -178,6 +183,9 @@ def alm_loss(
             "alm_loss: teacher_logits must have student_logits' batch "
             f"{list(student_logits.shape[:-2])}, got {list(teacher_logits.shape[:-2])}"
         )
+    if debias and student_boundary is not None and teacher_boundary is not None:
+        sets = {"student_boundary": student_boundary, "teacher_boundary": teacher_boundary}
+        hints.check_boundaries("alm_loss", sets)
     kept = (student.token_count > 0) & (teacher.token_count > 0)
     likelihoods = [x.log_likelihood.double() for x in (student, teacher)]
     last = torch.arange(num_chunks, device=kept.device).expand_as(kept)
@@ -203,9 +211,14 @@ def alm_loss(
     return reduced("alm_loss", loss, kept, reduction, normalizer).to(dtype)
 
 
+def _tensor(logits: Any) -> Any:
+    """Logits, or those of a head their hidden states."""
+    return logits.hidden if isinstance(logits, LinearLogits) else logits
+
+
 def _likelihoods(
     side: str,
-    logits: Tensor,
+    logits: Tensor | LinearLogits,
     ids: Tensor,
     chunks: Tensor,
     num_chunks: int,

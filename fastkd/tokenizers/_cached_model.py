@@ -1,13 +1,13 @@
 """A causal language model of transformers, with its key-value cache, as ByteStream's callable."""
 
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkd._ops import hints
 from fastkd._ops.padding import positive_or_none
 from fastkd.tokenizers._byte_stream import shared
 from fastkd.tokenizers._byte_vocab import integers
@@ -52,8 +52,8 @@ class CachedModel:
         model: a causal language model of transformers (also wrapped by PEFT), in ``eval`` mode,
             in any dtype, on any device: ids go to the device of its token embedding. It is not
             changed. Call :meth:`clear` after changing its weights. When this object is made, the
-            model runs on two texts of 8 tokens: it must return logits over the vocabulary, and
-            those of a token must not depend on later tokens.
+            model runs on texts of 8 tokens, twice, and once more with derivatives: it must return
+            logits over the vocabulary, and those of a token must not depend on later tokens.
         prefix: ids before every text, for example that of a beginning-of-text token. None: the
             ``bos_token_id`` of the model's configuration. ``()``: nothing; an empty text then has
             no logits.
@@ -196,6 +196,7 @@ class CachedModel:
         # From the middle of the vocabulary: placeholders of images are near its ends.
         ids = (size // 2 + torch.arange(2 * length, device=embedding.device)) % size
         options = {} if self._name is None else {"use_cache": False}
+        causal = f"CachedModel: model must be causal, got {kind}, whose logits of a token"
         rows = []
         # Two texts of one length that share their first token.
         for text in (ids[:length], torch.cat([ids[:1], ids[length + 1 :]])):
@@ -214,13 +215,43 @@ class CachedModel:
                 )
             rows.append(found[0, -length])  # PEFT may put tokens before the text
         first, second = rows
+        # Values of untrained 16-bit weights differ by less than roundings; derivatives show it.
+        if self._has_later_derivatives(ids[:length], options):
+            raise TypeError(f"{causal} have derivatives by later tokens")
         scale = torch.where(first.isfinite(), first, 0).abs().max().item()
         tolerance = scale * torch.finfo(first.dtype).eps ** 0.5
         if not first.isclose(second, rtol=0, atol=tolerance, equal_nan=True).all():
-            raise TypeError(
-                f"CachedModel: model must be causal, got {kind}, whose logits of a token change "
-                "with later tokens"
-            )
+            raise TypeError(f"{causal} change with later tokens")
+
+    def _has_later_derivatives(self, text: Tensor, options: dict[str, Any]) -> bool:
+        """Whether the first token's logits depend on later embeddings; False if unknown.
+
+        In a causal model these derivatives are 0, but for roundings of convolutions by FFT.
+        """
+        leaves: list[Tensor] = []
+
+        def cut(module: Any, arguments: Any, embedded: Tensor) -> Tensor:
+            leaves.append(embedded.detach().requires_grad_())
+            return leaves[-1]
+
+        hook = self.model.get_input_embeddings().register_forward_hook(cut)
+        try:
+            eager = torch.compiler.set_stance("force_eager")
+            with torch.inference_mode(False), torch.enable_grad(), eager:
+                row = self.model(input_ids=text.clone()[None], **options).logits[0, -len(text)]
+                if len(leaves) != 1:
+                    return False
+                signs = 1 - 2 * (torch.arange(row.numel(), device=row.device) % 2)
+                (slopes,) = torch.autograd.grad(row, leaves, signs.to(row.dtype))
+        except RuntimeError:  # kernels without derivatives, weights made in inference mode
+            return False
+        finally:
+            hook.remove()
+        if slopes.shape[:2] != (1, len(text)):
+            return False
+        own, later = slopes[0, 0].float(), slopes[0, 1:].float()
+        bound = 8 * torch.finfo(torch.float32).eps * own.abs().max()
+        return bool((later.abs() > bound).any())
 
     @torch.no_grad()
     def _run(self, new: list[int]) -> Tensor:
@@ -260,9 +291,7 @@ class CachedModel:
     def _say(self, why: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"CachedModel: {why}; texts are computed from their beginning", stacklevel=4
-            )
+            hints.warn(f"CachedModel: {why}; texts are computed from their beginning")
 
     def _checked(self, name: str, ids: Any) -> list[int]:
         size = self.model.get_input_embeddings().weight.size(0)

@@ -465,3 +465,16 @@ def test_meta():
     leaves = [v.detach().to("meta") for v in problem()]
     assert fastkd.acm.hard(*leaves, some_choices().to("meta")).shape == (3, 11, 10)
     assert fastkd.acm.prefix_loss(*leaves, torch.randn(3, 11, 10, device="meta")).shape == (5,)
+
+
+def test_choices_of_inference_mode():
+    """An oracle's, for example: autograd keeps them."""
+    x, w1 = torch.randn(4, 3, requires_grad=True), torch.randn(2, 3, 5)
+    rest = torch.randn(2, 5), torch.randn(2, 5, 3)
+    choices = torch.tensor([0, 1, 2, 2])
+    with torch.inference_mode():
+        others = choices.clone()
+    grads = [
+        torch.autograd.grad(fastkd.acm.hard(x, w1, *rest, c).sum(), x)[0] for c in (choices, others)
+    ]
+    assert torch.equal(*grads)

@@ -1,6 +1,7 @@
 """The Trainer with a teacher: a tiny random model, gradients read off one step of SGD."""
 
 import importlib.util
+import math
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import fastkd
+from fastkd.integrations._modules import reads_backbone
 
 lacking = [name for name in ("transformers", "accelerate") if not importlib.util.find_spec(name)]
 if lacking:
@@ -103,11 +105,12 @@ def test_a_stored_teacher(tmp_path, truth, head):
     student = tiny.model(1)
     few = tiny.texts(stored=(teacher, 5))
     few[0]["teacher_indices"] = torch.full_like(few[0]["teacher_indices"], -1)  # nothing known
+    few[1]["teacher_log_probs"] = torch.full_like(few[1]["teacher_log_probs"], -math.inf)
     run = tiny.trainer(tmp_path, student, dataset=few, head=head)
     batch = {k: torch.stack([text[k] for text in few]) for k in few[0]}
     loss = run.compute_loss(student, batch)
     kept = F.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
-    kept[0] = False
+    kept[:2] = False
     expected = fastkd.topk_divergence(
         student(input_ids=batch["input_ids"]).logits,
         batch["teacher_log_probs"],
@@ -241,6 +244,47 @@ def test_what_comes_between_the_backbone_and_the_logits(tmp_path, kind):
         for head in ("fused", "logits")
     ]
     torch.testing.assert_close(*losses)
+
+
+class Capped(transformers.LlamaForCausalLM):
+    """The same with a softcap that logits of untrained weights do not show."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = 30 * torch.tanh(found.logits / 30)
+        return found
+
+
+class Pictured(transformers.LlamaForCausalLM):
+    """It needs more than token ids, or runs out of memory."""
+
+    error = ValueError("pixel_values must be given")
+
+    def forward(self, *args, **kwargs):
+        raise self.error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_that_untrained_weights_do_not_show(dtype):
+    plain = tiny.model(2).to(dtype)
+    assert reads_backbone(plain)
+    hidden = Capped(plain.config).to(dtype).train()
+    assert not reads_backbone(hidden)
+    assert all(x.training for x in hidden.modules())
+    assert not hidden.base_model._forward_hooks
+    found = plain(torch.tensor([[1, 2]])).logits
+    assert reads_backbone(plain)
+    assert torch.equal(plain(torch.tensor([[1, 2]])).logits, found)
+
+
+def test_the_comparison_hides_no_error():
+    model = Pictured(tiny.model(2).config)
+    with pytest.warns(UserWarning, match=r"Pictured could not be run .* ValueError: pixel_values"):
+        assert reads_backbone(model)
+    for error in (torch.OutOfMemoryError("no memory"), ImportError("no kernel")):
+        model.error = error
+        with pytest.raises(type(error), match="no "):
+            reads_backbone(model)
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])

@@ -6,8 +6,7 @@ import threading
 import pytest
 import torch
 import torch.utils.checkpoint
-from heads import gradients, head
-from torch._dynamo.testing import CompileCounterWithBackend
+from heads import compiled, gradients, head
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
@@ -18,12 +17,6 @@ FEATURES, VOCAB = 5, 17
 
 def two(rows, dtype=torch.float32):
     return [*head(rows, FEATURES, VOCAB, dtype), *head(rows, 3, VOCAB, dtype)]
-
-
-def compiled(function, backend="aot_eager"):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
-    return torch.compile(function, fullgraph=True, backend=counter), counter
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -351,6 +344,9 @@ def test_the_container():
     assert not logits.detach().requires_grad
     torch.testing.assert_close(logits.logits(), 2 * (h @ w.T) + b)
     assert LinearLogits(h.bfloat16(), w.bfloat16()).dtype == torch.float32
+    text = "LinearLogits(shape=[2, 3, 17], features=5, dtype=torch.float32, device='cpu', bias="
+    assert repr(logits) == f"{text}True, scale=2.0)"
+    assert repr(LinearLogits(h, w, softcap=3.0)) == f"{text}False, softcap=3.0)"
     again = pickle.loads(pickle.dumps(logits.detach()))
     assert torch.equal(again.logits(), logits.detach().logits())
 

@@ -185,6 +185,33 @@ def test_other_ops(rows, backend):
         )
 
 
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"softcap": 2.0, "chunk_size": 5}])
+def test_soft_caps_in_every_op(options):
+    """Also in those that have no option for it."""
+    parts = head(ROWS, FEATURES, VOCAB), head(ROWS, 4, VOCAB)
+    student, teacher = (LinearLogits(*x, **options) for x in parts)
+    ids, chunks = torch.randint(0, VOCAB, ROWS), (torch.arange(39) % 13 // 3).view(ROWS)
+    best = fastkd.teacher_topk(teacher, 4)
+    boundary = torch.arange(VOCAB) % 3 == 0
+
+    def alm(s, t):
+        given = ids, chunks
+        both = {"student_boundary": boundary, "teacher_boundary": boundary}
+        return fastkd.alm_loss(s, *given, t, *given, 5, temperature=2.0, **both)
+
+    agree(lambda k: fastkd.topk_stats(whole(student, k), *best), [])
+    agree(lambda k: fastkd.teacher_topk(whole(teacher, k), 4), [])
+    agree(lambda k: fastkd.token_stats(whole(student, k), whole(teacher, k)), [])
+    agree(lambda k: fastkd.topk_divergence(whole(student, k), *best), parts[0])
+    agree(lambda k: fastkd.cross_entropy(whole(student, k), ids), parts[0])
+    agree(lambda k: fastkd.token_log_probs(whole(student, k), ids), parts[0])
+    agree(
+        lambda k: fastkd.clipped_divergence(whole(student, k), whole(teacher, k), 0.01, 0.9),
+        parts[0],
+    )
+    agree(lambda k: alm(whole(student, k), whole(teacher, k)), [*parts[0], *parts[1]])
+
+
 def test_shifted_ops(backend):
     student, _, inputs = sides(options={"chunk_size": 5})
     ids = torch.randint(0, VOCAB, ROWS)

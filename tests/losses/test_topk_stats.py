@@ -95,8 +95,26 @@ def test_no_gradient_and_errors(backend, request):
     else:
         found = fastkd.topk_stats(student, log_probs, indices + 50)
         assert all(x[2].isnan().all() for x in found)
-    with pytest.raises(TypeError, match="student_logits"):
+    with pytest.raises(TypeError, match=r"^topk_stats: student_logits"):
         fastkd.topk_stats(None, log_probs, indices)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_errors_name_the_function(linear):
+    student, log_probs, indices = problem()
+    if linear:
+        student = fastkd.LinearLogits(torch.randn(3, 2, 4), torch.randn(student.size(-1), 4))
+    for error, given, options in (
+        (IndexError, (log_probs, indices + 50), {}),
+        (TypeError, (log_probs, indices.float()), {}),
+        (TypeError, (None, indices), {}),
+        (ValueError, (log_probs, indices), {"temperature": -1.0}),
+        (ValueError, (log_probs, indices), {"divergence": "tvd"}),
+        (TypeError, (log_probs, indices), {"mask": torch.ones(3, 2)}),
+        (TypeError, (log_probs, indices), {"vocab_size": 2.5}),
+    ):
+        with pytest.raises(error, match=r"^topk_stats: "):
+            fastkd.topk_stats(student, *given, **options)
 
 
 def test_one_graph_for_all_sizes(backend):

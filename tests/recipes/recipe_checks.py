@@ -84,6 +84,10 @@ def at_once(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     return lambda tensors, **options: function(**tensors, **options)
 
 
+#: Recipes that torch.func does not differentiate, as ops take no normalizer of a transform.
+COUNTED_BY_VALUES = ("ernie_tiny", "fspad", "quantized_distillation")
+
+
 @dataclass(frozen=True)
 class Entry:
     """A call of a recipe with its definition.
@@ -324,6 +328,36 @@ def check_meta_tensors(entry: Entry) -> None:
     assert (found.shape, found.dtype) == (right.shape, right.dtype)
 
 
+def check_inference_tensors(entry: Entry) -> None:
+    """What no gradient flows to may come from inference mode, as teachers run there."""
+    tensors = with_leaves(entry, entry.problem(torch.float32))
+    right = entry.call(tensors)
+    with torch.inference_mode():
+        others = mapped(torch.clone, {k: v for k, v in tensors.items() if k not in entry.leaves})
+    given = {**tensors, **others}
+    found = entry.call(given)
+    assert torch.equal(found, right)
+    both = ([*gradients(entry, x, y.sum())] for x, y in ((given, found), (tensors, right)))
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def check_torch_func(entry: Entry) -> None:
+    """The gradient of torch.func is autograd's."""
+    if entry.name in COUNTED_BY_VALUES:
+        pytest.skip("its normalizer depends on values")
+    tensors = with_leaves(entry, entry.problem(torch.float32))
+    expected = gradients(entry, tensors, entry.call(tensors).sum())
+
+    def loss(leaves: Tensors) -> torch.Tensor:
+        return entry.call({**tensors, **leaves}).sum()
+
+    leaves = {name: tensors[name].detach() for name in entry.leaves}
+    found = torch.func.grad(loss)(leaves)
+    for name, gradient in zip(entry.leaves, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+
+
 def check_wrong_values(entry: Entry) -> None:
     given = {**entry.problem(torch.float32), **entry.options}
     if "student_0" not in given:  # lists that the entry's own call makes
@@ -349,6 +383,8 @@ CHECKS = (
     check_no_texts,
     check_autocast,
     check_meta_tensors,
+    check_inference_tensors,
+    check_torch_func,
     check_wrong_values,
     check_published_numbers,
 )

@@ -127,9 +127,13 @@ def plain_common(tensors, threshold):
     """The teacher's id of each student id that is common."""
     wanted, projection = {}, (x.tolist() for x in tensors["projection"])
     for v, (some, factors) in enumerate(zip(*projection, strict=True)):
-        pairs = [(w, u) for u, w in zip(some, factors, strict=True) if u >= 0]
-        if pairs and max(pairs)[0] >= torch.tensor(threshold):
-            wanted.setdefault(max(pairs)[1], []).append((-max(pairs)[0], v))
+        sums = {}
+        for u, w in zip(some, factors, strict=True):
+            if u >= 0:
+                sums[u] = sums.get(u, 0) + w
+        best = max(sums, key=sums.get, default=None)
+        if sums and torch.tensor(sums[best]) >= torch.tensor(threshold):
+            wanted.setdefault(best, []).append((-sums[best], v))
     return {min(candidates)[1]: u for u, candidates in wanted.items()}
 
 

@@ -340,6 +340,18 @@ def test_errors_name_the_recipe_and_the_argument():
         assert str(caught.value).startswith(f"{function.__name__}: ")
 
 
+def test_rows_that_a_server_padded():
+    """With id 0 and -1e9, all of a row or its end: as with -1 and -inf."""
+    student, (log_probs, indices) = logits((3, 7)), fastkd.teacher_topk(logits((3, 7)), 3)
+    padding = torch.tensor([[False] * 3, [True] * 3, [False, False, True]])
+    given = log_probs.masked_fill(padding, -1e9), indices.masked_fill(padding, 0)
+    plain = log_probs.masked_fill(padding, -math.inf), indices.masked_fill(padding, -1)
+    options = {"kind": "marginal_renorm", "reduction": "none"}
+    expected = recipes.fkd(student, *plain, **options)
+    assert torch.equal(recipes.fkd(student, *given, **options), expected)
+    assert expected[1] == 0
+
+
 def test_a_row_of_infinite_logits_in_bf16():
     """Masked columns are probability 0 on both sides."""
     given = {k: x.bfloat16() for k, x in both(torch.float32).items()}

@@ -103,15 +103,18 @@ def test_labels_of_items():
 
 
 def test_short_and_missing_rows(store):
-    """A teacher that says nothing of the last token, of a row in between, and of a text."""
+    """No teacher's token of the last token, of rows in between (-1; -inf), and of a text."""
     first = item(0)
     first["teacher_log_probs"] = first["teacher_log_probs"][:4]
     indices = first["teacher_indices"][:4].clone()
     indices[1] = -1
     first["teacher_indices"] = indices
+    log_probs = first["teacher_log_probs"].clone()
+    log_probs[3] = -torch.inf
+    first["teacher_log_probs"] = log_probs
     second = {"input_ids": [1, 2, 3], "key": "text 99"}
     batch = collate([first, second], store=store, missing="empty", shift=True)
-    assert batch["mask"].tolist() == [[True, False, True, True, False], [False] * 5]
+    assert batch["mask"].tolist() == [[True, False, True, False, False], [False] * 5]
     student = torch.randn(2, 5, VOCAB, requires_grad=True)
     teacher = batch["teacher_log_probs"], batch["teacher_indices"]
     loss = fastkd.topk_divergence(student, *teacher, mask=batch["mask"])

@@ -311,12 +311,31 @@ def of_llama(name):
         (of_llama("LlamaForTokenClassification"), r"got \[1, 8, 3\] of LlamaForTokenClassif"),
         (of_bert("BertForMaskedLM"), "be causal, got BertForMaskedLM, whose logits of a"),
         (of_bert("BertLMHeadModel"), "be causal, got BertLMHeadModel"),
+        (of_bert("BertLMHeadModel", initializer_range=1e-3), "be causal, got BertLMHeadModel"),
+        (of_bert("BertLMHeadModel", initializer_range=0.5), "be causal, got BertLMHeadModel"),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_models_that_are_no_causal_language_models(make, message, dtype):
     with pytest.raises(TypeError, match=f"^CachedModel: model must .*{message}"):
         CachedModel(made(make).to(dtype), prefix=())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_encoder_in_any_mode(mode):
+    """And whose embedding is called twice, so that values alone tell."""
+    model = made(of_bert("BertLMHeadModel")).half()
+    with mode(), pytest.raises(TypeError, match=r"must be causal, .* have derivatives by later"):
+        CachedModel(model, prefix=())
+    assert not model.get_input_embeddings()._forward_hooks
+    twice = made(of_bert("BertLMHeadModel", initializer_range=0.5))
+
+    def call(*_):
+        twice.get_input_embeddings()(torch.tensor([0]))
+
+    twice.register_forward_pre_hook(call)
+    with pytest.raises(TypeError, match=r"must be causal, .* change with later"):
+        CachedModel(twice, prefix=())
 
 
 @pytest.mark.parametrize(

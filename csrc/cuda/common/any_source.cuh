@@ -39,6 +39,7 @@ struct AnySource {
         scale(0) {}
 
   __device__ void start(const Team&) const {}
+  __device__ __forceinline__ void finish_copies() const {}
 
   __device__ __forceinline__ int packs() const { return arguments.vocab; }
   __device__ __forceinline__ int column(int pack) const { return pack; }
@@ -111,7 +112,7 @@ struct AnySource {
     for (int begin = 0; begin < arguments.vocab && !(top > Real(kMasked)); begin += team.threads) {
       const int i = begin + team.thread;
       const Real z = i < arguments.vocab ? teacher_logit(k, first, i) : Real(-INFINITY);
-      top = at_least(top, team.block_sum(z, [](Real& a, const Real& b) { a = b > a ? b : a; }, /*everywhere=*/true));
+      top = at_least(top, team.block_sum<true>(z, [](Real& a, const Real& b) { a = b > a ? b : a; }));
     }
     return top > Real(-INFINITY) ? double(top) : 0;
   }

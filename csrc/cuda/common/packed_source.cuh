@@ -47,7 +47,7 @@ struct PackedSource {
         all_slots(int(launch.slice_bytes / 16)),
         resident(launch.resident) {
     const PackedRow<Item> whole_row(nullptr, a.vocab, lead);
-    const int all = whole_row.packs(), share = (all + launch.cluster - 1) / launch.cluster;
+    const int all = whole_row.packs(), share = (all + launch.cluster - 1) >> highest_bit(launch.cluster);
     begin = int(rank) * share < all ? int(rank) * share : all;
     end = begin + share < all ? begin + share : all;
     first_whole = begin == 0 && !whole_row.whole(0) ? 1 : 0;

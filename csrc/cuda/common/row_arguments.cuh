@@ -67,10 +67,15 @@ struct RowArguments : RowNumbers {
     return k == 0 ? mix.first : mix.second;
   }
 
-  // Fills in the row's task. Returns whether the row is read at all.
-  __device__ bool read_task(int64_t row, RowTask& task, int& label) const {
-    task.scale = scale(row);
-    if (task.scale == 0) return false;
+  // Whether all rows with the same weight, and a label or none, have the same task.
+  __host__ __device__ bool alike() const {
+    return !temperatures && !teacher_temperatures && !betas && !alphas && !label_weights && !teacher_weights &&
+           !teacher_places && distances == nullptr;
+  }
+
+  // Fills in the task of a row with this scale and returns the label's column, or -1 if there is none.
+  __device__ int read_task(int64_t row, double scale, RowTask& task) const {
+    task.scale = scale;
     task.beta = row_beta(row);
     task.alpha = row_alpha(row);
     const double sum = task.beta + task.alpha;
@@ -79,13 +84,13 @@ struct RowArguments : RowNumbers {
     if (teacher_places && teacher_places.integer(row) >= teacher_row_count) task.temperature = NAN;
     task.divergence_scale = square_temperature ? task.temperature * task.temperature : 1;
     if (distances != nullptr) task.divergence_scale *= adapted(row).scale;
-    label = read_label(row, task);
+    const int label = read_label(row, task);
     task.mix_probs = mix_probs;
     task.teacher_weight = teacher_count == 1 && teacher_weights ? teacher_weights.number(row) : 1;
     if (constant_teacher) task.teacher_weight = 0;
     task.student_gradient = bool(student_gradient);
     task.teacher_gradient = bool(teacher_gradient);
-    return true;
+    return label;
   }
 };
 

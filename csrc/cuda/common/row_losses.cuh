@@ -33,8 +33,9 @@ struct RowNumbers {
   __device__ double row_weight(int64_t row) const { return !counts(row) ? 0 : weight ? weight.number(row + shift) : 1; }
 
   // The factor of the row's gradients. 0: the row is not read.
-  __device__ double scale(int64_t row) const {
-    return row_weight(row) * (gradient_factors != nullptr ? global_load(gradient_factors) : gradient_factor);
+  __device__ double scale(int64_t row) const { return scale_of(row_weight(row)); }
+  __device__ double scale_of(double weight) const {
+    return weight * (gradient_factors != nullptr ? global_load(gradient_factors) : gradient_factor);
   }
 
   // Invalid values that the host could not check make a row NaN: a temperature that is not positive, a label out of
@@ -43,6 +44,14 @@ struct RowNumbers {
   __device__ double row_temperature(int64_t row) const {
     return positive(temperatures ? temperatures.number(row) : temperature);
   }
+  // Whether rows count, and with which weight, is known without reading anything.
+  __host__ __device__ bool count_all() const { return !mask && !labels && !weight && !teacher_places && shift == 0; }
+  // The label's column, -1: none or out of range.
+  __device__ int label_column(int64_t row) const {
+    const int64_t label = labels ? labels.integer(row + shift) : -1;
+    return label >= 0 && label < vocab ? int(label) : -1;
+  }
+
   // Task: RowTask or a similar struct. Returns the label's column, or -1 if there is none.
   template <class Task>
   __device__ int read_label(int64_t row, Task& task) const {

@@ -20,14 +20,17 @@ struct DeviceRows {
 
   __device__ __forceinline__ char* at(int64_t row, int64_t column = 0) const {
     int64_t offset = column * column_stride;
+    if (dimensions > 1) {
 #pragma unroll  // constant indices keep the arrays out of local memory
-    for (int i = kDimensions - 1; i >= 0; --i) {
-      if (i < dimensions) {
-        // Nothing is left of the row's number after the outermost dimension.
-        offset += (i == 0 ? row : row % sizes[i]) * strides[i];
-        if (i > 0) row /= sizes[i];
+      for (int i = kDimensions - 1; i > 0; --i) {
+        if (i < dimensions) {
+          offset += row % sizes[i] * strides[i];
+          row /= sizes[i];
+        }
       }
     }
+    // Nothing is left of the row's number after the outermost dimension.
+    if (dimensions > 0) offset += row * strides[0];
     return data + offset * element_size;
   }
 

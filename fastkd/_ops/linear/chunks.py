@@ -107,7 +107,8 @@ class Chunks:
         unread = self.rows.unread(first, last)
         if unread is not None:
             found = found.masked_fill(unread, 0)
-        return found.reshape((last - first) * self.length, found.size(-1))
+        # Products of other strides are not fastkd's own.
+        return found.reshape((last - first) * self.length, found.size(-1)).contiguous()
 
     def logits_of(self, first: int, last: int) -> tuple[list[Any], list[Tensor]]:
         """The op's arguments of a chunk, and the hidden states of its sides."""

@@ -106,5 +106,7 @@ class Gradients:
                 products.weight_memory.keep(out)
             tensor = inputs[i]
             if slot.part == "hidden" and call.shards is not None and tensor is not None:
-                call.shards.add_up(out)
+                assert slot.side is not None
+                if slot.side.linear.reduce_hidden_grad:
+                    call.shards.add_up(out)
                 self.found[i] = products.converted(out, tensor.dtype)

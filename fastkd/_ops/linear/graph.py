@@ -55,7 +55,8 @@ class _Writer:
         self.numbers += [linear.scale, 1.0 if side.cap is None else side.cap]
         bias = "n" if linear.bias is None else "y"
         cap = "n" if side.cap is None else "y"
-        return f"L{bias}{cap}{_CODES[linear.options[0]]}"
+        reduced = "y" if linear.reduce_hidden_grad else "n"
+        return f"L{bias}{cap}{_CODES[linear.options[0]]}{reduced}"
 
     def value(self, value: Any, kind: str) -> str:
         if value is None:
@@ -121,6 +122,7 @@ def decode(layout: str, tensors: Sequence[Any], integers: Sequence[Any], numbers
         linear.scale, cap = next(number), next(number)
         linear.softcap, linear.called = None, (name, "")
         linear.options = (_DTYPES[word[3]], None, None)
+        linear.reduce_hidden_grad = word[4] == "y"
         sides.append(Side(place, item, linear, cap if word[2] == "y" else None))
         return stand_in(linear)
 

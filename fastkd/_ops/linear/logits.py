@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._ops.arguments import check_tensor, to_flag, to_integer, to_number
+from fastkd._ops.arguments import can_be_read, check_tensor, to_flag, to_integer, to_number
 
 _AUTOCAST = ("cpu", "cuda")  # other devices may not know it
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -22,7 +22,8 @@ class LinearLogits:
     It stands wherever an op takes logits: :func:`fastkd.softmax_divergence` (also in a list of
     teachers), :func:`fastkd.topk_divergence`, :func:`fastkd.clipped_divergence`,
     :func:`fastkd.cross_entropy`, :func:`fastkd.token_log_probs`, :func:`fastkd.token_stats`,
-    :func:`fastkd.teacher_topk`, :func:`fastkd.topk_stats` and :func:`fastkd.chunk_log_likelihood`.
+    :func:`fastkd.teacher_topk`, :func:`fastkd.topk_stats`, :func:`fastkd.chunk_log_likelihood` and
+    :func:`fastkd.alm_loss`.
     The op computes the logits of a chunk of rows, its results of them, and the chunk's part of the
     gradients of ``hidden``, ``weight`` and ``bias``. ``[rows, vocab]`` is never stored.
 
@@ -43,7 +44,8 @@ class LinearLogits:
 
     With ``group=`` in the op, the weight and bias are this process's rows of a head that is split
     across the processes of the group (``[vocab / processes, features]``), of each side; the hidden
-    states are the same on all processes. The op's collectives are done for each chunk of rows. The
+    states are the same on all processes. The op's collectives are done for each chunk of rows: for
+    a loss two all-gathers, as a row's gradient overwrites its logits before the next chunk. The
     gradients of weights and biases are those of this process's rows; those of hidden states are
     summed over the group by one all-reduce in float32, 4 bytes a feature, and are the same on all
     processes. What decides about chunks must be the same on all processes: ``chunk_size``,
@@ -74,6 +76,12 @@ class LinearLogits:
             the gradient of the weight.
             :func:`fastkd.chunk_log_likelihood` takes whole texts, at least one.
         compact: whether rows that are not read are left out of the products. None: on the CPU only.
+        reduce_hidden_grad: with ``group`` or a weight that tensor parallelism splits, whether the
+            gradients of the hidden states are summed over the processes. False where something
+            before the head does that, such as the backward pass of the gather of Megatron's
+            sequence parallelism (a reduce-scatter): each process then has its part of the sum, in
+            the dtype of ``hidden``; of a DTensor a gradient with placement Partial. Without
+            ``group`` it changes nothing.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit each other.
@@ -103,8 +111,10 @@ class LinearLogits:
         logits_dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
         compact: bool | None = None,
+        reduce_hidden_grad: bool = True,
     ) -> None:
         self._set(hidden, weight, bias, scale, softcap)
+        self.reduce_hidden_grad = to_flag("LinearLogits", "reduce_hidden_grad", reduce_hidden_grad)
         self.options = checked_options("LinearLogits", logits_dtype, chunk_size, compact)
 
     def _set(
@@ -185,7 +195,19 @@ class LinearLogits:
             return x.redistribute(placements=x.placements).to_local(grad_placements=parts)
 
         bias = None if self.bias is None else local(self.bias)
-        return self.replaced(hidden.to_local(), local(self.weight), bias)
+        return self.replaced(self._local_hidden(), local(self.weight), bias)
+
+    def _local_hidden(self) -> Tensor:
+        """This process's hidden states; their gradient may be a part of a sum over processes."""
+        from torch.distributed.tensor import Partial
+
+        hidden: Any = self.hidden
+        if self.reduce_hidden_grad:
+            return hidden.to_local()
+        of_weight: Any = self.weight.placements  # type: ignore[attr-defined]
+        pairs = zip(hidden.placements, of_weight, strict=True)
+        parts = [Partial("sum") if own.is_shard() else rows for rows, own in pairs]
+        return hidden.to_local(grad_placements=parts)
 
     @property
     def shape(self) -> torch.Size:
@@ -206,6 +228,15 @@ class LinearLogits:
     def requires_grad(self) -> bool:
         """Whether hidden states, weight or bias require a gradient."""
         return any(x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias))
+
+    def __repr__(self) -> str:
+        """Sizes and dtypes, and what is not as by default."""
+        of = self.hidden
+        words = [f"shape={list(self.shape)}", f"features={of.size(-1)}", f"dtype={of.dtype}"]
+        words += [f"device='{self.device}'", f"bias={self.bias is not None}"]
+        words += [f"scale={self.scale}"] if self.scale != 1 else []
+        words += [f"softcap={self.softcap}"] if self.softcap is not None else []
+        return f"LinearLogits({', '.join(words)})"
 
     def dim(self) -> int:
         """Number of dimensions of the logits."""
@@ -228,8 +259,37 @@ class LinearLogits:
         other = LinearLogits.__new__(LinearLogits)
         other.hidden, other.weight, other.bias = hidden, weight, bias
         other.scale, other.softcap, other.options = self.scale, self.softcap, self.options
-        other.called = self.called
+        other.called, other.reduce_hidden_grad = self.called, self.reduce_hidden_grad
         return other
+
+    def chosen(self, rows: Tensor, function: str) -> "LinearLogits":
+        """The logits of these rows of the flattened leading dimensions, of any for a row of -1.
+
+        A row that is out of range is an error on the CPU, else NaN.
+        """
+        hidden = self.hidden.reshape(-1, self.hidden.size(-1))
+        count = hidden.size(0)
+        wrong = (rows < -1) | (rows >= count)
+        if can_be_read(rows) and bool(wrong.any()):
+            flat = wrong.reshape(-1)
+            row = int(flat.nonzero()[0])
+            raise IndexError(
+                f"{function}: teacher_rows must lie in [-1, {count}), got "
+                f"{int(rows.reshape(-1)[row])} in row {row}"
+            )
+        if rows.device != hidden.device:
+            raise ValueError(
+                f"{function}: teacher_rows must be on the device of student_logits, "
+                f"{hidden.device}, got {rows.device}"
+            )
+        shape = (*rows.shape, hidden.size(-1))
+        if isinstance(count, int) and count == 0:
+            found = hidden.new_zeros(shape)
+        else:
+            at = rows.reshape(-1).clamp(0, count - 1)
+            found = hidden.index_select(0, at).view(shape)
+        found = found.masked_fill(wrong.unsqueeze(-1), math.nan)
+        return self.replaced(found, self.weight, self.bias)
 
     def logits(self) -> Tensor:
         """All logits, stored whole, in plain PyTorch: the definition.
@@ -380,11 +440,12 @@ def linear_side(
     bias: Tensor | None,
     scale: Any,
     options: tuple[Any, Any, Any],
+    reduce_hidden_grad: bool,
 ) -> LinearLogits:
     """One side's logits by a function's own arguments, whose names begin with ``side``."""
     found = LinearLogits.__new__(LinearLogits)
     found._set(hidden, weight, bias, scale, None, (function, side))
-    found.options = options
+    found.options, found.reduce_hidden_grad = options, reduce_hidden_grad
     return found
 
 

@@ -104,6 +104,8 @@ class ChunkedRows:
         for place, (field, value) in enumerate(zip(fields, self.values, strict=False)):
             if field in _SHARED or (place, None) in linear:
                 continue
+            if field == "teacher_logits" and self.get("teacher_rows") is not None:
+                continue  # whole: each row says which of them it needs
             if field == "teacher_weights" and isinstance(value, Tensor) and value.dim() == 1:
                 continue
             if isinstance(value, Tensor):
@@ -149,7 +151,9 @@ class ChunkedRows:
 
     def _kept(self) -> Tensor | None:
         """The rows that count for a mean; None for all."""
-        kept = self.get("mask")
+        kept, taught = self.get("mask"), self.get("teacher_rows")
+        if taught is not None:
+            kept = taught >= 0 if kept is None else kept & (taught >= 0)
         labels = self.get("labels" if "labels" in self._at else "token_ids")
         if labels is not None:
             ignored = self.get("ignore_index")
