@@ -62,7 +62,7 @@ struct RowWorker {
     team.sync();
     if (shared_load(&shared_parameters->read)) return shared_load(shared_parameters);
     if (started) {
-      source.finish_copies();
+      source.finish_copies(team);
       team.sync();  // the zeros may overwrite what another thread copies
     }
     source.write_zeros(team);
