@@ -7,7 +7,8 @@ instructions: loops for rare rows (a divergence near 0, soft bounds) do more. Ea
 A pass that writes nothing takes a loop without 16-byte stores.
 A pass that fills shared memory takes a loop that does so, if there is one, and any pass a loop
 without a barrier. Where rows are copied to shared memory (cp.async, bulk), the first pass takes the
-first of its loops, to which a loop that only copies is added.
+first of its loops. If rows stay there, a loop that only copies is added to it, unless the kernel
+has bulk copies: then one thread copies the rows that stay, and such a loop copies others.
 """
 
 import re
@@ -77,7 +78,7 @@ def count_kernel(
         used.add(best.loop.begin)
         same = [x for x in every if x.loop is best.loop and x.packs == best.packs]
         other = _best(same, over, kernel, of_dtype, kept_rows=False)
-        first = None if over.again else _start(kernel, over, of_dtype)
+        first = None if over.again or kernel.bulk else _start(kernel, over, of_dtype)
         kept.append(_count(best, entries, first))
         reread.append(_count(other, entries))
     return Recorded(kept, reread, registers, kernel.local, kernel.copies)

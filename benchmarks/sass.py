@@ -204,6 +204,7 @@ class Kernel:
     passes: list[Pass]
     local: int  # accesses to local memory
     copies: int  # from global to shared memory, without registers, of 16 bytes or many
+    bulk: int = 0  # those of many
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -211,6 +212,7 @@ class Kernel:
             "name": self.name,
             "local": self.local,
             "copies": self.copies,
+            "bulk": self.bulk,
             "passes": [x.as_json() for x in self.passes],
         }
 
@@ -223,8 +225,8 @@ def read(name: str, code: list[Instruction]) -> Kernel:
     for x in passes:
         alike = (y.main.work.total for y in passes if y.main.work.shape == x.main.work.shape)
         x.hot = x.main.work.total == max(alike)
-    local, copies = sum(x.local for x in code), sum(x.bulk or x.copy16 > 0 for x in code)
-    return Kernel(name, passes, local, copies)
+    local, bulk = sum(x.local for x in code), sum(x.bulk for x in code)
+    return Kernel(name, passes, local, bulk + sum(x.copy16 > 0 for x in code), bulk)
 
 
 def _passes(blocks: list[Block], loops: list[Loop]) -> Iterator[Pass]:
@@ -259,7 +261,8 @@ def kernels(text: str, match: str = "") -> dict[str, Kernel]:
 
 def _print(kernel: Kernel, every: bool) -> None:
     print(
-        f"{kernel.name}\n    local memory accesses {kernel.local}, copies to shared {kernel.copies}"
+        f"{kernel.name}\n    local memory accesses {kernel.local}, "
+        f"copies to shared {kernel.copies}, in bulk {kernel.bulk}"
     )
     for x in kernel.passes:
         if not (x.hot or every):

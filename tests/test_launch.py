@@ -118,7 +118,8 @@ def test_rows_without_packs_are_read_again(capability, vocab, threads):
 
 
 def test_what_a_team_needs_besides_its_rows_counts():
-    room = (227 + 1) * 1024 // 4 - 1024 - 2 * 19_008
+    barriers = 4 * 8
+    room = (227 + 1) * 1024 // 4 - 1024 - 2 * 19_008 - barriers
     fitting = (128, 0, 16, True, 19_008, "quarter")
     assert policy(90, 2, 151_936, overhead=room) == fitting
     larger = (192, 0, 8, True, 38_000, "half")  # with two blocks per multiprocessor 8 are enough

@@ -66,6 +66,17 @@ def test_copies_to_shared_memory():
     assert found.copies == 4
 
 
+def test_bulk_copies():
+    """One thread copies the rows that stay; the loop of copies is for others."""
+    bulk = "UBLKCP.S.G [UR8], [UR6], UR5"
+    kernel = kernel_of(f"{bulk}\n{bulk}\n{COPIED}")
+    assert (kernel.copies, kernel.bulk) == (6, 2)
+    found = count_kernel(kernel, (Over(2, again=False, mufu=0),), "float32")
+    assert [x.instructions * 4 for x in found.kept] == [5]
+    assert [x.instructions * 4 for x in found.reread] == [7]
+    assert found.copies == 6
+
+
 # Two passes of a pair in one kernel: the first fills shared memory, the second reads it, or memory
 # again, and writes. A third loop does what the second does with more instructions.
 TWO_PASSES = """

@@ -29,6 +29,7 @@ CORRECT = [
     "early_exit",
     "warp_operations",
     "asynchronous_copies",
+    "bulk_copies",
     "matrix_fragments",
     "os_threads",
     "with_barrier",
@@ -81,6 +82,43 @@ FAULTS = {
     "copy_left_behind": r"exits with 1 asynchronous copies not waited for",
     "copy_off_a_line": r"an asynchronous copy off a 16-byte boundary",
     "copy_off_8_bytes": r"an asynchronous copy off a 8-byte boundary",
+    "bulk_not_waited_for": r"shared read at offset \d+, which (a copy not yet waited|was never)",
+    "bulk_too_few_bytes": (
+        r"deadlock: 256 threads wait for phase 0 of the mbarrier at shared offset 0, which has 1 "
+        r"of 1 arrivals and 4096 of 4112 bytes \(block 0, thread \d+\)"
+    ),
+    "bulk_too_many_bytes": r"4096 bytes were copied for the mbarrier at .* 0, which expects 4080",
+    "bulk_nobody_arrives": r"deadlock: 256 threads wait .*, which has 0 of 1 arrivals and 0 of 0 b",
+    "bulk_wrong_parity": r"waits for the other parity than that of phase 1 of the .* has begun",
+    "bulk_parity_before_all": r"waits for parity 1 of the mbarrier at .* before its first phase",
+    "bulk_arrives_twice": r"thread 0: arrives at the mbarrier .* whose phase 0 has not completed",
+    "bulk_arrives_again": r"thread 0: arrives at the mbarrier .* whose phase 0 has not completed",
+    "bulk_off_a_line": r"a bulk copy of 2048 bytes off a 16-byte boundary",
+    "bulk_source_off_a_line": r"a bulk copy of 2048 bytes off a 16-byte boundary",
+    "bulk_odd_size": r"a bulk copy of 24 bytes off .* or of a size that is no multiple of 16",
+    "bulk_no_mbarrier": r"no mbarrier was initialised at shared offset 0",
+    "bulk_mbarrier_twice": r"shared write at offset 0, where an mbarrier lies",
+    "bulk_mbarrier_not_fenced": r"the mbarrier at shared .*, whose initialisation was not fenced",
+    "bulk_mbarrier_not_shared": (
+        r"(race: it uses the mbarrier at shared offset 0, initialised by block 0, thread 0 with no"
+        r"|no mbarrier was initialised at shared offset 0)"
+    ),
+    "bulk_mbarrier_stored_over": r"shared write at offset 0, where an mbarrier lies",
+    "bulk_over_unfenced": r"overwrites shared offset 32, written by block 0, thread 1 without a",
+    "bulk_fenced_early": r"a bulk copy overwrites shared offset \d+, written by .* without a fence",
+    "bulk_outside": r"a bulk copy of 4096 bytes leaves the block's shared memory",
+    "bulk_over_a_copy": r"shared write at offset 32, which a copy not yet waited for is to write",
+    "bulk_over_what_is_read": (
+        r"(race: it (writes|reads) shared offset \d+, (read|written) by"
+        r"|shared read at offset \d+, which a copy not yet waited for)"
+    ),
+    "bulk_stored_over": r"shared write at offset \d+, which a copy not yet waited for is to write",
+    "bulk_of_what_changes": r"the source of a bulk copy has changed before the copy was waited for",
+    "bulk_left_behind": r"exits with 1 bulk copies not waited for at the mbarrier at shared offset",
+    "bulk_others_wait": (
+        r"(race: it reads shared offset \d+, written by a bulk copy that block 0, thread 40 has wai"
+        r"|shared read at offset \d+, which (was never written|a copy not yet waited for))"
+    ),
     "mixed_work": r"mask ffffffff meets a different one of lane \d+",
     "work_of_a_part": r"an operation of a whole warp in a warp of fewer lanes",
 }
@@ -174,14 +212,20 @@ def test_a_missing_barrier_gives_wrong_values(faults):
     assert faults("unseen_missing_barrier", 1) == (1, "wrong: neighbour\n")
 
 
-@pytest.mark.parametrize("case", ["past_global", "unseen_past_shared"])
+@pytest.mark.parametrize("case", ["past_global", "unseen_past_shared", "bulk_past_global"])
 def test_address_sanitizer_sees_kernels(faults, case):
     if not faults.sanitized:
         pytest.skip("a sanitizer's finding")
     code, report = faults(case)
     assert code not in (0, 3)
     assert "AddressSanitizer: heap-buffer-overflow" in report
-    assert re.search(r"#0 .* in .*(read_at|past_shared)", report)
+    assert re.search(r"#\d .* in .*(read_at|past_shared|bulk_copy)", report)
+
+
+def test_bulk_copies_before_sm_90(faults):
+    code, report = faults("bulk_copies", 0, 80)
+    assert code == 3
+    assert "mbarriers with bulk copies exist from sm_90 on" in report
 
 
 @pytest.mark.parametrize("capability", OPT_IN_KIB)

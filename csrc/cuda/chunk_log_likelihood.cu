@@ -130,7 +130,7 @@ struct TextWorker {
   }
 };
 
-__global__ void __launch_bounds__(kTextThreads, 1) chunk_text_kernel(const ChunkArguments arguments) {
+__global__ void __launch_bounds__(kTextThreads, 1) chunk_text_kernel(const __grid_constant__ ChunkArguments arguments) {
   const Team team(shared_memory(), 1);
   ChunkSum* const heads = reinterpret_cast<ChunkSum*>(shared_memory() + Team::kSharedBytes);
   int64_t* const tops = reinterpret_cast<int64_t*>(heads + team.threads);
@@ -164,7 +164,7 @@ void launch_rows(const char* role, const Device& device, const ChunkArguments& a
     const int64_t used = few ? kFlatBlocks : teams_of(blocks, 1);
     launch.teams = used * block_rows;
     device.launch({role, launch}, kernel_of(source), used, launch.threads,
-                  block_rows * (chunk_team_bytes(arguments.boundary, by_warp) + launch.slice_bytes), 1, arguments,
+                  block_rows * (chunk_team_bytes(arguments.boundary, by_warp) + rows_bytes(launch, 1)), 1, arguments,
                   launch);
   });
 }

@@ -319,7 +319,7 @@ template <template <class> class Worker, class Source>
 __device__ __forceinline__ void work_on_rows(const ChunkArguments& arguments, const RowLaunch& launch) {
   const bool by_warp = launch.warp_rows > 0;
   const int64_t own = chunk_team_bytes(arguments.boundary, by_warp);
-  unsigned char* const shared = team_memory(launch, own + launch.slice_bytes);
+  unsigned char* const shared = team_memory(launch, own + rows_bytes(launch, 1));
   const Team team(shared + kChunkOrdersBytes, 1, by_warp);
   TeamBoundary set(arguments.boundary, team, shared + chunk_overhead(by_warp));
   const Worker<Source> worker{arguments, team, set, reinterpret_cast<typename Worker<Source>::RowParameters*>(shared)};
@@ -332,13 +332,13 @@ inline constexpr int kChunkBlocks = 4;
 
 template <class Source>
 __global__ void __launch_bounds__(kRowThreads, kChunkBlocks)
-    chunk_log_likelihood_kernel(const ChunkArguments arguments, const RowLaunch launch) {
+    chunk_log_likelihood_kernel(const __grid_constant__ ChunkArguments arguments, const RowLaunch launch) {
   work_on_rows<ChunkSumWorker, Source>(arguments, launch);
 }
 
 template <class Source>
 __global__ void __launch_bounds__(kRowThreads, kChunkBlocks)
-    chunk_gradient_kernel(const ChunkArguments arguments, const RowLaunch launch) {
+    chunk_gradient_kernel(const __grid_constant__ ChunkArguments arguments, const RowLaunch launch) {
   work_on_rows<ChunkGradientWorker, Source>(arguments, launch);
 }
 

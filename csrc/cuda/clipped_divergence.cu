@@ -330,10 +330,10 @@ struct ClipWorker {
 
 template <class Source>
 __global__ void __launch_bounds__(2 * kRowThreads, 1)
-    clipped_divergence_kernel(const ClippedArguments arguments, const RowLaunch launch) {
+    clipped_divergence_kernel(const __grid_constant__ ClippedArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   const int64_t team_bytes = clip_team_bytes(by_warp, arguments.quantile);
-  unsigned char* shared = team_memory(launch, team_bytes + 2 * launch.slice_bytes);
+  unsigned char* shared = team_memory(launch, team_bytes + rows_bytes(launch, 2));
   const int slots = kClipOrdersBytes + kClipLeaderBytes + (arguments.quantile ? kSelectBytes : 0);
   const Team team(shared + slots, unsigned(launch.cluster), by_warp);
   const ClipWorker<Source> worker(arguments, team, shared);
@@ -344,7 +344,8 @@ __global__ void __launch_bounds__(2 * kRowThreads, 1)
 }
 
 // Computes the rows that clipped_divergence_kernel left, one per block. For the other rows only the flag is read.
-__global__ void __launch_bounds__(kSmallThreads, 1) clipped_divergence_small_kernel(const ClippedArguments arguments) {
+__global__ void __launch_bounds__(kSmallThreads, 1)
+    clipped_divergence_small_kernel(const __grid_constant__ ClippedArguments arguments) {
   unsigned char* const shared = shared_memory();
   const int64_t team_bytes = clip_team_bytes(false, arguments.quantile), blocks = gridDim.x;
   const Team team(shared + team_bytes - Team::kSharedBytes, 1);
@@ -368,7 +369,7 @@ template <class Source>
 void launch_source(const Device& device, const ClippedArguments& arguments, int element_size) {
   const RowNeeds needs{clip_team_bytes(false, arguments.quantile), Source::kPacked};
   launch_teams(device, clipped_divergence_kernel<Source>, arguments, element_size, needs, [&](const RowLaunch& launch) {
-    return clip_team_bytes(launch.warp_rows > 0, arguments.quantile) + 2 * launch.slice_bytes;
+    return clip_team_bytes(launch.warp_rows > 0, arguments.quantile) + rows_bytes(launch, 2);
   });
 }
 

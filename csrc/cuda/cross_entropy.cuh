@@ -38,7 +38,7 @@ __host__ __device__ constexpr int64_t cross_entropy_overhead(bool warp) {
   return kCrossEntropyOrdersBytes + (warp ? 0 : Team::kSharedBytes);
 }
 __host__ __device__ constexpr int64_t cross_entropy_team_bytes(const RowLaunch& launch) {
-  return cross_entropy_overhead(launch.warp_rows > 0) + launch.slice_bytes;
+  return cross_entropy_overhead(launch.warp_rows > 0) + rows_bytes(launch, 1);
 }
 
 // The sums of a part of a row. beaten: another token is likelier than the label, or as likely with a lower id.
@@ -225,7 +225,7 @@ struct CrossEntropyWorker {
 
 template <EntropySums kEntropy, class Source>
 __global__ void __launch_bounds__(2 * kRowThreads, 1)
-    cross_entropy_kernel(const CrossEntropyArgumentsOnDevice arguments, const RowLaunch launch) {
+    cross_entropy_kernel(const __grid_constant__ CrossEntropyArgumentsOnDevice arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   unsigned char* const shared = team_memory(launch, cross_entropy_team_bytes(launch));
   const Team team(shared + kCrossEntropyOrdersBytes, unsigned(launch.cluster), by_warp);

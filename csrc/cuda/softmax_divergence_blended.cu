@@ -55,11 +55,11 @@ __host__ __device__ inline bool share_slots(const RowArguments& a) {
   return a.teachers[0].element_size == 2 && a.teachers[1].element_size == 2;
 }
 __host__ __device__ inline int64_t blended_bytes(const RowArguments& a, const RowLaunch& launch) {
-  return team_bytes(launch.warp_rows > 0) + (share_slots(a) ? 2 : 3) * launch.slice_bytes;
+  return team_bytes(launch.warp_rows > 0) + rows_bytes(launch, share_slots(a) ? 2 : 3);
 }
 
 __global__ void __launch_bounds__(2 * kRowThreads, 1)
-    softmax_divergence_blended_kernel(const RowArguments arguments, const RowLaunch launch) {
+    softmax_divergence_blended_kernel(const __grid_constant__ RowArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   unsigned char* const shared = team_memory(launch, blended_bytes(arguments, launch));
   const Team team(shared + kParametersBytes + kPlanBytes + kTeachersBytes, unsigned(launch.cluster), by_warp);
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(2 * kRowThreads, 1)
       teachers.start(team);
       RowParameters<float> measured;
       const double distance = meter.measure(teachers, measured);
-      teachers.finish_copies();
+      teachers.finish_copies(team);
       if (team.leads()) {
         if (arguments.distances != nullptr) global_store(arguments.distances + row, distance);
         shared_store(&mixture.first, Part::from(arguments.teacher_weight(row, 0), measured.at.student_origin));

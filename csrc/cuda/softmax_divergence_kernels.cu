@@ -9,7 +9,7 @@ template <class Divergence, class Source>
 void launch_source(const Device& device, const RowArguments& arguments, int element_size) {
   const RowNeeds needs{team_bytes(false), Source::kPacked, /*tensors=*/2, threads_for<Divergence, Source>()};
   launch_teams(device, softmax_divergence_kernel<Divergence, Source>, arguments, element_size, needs,
-               [](const RowLaunch& launch) { return team_bytes(launch.warp_rows > 0) + 2 * launch.slice_bytes; });
+               [](const RowLaunch& launch) { return team_bytes(launch.warp_rows > 0) + rows_bytes(launch, 2); });
 }
 
 template <class Divergence>

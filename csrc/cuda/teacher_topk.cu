@@ -259,7 +259,7 @@ struct SelectWorker {
 
 template <class Source>
 __global__ void __launch_bounds__(2 * kRowThreads, 1)
-    teacher_topk_kernel(const SelectArguments arguments, const RowLaunch launch) {
+    teacher_topk_kernel(const __grid_constant__ SelectArguments arguments, const RowLaunch launch) {
   SelectShared& shared = *reinterpret_cast<SelectShared*>(shared_memory());
   const Team team(shared.slots, unsigned(launch.cluster));
   const SelectWorker<Source> worker{arguments, team, shared, reinterpret_cast<uint64_t*>(&shared + 1)};
@@ -275,7 +275,7 @@ void launch_rows(const Device& device, const SelectArguments& arguments, int ele
   RowNeeds needs{sizeof(SelectShared), Source::kPacked, /*tensors=*/1, kRowThreads, kKeysBytes};
   needs.adapt = block_per_row;  // a row needs a histogram
   launch_teams(device, teacher_topk_kernel<Source>, arguments, element_size, needs,
-               [](const RowLaunch& with) { return select_bytes(with.cluster) + with.slice_bytes; });
+               [](const RowLaunch& with) { return select_bytes(with.cluster) + rows_bytes(with, 1); });
 }
 
 struct Cuda {

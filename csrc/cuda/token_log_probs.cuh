@@ -38,7 +38,7 @@ __host__ __device__ constexpr int64_t token_overhead(bool warp) {
   return kTokenOrdersBytes + (warp ? 0 : Team::kSharedBytes);
 }
 __host__ __device__ constexpr int64_t token_team_bytes(const RowLaunch& launch) {
-  return token_overhead(launch.warp_rows > 0) + launch.slice_bytes;
+  return token_overhead(launch.warp_rows > 0) + rows_bytes(launch, 1);
 }
 
 // The forward pass over a row.
@@ -190,13 +190,13 @@ inline constexpr int kTokenBlocks = 4;
 
 template <bool kEntropy, class Source>
 __global__ void __launch_bounds__(kRowThreads, kTokenBlocks)
-    token_log_probs_kernel(const TokenArguments arguments, const RowLaunch launch) {
+    token_log_probs_kernel(const __grid_constant__ TokenArguments arguments, const RowLaunch launch) {
   work_on_token_rows<TokenSumWorker, kEntropy, Source>(arguments, launch);
 }
 
 template <bool kEntropy, class Source>
 __global__ void __launch_bounds__(kRowThreads, kTokenBlocks)
-    token_gradient_kernel(const TokenArguments arguments, const RowLaunch launch) {
+    token_gradient_kernel(const __grid_constant__ TokenArguments arguments, const RowLaunch launch) {
   work_on_token_rows<TokenGradientWorker, kEntropy, Source>(arguments, launch);
 }
 

@@ -15,7 +15,7 @@ void launch_rows(const Device& device, TopkArguments arguments, int element_size
   RowNeeds needs{topk_team_bytes(false, arguments.k), Source::kPacked, /*tensors=*/1};
   needs.most_blocks = kPortableBlocks;  // each block reads the row's k entries
   launch_teams(device, topk_divergence_kernel<Source>, arguments, element_size, needs, [&](const RowLaunch& with) {
-    return topk_team_bytes(with.warp_rows > 0, arguments.k) + with.slice_bytes;
+    return topk_team_bytes(with.warp_rows > 0, arguments.k) + rows_bytes(with, 1);
   });
 }
 

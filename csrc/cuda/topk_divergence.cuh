@@ -194,7 +194,7 @@ struct TopkWorker {
   __device__ void drop_support(const Source& source) const {
     if constexpr (Source::kPacked) {
       if (!source.resident) return;
-      source.finish_copies();
+      source.finish_copies(team);
       team.sync();
       for (int e = team.thread; e < arguments.k; e += team.threads) {
         const TopkEntry entry = shared_load(entries + e);
@@ -458,10 +458,10 @@ struct TopkWorker {
 
 template <class Source>
 __global__ void __launch_bounds__(2 * kRowThreads, 1)
-    topk_divergence_kernel(const TopkArguments arguments, const RowLaunch launch) {
+    topk_divergence_kernel(const __grid_constant__ TopkArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   const int64_t own = topk_team_bytes(by_warp, arguments.k);
-  unsigned char* shared = team_memory(launch, own + launch.slice_bytes);
+  unsigned char* shared = team_memory(launch, own + rows_bytes(launch, 1));
   const Team team(shared + own - (by_warp ? 0 : Team::kSharedBytes), unsigned(launch.cluster), by_warp);
   const TopkWorker<Source> worker(arguments, team, shared);
   for_rows(team, launch, arguments.rows, [&](int64_t row) {

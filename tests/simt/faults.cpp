@@ -2,7 +2,7 @@
 // for a correct kernel, 1 for wrong values, 3 for a reported fault.
 #include <chrono>
 
-#include "correct.h"
+#include "bulk_cases.h"
 
 namespace {
 
@@ -199,7 +199,8 @@ void benchmark() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Launch pair{2, kThreads, kThreads * sizeof(float), 2}, copies{1, kThreads, kThreads * 16};
+  const Launch pair{2, kThreads, kThreads * sizeof(float), 2}, copies{1, kThreads, kThreads * 16},
+      bulk{1, kThreads, kBulkShared};
   const std::map<std::string, void (*)()> simple = {
       {"block_reduction", block_reduction},
       {"cluster_exchange", cluster_exchange},
@@ -208,6 +209,8 @@ int main(int argc, char** argv) {
       {"early_exit", early_exit},
       {"warp_operations", warp_operations},
       {"asynchronous_copies", asynchronous_copies},
+      {"bulk_copies", bulk_copies},
+      {"bulk_past_global", bulk_past_global},
       {"matrix_fragments", matrix_fragments},
       {"os_threads", os_threads},
       {"with_barrier", with_barrier},
@@ -253,6 +256,31 @@ int main(int argc, char** argv) {
       {"copy_left_behind", {copies, careless_copy<Copy::kLeft>}},
       {"copy_off_a_line", {copies, careless_copy<Copy::kOffLine>}},
       {"copy_off_8_bytes", {copies, careless_copy<Copy::kOff8>}},
+      {"bulk_not_waited_for", {bulk, careless_bulk_copy<Bulk::kUnwaited>}},
+      {"bulk_too_few_bytes", {bulk, careless_bulk_copy<Bulk::kTooFew>}},
+      {"bulk_too_many_bytes", {bulk, careless_bulk_copy<Bulk::kTooMany>}},
+      {"bulk_nobody_arrives", {bulk, careless_bulk_copy<Bulk::kNobodyArrives>}},
+      {"bulk_wrong_parity", {bulk, careless_bulk_copy<Bulk::kParity>}},
+      {"bulk_parity_before_all", {bulk, careless_bulk_copy<Bulk::kParityBefore>}},
+      {"bulk_arrives_twice", {bulk, careless_bulk_copy<Bulk::kAgain>}},
+      {"bulk_arrives_again", {bulk, careless_bulk_copy<Bulk::kAgainUnwaited>}},
+      {"bulk_off_a_line", {bulk, careless_bulk_copy<Bulk::kOffLine>}},
+      {"bulk_source_off_a_line", {bulk, careless_bulk_copy<Bulk::kSourceOffLine>}},
+      {"bulk_odd_size", {bulk, careless_bulk_copy<Bulk::kSize>}},
+      {"bulk_no_mbarrier", {bulk, careless_bulk_copy<Bulk::kNoInit>}},
+      {"bulk_mbarrier_twice", {bulk, careless_bulk_copy<Bulk::kInitTwice>}},
+      {"bulk_mbarrier_not_fenced", {bulk, careless_bulk_copy<Bulk::kInitUnfenced>}},
+      {"bulk_mbarrier_not_shared", {bulk, careless_bulk_copy<Bulk::kInitNoBarrier>}},
+      {"bulk_mbarrier_stored_over", {bulk, careless_bulk_copy<Bulk::kOverBarrier>}},
+      {"bulk_over_unfenced", {bulk, careless_bulk_copy<Bulk::kUnfenced>}},
+      {"bulk_fenced_early", {bulk, careless_bulk_copy<Bulk::kFencedEarly>}},
+      {"bulk_outside", {bulk, careless_bulk_copy<Bulk::kOutside>}},
+      {"bulk_over_a_copy", {bulk, careless_bulk_copy<Bulk::kOverlap>}},
+      {"bulk_over_what_is_read", {bulk, careless_bulk_copy<Bulk::kOverRead>}},
+      {"bulk_stored_over", {bulk, careless_bulk_copy<Bulk::kStore>}},
+      {"bulk_of_what_changes", {bulk, careless_bulk_copy<Bulk::kSource>}},
+      {"bulk_left_behind", {bulk, careless_bulk_copy<Bulk::kLeft>}},
+      {"bulk_others_wait", {bulk, careless_bulk_copy<Bulk::kOthersWait>}},
       {"mixed_work", {{}, mixed_work}},
       {"work_of_a_part", {{1, 33}, work_of_a_part}},
   };

@@ -21,6 +21,9 @@ __attribute__((visibility("default"))) void simt_limit_clusters(int most) {
   simt::settings().most_blocks = unsigned(most);
 }
 
+// Kernels that loop over rows then launch so many blocks at most, or one cluster.
+__attribute__((visibility("default"))) void simt_limit_grids(int most) { simt::settings().most_grid_blocks = most; }
+
 __attribute__((visibility("default"))) void simt_reset() {
   std::lock_guard<std::mutex> lock(simt::settings().mutex);
   simt::settings().totals = {};

@@ -6,12 +6,14 @@
 // Detection of races: `clock` is incremented when a barrier completes. An access at time t by thread A is ordered
 // before one by thread B if a barrier covering both completed after t. For warp barriers the condition used instead is
 // that A and B have each passed a warp barrier after t. That is exact for full masks; a correct order made by a chain
-// of partial masks is never reported as a race. Shuffles and votes order no memory accesses, as in CUDA.
+// of partial masks is never reported as a race. Shuffles and votes order no memory accesses, as in CUDA. Bulk copies
+// and their mbarriers: simt_bulk.h.
 #pragma once
 
 #include "simt_machine.h"
 
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
@@ -135,21 +137,34 @@ T* in_peer(T* mine, unsigned rank) {
   return reinterpret_cast<T*>(m.blocks[rank].shared.get() + offset);
 }
 
-inline void check_race(const Access& a, unsigned bytes, const char* doing, const char* done, size_t offset) {
+// What a bulk copy of this block wrote is ordered before what a thread does after its wait at the copy's mbarrier.
+// Otherwise the write counts as that of a thread that has waited.
+inline void check_race(const Block& block, const Access& a, unsigned bytes, const char* doing, const char* done,
+                       size_t offset) {
   const Thread& me = *current;
   const Machine& m = *me.block->machine;
-  if (a.thread == me.id || !(a.bytes & bytes) || a.time < m.time) return;
-  const Thread& other = m.threads[a.thread];
+  if (!(a.bytes & bytes) || a.time < m.time) return;
+  const Mbarrier* const mbarrier = a.bulk ? &block.mbarriers[a.thread] : nullptr;
+  const unsigned thread = mbarrier ? mbarrier->finisher : a.thread;
+  if (mbarrier && &block == me.block && mbarrier->seen[me.id % m.block_threads()] >= a.time) return;
+  if (!mbarrier && thread == me.id) return;
+  const Thread& other = m.threads[thread];
   if (other.block == me.block && a.time < me.block->time) return;
-  if (other.warp == me.warp && a.time < std::min(other.warp_time, me.warp_time)) return;
+  const bool same_wait = !mbarrier || mbarrier->completed == a.time;
+  if (other.warp == me.warp && same_wait && a.time < std::min(other.warp_time, me.warp_time)) return;
+  if (mbarrier) {
+    fail("race: it %s shared offset %zu, written by a bulk copy that %s has waited for, with no barrier between", doing,
+         offset, where(other).text);
+  }
   fail("race: it %s shared offset %zu, %s by %s with no barrier between", doing, offset, done, where(other).text);
 }
 
 inline void record(Access& a, unsigned bytes, uint64_t now) {
-  const bool same = a.time == now && a.thread == current->id;
+  const bool same = a.time == now && a.thread == current->id && !a.bulk;
   a.bytes = same ? a.bytes | bytes : bytes;
   a.time = now;
   a.thread = current->id;
+  a.bulk = false;
 }
 
 inline void shared_access(const void* p, size_t bytes, bool write) {
@@ -175,14 +190,15 @@ inline void shared_access(const void* p, size_t bytes, bool write) {
     const unsigned written = old ? 0 : word.write.written;
     if (!old && word.write.coming)
       fail("shared %s at offset %zu, which a copy not yet waited for is to write", verb, at);
+    if (!old && word.write.mbarrier) fail("shared %s at offset %zu, where an mbarrier lies", verb, at);
     if (!write && (touched & ~written)) fail("shared read at offset %zu, which was never written", at);
-    check_race(word.write, touched, write ? "writes" : "reads", "written", at);
+    check_race(*block, word.write, touched, write ? "writes" : "reads", "written", at);
     if (write) {
-      check_race(word.read, touched, "writes", "read", at);
-      check_race(word.other_read, touched, "writes", "read", at);
+      check_race(*block, word.read, touched, "writes", "read", at);
+      check_race(*block, word.other_read, touched, "writes", "read", at);
       record(word.write, touched, m.clock);
       word.write.written = written | touched;
-      word.write.coming = false;
+      word.write.coming = word.write.mbarrier = false;
     } else {
       if (word.read.thread != me.id) word.other_read = word.read;
       record(word.read, touched, m.clock);
@@ -201,10 +217,10 @@ inline void count_read(size_t bytes, int width) { count(current->block->machine-
 inline void count_write(size_t bytes, int width) { count(current->block->machine->traffic.written, bytes, width); }
 
 // Marks the destination as what a copy is yet to write, or no longer.
-inline void mark_coming(const AsyncCopy& copy, bool coming) {
+inline void mark_coming(const unsigned char* to, size_t size, bool coming) {
   Block& block = *current->block;
-  Word* const words = &block.words[size_t(copy.to - block.shared.get()) / 4];
-  for (size_t i = 0; i < copy.size / 4; ++i) {
+  Word* const words = &block.words[size_t(to - block.shared.get()) / 4];
+  for (size_t i = 0; i < size / 4; ++i) {
     words[i].write.coming = coming;
     if (coming) words[i].write.written = 0;
   }
@@ -220,7 +236,7 @@ inline void async_copy(void* to, const void* from, bool there, size_t bytes = 16
   }
   AsyncCopy copy{static_cast<unsigned char*>(to), there ? from : nullptr, bytes, me.groups, {}};
   shared_write(to, bytes);
-  mark_coming(copy, true);
+  mark_coming(copy.to, copy.size, true);
   std::memset(to, 0xFF, bytes);
   if (there) {
     count_read(bytes, int(bytes));
@@ -237,7 +253,7 @@ inline void async_wait(unsigned latest) {
     if (copy->from && std::memcmp(copy->from, copy->bytes, copy->size) != 0) {
       fail("the source of an asynchronous copy has changed before the copy was waited for");
     }
-    mark_coming(*copy, false);
+    mark_coming(copy->to, copy->size, false);
     std::memcpy(copy->to, copy->bytes, copy->size);
     shared_write(copy->to, copy->size);
   }
@@ -295,4 +311,5 @@ inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v)
 inline float atomicAdd(float* p, float v) { return simt::atomic_add(p, v); }
 inline double atomicAdd(double* p, double v) { return simt::atomic_add(p, v); }
 
+#include "simt_bulk.h"
 #include "simt_runtime.h"

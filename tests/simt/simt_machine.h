@@ -43,7 +43,7 @@ inline thread_local dim3 gridDim [[gnu::tls_model("initial-exec")]];
 
 namespace simt {
 
-enum class State : unsigned char { kReady, kBlock, kWarp, kCluster, kDone };
+enum class State : unsigned char { kReady, kBlock, kWarp, kCluster, kMbarrier, kDone };
 enum class Operation : unsigned char { kSync, kShuffle, kBallot, kWork };
 
 // The effect of one operation of a whole warp, given every lane's operands and where its results go.
@@ -53,9 +53,10 @@ struct Thread;
 struct Machine;
 
 // The last access of its kind to a 4-byte word. bytes: a mask of those accessed by it. written: a mask of those written
-// by any access since the block began. coming: a copy not yet waited for is to write it.
+// by any access since the block began. coming: a copy not yet waited for is to write it. bulk: a bulk copy wrote it,
+// and `thread` is the number of its mbarrier instead. mbarrier: an mbarrier lies there.
 struct Access {
-  uint64_t time : 41, thread : 14, bytes : 4, written : 4, coming : 1;
+  uint64_t time : 39, thread : 14, bytes : 4, written : 4, coming : 1, bulk : 1, mbarrier : 1;
 };
 struct Word {
   Access write, read, other_read;  // other_read: the latest read by another thread than read.thread
@@ -79,6 +80,30 @@ struct AsyncCopy {
   unsigned char bytes[16];
 };
 
+// A bulk copy to shared memory that has not completed.
+struct BulkCopy {
+  unsigned char* to;
+  const void* from;
+  std::vector<unsigned char> bytes;
+};
+
+// An mbarrier in a block's shared memory. The present phase completes when all threads it counts have arrived and as
+// many bytes as they expect were copied.
+struct Mbarrier {
+  size_t offset;
+  unsigned count, pending;    // arrivals in a phase, and those still missing in the present one
+  uint64_t expected, copied;  // bytes of the present phase
+  uint64_t phase;             // how many phases have completed
+  uint64_t completed;         // when the last one did
+  unsigned finisher;          // the thread that had waited for it
+  Access initialised;
+  std::vector<BulkCopy> copies;
+  std::vector<uint64_t> seen;  // for each thread of the block: when the last phase that it has waited for completed
+
+  bool complete() const { return pending == 0 && copied == expected; }
+  bool begun() const { return pending < count || copied > 0; }
+};
+
 struct Block {
   uint3 index;
   unsigned rank, alive, arrived;
@@ -87,6 +112,7 @@ struct Block {
   Thread* threads;
   std::unique_ptr<unsigned char, FreeShared> shared;
   std::vector<Word> words;
+  std::vector<Mbarrier> mbarriers;
 };
 
 struct Thread {
@@ -105,6 +131,8 @@ struct Thread {
   Block* block;
   Warp* warp;
   uint64_t warp_time;
+  uint64_t fenced;     // when the thread last ordered its accesses before later bulk copies
+  unsigned waits_for;  // the number of an mbarrier
 };
 
 // Bytes of global memory moved, by width of access: 1, 2, 4, 8, 16.
@@ -127,7 +155,8 @@ struct Settings {
   std::atomic<int> capability{90};
   std::atomic<unsigned> seed{0};
   std::atomic<unsigned> most_blocks{16};  // of a cluster
-  std::mutex mutex;                       // guards the members below
+  std::atomic<int> most_grid_blocks{INT32_MAX};
+  std::mutex mutex;  // guards the members below
   Totals totals;
   std::map<std::pair<int, const void*>, FunctionLimits> functions;  // by device and kernel
 };
@@ -136,6 +165,8 @@ inline Settings& settings() {
   static Settings instance;
   return instance;
 }
+
+inline int most_grid_blocks() { return settings().most_grid_blocks; }
 
 inline Totals totals() {
   std::lock_guard<std::mutex> lock(settings().mutex);
@@ -270,11 +301,12 @@ struct Machine {
       b.alive = block_threads();
       b.arrived = 0;
       b.time = start;
+      b.mbarriers.clear();
       if (shape.shared) std::memset(b.shared.get(), 0xFF, shape.shared);
     }
     for (Warp& w : warps) w.exited = w.waiting = 0;
     for (Thread& t : threads) {
-      t.warp_time = 0;
+      t.warp_time = t.fenced = 0;
       t.started = false;
       t.copies.clear();
       t.groups = 0;
@@ -285,6 +317,14 @@ struct Machine {
 
   static void enter();
 
+  static std::string waits_text(const Thread& t) {
+    const Mbarrier& b = t.block->mbarriers[t.waits_for];
+    return " wait for phase " + std::to_string(b.phase) + " of the mbarrier at shared offset " +
+           std::to_string(b.offset) + ", which has " + std::to_string(b.count - b.pending) + " of " +
+           std::to_string(b.count) + " arrivals and " + std::to_string(b.copied) + " of " + std::to_string(b.expected) +
+           " bytes";
+  }
+
   std::string deadlock() const {
     struct Group {
       unsigned count = 0;
@@ -294,7 +334,7 @@ struct Machine {
     std::string overlap;
     for (const Thread& t : threads) {
       const bool in_warp = t.state == State::kWarp;
-      Group& g = groups[{t.state, in_warp ? t.mask : 0}];
+      Group& g = groups[{t.state, in_warp ? t.mask : t.state == State::kMbarrier ? t.waits_for : 0}];
       if (!g.count++) g.example = &t;
       for (unsigned i = 0; in_warp && overlap.empty() && i < t.lane; ++i) {
         const Thread& other = t.warp->lanes[i];
@@ -318,6 +358,9 @@ struct Machine {
           break;
         case State::kCluster:
           text += " wait at a cluster barrier";
+          break;
+        case State::kMbarrier:
+          text += waits_text(*group.example);
           break;
         default:
           text += " have exited";
@@ -405,6 +448,12 @@ inline void Machine::enter() {
   me.started = true;
   m.call(m.closure);
   if (!me.copies.empty()) fail("exits with %zu asynchronous copies not waited for", me.copies.size());
+  if (block.alive == 1) {
+    for (const Mbarrier& b : block.mbarriers) {
+      if (b.copies.empty()) continue;
+      fail("exits with %zu bulk copies not waited for at the mbarrier at shared offset %zu", b.copies.size(), b.offset);
+    }
+  }
   for (unsigned left = warp.waiting; left; left &= left - 1) {
     const Thread& other = warp.lanes[__builtin_ctz(left)];
     if (other.mask >> me.lane & 1) {

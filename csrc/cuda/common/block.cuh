@@ -279,8 +279,18 @@ struct Team {
     return cluster_sum(block_sum(value, merge), merge);
   }
 
+  // To be called by all threads when the copies of a row to shared memory begin, where they are waited for at barriers
+  // (bulk_copy.cuh). Whether they are the first ones. Then the parity of the barriers' phases.
+  __device__ __forceinline__ bool begin_copies() const {
+    const bool first = copies_ == 0;
+    copies_ = first ? 2 : copies_ ^ 1;
+    return first;
+  }
+  __device__ __forceinline__ unsigned copies_parity() const { return copies_ & 1; }
+
  private:
   mutable unsigned turn_ = 0;
+  mutable unsigned copies_ = 0;  // 2 + parity
 };
 
 }  // namespace fastkd::cuda

@@ -1,12 +1,16 @@
 // The logits of one row that is read and written 16 bytes at a time (in packs), and where its gradients are written.
 //
-// A row goes from global to shared memory by asynchronous copies, which need no registers, so that a thread has many
-// of them under way. Each thread copies the packs that it will read itself, and waits only for its own copies.
+// A row goes from global to shared memory by asynchronous copies, which need no registers, so that many are under way.
 //
-// resident: the whole row, or the block's part of it, stays in shared memory. It is copied once; every pass reads it
-// there. Otherwise each thread has kAhead slots: after a pass has read a pack, it copies the one kAhead packs further
-// into the same slot, and every pass reads the row from global memory again.
+// resident: the whole row, or the block's part of it, stays in shared memory. It is copied once, in kAhead groups of
+// packs; every pass reads it there. From sm_90 on the leading thread copies each group at once (in bulk), and the first
+// pass waits for a group before it reads its first pack. Otherwise each thread copies the packs that it will read
+// itself, and waits only for its own copies.
+//
+// Not resident: each thread has kAhead slots. After a pass has read a pack, it copies the one kAhead packs further into
+// the same slot, and every pass reads the row from global memory again.
 #pragma once
+#include "bulk_copy.cuh"
 #include "row_arguments.cuh"
 #include "row_packs.cuh"
 
@@ -34,7 +38,7 @@ struct PackedSource {
   // Those of them that lie in the row as a whole: all but at most the row's first and last.
   int first_whole, whole_count;
 
-  // shared: for the slots of the student, then of the teacher, launch.slice_bytes each
+  // shared: rows_bytes(launch, ...), for barriers, then for the slots of the student and of the teacher
   __device__ PackedSource(const RowArguments& a, int64_t r, const RowLaunch& launch, unsigned rank, unsigned char*,
                           unsigned char* shared)
       : arguments(a),
@@ -42,7 +46,7 @@ struct PackedSource {
         student(a.student, r),
         teacher(kPair ? Packs(a.teachers[0], a.teacher_row(r)) : Packs()),
         lead(Packs::lead(a.student, r)),
-        student_slots(reinterpret_cast<uint4*>(shared)),
+        student_slots(reinterpret_cast<uint4*>(shared + kRowBarrierBytes)),
         teacher_slots(student_slots + launch.slice_bytes / 16),
         all_slots(int(launch.slice_bytes / 16)),
         resident(launch.resident) {
@@ -106,23 +110,74 @@ struct PackedSource {
     }
   }
 
-  // The order of a thread's packs in a pass, and of the slots that it reads them from. Its copies are in kAhead groups:
-  // of one pack each, or of a part of all its packs.
+  // The order of a thread's packs in a pass, and of the slots that it reads them from. They are copied in kAhead
+  // groups: of one pack each, or of a part of all its packs, as many for each thread.
   struct Order {
     int first, step, slot, slot_step, group;
   };
   __device__ __forceinline__ Order order(const Team& team, bool backwards) const {
-    const int thread = team.thread, threads = team.threads;
-    const int count = thread < packs() ? (packs() - 1 - thread) / threads + 1 : 0;
-    const int first = backwards && count > 0 ? thread + (count - 1) * threads : thread;
-    const int step = backwards ? -threads : threads;
-    return {first, step, resident ? first : thread, resident ? step : threads,
-            resident ? (count + kAhead - 1) / kAhead : 1};
+    const int thread = team.thread, threads = team.threads, all = rounds(threads);
+    int last = thread + (all - 1) * threads;  // negative if the thread has no packs
+    if (last >= packs()) last -= threads;
+    const int first = backwards ? last : thread, step = backwards ? -threads : threads;
+    return {first, step, resident ? first : thread, resident ? step : threads, resident ? group_rounds(all) : 1};
   }
+  // How many packs the first thread has, and how many of them are in a group.
+  __device__ __forceinline__ int rounds(int threads) const { return (packs() + threads - 1) / threads; }
+  static __device__ __forceinline__ int group_rounds(int rounds) { return (rounds + kAhead - 1) / kAhead; }
 
   // Starts the copies of a pass's first packs, or of all where the row stays. To be called once for the row's first
   // pass, before it, as early as possible.
   __device__ __forceinline__ void start(const Team& team, bool backwards = false) const {
+    if (!in_bulk()) {
+      start_packs(team, backwards);
+    } else if constexpr (kBulk) {
+      start_in_bulk(team);
+    }
+    load_edges(team);
+  }
+
+  // Rows of two dtypes are not copied in bulk: 16-bit packs lie closer to each other in memory than their slots.
+  static constexpr bool kBulk = !std::is_same<T, Mixed>::value;
+  __device__ __forceinline__ bool in_bulk() const { return kBulk && has_bulk_copies() && resident; }
+  // Waits for a group of the row's bulk copies.
+  __device__ __forceinline__ void wait_in_bulk(const Team& team, int group) const {
+    wait_for_copies(barriers() + group, team.copies_parity());
+  }
+
+ private:
+  __device__ __forceinline__ CopyBarrier* barriers() const {
+    return reinterpret_cast<CopyBarrier*>(reinterpret_cast<unsigned char*>(student_slots) - kRowBarrierBytes);
+  }
+
+  // A group has the packs of group_rounds rounds of all threads. A barrier has a phase for each row, even where its
+  // group has no whole packs, so that all of them have the same parity.
+  __device__ __forceinline__ void start_in_bulk(const Team& team) const {
+    const bool first = team.begin_copies();
+    if (team.leads()) {
+      if (first) init_barriers(barriers(), kAhead);
+      start_groups(team);
+    }
+    if (first) team.sync();  // before others wait at the barriers
+  }
+  __device__ __forceinline__ void start_groups(const Team& team) const {
+    const int stride = group_rounds(rounds(team.threads)) * team.threads;
+    int next = first_whole, left = whole_count;
+#pragma unroll 1
+    for (int group = 0; group < kAhead; ++group) {
+      int count = (group + 1) * stride - next;
+      count = count < left ? count : left;
+      const unsigned bytes = count > 0 ? unsigned(count) * 16 : 0;
+      expect_bytes(barriers() + group, kPair ? 2 * bytes : bytes);
+      if (bytes == 0) continue;
+      bulk_copy(student_slots + next, student.first + begin + next, bytes, barriers() + group);
+      if constexpr (kPair) bulk_copy(teacher_slots + next, teacher.first + begin + next, bytes, barriers() + group);
+      next += count;
+      left -= count;
+    }
+  }
+
+  __device__ __forceinline__ void start_packs(const Team& team, bool backwards) const {
     const Order order = this->order(team, backwards);
     int pack = order.first, slot = order.slot;
 #pragma unroll 1
@@ -133,11 +188,18 @@ struct PackedSource {
       }
       async_commit();
     }
-    load_edges(team);
   }
 
+ public:
   // Waits for all copies of the first pass. Other threads see them after the next barrier.
-  __device__ __forceinline__ void finish_copies() const { async_wait<0>(); }
+  __device__ __forceinline__ void finish_copies(const Team& team) const {
+    if (in_bulk()) {
+#pragma unroll 1
+      for (int group = 0; group < kAhead; ++group) wait_in_bulk(team, group);
+    } else {
+      async_wait<0>();
+    }
+  }
   // Whether the column is in one of this block's packs.
   __device__ __forceinline__ bool has(int column) const {
     return unsigned(pack_of(column) - begin) < unsigned(packs());
@@ -259,7 +321,10 @@ class RowPass<kFirst, PackedSource<T, kPair>> {
   int pack;
 
   __device__ __forceinline__ RowPass(const Source& source, const Team& team, bool backwards)
-      : source_(source), step_(backwards ? -team.threads : team.threads), slot_(team.thread) {
+      : source_(source),
+        team_(team),
+        step_(backwards ? -team.threads : team.threads),
+        slot_(kFirst && source.in_bulk() ? 0 : team.thread) {
     const typename Source::Order order = source.order(team, backwards);
     pack = order.first;
     group_ = order.group;
@@ -274,8 +339,12 @@ class RowPass<kFirst, PackedSource<T, kPair>> {
   // Reads the pack's logits, and starts the copies of a later pack where the row does not stay.
   __device__ __forceinline__ typename Source::Raw take() {
     if (--until_ != 0) return source_.read(pack);
-    async_wait<kAhead - 1>();
     until_ = group_;
+    if (kFirst && source_.in_bulk()) {
+      source_.wait_in_bulk(team_, slot_++);
+      return source_.read(pack);
+    }
+    async_wait<kAhead - 1>();
     const typename Source::Raw raw = source_.read(source_.slot_of(pack, slot_));
     if (!source_.resident) {
       const int next = pack + kAhead * step_;
@@ -290,8 +359,10 @@ class RowPass<kFirst, PackedSource<T, kPair>> {
 
  private:
   const Source& source_;
+  const Team& team_;
   const int step_;
-  int slot_, group_;
+  int slot_;  // where the next pack is, if the row does not stay; else the number of bulk copies waited for
+  int group_;
   int until_;  // how many packs until the next wait
 };
 

@@ -94,6 +94,9 @@ inline constexpr int kQuarterThreads = 128, kRowThreads = 192, kManyRowThreads =
 inline constexpr int kAhead = 4;
 // The first and the last pack of a row may extend beyond it and are kept apart.
 inline constexpr int kEdges = 2;
+// A team's row in shared memory comes in so many parts at most, each with a barrier of 8 bytes (bulk_copy.cuh).
+inline constexpr int kRowBarrierBytes = kAhead * 8;
+static_assert(kRowBarrierBytes % 16 == 0);
 constexpr int64_t ahead_bytes(int threads) { return (int64_t(kAhead) * threads + kEdges) * 16; }
 inline constexpr int kWarpRows = 4;
 // The longest row, in bytes, for which one warp is enough: it reads the row in a few loads.
@@ -154,7 +157,7 @@ constexpr RowLaunch row_launch(int capability, int element_size, int64_t vocab, 
   int best_share = 0;
   for (int share : {4, 2, 1}) {  // blocks on a multiprocessor
     const int threads = share == 4 ? kQuarterThreads : share == 2 ? needs.threads : 2 * needs.threads;
-    const int64_t room = share_limit(capability, share) - needs.overhead;
+    const int64_t room = share_limit(capability, share) - needs.overhead - kRowBarrierBytes;
     for (int cluster = 1; cluster <= most; cluster *= 2) {
       const int64_t slice = ((bytes / 16 + cluster - 1) / cluster) * 16;
       if (needs.tensors * slice + needs.divided / cluster > room) continue;

@@ -1,13 +1,17 @@
 // How the rows of a call are divided among teams, and a team's loop over its rows.
 #pragma once
 #include "block.cuh"
+#include "bulk_copy.cuh"
 #include "launch.h"
 #include "policy.cuh"
 
 namespace fastkd::cuda {
 
 // The size of a grid is limited: a team that finishes its row takes another one.
-inline int64_t teams_of(int64_t rows, int cluster) { return rows < INT32_MAX / cluster ? rows : INT32_MAX / cluster; }
+inline int64_t teams_of(int64_t rows, int cluster) {
+  const int64_t most = FASTKD_TWIN(INT32_MAX, simt::most_grid_blocks()) / cluster;
+  return rows < most ? rows : most > 0 ? most : 1;
+}
 
 // How the kernel is launched for rows of `vocab` logits of element_size bytes. team_bytes(launch) is the shared memory
 // per team. If warps would need too much of it, a row gets the whole block instead. If the device cannot run a cluster,
@@ -55,6 +59,11 @@ void launch_teams(const Device& device, Kernel kernel, const Arguments& argument
   launch_teams(device, kernel, arguments, launch, team_bytes(launch), role);
 }
 
+// The shared memory of a team's rows of so many tensors, in one block.
+__host__ __device__ constexpr int64_t rows_bytes(const RowLaunch& launch, int tensors) {
+  return kRowBarrierBytes + tensors * launch.slice_bytes;
+}
+
 // The part of the block's shared memory that belongs to the thread's team; each team has `bytes`.
 __device__ __forceinline__ unsigned char* team_memory(const RowLaunch& launch, int64_t bytes) {
   return shared_memory() + (launch.warp_rows > 0 ? threadIdx.x / kWarp * bytes : 0);
@@ -67,6 +76,7 @@ __device__ __forceinline__ void for_rows(const Team& team, const RowLaunch& laun
                                                    : int64_t(blockIdx.x) / launch.cluster;
   for (int64_t row = team_number; row < rows; row += launch.teams) {
     body(row);
+    if (launch.resident && has_bulk_copies()) fence_before_copies();
     team.sync();  // before the next row overwrites the shared memory
   }
   team.leave();
