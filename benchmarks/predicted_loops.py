@@ -7,8 +7,8 @@ instructions: loops for rare rows (a divergence near 0, soft bounds) do more. Ea
 A pass that writes nothing takes a loop without 16-byte stores.
 A pass that fills shared memory takes a loop that does so, if there is one, and any pass a loop
 without a barrier. Where rows are copied to shared memory (cp.async, bulk), the first pass takes the
-first of its loops. If rows stay there, a loop that only copies is added to it, unless the kernel
-has bulk copies: then one thread copies the rows that stay, and such a loop copies others.
+first of its loops. If rows stay there, a loop that only copies is added to it. Not so in a kernel
+with bulk copies: one thread copies the rows that stay, and the loop that copies is for other rows.
 """
 
 import re
@@ -69,7 +69,8 @@ def count_kernel(
     for over in passes:
         entries = 16 // (over.item or of_dtype.pack)
         every = [x for loop in kernel.passes for x in _matches(loop, over, entries, of_dtype)]
-        if of_dtype.unit < 16:  # 8 bytes of anything else count, too: no more than one pack is sure
+        # Other loads of 8 bytes look like packs of 8 bytes: a round with one pack has none of them.
+        if of_dtype.unit < 16:
             every = [x for x in every if x.packs == 1] or every
         free = [x for x in every if x.loop.begin not in used] or every
         if not free:

@@ -114,10 +114,11 @@ class Op:
 def _softmax_divergence(divergence: str, mangled: str, sums: bool) -> Op:
     passes = (FIRST_PAIR, *([Over(2)] if sums else []), Over(2, 1))
     kernel = f"softmax_divergence_kernelIN.*?{len(mangled)}{mangled}E"
-    # From the end of a pass to the begin of the next one, as the leading thread goes in the SASS:
-    # the block's sums 300, the logarithms 80, begin 160, loading what it publishes 90; from the
-    # write to the next row's copies 170 (the row's task is read while the copies run). Of a pass
-    # over the terms, 250 for its sum, 100 for its means. In clusters also the blocks' sums.
+    # Instructions of the leading thread between the passes, counted in the SASS:
+    # after the first pass, the block's sums 300, the logarithms 80, begin() 160, loading what it
+    # publishes 90; after the write, until the next row's copies start, 170 (they run while it reads
+    # the row's task); after a pass over the terms, its sum 250, its means 100.
+    # merge: sums over the cluster's blocks.
     serial = Serial(leader=800 + 350 * sums, merge=150 + 50 * sums, cluster_barriers=1 + sums)
 
     def call(student: Tensor, teacher: Tensor) -> Tensor:

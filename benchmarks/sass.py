@@ -203,8 +203,8 @@ class Kernel:
     name: str
     passes: list[Pass]
     local: int  # accesses to local memory
-    copies: int  # from global to shared memory, without registers, of 16 bytes or many
-    bulk: int = 0  # those of many
+    copies: int  # from global to shared memory without registers: of 16 bytes, or in bulk
+    bulk: int = 0  # of these, those in bulk
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""

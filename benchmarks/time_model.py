@@ -166,7 +166,7 @@ class Serial:
     """What one thread of a team does alone for a row, as read in the code and the SASS."""
 
     leader: int = 0  # instructions
-    merge: int = 0  # instructions to merge the blocks' values, which eight lanes do together
+    merge: int = 0  # instructions to merge the blocks' values, which lanes do together
     cluster_barriers: int = 0
 
     def seconds(self, gpu: Gpu, launch: Launch) -> float:
