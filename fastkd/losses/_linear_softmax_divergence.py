@@ -79,7 +79,8 @@ def linear_softmax_divergence(
         compact: whether rows that are not read are left out of the products.
         logits_dtype: of a chunk's logits.
         return_stats: whether to return statistics of the rows, too, from the same logits.
-        reduce_hidden_grad: whether gradients of hidden states are summed over ``group``.
+        reduce_hidden_grad: whether gradients of hidden states are summed over ``group``; see
+            :class:`fastkd.LinearLogits`.
         divergence, beta, alpha, temperature, teacher_temperature, weight, mask, teacher_weights,
             teacher_mix, teacher_rows, labels, label_weight, ignore_index, shift, vocab_size,
             reduction, normalizer, square_temperature: see :func:`fastkd.softmax_divergence`.
@@ -98,7 +99,7 @@ def linear_softmax_divergence(
         IndexError: a label out of range (on CUDA its row is NaN instead).
         ValueError, TypeError: another argument has the wrong value or type.
         NotImplementedError: ``torch.func`` transforms with ``group`` or ``return_stats``; batches
-            of gradients with ``group``.
+            of gradients, or a gradient of the teacher with ``teacher_weights``, with ``group``.
 
     Source: products by chunks of tokens with the gradient in the forward pass as Liger's chunked
     losses (Hsu et al. 2024, arXiv 2410.10989).

@@ -113,16 +113,17 @@ def softmax_divergence(
     1e-5; those of ``jsd`` and ``skew_reverse_kl``, which are small there, lose digits, fewer than
     eager float32.
 
-    Split vocabularies: with ``group`` each process reads its columns and sends 16 bytes a row (20
-    with labels, 24 also at another temperature; ``decoupled_kl`` 24 and 28), and then 4 bytes for
-    the value and 4 for each gradient: two all-gathers a call, whatever the divergence, and none in
-    the backward pass, which reads the columns again and writes the gradient of this process's
-    columns. Second derivatives differentiate the definition over these columns; what they send
-    and keep is in ``docs/splitting.md``. Several teachers
-    are first mixed, and their mixture is stored: one or two more all-gathers. Logits that are
-    DTensors mean the same without ``group``: at most one dimension of the mesh shards the
-    vocabulary, the others shard leading dimensions or replicate. Then ``teacher_logits`` and
-    tensors with one entry a row are DTensors, or plain tensors of whole size. The result is a
+    Split vocabularies: with ``group`` each process reads its columns. A call makes two all-gathers,
+    whatever the divergence: of 16 bytes a row (20 with labels, 24 also at another temperature;
+    ``decoupled_kl`` 24 and 28), then of 4 bytes for the value and 4 for each gradient. The backward
+    pass sends nothing. It reads the columns again and writes the gradient of this process's
+    columns. Several teachers are first mixed, and their mixture is stored: one or two more
+    all-gathers. Second derivatives differentiate the definition over this process's columns; what
+    they send and keep is in ``docs/splitting.md``.
+
+    Logits that are DTensors mean the same without ``group``: at most one dimension of the mesh
+    shards the vocabulary, the others shard leading dimensions or replicate. ``teacher_logits`` and
+    tensors with one entry a row are then DTensors, or plain tensors of whole size. The result is a
     DTensor: placed as the rows with ``reduction="none"``, else ``Partial("sum")`` over the
     dimensions that shard rows; the denominator is that of all rows (one more all-reduce where rows
     are counted). It is the same inside
@@ -165,9 +166,9 @@ def softmax_divergence(
         teacher_rows: int64 or int32, one a row of the student: which row of the teachers' flattened
             leading dimensions teaches it, for sequences that differ in their tokens or for teachers
             stored once. A row with -1 drops out, also of a mean's denominator. The teachers then
-            have any leading dimensions, and take no gradient. Nothing is copied, except with
-            ``group``. Of a :class:`fastkd.LinearLogits` the chosen rows' hidden states are copied,
-            and gradients flow to it.
+            have any leading dimensions. Logits take no gradient then, and are not copied, except
+            with ``group``. Of a single :class:`fastkd.LinearLogits` the hidden states of the chosen
+            rows are copied, and gradients flow to it.
         labels: int64 or int32, one a row: adds ``label_weight`` x the cross-entropy of the
             student at temperature 1. Rows with ``ignore_index`` drop out of both terms.
         label_weight: see ``labels``: a finite number, or a float tensor with one entry a row. No
@@ -214,11 +215,12 @@ def softmax_divergence(
         dimensions' shape.
 
     Raises:
-        ValueError, TypeError, IndexError: an argument has the wrong value or type, or a label is
-            out of range; the message names it, the expected and the actual value.
+        ValueError, TypeError, IndexError: an argument has the wrong value or type, or a label or
+            an entry of ``teacher_rows`` is out of range; the message names it, the expected and the
+            actual value.
         NotImplementedError: with ``group``: ``torch.func`` transforms, batches of gradients, a
             gradient of a single teacher with ``teacher_weights``. With ``teacher_rows``: a list of
-            tensors and ``LinearLogits``.
+            tensors and ``LinearLogits``, and a ``LinearLogits`` whose rows a mesh shards.
 
     Sources: Hinton et al. 2015 (arXiv 1503.02531); GKD (2306.13649) for ``jsd``; DistiLLM
     (2402.03898) for the skewed divergences; DistiLLM-2 (2503.07067) for the constant mixture;

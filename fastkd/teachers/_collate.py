@@ -86,8 +86,8 @@ def collate(
                                 text's first token, which no row scores
         ``teacher_log_probs``   float32 ``[B, T, k]``, -inf where there is no teacher's token
         ``teacher_indices``     int32 ``[B, T, k]``, -1 where there is no teacher's token
-        ``mask``                bool, with ``shift``: rows that have a label and a teacher's token
-                                with a log-probability above -1e4
+        ``mask``                bool, with ``shift``: rows with a label and at least one teacher's
+                                token whose log-probability is above -1e4
         ======================  ===================================================================
 
         k is the largest of the texts'; 1 if no text has a row.

@@ -78,7 +78,8 @@ def alm_loss(
     last chunk. The student's probabilities are not used.
 
     Both models' logits are read once; the backward pass reads the student's again and writes its
-    gradient. The arithmetic on chunks is in float64, with :math:`\log(1 - e^x)` in two branches.
+    gradient. Those of a head are computed for each of these passes. The arithmetic on chunks is in
+    float64, with :math:`\log(1 - e^x)` in two branches.
     Gradients flow to the teacher where it requires them. A chunk with probability 0 on one side
     has the true value, often infinity, and gives no gradient.
 
@@ -87,11 +88,11 @@ def alm_loss(
             ``logits[:, :-1]`` with ``ids[:, 1:]`` and ``chunks[:, 1:]``. No row scores the first
             token of a text. Where that is in a chunk on either side (no token of the beginning
             stands before the text), set this chunk to -1 on both sides, or the rest of it, which
-            has other bytes on each side, is compared. :func:`fastkd.recipes.alm` does so. Or a
-            :class:`fastkd.LinearLogits`, as ``teacher_logits``.
+            has other bytes on each side, is compared. :func:`fastkd.recipes.alm` does so. It may be
+            a :class:`fastkd.LinearLogits`.
         student_ids: ``[B, T_S]``, the student's tokens.
         student_chunks: ``[B, T_S]``, from :func:`fastkd.align_batch`; -1 for none.
-        teacher_logits: ``[B, T_T, vocab_T]``.
+        teacher_logits: ``[B, T_T, vocab_T]``, or a :class:`fastkd.LinearLogits`.
         teacher_ids: ``[B, T_T]``.
         teacher_chunks: ``[B, T_T]``.
         num_chunks: the largest number of chunks of a text.
