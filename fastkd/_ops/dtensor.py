@@ -112,8 +112,12 @@ class _Layout:
             if self.vocab_dimension is not None:
                 placements[self.vocab_dimension] = Shard(x.dim() - 1)
             return self.local(name, x, placements)
-        same = x.size(-1) == self.vocab if chosen else x.shape == self.logits.shape
-        if not same:
+        if chosen and x.size(-1) != self.vocab:
+            raise ValueError(
+                f"{self.function}: {name} must have the columns of {self.name}, {self.vocab}, got "
+                f"shape {list(x.shape)}"
+            )
+        if not chosen and x.shape != self.logits.shape:
             raise ValueError(
                 f"{self.function}: {name} must have the shape of {self.name}, "
                 f"{list(self.logits.shape)}, got {list(x.shape)}"

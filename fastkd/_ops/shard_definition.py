@@ -18,7 +18,7 @@ from torch import Tensor
 from fastkd._ops.shards import Shards
 
 #: Logits that are this much below the largest are probability 0, as in fastkd/reference/_rows.py.
-_DEAD = 1e25
+DEAD = 1e25
 
 
 def total(shards: Shards, parts: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def relative(shards: Shards, z: Tensor) -> Tensor:
 
 def alive(relative: Tensor) -> Tensor:
     """The same; -inf of those so far below the largest that they mean probability 0."""
-    return relative.masked_fill(relative < -_DEAD, -math.inf)
+    return relative.masked_fill(relative < -DEAD, -math.inf)
 
 
 def top(shards: Shards, z: Tensor) -> Tensor:

@@ -14,13 +14,11 @@ from torch import Tensor
 
 from fastkd._ops import shard_definition as definition
 from fastkd._ops import shards as ops
-from fastkd._ops.shard_definition import softcapped
+from fastkd._ops.shard_definition import DEAD, softcapped
 from fastkd._ops.shards import Merged, Shards
 
 #: In ``holes``, what fills up a row with fewer of them.
 NO_HOLE = -2
-#: Logits that are this much below the largest are probability 0, as -inf is.
-_DEAD = 1e25
 
 
 class SoftmaxNumbers(NamedTuple):
@@ -49,10 +47,10 @@ class SoftmaxNumbers(NamedTuple):
     #: The likeliest token, of equal ones the lowest. No gradient.
     best: Tensor | None
 
-    def split(self) -> tuple["SoftmaxNumbers", Tensor]:
-        """The same with 0 in rows that are no distribution, and which these are.
+    def cleaned(self) -> tuple["SoftmaxNumbers", Tensor]:
+        """The same with 0 in rows that are no distribution, and a mask of these rows.
 
-        What comes of them is to be `ops.poisoned`.
+        Use `ops.poisoned` with the mask on what is computed from the numbers.
         """
         lost = self.origin.isnan() | self.log_sum.isnan()
 
@@ -299,7 +297,7 @@ def _hole_logits(logits: Tensor, base: Tensor, holes: Tensor) -> Tensor:
 
 def possible(logit: Tensor) -> Tensor:
     """A logit relative to the largest; one so far below it that it means probability 0 as -inf."""
-    return logit + torch.where(logit < -_DEAD, -torch.inf, 0.0)
+    return logit + torch.where(logit < -DEAD, -torch.inf, 0.0)
 
 
 #: Numbers without a gradient.

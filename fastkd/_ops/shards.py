@@ -62,7 +62,9 @@ class Shards:
     def gather_first(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """The same of a call's first numbers, n >= 2, with a check of the processes' columns.
 
-        Two rows more are sent. On a GPU, and in a graph, all is NaN where the check fails.
+        Two rows more are sent, with each process's first column, number of columns and vocabulary.
+        On a GPU, and in a graph, all is NaN where the check fails. Vocabularies whose numbers the
+        dtype does not hold are not checked.
         """
         each = (self.start, self.vocab, self.columns, self.vocab)
         place = torch.cat([numbers.new_full((1,), x) for x in each]).view(2, 2)
@@ -72,6 +74,8 @@ class Shards:
         if self.vocab >= _WHOLE and dtype != torch.float64:
             return found
         starts, columns, vocab = places[:, 0, 0], places[:, 1, 0], places[:, 0, 1]
+        # A process must begin where the columns of those before it end. Of processes with the same
+        # first column, one of which may have columns, the lower rank counts as before.
         order = torch.arange(self.size, device=starts.device)
         earlier = starts.unsqueeze(0) == starts.unsqueeze(1)
         earlier = earlier & (order.unsqueeze(0) < order.unsqueeze(1))
@@ -395,7 +399,10 @@ def still_read(keep: Tensor, *grads: Tensor) -> Tensor:
 def is_differentiated_again(
     shards: Shards, grads: Sequence[Tensor | None], inplace: bool = False
 ) -> bool:
-    """Whether a backward pass that is running is to be differentiated, too (create_graph=True)."""
+    """Whether the backward pass that runs is to be differentiated, too (create_graph=True).
+
+    Raises for batches of gradients, and where ``inplace`` has overwritten the logits.
+    """
     if not torch.compiler.is_compiling() and is_batched(*grads):
         raise NotImplementedError(
             f"{shards.function}: group has no batches of gradients (is_grads_batched=True)"

@@ -202,10 +202,11 @@ def lm_head(model: nn.Module) -> LinearHead:
     return LinearHead(module, float(scale), None if softcap is None else float(softcap))
 
 
-#: Logits that every softcap changes, in absolute value.
+#: The absolute value of a logit that every softcap changes.
 _LARGE = 200.0
-#: Errors of a model that needs more than token ids, or other processes; and what they must not be.
+#: Errors of a model that needs more than token ids, or other processes.
 _NEEDS_MORE = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+#: Errors of the device. They are RuntimeErrors, but say nothing about the model.
 _LOST = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 

@@ -23,11 +23,14 @@ from fastkd.losses._sharded import LossRows, at_one, has_labels, label_term, nor
 from fastkd.reference import _clipped_divergence as reference
 from fastkd.reference._rows import NO_WEIGHT, exp, finite
 
-#: What each process sums over its part of the support: p (log p - log q) / m, where m is its mass
-#: of the teacher, by which p, and its mass of the student, by which q is divided first where the
-#: divergence renormalizes; the logarithms of the masses inside and outside, of the teacher and of
-#: the student; p / m where q is not 0. The last is the largest log p where q is 0: such mass makes
-#: the value infinite.
+#: What each process sums over its part of the support, where it has the masses m (of the teacher)
+#: and n (of the student). All numbers stay representable where m and n are far below 1.
+#:
+#: _DIVERGENCE: sum of p / m (log p' - log q'). p' is p / m where the divergence renormalizes the
+#: teacher, else p; q' is q / n where it renormalizes both, else q.
+#: _MASS, _STUDENT_MASS: log m, log n. _REST, _STUDENT_REST: the same outside of the support.
+#: _ALIVE: sum of p / m where q is not 0.
+#: _LOST: the largest log p where q is 0. Such mass makes the value infinite.
 _DIVERGENCE, _MASS, _STUDENT_MASS, _REST, _STUDENT_REST, _ALIVE, _LOST = range(7)
 _SUMS = 5  # those with a gradient
 
@@ -92,7 +95,7 @@ class _Clipped:
         share, by = exp(masses), torch.zeros_like(mass)
         if self.values["renormalize"] != "none":
             by = mass.masked_fill(empty, 0)
-            # Of each process, what its sum is relative to the masses of all.
+            # Each process's sum is relative to its own masses: here to those of all.
             apart = finite_or_0(masses) - by
             share = exp(torch.where(masses == -torch.inf, masses, finite_or_0(masses) - by))
             if self.values["renormalize"] == "both":

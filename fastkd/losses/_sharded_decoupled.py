@@ -1,8 +1,9 @@
 """decoupled_kl of columns split across processes.
 
 The first collective has both sides' sums over all columns but the label's, and the label's logits.
-With the label's log-odds x = log q_t / (1 - q_t) of the student and y of the teacher, numbers a row
-that are the same on every process, TCKD is a function of x and y.
+They give the label's log-odds, x = log q_t / (1 - q_t) of the student and y of the teacher, which
+are the same on every process. TCKD is the KL divergence of the two outcomes (label, others), whose
+probabilities are sigmoid(y), sigmoid(-y) of the teacher and sigmoid(x), sigmoid(-x) of the student.
 """
 
 from collections.abc import Sequence
@@ -152,6 +153,7 @@ class _Target(torch.autograd.Function):
 
 
 def _apart(x: Tensor, y: Tensor) -> Tensor:
+    """x - y; 0 of equal infinities."""
     return torch.where((x == y) & x.isinf(), 0.0, x - y)
 
 
@@ -165,6 +167,7 @@ def _log_ratio(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _limited(ratio: Tensor) -> Tensor:
+    """A log-ratio for gradients; of an impossible outcome a finite one."""
     return torch.where(ratio.abs() > _INFINITE, ratio.sign() * LARGEST_LOG_RATIO, ratio)
 
 

@@ -23,7 +23,7 @@ def token_log_probs(
     rows = LossRows(shards, logits, values, labels="token_ids")
     call = SoftmaxCall(shards, entropy=values["entropy"], token=True)
     found = call.numbers(logits, side_table(rows, 1.0, "logit_softcap"), rows.token_ids())
-    found, lost = found.split()
+    found, lost = found.cleaned()
     assert found.token_logit is not None
 
     def result(x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def cross_entropy(op: Op, values: dict[str, Any], shards: Shards, inplace: bool)
         inplace=inplace,
     )
     base = side_table(rows, values["entropy_temperature"], "student_logit_softcap")
-    found, lost = call.numbers(logits, base, rows.token_ids()).split()
+    found, lost = call.numbers(logits, base, rows.token_ids()).cleaned()
     losses = found.log_sum * 0
     if not _is(smoothing, 1):
         assert found.token_logit is not None

@@ -61,7 +61,7 @@ def topk_divergence(op: Op, values: dict[str, Any], shards: Shards, inplace: boo
     )
     holes = torch.where(stored, shards.local(indices), NO_HOLE)
     base = side_table(rows, 1.0, "student_logit_softcap")
-    found, lost = call.numbers(student, base, rows.token_ids(), holes=holes).split()
+    found, lost = call.numbers(student, base, rows.token_ids(), holes=holes).cleaned()
     assert found.holes is not None
     tau = rows.column("temperature").unsqueeze(1)
     entries = torch.where(stored, found.holes, -torch.inf)

@@ -19,7 +19,7 @@ from fastkd.reference._rows import (
     shifted,
 )
 
-#: A repeated index of a row is padding where its log-probability is at most this.
+#: The largest log-probability of padding. Here only a repeated index of a row is padding.
 PADDING_LOG_PROB = -1e4
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd.reference._rows import log_softmax
-from fastkd.reference._topk_divergence import topk_divergence
+from fastkd.reference._topk_divergence import PADDING_LOG_PROB, topk_divergence
 
 
 def topk_stats(
@@ -25,7 +25,7 @@ def topk_stats(
     if isinstance(each, Tensor) and each.dim():
         each = each.double().unsqueeze(-1)
     log_q = log_softmax(logits, each)
-    stored = (teacher_indices >= 0) & (teacher_log_probs > -1e4)
+    stored = (teacher_indices >= 0) & (teacher_log_probs > PADDING_LOG_PROB)
     at = torch.where(stored, teacher_indices, 0).long()
     count = stored.sum(-1, keepdim=True)
     best = logits.sort(-1, descending=True).values

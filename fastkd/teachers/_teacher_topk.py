@@ -11,9 +11,7 @@ from fastkd._ops.dtensor import is_dtensor, rows_of_dtensors
 from fastkd._ops.linear.logits import LinearLogits, check_logits
 from fastkd._ops.op import Plain
 from fastkd._ops.shards import Merged, Shards, shards_of
-
-#: Of an entry that a server padded with: see `topk_divergence`.
-PADDING_LOG_PROB = -1e4
+from fastkd.reference._topk_divergence import PADDING_LOG_PROB
 
 
 class TopK(NamedTuple):

@@ -173,7 +173,7 @@ def _sharded(
         columns = boundary[shards.start : shards.start + shards.columns].contiguous()
     call = SoftmaxCall(shards, second=boundary is not None, token=True)
     ids = shards.local(torch.where(scored, tokens, -1).reshape(-1))
-    found, lost = call.numbers(logits, base, ids, columns).split()
+    found, lost = call.numbers(logits, base, ids, columns).cleaned()
     assert found.token_logit is not None
     dtype, shape = dtype_of(logits), (*logits.shape[:-2], chunks_in_all)
     in_range = ((tokens >= 0) & (tokens < shards.vocab)).reshape(-1)

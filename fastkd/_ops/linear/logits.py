@@ -263,9 +263,9 @@ class LinearLogits:
         return other
 
     def chosen(self, rows: Tensor, function: str) -> "LinearLogits":
-        """The logits of these rows of the flattened leading dimensions, of any for a row of -1.
+        """The logits of these rows of the flattened leading dimensions.
 
-        A row that is out of range is an error on the CPU, else NaN.
+        Where ``rows`` is -1, those of any row. A row out of range is an error on the CPU, else NaN.
         """
         hidden = self.hidden.reshape(-1, self.hidden.size(-1))
         count = hidden.size(0)

@@ -7,8 +7,8 @@ The logits are float32 by default where hidden states and weight are 16-bit.
 ========================== ===================== ================================================
 CUDA                       one call from sm_80   rounded first, 16-bit
 CPU, bfloat16, with AMX    own kernels           own kernels: as a sum of two bfloat16 numbers
-CPU, bfloat16, with        own kernels           own kernels: rounded, plus what that left where it
-AVX512_BF16                                      is much
+CPU, bfloat16, with        own kernels           own kernels: rounded, and the remainders that are
+AVX512_BF16                                      large
 CPU that multiplies        converted weight      rounded first, 16-bit
 float16
 other CPUs                 converted weight      converted weight
