@@ -236,15 +236,20 @@ def dtensor_case(kind: str, ranks: Ranks) -> None:
 
 def dtensor_error_case(ranks: Ranks) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     mesh = init_device_mesh("cpu", (ranks.size,))
     z, t = logits(ROWS, WIDTH), logits(ROWS, WIDTH, seed=1)
     partial = DTensor.from_local(z, mesh, [Partial("sum")], run_check=False)
     rows = DTensor.from_local(z.view(2, 3, WIDTH), mesh, [Shard(1)], run_check=False)
     vocab = DTensor.from_local(z, mesh, [Shard(1)], run_check=False)
+    taught = torch.zeros(ROWS, dtype=torch.int64)
     for call, expected in (
         (lambda: fastkd.softmax_divergence(partial, partial), "Shard or Replicate"),
+        (
+            lambda: fastkd.softmax_divergence(vocab, t, teacher_rows=taught),
+            f"must have the columns of student_logits, {WIDTH * ranks.size}, got shape",
+        ),
         (lambda: fastkd.cross_entropy(rows, rows.argmax(-1), shift=1), "whole sequences"),
         (lambda: fastkd.softmax_divergence(vocab, t), "must have the shape of student_logits"),
         (lambda: fastkd.softmax_divergence(vocab, vocab, group=ranks.group), "must be None"),
@@ -252,6 +257,11 @@ def dtensor_error_case(ranks: Ranks) -> None:
     ):
         with pytest.raises(ValueError, match=expected):
             call()
+    # teacher_rows of a head needs all of the head's rows on each process.
+    place: list[Any] = [(torch.ones(2, 3), [Shard(0)]), (torch.ones(WIDTH, 3), [Replicate()])]
+    head = fastkd.LinearLogits(*(DTensor.from_local(x, mesh, y, run_check=False) for x, y in place))
+    with pytest.raises(NotImplementedError, match="teacher_rows chooses among all rows of teacher"):
+        fastkd.softmax_divergence(head, head, teacher_rows=taught[: 2 * ranks.size])
     with pytest.raises(TypeError, match="topk_stats: student_logits must be a plain tensor"):
         fastkd.topk_stats(vocab, torch.zeros(ROWS, 1), torch.zeros(ROWS, 1, dtype=torch.int64))
 

@@ -44,12 +44,13 @@ class LinearLogits:
 
     With ``group=`` in the op, the weight and bias are this process's rows of a head that is split
     across the processes of the group (``[vocab / processes, features]``), of each side; the hidden
-    states are the same on all processes. The op's collectives are done for each chunk of rows: for
-    a loss two all-gathers, as a row's gradient overwrites its logits before the next chunk. The
-    gradients of weights and biases are those of this process's rows; those of hidden states are
-    summed over the group by one all-reduce in float32, 4 bytes a feature, and are the same on all
-    processes. What decides about chunks must be the same on all processes: ``chunk_size``,
-    ``compact``, dtypes, which tensors require gradients, masks and labels.
+    states are the same on all processes. The op's collectives (of ``softmax_divergence`` two
+    all-gathers) are done for each chunk of rows, as a row's gradient overwrites its logits before
+    the next chunk. The gradients of weights and biases are those of this process's rows. Those of
+    hidden states are the same on all processes: one all-reduce in float32, 4 bytes a feature, sums
+    them over the group (see ``reduce_hidden_grad``). What decides about chunks must be the same on
+    all processes: ``chunk_size``, ``compact``, dtypes, which tensors require gradients, masks and
+    labels.
 
     Inside :class:`torch.autocast`, hidden states, weight and bias are cast as
     :func:`torch.nn.functional.linear` casts them. Under ``torch.func`` transforms, which ``group``
@@ -79,9 +80,9 @@ class LinearLogits:
         reduce_hidden_grad: with ``group`` or a weight that tensor parallelism splits, whether the
             gradients of the hidden states are summed over the processes. False where something
             before the head does that, such as the backward pass of the gather of Megatron's
-            sequence parallelism (a reduce-scatter): each process then has its part of the sum, in
-            the dtype of ``hidden``; of a DTensor a gradient with placement Partial. Without
-            ``group`` it changes nothing.
+            sequence parallelism (a reduce-scatter). Each process then has its part of the sum, in
+            the dtype of ``hidden``; a DTensor gets a gradient with placement Partial. It changes
+            nothing where the vocabulary is not split.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit each other.
