@@ -37,7 +37,7 @@ struct RowWorker {
     if (at_once) source.start(team);
     const RowParameters<Real> parameters = open(row, source);
     if (!parameters.read) {
-      if (at_once) source.finish_copies();  // all gradients are multiplied by 0
+      if (at_once) source.finish_copies(team);  // all gradients are multiplied by 0
       return;
     }
     if (!at_once) source.start(team);

@@ -39,7 +39,7 @@ struct AnySource {
         scale(0) {}
 
   __device__ void start(const Team&) const {}
-  __device__ __forceinline__ void finish_copies() const {}
+  __device__ __forceinline__ void finish_copies(const Team&) const {}
 
   __device__ __forceinline__ int packs() const { return arguments.vocab; }
   __device__ __forceinline__ int column(int pack) const { return pack; }
