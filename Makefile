@@ -70,7 +70,7 @@ test-sanitized: $(SANITIZED)/.built
 	tar -c --exclude='*.so' --exclude=__pycache__ fastkd | tar -x -C $(SANITIZED)
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 PYTHONPATH=$(SANITIZED) \
 	  FASTKD_SIMT_LIBRARY=$(SANITIZED)/cmake/_simt.so FASTKD_TESTED_FOLDER=$(SANITIZED) \
-	  $(PYTEST) --backends best,simt --schedule 3 -k "not compile and not opcheck and not gradcheck" $(OP_TESTS) \
+	  $(PYTEST) --backends best,simt-90,simt-80/3 --schedule 3 -k "not compile and not opcheck and not gradcheck" $(OP_TESTS) \
 	  $(HOST_TESTS)
 
 # The tests run the best instruction set of this machine. For all else -O1, which takes half the time to compile.

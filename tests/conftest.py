@@ -35,8 +35,9 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run what needs many gigabytes")
     parser.addoption(
         "--backends",
-        help="comma-separated names, or all, best, cpu, simt, cuda; default: the best CPU kernels, "
-        "sm_90, a GPU where there is one, and for each test one of the others in turn",
+        help="comma-separated names, or all, best, cpu, simt, cuda; NAME/3: with a third of the "
+        "tests; default: the best CPU kernels, sm_90, a GPU where there is one, and for each test "
+        "one of the others in turn",
     )
     parser.addoption(
         "--fuzz-seconds", type=float, default=1.0, help="of each op on each backend (test_fuzz.py)"
@@ -59,23 +60,31 @@ def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("--backends")
         groups = {"all": BACKENDS, "best": BACKENDS[:1], "cpu": CPU, "simt": SIMT, "cuda": CUDA}
-        parts = wanted.split(",") if wanted else ["all"]
+        parts = [x.split("/")[0] for x in wanted.split(",")] if wanted else ["all"]
         names = [name for part in parts for name in groups.get(part, [part])]
         metafunc.parametrize("backend", names, indirect=True)
 
 
-def _is_its_turn(item):
-    """Whether the test runs on its backend where it does not run on all of them."""
+def _is_its_turn(item, shares):
+    """Whether the test runs on its backend.
+
+    shares: backends that run one in so many tests. None: those IN_TURN share the tests.
+    """
     backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
-    if backend not in IN_TURN:
+    if backend not in (IN_TURN if shares is None else shares):
         return True
     number = zlib.crc32(item.nodeid.replace(backend, "").encode())
-    return backend == IN_TURN[number % len(IN_TURN)]
+    if shares is None:
+        return backend == IN_TURN[number % len(IN_TURN)]
+    return number % shares[backend] == 0
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--backends") is None and not any("::" in x for x in config.args):
-        kept = {item: _is_its_turn(item) for item in items}
+    wanted = config.getoption("--backends")
+    pairs = [] if wanted is None else [x.split("/") for x in wanted.split(",") if "/" in x]
+    shares = None if wanted is None else {name: int(number) for name, number in pairs}
+    if not any("::" in x for x in config.args):
+        kept = {item: _is_its_turn(item, shares) for item in items}
         config.hook.pytest_deselected(items=[item for item in items if not kept[item]])
         items[:] = [item for item in items if kept[item]]
     # Files run side by side: first the one that waits for nvcc, then the longest.

@@ -169,6 +169,9 @@ def dtensor_case(kind: str, ranks: Ranks) -> None:
     rows = [Partial("sum") if type(x) is Shard and x.dim == 0 else Replicate() for x in placements]
     functions: dict[str, Callable[[Any, Any], Any]] = {
         "mean": lambda z, t: fastkd.softmax_divergence(z, t, labels=labels),
+        "decoupled": lambda z, t: fastkd.softmax_divergence(
+            z, t, labels=labels, divergence="decoupled_kl", temperature=2.0
+        ),
         "batchmean": lambda z, t: fastkd.softmax_divergence(
             z, t, divergence="jsd", reduction="batchmean"
         ),

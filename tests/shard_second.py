@@ -231,10 +231,40 @@ def third_derivative_case(ranks: Ranks) -> None:
     torch.testing.assert_close(found[1], expected, rtol=1e-9, atol=1e-14)
 
 
+def second_dtensor_case(ranks: Ranks) -> None:
+    """Logits sharded over the vocabulary, and over rows besides."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2) if ranks.size == 4 else (ranks.size,))
+    placements = [Shard(0), Shard(1)] if ranks.size == 4 else [Shard(1)]
+    vocab, labels = 11, torch.arange(ROWS)
+    sides = [logits(ROWS, vocab, seed=i) for i in range(2)]
+    for name in ("forward_kl", "decoupled_kl"):
+        found = []
+        for spread in (False, True):
+            z, t = (distribute_tensor(x, mesh, placements) if spread else x for x in sides)
+            z = z.clone().detach().requires_grad_()
+            loss: Any = fastkd.softmax_divergence(z, t, divergence=name, labels=labels)
+            loss = loss.full_tensor() if spread else loss
+            # PyTorch does not differentiate the sum over processes that have other rows twice.
+            power = 1 if ranks.size == 4 else 2
+            (first,) = torch.autograd.grad(loss**power, z, create_graph=True)
+            (second,) = torch.autograd.grad((first**2).sum(), z)
+            found.append([x.full_tensor() if spread else x for x in (first, second)])
+        for x, y in zip(*found, strict=True):
+            torch.testing.assert_close(y, x, rtol=0, atol=1e-11)
+
+
 def second_cases(size: int) -> list[tuple[Any, ...]]:
     """The cases of a group of this size, with their arguments."""
     if size != 2:
-        return [(second_divergence_case, "jsd"), (second_width_case, 5), (third_derivative_case,)]
+        return [
+            (second_divergence_case, "jsd"),
+            (second_width_case, 5),
+            (third_derivative_case,),
+            (second_dtensor_case,),
+        ]
     return [
         *((second_divergence_case, name) for name in ALL_DIVERGENCES),
         *((second_width_case, vocab) for vocab in (2, 7)),
@@ -246,5 +276,6 @@ def second_cases(size: int) -> list[tuple[Any, ...]]:
         (second_softmax_case,),
         (second_head_case,),
         (second_errors_case,),
+        (second_dtensor_case,),
         (third_derivative_case,),
     ]

@@ -55,7 +55,7 @@ __device__ void lose_row(const ByteArguments& a, int64_t row, const Team& team) 
 }
 
 template <class Source>
-__global__ void __launch_bounds__(kRowThreads, 2) byte_log_probs_kernel(const ByteArguments a) {
+__global__ void __launch_bounds__(kRowThreads, 2) byte_log_probs_kernel(const __grid_constant__ ByteArguments a) {
   const Turns turns(a);
   const Team team(shared_memory(), 1);
   ByteWorker<Source> worker(a, team, turns.slice, shared_memory());
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) byte_log_probs_kernel(const By
 }
 
 // Completes rows whose slices' sums were passed through global memory.
-__global__ void __launch_bounds__(kRowThreads, 2) byte_merge_kernel(const ByteArguments a) {
+__global__ void __launch_bounds__(kRowThreads, 2) byte_merge_kernel(const __grid_constant__ ByteArguments a) {
   const Team team(shared_memory(), 1);
   float* const factors = reinterpret_cast<float*>(shared_memory() + Team::kSharedBytes);
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
@@ -275,7 +275,8 @@ struct GradientWorker {
 };
 
 template <class Source>
-__global__ void __launch_bounds__(kRowThreads, 2) byte_log_probs_backward_kernel(const ByteArguments a) {
+__global__ void __launch_bounds__(kRowThreads, 2)
+    byte_log_probs_backward_kernel(const __grid_constant__ ByteArguments a) {
   const Turns turns(a);
   const Team team(shared_memory(), 1);
   GradientWorker<Source> worker(a, team, turns.slice, shared_memory());

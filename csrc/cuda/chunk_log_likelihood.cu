@@ -130,7 +130,7 @@ struct TextWorker {
   }
 };
 
-__global__ void __launch_bounds__(kTextThreads, 1) chunk_text_kernel(const ChunkArguments arguments) {
+__global__ void __launch_bounds__(kTextThreads, 1) chunk_text_kernel(const __grid_constant__ ChunkArguments arguments) {
   const Team team(shared_memory(), 1);
   ChunkSum* const heads = reinterpret_cast<ChunkSum*>(shared_memory() + Team::kSharedBytes);
   int64_t* const tops = reinterpret_cast<int64_t*>(heads + team.threads);

@@ -332,13 +332,13 @@ inline constexpr int kChunkBlocks = 4;
 
 template <class Source>
 __global__ void __launch_bounds__(kRowThreads, kChunkBlocks)
-    chunk_log_likelihood_kernel(const ChunkArguments arguments, const RowLaunch launch) {
+    chunk_log_likelihood_kernel(const __grid_constant__ ChunkArguments arguments, const RowLaunch launch) {
   work_on_rows<ChunkSumWorker, Source>(arguments, launch);
 }
 
 template <class Source>
 __global__ void __launch_bounds__(kRowThreads, kChunkBlocks)
-    chunk_gradient_kernel(const ChunkArguments arguments, const RowLaunch launch) {
+    chunk_gradient_kernel(const __grid_constant__ ChunkArguments arguments, const RowLaunch launch) {
   work_on_rows<ChunkGradientWorker, Source>(arguments, launch);
 }
 

@@ -330,7 +330,7 @@ struct ClipWorker {
 
 template <class Source>
 __global__ void __launch_bounds__(2 * kRowThreads, 1)
-    clipped_divergence_kernel(const ClippedArguments arguments, const RowLaunch launch) {
+    clipped_divergence_kernel(const __grid_constant__ ClippedArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   const int64_t team_bytes = clip_team_bytes(by_warp, arguments.quantile);
   unsigned char* shared = team_memory(launch, team_bytes + rows_bytes(launch, 2));
@@ -344,7 +344,8 @@ __global__ void __launch_bounds__(2 * kRowThreads, 1)
 }
 
 // Computes the rows that clipped_divergence_kernel left, one per block. For the other rows only the flag is read.
-__global__ void __launch_bounds__(kSmallThreads, 1) clipped_divergence_small_kernel(const ClippedArguments arguments) {
+__global__ void __launch_bounds__(kSmallThreads, 1)
+    clipped_divergence_small_kernel(const __grid_constant__ ClippedArguments arguments) {
   unsigned char* const shared = shared_memory();
   const int64_t team_bytes = clip_team_bytes(false, arguments.quantile), blocks = gridDim.x;
   const Team team(shared + team_bytes - Team::kSharedBytes, 1);

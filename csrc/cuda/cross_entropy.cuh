@@ -225,7 +225,7 @@ struct CrossEntropyWorker {
 
 template <EntropySums kEntropy, class Source>
 __global__ void __launch_bounds__(2 * kRowThreads, 1)
-    cross_entropy_kernel(const CrossEntropyArgumentsOnDevice arguments, const RowLaunch launch) {
+    cross_entropy_kernel(const __grid_constant__ CrossEntropyArgumentsOnDevice arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   unsigned char* const shared = team_memory(launch, cross_entropy_team_bytes(launch));
   const Team team(shared + kCrossEntropyOrdersBytes, unsigned(launch.cluster), by_warp);

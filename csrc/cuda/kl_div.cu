@@ -63,7 +63,7 @@ __device__ __forceinline__ void store_pack(void* to, int64_t first, const Packed
 // kWhole: every tensor begins on a 16-byte boundary, and thread i processes pack i. Otherwise elements are read and
 // written one by one. kStep: what a training step asks for, the sum and the input's gradient; otherwise anything.
 template <bool kLogTarget, class T, bool kWhole, bool kStep>
-__global__ void __launch_bounds__(kFlatThreads) kl_div_kernel(const KlDivArguments a) {
+__global__ void __launch_bounds__(kFlatThreads) kl_div_kernel(const __grid_constant__ KlDivArguments a) {
   using P = Packed<T>;
   constexpr int kSize = kWhole ? P::kSize : 1;
   const int64_t packs = (a.count + kSize - 1) / kSize, stride = int64_t(gridDim.x) * blockDim.x;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kFlatThreads) kl_div_kernel(const KlDivArgumen
 }
 
 __global__ void __launch_bounds__(kSumThreads)
-    kl_div_sum_kernel(const double* sums, int blocks, double scale, const DeviceRows loss) {
+    kl_div_sum_kernel(const double* sums, int blocks, double scale, const __grid_constant__ DeviceRows loss) {
   const Team team(shared_memory(), 1);
   double sum = 0;
   for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += global_load(sums + i);

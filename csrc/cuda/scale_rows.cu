@@ -27,8 +27,9 @@ __device__ void scale_packed(const PackedRow<T>& row, float factor) {
   }
 }
 
-__global__ void __launch_bounds__(kFlatThreads) scale_rows_kernel(const DeviceRows gradient, const DeviceRows factor,
-                                                                  bool one, int64_t rows, int width, int64_t count) {
+__global__ void __launch_bounds__(kFlatThreads)
+    scale_rows_kernel(const __grid_constant__ DeviceRows gradient, const __grid_constant__ DeviceRows factor, bool one,
+                      int64_t rows, int width, int64_t count) {
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const double by = one ? factor.number_at(factor.data) : factor.number(row);
     if (by == 1) {

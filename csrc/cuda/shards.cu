@@ -8,13 +8,13 @@ namespace fastkd::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kRowThreads, kShardBlocks)
-    shard_statistics_kernel(const ShardSideArguments arguments, const RowLaunch launch) {
+    shard_statistics_kernel(const __grid_constant__ ShardSideArguments arguments, const RowLaunch launch) {
   work_on_shard_rows(arguments, launch, [&](int64_t row, const Team& team, unsigned* filter) {
     shard_statistics_row(arguments, row, team, filter);
   });
 }
 __global__ void __launch_bounds__(kRowThreads, kShardBlocks)
-    shard_softmax_gradient_kernel(const ShardSideArguments arguments, const RowLaunch launch) {
+    shard_softmax_gradient_kernel(const __grid_constant__ ShardSideArguments arguments, const RowLaunch launch) {
   work_on_shard_rows(arguments, launch, [&](int64_t row, const Team& team, unsigned* filter) {
     shard_softmax_gradient_row(arguments, row, team, filter);
   });

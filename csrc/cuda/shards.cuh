@@ -379,14 +379,14 @@ __device__ __forceinline__ void work_on_shard_rows(const Arguments& arguments, c
 
 template <class Divergence>
 __global__ void __launch_bounds__(kRowThreads, kShardBlocks)
-    shard_sums_kernel(const ShardPairArguments arguments, const RowLaunch launch) {
+    shard_sums_kernel(const __grid_constant__ ShardPairArguments arguments, const RowLaunch launch) {
   work_on_shard_rows(arguments, launch, [&](int64_t row, const Team& team, unsigned*) {
     if (arguments.takes(row)) shard_sums_row<Divergence>(arguments, row, team);
   });
 }
 template <class Divergence>
 __global__ void __launch_bounds__(kRowThreads, kShardBlocks)
-    shard_gradient_kernel(const ShardPairArguments arguments, const RowLaunch launch) {
+    shard_gradient_kernel(const __grid_constant__ ShardPairArguments arguments, const RowLaunch launch) {
   work_on_shard_rows(arguments, launch, [&](int64_t row, const Team& team, unsigned*) {
     if (arguments.takes(row)) shard_gradient_row<Divergence>(arguments, row, team);
   });

@@ -35,11 +35,8 @@ struct RowWorker {
   __device__ void run(int64_t row, Source& source) const {
     const bool at_once = arguments.count_all();
     if (at_once) source.start(team);
-    const RowParameters<Real> parameters = open(row, source);
-    if (!parameters.read) {
-      if (at_once) source.finish_copies(team);  // all gradients are multiplied by 0
-      return;
-    }
+    const RowParameters<Real> parameters = open(row, source, at_once);
+    if (!parameters.read) return;
     if (!at_once) source.start(team);
     source.normalize_teachers(team, parameters.teacher_temperature);
     finish(row, source, parameters);
@@ -47,7 +44,8 @@ struct RowWorker {
 
   // Reads the row's options before its logits. If the row is not read (mask, weight 0), its results are zeros and
   // parameters.read is false.
-  __device__ RowParameters<Real> open(int64_t row, const Source& source) const {
+  // started: the source's copies have been, although it may turn out that all gradients are multiplied by 0.
+  __device__ RowParameters<Real> open(int64_t row, const Source& source, bool started = false) const {
     if (team.leads()) {
       leader.weight = arguments.row_weight(row);
       const double scale = arguments.scale_of(leader.weight);
@@ -63,6 +61,10 @@ struct RowWorker {
     }
     team.sync();
     if (shared_load(&shared_parameters->read)) return shared_load(shared_parameters);
+    if (started) {
+      source.finish_copies(team);
+      team.sync();  // the zeros may overwrite what another thread copies
+    }
     source.write_zeros(team);
     return RowParameters<Real>{};
   }
@@ -481,7 +483,7 @@ constexpr int threads_for() {
 
 template <class Divergence, class Source>
 __global__ void __launch_bounds__(2 * threads_for<Divergence, Source>(), 1)
-    softmax_divergence_kernel(const RowArguments arguments, const RowLaunch launch) {
+    softmax_divergence_kernel(const __grid_constant__ RowArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   unsigned char* shared = team_memory(launch, team_bytes(by_warp) + rows_bytes(launch, 2));
   const Team team(shared + kParametersBytes + kPlanBytes + kTeachersBytes, unsigned(launch.cluster), by_warp);

@@ -59,7 +59,7 @@ __host__ __device__ inline int64_t blended_bytes(const RowArguments& a, const Ro
 }
 
 __global__ void __launch_bounds__(2 * kRowThreads, 1)
-    softmax_divergence_blended_kernel(const RowArguments arguments, const RowLaunch launch) {
+    softmax_divergence_blended_kernel(const __grid_constant__ RowArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   unsigned char* const shared = team_memory(launch, blended_bytes(arguments, launch));
   const Team team(shared + kParametersBytes + kPlanBytes + kTeachersBytes, unsigned(launch.cluster), by_warp);

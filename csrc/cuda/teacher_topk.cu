@@ -259,7 +259,7 @@ struct SelectWorker {
 
 template <class Source>
 __global__ void __launch_bounds__(2 * kRowThreads, 1)
-    teacher_topk_kernel(const SelectArguments arguments, const RowLaunch launch) {
+    teacher_topk_kernel(const __grid_constant__ SelectArguments arguments, const RowLaunch launch) {
   SelectShared& shared = *reinterpret_cast<SelectShared*>(shared_memory());
   const Team team(shared.slots, unsigned(launch.cluster));
   const SelectWorker<Source> worker{arguments, team, shared, reinterpret_cast<uint64_t*>(&shared + 1)};

@@ -190,13 +190,13 @@ inline constexpr int kTokenBlocks = 4;
 
 template <bool kEntropy, class Source>
 __global__ void __launch_bounds__(kRowThreads, kTokenBlocks)
-    token_log_probs_kernel(const TokenArguments arguments, const RowLaunch launch) {
+    token_log_probs_kernel(const __grid_constant__ TokenArguments arguments, const RowLaunch launch) {
   work_on_token_rows<TokenSumWorker, kEntropy, Source>(arguments, launch);
 }
 
 template <bool kEntropy, class Source>
 __global__ void __launch_bounds__(kRowThreads, kTokenBlocks)
-    token_gradient_kernel(const TokenArguments arguments, const RowLaunch launch) {
+    token_gradient_kernel(const __grid_constant__ TokenArguments arguments, const RowLaunch launch) {
   work_on_token_rows<TokenGradientWorker, kEntropy, Source>(arguments, launch);
 }
 

@@ -416,7 +416,7 @@ struct StatsWorker {
 
 template <bool kPair, class Source>
 __global__ void __launch_bounds__(2 * kRowThreads, 1)
-    token_stats_kernel(const StatsArguments arguments, const RowLaunch launch) {
+    token_stats_kernel(const __grid_constant__ StatsArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   unsigned char* shared = team_memory(launch, stats_team_bytes<kPair>(launch));
   const Team team(shared + kStatsOrdersBytes + kStatsLeadBytes, unsigned(launch.cluster), by_warp);

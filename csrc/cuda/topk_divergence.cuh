@@ -458,7 +458,7 @@ struct TopkWorker {
 
 template <class Source>
 __global__ void __launch_bounds__(2 * kRowThreads, 1)
-    topk_divergence_kernel(const TopkArguments arguments, const RowLaunch launch) {
+    topk_divergence_kernel(const __grid_constant__ TopkArguments arguments, const RowLaunch launch) {
   const bool by_warp = launch.warp_rows > 0;
   const int64_t own = topk_team_bytes(by_warp, arguments.k);
   unsigned char* shared = team_memory(launch, own + rows_bytes(launch, 1));

@@ -1,6 +1,7 @@
 """Checks and reductions of functions that compose ops, and of gated routing."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -46,7 +47,7 @@ def check_device(
 def is_number(value: Any) -> bool:
     """Whether the value is a number, or a tensor or array of one element."""
     if isinstance(value, Tensor):
-        return value.numel() == 1
+        return value.numel() == 1 and value.dtype != torch.bool
     return isinstance(value, Real) or (isinstance(value, np.ndarray) and value.ndim == 0)
 
 
@@ -55,11 +56,22 @@ def _is_unknown(number: Any) -> bool:
     return isinstance(number, Tensor) and (is_tracing(number) or not has_values(number))
 
 
+def is_too_large(value: Any) -> bool:
+    """Whether it is an integer larger than any float."""
+    known = isinstance(value, int) and not torch.compiler.is_compiling()
+    return known and abs(value) > sys.float_info.max
+
+
+def _is_between(value: Any, low: float, high: float) -> bool:
+    """Whether a number's value is, or is unknown."""
+    return _is_unknown(value) or (not is_too_large(value) and low < value < high)
+
+
 def check_finite(function: str, name: str, value: Any) -> None:
     """Raise unless the value is a finite number, if it can be read."""
     if not is_number(value):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
-    if not _is_unknown(value) and not -math.inf < value < math.inf:
+    if not _is_between(value, -math.inf, math.inf):
         raise ValueError(f"{function}: {name} must be finite, got {value}")
 
 
@@ -67,7 +79,7 @@ def check_positive(function: str, name: str, value: Any) -> None:
     """Raise unless the value is a positive, finite number, if it can be read."""
     if not is_number(value):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
-    if not _is_unknown(value) and not 0 < value < math.inf:
+    if not _is_between(value, 0, math.inf):
         raise ValueError(f"{function}: {name} must be positive and finite, got {value}")
 
 
@@ -81,6 +93,8 @@ def check_normalizer(function: str, normalizer: Any) -> None:
             raise ValueError(f"{function}: normalizer must not be negative, got {normalizer}")
     elif normalizer is not None and not is_number(normalizer):
         raise TypeError(f"{wanted}, got {type(normalizer).__name__}")
+    elif is_too_large(normalizer):
+        raise ValueError(f"{wanted}, got an integer larger than any float")
 
 
 def reduced(

@@ -96,7 +96,7 @@ def clipped_divergence(
         group: the vocabulary is split across this process group, see
             :func:`fastkd.softmax_divergence`, as for DTensors. Two all-gathers, and one
             more in the backward pass where the teacher or a bound requires a gradient. Rows are
-            worked on a few at a time in plain PyTorch, which torch.compile does not trace.
+            worked on a few at a time in plain PyTorch; in a graph of torch.compile all at once.
         vocab_start: with ``group``, the first of this process's columns.
 
     Returns:
@@ -109,7 +109,8 @@ def clipped_divergence(
             would synchronise, a row with such bounds is NaN instead.
         ValueError, TypeError, IndexError: another argument has the wrong value or type, or a label
             is out of range.
-        NotImplementedError: with ``group``: second derivatives, ``quantile``.
+        NotImplementedError: with ``group``: ``torch.func`` transforms, batches of gradients,
+            ``quantile``.
 
     Source: DAC-KL of Multi-Granularity Semantic Revision (arXiv 2407.10068), whose bounds a small
     network learns. The paper does not say whether it renormalises.

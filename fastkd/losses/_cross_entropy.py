@@ -87,7 +87,7 @@ def cross_entropy(
     Raises:
         IndexError: a label out of range (on CUDA its row is NaN instead).
         ValueError, TypeError: another argument has the wrong value or type.
-        NotImplementedError: second derivatives with ``group``.
+        NotImplementedError: ``torch.func`` transforms and batches of gradients with ``group``.
 
     Sources: Szegedy et al. 2015 (arXiv 1512.00567, label smoothing); Chowdhery et al. 2022
     (2204.02311, z-loss); dParallel (2509.26488, entropy of correct tokens).

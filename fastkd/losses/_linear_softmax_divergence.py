@@ -97,8 +97,8 @@ def linear_softmax_divergence(
     Raises:
         IndexError: a label out of range (on CUDA its row is NaN instead).
         ValueError, TypeError: another argument has the wrong value or type.
-        NotImplementedError: with ``group``: second derivatives, ``torch.func`` transforms,
-            ``decoupled_kl``. With ``return_stats``: ``torch.func`` transforms.
+        NotImplementedError: ``torch.func`` transforms with ``group`` or ``return_stats``; batches
+            of gradients with ``group``.
 
     Source: products by chunks of tokens with the gradient in the forward pass as Liger's chunked
     losses (Hsu et al. 2024, arXiv 2410.10989).

@@ -114,9 +114,11 @@ def softmax_divergence(
     eager float32.
 
     Split vocabularies: with ``group`` each process reads its columns and sends 16 bytes a row (20
-    with labels, 24 also at another temperature), and then 4 bytes for the value and 4 for each
-    gradient: two all-gathers a call, whatever the divergence, and none in the backward pass, which
-    reads the columns again and writes the gradient of this process's columns. Several teachers
+    with labels, 24 also at another temperature; ``decoupled_kl`` 24 and 28), and then 4 bytes for
+    the value and 4 for each gradient: two all-gathers a call, whatever the divergence, and none in
+    the backward pass, which reads the columns again and writes the gradient of this process's
+    columns. Second derivatives differentiate the definition over these columns; what they send
+    and keep is in ``docs/splitting.md``. Several teachers
     are first mixed, and their mixture is stored: one or two more all-gathers. Logits that are
     DTensors mean the same without ``group``: at most one dimension of the mesh shards the
     vocabulary, the others shard leading dimensions or replicate. Then ``teacher_logits`` and
@@ -214,9 +216,9 @@ def softmax_divergence(
     Raises:
         ValueError, TypeError, IndexError: an argument has the wrong value or type, or a label is
             out of range; the message names it, the expected and the actual value.
-        NotImplementedError: with ``group``: second derivatives, ``decoupled_kl``, a gradient of a
-            single teacher with ``teacher_weights``. With ``teacher_rows``: a list of tensors and
-            ``LinearLogits``.
+        NotImplementedError: with ``group``: ``torch.func`` transforms, batches of gradients, a
+            gradient of a single teacher with ``teacher_weights``. With ``teacher_rows``: a list of
+            tensors and ``LinearLogits``.
 
     Sources: Hinton et al. 2015 (arXiv 1503.02531); GKD (2306.13649) for ``jsd``; DistiLLM
     (2402.03898) for the skewed divergences; DistiLLM-2 (2503.07067) for the constant mixture;

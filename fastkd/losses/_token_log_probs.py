@@ -79,7 +79,7 @@ def token_log_probs(
     Raises:
         IndexError: a token out of range (on CUDA its row is NaN instead).
         ValueError, TypeError: another argument has the wrong value or type.
-        NotImplementedError: second derivatives with ``group``.
+        NotImplementedError: ``torch.func`` transforms and batches of gradients with ``group``.
 
     >>> import torch, fastkd
     >>> logits = torch.tensor([[0.0, 0.0], [0.0, 5.0]], requires_grad=True)

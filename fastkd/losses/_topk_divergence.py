@@ -124,8 +124,8 @@ def topk_divergence(
         ValueError, TypeError: duplicate indices, positive log-probabilities, a mass over 1, or
             another argument of the wrong value or type. (On CUDA, where a check of values would
             synchronise, such a row is NaN instead.)
-        NotImplementedError: with ``group``: second derivatives; ``tail="uniform"`` with ``jsd`` or
-            ``min_log_prob``.
+        NotImplementedError: with ``group``: ``torch.func`` transforms, batches of gradients;
+            ``tail="uniform"`` with ``jsd`` or ``min_log_prob``.
 
     Sources: Hinton et al. 2015 (arXiv 1503.02531); the tails follow FKD's label variants (MEAL V2,
     2009.08453).

@@ -16,6 +16,7 @@ from fastkd._ops.checks import (
     check_positive,
     check_tensors,
     is_number,
+    is_too_large,
     reduced,
 )
 from fastkd._ops.linear.logits import LinearLogits
@@ -152,6 +153,10 @@ def alm_loss(
         )
     for name, value in (("temperature", temperature), ("epsilon", epsilon)):
         check_positive("alm_loss", name, value)
+    if isinstance(epsilon, bool):  # tensors of numbers have no difference with one
+        epsilon = float(epsilon)
+    if isinstance(merge_threshold, np.ndarray) and merge_threshold.ndim == 0:
+        merge_threshold = merge_threshold.item()
     debias = to_flag("alm_loss", "debias", debias)
     if (student_boundary is None) != (teacher_boundary is None) and debias:
         raise ValueError(
@@ -168,9 +173,9 @@ def alm_loss(
     if (
         not torch.compiler.is_compiling()
         and merge_threshold is not None
-        and math.isnan(merge_threshold)
+        and (is_too_large(merge_threshold) or math.isnan(merge_threshold))
     ):
-        raise ValueError("alm_loss: merge_threshold must be a number, got nan")
+        raise ValueError(f"alm_loss: merge_threshold must be a number, got {merge_threshold}")
     check_normalizer("alm_loss", normalizer)
     student = _likelihoods(
         "student", student_logits, student_ids, student_chunks, num_chunks, student_boundary

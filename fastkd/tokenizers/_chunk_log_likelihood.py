@@ -69,7 +69,8 @@ def chunk_log_likelihood(
         temperature: positive.
         group: the vocabulary is split across this process group, see
             :func:`fastkd.softmax_divergence`, as for DTensors.
-            Ids and ``boundary`` are those of the whole vocabulary. One all-gather.
+            Ids and ``boundary`` are those of the whole vocabulary. One all-gather of 12 bytes a
+            row, 20 with ``boundary``.
         vocab_start: with ``group``, the first of this process's columns.
         vocab_size: only the first ``vocab_size`` columns are used.
 
@@ -80,7 +81,7 @@ def chunk_log_likelihood(
         IndexError: a chunk or token id out of range (on CUDA such a text is NaN instead).
         ValueError, TypeError: chunks whose tokens are not contiguous, or another argument of the
             wrong value or type.
-        NotImplementedError: second derivatives with ``group``.
+        NotImplementedError: ``torch.func`` transforms and batches of gradients with ``group``.
 
     Source: Minixhofer et al. 2025 (arXiv 2503.20083).
 

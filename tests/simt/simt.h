@@ -13,6 +13,7 @@
 #include "simt_machine.h"
 
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __host__
 #define __launch_bounds__(...)

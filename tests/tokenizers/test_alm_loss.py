@@ -197,6 +197,15 @@ def test_empty(backend):
             ValueError,
             "merge_threshold must be a number, got nan",
         ),
+        ({"epsilon": 10**400}, ValueError, "epsilon must be positive and finite"),
+        ({"epsilon": torch.tensor(True)}, TypeError, "epsilon must be a number, got Tensor"),
+        ({"temperature": 10**400}, ValueError, "temperature must be positive and finite"),
+        ({"normalizer": 10**400}, ValueError, "normalizer must .*, got an integer larger than any"),
+        (
+            {**boundaries(), "merge_threshold": 10**400},
+            ValueError,
+            "merge_threshold must be a number, got 1000",
+        ),
         ({"debias": "no"}, TypeError, "debias must be True or False, got str"),
         ({"debias": 0}, TypeError, "debias must be True or False, got int"),
     ],
@@ -204,6 +213,18 @@ def test_empty(backend):
 def test_errors(backend, options, error, message):
     with pytest.raises(error, match=f"alm_loss: .*{message}"):
         fastkd.alm_loss(*problem(), **options)
+
+
+def test_numbers_of_any_kind(backend):
+    """Of numpy, and True, which is 1."""
+    given, sets = problem(), boundaries()
+    for name, one, other in (
+        ("merge_threshold", 0.5, np.array(0.5)),
+        ("epsilon", 1.0, True),
+        ("temperature", 3.0, np.float32(3)),
+    ):
+        both = (fastkd.alm_loss(*given, **sets, **{name: x}) for x in (one, other))
+        torch.testing.assert_close(*both)
 
 
 @pytest.mark.only("cpu")

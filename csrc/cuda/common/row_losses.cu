@@ -13,7 +13,8 @@ constexpr const char* kOneBlock = "one block adds in a fixed order";
 
 // factor = 1 / the number of rows that count, or 1 / normalizer; 0 where there is none.
 __global__ void __launch_bounds__(kReduceThreads)
-    denominator_kernel(const RowNumbers numbers, const DeviceRows normalizer, double* factor) {
+    denominator_kernel(const __grid_constant__ RowNumbers numbers, const __grid_constant__ DeviceRows normalizer,
+                       double* factor) {
   const Team team(shared_memory(), 1);
   double denominator = 0;
   if (normalizer) {
@@ -27,8 +28,8 @@ __global__ void __launch_bounds__(kReduceThreads)
 
 // loss = factor x the sum of all rows' losses.
 __global__ void __launch_bounds__(kReduceThreads)
-    sum_kernel(const double* losses, int64_t rows, const double* factors, double factor, const DeviceRows loss,
-               const DeviceRows pending) {
+    sum_kernel(const double* losses, int64_t rows, const double* factors, double factor,
+               const __grid_constant__ DeviceRows loss, const __grid_constant__ DeviceRows pending) {
   const Team team(shared_memory(), 1);
   double sum = 0;
   for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) sum += global_load(losses + row);
@@ -39,7 +40,8 @@ __global__ void __launch_bounds__(kReduceThreads)
   if (pending) pending.put(pending.data, factor);
 }
 
-__global__ void __launch_bounds__(kFlatThreads) copy_kernel(const double* losses, int64_t rows, const DeviceRows loss) {
+__global__ void __launch_bounds__(kFlatThreads)
+    copy_kernel(const double* losses, int64_t rows, const __grid_constant__ DeviceRows loss) {
   for (int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += int64_t(gridDim.x) * blockDim.x)
     loss.put(loss.data + row * loss.element_size, global_load(losses + row));
 }

@@ -19,19 +19,21 @@ struct DeviceRows {
   __host__ __device__ explicit operator bool() const { return type != ScalarType::Undefined; }
 
   __device__ __forceinline__ char* at(int64_t row, int64_t column = 0) const {
-    int64_t offset = column * column_stride;
-    if (dimensions > 1) {
-#pragma unroll  // constant indices keep the arrays out of local memory
-      for (int i = kDimensions - 1; i > 0; --i) {
-        if (i < dimensions) {
-          offset += row % sizes[i] * strides[i];
-          row /= sizes[i];
-        }
-      }
+    const int64_t first = dimensions > 1 ? offset_of(row) : dimensions == 1 ? row * strides[0] : 0;
+    return data + (first + column * column_stride) * element_size;
+  }
+
+  // The row's first element. Not unrolled: there are many places that look a row up. sizes and strides are read where
+  // the kernel's parameters are (__grid_constant__), which an index may choose.
+  __device__ __forceinline__ int64_t offset_of(int64_t row) const {
+    int64_t offset = 0;
+#pragma unroll 1
+    for (int i = dimensions - 1; i > 0; --i) {
+      const int64_t outer = row / sizes[i];
+      offset += (row - outer * sizes[i]) * strides[i];
+      row = outer;
     }
-    // Nothing is left of the row's number after the outermost dimension.
-    if (dimensions > 0) offset += row * strides[0];
-    return data + offset * element_size;
+    return offset + row * strides[0];
   }
 
   // For a tensor of logits.

@@ -33,7 +33,7 @@ class Side:
     def dense(self, shards: Shards | None) -> Tensor:
         """The logits as the op takes them, stored whole; with ``shards`` this process's columns."""
         linear = self.linear
-        if shards is not None:
+        if shards is not None and linear.reduce_hidden_grad:
             hidden = copied(shards, linear.hidden)
             linear = linear.replaced(hidden, linear.weight, linear.bias)
         found = linear.uncapped_logits()

@@ -52,8 +52,8 @@ class LinearLogits:
     ``compact``, dtypes, which tensors require gradients, masks and labels.
 
     Inside :class:`torch.autocast`, hidden states, weight and bias are cast as
-    :func:`torch.nn.functional.linear` casts them. Under ``torch.func`` transforms and for second
-    derivatives the logits are stored whole, see :meth:`logits`; with ``group`` there are none.
+    :func:`torch.nn.functional.linear` casts them. Under ``torch.func`` transforms, which ``group``
+    does not take, and for second derivatives the logits are stored whole, see :meth:`logits`.
 
     Args:
         hidden: ``[..., features]`` float32, bfloat16, float16 or float64. The leading dimensions
