@@ -214,7 +214,7 @@ def test_recorded_instructions_are_those_of_the_kernels(recorded):
 
 KERNEL = (
     "template __global__ void softmax_divergence_kernel<{}, PackedSource<{}>>"
-    "(RowArguments, RowLaunch);"
+    "(const __grid_constant__ RowArguments, const RowLaunch);"
 )
 #: Instructions an entry, and KiB under way, on an A100, as in LIMITS. More instructions than on
 #: sm_90: each pass copies the rows.

@@ -135,7 +135,7 @@ struct GradientWorker {
     table = reinterpret_cast<int16_t*>(shared + layout.table);
   }
 
-  __device__ void run(int64_t row) {
+  __device__ __forceinline__ void run(int64_t row) {
     const Slice slice(a, row, first, count);
     const int64_t prefix = a.prefix_of(row);
     const bool gathers = prefix != a.kNoPrefix && prefix != a.whole;

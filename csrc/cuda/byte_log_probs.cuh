@@ -233,7 +233,7 @@ struct ByteWorker {
   }
 
   // Processes a row of the empty prefix.
-  __device__ void run(int64_t row) {
+  __device__ __forceinline__ void run(int64_t row) {
     if (!sorted) sort();
     sorted = true;
     const Slice logits(a, row, first, count);

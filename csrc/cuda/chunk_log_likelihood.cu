@@ -47,7 +47,7 @@ struct TextWorker {
   int64_t* const tops;    // per thread: the largest chunk id
   const int64_t text, stretch;
 
-  __device__ void run() const {
+  __device__ __forceinline__ void run() const {
     const bool valid = check();
     if (team.block_sum<true>(int(valid), [](int& all, int next) { all &= next; })) {
       write();

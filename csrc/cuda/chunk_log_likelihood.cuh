@@ -149,7 +149,7 @@ struct ChunkSumWorker {
   TeamBoundary& set;
   RowParameters* const published;
 
-  __device__ void run(int64_t row, const Source& source) const {
+  __device__ __forceinline__ void run(int64_t row, const Source& source) const {
     if (team.leads()) {
       const int64_t ended = arguments.ended_before(row);
       shared_store(published, RowParameters{arguments.chunk(row) >= 0, ended < arguments.chunks ? int(ended) : -1});
@@ -246,7 +246,7 @@ struct ChunkGradientWorker {
   TeamBoundary& set;
   RowParameters* const published;
 
-  __device__ void run(int64_t row, const Source& source) const {
+  __device__ __forceinline__ void run(int64_t row, const Source& source) const {
     if (team.leads()) shared_store(published, plan(row));
     team.sync();
     const RowParameters at = shared_load(published);
@@ -323,8 +323,9 @@ __device__ __forceinline__ void work_on_rows(const ChunkArguments& arguments, co
   const Team team(shared + kChunkOrdersBytes, 1, by_warp);
   TeamBoundary set(arguments.boundary, team, shared + chunk_overhead(by_warp));
   const Worker<Source> worker{arguments, team, set, reinterpret_cast<typename Worker<Source>::RowParameters*>(shared)};
-  for_rows(team, launch, arguments.rows,
-           [&](int64_t row) { worker.run(row, Source(arguments, row, launch, 0, shared, shared + own)); });
+  for_rows(team, launch, arguments.rows, [&](int64_t row) FASTKD_INLINE_BODY {
+    worker.run(row, Source(arguments, row, launch, 0, shared, shared + own));
+  });
 }
 
 // Blocks per multiprocessor. With one tensor, each block has half as many copies under way as one with two.

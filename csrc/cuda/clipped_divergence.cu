@@ -49,7 +49,7 @@ struct ClipWorker {
         leader(*reinterpret_cast<ClipLeader<Real>*>(shared + kClipOrdersBytes)),
         selection(shared + kClipOrdersBytes + kClipLeaderBytes) {}
 
-  __device__ void run(int64_t row, const Source& source) const {
+  __device__ __forceinline__ void run(int64_t row, const Source& source) const {
     const bool soft = arguments.softness != 0;
     ClipParameters<Real> parameters = after_leader([&] { open(row, source); });
     if (!parameters.read) {
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(2 * kRowThreads, 1)
   const Team team(shared + slots, unsigned(launch.cluster), by_warp);
   const ClipWorker<Source> worker(arguments, team, shared);
   // With one teacher a source uses no shared memory besides its rows.
-  for_rows(team, launch, arguments.rows, [&](int64_t row) {
+  for_rows(team, launch, arguments.rows, [&](int64_t row) FASTKD_INLINE_BODY {
     worker.run(row, Source(arguments, row, launch, team.rank, shared, shared + team_bytes));
   });
 }

@@ -56,7 +56,7 @@ struct CrossEntropyWorker {
   const Team& team;
   CrossEntropyParameters* const published;
 
-  __device__ void run(int64_t row, const Source& source) const {
+  __device__ __forceinline__ void run(int64_t row, const Source& source) const {
     if (team.leads()) open(row);
     team.sync();
     if (!shared_load(&published->read)) {
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(2 * kRowThreads, 1)
   unsigned char* const shared = team_memory(launch, cross_entropy_team_bytes(launch));
   const Team team(shared + kCrossEntropyOrdersBytes, unsigned(launch.cluster), by_warp);
   const CrossEntropyWorker<kEntropy, Source> worker{arguments, team, reinterpret_cast<CrossEntropyParameters*>(shared)};
-  for_rows(team, launch, arguments.rows, [&](int64_t row) {
+  for_rows(team, launch, arguments.rows, [&](int64_t row) FASTKD_INLINE_BODY {
     worker.run(row, Source(arguments, row, launch, team.rank, shared, shared + cross_entropy_overhead(by_warp)));
   });
 }

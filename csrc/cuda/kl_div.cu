@@ -61,8 +61,8 @@ __device__ __forceinline__ void store_pack(void* to, int64_t first, const Packed
 }
 
 // kWhole: every tensor begins on a 16-byte boundary, and thread i processes pack i. Otherwise elements are read and
-// written one by one. kStep: what a training step asks for, the sum and the input's gradient; otherwise anything.
-template <bool kLogTarget, class T, bool kWhole, bool kStep>
+// written one by one. kTraining: what a training step asks for, the sum and the input's gradient; otherwise anything.
+template <bool kLogTarget, class T, bool kWhole, bool kTraining>
 __global__ void __launch_bounds__(kFlatThreads) kl_div_kernel(const __grid_constant__ KlDivArguments a) {
   using P = Packed<T>;
   constexpr int kSize = kWhole ? P::kSize : 1;
@@ -73,11 +73,11 @@ __global__ void __launch_bounds__(kFlatThreads) kl_div_kernel(const __grid_const
   for (int64_t pack = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; pack < packs; pack += stride) {
     const int64_t first = pack * kSize, left = a.count - first;
     const int items = left < kSize ? int(left) : kSize;
-    const P x = load_pack<T>(a.input, first, items, kStep || a.input != nullptr);
+    const P x = load_pack<T>(a.input, first, items, kTraining || a.input != nullptr);
     const P t = load_pack<T>(a.target, first, items);
     const auto entry = [&](int j) { return KlDivEntry<kLogTarget, float>{to_float(x.item[j]), to_float(t.item[j])}; };
     P out;
-    if (kStep || a.sum || a.terms != nullptr) {
+    if (kTraining || a.sum || a.terms != nullptr) {
       float terms[kSize];
       bool ordinary = items == kSize;
 #pragma unroll
@@ -92,13 +92,13 @@ __global__ void __launch_bounds__(kFlatThreads) kl_div_kernel(const __grid_const
           if (j < items) sum += terms[j];
         }
       }
-      if (!kStep && a.terms != nullptr) {
+      if (!kTraining && a.terms != nullptr) {
 #pragma unroll
         for (int j = 0; j < kSize; ++j) out.item[j] = element<T>(terms[j]);
         store_pack<T>(a.terms, first, out, items);
       }
     }
-    if constexpr (kStep) {
+    if constexpr (kTraining) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) out.item[j] = element<T>(-scale * entry(j).mass());
       store_pack<T>(a.input_gradient, first, out, items);

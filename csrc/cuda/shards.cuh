@@ -373,8 +373,9 @@ __device__ __forceinline__ void work_on_shard_rows(const Arguments& arguments, c
                                                    const Body& body) {
   unsigned char* const shared = team_memory(launch, kShardTeamBytes);
   const Team team(shared, unsigned(launch.cluster), launch.warp_rows > 0);
-  for_rows(team, launch, arguments.rows,
-           [&](int64_t row) { body(row, team, reinterpret_cast<unsigned*>(shared + Team::kSharedBytes)); });
+  for_rows(team, launch, arguments.rows, [&](int64_t row) FASTKD_INLINE_BODY {
+    body(row, team, reinterpret_cast<unsigned*>(shared + Team::kSharedBytes));
+  });
 }
 
 template <class Divergence>

@@ -32,7 +32,7 @@ struct RowWorker {
     if (team.leads()) leader.kept = false;
   }
 
-  __device__ void run(int64_t row, Source& source) const {
+  __device__ __forceinline__ void run(int64_t row, Source& source) const {
     const bool at_once = arguments.count_all();
     if (at_once) source.start(team);
     const RowParameters<Real> parameters = open(row, source, at_once);
@@ -220,7 +220,7 @@ struct RowWorker {
 
     __device__ __forceinline__ explicit QuickPack(const RowParameters<Real>& p)
         : parameters(p), divergence(p.beta), rest(p.student_shift.rest - p.teacher_shift.rest) {
-      if constexpr (Quick<Divergence>::kStep) divergence.p_unit = exp2_of(rest);
+      if constexpr (Quick<Divergence>::kBinary) divergence.p_unit = exp2_of(rest);
       if constexpr (Quick<Divergence>::kFinite) {
         set_finite(u_range, w_range, p);
       } else {
@@ -248,7 +248,7 @@ struct RowWorker {
     }
     __device__ __forceinline__ Real teacher_log(const typename Source::Raw& raw, int j) const {
       const Real log = fused(Source::teacher_of(raw, j), parameters.teacher_scale, -parameters.teacher_shift.shift);
-      return Quick<Divergence>::kStep ? log : log + rest;
+      return Quick<Divergence>::kBinary ? log : log + rest;
     }
   };
 
@@ -283,7 +283,7 @@ struct RowWorker {
     }
     const QuickScales<double> scales = pack.divergence.scales();
     const double unit = parameters.student_shift.unit;
-    const Numbers<3> all = team.sum(Numbers<3>{
+    const LaneSums<3> all = team.sum(LaneSums<3>{
         {mine.f + unit * (scales.f * double(f) + scales.f_from_g * double(qg) + scales.f_apart * double(apart)),
          mine.qg + unit * (scales.g * double(qg) + scales.g_offset * double(q)), mine.q + unit * double(q)}});
     return {all.each[0], all.each[1], 0, all.each[2], 0, 0};
@@ -383,12 +383,13 @@ struct RowWorker {
         mean = Real(exact);
         by_p = -p.factors.student * Real(scales.closed) * unit;
         by_q = p.factors.label_q * unit - by_p - Real(exact - double(mean)) * slope;
-        if constexpr (Quick<Divergence>::kStep) {
+        if constexpr (Quick<Divergence>::kBinary) {
           // q (g - mean) slope as q (g slope + rest) with a small rest: beside a token of nearly all the mass, the
           // others keep their digits.
           const bool turned = exact > 0.5;
           by_q = fused(Real(turned ? 1 - exact : -exact), slope, p.factors.label_q * unit);
-          if (turned) quick_pack.divergence.steepness = -quick_pack.divergence.steepness, slope = -slope;
+          if (turned) quick_pack.divergence.turn();
+          slope = turned ? -slope : slope;
         }
       } else if constexpr (kCentred) {
         set_finite(u_range, w_range, p);
@@ -443,7 +444,7 @@ struct RowWorker {
     }
 
     __device__ __forceinline__ Real entry(const QuickTerms<Real>& t) const {
-      const Real centred_part = t.q * fused(Quick<Divergence>::kStep ? t.g : t.g - mean, slope, by_q);
+      const Real centred_part = t.q * fused(Quick<Divergence>::kBinary ? t.g : t.g - mean, slope, by_q);
       return Quick<Divergence>::kFinite ? fused(t.x, by_p, centred_part) : centred_part;
     }
     __device__ __forceinline__ Real entry(Real u, Real w) const {
@@ -488,7 +489,7 @@ __global__ void __launch_bounds__(2 * threads_for<Divergence, Source>(), 1)
   unsigned char* shared = team_memory(launch, team_bytes(by_warp) + rows_bytes(launch, 2));
   const Team team(shared + kParametersBytes + kPlanBytes + kTeachersBytes, unsigned(launch.cluster), by_warp);
   const RowWorker<Divergence, Source> worker(arguments, team, shared);
-  for_rows(team, launch, arguments.rows, [&](int64_t row) {
+  for_rows(team, launch, arguments.rows, [&](int64_t row) FASTKD_INLINE_BODY {
     if (!arguments.takes(row)) return;
     Source source(arguments, row, launch, team.rank, shared + kParametersBytes + kPlanBytes,
                   shared + team_bytes(by_warp));

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(2 * kRowThreads, 1)
   const RowWorker<Blended, Rows> worker(arguments, team, shared);
   Mixture& mixture = *reinterpret_cast<Mixture*>(shared + kParametersBytes + kPlanBytes);
   static_assert(sizeof(Mixture) <= kTeachersBytes);
-  for_rows(team, launch, arguments.rows, [&](int64_t row) {
+  for_rows(team, launch, arguments.rows, [&](int64_t row) FASTKD_INLINE_BODY {
     const Rows rows(arguments, row, launch, team.rank, nullptr, shared + team_bytes(by_warp));
     if (team.leads()) shared_store(&mixture.read, int(arguments.scale(row) != 0));
     team.sync();

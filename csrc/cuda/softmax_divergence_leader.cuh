@@ -6,7 +6,7 @@
 namespace fastkd::cuda {
 
 // A team's shared memory: [parameters][the leading thread's task and plan][the teachers' normalisers and rows][slots of
-// the reductions][student row][teacher row].
+// the reductions][barriers of the copies][student row][teacher row].
 inline constexpr int kParametersBytes = 256, kPlanBytes = 448;
 inline constexpr int kTeachersBytes = kMaxTeachers * int(sizeof(OriginSum<double>) + sizeof(char*));
 __host__ __device__ constexpr int64_t team_bytes(bool warp) {

@@ -33,7 +33,7 @@ struct RowParameters {
 template <Pass kPass>
 struct PassSums {
   static constexpr bool kRatio = kPass != Pass::kNormalizersOnly, kCrossing = kPass == Pass::kTeacherCrossing;
-  Numbers<2 + kRatio + kCrossing> numbers;
+  LaneSums<2 + kRatio + kCrossing> numbers;
 
   static __device__ __forceinline__ PassSums of(double student, double teacher, double ratio, double crossing) {
     PassSums sums{{{student, teacher}}};
@@ -70,9 +70,8 @@ struct BlockSums {
   // No row.
   static __device__ __forceinline__ BlockSums empty() { return {Real(-INFINITY), Real(-INFINITY), {}, 0}; }
 
-  // The sums over blocks, in a warp whose lane has the sums of block lane % 16.
+  // The sums over blocks, in a warp whose lane has the sums of block lane % kMostBlocks.
   __device__ __forceinline__ BlockSums over_blocks(const RowScales<double>& scales) const {
-    static_assert(kMostBlocks == 16);
     BlockSums all = *this;
 #pragma unroll
     for (int step = kMostBlocks / 2; step > 0; step /= 2) {
@@ -86,7 +85,7 @@ struct BlockSums {
     });
     all.sums.numbers =
         PassSums<kPass>::of(moved.student.sum, moved.teacher.sum, moved.ratio, moved.crossing).numbers.over_half();
-    all.label = scales.label != 0 ? Numbers<1>{{moved.label_sum}}.over_half().each[0] : 0;
+    all.label = scales.label != 0 ? LaneSums<1>{{moved.label_sum}}.over_half().each[0] : 0;
     return all;
   }
 };
@@ -335,7 +334,7 @@ __device__ __forceinline__ RowState<double> first_pass(const Source& source, con
   mine.raise(largest.student, largest.teacher, parameters);
   const PassSums<kPass> sums{team.block_sum(mine.whole().numbers)};
   double label = 0;
-  if (parameters.label_scale != Real(0)) label = team.block_sum(Numbers<1>{{double(mine.label_sum)}}).each[0];
+  if (parameters.label_scale != Real(0)) label = team.block_sum(LaneSums<1>{{double(mine.label_sum)}}).each[0];
   const double us = parameters.student_scale;
   using Block = BlockSums<Real, kPass>;
   Block block{largest.student, largest.teacher,

@@ -61,7 +61,7 @@ struct SelectWorker {
   SelectShared& shared;
   uint64_t* const keys;  // this block's
 
-  __device__ void run(int64_t row, const Source& source) const {
+  __device__ __forceinline__ void run(int64_t row, const Source& source) const {
     const RadixSelect select(team, shared.selection, team.blocks);
     open(row, select);
     const SelectParameters begun = shared_load(&shared.parameters);
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(2 * kRowThreads, 1)
   const Team team(shared.slots, unsigned(launch.cluster));
   const SelectWorker<Source> worker{arguments, team, shared, reinterpret_cast<uint64_t*>(&shared + 1)};
   unsigned char* const rows = shared_memory() + select_bytes(launch.cluster);
-  for_rows(team, launch, arguments.rows, [&](int64_t row) {
+  for_rows(team, launch, arguments.rows, [&](int64_t row) FASTKD_INLINE_BODY {
     const Source source(arguments, row, launch, team.rank, shared.slots, rows);
     worker.run(row, source);
   });

@@ -55,7 +55,7 @@ struct TokenSumWorker {
   const Team& team;
   RowParameters* const published;
 
-  __device__ void run(int64_t row, const Source& source) const {
+  __device__ __forceinline__ void run(int64_t row, const Source& source) const {
     if (team.leads()) {
       shared_store(published, RowParameters{arguments.counts(row), float(kLog2E / arguments.row_temperature(row))});
     }
@@ -117,7 +117,7 @@ struct TokenGradientWorker {
   const Team& team;
   RowParameters* const published;
 
-  __device__ void run(int64_t row, const Source& source) const {
+  __device__ __forceinline__ void run(int64_t row, const Source& source) const {
     if (team.leads()) shared_store(published, plan(row));
     team.sync();
     const RowParameters at = shared_load(published);
@@ -180,7 +180,7 @@ __device__ __forceinline__ void work_on_token_rows(const TokenArguments& argumen
   const Team team(shared + kTokenOrdersBytes, unsigned(launch.cluster), by_warp);
   using Published = typename Worker<kEntropy, Source>::RowParameters;
   const Worker<kEntropy, Source> worker{arguments, team, reinterpret_cast<Published*>(shared)};
-  for_rows(team, launch, arguments.rows, [&](int64_t row) {
+  for_rows(team, launch, arguments.rows, [&](int64_t row) FASTKD_INLINE_BODY {
     worker.run(row, Source(arguments, row, launch, team.rank, shared, shared + token_overhead(by_warp)));
   });
 }

@@ -301,7 +301,7 @@ struct StatsWorker {
         published(reinterpret_cast<StatsParameters*>(shared)),
         leader(*reinterpret_cast<StatsLeader*>(shared + kStatsOrdersBytes)) {}
 
-  __device__ void run(int64_t row, const Source& source) const {
+  __device__ __forceinline__ void run(int64_t row, const Source& source) const {
     if (team.leads()) leader.open(arguments.row_temperature(row), published);
     team.sync();
     StatsParameters parameters = shared_load(published);
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(2 * kRowThreads, 1)
   unsigned char* shared = team_memory(launch, stats_team_bytes<kPair>(launch));
   const Team team(shared + kStatsOrdersBytes + kStatsLeadBytes, unsigned(launch.cluster), by_warp);
   const StatsWorker<kPair, Source> worker(arguments, team, shared);
-  for_rows(team, launch, arguments.rows, [&](int64_t row) {
+  for_rows(team, launch, arguments.rows, [&](int64_t row) FASTKD_INLINE_BODY {
     const Source source(arguments, row, launch, team.rank, shared, shared + stats_overhead(by_warp));
     worker.run(row, source);
   });

@@ -71,7 +71,7 @@ struct TopkWorker {
         table(shared + kTopkOrdersBytes + (a.k * int(sizeof(TopkEntry)) + 15) / 16 * 16, a.k),
         groups(reinterpret_cast<unsigned*>(table.end())) {}
 
-  __device__ void run(int64_t row, Source& source) const {
+  __device__ __forceinline__ void run(int64_t row, Source& source) const {
     open(row, source);
     const TopkParameters start = shared_load(published);
     if (!start.read) {
@@ -464,7 +464,7 @@ __global__ void __launch_bounds__(2 * kRowThreads, 1)
   unsigned char* shared = team_memory(launch, own + rows_bytes(launch, 1));
   const Team team(shared + own - (by_warp ? 0 : Team::kSharedBytes), unsigned(launch.cluster), by_warp);
   const TopkWorker<Source> worker(arguments, team, shared);
-  for_rows(team, launch, arguments.rows, [&](int64_t row) {
+  for_rows(team, launch, arguments.rows, [&](int64_t row) FASTKD_INLINE_BODY {
     Source source(arguments, row, launch, team.rank, shared, shared + own);
     worker.run(row, source);
   });

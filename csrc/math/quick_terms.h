@@ -87,7 +87,7 @@ struct QuickMixture {
 // None: the divergence is computed by divergence.h alone.
 template <class Divergence>
 struct Quick {
-  static constexpr bool kExists = false, kFinite = false, kPairs = false, kStep = false;
+  static constexpr bool kExists = false, kFinite = false, kPairs = false, kBinary = false;
 };
 
 // The terms of two entries.
@@ -104,9 +104,9 @@ FASTKD_INLINE QuickPairTerms<float> pair_terms(const Quick& quick, float a, floa
 inline constexpr double kLeastWeight = 1e-15;
 
 // kLogs: subtracts logarithms. kFinite: only for packs without masked logits, where no log-ratio is infinite.
-// kStep: g is 0 or 1 (1/2 of equal sides). The gradient may take 1 - g instead.
+// kBinary: g is 0 or 1 (1/2 of equal sides). The gradient may take 1 - g instead.
 struct QuickOfMixture {
-  static constexpr bool kExists = true, kLogs = true, kFinite = false, kPairs = false, kStep = false;
+  static constexpr bool kExists = true, kLogs = true, kFinite = false, kPairs = false, kBinary = false;
   float by_p, by_q;
   FASTKD_INLINE QuickOfMixture(double p_weight, double q_weight) : by_p(float(p_weight)), by_q(float(q_weight)) {}
   FASTKD_INLINE QuickMixture mixture(float a, float b) const { return {a, b, by_q, by_p}; }
@@ -185,7 +185,7 @@ struct Quick<SkewReverseKlDetached> : QuickOfMixture {
 // g = log2(q / p), x = p
 template <>
 struct Quick<MixedKl> {
-  static constexpr bool kExists = true, kLogs = false, kFinite = true, kPairs = false, kStep = false;
+  static constexpr bool kExists = true, kLogs = false, kFinite = true, kPairs = false, kBinary = false;
   float by_forward, by_reverse;
   FASTKD_INLINE explicit Quick(double beta) : by_forward(float(beta)), by_reverse(float(1 - beta)) {}
 
@@ -201,9 +201,10 @@ struct Quick<MixedKl> {
 // g = (1 + sign(q - p)) / 2 or, turned, (1 - sign(q - p)) / 2
 template <>
 struct Quick<Tvd> {
-  static constexpr bool kExists = true, kLogs = false, kFinite = false, kPairs = false, kStep = true;
+  static constexpr bool kExists = true, kLogs = false, kFinite = false, kPairs = false, kBinary = true;
   float steepness = 3e38f, p_unit = 1;
   FASTKD_INLINE explicit Quick(double) {}
+  FASTKD_INLINE void turn() { steepness = -steepness; }
 
   // 2^b lacks p_unit.
   template <QuickUse kUse>

@@ -2,6 +2,7 @@
 // This is the only file with warp shuffles.
 #pragma once
 #include "device.cuh"
+#include "policy.cuh"
 
 namespace fastkd::cuda {
 
@@ -94,43 +95,44 @@ __device__ __forceinline__ T warp_reduce(const T& value, const Merge& merge) {
 // Sums of up to four numbers over the lanes of a warp, in fewer shuffles than one number after another takes: lanes
 // that differ by a half of the warp exchange the numbers that the other one goes on with.
 template <int kCount>
-struct Numbers {
+struct LaneSums {
   static_assert(1 <= kCount && kCount <= 4);
   static constexpr int kShare = kCount == 1 ? kWarp : kCount == 2 ? kWarp / 2 : kWarp / 4;  // lanes of one number
   double each[kCount];
 
   // To be called by all lanes; all of them get the sums.
-  __device__ __forceinline__ Numbers over_lanes() const {
-    if constexpr (kCount == 1) return shared(each[0], kWarp);
+  __device__ __forceinline__ LaneSums over_lanes() const {
+    if constexpr (kCount == 1) return spread(each[0], kWarp);
     const bool upper = (threadIdx.x & 16) != 0;
-    if constexpr (kCount == 2) return shared(passed(upper, each[0], each[1], 16), 16);
-    const double first = passed(upper, each[0], each[2], 16), second = passed(upper, each[1], number(3), 16);
-    return shared(passed((threadIdx.x & 8) != 0, first, second, 8), 8);
+    if constexpr (kCount == 2) return spread(exchanged(upper, each[0], each[1], 16), 16);
+    const double first = exchanged(upper, each[0], each[2], 16), second = exchanged(upper, each[1], number(3), 16);
+    return spread(exchanged((threadIdx.x & 8) != 0, first, second, 8), 8);
   }
-  // The same where lane and lane + 16 have the same numbers, which count once.
-  __device__ __forceinline__ Numbers over_half() const {
-    if constexpr (kCount == 1) return shared(each[0], 16);
+  // The same where lane and lane + kMostBlocks have the same numbers, which count once.
+  __device__ __forceinline__ LaneSums over_half() const {
+    static_assert(2 * kMostBlocks == kWarp);
+    if constexpr (kCount == 1) return spread(each[0], kMostBlocks);
     const bool upper = (threadIdx.x & 16) != 0;
-    if constexpr (kCount == 2) return shared(chosen(upper, each[1], each[0]), 16);
+    if constexpr (kCount == 2) return spread(chosen(upper, each[1], each[0]), 16);
     const double first = chosen(upper, each[2], each[0]), second = chosen(upper, number(3), each[1]);
-    return shared(passed((threadIdx.x & 8) != 0, first, second, 8), 8);
+    return spread(exchanged((threadIdx.x & 8) != 0, first, second, 8), 8);
   }
   // The same where a lane has one number's part: number lane / kShare.
-  static __device__ __forceinline__ Numbers of_parts(double part) { return shared(part, kShare); }
+  static __device__ __forceinline__ LaneSums of_parts(double part) { return spread(part, kShare); }
 
  private:
   __device__ __forceinline__ double number(int i) const { return i < kCount ? each[i] : 0; }
   // A number of this lane and its partner: the second of both in the lane where `second` is true.
-  static __device__ __forceinline__ double passed(bool second, double a, double b, int lane_mask) {
+  static __device__ __forceinline__ double exchanged(bool second, double a, double b, int lane_mask) {
     return chosen(second, b, a) + shuffle_xor(chosen(second, a, b), lane_mask);
   }
   // Adds over `lanes` lanes; then every lane takes all numbers.
-  static __device__ __forceinline__ Numbers shared(double part, int lanes) {
+  static __device__ __forceinline__ LaneSums spread(double part, int lanes) {
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
       if (step < lanes) part += shuffle_xor(part, step);
     }
-    Numbers all;
+    LaneSums all;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) all.each[i] = shuffle_from(part, i * kShare);
     return all;
@@ -192,10 +194,10 @@ struct Team {
 
   // Sums over the block's part of the team, valid in its first warp. Contains barriers.
   template <int kCount>
-  __device__ __forceinline__ Numbers<kCount> block_sum(const Numbers<kCount>& mine) const {
-    const Numbers<kCount> sums = mine.over_lanes();
+  __device__ __forceinline__ LaneSums<kCount> block_sum(const LaneSums<kCount>& mine) const {
+    const LaneSums<kCount> sums = mine.over_lanes();
     if (warp) return sums;
-    constexpr int kShare = Numbers<kCount>::kShare;
+    constexpr int kShare = LaneSums<kCount>::kShare;
     double* const parts = reinterpret_cast<double*>(slots);  // [number][warp]
     static_assert(4 * kMaxWarps * sizeof(double) <= kMaxWarps * kSlotBytes);
     __syncthreads();  // the slots may still be read by the previous reduction
@@ -211,11 +213,11 @@ struct Team {
     for (int i = threadIdx.x % kShare; i < warps && number < kCount; i += kShare) {
       part += shared_load(parts + number * kMaxWarps + i);
     }
-    return Numbers<kCount>::of_parts(part);
+    return LaneSums<kCount>::of_parts(part);
   }
 
-  // In the block's first warp: the value of block lane % 16 of a cluster, `none` where there is no such block. value:
-  // of the leading thread. Contains a barrier of the cluster; to be called by all threads.
+  // In the block's first warp: the value of block lane % kMostBlocks of a cluster, `none` where there is no such block.
+  // value: of the leading thread. Contains a barrier of the cluster; to be called by all threads.
   template <class T>
   __device__ __forceinline__ T each_block(const T& value, const T& none) const {
     static_assert(sizeof(T) <= kSlotBytes);
@@ -224,7 +226,7 @@ struct Team {
     turn_ ^= 1;
     if (thread == 0) shared_store(mine, value);
     cluster_sync();
-    const unsigned block = threadIdx.x % 16;
+    const unsigned block = threadIdx.x % kMostBlocks;
     T of_block = none;
     if (threadIdx.x < kWarp && block < blocks) of_block = shared_load(in_peer(mine, block));
     return of_block;
@@ -232,10 +234,10 @@ struct Team {
 
   // Sums over the team, valid in each block's first warp.
   template <int kCount>
-  __device__ __forceinline__ Numbers<kCount> sum(const Numbers<kCount>& mine) const {
-    const Numbers<kCount> block = block_sum(mine);
+  __device__ __forceinline__ LaneSums<kCount> sum(const LaneSums<kCount>& mine) const {
+    const LaneSums<kCount> block = block_sum(mine);
     if (blocks == 1) return block;
-    const Numbers<kCount> one = each_block(block, Numbers<kCount>{});
+    const LaneSums<kCount> one = each_block(block, LaneSums<kCount>{});
     if (threadIdx.x >= kWarp) return one;
     return one.over_half();
   }
@@ -279,8 +281,8 @@ struct Team {
     return cluster_sum(block_sum(value, merge), merge);
   }
 
-  // To be called by all threads when the copies of a row to shared memory begin, where they are waited for at barriers
-  // (bulk_copy.cuh). Whether they are the first ones. Then the parity of the barriers' phases.
+  // All threads call this when a row's bulk copies begin (bulk_copy.cuh). It moves on to the barriers' next phase,
+  // whose parity is copies_parity(). Returns whether that is the first one: the barriers are then to be made.
   __device__ __forceinline__ bool begin_copies() const {
     const bool first = copies_ == 0;
     copies_ = first ? 2 : copies_ ^ 1;

@@ -29,8 +29,8 @@ __device__ __forceinline__ unsigned shared_place(const void* p) { return unsigne
 #define FASTKD_BULK(device, host) FASTKD_TWIN(, host)
 #endif
 
-// Orders the thread's accesses to shared memory before bulk copies to the same place, which a barrier orders after the
-// fence.
+// Bulk copies to a place in shared memory come after what the thread did there, if a barrier stands between this fence
+// and the copies.
 __device__ __forceinline__ void fence_before_copies() {
   FASTKD_BULK(asm volatile("fence.proxy.async.shared::cta;" :: : "memory"), simt::fence_async());
 }

@@ -94,7 +94,7 @@ inline constexpr int kQuarterThreads = 128, kRowThreads = 192, kManyRowThreads =
 inline constexpr int kAhead = 4;
 // The first and the last pack of a row may extend beyond it and are kept apart.
 inline constexpr int kEdges = 2;
-// A team's row in shared memory comes in so many parts at most, each with a barrier of 8 bytes (bulk_copy.cuh).
+// A team's row is copied to shared memory in kAhead groups, each with a barrier of 8 bytes (bulk_copy.cuh).
 inline constexpr int kRowBarrierBytes = kAhead * 8;
 static_assert(kRowBarrierBytes % 16 == 0);
 constexpr int64_t ahead_bytes(int threads) { return (int64_t(kAhead) * threads + kEdges) * 16; }

@@ -69,6 +69,10 @@ __device__ __forceinline__ unsigned char* team_memory(const RowLaunch& launch, i
   return shared_memory() + (launch.warp_rows > 0 ? threadIdx.x / kWarp * bytes : 0);
 }
 
+// Of the body of for_rows: it is all of a kernel. As a function of its own, it would read what it refers to in local
+// memory.
+#define FASTKD_INLINE_BODY __attribute__((always_inline))
+
 // Calls body(row) for every row of the team.
 template <class Body>
 __device__ __forceinline__ void for_rows(const Team& team, const RowLaunch& launch, int64_t rows, const Body& body) {
