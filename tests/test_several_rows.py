@@ -12,7 +12,9 @@ import fastkd
 
 pytestmark = pytest.mark.skipif(not emulator.is_built(), reason="run through `make test`")
 
-LABELS = torch.tensor([3, -100, 5, 7, -100, 2, 0, 9, -100, -100, 4, 1, 6])  # -100: a row is not read
+LABELS = torch.tensor(
+    [3, -100, 5, 7, -100, 2, 0, 9, -100, -100, 4, 1, 6]
+)  # -100: a row is not read
 OPS = {
     "softmax_divergence": lambda z, w: fastkd.softmax_divergence(z, w, divergence="jsd"),
     "topk_divergence": lambda z, w: fastkd.topk_divergence(z, *top_k(tuple(z.shape), 20)),
