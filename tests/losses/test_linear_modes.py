@@ -287,7 +287,12 @@ def errors():
     yield "vocab_size is 18", ValueError, lambda: f(h, w, t, v, vocab_size=18)
     yield "got 17 in row 3", IndexError, lambda: f(h, w, t, v, labels=labels, chunk_size=3)
     yield "logit_scale", ValueError, lambda: f(h, w, t, v, logit_scale=(1.0, 2.0, 3.0))
-    yield "scale must be finite", ValueError, lambda: f(h, w, t, v, logit_scale=float("nan"))
+    for scale in (float("nan"), float("inf"), 1e300):
+        yield (
+            "logit_scale must be finite in torch.float32",
+            ValueError,
+            lambda scale=scale: f(h, w, t, v, logit_scale=scale),
+        )
     yield "chunk_size must be positive", ValueError, lambda: f(h, w, t, v, chunk_size=0)
     yield "chunk_size must be an integer", TypeError, lambda: f(h, w, t, v, chunk_size=1.5)
     yield "compact must be True or False", TypeError, lambda: f(h, w, t, v, compact="yes")

@@ -153,9 +153,12 @@ class LinearLogits:
                 )
         if placed:
             _check_placements(function, side, hidden, weight, bias)
-        self.scale = to_number(function, f"{side}scale" if side == "" else "logit_scale", scale)
-        if not torch.compiler.is_compiling() and not math.isfinite(self.scale):
-            raise ValueError(f"{function}: scale must be finite, got {scale}")
+        name = f"{side}scale" if side == "" else "logit_scale"
+        self.scale = to_number(function, name, scale)
+        # Logits are at least float32.
+        type_ = torch.promote_types(hidden.dtype, torch.float32)
+        if not torch.compiler.is_compiling() and not abs(self.scale) <= torch.finfo(type_).max:
+            raise ValueError(f"{function}: {name} must be finite in {type_}, got {scale}")
         self.softcap: Any = None
         if softcap is not None:
             self.softcap = to_number(function, "softcap", softcap)
