@@ -159,12 +159,12 @@ class Op:
             self.check_overwritten(rows)
         # An op that does not know the vocabulary's size has its own checks there.
         if "vocab_size" in self.arguments.fields and not torch.compiler.is_compiling():
-            self.checked(with_columns(self.arguments.fields, packed))
-            if can_be_read(rows):
-                try:
+            try:
+                self.check(with_columns(self.arguments.fields, packed))
+                if can_be_read(rows):  # values, of all but the vocabulary's columns
                     self.compute(one_column(self.arguments.fields, packed))
-                except RuntimeError as error:
-                    raise_as_python(error)
+            except RuntimeError as error:
+                raise_as_python(error)
         return self.sharded(self, values, shards, inplace)
 
     def check_overwritten(self, logits: Tensor) -> None:
@@ -189,13 +189,6 @@ class Op:
     def check(self, packed: list[Any]) -> None:
         """Do the raw op's checks where it is not called for its result."""
         self.compute(self.arguments.emptied(packed))
-
-    def checked(self, packed: list[Any]) -> None:
-        """The same, with errors as Python exceptions."""
-        try:
-            self.check(packed)
-        except RuntimeError as error:
-            raise_as_python(error)
 
     def compute(self, packed: list[Any]) -> Any:
         """The result without autograd."""
